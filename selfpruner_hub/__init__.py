@@ -1,0 +1,6 @@
+"""selfpruner_hub: language models that find out by themselves how much each of their layers can lose."""
+
+from selfpruner_hub.pruner import AutoPruner, PrunedModel
+
+__all__ = ["AutoPruner", "PrunedModel"]
+__version__ = "0.1.0"

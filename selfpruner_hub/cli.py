@@ -1,0 +1,197 @@
+"""The command line: one verb each. Results go to stdout, progress and errors to stderr.
+
+Exit status: 0; 2 for a user's mistake; 1 for a failure; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from selfpruner_hub.errors import SelfPrunerError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and return the exit status.
+
+    Args:
+        arguments: The words after `selfpruner`; None takes those of the process.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        _quieten(options)
+        options.run(options)
+    except UserError as error:
+        return _complain(error, options, 2)
+    except SelfPrunerError as error:
+        return _complain(error, options, 1)
+    except KeyboardInterrupt:
+        print(f"\nselfpruner: interrupted. {getattr(options, 'kept', '')}".strip(), file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _quieten(options: argparse.Namespace) -> None:
+    """Our own progress says what is going on; transformers' bars for every file would drown it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if options.quiet:
+        logging.set_verbosity_error()
+
+
+def _complain(error: SelfPrunerError, options: argparse.Namespace, status: int) -> int:
+    if options.json:
+        print(json.dumps({"error": error.message, "hint": error.hint}))
+    print(f"selfpruner: {error}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selfpruner", description="Shrink a causal language model without retraining."
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    prune = _verb(verbs, "prune", _prune, "search the rates of a model's layers, cut it, save it")
+    prune.add_argument("model", metavar="MODEL", help="a directory or a Hub repository")
+    prune.add_argument("--beta", required=True, type=_number, help="mean fraction of weights to remove, 0 < β < 1")
+    prune.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the pruned model goes")
+    prune.add_argument("--preset", default="default", help="default, or paper (default: %(default)s)")
+    prune.add_argument("--data", default="wikitext2", help="wikitext2, c4, self, or a .txt or .jsonl file")
+    prune.add_argument("--proposer", default="self", help="self, evolution or random (default: %(default)s)")
+    prune.add_argument("--fitness", help="kl or perplexity")
+    prune.add_argument("--evaluations", type=_number, metavar="N", help="budget, in full-evaluation equivalents")
+    prune.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
+    prune.add_argument("--run-dir", type=Path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
+    prune.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the method"
+    )
+    _from_pretrained(prune)
+
+    evaluate = _verb(verbs, "evaluate", _evaluate, "measure the perplexity of a dense or pruned model")
+    evaluate.add_argument("model", metavar="MODEL_OR_DIR")
+    evaluate.add_argument("--data", default="wikitext2", help="wikitext2 or c4 (test split), or a .txt or .jsonl file")
+    evaluate.add_argument(
+        "--window", type=int, default=2048, metavar="W", help="tokens a window (default: %(default)s)"
+    )
+    evaluate.add_argument("--windows", type=int, metavar="N", help="only the first N windows")
+    _from_pretrained(evaluate)
+
+    demo = _verb(verbs, "demo", _demo, "prune a small embedded model and show what it gained and lost")
+    demo.add_argument("--beta", type=_number, default=0.3)
+    demo.add_argument("--output", type=Path, metavar="DIR", help="keep the pruned model here")
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _from_pretrained(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    parser.add_argument("--gguf-file", metavar="FILE", help="load the weights from this GGUF file of MODEL")
+
+
+def _number(text: str) -> Any:
+    """A number, or the text itself for the package to refuse with its own message."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _loading(options: argparse.Namespace) -> dict[str, Any]:
+    named = {"dtype": options.dtype, "revision": options.revision, "gguf_file": options.gguf_file}
+    return {key: value for key, value in named.items() if value is not None}
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set expects NAME=VALUE; got {pair!r}.")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        settings[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+    return settings
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from selfpruner_hub.budget import check_beta
+    from selfpruner_hub.presets import resolve
+    from selfpruner_hub.storage import check_writable
+
+    settings = _settings(options.set)
+    check_beta(options.beta)  # before the seconds that torch and a model take
+    resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
+    check_writable(options.output)
+    run_dir = options.run_dir or options.output.with_name(f"{options.output.name}.run")
+    options.kept = f"What was scored is in {run_dir}: the same command again goes on from there."
+
+    from selfpruner_hub.pruner import AutoPruner
+
+    pruned = AutoPruner.from_pretrained(options.model, **_loading(options)).prune(
+        options.beta,
+        preset=options.preset,
+        proposer=options.proposer,
+        data=options.data,
+        fitness=options.fitness,
+        evaluations=options.evaluations,
+        seed=options.seed,
+        run_dir=run_dir,
+        progress=not options.quiet,
+        **settings,
+    )
+    pruned.save_pretrained(options.output)
+    if options.run_dir is None:
+        shutil.rmtree(run_dir)  # its journal is in the output now
+    report = pruned.report
+    if options.json:
+        print(json.dumps({"output": str(options.output), **asdict(report)}))
+        return
+    dense, left = report.parameters["dense"], report.parameters["pruned"]
+    print(f"{options.output}: {left:,} of {dense:,} parameters, β = {report.achieved_beta:.4f}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from selfpruner_hub.corpus import consecutive_windows
+    from selfpruner_hub.evaluation import perplexity
+    from selfpruner_hub.loading import load_model
+
+    model, tokenizer = load_model(options.model, **_loading(options))
+    corpus = consecutive_windows(options.data, tokenizer, options.window, options.windows)
+    value = perplexity(model, corpus.windows)
+    protocol = f"{corpus.name}, {len(corpus.windows)} consecutive windows of {options.window} tokens, no overlap"
+    if options.json:
+        print(json.dumps({"perplexity": value, "protocol": protocol, **corpus.record()}))
+    else:
+        print(f"perplexity {value:.3f} ({protocol})")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from selfpruner_hub import demo
+
+    demo.run(print, options.beta, options.output, progress=not options.quiet)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

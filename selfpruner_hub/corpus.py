@@ -1,0 +1,249 @@
+"""Text for calibration, search and measurement, as seeded windows of tokens with a record of where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selfpruner_hub.errors import DataError
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total) while long work goes on."""
+
+_HUB_SOURCES = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"train": "train", "test": "test"}),
+    "c4": ("allenai/c4", "en", {"train": "train", "test": "validation"}),
+}
+SAMPLE_BATCH = 64
+"""Sequences that a model samples side by side for `data="self"`."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Windows of tokens.
+
+    Attributes:
+        name: Where the text came from.
+        windows: Token ids, `[N, W]`, int64.
+        sha256: Hash of the token ids, as hexadecimal digits.
+    """
+
+    name: str
+    windows: Tensor
+    sha256: str
+
+    @classmethod
+    def of(cls, name: str, windows: Tensor) -> Corpus:
+        """Wrap windows and hash them."""
+        return cls(name, windows, hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest())
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all windows."""
+        return self.windows.numel()
+
+    def split(self, *tokens: int) -> tuple[Corpus, ...]:
+        """Cut disjoint parts of about these many tokens (whole windows, at least one each), in order.
+
+        Raises:
+            DataError: There are too few windows.
+        """
+        width = self.windows.shape[1]
+        counts = [max(1, n // width) for n in tokens]
+        if sum(counts) > len(self.windows):
+            raise too_little_text(self.name, self.tokens, sum(counts) * width)
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        return tuple(Corpus.of(self.name, self.windows[s : s + n]) for s, n in zip(starts, counts, strict=True))
+
+    def record(self) -> dict[str, object]:
+        """What `selfpruner.json` says about it."""
+        return {
+            "name": self.name,
+            "tokens": self.tokens,
+            "window": self.windows.shape[1],
+            "sha256": self.sha256,
+        }
+
+
+def too_little_text(name: str, found: int, needed: int) -> DataError:
+    """The error for a text that does not fill the windows asked for."""
+    return DataError(
+        f"The text {name!r} has only {found} tokens in whole windows; {needed} are needed.",
+        "Give a longer text, or ask for fewer tokens or a shorter window.",
+    )
+
+
+def load_corpus(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    tokens: int,
+    window: int,
+    seed: int = 0,
+    model: PreTrainedModel | None = None,
+    split: str = "train",
+    progress: Progress | None = None,
+) -> Corpus:
+    """Draw windows of `window` tokens without overlap, in an order that the seed decides.
+
+    Args:
+        source: `"wikitext2"` or `"c4"` (from the Hub), `"self"` (sampled by `model`), or a path to `.txt` (one text)
+            or `.jsonl` (a text per line under the key `text`).
+        tokenizer: The model's tokenizer; not needed for `"self"`.
+        tokens: Tokens wanted; rounded up to whole windows. A text file with at least half of them gives what it has.
+        window: Tokens per window, at least 2.
+        seed: Decides which windows of a long text are drawn, or what the model samples.
+        model: The dense model, for `"self"`.
+        split: `"train"` or `"test"`, for sources on the Hub.
+        progress: Told how many windows have been sampled or tokens read.
+
+    Returns:
+        The drawn windows.
+
+    Raises:
+        DataError: The source is unknown, unreadable or too short.
+    """
+    count = max(1, -(-tokens // window))
+    if source == "self":
+        if model is None:
+            raise DataError('data="self" needs the model that samples the text.')
+        return Corpus.of("self", sample_windows(model, count, window, seed, progress))
+    if tokenizer is None:
+        raise DataError(f"The text {source!r} needs a tokenizer, and the model came without one.", 'Use data="self".')
+    texts = _hub_texts(source, split) if source in _HUB_SOURCES else _file_texts(Path(source))
+    # Read up to four times what is asked for, so that the seed has windows to choose from.
+    ids = _encode(texts, tokenizer, limit=4 * count * window)
+    found = len(ids) // window
+    if found < max(1, count // 2):
+        raise too_little_text(source, len(ids), count * window)
+    windows = torch.tensor(ids[: found * window], dtype=torch.int64).view(found, window)
+    chosen = torch.randperm(found, generator=torch.Generator().manual_seed(seed))[:count]
+    name = source if source in _HUB_SOURCES else Path(source).name
+    return Corpus.of(name, windows[chosen])
+
+
+def consecutive_windows(
+    source: str, tokenizer: PreTrainedTokenizerBase | None, window: int, count: int | None = None
+) -> Corpus:
+    """Cut a text for measurement into consecutive windows without overlap; a last partial window is left out.
+
+    Args:
+        source: As for `load_corpus`, but not `"self"`; sources on the Hub give their test (or validation) split.
+        tokenizer: The model's tokenizer.
+        window: Tokens per window, at least 2.
+        count: Only the first so many windows; None takes all.
+
+    Raises:
+        DataError: The text is unreadable, or shorter than a window (or than `count` windows).
+    """
+    if tokenizer is None:
+        raise DataError(f"The text {source!r} needs a tokenizer, and the model came without one.")
+    if window < 2 or (count is not None and count < 1):
+        raise DataError(f"A measurement needs windows of at least 2 tokens, and at least one; got {window}, {count}.")
+    texts = _hub_texts(source, "test") if source in _HUB_SOURCES else _file_texts(Path(source))
+    ids = _encode(texts, tokenizer, limit=1 << 40 if count is None else count * window)
+    found = len(ids) // window
+    if found < (count or 1):
+        raise too_little_text(source, len(ids), (count or 1) * window)
+    name = f"{source} test split" if source in _HUB_SOURCES else Path(source).name
+    return Corpus.of(name, torch.tensor(ids[: found * window], dtype=torch.int64).view(found, window))
+
+
+def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
+    ids: list[int] = []
+    for text in texts:
+        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if len(ids) >= limit:
+            break
+    return ids[:limit]
+
+
+def _file_texts(path: Path) -> Iterator[str]:
+    if path.suffix not in {".txt", ".jsonl"}:
+        raise DataError(
+            f"Unknown data {str(path)!r}.",
+            f"Use {', '.join(_HUB_SOURCES)}, self, or a path to a .txt or .jsonl file.",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(f"Cannot read the text {str(path)!r}: {reason}.") from error
+    if path.suffix == ".txt":
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{path}, line {number}: expected a JSON object with a key "text".') from error
+
+
+def _hub_texts(source: str, split: str) -> Iterator[str]:
+    import datasets  # imported here: it takes a second, and local data do not need it
+
+    repo, name, splits = _HUB_SOURCES[source]
+    try:
+        stream = datasets.load_dataset(repo, name, split=splits[split], streaming=True)
+        rows = iter(stream)
+        first = next(rows)
+    except Exception as error:  # the Hub client raises many kinds; all of them mean "no text"
+        raise DataError(
+            f"Cannot load {repo} from the Hugging Face Hub ({type(error).__name__}).",
+            'Check the network (or HF_ENDPOINT), or use data="self" or a path to a text file.',
+        ) from error
+    yield first["text"]
+    for row in rows:
+        yield row["text"]
+
+
+@torch.inference_mode()
+def sample_windows(
+    model: PreTrainedModel, count: int, window: int, seed: int, progress: Progress | None = None
+) -> Tensor:
+    """Let the model write `count` windows of `window` tokens, each from its start token (or a random token).
+
+    Sampling is ancestral (temperature 1, no truncation), so the text is drawn from the model's own distribution.
+
+    Returns:
+        Token ids, `[count, window]`.
+    """
+    special = {model.config.eos_token_id, model.config.pad_token_id, model.config.bos_token_id}
+    generator = torch.Generator().manual_seed(seed)
+    start = model.config.bos_token_id
+    parts = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for done in range(0, count, SAMPLE_BATCH):
+            size = min(SAMPLE_BATCH, count - done)
+            if start is None:
+                first = torch.randint(model.config.vocab_size, (size, 1), generator=generator)
+            else:
+                first = torch.full((size, 1), start)
+            first = first.to(model.device)
+            # The start token and one sampled token stand before the window; no end token, so that windows fill up.
+            out = model.generate(
+                first,
+                attention_mask=torch.ones_like(first),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=window,
+                max_new_tokens=window,
+                suppress_tokens=sorted(t for t in special if isinstance(t, int)) or None,
+                pad_token_id=model.config.pad_token_id or 0,
+            )
+            parts.append(out[:, 1 : window + 1].cpu())
+            if progress:
+                progress("sampling text", done + size, count)
+    return torch.cat(parts)

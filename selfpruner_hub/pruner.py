@@ -1,0 +1,345 @@
+"""The main path: calibrate, rank, search, slice. And what comes out of it, to be saved and loaded again."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selfpruner_hub.architectures import shape_of
+from selfpruner_hub.budget import Budget, check_beta
+from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.cards import render_card
+from selfpruner_hub.corpus import Corpus, load_corpus
+from selfpruner_hub.errors import SavedModelError, UserError
+from selfpruner_hub.fitness import Fitness
+from selfpruner_hub.importance import output_sensitivity, rank
+from selfpruner_hub.loading import load_model
+from selfpruner_hub.plan import Plan
+from selfpruner_hub.presets import Method, resolve
+from selfpruner_hub.progress import Bars
+from selfpruner_hub.records import FILE_NAME, Metric, Record, read_record
+from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
+from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.loop import Outcome, Schedule, search
+from selfpruner_hub.search.model_proposer import ModelProposer
+from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer, Scored
+from selfpruner_hub.search.seeds import LossCurves, seeds
+from selfpruner_hub.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.storage import resolve_directory, save_directory
+
+SENSITIVITY_TOKENS = 4096
+"""Calibration tokens for the one backward pass behind the sensitivity seeds."""
+
+
+class AutoPruner:
+    """Prunes one dense causal language model.
+
+    Args:
+        model: A model of a supported architecture.
+        tokenizer: Its tokenizer; without one, only `data="self"` and classical proposers work.
+        name: How records and cards call the model: its Hub id, where it has one.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.shape = shape_of(model.config)
+        self._corpora: dict[tuple[Any, ...], Corpus] = {}
+
+    @classmethod
+    def from_pretrained(cls, name: str, **kwargs: Any) -> AutoPruner:
+        """Load a dense model.
+
+        Args:
+            name: A directory or a Hub repository.
+            **kwargs: Keywords of transformers' `from_pretrained`: dtype, device_map, revision, token, gguf_file, …
+
+        Raises:
+            UnsupportedArchitectureError: The architecture is not in the table.
+            ModelError: The model is missing, gated, out of reach or damaged.
+        """
+        model, tokenizer = load_model(name, **kwargs)
+        return cls(model, tokenizer, Path(name).name if Path(name).exists() else name)
+
+    def prune(
+        self,
+        beta: float,
+        *,
+        preset: str = "default",
+        proposer: str | Proposer = "self",
+        proposer_model: str | None = None,
+        data: str = "wikitext2",
+        fitness: str | None = None,
+        evaluations: float | None = None,
+        seed: int = 0,
+        run_dir: str | Path | None = None,
+        executor: str | None = None,
+        progress: bool | Callable[..., None] = True,
+        **settings: Any,
+    ) -> PrunedModel:
+        """Find the rates of all layers under the mean rate β, and cut.
+
+        Args:
+            beta: Mean fraction of the prunable weights to remove, 0 < β < 1.
+            preset: `"default"`, or `"paper"` for the settings of arXiv 2502.14413.
+            proposer: `"self"` (the dense model), `"evolution"`, `"random"`, or an object with the `Proposer` protocol.
+            proposer_model: Reserved for proposers behind an endpoint.
+            data: `"wikitext2"`, `"c4"`, `"self"`, or a path to `.txt` or `.jsonl`.
+            fitness: `"kl"` or `"perplexity"`; None takes the preset's.
+            evaluations: Budget in full-evaluation equivalents; None takes the preset's, 0 keeps the best seed.
+            seed: Of all randomness.
+            run_dir: Where the journal lives; the same directory again resumes the search.
+            executor: None: candidates are scored in this process.
+            progress: True for bars on stderr, or a function called with (what, done, total).
+            **settings: Other fields of `presets.Method`.
+
+        Returns:
+            The pruned model with its record; the dense model is left as it was.
+
+        Raises:
+            UserError: An argument is wrong, the text too short, or `run_dir` belongs to another search.
+        """
+        check_beta(beta)
+        if executor is not None:
+            raise UserError(f"Unknown executor {executor!r}.", "This version scores in process: executor=None.")
+        method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
+        budget = Budget(self.shape, beta, method.p_min, method.p_max, method.tied, method.multiple_of)
+        asked = self._proposer(proposer, budget, method)
+        with contextlib.ExitStack() as stack:
+            report = progress if callable(progress) else stack.enter_context(Bars(progress))
+            calibration, held_out = self._texts(data, method, seed, report)
+            settings_ = self._fingerprint(beta, method, seed, asked, calibration, held_out)
+            journal = Journal(None if run_dir is None else Path(run_dir), settings_)
+
+            statistics = calibrate(self.model, calibration.windows, report)
+            order = rank(self.model, statistics, method.importance)
+            curves = None
+            with ordered(self.model, order):
+                slicer = Slicer(self.model, order, statistics, method.ridge)
+                if {"sensitivity", "blend"} & set(method.seeds):
+                    few = calibration.windows[: max(1, SENSITIVITY_TOKENS // calibration.windows.shape[1])]
+                    curves = _curves(output_sensitivity(self.model, few, seed, report), slicer)
+                if not method.repair:
+                    slicer = Slicer(self.model, order, None)
+                del statistics
+                found = search(
+                    asked,
+                    budget,
+                    Fitness(slicer, held_out.windows, method.fitness),
+                    journal,
+                    schedule=_schedule(method),
+                    seeds=_chosen(seeds(budget, curves), method.seeds),
+                    seed=seed,
+                    report=_live(report, method),
+                )
+                model = slice_model(slicer, found.best.plan)
+        record = self._record(budget, method, seed, asked, (calibration, held_out), found, model)
+        return PrunedModel(model, self.tokenizer, record, journal.text())
+
+    def _texts(self, data: str, method: Method, seed: int, report: Callable[..., None]) -> tuple[Corpus, Corpus]:
+        """Disjoint windows for calibration and for the fitness."""
+        longest = getattr(self.model.config, "max_position_embeddings", method.window)
+        window = min(method.window, longest)
+        wanted = (method.calibration_tokens, method.fitness_tokens)
+        key = (data, seed, window, wanted)
+        if key not in self._corpora:
+            total = sum(-(-n // window) * window for n in wanted)
+            self._corpora[key] = load_corpus(
+                data, self.tokenizer, tokens=total, window=window, seed=seed, model=self.model, progress=report
+            )
+        corpus = self._corpora[key]
+        share = min(1.0, corpus.tokens / sum(wanted))
+        calibration, held_out = corpus.split(*(int(n * share) for n in wanted))
+        return calibration, held_out
+
+    def _proposer(self, proposer: str | Proposer, budget: Budget, method: Method) -> Proposer:
+        if not isinstance(proposer, str):
+            return proposer
+        if proposer == "evolution" or not method.evaluations:
+            return EvolutionProposer(budget)
+        if proposer == "random":
+            return RandomProposer(budget)
+        if proposer == "self":
+            if self.tokenizer is None:
+                raise UserError(
+                    'proposer="self" needs the model\'s tokenizer, and there is none.', 'Use proposer="evolution".'
+                )
+            return ModelProposer(self.model, self.tokenizer, budget, self.name, temperature=method.temperature)
+        raise UserError(
+            f"Unknown proposer {proposer!r}.", "Choose self, evolution, random, or pass an object with ask and tell."
+        )
+
+    def _fingerprint(
+        self, beta: float, method: Method, seed: int, proposer: Proposer, *texts: Corpus
+    ) -> dict[str, Any]:
+        """All that decides the course of a search; a run directory belongs to one of these."""
+        return {
+            "model": self.name,
+            "parameters": count_parameters(self.model),
+            "dtype": str(self.model.dtype),
+            "beta": beta,
+            "seed": seed,
+            "proposer": proposer.name,
+            **method.record(),
+            "data": [text.sha256 for text in texts],
+        }
+
+    def _record(
+        self,
+        budget: Budget,
+        method: Method,
+        seed: int,
+        proposer: Proposer,
+        texts: tuple[Corpus, Corpus],
+        found: Outcome,
+        model: PreTrainedModel,
+    ) -> Record:
+        plan = found.best.plan
+        protocol = (
+            f"{method.fitness} on the {texts[1].tokens} tokens of {texts[1].name} that the search selected on, "
+            f"windows of {texts[1].windows.shape[1]}: a figure of the search, not of quality"
+        )
+        return Record(
+            base_model=self.name,
+            beta=budget.beta,
+            achieved_beta=round(self.shape.beta(plan), 6),
+            rates=tuple(round(rate, 6) for rate in self.shape.rates(plan)),
+            widths={
+                "intermediate_size": [w.intermediate_size for w in plan.layers],
+                "num_key_value_heads": [w.num_key_value_heads for w in plan.layers],
+            },
+            parameters={"dense": count_parameters(self.model), "pruned": count_parameters(model)},
+            method=method.record(),
+            seed=seed,
+            proposer={
+                "name": proposer.name,
+                "evaluations": round(found.spent, 4),
+                "best_from": found.best.origin,
+                "replies": found.counts,
+                "tokens": found.tokens,
+            },
+            data={"calibration": texts[0].record(), "fitness": texts[1].record()},
+            versions={
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("selfpruner-hub", "torch", "transformers")},
+            },
+            metrics={"search_fitness": Metric(round(found.best.fitness, 6), None, protocol)},
+        )
+
+
+class PrunedModel:
+    """A pruned model with everything that is known of it.
+
+    Attributes:
+        model: The pruned transformers model.
+        tokenizer: Its tokenizer, or None.
+        report: The record that `selfpruner.json` holds.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, report: Record, journal: str = ""
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.report = report
+        self._journal = journal
+
+    @property
+    def plan(self) -> Plan:
+        """The widths that every layer keeps."""
+        return self.report.plan
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write weights, configuration, model code, record, journal and card; all of it or nothing.
+
+        Args:
+            directory: Created where it does not exist; files of the same names are replaced.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        with save_directory(Path(directory)) as staging:
+            self.model.config._name_or_path = self.report.base_model
+            self.model.save_pretrained(staging)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(staging)
+            (staging / FILE_NAME).write_text(self.report.to_json(), encoding="utf-8")
+            (staging / JOURNAL_NAME).write_text(self._journal, encoding="utf-8")
+            (staging / "README.md").write_text(render_card(self.report), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> PrunedModel:
+        """Load a pruned model.
+
+        Args:
+            name: A directory that `save_pretrained` wrote, or a Hub repository.
+            **kwargs: Keywords of transformers' `from_pretrained`.
+
+        Raises:
+            SavedModelError: It is not a pruned model, or it is damaged.
+            ModelError: It is missing, gated or out of reach.
+        """
+        directory = resolve_directory(str(name), **kwargs)
+        report = read_record(directory)
+        model, tokenizer = load_model(str(directory), **kwargs)
+        if shape_of(model.config).dense != report.plan:
+            raise SavedModelError(f"{str(name)!r} is damaged: {FILE_NAME} and config.json disagree on the widths.")
+        journal = directory / JOURNAL_NAME
+        return cls(model, tokenizer, report, journal.read_text(encoding="utf-8") if journal.is_file() else "")
+
+    def with_metrics(self, **metrics: Metric) -> PrunedModel:
+        """The same model with measured figures added to its record."""
+        report = replace(self.report, metrics={**self.report.metrics, **metrics})
+        return PrunedModel(self.model, self.tokenizer, report, self._journal)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """All parameters, counted from the tensors; shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _schedule(method: Method) -> Schedule:
+    return Schedule(
+        evaluations=method.evaluations,
+        population=method.population,
+        crossover=method.crossover,
+        mutation=method.mutation,
+        first_share=method.first_share,
+        survivors=method.survivors,
+    )
+
+
+def _curves(sensitivity: list[tuple[float, float]], slicer: Slicer) -> list[LossCurves]:
+    """Second-order loss of each layer alone: half the Fisher trace times the expected squared error of its output."""
+    return [
+        LossCurves((attention / 2 * groups).double().cpu().numpy(), (ffn / 2 * channels).double().cpu().numpy())
+        for (attention, ffn), (groups, channels) in zip(sensitivity, slicer.errors(), strict=True)
+    ]
+
+
+def _chosen(found: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    if unknown := set(names) - set(found) or not names:
+        raise UserError(f"Unknown seeds {unknown}.", f"Choose some of: {', '.join(found)}.")
+    return {name: found[name] for name in names}
+
+
+def _live(report: Callable[..., None], method: Method) -> Callable[..., None]:
+    def show(spent: float, best: Scored | None, counts: dict[str, int]) -> None:
+        note = "" if best is None else f"best {method.fitness} {best.fitness:.4f} ({best.origin})"
+        report(
+            "searching",
+            min(spent, method.evaluations),
+            method.evaluations,
+            *([note] if isinstance(report, Bars) else []),
+        )
+
+    return show

@@ -1,0 +1,134 @@
+"""`selfpruner.json`: everything that is known of a pruned model, as a versioned record; and atomic writing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from selfpruner_hub.errors import OutputError, SavedModelError
+from selfpruner_hub.plan import Plan
+
+SCHEMA_VERSION = 1
+FILE_NAME = "selfpruner.json"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured figure and how it came about."""
+
+    value: float
+    dense: float | None
+    """The same of the dense parent, measured in the same run; None where it has no meaning."""
+    protocol: str
+    """Data, split, windows, tokens, machine where it matters: enough to measure it again."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `selfpruner.json` holds; field names are its keys."""
+
+    base_model: str
+    beta: float
+    """Asked for."""
+    achieved_beta: float
+    """Fraction of the prunable weights (q, k, v, o, gate, up, down) removed, counted from the widths."""
+    rates: tuple[float, ...]
+    """Per layer, the fraction of its prunable weights removed."""
+    widths: dict[str, list[int]]
+    """`intermediate_size` and `num_key_value_heads`, one per layer."""
+    parameters: dict[str, int]
+    """`dense` and `pruned`: all parameters, counted from the tensors, shared ones once."""
+    method: dict[str, Any]
+    """Every setting of the method."""
+    seed: int
+    proposer: dict[str, Any]
+    """Who searched: name, model, evaluations, counts of replies, tokens."""
+    data: dict[str, dict[str, Any]]
+    """`calibration` and `fitness`: name, tokens, window and hash of each text."""
+    versions: dict[str, str]
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def plan(self) -> Plan:
+        """The widths as a plan."""
+        return Plan.of(self.widths["intermediate_size"], self.widths["num_key_value_heads"])
+
+    def to_json(self) -> str:
+        """Serialise, schema version first."""
+        values = asdict(self)
+        return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Record:
+        """Read strictly: all keys and no others, of a known version.
+
+        Args:
+            text: The file's content.
+            source: Its name, for the error.
+
+        Raises:
+            SavedModelError: It is not such a record.
+        """
+        try:
+            values = json.loads(text)
+            version = values.get("schema_version")
+            if version != SCHEMA_VERSION:
+                raise SavedModelError(
+                    f"{source} has schema version {version!r}; this version reads {SCHEMA_VERSION}.",
+                    "Install a matching selfpruner-hub.",
+                )
+            if unknown := set(values) ^ {f.name for f in fields(cls)}:
+                raise SavedModelError(f"{source} has unknown or missing keys: {', '.join(sorted(unknown))}.")
+            metrics = {name: Metric(**metric) for name, metric in values.pop("metrics").items()}
+            record = cls(**{**values, "rates": tuple(values["rates"]), "metrics": metrics})
+            if not all(map(math.isfinite, record.rates)) or len(record.plan.layers) != len(record.rates):
+                raise SavedModelError(f"{source} is damaged: its rates do not match its widths.")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SavedModelError(f"{source} is damaged: {error}.", "Save or download the model again.") from error
+        return record
+
+
+def read_record(directory: Path) -> Record:
+    """Read the record of a saved model.
+
+    Raises:
+        SavedModelError: The directory holds no pruned model, or its record is damaged.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise SavedModelError(
+            f"{str(directory)!r} is not a model that selfpruner saved (it has no {FILE_NAME}).",
+            "Give a directory written by `selfpruner prune` or `save_pretrained`.",
+        )
+    return Record.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is either there whole or not at all: temporary file, fsync, rename.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(name).unlink()
+            raise
+    except OSError as error:
+        raise OutputError(f"Cannot write {str(path)!r}: {error.strerror}.", "Choose another output.") from error

@@ -1,0 +1,51 @@
+"""Closed-form repair of the output projections: least squares on the calibration statistics, no training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from selfpruner_hub.errors import ModelError
+
+RIDGE = 0.01
+"""λ: the ridge is λ · mean(diag H) · I, with H = E[x xᵀ]."""
+
+
+class Repair:
+    """The repaired weights of one projection for every prefix of its columns, from one Cholesky factor.
+
+    With columns in order of importance, H = L Lᵀ and a kept prefix K, the least-squares weight
+    W*_K = W_K + W_R H_RK H_KK⁻¹ equals (W L)_:,K · L_KK⁻¹, since the factor of H_KK is the leading block of L: one
+    triangular solve a width. The error of what is removed, E‖W x - W*_K x_K‖² (ridge included), is the sum of the
+    squared norms of the remaining columns of W L, so the whole error curve costs nothing more.
+
+    Args:
+        weight: W, `[out, in]`, columns in order of importance.
+        gram: H = E[x xᵀ], `[in, in]`, in the same order.
+        ridge: λ, at least 0.
+
+    Raises:
+        ModelError: H is not positive definite (the activations are degenerate or not finite).
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, ridge: float = RIDGE) -> None:
+        damped = gram.float().clone()
+        damped.diagonal().add_(ridge * damped.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed.item():
+            raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
+        self._factor = factor
+        self._dtype = weight.dtype
+        self._projected = weight.float() @ factor
+
+    def weight(self, kept: int) -> Tensor:
+        """Least-squares weight of the first `kept` columns, `[out, kept]`, in the dtype of the original."""
+        solved = torch.linalg.solve_triangular(
+            self._factor[:kept, :kept], self._projected[:, :kept], upper=False, left=False
+        )
+        return solved.to(self._dtype)
+
+    def errors(self) -> Tensor:
+        """E‖W x - W*_K x_K‖² for a prefix of 0, 1, …, `in` columns, `[in + 1]`, never increasing."""
+        norms = self._projected.square().sum(0)
+        return torch.cat([norms.flip(0).cumsum(0).flip(0), norms.new_zeros(1)])

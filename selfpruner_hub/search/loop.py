@@ -1,0 +1,297 @@
+"""The search loop: asks for rates, projects them to the budget, scores them in stages, journals, and tells.
+
+The loop is a pure function of its journal: asks and scores that stand there are replayed instead of done again, and
+the random state of every ask is derived from (seed, round, attempt). A search that was killed at any point and resumed
+therefore reaches the same plan as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from selfpruner_hub.budget import Budget, Rates
+from selfpruner_hub.errors import ProposerError, SelfPrunerError
+from selfpruner_hub.plan import Plan
+from selfpruner_hub.search.journal import Journal, Record
+from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Proposer, Scored
+
+Score = Callable[[Plan, float], float]
+"""(plan, share of the windows) → fitness, lower is better."""
+Report = Callable[[float, "Scored | None", Mapping[str, int]], None]
+"""(full-evaluation equivalents spent, best so far, counts of proposals by origin and fate) while the search runs."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a search spends its evaluations.
+
+    Attributes:
+        evaluations: Budget in full-evaluation equivalents (a score on half of the windows counts one half).
+        population: Proposals of the operation `initial` in the first round; 0 starts from the seeds alone.
+        crossover: Crossover children in a round.
+        mutation: Mutation children in a round.
+        first_share: Share of the windows on which every proposal is scored, in (0, 1].
+        survivors: Share of a round's proposals that is scored on all windows, when `first_share` is less than 1.
+        attempts: Times that a proposer is asked before a classical child takes the place of a bad reply.
+    """
+
+    evaluations: float
+    population: int = 4
+    crossover: int = 4
+    mutation: int = 4
+    first_share: float = 0.25
+    survivors: float = 0.25
+    attempts: int = 2
+
+    def rounds(self) -> Iterator[tuple[int, Operation, int]]:
+        """Yield (round, operation, count) for ever; round 0 belongs to the seeds."""
+        if self.population:
+            yield 1, "initial", self.population
+        number = 2
+        while True:
+            for operation, count in (("crossover", self.crossover), ("mutation", self.mutation)):
+                if count:
+                    yield number, operation, count  # type: ignore[misc]
+                    number += 1
+
+
+@dataclass
+class Outcome:
+    """What a search found."""
+
+    best: Scored
+    """The best plan among those scored on all windows."""
+    spent: float
+    """Full-evaluation equivalents."""
+    counts: dict[str, int]
+    """Proposals by origin and fate: accepted, refused, duplicate, replaced."""
+    tokens: int
+    """Tokens that a language model read and wrote."""
+
+
+def search(
+    proposer: Proposer,
+    budget: Budget,
+    score: Score,
+    journal: Journal,
+    *,
+    schedule: Schedule,
+    seeds: Mapping[str, Rates],
+    seed: int = 0,
+    report: Report | None = None,
+) -> Outcome:
+    """Run (or resume) a search.
+
+    Args:
+        proposer: Asked for rates.
+        budget: Every plan is on it.
+        score: Judges a plan.
+        journal: Replayed first, then appended to.
+        schedule: How many evaluations, and of what.
+        seeds: Named starting points; at least one.
+        seed: Of all randomness.
+        report: Told after every evaluation.
+
+    Returns:
+        The best plan, never worse than the best seed on the same windows.
+    """
+    run = _Search(proposer, budget, score, journal, schedule, seed, report)
+    run.score_round(0, [(f"seed:{name}", budget.project(rates)) for name, rates in seeds.items()])
+    for number, operation, count in schedule.rounds():
+        if run.spent >= schedule.evaluations:
+            break
+        children = run.ask(number, operation, count)
+        if not children:  # every plan within reach has been seen
+            break
+        proposer.tell(run.score_round(number, children))
+    return Outcome(run.incumbent(), run.spent, dict(run.counts), run.tokens)
+
+
+@dataclass
+class _Search:
+    proposer: Proposer
+    budget: Budget
+    score: Score
+    journal: Journal
+    schedule: Schedule
+    seed: int
+    report: Report | None
+    spent: float = 0.0
+    tokens: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[Plan, Scored] = field(default_factory=dict)
+    """By plan, scored on the first share."""
+    full: dict[Plan, Scored] = field(default_factory=dict)
+    """By plan, scored on all windows."""
+
+    def __post_init__(self) -> None:
+        records = self.journal.records
+        self._asked = {(r["round"], r["attempt"]): r for r in records if r["kind"] == "ask"}
+        self._scores = {(_widths(r), r["share"]): _fitness(r) for r in records if r["kind"] == "score"}
+
+    def incumbent(self) -> Scored:
+        """The best plan that was scored on all windows; ties go to the earlier one."""
+        return min(self.full.values(), key=lambda s: s.fitness)
+
+    def history(self) -> list[Scored]:
+        """All plans scored on the first share, best first."""
+        return sorted(self.first.values(), key=lambda s: s.fitness)
+
+    # -- asking ---------------------------------------------------------------------------------------------------
+
+    def ask(self, number: int, operation: Operation, count: int) -> list[tuple[str, Plan]]:
+        """Ask, ask again for what was refused or known, and fill the rest with classical children."""
+        children: list[tuple[str, Plan]] = []
+        known = set(self.first)
+        for attempt in range(self.schedule.attempts):
+            missing = count - len(children)
+            if missing:
+                self._accept(
+                    self._replies(self.proposer, number, attempt, operation, missing),
+                    self.proposer.name,
+                    children,
+                    known,
+                )
+        fallback = EvolutionProposer(self.budget)
+        for attempt in range(self.schedule.attempts, self.schedule.attempts + 4):
+            missing = count - len(children)
+            if missing:
+                self.counts["replaced"] += missing if attempt == self.schedule.attempts else 0
+                self._accept(self._replies(fallback, number, attempt, operation, missing), "fallback", children, known)
+        return children
+
+    def _accept(
+        self, replies: Sequence[Proposal], origin: str, children: list[tuple[str, Plan]], known: set[Plan]
+    ) -> None:
+        for reply in replies:
+            if reply.rates is None:
+                self.counts["refused"] += 1
+                continue
+            plan = self.budget.project(reply.rates)
+            if plan in known:
+                self.counts["duplicate"] += 1
+                continue
+            self.counts["accepted"] += 1
+            known.add(plan)
+            children.append((origin, plan))
+
+    def _replies(
+        self, proposer: Proposer, number: int, attempt: int, operation: Operation, count: int
+    ) -> list[Proposal]:
+        record = self._asked.get((number, attempt))
+        if record is None:
+            record = self._ask_live(proposer, number, attempt, operation, count)
+        replies = [_proposal(r) for r in record["replies"]]
+        self.tokens += sum(r.tokens for r in replies)
+        return replies
+
+    def _ask_live(self, proposer: Proposer, number: int, attempt: int, operation: Operation, count: int) -> Record:
+        state = [self.seed, number, attempt]
+        started = time.perf_counter()
+        try:
+            replies = list(proposer.ask(operation, self.history(), count, np.random.default_rng(state)))[:count]
+        except ProposerError as error:
+            replies = [Proposal(None, error=str(error))]
+        record: Record = {
+            "kind": "ask",
+            "round": number,
+            "attempt": attempt,
+            "operation": operation,
+            "proposer": proposer.name,
+            "random_state": state,
+            "replies": [self._described(self._checked(reply)) for reply in replies],
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        self.journal.append(record)
+        return self.journal.records[-1]
+
+    def _checked(self, reply: Proposal) -> Proposal:
+        """Turn rates that cannot be projected into a refusal."""
+        if reply.rates is None:
+            return reply
+        try:
+            self.budget.project(reply.rates)
+        except SelfPrunerError as error:
+            return Proposal(None, reply.parents, reply.prompt, reply.reply, str(error), reply.tokens)
+        return reply
+
+    def _described(self, reply: Proposal) -> Record:
+        """A reply as it stands in the journal: what was proposed, and how far the projection moves it."""
+        record = asdict(reply)
+        if reply.rates is not None:
+            plan = self.budget.project(reply.rates)
+            record |= {"widths": _lists(plan), "moved": round(self.budget.distance(reply.rates, plan), 6)}
+        return record
+
+    # -- scoring --------------------------------------------------------------------------------------------------
+
+    def score_round(self, number: int, children: Sequence[tuple[str, Plan]]) -> list[Scored]:
+        """Score all on the first share, then the survivors (and all seeds) on all windows."""
+        unique = {plan: origin for origin, plan in reversed(children)}
+        scored = [self._scored(plan, self.schedule.first_share, origin, number) for plan, origin in unique.items()]
+        self.first.update({s.plan: s for s in scored})
+        ranked = sorted(scored, key=lambda s: s.fitness)
+        keep = len(ranked) if number == 0 else max(1, math.ceil(self.schedule.survivors * len(ranked)))
+        for survivor in ranked if self.schedule.first_share >= 1 else ranked[:keep]:
+            self.full[survivor.plan] = self._scored(survivor.plan, 1.0, survivor.origin, number)
+        return scored
+
+    def _scored(self, plan: Plan, share: float, origin: str, number: int) -> Scored:
+        key = (plan, share)
+        fresh = key not in self._scores
+        if fresh:
+            started = time.perf_counter()
+            self._scores[key] = self.score(plan, share)
+            self.journal.append(
+                {
+                    "kind": "score",
+                    "round": number,
+                    "origin": origin,
+                    "share": share,
+                    "fitness": None if math.isinf(self._scores[key]) else self._scores[key],
+                    "widths": _lists(plan),
+                    "seconds": round(time.perf_counter() - started, 3),
+                }
+            )
+        if not (share == 1.0 == self.schedule.first_share and plan in self.first):  # scored once, counted once
+            self.spent += share
+        result = Scored(plan, self.budget.rates(plan), self._scores[key], share, origin, number)
+        if self.report:
+            best = min(
+                [*self.full.values(), *([result] if share == 1.0 else [])], key=lambda s: s.fitness, default=None
+            )
+            self.report(self.spent, best, self.counts)
+        return result
+
+
+def _lists(plan: Plan) -> dict[str, list[int]]:
+    return {
+        "intermediate_size": [w.intermediate_size for w in plan.layers],
+        "num_key_value_heads": [w.num_key_value_heads for w in plan.layers],
+    }
+
+
+def _widths(record: Record) -> Plan:
+    return Plan.of(record["widths"]["intermediate_size"], record["widths"]["num_key_value_heads"])
+
+
+def _fitness(record: Record) -> float:
+    return math.inf if record["fitness"] is None else float(record["fitness"])
+
+
+def _proposal(record: Record) -> Proposal:
+    rates = record["rates"]
+    return Proposal(
+        rates and Rates(tuple(rates["attention"]), tuple(rates["ffn"])),
+        tuple(record["parents"]),
+        record["prompt"],
+        record["reply"],
+        record["error"],
+        record["tokens"],
+    )

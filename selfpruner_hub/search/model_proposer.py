@@ -1,0 +1,153 @@
+"""A local language model as proposer: it writes rates under a JSON schema, several children at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import llguidance
+import llguidance.hf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from selfpruner_hub.budget import Budget
+from selfpruner_hub.errors import ProposerError
+from selfpruner_hub.search import prompts
+from selfpruner_hub.search.proposers import Operation, Proposal, Scored
+
+
+class ModelProposer:
+    """Asks a transformers model, such as the dense model that is being pruned (`name="self"`).
+
+    Decoding is constrained to the reply's schema, so that even a small model only answers with well-formed rates.
+    The prompt is encoded once for all children of an ask.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its (fast) tokenizer; its chat template is used where it has one.
+        budget: The budget of the search.
+        subject: Name of the model that is being pruned, for the prompt.
+        temperature: Of sampling, greater than 0.
+        templates: Directory with other prompt templates.
+        name: How the journal calls it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        budget: Budget,
+        subject: str,
+        *,
+        temperature: float = 1.0,
+        templates: Path | None = None,
+        name: str = "self",
+    ) -> None:
+        self.name = name
+        self._model = model
+        self._tokenizer = tokenizer
+        self._budget = budget
+        self._subject = subject
+        self._temperature = temperature
+        self._templates = templates
+        try:
+            self._grammar_tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=model.config.vocab_size)
+        except ValueError as error:
+            raise ProposerError("The model's tokenizer cannot be constrained.", 'Use proposer="evolution".') from error
+
+    def ask(
+        self, operation: Operation, history: Sequence[Scored], count: int, rng: np.random.Generator
+    ) -> list[Proposal]:
+        """Let the model write `count` proposals after one prompt."""
+        prompt = prompts.render(operation, history, self._budget, self._subject, self._templates)
+        schema = prompts.schema(operation, history, self._budget)
+        replies, tokens = self._generate(prompt, schema, count, int(rng.integers(2**31)))
+        return [self._proposal(prompt, reply, len(history), tokens // count) for reply in replies]
+
+    def tell(self, scored: Sequence[Scored]) -> None:
+        """Learn nothing between asks: the history in the prompt says it all."""
+
+    def _proposal(self, prompt: str, reply: str, seen: int, tokens: int) -> Proposal:
+        try:
+            rates, numbers = prompts.parse(reply, self._budget)
+        except ProposerError as error:
+            return Proposal(None, prompt=prompt, reply=reply, error=str(error), tokens=tokens)
+        listed = min(seen, prompts.SHOWN)
+        parents = tuple(listed - n for n in numbers if 1 <= n <= listed)  # number 1 is the worst that was shown
+        return Proposal(rates, parents, prompt, reply, tokens=tokens)
+
+    @torch.inference_mode()
+    def _generate(self, prompt: str, schema: dict[str, Any], count: int, seed: int) -> tuple[list[str], int]:
+        ids = self._encode(prompt).to(self._model.device)
+        cache = DynamicCache(config=self._model.config)
+        self._model.get_decoder()(ids[:, :-1], cache=cache, use_cache=True)
+        cache.batch_repeat_interleave(count)
+        repeated = ids.repeat(count, 1)
+        limit = _reply_limit(self._tokenizer, schema)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            out = self._model.generate(
+                repeated,
+                attention_mask=torch.ones_like(repeated),
+                cache=cache,
+                do_sample=True,
+                temperature=self._temperature,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=limit,
+                pad_token_id=self._tokenizer.eos_token_id,
+                eos_token_id=self._tokenizer.eos_token_id,
+                logits_processor=LogitsProcessorList([_SchemaMask(self._grammar_tokens, schema, count)]),
+            )
+        written = out[:, ids.shape[1] :]
+        return self._tokenizer.batch_decode(written, skip_special_tokens=True), ids.shape[1] + written.numel()
+
+    def _encode(self, prompt: str) -> Tensor:
+        if self._tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return self._tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        return self._tokenizer(prompt, return_tensors="pt")["input_ids"]
+
+
+def _reply_limit(tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any]) -> int:
+    """Tokens that the longest reply under the schema may take, with room to spare."""
+    longest = {
+        name: [rule["items"].get("maximum", 99)] * rule["maxItems"] for name, rule in schema["properties"].items()
+    }
+    return 16 + 2 * len(tokenizer(json.dumps(longest, separators=(",", ":")), add_special_tokens=False)["input_ids"])
+
+
+class _SchemaMask(LogitsProcessor):
+    """Sets the logits of all tokens that would break the schema to minus infinity, for every row of a batch."""
+
+    def __init__(self, tokens: llguidance.LLTokenizer, schema: dict[str, Any], count: int) -> None:
+        grammar = llguidance.JsonCompiler(separators=(",", ":"), whitespace_flexible=False).compile(json.dumps(schema))
+        self._matchers = [llguidance.LLMatcher(tokens, grammar) for _ in range(count)]
+        self._end = tokens.eos_token
+        self._started = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._started:
+            for matcher, token in zip(self._matchers, input_ids[:, -1].tolist(), strict=True):
+                if not matcher.is_stopped():
+                    matcher.consume_token(token)
+        self._started = True
+        allowed = torch.tensor(np.stack([self._allowed(m, scores.shape[1]) for m in self._matchers]))
+        return scores.masked_fill(~allowed.to(scores.device), -torch.inf)
+
+    def _allowed(self, matcher: llguidance.LLMatcher, vocabulary: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        if matcher.is_stopped():  # the reply is complete; other rows may still go on
+            return np.arange(vocabulary) == self._end
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, bitorder="little")[:vocabulary].astype(bool)

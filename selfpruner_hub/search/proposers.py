@@ -1,0 +1,148 @@
+"""What the loop asks for new rates, and the two classical ways to answer: evolution and random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from selfpruner_hub.budget import Budget, Rates
+from selfpruner_hub.plan import Plan
+
+Operation = Literal["initial", "crossover", "mutation"]
+"""What a proposal should be: a fresh member of the population, a child of two parents, or a changed parent."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A plan with its fitness (lower is better)."""
+
+    plan: Plan
+    rates: Rates
+    """The plan's exact rates, after the projection to the budget."""
+    fitness: float
+    share: float
+    """Part of the evaluation windows that the fitness was measured on, in (0, 1]."""
+    origin: str
+    """Who proposed it: `seed:NAME`, the proposer's name, or `fallback`."""
+    round: int
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One answer of a proposer. Without rates it is a refusal, and `error` says why."""
+
+    rates: Rates | None
+    parents: tuple[int, ...] = ()
+    """Indices into the history that was shown, where the proposer chose parents."""
+    prompt: str = ""
+    reply: str = ""
+    error: str = ""
+    tokens: int = 0
+    """Tokens read and written by a language model."""
+
+
+class Proposer(Protocol):
+    """Ask and tell. Proposers score nothing and write nothing; all randomness comes from `rng`."""
+
+    name: str
+
+    def ask(
+        self, operation: Operation, history: Sequence[Scored], count: int, rng: np.random.Generator
+    ) -> Sequence[Proposal]:
+        """Propose rates.
+
+        Args:
+            operation: What kind of proposal is wanted.
+            history: All plans scored so far on the first share of the windows, best first.
+            count: Proposals wanted.
+            rng: Source of randomness; the same state and history give the same answer.
+
+        Returns:
+            At most `count` proposals; they need not respect the budget, the loop projects them.
+        """
+        ...
+
+    def tell(self, scored: Sequence[Scored]) -> None:
+        """Learn how the last proposals did."""
+        ...
+
+
+class RandomProposer:
+    """Independent random rates: the baseline below every other."""
+
+    name = "random"
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+
+    def ask(
+        self, operation: Operation, history: Sequence[Scored], count: int, rng: np.random.Generator
+    ) -> list[Proposal]:
+        """Draw FFN rates uniformly around β, and attention rates so that few groups go."""
+        return [Proposal(random_rates(self._budget, rng)) for _ in range(count)]
+
+    def tell(self, scored: Sequence[Scored]) -> None:
+        """Learn nothing."""
+
+
+class EvolutionProposer:
+    """Level-switch evolution: rates move between layers, KV groups come and go, parents are mixed layer by layer."""
+
+    name = "evolution"
+
+    def __init__(self, budget: Budget, elite: int = 8) -> None:
+        self._budget = budget
+        self._elite = elite
+
+    def ask(
+        self, operation: Operation, history: Sequence[Scored], count: int, rng: np.random.Generator
+    ) -> list[Proposal]:
+        """Propose children of the best plans; random rates where there is no history."""
+        if operation == "initial" or not history:
+            return [Proposal(random_rates(self._budget, rng)) for _ in range(count)]
+        breed = self._mutate if operation == "mutation" or len(history) < 2 else self._cross
+        return [breed(history[: self._elite], rng) for _ in range(count)]
+
+    def tell(self, scored: Sequence[Scored]) -> None:
+        """Learn nothing: the history says it all."""
+
+    def _pick(self, elite: Sequence[Scored], rng: np.random.Generator) -> int:
+        """Tournament of two: the better rank wins."""
+        return int(min(rng.integers(len(elite), size=2)))
+
+    def _cross(self, elite: Sequence[Scored], rng: np.random.Generator) -> Proposal:
+        first = self._pick(elite, rng)
+        second = int((first + 1 + rng.integers(len(elite) - 1)) % len(elite))
+        a, b = elite[first].rates, elite[second].rates
+        from_a = rng.random(len(a.ffn)) < 0.5
+        mixed = [tuple(np.where(from_a, x, y).tolist()) for x, y in ((a.attention, b.attention), (a.ffn, b.ffn))]
+        return Proposal(Rates(*mixed), (first, second))
+
+    def _mutate(self, elite: Sequence[Scored], rng: np.random.Generator) -> Proposal:
+        parent = self._pick(elite, rng)
+        attention, ffn = (np.array(r) for r in (elite[parent].rates.attention, elite[parent].rates.ffn))
+        layers = len(ffn)
+        for _ in range(1 + int(rng.integers(3))):
+            gains, loses = rng.integers(layers, size=2)
+            step = rng.uniform(0.02, 0.15)
+            ffn[gains] -= step
+            ffn[loses] += step
+        if rng.random() < 0.5:  # one KV group comes back somewhere, or goes
+            layer = rng.integers(layers)
+            group = 1 / self._budget.shape.dense.layers[layer].num_key_value_heads
+            attention[layer] += group if rng.random() < 0.5 else -group
+        attention = ffn if self._budget.tied else attention
+        return Proposal(Rates(tuple(attention.clip(0, 1).tolist()), tuple(ffn.clip(0, 1).tolist())), (parent,))
+
+
+def random_rates(budget: Budget, rng: np.random.Generator) -> Rates:
+    """FFN rates uniform in ±60 % of β; each layer gives up one KV group with probability β / 2."""
+    layers = budget.shape.num_layers
+    ffn = tuple(rng.uniform(0.4 * budget.beta, 1.6 * budget.beta, layers).clip(0, 1).tolist())
+    if budget.tied:
+        return Rates.tied(ffn)
+    groups = np.array([w.num_key_value_heads for w in budget.shape.dense.layers])
+    return Rates(tuple(((rng.random(layers) < budget.beta / 2) / groups).tolist()), ffn)

@@ -1,0 +1,240 @@
+"""Cutting layers: dense weights in order of importance, candidates as views of them, compact models for saving."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.architectures import Block, architecture_of, decoder_layers, model_class, shape_of
+from selfpruner_hub.calibration import LayerStatistics
+from selfpruner_hub.importance import LayerOrder
+from selfpruner_hub.modeling_selfpruned import WIDTHS, LayerConfig
+from selfpruner_hub.plan import LayerWidths, ModelShape, Plan
+from selfpruner_hub.refit import RIDGE, Repair
+
+CACHED_REPAIRS = 1.0
+"""Memory for memoised repaired weights, as a multiple of the prunable output weights of the dense model."""
+
+
+class Slicer:
+    """Cuts the layers of one dense model, whose weights stand in order of importance (see `ordered`).
+
+    Args:
+        model: The dense model, permuted.
+        order: The permutation that was applied, one per layer.
+        statistics: Calibration statistics in dense order, for the repair; None leaves weights as they are.
+        ridge: λ of the repair.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        order: Sequence[LayerOrder],
+        statistics: Sequence[LayerStatistics] | None,
+        ridge: float = RIDGE,
+    ) -> None:
+        self.model = model
+        self._ridge = ridge
+        self.shape = shape_of(model.config)
+        self._architecture = architecture_of(model.config)
+        self._dense = decoder_layers(model)
+        self._paths = (self._architecture.attention_output, self._architecture.ffn_output)
+        self.repairs: list[tuple[Repair, Repair]] | None = None
+        if statistics is not None:
+            self.repairs = [self._repairs(*known) for known in zip(self._dense, order, statistics, strict=True)]
+        self._cache: OrderedDict[tuple[int, str, int], Tensor] = OrderedDict()
+        outputs = sum(layer.get_submodule(path).weight.numel() for layer in self._dense for path in self._paths)
+        self._free = int(CACHED_REPAIRS * outputs)
+
+    def _repairs(self, layer: nn.Module, order: LayerOrder, known: LayerStatistics) -> tuple[Repair, Repair]:
+        pairs = ((known.attention, _expand(order.groups, self.unit("query"))), (known.ffn, order.channels))
+        return tuple(  # type: ignore[return-value]
+            Repair(layer.get_submodule(path).weight, moments.gram[columns][:, columns], self._ridge)
+            for path, (moments, columns) in zip(self._paths, pairs, strict=True)
+        )
+
+    def errors(self) -> list[tuple[Tensor, Tensor]]:
+        """Expected squared output error of each layer, after repair, by what it keeps: `[G + 1]` and `[F + 1]`.
+
+        Raises:
+            ValueError: The slicer has no statistics.
+        """
+        if self.repairs is None:
+            raise ValueError("a slicer without statistics knows no errors")
+        return [(attention.errors()[:: self.unit("query")], ffn.errors()) for attention, ffn in self.repairs]
+
+    def unit(self, block: Block) -> int:
+        """Rows that one KV group (or one channel) has in a block of this kind."""
+        return _unit(self.shape, block)
+
+    def layer(self, index: int, kept: LayerWidths) -> nn.Module:
+        """Build layer `index` with the widths `kept`: views of the dense weights, repaired output projections."""
+        return _cut(self._dense[index], self.model, index, kept, self.shape, self._outputs(index, kept))
+
+    def layers(self, plan: Plan) -> nn.ModuleList:
+        """Build the decoder layers of a candidate."""
+        return nn.ModuleList(self.layer(index, kept) for index, kept in enumerate(plan.layers))
+
+    def _outputs(self, index: int, kept: LayerWidths) -> dict[str, Tensor]:
+        """Repaired weights of the output projections whose width changes, memoised by (layer, width)."""
+        if self.repairs is None:
+            return {}
+        dense = self.shape.dense.layers[index]
+        widths = (
+            (kept.num_key_value_heads, dense.num_key_value_heads, self.unit("query")),
+            (kept.intermediate_size, dense.intermediate_size, 1),
+        )
+        return {
+            path: self._memoised(index, path, repair, width * unit)
+            for path, repair, (width, full, unit) in zip(self._paths, self.repairs[index], widths, strict=True)
+            if width < full
+        }
+
+    def _memoised(self, index: int, path: str, repair: Repair, columns: int) -> Tensor:
+        key = (index, path, columns)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        weight = repair.weight(columns)
+        self._cache[key] = weight
+        self._free -= weight.numel()
+        while self._free < 0 and len(self._cache) > 1:
+            self._free += self._cache.popitem(last=False)[1].numel()
+        return weight
+
+
+@torch.inference_mode()
+def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
+    """Build the compact pruned model of `plan`: own copies of the sliced weights, nothing shared with the dense one.
+
+    Returns:
+        A model of the matching `selfpruned_*` class, in eval mode, on the dense model's device.
+    """
+    dense = slicer.model
+    config = pruned_config(dense, plan)
+    with torch.device("meta"):
+        model = model_class(dense.config)(config)
+    state = {k: v for k, v in dense.state_dict().items() if ".layers." not in k}
+    prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
+    for index, kept in enumerate(plan.layers):
+        state.update({f"{prefix}.{index}.{k}": v for k, v in slicer.layer(index, kept).state_dict().items()})
+    model.load_state_dict({k: v.detach().clone() for k, v in state.items()}, assign=True, strict=True)
+    model.tie_weights()
+    for name, buffer in dense.named_buffers():  # rotary frequencies are not in the state dict
+        model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.clone()
+    model.generation_config = dense.generation_config
+    return model.eval().requires_grad_(False)
+
+
+def pruned_config(dense: PreTrainedModel, plan: Plan) -> object:
+    """The configuration of the pruned model: dense values at the top, `plan` in `per_layer_config`."""
+    shape = shape_of(dense.config)
+    values = dense.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
+        values.pop(key, None)
+    widths = (
+        (kept.num_key_value_heads * shape.queries_per_group, kept.num_key_value_heads, kept.intermediate_size)
+        for kept in plan.layers
+    )
+    per_layer = {index: dict(zip(WIDTHS, values_, strict=True)) for index, values_ in enumerate(widths)}
+    config_class = model_class(dense.config).config_class
+    config = config_class(**{**values, "head_dim": shape.head_dim, "per_layer_config": per_layer})
+    config._attn_implementation_internal = dense.config._attn_implementation_internal
+    return config
+
+
+@contextmanager
+def ordered(model: PreTrainedModel, order: Sequence[LayerOrder]) -> Iterator[None]:
+    """Put the dense weights into order of importance, in place, and back at the end.
+
+    The model computes the same function meanwhile. One layer is copied at a time.
+    """
+    permute(model, order)
+    try:
+        yield
+    finally:
+        permute(model, [o.inverse() for o in order])
+
+
+@torch.inference_mode()
+def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
+    """Reorder KV groups and FFN channels of every layer in place; the model's function does not change."""
+    architecture, shape = architecture_of(model.config), shape_of(model.config)
+    for layer, by in zip(decoder_layers(model), order, strict=True):
+        for projection in architecture.inputs:
+            module = layer.get_submodule(projection.path)
+            indices, offset = [], 0
+            for block in projection.blocks:
+                rows = _expand(_indices(by, block), _unit(shape, block))
+                indices.append(rows + offset)
+                offset += len(rows)
+            rows = torch.cat(indices).to(module.weight.device)
+            for tensor in (module.weight, module.bias):
+                if tensor is not None:
+                    tensor.data.copy_(tensor.data[rows])
+        for path, columns in (
+            (architecture.attention_output, _expand(by.groups, _unit(shape, "query"))),
+            (architecture.ffn_output, by.channels),
+        ):
+            weight = layer.get_submodule(path).weight
+            weight.data.copy_(weight.data[:, columns.to(weight.device)])
+
+
+def _cut(
+    dense: nn.Module,
+    model: PreTrainedModel,
+    index: int,
+    kept: LayerWidths,
+    shape: ModelShape,
+    outputs: dict[str, Tensor],
+) -> nn.Module:
+    """A stock layer of its own widths over prefix views of `dense`'s tensors."""
+    architecture = architecture_of(model.config)
+    widths = (kept.num_key_value_heads * shape.queries_per_group, kept.num_key_value_heads, kept.intermediate_size)
+    own = LayerConfig(model.config, head_dim=shape.head_dim, **dict(zip(WIDTHS, widths, strict=True)))
+    with torch.device("meta"):
+        layer = type(dense)(own, index)
+    tensors = dict(dense.named_parameters())
+    full = shape.dense.layers[index]
+    for projection in architecture.inputs:
+        spans, offset = [], 0
+        for block in projection.blocks:
+            unit = _unit(shape, block)
+            spans.append((offset, _count(kept, block) * unit))
+            offset += _count(full, block) * unit
+        for name in (f"{projection.path}.weight", f"{projection.path}.bias"):
+            if name in tensors:
+                views = [tensors[name].narrow(0, *span) for span in spans]
+                tensors[name] = views[0] if len(views) == 1 else torch.cat(views)  # type: ignore[assignment]
+    for path, columns in (
+        (architecture.attention_output, kept.num_key_value_heads * _unit(shape, "query")),
+        (architecture.ffn_output, kept.intermediate_size),
+    ):
+        name = f"{path}.weight"
+        tensors[name] = outputs.get(name.removesuffix(".weight"), tensors[name].narrow(1, 0, columns))  # type: ignore[assignment]
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    return layer.eval()
+
+
+def _unit(shape: ModelShape, block: Block) -> int:
+    return {"query": shape.queries_per_group * shape.head_dim, "key_value": shape.head_dim, "channel": 1}[block]
+
+
+def _count(widths: LayerWidths, block: Block) -> int:
+    return widths.intermediate_size if block == "channel" else widths.num_key_value_heads
+
+
+def _indices(order: LayerOrder, block: Block) -> Tensor:
+    return order.channels if block == "channel" else order.groups
+
+
+def _expand(indices: Tensor, unit: int) -> Tensor:
+    """Indices of units to indices of their rows: unit `i` covers rows `i * unit` to `(i + 1) * unit - 1`."""
+    return (indices[:, None] * unit + torch.arange(unit, device=indices.device)).flatten()

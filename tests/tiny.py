@@ -1,0 +1,79 @@
+"""Tiny random models of every supported architecture: small enough to build in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+GQA = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HEAD_8 = {**GQA, "head_dim": 8}  # head_dim x heads is not hidden_size, as in Qwen3 and Gemma
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**GQA, attention_bias=True),
+    "llama-mha-tied": LlamaConfig(**{**GQA, "num_key_value_heads": 8}, tie_word_embeddings=True),
+    "mistral": MistralConfig(**GQA, sliding_window=16),
+    "qwen2": Qwen2Config(**GQA),
+    "qwen3": Qwen3Config(**HEAD_8),
+    "gemma": GemmaConfig(**HEAD_8),
+    "gemma2": Gemma2Config(**HEAD_8, sliding_window=16),
+    "gemma3": Gemma3TextConfig(**HEAD_8, sliding_window=16, sliding_window_pattern=2),
+    "phi3": Phi3Config(**GQA),
+}
+"""One configuration per row of the architecture table, and MHA with tied embeddings."""
+
+
+def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """Build the model `name` of `CONFIGS` with random weights, biases included, far enough from zero to matter."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name]
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](type(config).from_dict(config.to_dict())).eval()
+    for key, parameter in model.named_parameters():
+        if "norm" not in key:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.requires_grad_(False)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer for the 128 tokens of the tiny models: every ASCII character is a token."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(i): i for i in range(3, 128)}}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+
+
+def save_tiny(name: str, directory: Path) -> Path:
+    """Save a tiny dense model with its tokenizer."""
+    tiny_model(name).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
