@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from selfpruner_hub.errors import UnsupportedArchitectureError
-from selfpruner_hub.modeling_selfpruned import MODEL_CLASSES, SelfPrunedMixin
+from selfpruner_hub.modeling_selfpruned import MODEL_CLASSES
 from selfpruner_hub.plan import LayerWidths, ModelShape, Plan
 
 Block = Literal["query", "key_value", "channel"]
@@ -79,7 +79,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-def model_class(config: PreTrainedConfig) -> type[SelfPrunedMixin]:
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The heterogeneous model class that stands for `config`'s architecture."""
     return MODEL_CLASSES[architecture_of(config).model_type]
 
@@ -90,6 +90,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     if not isinstance(layers, nn.ModuleList):
         raise UnsupportedArchitectureError(f"{type(model).__name__} has no stack of decoder layers.")
     return layers
+
+
+def linear(layer: nn.Module, path: str) -> nn.Linear:
+    """The linear module at `path` inside a decoder layer."""
+    return cast(nn.Linear, layer.get_submodule(path))
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:

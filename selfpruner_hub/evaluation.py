@@ -1,4 +1,4 @@
-"""Figures of a model on token windows: perplexity, and divergence from a teacher, without a tokens × vocabulary block."""
+"""Figures of a model on token windows: perplexity and divergence, without a tokens × vocabulary block."""
 
 from __future__ import annotations
 

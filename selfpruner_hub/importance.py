@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfpruner_hub.architectures import architecture_of, decoder_layers, shape_of
+from selfpruner_hub.architectures import architecture_of, decoder_layers, linear, shape_of
 from selfpruner_hub.calibration import LayerStatistics, Moments
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.errors import UserError
@@ -73,8 +73,8 @@ def rank(model: PreTrainedModel, statistics: Sequence[LayerStatistics], score: s
     architecture = architecture_of(model.config)
     orders = []
     for layer, known, dense in zip(decoder_layers(model), statistics, shape_of(model.config).dense.layers, strict=True):
-        columns = SCORES[score](layer.get_submodule(architecture.attention_output).weight.float(), known.attention)
-        channels = SCORES[score](layer.get_submodule(architecture.ffn_output).weight.float(), known.ffn)
+        columns = SCORES[score](linear(layer, architecture.attention_output).weight.float(), known.attention)
+        channels = SCORES[score](linear(layer, architecture.ffn_output).weight.float(), known.ffn)
         groups = columns.view(dense.num_key_value_heads, -1).sum(1)
         orders.append(
             LayerOrder(
@@ -104,7 +104,7 @@ def output_sensitivity(
     """
     architecture = architecture_of(model.config)
     modules = [
-        layer.get_submodule(path)
+        linear(layer, path)
         for layer in decoder_layers(model)
         for path in (architecture.attention_output, architecture.ffn_output)
     ]

@@ -85,6 +85,6 @@ def explain(name: str, error: Exception) -> SelfPrunerError:
         reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
         return ModelError(f"{name!r} cannot be loaded as a model: {reason}"[:400])
     return ModelError(
-        f"Cannot find {name!r}: it is no local directory, and the Hugging Face Hub has no such model or is out of reach.",
+        f"Cannot find {name!r}: no local directory, and the Hugging Face Hub has no such model or is out of reach.",
         "Check the name, the network, and HF_ENDPOINT.",
     )

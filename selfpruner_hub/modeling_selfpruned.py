@@ -30,6 +30,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -186,7 +187,7 @@ class SelfPrunedPhi3ForCausalLM(SelfPrunedMixin, Phi3ForCausalLM):
     layer_class = Phi3DecoderLayer
 
 
-MODEL_CLASSES: dict[str, type[SelfPrunedMixin]] = {
+MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
     cls.config_class.model_type.removeprefix("selfpruned_"): cls
     for cls in (
         SelfPrunedLlamaForCausalLM,

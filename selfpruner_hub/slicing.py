@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from selfpruner_hub.architectures import Block, architecture_of, decoder_layers, model_class, shape_of
+from selfpruner_hub.architectures import Block, architecture_of, decoder_layers, linear, model_class, shape_of
 from selfpruner_hub.calibration import LayerStatistics
 from selfpruner_hub.importance import LayerOrder
 from selfpruner_hub.modeling_selfpruned import WIDTHS, LayerConfig
@@ -48,13 +48,13 @@ class Slicer:
         if statistics is not None:
             self.repairs = [self._repairs(*known) for known in zip(self._dense, order, statistics, strict=True)]
         self._cache: OrderedDict[tuple[int, str, int], Tensor] = OrderedDict()
-        outputs = sum(layer.get_submodule(path).weight.numel() for layer in self._dense for path in self._paths)
+        outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
         self._free = int(CACHED_REPAIRS * outputs)
 
     def _repairs(self, layer: nn.Module, order: LayerOrder, known: LayerStatistics) -> tuple[Repair, Repair]:
         pairs = ((known.attention, _expand(order.groups, self.unit("query"))), (known.ffn, order.channels))
         return tuple(  # type: ignore[return-value]
-            Repair(layer.get_submodule(path).weight, moments.gram[columns][:, columns], self._ridge)
+            Repair(linear(layer, path).weight, moments.gram[columns][:, columns], self._ridge)
             for path, (moments, columns) in zip(self._paths, pairs, strict=True)
         )
 
@@ -131,7 +131,7 @@ def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def pruned_config(dense: PreTrainedModel, plan: Plan) -> object:
+def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
     """The configuration of the pruned model: dense values at the top, `plan` in `per_layer_config`."""
     shape = shape_of(dense.config)
     values = dense.config.to_dict()
@@ -142,7 +142,7 @@ def pruned_config(dense: PreTrainedModel, plan: Plan) -> object:
         for kept in plan.layers
     )
     per_layer = {index: dict(zip(WIDTHS, values_, strict=True)) for index, values_ in enumerate(widths)}
-    config_class = model_class(dense.config).config_class
+    config_class: type[PreTrainedConfig] = model_class(dense.config).config_class  # type: ignore[assignment]
     config = config_class(**{**values, "head_dim": shape.head_dim, "per_layer_config": per_layer})
     config._attn_implementation_internal = dense.config._attn_implementation_internal
     return config
@@ -167,7 +167,7 @@ def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     for layer, by in zip(decoder_layers(model), order, strict=True):
         for projection in architecture.inputs:
-            module = layer.get_submodule(projection.path)
+            module = linear(layer, projection.path)
             indices, offset = [], 0
             for block in projection.blocks:
                 rows = _expand(_indices(by, block), _unit(shape, block))
@@ -181,7 +181,7 @@ def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
             (architecture.attention_output, _expand(by.groups, _unit(shape, "query"))),
             (architecture.ffn_output, by.channels),
         ):
-            weight = layer.get_submodule(path).weight
+            weight = linear(layer, path).weight
             weight.data.copy_(weight.data[:, columns.to(weight.device)])
 
 

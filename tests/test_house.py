@@ -17,11 +17,13 @@ PACKAGE = "selfpruner_hub"
 LAYERS = (
     {"plan", "budget", "errors"},
     {"architectures", "modeling_selfpruned"},
-    {"corpus", "calibration", "importance", "refit", "slicing"},
+    {"corpus", "loading", "calibration", "importance", "refit", "slicing"},
     {"fitness", "evaluation"},
     {"search"},
-    {"hub", "cards", "plots", "records", "exporters"},
+    {"hub", "cards", "plots", "records", "presets", "progress", "storage", "exporters"},
+    {"pruned_model"},
     {"pruner"},
+    {"demo"},
     {"cli"},
     {PACKAGE},  # selfpruner_hub/__init__.py
 )

@@ -61,7 +61,7 @@ class ModelProposer:
         self._temperature = temperature
         self._templates = templates
         try:
-            self._grammar_tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=model.config.vocab_size)
+            self._grammar_tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=model.config.vocab_size)  # type: ignore[arg-type]
         except ValueError as error:
             raise ProposerError("The model's tokenizer cannot be constrained.", 'Use proposer="evolution".') from error
 
@@ -96,7 +96,7 @@ class ModelProposer:
         limit = _reply_limit(self._tokenizer, schema)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            out = self._model.generate(
+            out = self._model.generate(  # type: ignore[operator]
                 repeated,
                 attention_mask=torch.ones_like(repeated),
                 cache=cache,

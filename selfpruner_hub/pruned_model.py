@@ -1,0 +1,90 @@
+"""A pruned model and what is known of it: saved, loaded again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selfpruner_hub.architectures import shape_of
+from selfpruner_hub.cards import render_card
+from selfpruner_hub.errors import SavedModelError
+from selfpruner_hub.loading import load_model
+from selfpruner_hub.plan import Plan
+from selfpruner_hub.records import FILE_NAME, Metric, Record, read_record
+from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
+from selfpruner_hub.storage import resolve_directory, save_directory
+
+
+class PrunedModel:
+    """A pruned model with everything that is known of it.
+
+    Attributes:
+        model: The pruned transformers model.
+        tokenizer: Its tokenizer, or None.
+        report: The record that `selfpruner.json` holds.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, report: Record, journal: str = ""
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.report = report
+        self._journal = journal
+
+    @property
+    def plan(self) -> Plan:
+        """The widths that every layer keeps."""
+        return self.report.plan
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write weights, configuration, model code, record, journal and card; all of it or nothing.
+
+        Args:
+            directory: Created where it does not exist; files of the same names are replaced.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        with save_directory(Path(directory)) as staging:
+            self.model.config._name_or_path = self.report.base_model
+            self.model.save_pretrained(staging)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(staging)
+            (staging / FILE_NAME).write_text(self.report.to_json(), encoding="utf-8")
+            (staging / JOURNAL_NAME).write_text(self._journal, encoding="utf-8")
+            (staging / "README.md").write_text(render_card(self.report), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> PrunedModel:
+        """Load a pruned model.
+
+        Args:
+            name: A directory that `save_pretrained` wrote, or a Hub repository.
+            **kwargs: Keywords of transformers' `from_pretrained`.
+
+        Raises:
+            SavedModelError: It is not a pruned model, or it is damaged.
+            ModelError: It is missing, gated or out of reach.
+        """
+        directory = resolve_directory(str(name), **kwargs)
+        report = read_record(directory)
+        model, tokenizer = load_model(str(directory), **kwargs)
+        if shape_of(model.config).dense != report.plan:
+            raise SavedModelError(f"{str(name)!r} is damaged: {FILE_NAME} and config.json disagree on the widths.")
+        journal = directory / JOURNAL_NAME
+        return cls(model, tokenizer, report, journal.read_text(encoding="utf-8") if journal.is_file() else "")
+
+    def with_metrics(self, **metrics: Metric) -> PrunedModel:
+        """The same model with measured figures added to its record."""
+        report = replace(self.report, metrics={**self.report.metrics, **metrics})
+        return PrunedModel(self.model, self.tokenizer, report, self._journal)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, counted from the tensors; shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
