@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -21,6 +21,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 GQA = {
@@ -63,10 +64,12 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer for the 128 tokens of the tiny models: every ASCII character is a token."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(i): i for i in range(3, 128)}}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    """A byte-level tokenizer for the 128 tokens of the tiny models: every ASCII character is a token."""
+    alphabet = bytes_to_unicode()
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{alphabet[i]: i for i in range(3, 128)}}
+    tokenizer = Tokenizer(BPE(vocabulary, [], unk_token="<pad>"))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
     )

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from selfpruner_hub.budget import Budget
-from selfpruner_hub.errors import ProposerError
+from selfpruner_hub.errors import ProposerError, UserError
 from selfpruner_hub.search import prompts
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 
@@ -63,7 +63,7 @@ class ModelProposer:
         try:
             self._grammar_tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=model.config.vocab_size)  # type: ignore[arg-type]
         except ValueError as error:
-            raise ProposerError("The model's tokenizer cannot be constrained.", 'Use proposer="evolution".') from error
+            raise UserError("The model's tokenizer cannot be constrained.", 'Use proposer="evolution".') from error
 
     def ask(
         self, operation: Operation, history: Sequence[Scored], count: int, rng: np.random.Generator

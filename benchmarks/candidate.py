@@ -1,0 +1,82 @@
+"""What a candidate costs beyond its own forward pass, and the peak memory of a search on SmolLM2-135M-Instruct.
+
+Run: python benchmarks/candidate.py
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+
+import numpy as np
+from protocol import write
+
+from selfpruner_hub.budget import Budget
+from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.corpus import sample_windows
+from selfpruner_hub.demo import load_embedded
+from selfpruner_hub.evaluation import divergence, teach
+from selfpruner_hub.fitness import with_layers
+from selfpruner_hub.importance import rank
+from selfpruner_hub.search.proposers import random_rates
+from selfpruner_hub.slicing import Slicer, ordered
+
+TOKENS, WINDOW, PLANS, BETA = 16_384, 512, 7, 0.3
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """Time preparing and scoring random plans, all of whose repairs are new, and repeat ones."""
+    imported = peak_mb()
+    pruner = load_embedded()
+    model = pruner.model
+    windows = sample_windows(model, TOKENS // WINDOW, WINDOW, seed=0)
+    statistics_ = calibrate(model, windows)
+    order = rank(model, statistics_)
+    budget = Budget(pruner.shape, BETA)
+    rng = np.random.default_rng(0)
+    rows = []
+    with ordered(model, order):
+        slicer = Slicer(model, order, statistics_)
+        teacher = teach(model, windows)
+        for plan in [budget.project(random_rates(budget, rng)) for _ in range(PLANS)]:
+            start = time.perf_counter()
+            layers = slicer.layers(plan)
+            cold = time.perf_counter() - start
+            start = time.perf_counter()
+            slicer.layers(plan)
+            warm = time.perf_counter() - start
+            with with_layers(model, layers):
+                start = time.perf_counter()
+                divergence(model, windows, teacher)
+                forward = time.perf_counter() - start
+            rows.append((cold, warm, forward))
+    cold, warm, forward = (statistics.median(column) for column in zip(*rows, strict=True))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    results = {
+        "prepare_s": round(cold, 4),
+        "prepare_memoised_s": round(warm, 4),
+        "forward_s": round(forward, 3),
+        "prepare_over_forward": round(cold / forward, 4),
+        "weights_mb": round(weights),
+        "peak_memory_mb": round(peak_mb()),
+        "libraries_before_loading_mb": round(imported),
+        "memory_bound_mb": round(2.5 * weights + 1500),
+    }
+    write(
+        "candidate",
+        f"SmolLM2-135M-Instruct, {str(model.dtype)}, β = {BETA}: median over {PLANS} random plans of preparing a "
+        f"candidate (repairs included, none memoised) and of its KL on {TOKENS} tokens in windows of {WINDOW}",
+        results,
+    )
+    for key, value in results.items():
+        print(f"{key:30} {value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What every pruned model must do, whatever its architecture and size; used on tiny models and on the real one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+REMOTE = """
+import sys, json, torch
+sys.modules["selfpruner_hub"] = None  # as in an environment that has only torch and transformers
+from transformers import AutoModelForCausalLM
+out = {}
+for directory, ids in json.load(open(sys.argv[1])).items():
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    with torch.no_grad():
+        torch.save(model(torch.tensor(ids)).logits, directory + "/remote.pt")
+"""
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def check_causality(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Logits of a prefix do not change when tokens follow."""
+    half = ids.shape[1] // 2
+    torch.testing.assert_close(logits(model, ids)[:, :half], logits(model, ids[:, :half]), atol=1e-4, rtol=1e-4)
+
+
+def check_cache(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int = 24) -> None:
+    """Greedy generation with and without cache agrees, and really writes something."""
+    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    with_cache = model.generate(ids, use_cache=True, do_sample=False, **kwargs)
+    without = model.generate(ids, use_cache=False, do_sample=False, **kwargs)
+    assert with_cache.shape[1] == ids.shape[1] + new_tokens
+    assert with_cache.tolist() == without.tolist()
+
+
+def check_left_padding(model: PreTrainedModel, ids: torch.Tensor, pad: int) -> None:
+    """The last logits of a left-padded batch of unequal prompts are those of each prompt alone."""
+    prompts = [ids[0], ids[0, : ids.shape[1] // 2], ids[0, :3]]
+    longest = max(map(len, prompts))
+    batch = torch.stack([torch.cat([torch.full((longest - len(p),), pad), p]) for p in prompts])
+    mask = torch.stack([torch.arange(longest) >= longest - len(p) for p in prompts]).long()
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    together = logits(model, batch, attention_mask=mask, position_ids=positions)[:, -1]
+    alone = torch.stack([logits(model, p[None])[0, -1] for p in prompts])
+    torch.testing.assert_close(together, alone, atol=2e-4, rtol=1e-4)
+
+
+def check_without_package(directories: dict[Path, torch.Tensor], tmp_path: Path) -> dict[Path, torch.Tensor]:
+    """Load saved models in a process that cannot import selfpruner_hub, and return their float32 logits."""
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({str(d): ids.tolist() for d, ids in directories.items()}))
+    env = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", REMOTE, job], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {directory: torch.load(directory / "remote.pt") for directory in directories}

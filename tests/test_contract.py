@@ -1,0 +1,194 @@
+"""The contract of every architecture in the table, on tiny random models: cut, run, save, load."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from checks import check_cache, check_causality, check_left_padding, check_without_package, logits
+from safetensors import safe_open
+from tiny import CONFIGS, tiny_model, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from selfpruner_hub.architectures import ARCHITECTURES, shape_of
+from selfpruner_hub.budget import Budget, Rates
+from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.fitness import with_layers
+from selfpruner_hub.importance import rank
+from selfpruner_hub.plan import Plan
+from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.slicing import Slicer, ordered, slice_model
+
+IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
+WINDOWS = torch.randint(3, 128, (64, 32), generator=torch.Generator().manual_seed(1))
+
+
+def uneven_plan(model) -> Plan:
+    """Every layer different: attention and FFN, one layer left whole."""
+    budget = Budget(shape_of(model.config), 0.3)
+    return budget.project(Rates((0.0, 0.5, 0.25, 0.6), (0.0, 0.3, 0.5, 0.2)))
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def case(request):
+    """(dense model, its plan, sliced model with repair)."""
+    model = tiny_model(request.param)
+    statistics = calibrate(model, WINDOWS)
+    order = rank(model, statistics)
+    plan = uneven_plan(model)
+    with ordered(model, order):
+        sliced = slice_model(Slicer(model, order, statistics), plan)
+    return model, plan, sliced
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Every tiny model pruned by the whole main path and saved: name → (directory, pruned model)."""
+    found = {}
+    for name in CONFIGS:
+        pruner = AutoPruner(tiny_model(name), tiny_tokenizer(), f"tests/{name}")
+        pruned = pruner.prune(
+            0.3, data="self", proposer="evolution", window=32, calibration_tokens=2048, fitness_tokens=256,
+            evaluations=4, progress=False,
+        )  # fmt: skip
+        directory = tmp_path_factory.mktemp("saved") / name
+        pruned.save_pretrained(directory)
+        found[name] = directory, pruned
+    return found
+
+
+def test_every_row_of_the_table_has_a_tiny_model():
+    assert {config.model_type for config in CONFIGS.values()} == set(ARCHITECTURES)
+
+
+def test_layers_have_their_own_widths(case):
+    dense, plan, sliced = case
+    shape = shape_of(dense.config)
+    assert len(set(plan.layers)) > 2
+    assert shape_of(sliced.config).dense == plan
+    removed = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in sliced.parameters())
+    weights = shape.weights(shape.dense) - shape.weights(plan)
+    biases = sum(p.numel() for n, p in dense.named_parameters() if "layers" in n and n.endswith("bias")) - sum(
+        p.numel() for n, p in sliced.named_parameters() if "layers" in n and n.endswith("bias")
+    )
+    assert removed == weights + biases
+
+
+def test_sliced_equals_masked(case):
+    """Zeroing the removed columns of o_proj and down_proj in the dense model is the same function."""
+    dense, plan, _ = case
+    order = rank(dense, calibrate(dense, WINDOWS))
+    masked = copy.deepcopy(dense)
+    with ordered(dense, order):
+        sliced = slice_model(Slicer(dense, order, None), plan)
+    shape = shape_of(dense.config)
+    heads = shape.queries_per_group * shape.head_dim
+    for layer, by, kept in zip(masked.model.layers, order, plan.layers, strict=True):
+        layer.mlp.down_proj.weight[:, by.channels[kept.intermediate_size :]] = 0
+        for group in by.groups[kept.num_key_value_heads :].tolist():
+            layer.self_attn.o_proj.weight[:, group * heads : (group + 1) * heads] = 0
+    torch.testing.assert_close(logits(sliced, IDS), logits(masked, IDS), atol=1e-4, rtol=1e-4)
+
+
+def test_ordering_is_no_change_and_is_undone(case):
+    dense, _, _ = case
+    before, weights = logits(dense, IDS), {k: v.clone() for k, v in dense.state_dict().items()}
+    order = rank(dense, calibrate(dense, WINDOWS))
+    with ordered(dense, order):
+        torch.testing.assert_close(logits(dense, IDS), before, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(v, weights[k]) for k, v in dense.state_dict().items())
+
+
+def test_a_candidate_equals_the_sliced_model_and_copies_no_input_weights(case):
+    dense, plan, _ = case
+    statistics = calibrate(dense, WINDOWS)
+    order = rank(dense, statistics)
+    with ordered(dense, order):
+        slicer = Slicer(dense, order, statistics)
+        layers = slicer.layers(plan)
+        with with_layers(dense, layers):
+            candidate = logits(dense, IDS)
+        assert torch.equal(candidate, logits(slice_model(slicer, plan), IDS))
+        if dense.config.model_type != "phi3":  # fused projections are joined from several views
+            for mine, theirs in zip(layers, dense.model.layers, strict=True):
+                assert mine.mlp.up_proj.weight.data_ptr() == theirs.mlp.up_proj.weight.data_ptr()
+                assert mine.self_attn.k_proj.weight.data_ptr() == theirs.self_attn.k_proj.weight.data_ptr()
+
+
+def test_sliced_model_shares_nothing_with_the_dense_one(case):
+    dense, _, sliced = case
+    assert not {p.data_ptr() for p in dense.parameters()} & {p.data_ptr() for p in sliced.parameters()}
+
+
+def test_repair_lowers_the_damage(case):
+    dense, plan, repaired = case
+    order = rank(dense, calibrate(dense, WINDOWS))
+    with ordered(dense, order):
+        cut = slice_model(Slicer(dense, order, None), plan)
+    wanted = logits(dense, WINDOWS)
+    assert (logits(repaired, WINDOWS) - wanted).square().mean() < (logits(cut, WINDOWS) - wanted).square().mean()
+
+
+def test_causality(case):
+    check_causality(case[2], IDS)
+
+
+def test_generation_with_and_without_cache_agrees(case):
+    check_cache(case[2], IDS[:, :10])
+
+
+def test_left_padded_batches_agree_with_single_prompts(case):
+    check_left_padding(case[2], IDS[:, :20], pad=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementation_can_be_set(case, implementation):
+    model = copy.deepcopy(case[2])
+    if implementation == "sdpa" and not model._supports_sdpa:
+        pytest.skip(f"{type(model).__name__} has no sdpa attention")
+    model.set_attn_implementation(implementation)
+    assert model.model.layers[1].self_attn.config._attn_implementation == implementation
+    torch.testing.assert_close(logits(model, IDS), logits(case[2], IDS), atol=1e-4, rtol=1e-4)
+    check_causality(model, IDS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_and_reloaded_by_the_auto_class(saved, name):
+    directory, pruned = saved[name]
+    again = AutoModelForCausalLM.from_pretrained(directory)  # selfpruner_hub is imported: no trust_remote_code
+    assert type(again) is type(pruned.model)
+    assert torch.equal(logits(again, IDS), logits(pruned.model, IDS))
+    assert PrunedModel.from_pretrained(directory).report == pruned.report
+
+
+def test_loaded_without_the_package(saved, tmp_path):
+    found = check_without_package({directory: IDS for directory, _ in saved.values()}, tmp_path)
+    for directory, pruned in saved.values():
+        torch.testing.assert_close(found[directory], logits(pruned.model, IDS), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_files_counts_and_rates_agree_with_the_record(saved, name):
+    directory, pruned = saved[name]
+    record = json.loads((directory / "selfpruner.json").read_text())
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    assert stored == record["parameters"]["pruned"]
+    shape = shape_of(CONFIGS[name])
+    sizes = [shape.layer_weights(w) for w in shape.dense.layers]
+    mean = sum(r * n for r, n in zip(record["rates"], sizes, strict=True)) / sum(sizes)
+    assert mean == pytest.approx(record["achieved_beta"], abs=1e-5)
+    assert mean == pytest.approx(0.3, abs=Budget(shape, 0.3).tolerance)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_again_and_read_again(saved, name, tmp_path):
+    """What was loaded can be saved, and its configuration round-trips."""
+    directory, pruned = saved[name]
+    PrunedModel.from_pretrained(directory).save_pretrained(tmp_path / "again")
+    config = AutoConfig.from_pretrained(tmp_path / "again")
+    assert shape_of(config) == shape_of(pruned.model.config)
+    assert str(directory) not in (tmp_path / "again" / "config.json").read_text()

@@ -1,0 +1,73 @@
+"""Plans count weights as the tensors do, and their rates average to β."""
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfpruner_hub.plan import LayerWidths, ModelShape, Plan
+
+SMOLLM2 = ModelShape(hidden_size=576, head_dim=64, queries_per_group=3, dense=Plan.of([1536] * 30, [3] * 30))
+
+
+@st.composite
+def pruned_shapes(draw):
+    """A shape whose layers may differ, and a plan that keeps at least one group and one channel of each."""
+    layers = draw(st.lists(st.tuples(st.integers(1, 4096), st.integers(1, 32)), min_size=1, max_size=40))
+    kept = [(draw(st.integers(1, f)), draw(st.integers(1, g))) for f, g in layers]
+    shape = ModelShape(
+        draw(st.integers(1, 4096)),
+        draw(st.integers(1, 256)),
+        draw(st.integers(1, 8)),
+        Plan.of(*zip(*layers, strict=True)),
+    )
+    return shape, Plan.of(*zip(*kept, strict=True))
+
+
+def test_plan_of_pairs_the_lists():
+    plan = Plan.of([10, 20], [1, 2])
+    assert plan.layers == (LayerWidths(10, 1), LayerWidths(20, 2))
+    assert plan == Plan.of((10, 20), (1, 2))
+    assert len({plan, Plan.of([10, 20], [1, 2])}) == 1  # usable as a key
+
+
+def test_plan_of_refuses_lists_of_unequal_length():
+    with pytest.raises(ValueError):
+        Plan.of([10, 20], [1])
+
+
+def test_a_plan_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        Plan.of([10], [1]).layers[0].intermediate_size = 5
+
+
+def test_weights_of_smollm2_equal_its_matrices():
+    q_and_o, k_and_v, ffn = 2 * 576 * 576, 2 * 576 * (3 * 64), 3 * 576 * 1536
+    assert SMOLLM2.num_layers == 30
+    assert SMOLLM2.layer_weights(SMOLLM2.dense.layers[0]) == q_and_o + k_and_v + ffn
+    assert SMOLLM2.weights(SMOLLM2.dense) == 30 * (q_and_o + k_and_v + ffn)
+
+
+def test_rates_and_beta_of_a_hand_made_plan():
+    shape = ModelShape(hidden_size=10, head_dim=3, queries_per_group=2, dense=Plan.of([12, 12], [2, 2]))
+    assert (shape.channel_weights, shape.group_weights) == (30, 180)  # gate, up, down; q + q + k + v + o + o
+    plan = Plan.of([6, 12], [1, 2])  # the first layer keeps half of both parts
+    assert shape.rates(plan) == pytest.approx((0.5, 0))
+    assert shape.beta(plan) == pytest.approx(0.25)
+
+
+def test_rates_refuse_a_plan_of_another_depth():
+    with pytest.raises(ValueError):
+        SMOLLM2.rates(Plan.of([1536], [3]))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(pruned_shapes())
+def test_beta_is_the_mean_of_the_rates_by_weight(pruned):
+    shape, plan = pruned
+    rates, sizes = shape.rates(plan), [shape.layer_weights(w) for w in shape.dense.layers]
+    assert all(0 <= r < 1 for r in rates)
+    mean = sum(r * n for r, n in zip(rates, sizes, strict=True)) / sum(sizes)
+    assert shape.beta(plan) == pytest.approx(mean, abs=1e-9)
+    assert shape.rates(shape.dense) == (0,) * shape.num_layers

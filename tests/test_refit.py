@@ -1,0 +1,70 @@
+"""The repair is the least-squares optimum, for every width, from one factor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from selfpruner_hub.errors import ModelError
+from selfpruner_hub.refit import Repair
+
+D, OUT, TOKENS = 12, 5, 400
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(D, D, generator=generator)
+    x = torch.randn(TOKENS, D, generator=generator) @ mixing  # correlated inputs: something to repair with
+    return torch.randn(OUT, D, generator=generator), x, x.t() @ x / TOKENS
+
+
+def ridge_solution(weight, gram, kept, ridge):
+    """The textbook formula: W_K + W_R H_RK H_KK⁻¹."""
+    damped = gram + ridge * gram.diagonal().mean() * torch.eye(D)
+    k, r = slice(0, kept), slice(kept, D)
+    return weight[:, k] + weight[:, r] @ damped[r, k] @ torch.linalg.inv(damped[k, k])
+
+
+@pytest.mark.parametrize("kept", range(1, D + 1))
+def test_equals_the_formula(problem, kept):
+    weight, _, gram = problem
+    expected = ridge_solution(weight, gram, kept, 0.01)
+    torch.testing.assert_close(Repair(weight, gram, 0.01).weight(kept), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_no_perturbation_lowers_the_calibration_error(problem):
+    weight, x, gram = problem
+    repaired = Repair(weight, gram, 0.0).weight(7)
+
+    def error(candidate):
+        return (x @ weight.t() - x[:, :7] @ candidate.t()).double().square().mean()
+
+    best = error(repaired)
+    assert best < 0.9 * error(weight[:, :7])
+    generator = torch.Generator().manual_seed(1)
+    for scale in (1e-3, 1e-2, 1e-1):
+        for _ in range(50):
+            assert error(repaired + scale * torch.randn(repaired.shape, generator=generator)) >= best
+
+
+def test_error_curve_is_the_measured_error(problem):
+    weight, x, gram = problem
+    repair = Repair(weight, gram, 0.0)
+    curve = repair.errors()
+    assert len(curve) == D + 1
+    for kept in range(1, D + 1):
+        measured = (x @ weight.t() - x[:, :kept] @ repair.weight(kept).t()).square().sum(1).mean()
+        torch.testing.assert_close(curve[kept], measured, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(curve[0], (x @ weight.t()).square().sum(1).mean(), atol=1e-3, rtol=1e-3)
+
+
+def test_keeps_the_dtype(problem):
+    weight, _, gram = problem
+    assert Repair(weight.bfloat16(), gram).weight(3).dtype == torch.bfloat16
+
+
+def test_statistics_that_are_not_finite_are_refused(problem):
+    weight, _, gram = problem
+    with pytest.raises(ModelError, match="degenerate"):
+        Repair(weight, gram * torch.nan)

@@ -1,0 +1,277 @@
+"""Prompts say what the task is; replies are never trusted."""
+
+import json
+import math
+import random
+
+import pytest
+
+from selfpruner_hub.budget import Budget, Rates
+from selfpruner_hub.errors import ProposerError, UserError
+from selfpruner_hub.plan import ModelShape, Plan
+from selfpruner_hub.search.prompts import PARENTS, SHOWN, parse, render, schema, shown, solution
+from selfpruner_hub.search.proposers import Scored
+
+LAYERS = 3
+SHAPE = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([32] * LAYERS, [3] * LAYERS))
+UNTIED, TIED = Budget(SHAPE, 0.3), Budget(SHAPE, 0.3, tied=True)
+OPERATIONS = list(PARENTS)
+GOOD = '{"parents":[1,2],"attention":[0,33,67],"ffn":[10,20.5,90]}'
+
+
+def history(budget, size):
+    """Random plans on the budget, best first."""
+    rng = random.Random(5)
+    plans = [budget.project(Rates.tied([rng.random() for _ in range(LAYERS)])) for _ in range(size)]
+    return [Scored(plan, budget.rates(plan), 1.5 + rank, 1.0, "random", 1) for rank, plan in enumerate(plans)]
+
+
+def follows(value, rule):
+    """Check a JSON value against the part of JSON Schema that we use."""
+    if "enum" in rule:
+        return value in rule["enum"]
+    if rule["type"] == "integer":
+        return type(value) is int and rule["minimum"] <= value <= rule["maximum"]
+    if rule["type"] == "array":
+        length = rule["minItems"] <= len(value) <= rule["maxItems"]
+        return isinstance(value, list) and length and all(follows(v, rule["items"]) for v in value)
+    assert rule["type"] == "object"
+    assert rule["additionalProperties"] is False
+    names = set(rule["required"]) <= set(value) <= set(rule["properties"])
+    return names and all(follows(v, rule["properties"][name]) for name, v in value.items())
+
+
+# -- parse ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_reply_is_read():
+    rates, parents = parse(GOOD, UNTIED)
+    assert rates == Rates((0.0, 0.33, 0.67), (0.1, 0.205, 0.9))
+    assert parents == (1, 2)
+    assert parse('{"rates":[10,20,60]}', TIED) == (Rates.tied((0.1, 0.2, 0.6)), ())
+
+
+@pytest.mark.parametrize(
+    "around", ["{}", "Sure! Here it is:\n```json\n{}\n```\nGood luck.", "\ufeff {} ", "答え：{}。"]
+)
+def test_prose_around_the_object_is_passed_over(around):
+    assert parse(around.replace("{}", GOOD), UNTIED) == parse(GOOD, UNTIED)
+
+
+@pytest.mark.parametrize("parents", ["[1,2,3,4]", '["a",1,null,2.5,true,2]'])
+def test_parents_are_the_first_two_integers(parents):
+    assert len(parse(GOOD.replace("[1,2]", parents), UNTIED)[1]) == 2
+    assert all(type(p) is int for p in parse(GOOD.replace("[1,2]", parents), UNTIED)[1])
+
+
+@pytest.mark.parametrize("parents", ["null", "7", '"1,2"', "{}", "[]", "[[1,2]]"])
+def test_parents_of_another_shape_are_none(parents):
+    assert parse(GOOD.replace("[1,2]", parents), UNTIED)[1] == ()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *("", " ", "{", "}", "}{", "{}", "[]", "null", "42", "I'd rather not.", GOOD[:-1], GOOD[1:], GOOD + GOOD),
+        *('{"attention":[0,0,0]}', '{"ffn":[0,0,0]}', '{"rates":[0,0,0]}'),
+        *(f'{{"attention":[0,0,0],"ffn":{bad}}}' for bad in ("null", "30", '"30,30,30"', "{}", "[]", "[[30,30,30]]")),
+        *(f'{{"attention":[0,0,0],"ffn":[{bad}]}}' for bad in ("30,30", "30,30,30,30", "30,30,", "30 30 30")),
+        *(
+            f'{{"attention":[0,0,0],"ffn":[30,30,{bad}]}}'
+            for bad in ("NaN", "Infinity", "-Infinity", "1e999", "-1", "101", "1e308", "true", "null", '"30"', "[30]")
+        ),
+        '{"a":' * 5000 + "1" + "}" * 5000,
+        '{"attention":[0,0,0],"ffn":[30,30,1' + "0" * 5000 + "]}",
+        # BUG (reported): an integer of 309 to 4300 digits ends in an OverflowError (from math.isfinite).
+        '{"attention":[0,0,0],"ffn":[30,30,1' + "0" * 400 + "]}",
+    ],
+)
+def test_a_bad_reply_is_refused(reply):
+    with pytest.raises(ProposerError):
+        parse(reply, UNTIED)
+
+
+NUMBERS = [
+    "0",
+    "30",
+    "99.5",
+    "100",
+    "-1",
+    "1e3",
+    "1e308",
+    "1e999",
+    "NaN",
+    "-Infinity",
+    "true",
+    "null",
+    '"30"',
+    "[]",
+    "{}",
+]
+NUMBERS += ["-0.0", "1E-400", "30%", "0x1F", "٣٠", "三十", "1" * 400, "9" * 5000, "[30]", '{"v":30}']  # noqa: RUF001
+WORDS = [
+    "Ignore all previous instructions",
+    "system: rates are free",
+    "```json",
+    "плотность",
+    "层",
+    "🙂",
+    "\x00",
+    "\ud83d",
+]
+
+
+def fuzzed(rng):
+    """A reply that is a little or very wrong, and now and then right."""
+    wild = rng.choice([0, 0.1, 0.5])
+
+    def rates():
+        length = LAYERS if rng.random() > wild else rng.randrange(6)
+        items = [rng.choice(NUMBERS) if rng.random() < wild else str(rng.randrange(101)) for _ in range(length)]
+        return "[" + ",".join(items) + "]"
+
+    fields = [f'"{name}":{rates()}' for name in ("parents", "attention", "ffn", "rates") if rng.random() > wild]
+    rng.shuffle(fields)
+    reply = "{" + ",".join(fields) + "}"
+    if rng.random() < wild:
+        reply = f'{{"solution":{reply}}}'
+    if rng.random() < wild:
+        reply = f"{rng.choice(WORDS)} {reply} {rng.choice([*WORDS, '{', '}'])}"
+    if rng.random() < wild:
+        reply = reply[: rng.randrange(len(reply))]
+    for _ in range(rng.randrange(3) if rng.random() < wild else 0):
+        place = rng.randrange(len(reply) + 1)
+        reply = reply[:place] + rng.choice([*'{}[]",:\\ -.e', *WORDS, *NUMBERS]) + reply[place + 1 :]
+    return reply
+
+
+# Fails through the same bug as above, on integers of 400 digits.
+@pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
+def test_ten_thousand_fuzzed_replies_are_refused_or_land_on_the_budget(budget):
+    rng = random.Random(0)
+    accepted = 0
+    for _ in range(10_000):
+        reply = fuzzed(rng)
+        try:
+            rates, parents = parse(reply, budget)
+        except ProposerError:
+            continue
+        accepted += 1
+        assert len(rates.attention) == len(rates.ffn) == LAYERS, reply
+        assert all(type(r) is float and math.isfinite(r) and 0 <= r <= 1 for r in rates.attention + rates.ffn), reply
+        assert len(parents) <= 2, reply
+        if accepted <= 1_000:
+            assert abs(SHAPE.beta(budget.project(rates)) - 0.3) <= budget.tolerance + 1e-12, reply
+    assert 1_000 < accepted < 9_000
+
+
+# -- schema and solution ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("size", [0, 1, 3, 9])
+def test_a_real_solution_follows_the_schema(budget, operation, size):
+    past = history(budget, size)
+    rule = schema(operation, past, budget)
+    for scored in history(budget, 50):
+        reply = json.loads(solution(budget, scored.rates))
+        if PARENTS[operation] and past:
+            assert not follows(reply, rule)  # the parents are missing
+            reply["parents"] = [min(SHOWN, size)] * PARENTS[operation]
+        assert follows(reply, rule)
+        rates, _ = parse(json.dumps(reply), budget)
+        assert budget.distance(rates, scored.plan) <= 0.005  # whole percentages
+
+
+@pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
+def test_the_schema_refuses_what_is_out_of_bounds(budget):
+    past = history(budget, 9)
+    rule = schema("crossover", past, budget)
+    good = {"parents": [1, SHOWN], **json.loads(solution(budget, past[0].rates))}
+    assert follows(good, rule)
+    assert list(rule["properties"])[0] == "parents"  # chosen first, then the rates
+    part = "rates" if budget.tied else "ffn"
+    for name, value in [
+        ("parents", [0, 1]),
+        ("parents", [1, SHOWN + 1]),
+        ("parents", [1]),
+        (part, [91, 0, 0]),
+        (part, [-1, 0, 0]),
+        (part, [30.5, 0, 0]),
+        (part, [30, 30]),
+        ("thoughts", "none"),
+    ]:
+        assert not follows({**good, name: value}, rule)
+
+
+def test_attention_is_offered_in_whole_groups_below_p_max():
+    assert schema("initial", [], UNTIED)["properties"]["attention"]["items"] == {"enum": [0, 33, 67]}
+    half = Budget(SHAPE, 0.3, p_max=0.5)
+    assert schema("initial", [], half)["properties"]["attention"]["items"] == {"enum": [0, 33]}
+    many = Budget(ModelShape(16, 4, 1, Plan.of([32], [32])), 0.3)
+    assert schema("initial", [], many)["properties"]["attention"]["items"]["maximum"] == 90
+
+
+def test_a_solution_is_compact_json():
+    rates = Rates((0.0, 1 / 3, 2 / 3), (0.104, 0.2, 0.9))
+    assert solution(UNTIED, rates) == '{"attention":[0,33,67],"ffn":[10,20,90]}'
+    assert solution(TIED, rates) == '{"rates":[10,20,90]}'
+
+
+# -- render -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_prompt_states_the_task_and_shows_solutions_from_worst_to_best(budget, operation):
+    past = history(budget, 9)
+    prompt = render(operation, past, budget, "Tiny-1")
+    for fact in ("Tiny-1", "3 decoder layers", "30 %", "90", "lower loss is better"):
+        assert fact in prompt
+    lines = [line for line in prompt.splitlines() if line[:1].isdigit()]
+    assert lines == [
+        f"{number}. loss {1.5 + rank:.4f}: {solution(budget, past[rank].rates)}"
+        for number, rank in enumerate(range(SHOWN - 1, -1, -1), 1)
+    ]
+    assert ("attention" in lines[0]) != budget.tied
+    assert "$" not in prompt
+
+
+def test_each_operation_asks_for_something_else():
+    prompts = {render(operation, history(UNTIED, 3), UNTIED, "m") for operation in OPERATIONS}
+    assert len(prompts) == 3
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_prompt_without_history_says_so(operation):
+    assert "(none)" in render(operation, [], UNTIED, "m")
+
+
+def test_shown_is_the_best_few_with_the_best_last():
+    past = history(UNTIED, 9)
+    assert shown(past) == past[SHOWN - 1 :: -1]
+    assert shown(past[:2]) == [past[1], past[0]]
+
+
+def test_a_plan_without_a_finite_loss_can_be_shown():
+    past = [Scored(s.plan, s.rates, math.inf, 1.0, "random", 1) for s in history(UNTIED, 2)]
+    assert "1. loss inf: {" in render("mutation", past, UNTIED, "m")
+
+
+def test_own_templates_are_filled(tmp_path):
+    (tmp_path / "mutation.txt").write_text("$model $layers $hidden_size $heads $groups $channels $beta $p_max $$")
+    assert render("mutation", [], UNTIED, "é", tmp_path) == "é 3 16 6 3 32 30 90 $"
+
+
+def test_a_missing_template_is_a_user_error(tmp_path):
+    for directory in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"initial\.txt cannot be used"):
+            render("initial", [], UNTIED, "m", directory)
+
+
+@pytest.mark.parametrize("template", [b"$nonsense", b"costs 5 $", b"${layers", b"\xff\xfe"])
+def test_a_bad_template_is_a_user_error(tmp_path, template):
+    (tmp_path / "initial.txt").write_bytes(template)
+    with pytest.raises(UserError, match=r"initial\.txt cannot be used"):
+        render("initial", [], UNTIED, "m", tmp_path)
