@@ -65,7 +65,13 @@ ARCHITECTURES = {
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """Look up the row of a dense model's (or a pruned model's) configuration.
+    """Look up the row of a configuration.
+
+    Args:
+        config: Of a dense or a pruned model.
+
+    Returns:
+        Where that architecture keeps its prunable weights.
 
     Raises:
         UnsupportedArchitectureError: The table has no such `model_type`.

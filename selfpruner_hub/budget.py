@@ -39,7 +39,8 @@ class Budget:
         shape: Geometry of the dense model.
         beta: Fraction of all prunable weights to remove, 0 < β < 1.
         p_min: Least rate of any layer, in [0, β].
-        p_max: Greatest rate of any layer's attention or FFN, in [β, 1). No layer falls below one KV group.
+        p_max: Greatest rate of any layer's attention or FFN (of the layer, where they are tied), in [β, 1).
+            No layer falls below one KV group.
         tied: One rate for attention and FFN of a layer (arXiv 2502.14413) instead of two.
         multiple_of: FFN widths are multiples of this many channels (hardware likes 32, 64 or 128); it must divide
             the dense width. Coarser widths cost a little quality, and make β less exact in small models.
@@ -73,6 +74,13 @@ class Budget:
                 f"one KV group a layer, this model can lose between {least:.3f} and {most:.3f}.",
                 "Change beta or the bounds.",
             )
+        nearest = self.shape.beta(self.project(Rates.tied([self.beta] * self.shape.num_layers)))
+        if abs(nearest - self.beta) > self.tolerance + 1e-12:
+            raise BudgetError(
+                f"beta={self.beta:g} cannot be reached: it lies between two KV groups, where the FFN cannot reach; "
+                f"the nearest is {nearest:.3f}.",
+                "Change beta or the bounds.",
+            )
 
     @property
     def tolerance(self) -> float:
@@ -81,7 +89,9 @@ class Budget:
         return max(TOLERANCE, step / 2 + 1e-9)
 
     def rates(self, plan: Plan) -> Rates:
-        """The exact rates that `plan` stands for (its own attention and FFN rates, tied or not)."""
+        """The rates that `plan` stands for: its attention's and its FFN's own, or its layers' where they are tied."""
+        if self.tied:
+            return Rates.tied(self.shape.rates(plan))
         pairs = tuple(zip(plan.layers, self.shape.dense.layers, strict=True))
         return Rates(
             tuple(1 - kept.num_key_value_heads / dense.num_key_value_heads for kept, dense in pairs),
@@ -111,13 +121,14 @@ class Budget:
             BudgetError: The number of rates is not `L`, or a rate is not finite.
         """
         self._check(rates)
+        rates = Rates(_clipped(rates.attention), _clipped(rates.ffn))
         dense = self.shape.dense.layers
         if self.tied:
             rates = self._project_tied(rates.ffn)
         groups = self._round_groups(rates.attention)
         removed = self.beta * self.shape.weights(self.shape.dense)
         for_ffn = removed - sum(groups) * self.shape.group_weights
-        bounds = [self._ffn_units(w.intermediate_size) for w in dense]
+        bounds = self._ffn_bounds(groups)
         unit = self.multiple_of * self.shape.channel_weights
         wanted = [rate * w.intermediate_size / self.multiple_of for rate, w in zip(rates.ffn, dense, strict=True)]
         units = _largest_remainder(_shift_to_sum(wanted, bounds, for_ffn / unit), bounds, for_ffn / unit)
@@ -133,21 +144,35 @@ class Budget:
             if not all(math.isfinite(v) for v in values):
                 raise BudgetError(f"Every {name} rate must be a finite number.")
 
-    def _ffn_units(self, width: int) -> tuple[int, int]:
-        """Fewest and most units of `multiple_of` channels that a layer may lose; one unit always stays."""
-        units = width // self.multiple_of
-        return math.ceil(self.p_min * units - 1e-9), min(math.floor(self.p_max * units + 1e-9), units - 1)
+    def _ffn_bounds(self, groups: Sequence[int]) -> list[tuple[int, int]]:
+        """Fewest and most units of `multiple_of` channels that each layer may lose beside its groups; one unit stays.
+
+        p_min bounds the layer's rate, and so does p_max where attention and FFN share one.
+        """
+        bounds = []
+        unit = self.multiple_of * self.shape.channel_weights
+        for w, removed_groups in zip(self.shape.dense.layers, groups, strict=True):
+            units, gone = w.intermediate_size // self.multiple_of, removed_groups * self.shape.group_weights
+            size = self.shape.layer_weights(w)
+            low = math.ceil((self.p_min * size - gone) / unit - 1e-9)
+            high = math.floor((self.p_max * size - gone) / unit + 1e-9 if self.tied else self.p_max * units + 1e-9)
+            bounds.append((min(max(low, 0), units - 1), min(high, units - 1)))
+        return bounds
 
     def _group_limit(self, groups: int) -> int:
         return min(math.floor(self.p_max * groups + 1e-9), groups - 1)
 
-    def _reachable(self) -> tuple[float, float]:
-        dense = self.shape.dense.layers
+    def _removed(self, groups: Sequence[int]) -> tuple[int, int]:
+        """Fewest and most weights that a plan which removes these groups can remove."""
+        bounds = self._ffn_bounds(groups)
         unit = self.multiple_of * self.shape.channel_weights
-        bounds = [self._ffn_units(w.intermediate_size) for w in dense]
-        groups = sum(self._group_limit(w.num_key_value_heads) for w in dense) * self.shape.group_weights
+        gone = sum(groups) * self.shape.group_weights
+        return gone + unit * sum(low for low, _ in bounds), gone + unit * sum(high for _, high in bounds)
+
+    def _reachable(self) -> tuple[float, float]:
+        limits = [self._group_limit(w.num_key_value_heads) for w in self.shape.dense.layers]
         total = self.shape.weights(self.shape.dense)
-        return sum(low for low, _ in bounds) * unit / total, (sum(high for _, high in bounds) * unit + groups) / total
+        return self._removed([0] * len(limits))[0] / total, self._removed(limits)[1] / total
 
     def _project_tied(self, rates: Sequence[float]) -> Rates:
         """Shift the layers' single rates to mean β, then let the FFN of a layer pay for its rounded groups."""
@@ -170,15 +195,12 @@ class Budget:
         limits = [self._group_limit(w.num_key_value_heads) for w in dense]
         wanted = [r * w.num_key_value_heads for r, w in zip(rates, dense, strict=True)]
         groups = [min(max(math.floor(x + 0.5), 0), limit) for x, limit in zip(wanted, limits, strict=True)]
-        unit = self.multiple_of * self.shape.channel_weights
-        bounds = [self._ffn_units(w.intermediate_size) for w in dense]
-        least, most = sum(low for low, _ in bounds) * unit, sum(high for _, high in bounds) * unit
-        removed = self.beta * self.shape.weights(self.shape.dense)
+        target = self.beta * self.shape.weights(self.shape.dense)
         slack = self.tolerance * self.shape.weights(self.shape.dense)
-        while removed - sum(groups) * self.shape.group_weights > most + slack:
+        while self._removed(groups)[1] < target - slack:
             layer = max((i for i, g in enumerate(groups) if g < limits[i]), key=lambda i: wanted[i] - groups[i])
             groups[layer] += 1
-        while removed - sum(groups) * self.shape.group_weights < least - slack:
+        while self._removed(groups)[0] > target + slack:
             layer = min((i for i, g in enumerate(groups) if g > 0), key=lambda i: wanted[i] - groups[i])
             groups[layer] -= 1
         return groups
@@ -192,6 +214,11 @@ def check_beta(beta: object) -> None:
         raise BudgetError(
             f"beta must satisfy 0 < beta < 1; got {beta:g}.", "It is the mean fraction of weights removed."
         )
+
+
+def _clipped(rates: Sequence[float]) -> tuple[float, ...]:
+    """Rates far outside [0, 1] mean no more than one outside it."""
+    return tuple(min(max(rate, -1.0), 2.0) for rate in rates)
 
 
 def _shift_to_sum(values: Sequence[float], bounds: Sequence[tuple[float, float]], total: float) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import jinja2
@@ -20,7 +21,8 @@ def render_card(record: Record, repo: str = "path/to/this/directory") -> str:
     Returns:
         Markdown with YAML front matter.
     """
-    on_hub = "/" in record.base_model
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", record.base_model) is not None
+    name = record.base_model.rpartition("/")[2]  # a path of this host says nothing to a reader
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -33,8 +35,8 @@ def render_card(record: Record, repo: str = "path/to/this/directory") -> str:
     )
     return template.render(
         card_data=data.to_yaml(),
-        title=f"{record.base_model.rpartition('/')[2]}, pruned by {100 * record.achieved_beta:.0f} %",
-        base_model=record.base_model,
+        title=f"{name}, pruned by {100 * record.achieved_beta:.0f} %",
+        base_model=record.base_model if on_hub else name,
         base_link=f"https://huggingface.co/{record.base_model}" if on_hub else "#",
         record=record,
         repo=repo,

@@ -6,16 +6,16 @@ Exit status: 0; 2 for a user's mistake; 1 for a failure; 130 when interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from selfpruner_hub.errors import SelfPrunerError, UserError
+from selfpruner_hub.errors import OutputError, SelfPrunerError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments: The words after `selfpruner`; None takes those of the process.
+
+    Returns:
+        0, or 2 for a user's mistake, 1 for a failure, 130 when interrupted.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -69,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the pruned model goes")
     prune.add_argument("--preset", default="default", help="default, or paper (default: %(default)s)")
     prune.add_argument("--data", default="wikitext2", help="wikitext2, c4, self, or a .txt or .jsonl file")
-    prune.add_argument("--proposer", default="self", help="self, evolution or random (default: %(default)s)")
+    prune.add_argument("--proposer", default="self", help="self, evolution, random, or the URL of an endpoint")
+    prune.add_argument("--proposer-model", metavar="M", help="name of the model at the endpoint")
     prune.add_argument("--fitness", help="kl or perplexity")
     prune.add_argument("--evaluations", type=_number, metavar="N", help="budget, in full-evaluation equivalents")
     prune.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
@@ -88,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--windows", type=int, metavar="N", help="only the first N windows")
     _from_pretrained(evaluate)
 
-    demo = _verb(verbs, "demo", _demo, "prune a small embedded model and show what it gained and lost")
+    demo = _verb(verbs, "demo", _demo, "prune a small embedded model, or open the demo Space on a saved one")
+    demo.add_argument("directory", nargs="?", metavar="DIR", help="a saved model to open in the Space")
     demo.add_argument("--beta", type=_number, default=0.3)
     demo.add_argument("--output", type=Path, metavar="DIR", help="keep the pruned model here")
     return parser
@@ -127,6 +132,8 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--set expects NAME=VALUE; got {pair!r}.")
+        if name in ("preset", "fitness", "evaluations"):
+            raise UserError(f"{name} has an option of its own.", f"Use --{name} {value}.")
         try:
             parsed = json.loads(value)
         except ValueError:
@@ -144,15 +151,19 @@ def _prune(options: argparse.Namespace) -> None:
     check_beta(options.beta)  # before the seconds that torch and a model take
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
     check_writable(options.output)
-    run_dir = options.run_dir or options.output.with_name(f"{options.output.name}.run")
+    if options.output.exists() and Path(options.model).exists() and options.output.samefile(options.model):
+        raise OutputError("The output would replace the model that is pruned.", "Choose another output.")
+    run_dir = options.run_dir or Path(f"{options.output.resolve()}.run")
     options.kept = f"What was scored is in {run_dir}: the same command again goes on from there."
 
     from selfpruner_hub.pruner import AutoPruner
+    from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
 
     pruned = AutoPruner.from_pretrained(options.model, **_loading(options)).prune(
         options.beta,
         preset=options.preset,
         proposer=options.proposer,
+        proposer_model=options.proposer_model,
         data=options.data,
         fitness=options.fitness,
         evaluations=options.evaluations,
@@ -163,13 +174,21 @@ def _prune(options: argparse.Namespace) -> None:
     )
     pruned.save_pretrained(options.output)
     if options.run_dir is None:
-        shutil.rmtree(run_dir)  # its journal is in the output now
+        with contextlib.suppress(OSError):
+            (run_dir / JOURNAL_NAME).unlink()  # it is in the output now
+            run_dir.rmdir()  # where it is empty: what else is there is not ours
     report = pruned.report
     if options.json:
         print(json.dumps({"output": str(options.output), **asdict(report)}))
         return
     dense, left = report.parameters["dense"], report.parameters["pruned"]
     print(f"{options.output}: {left:,} of {dense:,} parameters, β = {report.achieved_beta:.4f}")
+    replies = report.proposer["replies"]
+    if replies.get("replaced"):
+        print(
+            f"{replies['replaced']} proposals were classical children in place of unusable or repeated replies of "
+            f"{report.proposer['name']}: {options.output / 'search.jsonl'} says why."
+        )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -190,6 +209,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from selfpruner_hub import demo
 
+    if options.directory:
+        demo.open_space(options.directory)
+        return
     demo.run(print, options.beta, options.output, progress=not options.quiet)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import DataError
 
 Progress = Callable[[str, int, int], None]
@@ -22,7 +23,7 @@ _HUB_SOURCES = {
     "c4": ("allenai/c4", "en", {"train": "train", "test": "validation"}),
 }
 SAMPLE_BATCH = 64
-"""Sequences that a model samples side by side for `data="self"`."""
+"""Most sequences that a model samples side by side for `data="self"`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,13 @@ class Corpus:
         return self.windows.numel()
 
     def split(self, *tokens: int) -> tuple[Corpus, ...]:
-        """Cut disjoint parts of about these many tokens (whole windows, at least one each), in order.
+        """Cut disjoint parts, in order.
+
+        Args:
+            *tokens: Size of each part; rounded down to whole windows, at least one.
+
+        Returns:
+            One corpus per part.
 
         Raises:
             DataError: There are too few windows.
@@ -121,7 +128,7 @@ def load_corpus(
     # Read up to four times what is asked for, so that the seed has windows to choose from.
     ids = _encode(texts, tokenizer, limit=4 * count * window)
     found = len(ids) // window
-    if found < max(1, count // 2):
+    if 2 * found < count:
         raise too_little_text(source, len(ids), count * window)
     windows = torch.tensor(ids[: found * window], dtype=torch.int64).view(found, window)
     chosen = torch.randperm(found, generator=torch.Generator().manual_seed(seed))[:count]
@@ -140,9 +147,17 @@ def consecutive_windows(
         window: Tokens per window, at least 2.
         count: Only the first so many windows; None takes all.
 
+    Returns:
+        Windows in the order of the text.
+
     Raises:
         DataError: The text is unreadable, or shorter than a window (or than `count` windows).
     """
+    if source == "self":
+        raise DataError(
+            "A measurement needs a text that the model did not write; got 'self'.",
+            f"Use {', '.join(_HUB_SOURCES)}, or a path to a .txt or .jsonl file.",
+        )
     if tokenizer is None:
         raise DataError(f"The text {source!r} needs a tokenizer, and the model came without one.")
     if window < 2 or (count is not None and count < 1):
@@ -172,20 +187,23 @@ def _file_texts(path: Path) -> Iterator[str]:
             f"Use {', '.join(_HUB_SOURCES)}, self, or a path to a .txt or .jsonl file.",
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"Cannot read the text {str(path)!r}: {reason}.") from error
     if path.suffix == ".txt":
         yield text
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold other line breaks
         if not line.strip():
             continue
         try:
-            yield json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{path}, line {number}: expected a JSON object with a key "text".') from error
+            entry = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            entry = None
+        if not isinstance(entry, str):
+            raise DataError(f'{path}, line {number}: expected a JSON object with a text under the key "text".')
+        yield entry
 
 
 def _hub_texts(source: str, split: str) -> Iterator[str]:
@@ -214,23 +232,34 @@ def sample_windows(
 
     Sampling is ancestral (temperature 1, no truncation), so the text is drawn from the model's own distribution.
 
+    Args:
+        model: The dense model.
+        count: Windows wanted, at least 1.
+        window: Tokens per window, at least 1.
+        seed: Of the sampling.
+        progress: Told how many windows are done.
+
     Returns:
         Token ids, `[count, window]`.
     """
-    special = {model.config.eos_token_id, model.config.pad_token_id, model.config.bos_token_id}
+    config = model.config
+    special: set[int] = set()
+    for ids in (config.eos_token_id, config.pad_token_id, config.bos_token_id):  # one id, several, or None
+        special.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
     generator = torch.Generator().manual_seed(seed)
     start = model.config.bos_token_id
+    batch = _sample_batch(model, window)
     parts = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for done in range(0, count, SAMPLE_BATCH):
-            size = min(SAMPLE_BATCH, count - done)
+        for done in range(0, count, batch):
+            size = min(batch, count - done)
             if start is None:
                 first = torch.randint(model.config.vocab_size, (size, 1), generator=generator)
             else:
                 first = torch.full((size, 1), start)
             first = first.to(model.device)
-            # The start token and one sampled token stand before the window; no end token, so that windows fill up.
+            # The start token stands before the window; no end token, so that windows fill up.
             out = model.generate(  # type: ignore[operator]
                 first,
                 attention_mask=torch.ones_like(first),
@@ -238,12 +267,21 @@ def sample_windows(
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
+                repetition_penalty=1.0,
                 min_new_tokens=window,
                 max_new_tokens=window,
-                suppress_tokens=sorted(t for t in special if isinstance(t, int)) or None,
+                suppress_tokens=sorted(special) or None,
                 pad_token_id=model.config.pad_token_id or 0,
             )
             parts.append(out[:, 1 : window + 1].cpu())
             if progress:
                 progress("sampling text", done + size, count)
     return torch.cat(parts)
+
+
+def _sample_batch(model: PreTrainedModel, window: int) -> int:
+    """As many sequences as keep the KV cache smaller than the weights."""
+    shape = shape_of(model.config)
+    groups = sum(layer.num_key_value_heads for layer in shape.dense.layers)
+    cached = 2 * groups * shape.head_dim * window  # keys and values of one sequence, in numbers
+    return max(1, min(SAMPLE_BATCH, model.num_parameters() // cached))

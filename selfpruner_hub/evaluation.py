@@ -37,6 +37,9 @@ def cross_entropy(model: PreTrainedModel, windows: Tensor) -> float:
     Args:
         model: A causal language model.
         windows: Token ids, `[N, W]`; each window is predicted on its own, from its second token on.
+
+    Returns:
+        Nats per token, at least 0.
     """
     total, targets = 0.0, windows[:, 1:].flatten()
     for start, logits in _logits(model, windows):
@@ -58,6 +61,9 @@ def teach(model: PreTrainedModel, windows: Tensor, top_k: int = TOP_K) -> Teache
         model: The dense model.
         windows: Token ids, `[N, W]`.
         top_k: Outcomes kept per position, at most the vocabulary.
+
+    Returns:
+        The teacher, on the CPU.
     """
     ids, log_probs = [], []
     for _, logits in _logits(model, windows):
@@ -77,6 +83,9 @@ def divergence(model: PreTrainedModel, windows: Tensor, teacher: Teacher) -> flo
         model: A causal language model with the teacher's vocabulary.
         windows: Token ids, `[N, W]`: those that the teacher saw, or the first of them.
         teacher: What `teach` returned.
+
+    Returns:
+        Nats per token, at least 0 up to rounding.
     """
     total, predicted = 0.0, 0
     for start, logits in _logits(model, windows):

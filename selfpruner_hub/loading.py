@@ -16,11 +16,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from selfpruner_hub.architectures import architecture_of
+from selfpruner_hub.architectures import ARCHITECTURES, architecture_of
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchitectureError
 
 _FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
 """The `from_pretrained` keywords that say where files are, and so hold for configuration and tokenizer too."""
+_GIVE = "Give a Hub repository, or a directory that `save_pretrained` wrote."
 
 
 def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -40,16 +41,20 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTok
         ModelError: The model is missing, gated, out of reach, truncated, or has weights that are not finite.
     """
     where = {key: kwargs[key] for key in _FOR_FILES if key in kwargs}
+    where["trust_remote_code"] = kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
     if kwargs.get("gguf_file"):
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
     try:
         config = AutoConfig.from_pretrained(name, **where)
         architecture_of(config)
-        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
+        model, found = loaded
     except SelfPrunerError:
         raise
     except Exception as error:  # transformers, the Hub client and safetensors share no base class
         raise explain(name, error) from error
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        raise ModelError(f"The weights of {name!r} lack {missing[0]}.", "Download or save them again.")
     for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise ModelError(f"The weights of {name!r} are not finite (first in {key}).", "Load an intact checkpoint.")
@@ -75,15 +80,20 @@ def explain(name: str, error: Exception) -> SelfPrunerError:
             f"{name!r} (or this revision of it) is not on the Hub.",
             "Check the name; a private repository needs HF_TOKEN.",
         )
+    if Path(name).is_dir() and "Unrecognized model" in text and not (Path(name) / "config.json").is_file():
+        return ModelError(f"{name!r} holds no model: it has no config.json.", _GIVE)
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
-        return UnsupportedArchitectureError(f"{name!r} is of an architecture that this version does not know.")
+        return UnsupportedArchitectureError(
+            f"{name!r} is of an architecture that this version does not know.",
+            f"Supported: {', '.join(sorted(ARCHITECTURES))}.",
+        )
     if any(isinstance(e, SafetensorError) for e in chain):
         return ModelError(f"The weights of {name!r} are damaged or cut off.", "Download or save them again.")
     if isinstance(error, ImportError):
-        return ModelError(f"Cannot load {name!r}: {error}")
+        return ModelError(f"Cannot load {name!r}: {' '.join(str(error).split())}"[:400], "Install what is missing.")
     if Path(name).exists():
         reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-        return ModelError(f"{name!r} cannot be loaded as a model: {reason}"[:400])
+        return ModelError(f"{name!r} cannot be loaded as a model: {reason}"[:400].rstrip(".") + ".", _GIVE)
     return ModelError(
         f"Cannot find {name!r}: no local directory, and the Hugging Face Hub has no such model or is out of reach.",
         "Check the name, the network, and HF_ENDPOINT.",

@@ -54,7 +54,7 @@ class LayerConfig:
 
     Args:
         config: Configuration of the whole model.
-        widths: The attributes that this layer has for itself.
+        **widths: The attributes that this layer has for itself.
     """
 
     def __init__(self, config: PreTrainedConfig, **widths: int) -> None:

@@ -48,6 +48,10 @@ class Method:
     """Share of a round's candidates that is scored on all windows."""
     temperature: float = 1.0
     """Of a language model's proposals."""
+    request_limit: int = 2_000
+    """Most requests to an endpoint, retries included."""
+    token_limit: int = 5_000_000
+    """Most tokens that an endpoint reads and writes."""
 
     def record(self) -> dict[str, Any]:
         """All settings, JSON-serialisable."""
@@ -73,8 +77,31 @@ PRESETS = {
 }
 
 
+_KINDS: dict[str, tuple[Any, str]] = {
+    "str": (str, "a name"),
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "tuple[str, ...]": ((list, tuple), "a list of names"),
+}
+"""By the annotation of a field: the types of its values, and their name in errors."""
+CHOICES = {
+    "importance": ("wanda-sp", "flap", "energy"),
+    "fitness": ("kl", "perplexity"),
+    "seeds": ("uniform", "ramp", "sensitivity", "blend"),
+}
+"""Known names, checked before a model is loaded; a test holds them to the modules that define them."""
+
+
 def resolve(preset: str, **changes: Any) -> Method:
-    """A preset with some settings changed; changes that are None are left alone.
+    """Take a preset and change some of its settings.
+
+    Args:
+        preset: A key of `PRESETS`.
+        **changes: Fields of `Method`; those that are None are left alone.
+
+    Returns:
+        The checked settings.
 
     Raises:
         UserError: The preset or a setting is unknown, or a value is out of its range.
@@ -87,6 +114,7 @@ def resolve(preset: str, **changes: Any) -> Method:
             f"Unknown setting {', '.join(sorted(unknown))}.", f"Known: {', '.join(f.name for f in fields(Method))}."
         )
     method = replace(PRESETS[preset], **changes)
+    _check_kinds(method)
     for name, low, high in (
         ("evaluations", 0, 1e9),
         ("window", 2, 1 << 20),
@@ -96,12 +124,27 @@ def resolve(preset: str, **changes: Any) -> Method:
         ("survivors", 0, 1),
         ("ridge", 0, 1e9),
         ("temperature", 1e-3, 100),
+        ("request_limit", 0, 1e9),
+        ("token_limit", 0, 1e12),
     ):
         value = getattr(method, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        if not low <= value <= high:
             raise UserError(f"{name} must be a number from {low:g} to {high:g}; got {value!r}.")
     if any(getattr(method, name) < 0 for name in ("population", "crossover", "mutation")):
         raise UserError("population, crossover and mutation must not be negative.")
     if method.evaluations and not method.crossover + method.mutation:
         raise UserError("A search needs crossover or mutation children.", "Set one of them above 0.")
     return method
+
+
+def _check_kinds(method: Method) -> None:
+    for f in fields(Method):
+        value = getattr(method, f.name)
+        types, called = _KINDS[str(f.type)]
+        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+            raise UserError(f"{f.name} must be {called}; got {value!r}.")
+    for name, known in CHOICES.items():
+        value = getattr(method, name)
+        names = [value] if isinstance(value, str) else list(value)
+        if not names or not set(map(str, names)) <= set(known):
+            raise UserError(f"Unknown {name} {value!r}.", f"Choose from: {', '.join(known)}.")

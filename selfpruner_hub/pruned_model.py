@@ -22,10 +22,11 @@ from selfpruner_hub.storage import resolve_directory, save_directory
 class PrunedModel:
     """A pruned model with everything that is known of it.
 
-    Attributes:
+    Args:
         model: The pruned transformers model.
         tokenizer: Its tokenizer, or None.
         report: The record that `selfpruner.json` holds.
+        journal: The lines of `search.jsonl`.
     """
 
     def __init__(
@@ -66,6 +67,9 @@ class PrunedModel:
         Args:
             name: A directory that `save_pretrained` wrote, or a Hub repository.
             **kwargs: Keywords of transformers' `from_pretrained`.
+
+        Returns:
+            The model with its tokenizer, record and journal.
 
         Raises:
             SavedModelError: It is not a pruned model, or it is damaged.

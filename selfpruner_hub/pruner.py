@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from selfpruner_hub.presets import Method, resolve
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.pruned_model import PrunedModel, count_parameters
 from selfpruner_hub.records import Metric, Record
+from selfpruner_hub.search.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import Outcome, Schedule, search
 from selfpruner_hub.search.model_proposer import ModelProposer
@@ -58,6 +60,9 @@ class AutoPruner:
             name: A directory or a Hub repository.
             **kwargs: Keywords of transformers' `from_pretrained`: dtype, device_map, revision, token, gguf_file, …
 
+        Returns:
+            A pruner of that model.
+
         Raises:
             UnsupportedArchitectureError: The architecture is not in the table.
             ModelError: The model is missing, gated, out of reach or damaged.
@@ -86,8 +91,10 @@ class AutoPruner:
         Args:
             beta: Mean fraction of the prunable weights to remove, 0 < β < 1.
             preset: `"default"`, or `"paper"` for the settings of arXiv 2502.14413.
-            proposer: `"self"` (the dense model), `"evolution"`, `"random"`, or an object with the `Proposer` protocol.
-            proposer_model: Reserved for proposers behind an endpoint.
+            proposer: `"self"` (the dense model), `"evolution"`, `"random"`, the URL of an OpenAI-compatible
+                endpoint, or an object with the `Proposer` protocol.
+            proposer_model: Name of the model at the endpoint; its key comes from the environment
+                (SELFPRUNER_API_KEY).
             data: `"wikitext2"`, `"c4"`, `"self"`, or a path to `.txt` or `.jsonl`.
             fitness: `"kl"` or `"perplexity"`; None takes the preset's.
             evaluations: Budget in full-evaluation equivalents; None takes the preset's, 0 keeps the best seed.
@@ -104,11 +111,13 @@ class AutoPruner:
             UserError: An argument is wrong, the text too short, or `run_dir` belongs to another search.
         """
         check_beta(beta)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise UserError(f"seed must be a whole number from 0 to {2**31 - 1}; got {seed!r}.")
         if executor is not None:
             raise UserError(f"Unknown executor {executor!r}.", "This version scores in process: executor=None.")
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
         budget = Budget(self.shape, beta, method.p_min, method.p_max, method.tied, method.multiple_of)
-        asked = self._proposer(proposer, budget, method)
+        asked = self._proposer(proposer, proposer_model, budget, method)
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             calibration, held_out = self._texts(data, method, seed, report)
@@ -119,13 +128,12 @@ class AutoPruner:
             order = rank(self.model, statistics, method.importance)
             curves = None
             with ordered(self.model, order):
-                slicer = Slicer(self.model, order, statistics, method.ridge)
+                slicer = Slicer(self.model, order, _drained(statistics), method.ridge)
                 if {"sensitivity", "blend"} & set(method.seeds):
                     few = calibration.windows[: max(1, SENSITIVITY_TOKENS // calibration.windows.shape[1])]
                     curves = _curves(output_sensitivity(self.model, few, seed, report), slicer)
                 if not method.repair:
                     slicer = Slicer(self.model, order, None)
-                del statistics
                 found = search(
                     asked,
                     budget,
@@ -156,7 +164,7 @@ class AutoPruner:
         calibration, held_out = corpus.split(*(int(n * share) for n in wanted))
         return calibration, held_out
 
-    def _proposer(self, proposer: str | Proposer, budget: Budget, method: Method) -> Proposer:
+    def _proposer(self, proposer: str | Proposer, model: str | None, budget: Budget, method: Method) -> Proposer:
         if not isinstance(proposer, str):
             return proposer
         if proposer == "evolution" or not method.evaluations:
@@ -169,8 +177,19 @@ class AutoPruner:
                     'proposer="self" needs the model\'s tokenizer, and there is none.', 'Use proposer="evolution".'
                 )
             return ModelProposer(self.model, self.tokenizer, budget, self.name, temperature=method.temperature)
+        if "://" in proposer:
+            return EndpointProposer(
+                proposer,
+                model,
+                budget,
+                self.name,
+                temperature=method.temperature,
+                request_limit=method.request_limit,
+                token_limit=method.token_limit,
+            )
         raise UserError(
-            f"Unknown proposer {proposer!r}.", "Choose self, evolution, random, or pass an object with ask and tell."
+            f"Unknown proposer {proposer!r}.",
+            "Choose self, evolution, random, the URL of an endpoint, or pass an object with ask and tell.",
         )
 
     def _fingerprint(
@@ -179,7 +198,7 @@ class AutoPruner:
         """All that decides the course of a search; a run directory belongs to one of these."""
         return {
             "model": self.name,
-            "parameters": count_parameters(self.model),
+            "weights": _weights_hash(self.model),
             "dtype": str(self.model.dtype),
             "beta": beta,
             "seed": seed,
@@ -229,6 +248,21 @@ class AutoPruner:
             },
             metrics={"search_fitness": Metric(round(found.best.fitness, 6), None, protocol)},
         )
+
+
+def _weights_hash(model: PreTrainedModel) -> str:
+    """Tell checkpoints apart without reading them whole: shapes and some values of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}{some.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def _drained(items: list[Any]) -> Iterator[Any]:
+    """Yield the items and let go of each, so that a layer's statistics end where its repair begins."""
+    while items:
+        yield items.pop(0)
 
 
 def _schedule(method: Method) -> Schedule:

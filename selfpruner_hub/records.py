@@ -73,6 +73,9 @@ class Record:
             text: The file's content.
             source: Its name, for the error.
 
+        Returns:
+            The record.
+
         Raises:
             SavedModelError: It is not such a record.
         """
@@ -98,6 +101,12 @@ class Record:
 def read_record(directory: Path) -> Record:
     """Read the record of a saved model.
 
+    Args:
+        directory: Where `selfpruner.json` is.
+
+    Returns:
+        The record.
+
     Raises:
         SavedModelError: The directory holds no pruned model, or its record is damaged.
     """
@@ -107,11 +116,19 @@ def read_record(directory: Path) -> Record:
             f"{str(directory)!r} is not a model that selfpruner saved (it has no {FILE_NAME}).",
             "Give a directory written by `selfpruner prune` or `save_pretrained`.",
         )
-    return Record.from_json(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SavedModelError(f"{path} cannot be read, or is damaged.", "Save or download the model again.") from error
+    return Record.from_json(text, str(path))
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is either there whole or not at all: temporary file, fsync, rename.
+
+    Args:
+        path: The file; its folder is made where it does not exist.
+        text: Its new content.
 
     Raises:
         OutputError: It cannot be written.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +27,8 @@ class Slicer:
     Args:
         model: The dense model, permuted.
         order: The permutation that was applied, one per layer.
-        statistics: Calibration statistics in dense order, for the repair; None leaves weights as they are.
+        statistics: Calibration statistics in dense order, for the repair, one layer at a time; None leaves weights as
+            they are.
         ridge: λ of the repair.
     """
 
@@ -35,7 +36,7 @@ class Slicer:
         self,
         model: PreTrainedModel,
         order: Sequence[LayerOrder],
-        statistics: Sequence[LayerStatistics] | None,
+        statistics: Iterable[LayerStatistics] | None,
         ridge: float = RIDGE,
     ) -> None:
         self.model = model
@@ -59,7 +60,10 @@ class Slicer:
         )
 
     def errors(self) -> list[tuple[Tensor, Tensor]]:
-        """Expected squared output error of each layer, after repair, by what it keeps: `[G + 1]` and `[F + 1]`.
+        """Expected squared output error of each layer, after repair, by what it keeps.
+
+        Returns:
+            Per layer, for 0 to G KV groups `[G + 1]`, and for 0 to F channels `[F + 1]`.
 
         Raises:
             ValueError: The slicer has no statistics.
@@ -111,6 +115,10 @@ class Slicer:
 @torch.inference_mode()
 def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
     """Build the compact pruned model of `plan`: own copies of the sliced weights, nothing shared with the dense one.
+
+    Args:
+        slicer: Of the dense model.
+        plan: Widths to keep.
 
     Returns:
         A model of the matching `selfpruned_*` class, in eval mode, on the dense model's device.

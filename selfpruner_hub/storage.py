@@ -62,13 +62,16 @@ def save_directory(directory: Path) -> Iterator[Path]:
 def check_writable(directory: Path) -> None:
     """Find out before long work whether its result can be written; leaves nothing behind.
 
+    Args:
+        directory: Where the result shall be; it need not exist.
+
     Raises:
         OutputError: It cannot.
     """
     parent = directory
-    while not parent.exists():
-        parent = parent.parent
     try:
+        while not parent.exists():
+            parent = parent.parent
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise OutputError(f"Cannot write {str(directory)!r}: {error.strerror}.", "Choose another output.") from error
@@ -80,6 +83,9 @@ def resolve_directory(name: str, **kwargs: Any) -> Path:
     Args:
         name: A directory or a Hub repository.
         **kwargs: `revision`, `token`, `cache_dir` and `local_files_only` are used.
+
+    Returns:
+        An existing directory.
 
     Raises:
         ModelError: It is neither.

@@ -146,7 +146,7 @@ def test_a_record_that_cannot_be_written_is_not_kept(journal):
     assert journal.records[1:] == RECORDS
 
 
-# BUG (reported): half a surrogate pair (an emoji that a token limit cut in two) ends in a UnicodeEncodeError.
+# A bug once: half a surrogate pair (an emoji that a token limit cut in two) ends in a UnicodeEncodeError.
 def test_a_lone_surrogate_in_a_reply_is_written(journal, tmp_path):
     record = {"kind": "ask", "replies": [{"reply": "\ud83d"}]}
     journal.append(record)

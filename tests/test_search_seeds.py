@@ -65,7 +65,7 @@ def test_the_knapsack_spends_its_budget():
 
 def test_the_knapsack_spares_the_layer_that_hurts():
     two = shape(layers=2)
-    budget = Budget(two, 0.3)
+    budget = Budget(two, 0.15)
     keep = np.arange(33)
     losses = [LossCurves(1e6 * (4.0 - np.arange(5)), scale * (32 - keep) ** 2.0) for scale in (1, 4)]
     rates = knapsack(budget, losses)

@@ -50,10 +50,13 @@ class Journal:
     def append(self, record: Record) -> None:
         """Write one record and flush it to disk.
 
+        Args:
+            record: JSON-serialisable, with the key `kind`.
+
         Raises:
             OutputError: It cannot be written.
         """
-        line = json.dumps(record, ensure_ascii=False) + "\n"
+        line = json.dumps(record) + "\n"
         if self.path is not None:
             try:
                 with self.path.open("a", encoding="utf-8") as file:
@@ -66,11 +69,17 @@ class Journal:
 
     def text(self) -> str:
         """All records as they stand in the file."""
-        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
+        return "".join(json.dumps(record) + "\n" for record in self.records)
 
 
 def read_journal(path: Path) -> list[Record]:
-    """Read the records of a journal, the header first; a torn last line is passed over.
+    """Read a journal; a torn last line is passed over.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its records, the header first.
 
     Raises:
         RunMismatchError: The file is not a journal, or damaged before its last line.

@@ -27,6 +27,10 @@ Report = Callable[[float, "Scored | None", Mapping[str, int]], None]
 """(full-evaluation equivalents spent, best so far, counts of proposals by origin and fate) while the search runs."""
 
 
+BARREN_ROUNDS = 8
+"""Rounds without a new plan after which every plan within reach is taken to have been seen."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a search spends its evaluations.
@@ -103,13 +107,14 @@ def search(
     """
     run = _Search(proposer, budget, score, journal, schedule, seed, report)
     run.score_round(0, [(f"seed:{name}", budget.project(rates)) for name, rates in seeds.items()])
+    barren = 0
     for number, operation, count in schedule.rounds():
-        if run.spent >= schedule.evaluations:
+        if run.spent >= schedule.evaluations or barren == BARREN_ROUNDS:
             break
         children = run.ask(number, operation, count)
-        if not children:  # every plan within reach has been seen
-            break
-        proposer.tell(run.score_round(number, children))
+        barren = 0 if children else barren + 1
+        if children:
+            proposer.tell(run.score_round(number, children))
     return Outcome(run.incumbent(), run.spent, dict(run.counts), run.tokens)
 
 
@@ -132,8 +137,8 @@ class _Search:
 
     def __post_init__(self) -> None:
         records = self.journal.records
-        self._asked = {(r["round"], r["attempt"]): r for r in records if r["kind"] == "ask"}
-        self._scores = {(_widths(r), r["share"]): _fitness(r) for r in records if r["kind"] == "score"}
+        self._asked = {(r["round"], r["attempt"]): r for r in records if r.get("kind") == "ask"}
+        self._scores = {(_widths(r), r["share"]): _fitness(r) for r in records if r.get("kind") == "score"}
 
     def incumbent(self) -> Scored:
         """The best plan that was scored on all windows; ties go to the earlier one."""
@@ -233,7 +238,9 @@ class _Search:
 
     def score_round(self, number: int, children: Sequence[tuple[str, Plan]]) -> list[Scored]:
         """Score all on the first share, then the survivors (and all seeds) on all windows."""
-        unique = {plan: origin for origin, plan in reversed(children)}
+        unique: dict[Plan, str] = {}
+        for origin, plan in children:  # two seeds may be one plan: it belongs to the first
+            unique.setdefault(plan, origin)
         scored = [self._scored(plan, self.schedule.first_share, origin, number) for plan, origin in unique.items()]
         self.first.update({s.plan: s for s in scored})
         ranked = sorted(scored, key=lambda s: s.fitness)

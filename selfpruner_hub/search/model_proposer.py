@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from selfpruner_hub.budget import Budget
-from selfpruner_hub.errors import ProposerError, UserError
+from selfpruner_hub.errors import UserError
 from selfpruner_hub.search import prompts
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 
@@ -72,19 +72,10 @@ class ModelProposer:
         prompt = prompts.render(operation, history, self._budget, self._subject, self._templates)
         schema = prompts.schema(operation, history, self._budget)
         replies, tokens = self._generate(prompt, schema, count, int(rng.integers(2**31)))
-        return [self._proposal(prompt, reply, len(history), tokens // count) for reply in replies]
+        return [prompts.proposal(prompt, reply, self._budget, len(history), tokens // count) for reply in replies]
 
     def tell(self, scored: Sequence[Scored]) -> None:
         """Learn nothing between asks: the history in the prompt says it all."""
-
-    def _proposal(self, prompt: str, reply: str, seen: int, tokens: int) -> Proposal:
-        try:
-            rates, numbers = prompts.parse(reply, self._budget)
-        except ProposerError as error:
-            return Proposal(None, prompt=prompt, reply=reply, error=str(error), tokens=tokens)
-        listed = min(seen, prompts.SHOWN)
-        parents = tuple(listed - n for n in numbers if 1 <= n <= listed)  # number 1 is the worst that was shown
-        return Proposal(rates, parents, prompt, reply, tokens=tokens)
 
     @torch.inference_mode()
     def _generate(self, prompt: str, schema: dict[str, Any], count: int, seed: int) -> tuple[list[str], int]:

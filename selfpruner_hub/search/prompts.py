@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.errors import ProposerError, UserError
-from selfpruner_hub.search.proposers import Operation, Scored
+from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 
 SHOWN = 5
 """Earlier solutions in a prompt, worst to best (the last is the best)."""
@@ -125,10 +124,32 @@ def parse(reply: str, budget: Budget) -> tuple[Rates, tuple[int, ...]]:
     return Rates(lists[0], lists[-1]), tuple(numbers[:2])
 
 
+def proposal(prompt: str, reply: str, budget: Budget, seen: int, tokens: int) -> Proposal:
+    """Turn a reply into a proposal, or into a refusal that says what is wrong with it.
+
+    Args:
+        prompt: What was asked.
+        reply: What the language model wrote.
+        budget: Says how many rates there must be.
+        seen: Length of the history behind the prompt.
+        tokens: Tokens read and written for this reply.
+
+    Returns:
+        A proposal whose parents are indices into the history.
+    """
+    try:
+        rates, numbers = parse(reply, budget)
+    except ProposerError as error:
+        return Proposal(None, prompt=prompt, reply=reply, error=str(error), tokens=tokens)
+    listed = min(seen, SHOWN)
+    parents = tuple(listed - n for n in numbers if 1 <= n <= listed)  # number 1 is the worst that was shown
+    return Proposal(rates, parents, prompt, reply, tokens=tokens)
+
+
 def _percentages(value: Any, name: str, length: int) -> tuple[float, ...]:
     numbers = value.get(name) if isinstance(value, dict) else None
     if not isinstance(numbers, list) or len(numbers) != length:
         raise ProposerError(f"The reply has no list of {length} numbers under {name!r}.")
-    if not all(type(n) in (int, float) and math.isfinite(n) and 0 <= n <= 100 for n in numbers):
+    if not all(type(n) in (int, float) and 0 <= n <= 100 for n in numbers):
         raise ProposerError(f"The reply's {name!r} are not percentages.")
     return tuple(n / 100 for n in numbers)

@@ -103,7 +103,7 @@ class EvolutionProposer:
         """Propose children of the best plans; random rates where there is no history."""
         if operation == "initial" or not history:
             return [Proposal(random_rates(self._budget, rng)) for _ in range(count)]
-        breed = self._mutate if operation == "mutation" or len(history) < 2 else self._cross
+        breed = self._mutate if operation == "mutation" or min(len(history), self._elite) < 2 else self._cross
         return [breed(history[: self._elite], rng) for _ in range(count)]
 
     def tell(self, scored: Sequence[Scored]) -> None:

@@ -1,0 +1,105 @@
+"""Presets: the paper's numbers, and every setting that is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from selfpruner_hub.budget import Budget
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.fitness import METRICS
+from selfpruner_hub.importance import SCORES
+from selfpruner_hub.plan import ModelShape, Plan
+from selfpruner_hub.presets import CHOICES, PRESETS, Method, resolve
+from selfpruner_hub.search.seeds import LossCurves, seeds
+
+
+def test_the_paper_preset_has_the_papers_numbers():
+    paper = resolve("paper")
+    assert (paper.population, paper.crossover, paper.mutation) == (30, 10, 10)
+    assert paper.evaluations == 30 + 20 * (10 + 10) == 430
+    assert (paper.p_min, paper.p_max) == (0.1, 0.9)
+    assert (paper.importance, paper.repair, paper.fitness, paper.tied) == ("wanda-sp", False, "perplexity", True)
+    assert paper.first_share == 1  # every candidate is scored on all windows
+    assert paper.seeds == ("uniform",)
+
+
+def test_the_default_preset_repairs_and_scores_in_stages():
+    default = resolve("default")
+    assert default == Method()
+    assert default.repair
+    assert default.first_share < 1
+    assert default.seeds == ("uniform", "ramp", "sensitivity", "blend")
+
+
+def test_changes_replace_settings_and_none_leaves_them_alone():
+    assert resolve("paper", fitness=None, p_max=0.5) == resolve("paper", p_max=0.5)
+    assert resolve("paper", p_max=0.5).p_max == 0.5
+    assert PRESETS["paper"].p_max == 0.9
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_record_is_json_with_every_setting(preset):
+    values = json.loads(json.dumps(PRESETS[preset].record()))
+    assert resolve(preset, **{**values, "seeds": tuple(values["seeds"])}) == PRESETS[preset]
+
+
+def test_the_choices_are_those_of_the_modules_that_define_them():
+    assert set(CHOICES["importance"]) == set(SCORES)
+    assert set(CHOICES["fitness"]) == set(METRICS)
+    budget = Budget(ModelShape(8, 4, 1, Plan.of([16], [2])), 0.3)
+    curves = [LossCurves(np.linspace(1, 0, 3), np.linspace(1, 0, 17))]
+    assert set(CHOICES["seeds"]) == set(seeds(budget, curves))
+
+
+@pytest.mark.parametrize("first_share", [1e-6, 1])
+def test_bounds_of_a_range_are_inside_it(first_share):
+    assert resolve("default", first_share=first_share).first_share == first_share
+
+
+def test_a_search_without_evaluations_needs_no_children():
+    assert resolve("default", evaluations=0, crossover=0, mutation=0).mutation == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"preset": "papers"}, "Unknown preset 'papers'.*default, paper"),
+        ({"betta": 1, "alpha": 2}, "Unknown setting alpha, betta.*importance"),
+        ({"evaluations": -1}, "evaluations must be a number from 0 "),
+        ({"evaluations": float("nan")}, "evaluations must be a number from 0 "),
+        ({"evaluations": float("inf")}, "evaluations must be a number from 0 "),
+        ({"window": 1}, "window must be a number from 2 "),
+        ({"calibration_tokens": 0}, "calibration_tokens must be a number from 1 "),
+        ({"fitness_tokens": 0}, "fitness_tokens must be a number from 1 "),
+        ({"first_share": 0}, "first_share must be a number from 1e-06 to 1"),
+        ({"first_share": 1.5}, "first_share must be a number from 1e-06 to 1"),
+        ({"survivors": -0.5}, "survivors must be a number from 0 to 1"),
+        ({"ridge": -1}, "ridge must be a number from 0 "),
+        ({"temperature": 0}, "temperature must be a number from 0.001 "),
+        ({"population": -1}, "must not be negative"),
+        ({"crossover": -1}, "must not be negative"),
+        ({"mutation": -1}, "must not be negative"),
+        ({"crossover": 0, "mutation": 0}, "needs crossover or mutation.*above 0"),
+        ({"evaluations": "many"}, "evaluations must be a number; got 'many'"),
+        ({"p_max": "high"}, "p_max must be a number"),
+        ({"ridge": True}, "ridge must be a number"),
+        ({"window": 32.5}, "window must be a whole number"),
+        ({"population": "ten"}, "population must be a whole number"),
+        ({"multiple_of": 1.5}, "multiple_of must be a whole number"),
+        ({"crossover": True}, "crossover must be a whole number"),
+        ({"repair": "no"}, "repair must be true or false"),
+        ({"tied": 1}, "tied must be true or false"),
+        ({"seeds": "uniform"}, "seeds must be a list of names"),
+        ({"seeds": ()}, "Unknown seeds"),
+        ({"seeds": ("uniform", "best")}, "Unknown seeds.*Choose from: uniform"),
+        ({"fitness": "accuracy"}, "Unknown fitness 'accuracy'.*kl, perplexity"),
+        ({"importance": "magnitude"}, "Unknown importance 'magnitude'.*wanda-sp"),
+        ({"importance": 5}, "importance must be a name"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(changes, said):
+    with pytest.raises(UserError, match=said) as caught:
+        resolve(**{"preset": "default", **changes})
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,126 @@
+"""Storage: a saved directory is there whole or not at all, and a place that cannot be written is found out first."""
+
+from pathlib import Path
+
+import pytest
+
+from selfpruner_hub import storage
+from selfpruner_hub.errors import ModelError, OutputError
+from selfpruner_hub.storage import check_writable, resolve_directory, save_directory
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a /proc that nobody can write")
+
+
+def tree(directory):
+    """Every file under `directory` with its content, and every folder."""
+    paths = sorted(directory.rglob("*"))
+    return {str(p.relative_to(directory)): p.read_text() if p.is_file() else None for p in paths}
+
+
+def save(directory, failure=None, **files):
+    with save_directory(directory) as staging:
+        for name, content in files.items():
+            (staging / name).write_text(content)
+        if failure:
+            raise failure
+
+
+def test_a_new_directory_appears_whole(tmp_path):
+    target = tmp_path / "deep" / "model"
+    with save_directory(target) as staging:
+        (staging / "a").write_text("1")
+        (staging / "b").write_text("2")
+        assert not target.exists()
+        assert staging.parent == target.parent  # a rename stays on one file system
+    assert tree(tmp_path) == {"deep": None, "deep/model": None, "deep/model/a": "1", "deep/model/b": "2"}
+
+
+def test_modes_are_those_of_public_files(tmp_path):
+    with save_directory(tmp_path / "model") as staging:
+        (staging / "a").write_text("1")
+        (staging / "a").chmod(0o600)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "model" / "a").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("mine"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("before", [{}, {"a": "old"}], ids=["new", "existing"])
+def test_an_exception_inside_changes_nothing(before, failure, tmp_path):
+    if before:
+        save(tmp_path / "model", **before)
+    was = tree(tmp_path)
+    with pytest.raises(type(failure)):
+        save(tmp_path / "model", failure, a="new")
+    assert tree(tmp_path) == was
+
+
+def test_a_full_disk_is_an_output_error_and_changes_nothing(tmp_path):
+    save(tmp_path / "model", a="old")
+    was = tree(tmp_path)
+    with pytest.raises(OutputError, match="No space left") as caught:
+        save(tmp_path / "model", OSError(28, "No space left on device"), a="new")
+    assert caught.value.hint
+    assert tree(tmp_path) == was
+
+
+def test_files_of_the_same_names_are_replaced_and_others_stay(tmp_path):
+    save(tmp_path / "model", a="old", c="mine")
+    (tmp_path / "model" / "d").mkdir()
+    (tmp_path / "model" / "d" / "x").write_text("old")
+    with save_directory(tmp_path / "model") as staging:
+        (staging / "a").write_text("new")
+        (staging / "b").write_text("new")
+        (staging / "d").mkdir()
+        (staging / "d" / "y").write_text("new")
+    assert tree(tmp_path / "model") == {"a": "new", "b": "new", "c": "mine", "d": None, "d/y": "new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/model", "file/deep/model"])
+@pytest.mark.parametrize("check", [check_writable, save], ids=["check", "save"])
+def test_a_file_is_in_the_way(check, name, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError) as caught:
+        check(tmp_path / name)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == {"file": "mine"}
+
+
+@needs_proc
+@pytest.mark.parametrize("check", [check_writable, save], ids=["check", "save"])
+@pytest.mark.parametrize("name", ["/proc/model", "/proc/deep/model"])
+def test_a_parent_that_cannot_be_created(check, name):
+    with pytest.raises(OutputError, match=f"Cannot write '{name}'"):
+        check(Path(name))
+
+
+@pytest.mark.parametrize("check", [check_writable, save], ids=["check", "save"])
+def test_a_name_that_is_too_long(check, tmp_path):
+    with pytest.raises(OutputError, match="too long"):
+        check(tmp_path / ("x" * 300))
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", [".", "model", "deep/deeper/model"])
+def test_check_writable_leaves_nothing_behind(name, tmp_path):
+    check_writable(tmp_path / name)
+    assert tree(tmp_path) == {}
+
+
+def test_a_local_directory_is_itself(tmp_path):
+    assert resolve_directory(str(tmp_path), revision="ignored") == tmp_path
+
+
+def test_a_repository_is_its_snapshot(monkeypatch):
+    monkeypatch.setattr(storage, "snapshot_download", lambda name, **kwargs: f"/cache/{name}/{sorted(kwargs.items())}")
+    found = resolve_directory("me/model", revision="main", dtype="auto")
+    assert found == Path("/cache/me/model/[('revision', 'main')]")
+
+
+def test_neither_a_directory_nor_a_repository(tmp_path):
+    for name in ("me/no-such-model", str(tmp_path / "nothing")):
+        with pytest.raises(ModelError, match="Cannot find") as caught:
+            resolve_directory(name)
+        assert caught.value.hint
+        assert "\n" not in str(caught.value)
