@@ -92,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--windows", type=int, metavar="N", help="only the first N windows")
     _from_pretrained(evaluate)
 
+    plot = _verb(verbs, "plot", _plot, "draw the search curve, the population and the final rates")
+    plot.add_argument("directory", metavar="RUN_OR_DIR", type=Path, help="what holds search.jsonl")
+    plot.add_argument("--output", type=Path, metavar="DIR", help="where the pictures go (default: RUN_OR_DIR/plots)")
+
     demo = _verb(verbs, "demo", _demo, "prune a small embedded model, or open the demo Space on a saved one")
     demo.add_argument("directory", nargs="?", metavar="DIR", help="a saved model to open in the Space")
     demo.add_argument("--beta", type=_number, default=0.3)
@@ -204,6 +208,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(json.dumps({"perplexity": value, "protocol": protocol, **corpus.record()}))
     else:
         print(f"perplexity {value:.3f} ({protocol})")
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from selfpruner_hub.plots import plot_search
+
+    written = [str(path) for path in plot_search(options.directory, options.output or options.directory / "plots")]
+    print(json.dumps({"files": written}) if options.json else "\n".join(written))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -250,6 +250,8 @@ def sample_windows(
     start = model.config.bos_token_id
     batch = _sample_batch(model, window)
     parts = []
+    if progress:
+        progress("sampling text", 0, count)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for done in range(0, count, batch):

@@ -28,6 +28,14 @@ class Plan:
         return cls(tuple(LayerWidths(f, g) for f, g in zip(intermediate_sizes, num_key_value_heads, strict=True)))
 
 
+def widths_of(plan: Plan) -> dict[str, list[int]]:
+    """The widths of a plan as files hold them: a list per width, first layer first."""
+    return {
+        "intermediate_size": [w.intermediate_size for w in plan.layers],
+        "num_key_value_heads": [w.num_key_value_heads for w in plan.layers],
+    }
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The prunable geometry of a dense model; counts are weights of q, k, v, o, gate, up and down (no biases)."""

@@ -20,6 +20,7 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import output_sensitivity, rank
 from selfpruner_hub.loading import load_model
+from selfpruner_hub.plan import widths_of
 from selfpruner_hub.presets import Method, resolve
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.pruned_model import PrunedModel, count_parameters
@@ -199,6 +200,12 @@ class AutoPruner:
         return {
             "model": self.name,
             "weights": _weights_hash(self.model),
+            "shape": {
+                "hidden_size": self.shape.hidden_size,
+                "head_dim": self.shape.head_dim,
+                "queries_per_group": self.shape.queries_per_group,
+                **widths_of(self.shape.dense),
+            },
             "dtype": str(self.model.dtype),
             "beta": beta,
             "seed": seed,
@@ -227,10 +234,7 @@ class AutoPruner:
             beta=budget.beta,
             achieved_beta=round(self.shape.beta(plan), 6),
             rates=tuple(round(rate, 6) for rate in self.shape.rates(plan)),
-            widths={
-                "intermediate_size": [w.intermediate_size for w in plan.layers],
-                "num_key_value_heads": [w.num_key_value_heads for w in plan.layers],
-            },
+            widths=widths_of(plan),
             parameters={"dense": count_parameters(self.model), "pruned": count_parameters(model)},
             method=method.record(),
             seed=seed,

@@ -17,7 +17,7 @@ import numpy as np
 
 from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.errors import ProposerError, SelfPrunerError
-from selfpruner_hub.plan import Plan
+from selfpruner_hub.plan import Plan, widths_of
 from selfpruner_hub.search.journal import Journal, Record
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Proposer, Scored
 
@@ -231,7 +231,7 @@ class _Search:
         record = asdict(reply)
         if reply.rates is not None:
             plan = self.budget.project(reply.rates)
-            record |= {"widths": _lists(plan), "moved": round(self.budget.distance(reply.rates, plan), 6)}
+            record |= {"widths": widths_of(plan), "moved": round(self.budget.distance(reply.rates, plan), 6)}
         return record
 
     # -- scoring --------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class _Search:
                     "origin": origin,
                     "share": share,
                     "fitness": None if math.isinf(self._scores[key]) else self._scores[key],
-                    "widths": _lists(plan),
+                    "widths": widths_of(plan),
                     "seconds": round(time.perf_counter() - started, 3),
                 }
             )
@@ -275,13 +275,6 @@ class _Search:
             )
             self.report(self.spent, best, self.counts)
         return result
-
-
-def _lists(plan: Plan) -> dict[str, list[int]]:
-    return {
-        "intermediate_size": [w.intermediate_size for w in plan.layers],
-        "num_key_value_heads": [w.num_key_value_heads for w in plan.layers],
-    }
 
 
 def _widths(record: Record) -> Plan:

@@ -40,6 +40,9 @@ class ModelProposer:
         temperature: Of sampling, greater than 0.
         templates: Directory with other prompt templates.
         name: How the journal calls it.
+
+    Raises:
+        UserError: Decoding with this tokenizer cannot be constrained.
     """
 
     def __init__(
