@@ -59,7 +59,7 @@ def main(search_text: str, measured_text: str, betas: list[float]) -> None:
     write(
         "main_job",
         f"SmolLM2-135M-Instruct, {str(pruner.model.dtype)}; calibrated and searched on {Path(search_text).name} with "
-        f"the defaults of prune(), seed 0; perplexity and top-64 KL to the dense model on the first {WINDOWS} windows of "
+        f"the defaults of prune(), seed 0; perplexity and top-64 KL to dense on the first {WINDOWS} windows of "
         f"{WINDOW} tokens of {Path(measured_text).name}; speed-up over the dense model in PyTorch on the CPU, batch 1, "
         f"prompt of {WINDOW} tokens, decode per step, medians of 7 interleaved runs",
         rows,

@@ -117,6 +117,9 @@ def output_sensitivity(
         return lambda _module, _inputs, output: output.register_hook(keep) and None
 
     handles = [module.register_forward_hook(watch(i)) for i, module in enumerate(modules)]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:  # the gradients of the weights are not wanted, and take as much memory as they do
+        parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     try:
         for done, window in enumerate(windows, 1):
@@ -127,6 +130,8 @@ def output_sensitivity(
             if progress:
                 progress("sensitivities", done, len(windows))
     finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
     means = [value / windows.numel() for value in sums]

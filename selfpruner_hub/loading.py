@@ -34,7 +34,7 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTok
         **kwargs: Keywords of transformers' `from_pretrained`.
 
     Returns:
-        The model in eval mode without gradients, and its tokenizer or None where there is none.
+        The model in eval mode, and its tokenizer or None where there is none.
 
     Raises:
         UnsupportedArchitectureError: The architecture is not in the table; found out before any weight is read.
@@ -62,7 +62,7 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTok
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except Exception:  # a model without a tokenizer can be pruned on data="self"
         tokenizer = None
-    return model.eval().requires_grad_(False), tokenizer
+    return model.eval(), tokenizer
 
 
 def explain(name: str, error: Exception) -> SelfPrunerError:

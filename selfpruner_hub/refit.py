@@ -36,14 +36,14 @@ class Repair:
             raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
         self._factor = factor
         self._dtype = weight.dtype
-        self._projected = weight.float() @ factor
+        self._projected = weight.detach().float() @ factor
 
     def weight(self, kept: int) -> Tensor:
         """Least-squares weight of the first `kept` columns, `[out, kept]`, in the dtype of the original."""
         solved = torch.linalg.solve_triangular(
             self._factor[:kept, :kept], self._projected[:, :kept], upper=False, left=False
         )
-        return solved.to(self._dtype)
+        return solved.to(self._dtype).contiguous()  # the solver returns columns, with which a linear layer is slow
 
     def errors(self) -> Tensor:
         """E‖W x - W*_K x_K‖² for a prefix of 0, 1, …, `in` columns, `[in + 1]`, never increasing."""

@@ -112,7 +112,7 @@ class Slicer:
         return weight
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what is returned can be fine-tuned
 def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
     """Build the compact pruned model of `plan`: own copies of the sliced weights, nothing shared with the dense one.
 
@@ -131,12 +131,14 @@ def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
     prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
     for index, kept in enumerate(plan.layers):
         state.update({f"{prefix}.{index}.{k}": v for k, v in slicer.layer(index, kept).state_dict().items()})
-    model.load_state_dict({k: v.detach().clone() for k, v in state.items()}, assign=True, strict=True)
+    model.load_state_dict(
+        {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state.items()}, assign=True, strict=True
+    )
     model.tie_weights()
     for name, buffer in dense.named_buffers():  # rotary frequencies are not in the state dict
         model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.clone()
     model.generation_config = dense.generation_config
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
@@ -169,7 +171,7 @@ def ordered(model: PreTrainedModel, order: Sequence[LayerOrder]) -> Iterator[Non
         permute(model, [o.inverse() for o in order])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
     """Reorder KV groups and FFN channels of every layer in place; the model's function does not change."""
     architecture, shape = architecture_of(model.config), shape_of(model.config)
@@ -207,7 +209,7 @@ def _cut(
     own = LayerConfig(model.config, head_dim=shape.head_dim, **dict(zip(WIDTHS, widths, strict=True)))
     with torch.device("meta"):
         layer = type(dense)(own, index)
-    tensors = dict(dense.named_parameters())
+    tensors = {name: parameter.detach() for name, parameter in dense.named_parameters()}
     full = shape.dense.layers[index]
     for projection in architecture.inputs:
         spans, offset = [], 0
@@ -218,13 +220,13 @@ def _cut(
         for name in (f"{projection.path}.weight", f"{projection.path}.bias"):
             if name in tensors:
                 views = [tensors[name].narrow(0, *span) for span in spans]
-                tensors[name] = views[0] if len(views) == 1 else torch.cat(views)  # type: ignore[assignment]
+                tensors[name] = views[0] if len(views) == 1 else torch.cat(views)
     for path, columns in (
         (architecture.attention_output, kept.num_key_value_heads * _unit(shape, "query")),
         (architecture.ffn_output, kept.intermediate_size),
     ):
         name = f"{path}.weight"
-        tensors[name] = outputs.get(name.removesuffix(".weight"), tensors[name].narrow(1, 0, columns))  # type: ignore[assignment]
+        tensors[name] = outputs.get(name.removesuffix(".weight"), tensors[name].narrow(1, 0, columns))
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)

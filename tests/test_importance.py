@@ -28,8 +28,8 @@ def test_rank_puts_dead_units_last(score):
     model = tiny_model("llama")
     heads = 2 * 4  # two query heads of four dimensions a group
     for index, layer in enumerate(model.model.layers):
-        layer.mlp.down_proj.weight[:, 5 + index] = 0
-        layer.self_attn.o_proj.weight[:, heads * (index % 4) : heads * (index % 4 + 1)] = 0
+        layer.mlp.down_proj.weight.data[:, 5 + index] = 0
+        layer.self_attn.o_proj.weight.data[:, heads * (index % 4) : heads * (index % 4 + 1)] = 0
     for index, order in enumerate(rank(model, calibrate(model, WINDOWS), score)):
         assert order.channels[-1] == 5 + index
         assert order.groups[-1] == index % 4

@@ -58,7 +58,6 @@ def change_weights(directory, change):
 def test_an_intact_model_comes_ready_for_use(intact):
     model, tokenizer = load_model(str(intact), dtype=torch.bfloat16)
     assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.dtype == torch.bfloat16
     assert tokenizer("ab")["input_ids"] == [97, 98]
 

@@ -60,7 +60,7 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     for key, parameter in model.named_parameters():
         if "norm" not in key:
             torch.nn.init.normal_(parameter, std=0.2)
-    return model.requires_grad_(False)
+    return model
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
