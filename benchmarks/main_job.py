@@ -1,4 +1,4 @@
-"""The main job with its defaults on SmolLM2-135M-Instruct: quality on text that nothing was chosen on, and speed.
+"""The main job with its defaults on SmolLM2-135M-Instruct: quality on text that nothing was chosen on.
 
 Run: python benchmarks/main_job.py SEARCH_TEXT MEASURED_TEXT [BETA …]
 (here: WikiText-2 raw, articles a for calibration and search, articles b for measurement)
@@ -12,11 +12,10 @@ from pathlib import Path
 
 from protocol import write
 
-from exporters.latency import prefill_and_decode
 from selfpruner_hub.corpus import consecutive_windows
 from selfpruner_hub.demo import load_embedded
 from selfpruner_hub.evaluation import divergence, perplexity, teach
-from selfpruner_hub.pruned_model import count_parameters
+from selfpruner_hub.provenance import count_parameters
 
 WINDOW, WINDOWS = 512, 32
 VARIANTS = {
@@ -41,7 +40,6 @@ def main(search_text: str, measured_text: str, betas: list[float]) -> None:
             started = time.perf_counter()
             pruned = pruner.prune(beta, data=search_text, progress=False, **settings)
             seconds = time.perf_counter() - started
-            speed = prefill_and_decode([pruner.model, pruned.model], windows[:1])
             rows.append(
                 {
                     "variant": name,
@@ -52,7 +50,6 @@ def main(search_text: str, measured_text: str, betas: list[float]) -> None:
                     "search_fitness": pruned.report.metrics["search_fitness"].value,
                     "best_from": pruned.report.proposer["best_from"],
                     "seconds": round(seconds),
-                    **{f"{k}_speedup": round(speed[0][k].median / speed[1][k].median, 2) for k in speed[0]},
                 }
             )
             print(rows[-1], flush=True)
@@ -60,8 +57,7 @@ def main(search_text: str, measured_text: str, betas: list[float]) -> None:
         "main_job",
         f"SmolLM2-135M-Instruct, {str(pruner.model.dtype)}; calibrated and searched on {Path(search_text).name} with "
         f"the defaults of prune(), seed 0; perplexity and top-64 KL to dense on the first {WINDOWS} windows of "
-        f"{WINDOW} tokens of {Path(measured_text).name}; speed-up over the dense model in PyTorch on the CPU, batch 1, "
-        f"prompt of {WINDOW} tokens, decode per step, medians of 7 interleaved runs",
+        f"{WINDOW} tokens of {Path(measured_text).name}",
         rows,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from selfpruner_hub.errors import UserError
@@ -48,14 +49,23 @@ class Method:
     """Share of a round's candidates that is scored on all windows."""
     temperature: float = 1.0
     """Of a language model's proposals."""
+    templates: str = ""
+    """Directory with `initial.txt`, `crossover.txt` and `mutation.txt` in place of the built-in prompts."""
     request_limit: int = 2_000
     """Most requests to an endpoint, retries included."""
     token_limit: int = 5_000_000
     """Most tokens that an endpoint reads and writes."""
 
     def record(self) -> dict[str, Any]:
-        """All settings, JSON-serialisable."""
-        return {**asdict(self), "seeds": list(self.seeds)}
+        """All settings, JSON-serialisable; not the place of the prompts, which is this machine's business."""
+        values = {**asdict(self), "seeds": list(self.seeds)}
+        del values["templates"]
+        return values
+
+    @property
+    def template_directory(self) -> Path | None:
+        """Where the prompts are; None for the built-in ones."""
+        return Path(self.templates) if self.templates else None
 
 
 PRESETS = {

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.architectures import shape_of
@@ -87,8 +86,3 @@ class PrunedModel:
         """The same model with measured figures added to its record."""
         report = replace(self.report, metrics={**self.report.metrics, **metrics})
         return PrunedModel(self.model, self.tokenizer, report, self._journal)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """All parameters, counted from the tensors; shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())

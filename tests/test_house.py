@@ -20,7 +20,7 @@ LAYERS = (
     {"corpus", "loading", "calibration", "importance", "refit", "slicing"},
     {"fitness", "evaluation"},
     {"search"},
-    {"hub", "cards", "plots", "records", "presets", "progress", "storage", "exporters"},
+    {"hub", "cards", "plots", "records", "presets", "progress", "storage", "provenance", "exporters"},
     {"pruned_model"},
     {"pruner"},
     {"demo"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 import pytest
 from tiny import save_tiny
 
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny models are many times faster so
 SETTINGS = ("window=32", "calibration_tokens=2048", "fitness_tokens=512", "population=3", "crossover=3", "mutation=3")
 
 
@@ -31,12 +33,12 @@ def test_killed_ten_times(tmp_path):
         words += ["--run-dir", str(tmp_path / f"{name}-run")]
         return words + [word for setting in SETTINGS for word in ("--set", setting)]
 
-    subprocess.run(command("undisturbed"), check=True, capture_output=True)
+    subprocess.run(command("undisturbed"), check=True, capture_output=True, env=ENV)
     whole = lines(tmp_path / "undisturbed-run" / "search.jsonl")
     journal = tmp_path / "killed-run" / "search.jsonl"
     kills = 0
     for at in sorted(random.Random(0).sample(range(1, whole - 2), 10)):
-        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
         while process.poll() is None and lines(journal) < at:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -45,7 +47,7 @@ def test_killed_ten_times(tmp_path):
     assert kills >= 8  # a late kill may find the process done
     with journal.open("a") as file:
         file.write('{"kind": "score", "torn')  # and what a crash in the middle of a write leaves
-    subprocess.run(command("killed"), check=True, capture_output=True)
+    subprocess.run(command("killed"), check=True, capture_output=True, env=ENV)
 
     records = [
         [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]

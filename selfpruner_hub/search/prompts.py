@@ -19,6 +19,26 @@ PARENTS: dict[Operation, int] = {"initial": 0, "crossover": 2, "mutation": 1}
 """Parents that the reply must name."""
 
 
+def template(operation: Operation, templates: Path | None = None) -> str:
+    """Read the prompt template of an operation.
+
+    Args:
+        operation: Which one.
+        templates: Directory with `initial.txt`, `crossover.txt` and `mutation.txt`; None uses the built-in ones.
+
+    Returns:
+        Its text, with `$placeholders`.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    source = (resources.files(__package__) / "templates") if templates is None else templates
+    try:
+        return (source / f"{operation}.txt").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The prompt template {operation}.txt cannot be used: {error}.") from error
+
+
 def shown(history: Sequence[Scored]) -> list[Scored]:
     """The solutions that a prompt shows, out of a history with the best first: worst to best."""
     return list(reversed(history[:SHOWN]))
@@ -34,7 +54,7 @@ def render(
         history: Scored plans, best first.
         budget: Gives β, bounds and geometry.
         model: Name of the model that is being pruned.
-        templates: Directory with `initial.txt`, `crossover.txt` and `mutation.txt`; None uses the built-in ones.
+        templates: As for `template`.
 
     Returns:
         The prompt.
@@ -58,11 +78,9 @@ def render(
         )
         or "(none)",
     }
-    source = (resources.files(__package__) / "templates") if templates is None else templates
     try:
-        text = (source / f"{operation}.txt").read_text(encoding="utf-8")
-        return Template(text).substitute(values)
-    except (OSError, KeyError, ValueError) as error:
+        return Template(template(operation, templates)).substitute(values)
+    except (KeyError, ValueError) as error:
         raise UserError(f"The prompt template {operation}.txt cannot be used: {error}.") from error
 
 

@@ -1,0 +1,135 @@
+"""Where a pruned model comes from: what identifies its search, and the record of how it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.architectures import shape_of
+from selfpruner_hub.budget import Budget
+from selfpruner_hub.corpus import Corpus
+from selfpruner_hub.plan import widths_of
+from selfpruner_hub.presets import Method
+from selfpruner_hub.records import Metric, Record
+from selfpruner_hub.search import prompts
+from selfpruner_hub.search.loop import Outcome
+from selfpruner_hub.search.proposers import Proposer
+
+
+def fingerprint(
+    model: PreTrainedModel,
+    name: str,
+    beta: float,
+    method: Method,
+    seed: int,
+    proposer: Proposer,
+    texts: tuple[Corpus, Corpus],
+) -> dict[str, Any]:
+    """Collect all that decides the course of a search; a run directory belongs to one of these.
+
+    Args:
+        model: The dense model.
+        name: What it is called.
+        beta: Mean rate.
+        method: All settings.
+        seed: Of all randomness.
+        proposer: Who is asked.
+        texts: Of calibration and fitness.
+
+    Returns:
+        JSON-serialisable settings for the journal's header.
+    """
+    shape = shape_of(model.config)
+    return {
+        "model": name,
+        "weights": _weights_hash(model),
+        "shape": {
+            "hidden_size": shape.hidden_size,
+            "head_dim": shape.head_dim,
+            "queries_per_group": shape.queries_per_group,
+            **widths_of(shape.dense),
+        },
+        "dtype": str(model.dtype),
+        "beta": beta,
+        "seed": seed,
+        "proposer": proposer.name,
+        **method.record(),
+        "prompts": [prompts.template(operation, method.template_directory) for operation in prompts.PARENTS],
+        "data": [text.sha256 for text in texts],
+    }
+
+
+def describe(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    name: str,
+    budget: Budget,
+    method: Method,
+    seed: int,
+    proposer: Proposer,
+    texts: tuple[Corpus, Corpus],
+    found: Outcome,
+) -> Record:
+    """Write the record of a model that was just made.
+
+    Args:
+        dense: The parent.
+        pruned: What was made of it.
+        name: What the parent is called.
+        budget: Of the search.
+        method: All settings.
+        seed: Of all randomness.
+        proposer: Who was asked.
+        texts: Of calibration and fitness.
+        found: What the search found.
+
+    Returns:
+        The record, with parameters counted from the tensors.
+    """
+    plan, searched = found.best.plan, texts[1]
+    protocol = (
+        f"{method.fitness} on the {searched.tokens} tokens of {searched.name} that the search selected on, "
+        f"windows of {searched.windows.shape[1]}: a figure of the search, not of quality"
+    )
+    return Record(
+        base_model=name,
+        beta=budget.beta,
+        achieved_beta=round(budget.shape.beta(plan), 6),
+        rates=tuple(round(rate, 6) for rate in budget.shape.rates(plan)),
+        widths=widths_of(plan),
+        parameters={"dense": count_parameters(dense), "pruned": count_parameters(pruned)},
+        method=method.record(),
+        seed=seed,
+        proposer={
+            "name": proposer.name,
+            "evaluations": round(found.spent, 4),
+            "best_from": found.best.origin,
+            "replies": found.counts,
+            "tokens": found.tokens,
+        },
+        data={"calibration": texts[0].record(), "fitness": searched.record()},
+        versions={
+            "python": platform.python_version(),
+            **{library: version(library) for library in ("selfpruner-hub", "torch", "transformers")},
+        },
+        metrics={"search_fitness": Metric(round(found.best.fitness, 6), None, protocol)},
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, counted from the tensors; shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _weights_hash(model: PreTrainedModel) -> str:
+    """Tell checkpoints apart without reading them whole: shapes and some values of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}{some.tolist()}".encode())
+    return digest.hexdigest()
