@@ -128,7 +128,7 @@ class AutoPruner:
                 slicer = Slicer(self.model, order, _drained(statistics), method.ridge)
                 if {"sensitivity", "blend"} & set(method.seeds):
                     few = calibration.windows[: max(1, SENSITIVITY_TOKENS // calibration.windows.shape[1])]
-                    curves = _curves(output_sensitivity(self.model, few, seed, report), slicer)
+                    curves = loss_curves(output_sensitivity(self.model, few, seed, report), slicer)
                 if not method.repair:
                     slicer = Slicer(self.model, order, None)
                 found = search(
@@ -215,8 +215,16 @@ def _schedule(method: Method) -> Schedule:
     )
 
 
-def _curves(sensitivity: list[tuple[float, float]], slicer: Slicer) -> list[LossCurves]:
-    """Second-order loss of each layer alone: half the Fisher trace times the expected squared error of its output."""
+def loss_curves(sensitivity: list[tuple[float, float]], slicer: Slicer) -> list[LossCurves]:
+    """Predict the loss of each layer alone: half the Fisher trace times the expected squared error of its output.
+
+    Args:
+        sensitivity: What `output_sensitivity` returned.
+        slicer: With statistics, for the errors after repair.
+
+    Returns:
+        One pair of curves per layer.
+    """
     return [
         LossCurves((attention / 2 * groups).double().cpu().numpy(), (ffn / 2 * channels).double().cpu().numpy())
         for (attention, ffn), (groups, channels) in zip(sensitivity, slicer.errors(), strict=True)
