@@ -1,11 +1,13 @@
 """The command line: results on stdout, and for every mistake one line on stderr, status 2 and nothing half-written."""
 
+import errno
 import json
 import math
 import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import fields
 
 import pytest
@@ -344,3 +346,18 @@ def test_a_mistake_as_json(run, dense, text, tmp_path):
     told = json.loads(out)
     assert status == 2
     assert err == f"selfpruner: {told['error']} {told['hint']}\n"
+
+
+def test_a_read_only_output_directory(assert_mistake, dense, text, tmp_path, monkeypatch):
+    """Whoever runs the tests may be root, whom no permission stops: the file system itself says no."""
+    (tmp_path / "out").mkdir()
+    create = tempfile.TemporaryFile
+
+    def refuse(*args, dir=None, **kwargs):
+        if str(dir) == str(tmp_path / "out"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return create(*args, dir=dir, **kwargs)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert_mistake("Read-only file system", *prune(dense, tmp_path / "out", text))
+    assert names(tmp_path) == {"out"}
