@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 """Tokens in one forward pass of the decoder."""
-HEAD_TOKENS = 256
-"""Positions whose logits are held at once, in float32: 256 × vocabulary."""
+HEAD_TOKENS = 128
+"""Positions whose logits are held at once, in float32: 128 × vocabulary."""
 TOP_K = 64
 """Teacher probabilities kept per position; the rest of the mass is one more outcome."""
 

@@ -121,14 +121,12 @@ class AutoPruner:
             search_id = fingerprint(self.model, self.name, beta, method, seed, asked, (calibration, held_out))
             journal = Journal(None if run_dir is None else Path(run_dir), search_id)
 
+            sensitivity = self._sensitivity(calibration, method, seed, report)
             statistics = calibrate(self.model, calibration.windows, report)
             order = rank(self.model, statistics, method.importance)
-            curves = None
             with ordered(self.model, order):
                 slicer = Slicer(self.model, order, _drained(statistics), method.ridge)
-                if {"sensitivity", "blend"} & set(method.seeds):
-                    few = calibration.windows[: max(1, SENSITIVITY_TOKENS // calibration.windows.shape[1])]
-                    curves = loss_curves(output_sensitivity(self.model, few, seed, report), slicer)
+                curves = loss_curves(sensitivity, slicer) if sensitivity else None
                 if not method.repair:
                     slicer = Slicer(self.model, order, None)
                 found = search(
@@ -160,6 +158,15 @@ class AutoPruner:
         share = min(1.0, corpus.tokens / sum(wanted))
         calibration, held_out = corpus.split(*(int(n * share) for n in wanted))
         return calibration, held_out
+
+    def _sensitivity(
+        self, calibration: Corpus, method: Method, seed: int, report: Callable[..., None]
+    ) -> list[tuple[float, float]]:
+        """For the seeds that need it; before anything else is in memory, since a backward pass takes much."""
+        if not {"sensitivity", "blend"} & set(method.seeds):
+            return []
+        few = calibration.windows[: max(1, SENSITIVITY_TOKENS // calibration.windows.shape[1])]
+        return output_sensitivity(self.model, few, seed, report)
 
     def _proposer(self, proposer: str | Proposer, model: str | None, budget: Budget, method: Method) -> Proposer:
         if not isinstance(proposer, str):

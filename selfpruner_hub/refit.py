@@ -20,7 +20,7 @@ class Repair:
     squared norms of the remaining columns of W L, so the whole error curve costs nothing more.
 
     Args:
-        weight: W, `[out, in]`, columns in order of importance.
+        weight: W, `[out, in]`, columns in order of importance; kept by reference, and must stay as it is.
         gram: H = E[x xᵀ], `[in, in]`, in the same order.
         ridge: λ, at least 0.
 
@@ -35,17 +35,18 @@ class Repair:
         if failed.item():
             raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
         self._factor = factor
-        self._dtype = weight.dtype
-        self._projected = weight.detach().float() @ factor
+        self._weight = weight.detach()
+        # W L itself is not kept: it would take half as much memory as all factors do.
+        self._norms = (self._weight.float() @ factor).square().sum(0)
 
     def weight(self, kept: int) -> Tensor:
         """Least-squares weight of the first `kept` columns, `[out, kept]`, in the dtype of the original."""
-        solved = torch.linalg.solve_triangular(
-            self._factor[:kept, :kept], self._projected[:, :kept], upper=False, left=False
-        )
-        return solved.to(self._dtype).contiguous()  # the solver returns columns, with which a linear layer is slow
+        projected = self._weight.float() @ self._factor[:, :kept]
+        solved = torch.linalg.solve_triangular(self._factor[:kept, :kept], projected, upper=False, left=False)
+        return solved.to(
+            self._weight.dtype
+        ).contiguous()  # the solver returns columns, with which a linear layer is slow
 
     def errors(self) -> Tensor:
         """E‖W x - W*_K x_K‖² for a prefix of 0, 1, …, `in` columns, `[in + 1]`, never increasing."""
-        norms = self._projected.square().sum(0)
-        return torch.cat([norms.flip(0).cumsum(0).flip(0), norms.new_zeros(1)])
+        return torch.cat([self._norms.flip(0).cumsum(0).flip(0), self._norms.new_zeros(1)])
