@@ -25,6 +25,9 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.search import prompts
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 
+AT_ONCE = 4
+"""Replies written side by side: their KV caches take memory, a prompt's worth each."""
+
 
 class ModelProposer:
     """Asks a transformers model, such as the dense model that is being pruned (`name="self"`).
@@ -74,8 +77,12 @@ class ModelProposer:
         """Let the model write `count` proposals after one prompt."""
         prompt = prompts.render(operation, history, self._budget, self._subject, self._templates)
         schema = prompts.schema(operation, history, self._budget)
-        replies, tokens = self._generate(prompt, schema, count, int(rng.integers(2**31)))
-        return [prompts.proposal(prompt, reply, self._budget, len(history), tokens // count) for reply in replies]
+        proposals: list[Proposal] = []
+        while (missing := count - len(proposals)) > 0:
+            batch = min(missing, AT_ONCE)
+            replies, tokens = self._generate(prompt, schema, batch, int(rng.integers(2**31)))
+            proposals += [prompts.proposal(prompt, r, self._budget, len(history), tokens // batch) for r in replies]
+        return proposals
 
     def tell(self, scored: Sequence[Scored]) -> None:
         """Learn nothing between asks: the history in the prompt says it all."""
