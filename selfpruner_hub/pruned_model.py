@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from selfpruner_hub.cards import render_card
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.loading import load_model
 from selfpruner_hub.plan import Plan
-from selfpruner_hub.records import FILE_NAME, Metric, Record, read_record
+from selfpruner_hub.records import FILE_NAME, Record, read_record
 from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
 from selfpruner_hub.storage import resolve_directory, save_directory
 
@@ -81,8 +80,3 @@ class PrunedModel:
             raise SavedModelError(f"{str(name)!r} is damaged: {FILE_NAME} and config.json disagree on the widths.")
         journal = directory / JOURNAL_NAME
         return cls(model, tokenizer, report, journal.read_text(encoding="utf-8") if journal.is_file() else "")
-
-    def with_metrics(self, **metrics: Metric) -> PrunedModel:
-        """The same model with measured figures added to its record."""
-        report = replace(self.report, metrics={**self.report.metrics, **metrics})
-        return PrunedModel(self.model, self.tokenizer, report, self._journal)

@@ -135,7 +135,7 @@ class AutoPruner:
                     Fitness(slicer, held_out.windows, method.fitness),
                     journal,
                     schedule=_schedule(method),
-                    seeds=_chosen(seeds(budget, curves), method.seeds),
+                    seeds={name: rates for name, rates in seeds(budget, curves).items() if name in method.seeds},
                     seed=seed,
                     report=_live(report, method),
                 )
@@ -236,12 +236,6 @@ def loss_curves(sensitivity: list[tuple[float, float]], slicer: Slicer) -> list[
         LossCurves((attention / 2 * groups).double().cpu().numpy(), (ffn / 2 * channels).double().cpu().numpy())
         for (attention, ffn), (groups, channels) in zip(sensitivity, slicer.errors(), strict=True)
     ]
-
-
-def _chosen(found: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    if unknown := set(names) - set(found) or not names:
-        raise UserError(f"Unknown seeds {unknown}.", f"Choose some of: {', '.join(found)}.")
-    return {name: found[name] for name in names}
 
 
 def _live(report: Callable[..., None], method: Method) -> Callable[..., None]:
