@@ -24,9 +24,10 @@ from selfpruner_hub.importance import output_sensitivity, rank
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.pruner import SENSITIVITY_TOKENS, loss_curves
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.loop import Schedule, search
+from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.model_proposer import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer
+from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
 from selfpruner_hub.slicing import Slicer, ordered
 

@@ -50,11 +50,15 @@ class Corpus:
         """Number of tokens in all windows."""
         return self.windows.numel()
 
-    def split(self, *tokens: int) -> tuple[Corpus, ...]:
-        """Cut disjoint parts, in order.
+    def split(self, *tokens: int, seed: int = 0) -> tuple[Corpus, ...]:
+        """Cut disjoint parts: each a stretch of the text of its own, its windows in an order that the seed decides.
+
+        Neighbouring windows are of one article. Parts drawn from everywhere would share their articles, and what was
+        fitted to one part would look better on the other than it is.
 
         Args:
             *tokens: Size of each part; rounded down to whole windows, at least one.
+            seed: Of the order within the parts, so that the first windows of a part stand for all of it.
 
         Returns:
             One corpus per part.
@@ -66,8 +70,10 @@ class Corpus:
         counts = [max(1, n // width) for n in tokens]
         if sum(counts) > len(self.windows):
             raise too_little_text(self.name, self.tokens, sum(counts) * width)
+        generator = torch.Generator().manual_seed(seed)
         starts = [sum(counts[:i]) for i in range(len(counts))]
-        return tuple(Corpus.of(self.name, self.windows[s : s + n]) for s, n in zip(starts, counts, strict=True))
+        orders = [torch.randperm(n, generator=generator) + s for s, n in zip(starts, counts, strict=True)]
+        return tuple(Corpus.of(self.name, self.windows[order]) for order in orders)
 
     def record(self) -> dict[str, object]:
         """What `selfpruner.json` says about it."""
@@ -98,7 +104,7 @@ def load_corpus(
     split: str = "train",
     progress: Progress | None = None,
 ) -> Corpus:
-    """Draw windows of `window` tokens without overlap, in an order that the seed decides.
+    """Draw windows of `window` tokens without overlap, in the order of the text.
 
     Args:
         source: `"wikitext2"` or `"c4"` (from the Hub), `"self"` (sampled by `model`), or a path to `.txt` (one text)
@@ -133,7 +139,7 @@ def load_corpus(
     windows = torch.tensor(ids[: found * window], dtype=torch.int64).view(found, window)
     chosen = torch.randperm(found, generator=torch.Generator().manual_seed(seed))[:count]
     name = source if source in _HUB_SOURCES else Path(source).name
-    return Corpus.of(name, windows[chosen])
+    return Corpus.of(name, windows[chosen.sort().values])
 
 
 def consecutive_windows(

@@ -24,13 +24,16 @@ _FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only",
 _GIVE = "Give a Hub repository, or a directory that `save_pretrained` wrote."
 
 
-def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a causal language model of a supported architecture, dense or pruned, and its tokenizer.
+def load_model(
+    name: str, *, any_architecture: bool = False, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a causal language model, dense or pruned, and its tokenizer.
 
     Weights of a GGUF file are dequantised: they are about to be cut.
 
     Args:
         name: A directory or a Hub repository.
+        any_architecture: Take models too that cannot be pruned, such as one that only proposes.
         **kwargs: Keywords of transformers' `from_pretrained`.
 
     Returns:
@@ -46,7 +49,8 @@ def load_model(name: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTok
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
     try:
         config = AutoConfig.from_pretrained(name, **where)
-        architecture_of(config)
+        if not any_architecture:
+            architecture_of(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
         model, found = loaded
     except SelfPrunerError:

@@ -55,6 +55,8 @@ class Method:
     """Most requests to an endpoint, retries included."""
     token_limit: int = 5_000_000
     """Most tokens that an endpoint reads and writes."""
+    token_price: float = 0.0
+    """Price of a million tokens at the endpoint, in dollars, for the progress line; 0 shows none."""
 
     def record(self) -> dict[str, Any]:
         """All settings, JSON-serialisable; not the place of the prompts, which is this machine's business."""
@@ -136,6 +138,7 @@ def resolve(preset: str, **changes: Any) -> Method:
         ("temperature", 1e-3, 100),
         ("request_limit", 0, 1e9),
         ("token_limit", 0, 1e12),
+        ("token_price", 0, 1e6),
     ):
         value = getattr(method, name)
         if not low <= value <= high:

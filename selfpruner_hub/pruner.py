@@ -23,9 +23,10 @@ from selfpruner_hub.provenance import describe, fingerprint
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.search.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.loop import Schedule, search
+from selfpruner_hub.search.loop import Standing, search
 from selfpruner_hub.search.model_proposer import ModelProposer
-from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer, Scored
+from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
+from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import LossCurves, seeds
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 
@@ -88,8 +89,8 @@ class AutoPruner:
         Args:
             beta: Mean fraction of the prunable weights to remove, 0 < β < 1.
             preset: `"default"`, or `"paper"` for the settings of arXiv 2502.14413.
-            proposer: `"self"` (the dense model), `"evolution"`, `"random"`, the URL of an OpenAI-compatible
-                endpoint, or an object with the `Proposer` protocol.
+            proposer: `"self"` (the dense model), `"evolution"`, `"random"`, a directory or Hub repository of another
+                transformers model, the URL of an OpenAI-compatible endpoint, or an object with the `Proposer` protocol.
             proposer_model: Name of the model at the endpoint; its key comes from the environment
                 (SELFPRUNER_API_KEY).
             data: `"wikitext2"`, `"c4"`, `"self"`, or a path to `.txt` or `.jsonl`.
@@ -156,7 +157,7 @@ class AutoPruner:
             )
         corpus = self._corpora[key]
         share = min(1.0, corpus.tokens / sum(wanted))
-        calibration, held_out = corpus.split(*(int(n * share) for n in wanted))
+        calibration, held_out = corpus.split(*(int(n * share) for n in wanted), seed=seed)
         return calibration, held_out
 
     def _sensitivity(
@@ -175,19 +176,6 @@ class AutoPruner:
             return EvolutionProposer(budget)
         if proposer == "random":
             return RandomProposer(budget)
-        if proposer == "self":
-            if self.tokenizer is None:
-                raise UserError(
-                    'proposer="self" needs the model\'s tokenizer, and there is none.', 'Use proposer="evolution".'
-                )
-            return ModelProposer(
-                self.model,
-                self.tokenizer,
-                budget,
-                self.name,
-                temperature=method.temperature,
-                templates=method.template_directory,
-            )
         if "://" in proposer:
             return EndpointProposer(
                 proposer,
@@ -199,9 +187,28 @@ class AutoPruner:
                 token_limit=method.token_limit,
                 templates=method.template_directory,
             )
-        raise UserError(
-            f"Unknown proposer {proposer!r}.",
-            "Choose self, evolution, random, the URL of an endpoint, or pass an object with ask and tell.",
+        if proposer == "self":
+            asked, tokenizer = self.model, self.tokenizer
+        elif "/" in proposer or Path(proposer).is_dir():
+            asked, tokenizer = load_model(proposer, any_architecture=True, dtype="auto")
+        else:
+            raise UserError(
+                f"Unknown proposer {proposer!r}.",
+                "Choose self, evolution, random, a directory or Hub repository of a language model, the URL of an "
+                "endpoint, or pass an object with ask and tell.",
+            )
+        if tokenizer is None:
+            raise UserError(
+                f"proposer={proposer!r} needs the model's tokenizer, and there is none.", 'Use proposer="evolution".'
+            )
+        return ModelProposer(
+            asked,
+            tokenizer,
+            budget,
+            self.name,
+            temperature=method.temperature,
+            templates=method.template_directory,
+            name=proposer if proposer == "self" else Path(proposer).name,
         )
 
 
@@ -238,14 +245,17 @@ def loss_curves(sensitivity: list[tuple[float, float]], slicer: Slicer) -> list[
     ]
 
 
-def _live(report: Callable[..., None], method: Method) -> Callable[..., None]:
-    def show(spent: float, best: Scored | None, counts: dict[str, int]) -> None:
-        note = "" if best is None else f"best {method.fitness} {best.fitness:.4f} ({best.origin})"
-        report(
-            "searching",
-            min(spent, method.evaluations),
-            method.evaluations,
-            *([note] if isinstance(report, Bars) else []),
-        )
+def _live(report: Callable[..., None], method: Method) -> Callable[[Standing], None]:
+    """Tell where the search stands; bars also show who is ahead, and what a language model has cost."""
+
+    def show(at: Standing) -> None:
+        note = [f"round {at.round}"]
+        if at.best is not None:
+            note.append(f"best {method.fitness} {at.best.fitness:.4f} ({at.best.origin})")
+        if at.tokens:
+            cost = f", ${at.tokens * method.token_price / 1e6:.2f}" if method.token_price else ""
+            note.append(f"{at.tokens / 1000:.1f}k tokens{cost}")
+        notes = [", ".join(note)] if isinstance(report, Bars) else []
+        report("searching", min(at.spent, method.evaluations), method.evaluations, *notes)
 
     return show

@@ -94,11 +94,15 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
     assert places(draw(str(tmp_path / "a.txt"), tokens=8)) == [0]
 
 
-def test_split_gives_disjoint_parts_in_order(text):
+# A bug once: windows were drawn from everywhere for both parts, so the fitness saw the articles of the calibration.
+def test_split_gives_each_part_a_stretch_of_the_text(text):
     corpus = draw(text)
+    assert places(corpus) == sorted(places(corpus))
     first, second = corpus.split(48, 32)
     assert (first.tokens, second.tokens) == (48, 32)
-    assert places(first) + places(second) == places(corpus)
+    assert sorted(places(first)) + sorted(places(second)) == places(corpus)
+    assert places(first) == places(corpus.split(48, 32)[0])
+    assert any(places(corpus.split(48, 32, seed=s)[0]) != places(first) for s in range(1, 4))
     assert first.sha256 != second.sha256
     assert [part.tokens for part in corpus.split(1, 17)] == [8, 16]  # whole windows, at least one each
 

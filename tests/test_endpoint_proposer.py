@@ -25,8 +25,9 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.plan import ModelShape, Plan
 from selfpruner_hub.search.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.loop import Schedule, search
+from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.proposers import Scored
+from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
 
 SECRET = "sk-planted-secret"

@@ -34,11 +34,31 @@ def test_every_reply_is_well_formed_and_on_the_budget(asked, operation):
     for reply in replies:
         assert isinstance(reply.rates, Rates), reply.error
         assert abs(budget.shape.beta(budget.project(reply.rates)) - 0.3) <= budget.tolerance
-        assert set(json.loads(reply.reply)) >= ({"rates"} if budget.tied else {"attention", "ffn"})
+        whole = {"rates"} if budget.tied else {"attention", "ffn"}
+        assert set(json.loads(reply.reply)) >= ({"changes"} if operation == "mutation" else whole)
         assert len(reply.parents) == {"initial": 0, "crossover": 2, "mutation": 1}[operation]
         assert all(0 <= parent < 5 for parent in reply.parents)
         assert "0.1000" in reply.prompt  # the best solution was shown
         assert reply.tokens > 0
+
+
+def test_a_crossover_child_stays_within_the_range_of_the_solutions_shown(asked):
+    proposer, budget, history = asked
+    seen = [s.rates for s in history[:5]]
+    for reply in proposer.ask("crossover", history, 4, np.random.default_rng(3)):
+        for part in ("attention", "ffn"):
+            for layer, rate in enumerate(getattr(reply.rates, part)):
+                values = [getattr(rates, part)[layer] for rates in seen]
+                assert min(values) - 0.0051 <= rate <= max(values) + 0.0051  # whole percentages
+
+
+def test_a_mutation_changes_a_few_layers_of_the_parent_it_names(asked):
+    proposer, budget, history = asked
+    for reply in proposer.ask("mutation", history, 4, np.random.default_rng(3)):
+        parent = history[reply.parents[0]].rates
+        changed = [a != b for a, b in zip(reply.rates.ffn, parent.ffn, strict=True)]
+        assert sum(changed) <= 6
+        assert max(abs(a - b) for a, b in zip(reply.rates.ffn, parent.ffn, strict=True)) <= 6 * 0.15 + 1e-9
 
 
 def test_the_same_state_gives_the_same_replies(asked):

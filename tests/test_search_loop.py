@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+from collections import Counter
 
 import pytest
 
@@ -11,8 +12,9 @@ from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.errors import ProposerError
 from selfpruner_hub.plan import ModelShape, Plan
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.loop import Schedule, search
+from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposal, RandomProposer
+from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
 
 SHAPE = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64] * 6, [4] * 6))
@@ -396,11 +398,30 @@ def test_a_round_without_news_does_not_end_the_search():
 
 def test_progress_is_reported_after_every_evaluation():
     told = []
-    outcome = run(Unreliable(BUDGET), report=lambda spent, best, counts: told.append((spent, best, dict(counts))))
-    assert told[-1] == (outcome.spent, outcome.best, outcome.counts)
-    assert [spent for spent, _, _ in told] == sorted({spent for spent, _, _ in told})
-    best = [b.fitness for _, b, _ in told if b]
+    outcome = run(Unreliable(BUDGET), report=told.append)
+    assert (told[-1].spent, told[-1].best, told[-1].tokens) == (outcome.spent, outcome.best, outcome.tokens)
+    assert [at.spent for at in told] == sorted({at.spent for at in told})
+    best = [at.best.fitness for at in told if at.best]
     assert best == sorted(best, reverse=True)
+    assert {at.round for at in told} == set(range(told[-1].round + 1))
+
+
+def test_every_round_says_what_became_of_its_proposals(tmp_path):
+    outcome = run(Unreliable(BUDGET), tmp_path, seed=2)
+    lines = records(tmp_path)
+    rounds = [r for r in lines if r["kind"] == "round"]
+    assert [r["round"] for r in rounds] == list(range(1, rounds[-1]["round"] + 1))
+    total = Counter()
+    for closed in rounds:
+        total.update(closed["counts"])
+        replies = [x for r in lines if r["kind"] == "ask" and r["round"] == closed["round"] for x in r["replies"]]
+        moved = [x["moved"] for x in replies if "moved" in x]
+        assert closed["moved"] == pytest.approx(sum(moved) / len(moved), abs=1e-6)
+        scored = {str(r["widths"]) for r in lines if r["kind"] == "score" and r["round"] == closed["round"]}
+        assert closed["counts"]["accepted"] == len(scored)
+    assert dict(total) == outcome.counts
+    assert (rounds[-1]["spent"], rounds[-1]["best"]) == (outcome.spent, outcome.best.fitness)
+    assert [r["best"] for r in rounds] == sorted((r["best"] for r in rounds), reverse=True)
 
 
 # -- infinite fitness -------------------------------------------------------------------------------------------------

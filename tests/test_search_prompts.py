@@ -16,6 +16,7 @@ LAYERS = 3
 SHAPE = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([32] * LAYERS, [3] * LAYERS))
 UNTIED, TIED = Budget(SHAPE, 0.3), Budget(SHAPE, 0.3, tied=True)
 OPERATIONS = list(PARENTS)
+MANY = 5
 GOOD = '{"parents":[1,2],"attention":[0,33,67],"ffn":[10,20.5,90]}'
 
 
@@ -33,8 +34,10 @@ def follows(value, rule):
     if rule["type"] == "integer":
         return type(value) is int and rule["minimum"] <= value <= rule["maximum"]
     if rule["type"] == "array":
-        length = rule["minItems"] <= len(value) <= rule["maxItems"]
-        return isinstance(value, list) and length and all(follows(v, rule["items"]) for v in value)
+        if not isinstance(value, list) or not rule["minItems"] <= len(value) <= rule["maxItems"]:
+            return False
+        rules = rule.get("prefixItems") or [rule["items"]] * len(value)
+        return all(follows(v, r) for v, r in zip(value, rules, strict=True))
     assert rule["type"] == "object"
     assert rule["additionalProperties"] is False
     names = set(rule["required"]) <= set(value) <= set(rule["properties"])
@@ -44,29 +47,77 @@ def follows(value, rule):
 # -- parse ------------------------------------------------------------------------------------------------------------
 
 
+def read(reply, budget=UNTIED, operation="crossover", size=MANY):
+    return parse(operation, reply, history(budget, size), budget)
+
+
 def test_a_good_reply_is_read():
-    rates, parents = parse(GOOD, UNTIED)
+    rates, parents = read(GOOD)
     assert rates == Rates((0.0, 0.33, 0.67), (0.1, 0.205, 0.9))
-    assert parents == (1, 2)
-    assert parse('{"rates":[10,20,60]}', TIED) == (Rates.tied((0.1, 0.2, 0.6)), ())
+    assert parents == (MANY - 1, MANY - 2)  # 1 is the worst that was shown
+    assert read('{"rates":[10,20,60]}', TIED) == (Rates.tied((0.1, 0.2, 0.6)), ())
+
+
+@pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
+def test_a_mutation_changes_its_parent(budget):
+    past = history(budget, MANY)
+    part = "rate" if budget.tied else "ffn"
+    reply = {"parents": [MANY], "changes": [{"layer": 1, part: 5}, {"layer": 3, part: -100}, {"layer": 1, part: 2}]}
+    rates, parents = parse("mutation", json.dumps(reply), past, budget)
+    assert parents == (0,)
+    best = past[0].rates
+    assert rates.ffn == pytest.approx((best.ffn[0] + 0.07, best.ffn[1], 0.0))
+    assert rates.attention == (rates.ffn if budget.tied else best.attention)
+
+
+def test_a_mutation_moves_attention_in_points():
+    reply = '{"parents":[5],"changes":[{"layer":2,"attention":-33,"ffn":0}]}'
+    best = history(UNTIED, MANY)[0].rates
+    assert read(reply, operation="mutation")[0].attention[1] == max(0.0, best.attention[1] - 0.33)
+
+
+def test_a_mutation_may_also_be_a_whole_solution():
+    assert read(GOOD, operation="mutation")[0] == read(GOOD)[0]
+    assert parse("mutation", GOOD, [], UNTIED) == (read(GOOD)[0], ())
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{"changes":[{"layer":1,"ffn":5}]}',
+        '{"parents":[],"changes":[{"layer":1,"ffn":5}]}',
+        '{"parents":[6],"changes":[{"layer":1,"ffn":5}]}',
+        *(
+            f'{{"parents":[1],"changes":{bad}}}'
+            for bad in ("[]", "null", "{}", "[1]", "[null]", "[[]]", '[{"ffn":5}]', '[{"layer":0}]', '[{"layer":4}]')
+        ),
+        *(
+            f'{{"parents":[1],"changes":[{{"layer":1,"ffn":{bad}}}]}}'
+            for bad in ("NaN", "1e999", "101", "-101", '"5"', "true", "null", "[5]", "1" + "0" * 400)
+        ),
+        *(f'{{"parents":[1],"changes":[{{"layer":{bad},"ffn":5}}]}}' for bad in ("1.0", "true", '"1"', "1e400", "-1")),
+    ],
+)
+def test_a_bad_mutation_is_refused(reply):
+    with pytest.raises(ProposerError):
+        read(reply, operation="mutation")
 
 
 @pytest.mark.parametrize(
     "around", ["{}", "Sure! Here it is:\n```json\n{}\n```\nGood luck.", "\ufeff {} ", "答え：{}。"]
 )
 def test_prose_around_the_object_is_passed_over(around):
-    assert parse(around.replace("{}", GOOD), UNTIED) == parse(GOOD, UNTIED)
+    assert read(around.replace("{}", GOOD)) == read(GOOD)
 
 
-@pytest.mark.parametrize("parents", ["[1,2,3,4]", '["a",1,null,2.5,true,2]'])
-def test_parents_are_the_first_two_integers(parents):
-    assert len(parse(GOOD.replace("[1,2]", parents), UNTIED)[1]) == 2
-    assert all(type(p) is int for p in parse(GOOD.replace("[1,2]", parents), UNTIED)[1])
+@pytest.mark.parametrize("parents", ["[1,2,3,4]", '["a",1,null,2.5,true,2]', "[0,1,99,2,3]"])
+def test_parents_are_the_first_two_numbers_that_were_shown(parents):
+    assert read(GOOD.replace("[1,2]", parents))[1] == (MANY - 1, MANY - 2)
 
 
 @pytest.mark.parametrize("parents", ["null", "7", '"1,2"', "{}", "[]", "[[1,2]]"])
 def test_parents_of_another_shape_are_none(parents):
-    assert parse(GOOD.replace("[1,2]", parents), UNTIED)[1] == ()
+    assert read(GOOD.replace("[1,2]", parents))[1] == ()
 
 
 @pytest.mark.parametrize(
@@ -88,7 +139,7 @@ def test_parents_of_another_shape_are_none(parents):
 )
 def test_a_bad_reply_is_refused(reply):
     with pytest.raises(ProposerError):
-        parse(reply, UNTIED)
+        read(reply)
 
 
 NUMBERS = [
@@ -130,7 +181,19 @@ def fuzzed(rng):
         items = [rng.choice(NUMBERS) if rng.random() < wild else str(rng.randrange(101)) for _ in range(length)]
         return "[" + ",".join(items) + "]"
 
-    fields = [f'"{name}":{rates()}' for name in ("parents", "attention", "ffn", "rates") if rng.random() > wild]
+    def changes():
+        names = ("layer", "attention", "ffn", "rate")
+        items = [
+            "{"
+            + ",".join(f'"{n}":{rng.choice(NUMBERS) if rng.random() < wild else rng.randrange(1, 4)}' for n in names)
+            + "}"
+            for _ in range(rng.randrange(1, 4))
+        ]
+        return rng.choice(NUMBERS) if rng.random() < wild / 2 else "[" + ",".join(items) + "]"
+
+    fields = [f'"{name}":{rates()}' for name in ("attention", "ffn", "rates") if rng.random() > wild]
+    fields += [f'"parents":[{rng.randrange(7)},{rng.choice(NUMBERS)}]'] if rng.random() > wild else []
+    fields += [f'"changes":{changes()}'] if rng.random() < 0.5 else []
     rng.shuffle(fields)
     reply = "{" + ",".join(fields) + "}"
     if rng.random() < wild:
@@ -150,16 +213,18 @@ def fuzzed(rng):
 def test_ten_thousand_fuzzed_replies_are_refused_or_land_on_the_budget(budget):
     rng = random.Random(0)
     accepted = 0
-    for _ in range(10_000):
+    past = history(budget, MANY)
+    for number in range(10_000):
         reply = fuzzed(rng)
         try:
-            rates, parents = parse(reply, budget)
+            rates, parents = parse(OPERATIONS[number % 3], reply, past, budget)
         except ProposerError:
             continue
         accepted += 1
         assert len(rates.attention) == len(rates.ffn) == LAYERS, reply
         assert all(type(r) is float and math.isfinite(r) and 0 <= r <= 1 for r in rates.attention + rates.ffn), reply
         assert len(parents) <= 2, reply
+        assert all(type(p) is int and 0 <= p < MANY for p in parents), reply
         if accepted <= 1_000:
             assert abs(SHAPE.beta(budget.project(rates)) - 0.3) <= budget.tolerance + 1e-12, reply
     assert 1_000 < accepted < 9_000
@@ -169,8 +234,10 @@ def test_ten_thousand_fuzzed_replies_are_refused_or_land_on_the_budget(budget):
 
 
 @pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("size", [0, 1, 3, 9])
+@pytest.mark.parametrize(
+    ("operation", "size"),
+    [("mutation", 0), *((operation, size) for operation in ("initial", "crossover") for size in (0, 1, 3, 9))],
+)
 def test_a_real_solution_follows_the_schema(budget, operation, size):
     past = history(budget, size)
     rule = schema(operation, past, budget)
@@ -180,7 +247,7 @@ def test_a_real_solution_follows_the_schema(budget, operation, size):
             assert not follows(reply, rule)  # the parents are missing
             reply["parents"] = [min(SHOWN, size)] * PARENTS[operation]
         assert follows(reply, rule)
-        rates, _ = parse(json.dumps(reply), budget)
+        rates, _ = parse(operation, json.dumps(reply), past, budget)
         assert rates.ffn == pytest.approx(scored.rates.ffn, abs=0.005 + 1e-9)  # whole percentages
         assert budget.tied or rates.attention == pytest.approx(scored.rates.attention, abs=0.005)
 
@@ -204,6 +271,34 @@ def test_the_schema_refuses_what_is_out_of_bounds(budget):
         ("thoughts", "none"),
     ]:
         assert not follows({**good, name: value}, rule)
+
+
+@pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
+def test_a_narrow_schema_holds_a_child_to_what_was_shown(budget):
+    past = history(budget, 9)
+    rule = schema("crossover", past, budget, narrow=True)
+    for inside in shown(past):
+        assert follows({"parents": [1, 2], **json.loads(solution(budget, inside.rates))}, rule)
+    lowest = [min(values) for values in zip(*(s.rates.ffn for s in shown(past)), strict=True)]
+    child = {"parents": [1, 2], **json.loads(solution(budget, past[0].rates))}
+    part = "rates" if budget.tied else "ffn"
+    child[part] = [round(100 * value) for value in lowest]
+    assert follows(child, rule)
+    child[part][0] -= 1
+    assert not follows(child, rule)
+
+
+@pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_a_mutation_is_a_parent_and_a_few_changes(budget, size):
+    rule = schema("mutation", history(budget, size), budget)
+    change = {"layer": 3, "rate": -15} if budget.tied else {"layer": 3, "attention": -33, "ffn": 15}
+    assert follows({"parents": [1], "changes": [change] * 2}, rule)
+    part = "rate" if budget.tied else "ffn"
+    for bad in ({"layer": 4}, {"layer": 0}, {part: 16}, {part: 0.5}):
+        assert not follows({"parents": [1], "changes": [change, {**change, **bad}]}, rule)
+    assert not follows({"parents": [1], "changes": [change]}, rule)
+    assert not follows({"parents": [min(size, SHOWN) + 1], "changes": [change] * 2}, rule)
 
 
 def test_attention_is_offered_in_whole_groups_below_p_max():

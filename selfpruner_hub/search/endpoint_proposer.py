@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -112,7 +113,7 @@ class EndpointProposer:
                 reply, tokens = self._request(request(self._model, prompt, schema, self._temperature, seed))
             except ProposerError as error:
                 return Proposal(None, prompt=prompt, error=str(error))
-            return prompts.proposal(prompt, reply, self._budget, len(history), tokens)
+            return prompts.proposal(operation, prompt, reply, history, self._budget, tokens)
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(one, seeds))
@@ -181,7 +182,7 @@ def request(model: str, prompt: str, schema: Mapping[str, Any], temperature: flo
         "messages": [{"role": "user", "content": prompt}],
         "temperature": temperature,
         "seed": seed,
-        "max_tokens": 2_048 + 16 * sum(rule["maxItems"] for rule in schema["properties"].values()),
+        "max_tokens": 2_048 + 2 * len(json.dumps(prompts.example(schema))),
         "response_format": {
             "type": "json_schema",
             "json_schema": {"name": "pruning_rates", "schema": schema, "strict": True},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -20,49 +20,27 @@ from selfpruner_hub.errors import ProposerError, SelfPrunerError
 from selfpruner_hub.plan import Plan, widths_of
 from selfpruner_hub.search.journal import Journal, Record
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Proposer, Scored
+from selfpruner_hub.search.schedule import Schedule
 
 Score = Callable[[Plan, float], float]
 """(plan, share of the windows) → fitness, lower is better."""
-Report = Callable[[float, "Scored | None", Mapping[str, int]], None]
-"""(full-evaluation equivalents spent, best so far, counts of proposals by origin and fate) while the search runs."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a search stands."""
+
+    round: int
+    spent: float
+    """Full-evaluation equivalents."""
+    best: Scored | None
+    """The best plan among those scored on all windows."""
+    tokens: int
+    """Tokens that a language model read and wrote."""
 
 
 BARREN_ROUNDS = 8
 """Rounds without a new plan after which every plan within reach is taken to have been seen."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a search spends its evaluations.
-
-    Attributes:
-        evaluations: Budget in full-evaluation equivalents (a score on half of the windows counts one half).
-        population: Proposals of the operation `initial` in the first round; 0 starts from the seeds alone.
-        crossover: Crossover children in a round.
-        mutation: Mutation children in a round.
-        first_share: Share of the windows on which every proposal is scored, in (0, 1].
-        survivors: Share of a round's proposals that is scored on all windows, when `first_share` is less than 1.
-        attempts: Times that a proposer is asked before a classical child takes the place of a bad reply.
-    """
-
-    evaluations: float
-    population: int = 4
-    crossover: int = 4
-    mutation: int = 4
-    first_share: float = 0.25
-    survivors: float = 0.25
-    attempts: int = 2
-
-    def rounds(self) -> Iterator[tuple[int, Operation, int]]:
-        """Yield (round, operation, count) for ever; round 0 belongs to the seeds."""
-        if self.population:
-            yield 1, "initial", self.population
-        number = 2
-        while True:
-            for operation, count in (("crossover", self.crossover), ("mutation", self.mutation)):
-                if count:
-                    yield number, operation, count  # type: ignore[misc]
-                    number += 1
 
 
 @dataclass
@@ -88,7 +66,7 @@ def search(
     schedule: Schedule,
     seeds: Mapping[str, Rates],
     seed: int = 0,
-    report: Report | None = None,
+    report: Callable[[Standing], None] | None = None,
 ) -> Outcome:
     """Run (or resume) a search.
 
@@ -115,6 +93,7 @@ def search(
         barren = 0 if children else barren + 1
         if children:
             proposer.tell(run.score_round(number, children))
+        run.close_round(number, operation)
     return Outcome(run.incumbent(), run.spent, dict(run.counts), run.tokens)
 
 
@@ -126,7 +105,7 @@ class _Search:
     journal: Journal
     schedule: Schedule
     seed: int
-    report: Report | None
+    report: Callable[[Standing], None] | None
     spent: float = 0.0
     tokens: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -139,6 +118,9 @@ class _Search:
         records = self.journal.records
         self._asked = {(r["round"], r["attempt"]): r for r in records if r.get("kind") == "ask"}
         self._scores = {(_widths(r), r["share"]): _fitness(r) for r in records if r.get("kind") == "score"}
+        self._closed = {r["round"] for r in records if r.get("kind") == "round"}
+        self._before: Counter[str] = Counter()
+        self._moved: list[float] = []
 
     def incumbent(self) -> Scored:
         """The best plan that was scored on all windows; ties go to the earlier one."""
@@ -193,6 +175,7 @@ class _Search:
         if record is None:
             record = self._ask_live(proposer, number, attempt, operation, count)
         replies = [_proposal(r) for r in record["replies"]]
+        self._moved += [r["moved"] for r in record["replies"] if "moved" in r]
         self.tokens += sum(r.tokens for r in replies)
         return replies
 
@@ -234,6 +217,25 @@ class _Search:
             record |= {"widths": widths_of(plan), "moved": round(self.budget.distance(reply.rates, plan), 6)}
         return record
 
+    def close_round(self, number: int, operation: Operation) -> None:
+        """Journal what became of a round's proposals, and where the search stands after it."""
+        if number not in self._closed:
+            best = self.incumbent()
+            self.journal.append(
+                {
+                    "kind": "round",
+                    "round": number,
+                    "operation": operation,
+                    "counts": dict(self.counts - self._before),
+                    "moved": round(sum(self._moved) / len(self._moved), 6) if self._moved else None,
+                    "best": None if math.isinf(best.fitness) else best.fitness,
+                    "origin": best.origin,
+                    "spent": self.spent,
+                    "tokens": self.tokens,
+                }
+            )
+        self._before, self._moved = self.counts.copy(), []
+
     # -- scoring --------------------------------------------------------------------------------------------------
 
     def score_round(self, number: int, children: Sequence[tuple[str, Plan]]) -> list[Scored]:
@@ -273,7 +275,7 @@ class _Search:
             best = min(
                 [*self.full.values(), *([result] if share == 1.0 else [])], key=lambda s: s.fitness, default=None
             )
-            self.report(self.spent, best, self.counts)
+            self.report(Standing(number, self.spent, best, self.tokens))
         return result
 
 

@@ -76,12 +76,14 @@ class ModelProposer:
     ) -> list[Proposal]:
         """Let the model write `count` proposals after one prompt."""
         prompt = prompts.render(operation, history, self._budget, self._subject, self._templates)
-        schema = prompts.schema(operation, history, self._budget)
+        schema = prompts.schema(operation, history, self._budget, narrow=True)
         proposals: list[Proposal] = []
         while (missing := count - len(proposals)) > 0:
             batch = min(missing, AT_ONCE)
             replies, tokens = self._generate(prompt, schema, batch, int(rng.integers(2**31)))
-            proposals += [prompts.proposal(prompt, r, self._budget, len(history), tokens // batch) for r in replies]
+            proposals += [
+                prompts.proposal(operation, prompt, reply, history, self._budget, tokens // batch) for reply in replies
+            ]
         return proposals
 
     def tell(self, scored: Sequence[Scored]) -> None:
@@ -123,10 +125,8 @@ class ModelProposer:
 
 def _reply_limit(tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any]) -> int:
     """Tokens that the longest reply under the schema may take, with room to spare."""
-    longest = {
-        name: [rule["items"].get("maximum", 99)] * rule["maxItems"] for name, rule in schema["properties"].items()
-    }
-    return 16 + 2 * len(tokenizer(json.dumps(longest, separators=(",", ":")), add_special_tokens=False)["input_ids"])
+    longest = json.dumps(prompts.example(schema), separators=(",", ":"))
+    return 16 + 2 * len(tokenizer(longest, add_special_tokens=False)["input_ids"])
 
 
 class _SchemaMask(LogitsProcessor):

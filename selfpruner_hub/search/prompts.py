@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -17,6 +17,10 @@ SHOWN = 5
 """Earlier solutions in a prompt, worst to best (the last is the best)."""
 PARENTS: dict[Operation, int] = {"initial": 0, "crossover": 2, "mutation": 1}
 """Parents that the reply must name."""
+CHANGES = (2, 6)
+"""Fewest and most layers that a mutation changes."""
+REACH = 15
+"""Most percentage points by which a mutation changes a rate."""
 
 
 def template(operation: Operation, templates: Path | None = None) -> str:
@@ -86,26 +90,77 @@ def render(
 
 def solution(budget: Budget, rates: Rates) -> str:
     """Rates as they stand in prompts and replies: whole percentages, compact JSON."""
+    return json.dumps(_percent(budget, rates), separators=(",", ":"))
+
+
+def _percent(budget: Budget, rates: Rates) -> dict[str, list[int]]:
     lists = {"rates": rates.ffn} if budget.tied else {"attention": rates.attention, "ffn": rates.ffn}
-    return json.dumps({k: [round(100 * r) for r in v] for k, v in lists.items()}, separators=(",", ":"))
+    return {name: [round(100 * rate) for rate in values] for name, values in lists.items()}
 
 
-def schema(operation: Operation, history: Sequence[Scored], budget: Budget) -> dict[str, Any]:
-    """JSON schema of a reply: the parents' numbers, then one whole percentage per layer and part."""
-    percent = {"type": "integer", "minimum": 0, "maximum": round(100 * budget.p_max)}
+def schema(operation: Operation, history: Sequence[Scored], budget: Budget, *, narrow: bool = False) -> dict[str, Any]:
+    """JSON schema of a reply.
+
+    Args:
+        operation: `initial` and `crossover` want one whole percentage per layer and part; `mutation` a few changes in
+            percentage points. Replies to all but `initial` name their parents first.
+        history: Scored plans, best first; without any, every operation wants whole solutions.
+        budget: Gives bounds and geometry.
+        narrow: Hold each value of a crossover child to the range of the solutions shown, for models that are too small
+            to stay near them on their own. (A schema per position: not every server takes one.)
+
+    Returns:
+        The schema, an object without other properties.
+    """
     properties: dict[str, Any] = {}
     if PARENTS[operation] and history:
         number = {"type": "integer", "minimum": 1, "maximum": len(shown(history))}
-        properties["parents"] = _list(number, PARENTS[operation])
+        properties["parents"] = _list(number, PARENTS[operation], PARENTS[operation])
+    if operation == "mutation" and history:
+        properties["changes"] = _list(_change(budget), *CHANGES)
+        return _object(properties)
     layers = budget.shape.num_layers
+    for part, rule in _parts(budget).items():
+        properties[part] = _list(rule, layers, layers)
+        if narrow and operation == "crossover" and history:
+            seen = zip(*(_percent(budget, s.rates)[part] for s in shown(history)), strict=True)
+            places = [{"type": "integer", "minimum": min(v), "maximum": max(v)} for v in seen]
+            if "enum" in rule:
+                places = [
+                    {"enum": [s for s in rule["enum"] if p["minimum"] <= s <= p["maximum"]] or rule["enum"][:1]}
+                    for p in places
+                ]
+            properties[part] = {**_list(rule, layers, layers), "prefixItems": places}
+            del properties[part]["items"]
+    return _object(properties)
+
+
+def _parts(budget: Budget) -> dict[str, dict[str, Any]]:
+    """The lists of a whole solution, and the rule of their values."""
+    most = round(100 * budget.p_max)
+    percent = {"type": "integer", "minimum": 0, "maximum": most}
     if budget.tied:
-        properties["rates"] = _list(percent, layers)
-    else:
-        groups = budget.shape.dense.layers[0].num_key_value_heads
-        steps = sorted({round(100 * g / groups) for g in range(groups)})
-        steps = [s for s in steps if s <= round(100 * budget.p_max)]
-        properties["attention"] = _list({"enum": steps} if len(steps) <= 8 else percent, layers)
-        properties["ffn"] = _list(percent, layers)
+        return {"rates": percent}
+    steps = [step for step in _steps(budget) if step <= most]
+    return {"attention": {"enum": steps} if len(steps) <= 8 else percent, "ffn": percent}
+
+
+def _steps(budget: Budget) -> list[int]:
+    """Attention rates that whole KV groups allow, in percent."""
+    groups = budget.shape.dense.layers[0].num_key_value_heads
+    return sorted({round(100 * g / groups) for g in range(groups)})
+
+
+def _change(budget: Budget) -> dict[str, Any]:
+    points = {"type": "integer", "minimum": -REACH, "maximum": REACH}
+    rule: dict[str, Any] = {"layer": {"type": "integer", "minimum": 1, "maximum": budget.shape.num_layers}}
+    if budget.tied:
+        return _object({**rule, "rate": points})
+    group = round(100 / budget.shape.dense.layers[0].num_key_value_heads)
+    return _object({**rule, "attention": {"enum": [-group, 0, group]}, "ffn": points})
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "object",
         "properties": properties,
@@ -114,53 +169,90 @@ def schema(operation: Operation, history: Sequence[Scored], budget: Budget) -> d
     }
 
 
-def _list(items: dict[str, Any], length: int) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": length, "maxItems": length}
+def _list(items: dict[str, Any], least: int, most: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
 
 
-def parse(reply: str, budget: Budget) -> tuple[Rates, tuple[int, ...]]:
+def example(rule: Mapping[str, Any]) -> Any:
+    """A long value under one of our schemas, from which the room for a reply is reckoned."""
+    if "properties" in rule:
+        return {name: example(inner) for name, inner in rule["properties"].items()}
+    if rule.get("type") == "array":
+        return [example(place) for place in rule.get("prefixItems") or [rule["items"]] * rule["maxItems"]]
+    return max(rule["enum"]) if "enum" in rule else rule["maximum"]
+
+
+def parse(operation: Operation, reply: str, history: Sequence[Scored], budget: Budget) -> tuple[Rates, tuple[int, ...]]:
     """Read a reply, which is never trusted: it may be prose, truncated, or of any shape.
 
     Args:
+        operation: What was asked for.
         reply: What the language model wrote.
+        history: Behind the prompt, best first: changes count from the parent that the reply names.
         budget: Says how many rates there must be.
 
     Returns:
-        The proposed rates in [0, 1], and the 1-based numbers of the parents it named (those that are integers).
+        The proposed rates in [0, 1], and the indices into the history of the parents it named.
 
     Raises:
-        ProposerError: It is not an object with the right lists of finite percentages.
+        ProposerError: It is not an object with the right lists of finite percentages, or changes nothing known.
     """
     try:
         value = json.loads(reply[: reply.rindex("}") + 1][reply.index("{") :])
     except (ValueError, RecursionError) as error:
         raise ProposerError("The reply is not a JSON object.") from error
-    names = ("rates",) if budget.tied else ("attention", "ffn")
-    lists = [_percentages(value, name, budget.shape.num_layers) for name in names]
-    parents = value.get("parents")
-    numbers = [p for p in parents if type(p) is int] if isinstance(parents, list) else []
-    return Rates(lists[0], lists[-1]), tuple(numbers[:2])
+    if not isinstance(value, dict):
+        raise ProposerError("The reply is not a JSON object.")
+    listed = len(shown(history))
+    named = value.get("parents")
+    numbers = [n for n in named if type(n) is int and 1 <= n <= listed] if isinstance(named, list) else []
+    parents = tuple(listed - n for n in numbers[:2])  # number 1 is the worst that was shown
+    if operation == "mutation" and history and "changes" in value:
+        if not parents:
+            raise ProposerError(f"The reply names no parent from 1 to {listed}.")
+        return _changed(history[parents[0]].rates, value["changes"], budget), parents
+    lists = [_percentages(value, name, budget.shape.num_layers) for name in _parts(budget)]
+    return Rates(lists[0], lists[-1]), parents
 
 
-def proposal(prompt: str, reply: str, budget: Budget, seen: int, tokens: int) -> Proposal:
+def _changed(rates: Rates, changes: Any, budget: Budget) -> Rates:
+    """The parent's rates with the changes, each in percentage points, within [0, 1]."""
+    parts = {"rate": list(rates.ffn)} if budget.tied else {"attention": list(rates.attention), "ffn": list(rates.ffn)}
+    if not isinstance(changes, list) or not changes:
+        raise ProposerError("The reply's 'changes' are not a list.")
+    for change in changes:
+        layer = change.get("layer") if isinstance(change, dict) else None
+        if type(layer) is not int or not 1 <= layer <= budget.shape.num_layers:
+            raise ProposerError(f"A change in the reply has no layer from 1 to {budget.shape.num_layers}.")
+        for name, values in parts.items():
+            points = change.get(name, 0)
+            if type(points) not in (int, float) or not -100 <= points <= 100:
+                raise ProposerError(f"A change of {name!r} in the reply is not in percentage points.")
+            values[layer - 1] = min(max(values[layer - 1] + points / 100, 0.0), 1.0)
+    lists = [tuple(values) for values in parts.values()]
+    return Rates(lists[0], lists[-1])
+
+
+def proposal(
+    operation: Operation, prompt: str, reply: str, history: Sequence[Scored], budget: Budget, tokens: int
+) -> Proposal:
     """Turn a reply into a proposal, or into a refusal that says what is wrong with it.
 
     Args:
-        prompt: What was asked.
+        operation: What was asked for.
+        prompt: How it was asked.
         reply: What the language model wrote.
+        history: Behind the prompt, best first.
         budget: Says how many rates there must be.
-        seen: Length of the history behind the prompt.
         tokens: Tokens read and written for this reply.
 
     Returns:
         A proposal whose parents are indices into the history.
     """
     try:
-        rates, numbers = parse(reply, budget)
+        rates, parents = parse(operation, reply, history, budget)
     except ProposerError as error:
         return Proposal(None, prompt=prompt, reply=reply, error=str(error), tokens=tokens)
-    listed = min(seen, SHOWN)
-    parents = tuple(listed - n for n in numbers if 1 <= n <= listed)  # number 1 is the worst that was shown
     return Proposal(rates, parents, prompt, reply, tokens=tokens)
 
 
