@@ -16,8 +16,7 @@ from protocol import write
 from selfpruner_hub.budget import Budget
 from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import divergence, teach
-from selfpruner_hub.fitness import with_layers
+from selfpruner_hub.evaluation import divergence, teach, with_layers
 from selfpruner_hub.importance import rank
 from selfpruner_hub.search.proposers import random_rates
 from selfpruner_hub.slicing import Slicer, ordered

@@ -18,17 +18,18 @@ from selfpruner_hub.budget import Budget
 from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.corpus import consecutive_windows, load_corpus
 from selfpruner_hub.demo import NAME, load_embedded
-from selfpruner_hub.evaluation import perplexity
-from selfpruner_hub.fitness import Fitness, with_layers
-from selfpruner_hub.importance import output_sensitivity, rank
+from selfpruner_hub.evaluation import perplexity, with_layers
+from selfpruner_hub.fitness import Fitness
+from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
-from selfpruner_hub.pruner import SENSITIVITY_TOKENS, loss_curves
+from selfpruner_hub.pruner import SENSITIVITY_TOKENS
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.model_proposer import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
+from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
 from selfpruner_hub.slicing import Slicer, ordered
 
 WINDOW, CALIBRATION, FITNESS, UNSEEN = 512, 131_072, 8_192, 32

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 BATCH_TOKENS = 2048
@@ -41,11 +42,7 @@ def cross_entropy(model: PreTrainedModel, windows: Tensor) -> float:
     Returns:
         Nats per token, at least 0.
     """
-    total, targets = 0.0, windows[:, 1:].flatten()
-    for start, logits in _logits(model, windows):
-        wanted = targets[start : start + len(logits), None].to(logits.device)
-        total += (logits.logsumexp(-1) - logits.gather(1, wanted)[:, 0]).sum().item()
-    return total / len(targets)
+    return _mean(model, windows, label_loss(windows))
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
@@ -87,27 +84,81 @@ def divergence(model: PreTrainedModel, windows: Tensor, teacher: Teacher) -> flo
     Returns:
         Nats per token, at least 0 up to rounding.
     """
-    total, predicted = 0.0, 0
-    for start, logits in _logits(model, windows):
-        rows = slice(start, start + len(logits))
+    return _mean(model, windows, teacher_loss(teacher))
+
+
+Loss = Callable[[Tensor, int], Tensor]
+"""(float32 logits `[P, V]`, index of the first of these predictions) → their summed loss in nats, a scalar."""
+
+
+def label_loss(windows: Tensor) -> Loss:
+    """The negative log-likelihood of the tokens that follow in `windows`, `[N, W]`."""
+    targets = windows[:, 1:].flatten()
+
+    def loss(logits: Tensor, first: int) -> Tensor:
+        wanted = targets[first : first + len(logits), None].to(logits.device)
+        return (logits.logsumexp(-1) - logits.gather(1, wanted)[:, 0]).sum()
+
+    return loss
+
+
+def teacher_loss(teacher: Teacher) -> Loss:
+    """The divergence from a teacher, over its top outcomes and the rest as one."""
+
+    def loss(logits: Tensor, first: int) -> Tensor:
+        rows = slice(first, first + len(logits))
         p = teacher.log_probs[rows].to(logits.device)
         q = logits.gather(1, teacher.ids[rows].long().to(logits.device)) - logits.logsumexp(-1, keepdim=True)
         inside = (p.exp() * (p - q)).sum(1)
         p_rest, q_rest = (1 - p.exp().sum(1)).clamp_min(1e-9), (1 - q.exp().sum(1)).clamp_min(1e-9)
-        total += (inside + p_rest * (p_rest.log() - q_rest.log())).sum().item()
+        return (inside + p_rest * (p_rest.log() - q_rest.log())).sum()
+
+    return loss
+
+
+def _mean(model: PreTrainedModel, windows: Tensor, loss: Loss) -> float:
+    total, predicted = 0.0, 0
+    for first, logits in _logits(model, windows):
+        total += loss(logits, first).item()
         predicted += len(logits)
     return total / predicted
 
 
 def _logits(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first prediction, float32 logits `[≤ HEAD_TOKENS, V]`) over all windows."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    softcap = getattr(model.config, "final_logit_softcapping", None)
     size = max(1, BATCH_TOKENS // windows.shape[1])
     done = 0
     for batch in windows.split(size):
-        hidden = decoder(batch.to(model.device), use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        for chunk in hidden.split(HEAD_TOKENS):
-            logits = head(chunk).float()
-            yield done, logits if softcap is None else (logits / softcap).tanh() * softcap
-            done += len(chunk)
+        hidden = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
+        predicting = hidden[:, :-1].flatten(0, 1)
+        for first, logits in head_chunks(model, predicting):
+            yield done + first, logits
+        done += len(predicting)
+
+
+def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Run the language-model head on `hidden`, `[P, H]`, a block of positions at a time.
+
+    Args:
+        model: A causal language model.
+        hidden: Last hidden states.
+
+    Yields:
+        The index of the first position, and the block's float32 logits `[≤ HEAD_TOKENS, V]`.
+    """
+    head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    for first in range(0, len(hidden), HEAD_TOKENS):
+        logits = head(hidden[first : first + HEAD_TOKENS]).float()
+        yield first, logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+@contextmanager
+def with_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[PreTrainedModel]:
+    """Let `model` run with other decoder layers for a while."""
+    decoder = model.get_decoder()
+    dense = decoder.layers
+    decoder.layers = layers
+    try:
+        yield model
+    finally:
+        decoder.layers = dense

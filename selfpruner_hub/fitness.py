@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.evaluation import divergence, perplexity, teach
+from selfpruner_hub.evaluation import divergence, label_loss, perplexity, teach, teacher_loss, with_layers
+from selfpruner_hub.losses import LossCurves, Slopes
 from selfpruner_hub.plan import Plan
+from selfpruner_hub.sensitivity import slopes
 from selfpruner_hub.slicing import Slicer
 
 METRICS = ("kl", "perplexity")
@@ -25,22 +25,26 @@ class Fitness:
         windows: Token ids, `[N, W]`; never those that results are reported on.
         metric: `"perplexity"` (the paper), or `"kl"` to the dense model's top-k next-token distribution, which needs no
             labels and guards accuracy better (Týr-the-Pruner, NeurIPS 2025, table 5).
+        curves: Predicted losses of the layers alone, for the second order of `slopes`.
 
     Raises:
         UserError: The metric is unknown.
     """
 
-    def __init__(self, slicer: Slicer, windows: Tensor, metric: str = "kl") -> None:
+    def __init__(
+        self, slicer: Slicer, windows: Tensor, metric: str = "kl", curves: Sequence[LossCurves] | None = None
+    ) -> None:
         if metric not in METRICS:
             raise UserError(f"Unknown fitness {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
         self._slicer = slicer
         self._windows = windows
+        self._curves = curves
         self.metric = metric
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
 
     def __call__(self, plan: Plan, share: float = 1.0) -> float:
         """Score `plan` on the first `share` of the windows (at least one); not-a-number counts as infinity."""
-        windows = self._windows[: max(1, round(share * len(self._windows)))]
+        windows = self._first(share)
         with with_layers(self._slicer.model, self._slicer.layers(plan)) as model:
             if self._teacher is None:
                 value = perplexity(model, windows)
@@ -48,14 +52,11 @@ class Fitness:
                 value = divergence(model, windows, self._teacher)
         return value if math.isfinite(value) else math.inf
 
+    def slopes(self, plan: Plan, share: float = 1.0) -> Slopes:
+        """Predict on the first `share` of the windows what small changes of `plan` do to the loss."""
+        windows = self._first(share)
+        loss = label_loss(windows) if self._teacher is None else teacher_loss(self._teacher)
+        return slopes(self._slicer, plan, windows, loss, self._curves)
 
-@contextmanager
-def with_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[PreTrainedModel]:
-    """Let `model` run with other decoder layers for a while."""
-    decoder = model.get_decoder()
-    dense = decoder.layers
-    decoder.layers = layers
-    try:
-        yield model
-    finally:
-        decoder.layers = dense
+    def _first(self, share: float) -> Tensor:
+        return self._windows[: max(1, round(share * len(self._windows)))]

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear, shape_of
 from selfpruner_hub.calibration import LayerStatistics, Moments
-from selfpruner_hub.corpus import Progress
 from selfpruner_hub.errors import UserError
 
 
@@ -83,56 +82,3 @@ def rank(model: PreTrainedModel, statistics: Sequence[LayerStatistics], score: s
             )
         )
     return orders
-
-
-def output_sensitivity(
-    model: PreTrainedModel, windows: Tensor, seed: int = 0, progress: Progress | None = None
-) -> list[tuple[float, float]]:
-    """How much the loss minds noise on the outputs of each layer's attention and FFN: the trace of their Fisher.
-
-    Labels are drawn from the model's own distribution, so that E‖∂L/∂y‖² is the trace of the Fisher information of y
-    and ½ · E‖∂L/∂y‖² / D · E‖δy‖² is the second-order KL divergence of an isotropic error δy. One backward pass.
-
-    Args:
-        model: The dense model.
-        windows: Token ids, `[N, W]`; a few thousand tokens are enough.
-        seed: Of the drawn labels.
-        progress: Told how many windows are done.
-
-    Returns:
-        Per layer, E‖∂L/∂y‖² / D for the attention's and the FFN's output, per token.
-    """
-    architecture = architecture_of(model.config)
-    modules = [
-        linear(layer, path)
-        for layer in decoder_layers(model)
-        for path in (architecture.attention_output, architecture.ffn_output)
-    ]
-    sums = [0.0] * len(modules)
-
-    def watch(index: int) -> Callable[..., None]:
-        def keep(gradient: Tensor) -> None:
-            sums[index] += gradient.float().square().mean(-1).sum().item()
-
-        return lambda _module, _inputs, output: output.register_hook(keep) and None
-
-    handles = [module.register_forward_hook(watch(i)) for i, module in enumerate(modules)]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:  # the gradients of the weights are not wanted, and take as much memory as they do
-        parameter.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    try:
-        for done, window in enumerate(windows, 1):
-            embedded = model.get_input_embeddings()(window[None].to(model.device)).requires_grad_()
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-            if progress:
-                progress("sensitivities", done, len(windows))
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
-    means = [value / windows.numel() for value in sums]
-    return list(zip(means[::2], means[1::2], strict=True))

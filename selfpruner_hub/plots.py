@@ -43,7 +43,7 @@ def plot_search(directory: Path, output: Path) -> list[Path]:
     settings = header["settings"]
     shape = _shape(settings)
     pictures = {
-        "search": _curve(scores, settings),
+        "search": _curve([r for r in records if "share" in r], settings),
         "population": _population(scores, shape),
         "rates": _rates(_best(scores), shape, settings),
     }
@@ -75,10 +75,10 @@ def _best(scores: Sequence[Record]) -> Record:
     return min(full, key=lambda s: s["fitness"])
 
 
-def _curve(scores: Sequence[Record], settings: Record) -> Figure:
-    """Full scores and the best so far, against full-evaluation equivalents."""
-    spent = np.cumsum([s["share"] for s in scores])
-    points = [(x, s) for x, s in zip(spent, scores, strict=True) if s["share"] == 1 and s["fitness"] is not None]
+def _curve(spending: Sequence[Record], settings: Record) -> Figure:
+    """Full scores and the best so far, against full-evaluation equivalents; probes cost some too."""
+    spent = np.cumsum([s["share"] for s in spending])
+    points = [(x, s) for x, s in zip(spent, spending, strict=True) if s["share"] == 1 and s.get("fitness") is not None]
     x = [p[0] for p in points]
     y = [p[1]["fitness"] for p in points]
     figure = Figure(figsize=(7, 4))

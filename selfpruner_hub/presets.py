@@ -32,7 +32,7 @@ class Method:
     window: int = 512
     """Tokens per window of calibration and fitness."""
     calibration_tokens: int = 131_072
-    fitness_tokens: int = 16_384
+    fitness_tokens: int = 32_768
     seeds: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "blend")
     """Starting points of the search."""
     evaluations: float = 48
@@ -43,10 +43,12 @@ class Method:
     """Crossover children per round."""
     mutation: int = 8
     """Mutation children per round."""
-    first_share: float = 0.25
+    first_share: float = 0.125
     """Share of the fitness windows on which every candidate is scored first."""
-    survivors: float = 0.25
+    survivors: float = 0.125
     """Share of a round's candidates that is scored on all windows."""
+    probe: bool = True
+    """Measure what small changes of the best plan would do, and tell it a language model that proposes."""
     temperature: float = 1.0
     """Of a language model's proposals."""
     templates: str = ""
@@ -85,6 +87,7 @@ PRESETS = {
         crossover=10,
         mutation=10,
         first_share=1.0,
+        probe=False,
     ),
 }
 

@@ -17,7 +17,7 @@ from selfpruner_hub.plan import widths_of
 from selfpruner_hub.presets import Method
 from selfpruner_hub.records import Metric, Record
 from selfpruner_hub.search import prompts
-from selfpruner_hub.search.loop import Outcome
+from selfpruner_hub.search.outcome import Outcome
 from selfpruner_hub.search.proposers import Proposer
 
 

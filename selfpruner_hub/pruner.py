@@ -15,7 +15,7 @@ from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.corpus import Corpus, load_corpus
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.importance import output_sensitivity, rank
+from selfpruner_hub.importance import rank
 from selfpruner_hub.loading import load_model
 from selfpruner_hub.presets import Method, resolve
 from selfpruner_hub.progress import Bars
@@ -23,11 +23,13 @@ from selfpruner_hub.provenance import describe, fingerprint
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.search.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.loop import Standing, search
+from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.model_proposer import ModelProposer
+from selfpruner_hub.search.outcome import Standing
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
 from selfpruner_hub.search.schedule import Schedule
-from selfpruner_hub.search.seeds import LossCurves, seeds
+from selfpruner_hub.search.seeds import seeds
+from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 
 SENSITIVITY_TOKENS = 4096
@@ -130,14 +132,16 @@ class AutoPruner:
                 curves = loss_curves(sensitivity, slicer) if sensitivity else None
                 if not method.repair:
                     slicer = Slicer(self.model, order, None)
+                fitness_ = Fitness(slicer, held_out.windows, method.fitness, curves)
                 found = search(
                     asked,
                     budget,
-                    Fitness(slicer, held_out.windows, method.fitness),
+                    fitness_,
                     journal,
                     schedule=_schedule(method),
                     seeds={name: rates for name, rates in seeds(budget, curves).items() if name in method.seeds},
                     seed=seed,
+                    probe=fitness_.slopes if method.probe and getattr(asked, "reads_slopes", False) else None,
                     report=_live(report, method),
                 )
                 model = slice_model(slicer, found.best.plan)
@@ -227,22 +231,6 @@ def _schedule(method: Method) -> Schedule:
         first_share=method.first_share,
         survivors=method.survivors,
     )
-
-
-def loss_curves(sensitivity: list[tuple[float, float]], slicer: Slicer) -> list[LossCurves]:
-    """Predict the loss of each layer alone: half the Fisher trace times the expected squared error of its output.
-
-    Args:
-        sensitivity: What `output_sensitivity` returned.
-        slicer: With statistics, for the errors after repair.
-
-    Returns:
-        One pair of curves per layer.
-    """
-    return [
-        LossCurves((attention / 2 * groups).double().cpu().numpy(), (ffn / 2 * channels).double().cpu().numpy())
-        for (attention, ffn), (groups, channels) in zip(sensitivity, slicer.errors(), strict=True)
-    ]
 
 
 def _live(report: Callable[..., None], method: Method) -> Callable[[Standing], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from selfpruner_hub.modeling_selfpruned import WIDTHS, LayerConfig
 from selfpruner_hub.plan import LayerWidths, ModelShape, Plan
 from selfpruner_hub.refit import RIDGE, Repair
 
+Part = Literal["attention", "ffn"]
+PARTS: tuple[Part, Part] = ("attention", "ffn")
+"""Of a decoder layer, each with an output projection of its own."""
 CACHED_REPAIRS = 1.0
 """Memory for memoised repaired weights, as a multiple of the prunable output weights of the dense model."""
 
@@ -48,7 +52,7 @@ class Slicer:
         self.repairs: list[tuple[Repair, Repair]] | None = None
         if statistics is not None:
             self.repairs = [self._repairs(*known) for known in zip(self._dense, order, statistics, strict=True)]
-        self._cache: OrderedDict[tuple[int, str, int], Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, Part, int], Tensor] = OrderedDict()
         outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
         self._free = int(CACHED_REPAIRS * outputs)
 
@@ -84,27 +88,41 @@ class Slicer:
         """Build the decoder layers of a candidate."""
         return nn.ModuleList(self.layer(index, kept) for index, kept in enumerate(plan.layers))
 
+    def output_weight(self, index: int, part: Part, kept: int) -> Tensor:
+        """Weight of a part's output projection when the part keeps its first `kept` units, repaired; not memoised.
+
+        Args:
+            index: The layer.
+            part: Its attention or its FFN.
+            kept: KV groups, or channels; at least 1.
+
+        Returns:
+            `[H, columns]`, a view of the dense weight where nothing is repaired.
+        """
+        which = PARTS.index(part)
+        columns = kept * self.unit("query" if part == "attention" else "channel")
+        weight = linear(self._dense[index], self._paths[which]).weight.detach()
+        if self.repairs is None or columns == weight.shape[1]:
+            return weight[:, :columns]
+        return self.repairs[index][which].weight(columns)
+
     def _outputs(self, index: int, kept: LayerWidths) -> dict[str, Tensor]:
-        """Repaired weights of the output projections whose width changes, memoised by (layer, width)."""
+        """Repaired weights of the output projections whose width changes, memoised by (layer, part, width)."""
         if self.repairs is None:
             return {}
         dense = self.shape.dense.layers[index]
-        widths = (
-            (kept.num_key_value_heads, dense.num_key_value_heads, self.unit("query")),
-            (kept.intermediate_size, dense.intermediate_size, 1),
-        )
         return {
-            path: self._memoised(index, path, repair, width * unit)
-            for path, repair, (width, full, unit) in zip(self._paths, self.repairs[index], widths, strict=True)
-            if width < full
+            path: self._memoised(index, part, units(kept, part))
+            for path, part in zip(self._paths, PARTS, strict=True)
+            if units(kept, part) < units(dense, part)
         }
 
-    def _memoised(self, index: int, path: str, repair: Repair, columns: int) -> Tensor:
-        key = (index, path, columns)
+    def _memoised(self, index: int, part: Part, kept: int) -> Tensor:
+        key = (index, part, kept)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        weight = repair.weight(columns)
+        weight = self.output_weight(index, part, kept)
         self._cache[key] = weight
         self._free -= weight.numel()
         while self._free < 0 and len(self._cache) > 1:
@@ -231,6 +249,11 @@ def _cut(
         owner, _, leaf = name.rpartition(".")
         layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     return layer.eval()
+
+
+def units(widths: LayerWidths, part: Part) -> int:
+    """KV groups, or channels, that a layer keeps."""
+    return widths.num_key_value_heads if part == "attention" else widths.intermediate_size
 
 
 def _unit(shape: ModelShape, block: Block) -> int:

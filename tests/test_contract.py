@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from selfpruner_hub.architectures import ARCHITECTURES, shape_of
 from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.fitness import with_layers
+from selfpruner_hub.evaluation import with_layers
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel

@@ -15,10 +15,10 @@ PACKAGE = "selfpruner_hub"
 # Bottom to top. A module imports from its own layer and from those below it; a package's name stands for all
 # of its modules. Names are those inside selfpruner_hub, save for `exporters`, which stands beside it.
 LAYERS = (
-    {"plan", "budget", "errors"},
+    {"plan", "budget", "losses", "errors"},
     {"architectures", "modeling_selfpruned"},
     {"corpus", "loading", "calibration", "importance", "refit", "slicing"},
-    {"fitness", "evaluation"},
+    {"fitness", "sensitivity", "evaluation"},
     {"search"},
     {"hub", "cards", "plots", "records", "presets", "progress", "storage", "provenance", "exporters"},
     {"pruned_model"},

@@ -35,7 +35,7 @@ def test_every_reply_is_well_formed_and_on_the_budget(asked, operation):
         assert isinstance(reply.rates, Rates), reply.error
         assert abs(budget.shape.beta(budget.project(reply.rates)) - 0.3) <= budget.tolerance
         whole = {"rates"} if budget.tied else {"attention", "ffn"}
-        assert set(json.loads(reply.reply)) >= ({"changes"} if operation == "mutation" else whole)
+        assert set(json.loads(reply.reply)) >= whole
         assert len(reply.parents) == {"initial": 0, "crossover": 2, "mutation": 1}[operation]
         assert all(0 <= parent < 5 for parent in reply.parents)
         assert "0.1000" in reply.prompt  # the best solution was shown
@@ -57,8 +57,9 @@ def test_a_mutation_changes_a_few_layers_of_the_parent_it_names(asked):
     for reply in proposer.ask("mutation", history, 4, np.random.default_rng(3)):
         parent = history[reply.parents[0]].rates
         changed = [a != b for a, b in zip(reply.rates.ffn, parent.ffn, strict=True)]
-        assert sum(changed) <= 6
-        assert max(abs(a - b) for a, b in zip(reply.rates.ffn, parent.ffn, strict=True)) <= 6 * 0.15 + 1e-9
+        assert sum(changed) <= 8
+        assert max(abs(a - b) for a, b in zip(reply.rates.ffn, parent.ffn, strict=True)) <= 0.15 + 1e-9
+        assert reply.parents[0] <= 2  # of the better half
 
 
 def test_the_same_state_gives_the_same_replies(asked):

@@ -9,9 +9,10 @@ from selfpruner_hub.budget import Budget
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.fitness import METRICS
 from selfpruner_hub.importance import SCORES
+from selfpruner_hub.losses import LossCurves
 from selfpruner_hub.plan import ModelShape, Plan
 from selfpruner_hub.presets import CHOICES, PRESETS, Method, resolve
-from selfpruner_hub.search.seeds import LossCurves, seeds
+from selfpruner_hub.search.seeds import seeds
 
 
 def test_the_paper_preset_has_the_papers_numbers():

@@ -348,7 +348,7 @@ def test_only_the_survivors_of_a_round_are_scored_on_all_windows(tmp_path):
     run(RandomProposer(BUDGET), tmp_path, schedule=Schedule(evaluations=8, population=8, survivors=0.25))
     for number, group in itertools.groupby(records(tmp_path)[1:], key=lambda r: r["round"]):
         scores = [r for r in group if r["kind"] == "score"]
-        first = sorted((r for r in scores if r["share"] == 0.25), key=lambda r: r["fitness"])
+        first = sorted((r for r in scores if r["share"] == 0.125), key=lambda r: r["fitness"])
         full = [r["widths"] for r in scores if r["share"] == 1]
         assert full == [r["widths"] for r in first[: len(full)]]
         assert len(full) == (len(first) if number == 0 else math.ceil(0.25 * len(first)))

@@ -3,13 +3,15 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
 from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.errors import ProposerError, UserError
+from selfpruner_hub.losses import Slopes
 from selfpruner_hub.plan import ModelShape, Plan
-from selfpruner_hub.search.prompts import PARENTS, SHOWN, parse, render, schema, shown, solution
+from selfpruner_hub.search.prompts import PARENTS, REACH, SHOWN, parse, render, schema, shown, solution
 from selfpruner_hub.search.proposers import Scored
 
 LAYERS = 3
@@ -54,48 +56,49 @@ def read(reply, budget=UNTIED, operation="crossover", size=MANY):
 def test_a_good_reply_is_read():
     rates, parents = read(GOOD)
     assert rates == Rates((0.0, 0.33, 0.67), (0.1, 0.205, 0.9))
-    assert parents == (MANY - 1, MANY - 2)  # 1 is the worst that was shown
+    assert parents == (0, 1)  # 1 is the best that was shown
     assert read('{"rates":[10,20,60]}', TIED) == (Rates.tied((0.1, 0.2, 0.6)), ())
 
 
 @pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
 def test_a_mutation_changes_its_parent(budget):
     past = history(budget, MANY)
-    part = "rate" if budget.tied else "ffn"
-    reply = {"parents": [MANY], "changes": [{"layer": 1, part: 5}, {"layer": 3, part: -100}, {"layer": 1, part: 2}]}
+    part = "rates" if budget.tied else "ffn"
+    reply = {"parents": [2], part: {"more": [1, 1], "less": [3], "points": 7}}
     rates, parents = parse("mutation", json.dumps(reply), past, budget)
-    assert parents == (0,)
-    best = past[0].rates
-    assert rates.ffn == pytest.approx((best.ffn[0] + 0.07, best.ffn[1], 0.0))
-    assert rates.attention == (rates.ffn if budget.tied else best.attention)
+    assert parents == (1,)
+    parent = past[1].rates
+    assert rates.ffn == pytest.approx((parent.ffn[0] + 0.07, parent.ffn[1], max(0, parent.ffn[2] - 0.07)))
+    assert rates.attention == (rates.ffn if budget.tied else parent.attention)
 
 
-def test_a_mutation_moves_attention_in_points():
-    reply = '{"parents":[5],"changes":[{"layer":2,"attention":-33,"ffn":0}]}'
-    best = history(UNTIED, MANY)[0].rates
-    assert read(reply, operation="mutation")[0].attention[1] == max(0.0, best.attention[1] - 0.33)
+def test_a_mutation_moves_attention_by_whole_groups():
+    parent = Rates((0.0, 1 / 3, 2 / 3), (0.3, 0.3, 0.3))
+    past = [Scored(UNTIED.project(parent), parent, 1.0, 1.0, "random", 1)]
+    reply = '{"parents":[1],"attention":{"more":[1],"less":[3]},"ffn":{"more":[],"less":[]}}'
+    assert parse("mutation", reply, past, UNTIED)[0].attention == pytest.approx((1 / 3, 1 / 3, 1 / 3))
 
 
 def test_a_mutation_may_also_be_a_whole_solution():
     assert read(GOOD, operation="mutation")[0] == read(GOOD)[0]
-    assert parse("mutation", GOOD, [], UNTIED) == (read(GOOD)[0], ())
+    assert parse("mutation", GOOD, [], UNTIED)[0] == read(GOOD)[0]
 
 
 @pytest.mark.parametrize(
     "reply",
     [
-        '{"changes":[{"layer":1,"ffn":5}]}',
-        '{"parents":[],"changes":[{"layer":1,"ffn":5}]}',
-        '{"parents":[6],"changes":[{"layer":1,"ffn":5}]}',
+        '{"ffn":{"more":[1],"points":5}}',
+        '{"parents":[],"ffn":{"more":[1],"points":5}}',
+        '{"parents":[6],"ffn":{"more":[1],"points":5}}',
+        '{"parents":[1],"ffn":{"more":[1],"points":5},"attention":[]}',
         *(
-            f'{{"parents":[1],"changes":{bad}}}'
-            for bad in ("[]", "null", "{}", "[1]", "[null]", "[[]]", '[{"ffn":5}]', '[{"layer":0}]', '[{"layer":4}]')
+            f'{{"parents":[1],"ffn":{{"more":{bad},"points":5}}}}'
+            for bad in ("null", "{}", "1", "[null]", "[[]]", "[0]", "[4]", "[1.0]", "[true]", '["1"]', "[1e400]")
         ),
         *(
-            f'{{"parents":[1],"changes":[{{"layer":1,"ffn":{bad}}}]}}'
-            for bad in ("NaN", "1e999", "101", "-101", '"5"', "true", "null", "[5]", "1" + "0" * 400)
+            f'{{"parents":[1],"ffn":{{"more":[1],"points":{bad}}}}}'
+            for bad in ("NaN", "1e999", "101", "-1", '"5"', "true", "null", "[5]", "1" + "0" * 400)
         ),
-        *(f'{{"parents":[1],"changes":[{{"layer":{bad},"ffn":5}}]}}' for bad in ("1.0", "true", '"1"', "1e400", "-1")),
     ],
 )
 def test_a_bad_mutation_is_refused(reply):
@@ -112,7 +115,7 @@ def test_prose_around_the_object_is_passed_over(around):
 
 @pytest.mark.parametrize("parents", ["[1,2,3,4]", '["a",1,null,2.5,true,2]', "[0,1,99,2,3]"])
 def test_parents_are_the_first_two_numbers_that_were_shown(parents):
-    assert read(GOOD.replace("[1,2]", parents))[1] == (MANY - 1, MANY - 2)
+    assert read(GOOD.replace("[1,2]", parents))[1] == (0, 1)
 
 
 @pytest.mark.parametrize("parents", ["null", "7", '"1,2"', "{}", "[]", "[[1,2]]"])
@@ -181,19 +184,16 @@ def fuzzed(rng):
         items = [rng.choice(NUMBERS) if rng.random() < wild else str(rng.randrange(101)) for _ in range(length)]
         return "[" + ",".join(items) + "]"
 
-    def changes():
-        names = ("layer", "attention", "ffn", "rate")
-        items = [
-            "{"
-            + ",".join(f'"{n}":{rng.choice(NUMBERS) if rng.random() < wild else rng.randrange(1, 4)}' for n in names)
-            + "}"
-            for _ in range(rng.randrange(1, 4))
-        ]
-        return rng.choice(NUMBERS) if rng.random() < wild / 2 else "[" + ",".join(items) + "]"
+    def number():
+        return rng.choice(NUMBERS) if rng.random() < wild else str(rng.randrange(1, 4))
 
-    fields = [f'"{name}":{rates()}' for name in ("attention", "ffn", "rates") if rng.random() > wild]
+    def changes():
+        lists = [f'"{way}":[{",".join(number() for _ in range(rng.randrange(3)))}]' for way in ("more", "less")]
+        return "{" + ",".join([*lists, f'"points":{number()}']) + "}"
+
+    kind = rng.choice([rates, changes])
+    fields = [f'"{name}":{kind()}' for name in ("attention", "ffn", "rates") if rng.random() > wild]
     fields += [f'"parents":[{rng.randrange(7)},{rng.choice(NUMBERS)}]'] if rng.random() > wild else []
-    fields += [f'"changes":{changes()}'] if rng.random() < 0.5 else []
     rng.shuffle(fields)
     reply = "{" + ",".join(fields) + "}"
     if rng.random() < wild:
@@ -290,15 +290,49 @@ def test_a_narrow_schema_holds_a_child_to_what_was_shown(budget):
 
 @pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("size", [1, 3, 9])
-def test_a_mutation_is_a_parent_and_a_few_changes(budget, size):
+def test_a_mutation_is_a_parent_and_layers_to_change(budget, size):
     rule = schema("mutation", history(budget, size), budget)
-    change = {"layer": 3, "rate": -15} if budget.tied else {"layer": 3, "attention": -33, "ffn": 15}
-    assert follows({"parents": [1], "changes": [change] * 2}, rule)
-    part = "rate" if budget.tied else "ffn"
-    for bad in ({"layer": 4}, {"layer": 0}, {part: 16}, {part: 0.5}):
-        assert not follows({"parents": [1], "changes": [change, {**change, **bad}]}, rule)
-    assert not follows({"parents": [1], "changes": [change]}, rule)
-    assert not follows({"parents": [min(size, SHOWN) + 1], "changes": [change] * 2}, rule)
+    part = "rates" if budget.tied else "ffn"
+    good = {"parents": [1], part: {"more": [1], "less": [2, 3], "points": REACH}}
+    if not budget.tied:
+        good["attention"] = {"more": [], "less": [3]}
+    assert follows(good, rule)
+    assert parse("mutation", json.dumps(good), history(budget, size), budget)[1] == (0,)
+    for change in ({"more": []}, {"less": [4]}, {"less": [0]}, {"points": 0}, {"points": REACH + 1}, {"points": 1.5}):
+        assert not follows({**good, part: {**good[part], **change}}, rule)
+    assert not follows({**good, "parents": [min(size, SHOWN) + 1]}, rule)
+
+
+SLOPES = Slopes((0.3, math.inf, 0.1), (-0.1, math.inf, -0.3), (0.2, 0.1, 0.3), (-0.1, -0.2, -0.3))
+
+
+@pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
+def test_what_was_measured_is_told_and_narrows_the_choice(budget):
+    past = history(budget, 3)
+    past[1] = replace(past[1], slopes=SLOPES)
+    text = render("mutation", past, budget, "m")
+    measured = "Measured at solution 2, best first: "
+    if budget.tied:
+        told = "removing more costs least in layers 2, 1, 3; removing less gains most in layers 3, 2, 1."
+    else:
+        told = (
+            "removing more of attention costs least in layers 3, 1; "
+            "removing more of ffn costs least in layers 2, 1, 3; "
+            "removing less of attention gains most in layers 3, 1; removing less of ffn gains most in layers 3, 2, 1."
+        )
+        offered = schema("mutation", past, budget, narrow=True)["properties"]["attention"]["properties"]["more"]
+        assert offered["items"] == {"enum": [3, 1]}
+    assert measured + told in text
+    assert "Measured" not in render("mutation", history(budget, 3), budget, "m")
+
+
+def test_a_part_that_cannot_change_is_left_alone():
+    stuck = replace(SLOPES, attention_removed=(math.inf,) * 3)
+    past = [replace(s, slopes=stuck) for s in history(UNTIED, 2)]
+    rule = schema("mutation", past, UNTIED, narrow=True)
+    good = {"parents": [1], "attention": {"more": [], "less": []}, "ffn": {"more": [2], "less": [3], "points": 5}}
+    assert follows(good, rule)
+    assert not follows({**good, "attention": {"more": [1], "less": []}}, rule)
 
 
 def test_attention_is_offered_in_whole_groups_below_p_max():
@@ -335,8 +369,7 @@ def test_a_prompt_states_the_task_and_shows_solutions_from_worst_to_best(budget,
         assert fact in prompt
     lines = [line for line in prompt.splitlines() if line[:1].isdigit()]
     assert lines == [
-        f"{number}. loss {1.5 + rank:.4f}: {solution(budget, past[rank].rates)}"
-        for number, rank in enumerate(range(SHOWN - 1, -1, -1), 1)
+        f"{rank + 1}. loss {1.5 + rank:.4f}: {solution(budget, past[rank].rates)}" for rank in range(SHOWN - 1, -1, -1)
     ]
     assert ("attention" in lines[0]) != budget.tied
     assert "$" not in prompt
@@ -360,7 +393,7 @@ def test_shown_is_the_best_few_with_the_best_last():
 
 def test_a_plan_without_a_finite_loss_can_be_shown():
     past = [Scored(s.plan, s.rates, math.inf, 1.0, "random", 1) for s in history(UNTIED, 2)]
-    assert "1. loss inf: {" in render("mutation", past, UNTIED, "m")
+    assert "2. loss inf: {" in render("mutation", past, UNTIED, "m")
 
 
 def test_own_templates_are_filled(tmp_path):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from selfpruner_hub.budget import Budget
+from selfpruner_hub.losses import LossCurves
 from selfpruner_hub.plan import ModelShape, Plan
-from selfpruner_hub.search.seeds import LossCurves, knapsack, seeds
+from selfpruner_hub.search.seeds import knapsack, seeds
 
 
 def shape(layers, width=32, groups=4):

@@ -51,6 +51,8 @@ class EndpointProposer:
         UserError: The URL is not one, or no model is named.
     """
 
+    reads_slopes = True
+
     def __init__(
         self,
         url: str,

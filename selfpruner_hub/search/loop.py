@@ -11,50 +11,28 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.errors import ProposerError, SelfPrunerError
+from selfpruner_hub.losses import Slopes
 from selfpruner_hub.plan import Plan, widths_of
 from selfpruner_hub.search.journal import Journal, Record
+from selfpruner_hub.search.outcome import Outcome, Standing
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Proposer, Scored
 from selfpruner_hub.search.schedule import Schedule
 
 Score = Callable[[Plan, float], float]
 """(plan, share of the windows) → fitness, lower is better."""
+Probe = Callable[[Plan, float], Slopes]
+"""(plan, share of the windows) → what small changes of the plan would do."""
 
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a search stands."""
-
-    round: int
-    spent: float
-    """Full-evaluation equivalents."""
-    best: Scored | None
-    """The best plan among those scored on all windows."""
-    tokens: int
-    """Tokens that a language model read and wrote."""
-
-
+PROBE_COST = 5.0
+"""What a probe costs, in scores on as many windows: a forward and a backward pass, and the dense parts once more."""
 BARREN_ROUNDS = 8
 """Rounds without a new plan after which every plan within reach is taken to have been seen."""
-
-
-@dataclass
-class Outcome:
-    """What a search found."""
-
-    best: Scored
-    """The best plan among those scored on all windows."""
-    spent: float
-    """Full-evaluation equivalents."""
-    counts: dict[str, int]
-    """Proposals by origin and fate: accepted, refused, duplicate, replaced."""
-    tokens: int
-    """Tokens that a language model read and wrote."""
 
 
 def search(
@@ -66,6 +44,7 @@ def search(
     schedule: Schedule,
     seeds: Mapping[str, Rates],
     seed: int = 0,
+    probe: Probe | None = None,
     report: Callable[[Standing], None] | None = None,
 ) -> Outcome:
     """Run (or resume) a search.
@@ -78,17 +57,20 @@ def search(
         schedule: How many evaluations, and of what.
         seeds: Named starting points; at least one.
         seed: Of all randomness.
+        probe: Measures what small changes of the best plan would do, for proposers that read it; counted as
+            `PROBE_COST` scores.
         report: Told after every evaluation.
 
     Returns:
         The best plan, never worse than the best seed on the same windows.
     """
-    run = _Search(proposer, budget, score, journal, schedule, seed, report)
+    run = _Search(proposer, budget, score, journal, schedule, seed, probe, report)
     run.score_round(0, [(f"seed:{name}", budget.project(rates)) for name, rates in seeds.items()])
     barren = 0
     for number, operation, count in schedule.rounds():
         if run.spent >= schedule.evaluations or barren == BARREN_ROUNDS:
             break
+        run.measure_slopes(number)
         children = run.ask(number, operation, count)
         barren = 0 if children else barren + 1
         if children:
@@ -105,6 +87,7 @@ class _Search:
     journal: Journal
     schedule: Schedule
     seed: int
+    probe: Probe | None
     report: Callable[[Standing], None] | None
     spent: float = 0.0
     tokens: int = 0
@@ -113,11 +96,14 @@ class _Search:
     """By plan, scored on the first share."""
     full: dict[Plan, Scored] = field(default_factory=dict)
     """By plan, scored on all windows."""
+    slopes: dict[Plan, Slopes] = field(default_factory=dict)
+    """By plan, where they were measured."""
 
     def __post_init__(self) -> None:
         records = self.journal.records
         self._asked = {(r["round"], r["attempt"]): r for r in records if r.get("kind") == "ask"}
         self._scores = {(_widths(r), r["share"]): _fitness(r) for r in records if r.get("kind") == "score"}
+        self._probed = {_widths(r): Slopes.from_json(r["slopes"]) for r in records if r.get("kind") == "probe"}
         self._closed = {r["round"] for r in records if r.get("kind") == "round"}
         self._before: Counter[str] = Counter()
         self._moved: list[float] = []
@@ -128,7 +114,30 @@ class _Search:
 
     def history(self) -> list[Scored]:
         """All plans scored on the first share, best first."""
-        return sorted(self.first.values(), key=lambda s: s.fitness)
+        known = (replace(s, slopes=self.slopes.get(s.plan)) for s in self.first.values())
+        return sorted(known, key=lambda s: s.fitness)
+
+    def measure_slopes(self, number: int) -> None:
+        """Measure them for the incumbent, once."""
+        plan, share = self.incumbent().plan, self.schedule.first_share
+        if self.probe is None or plan in self.slopes:
+            return
+        if plan not in self._probed:
+            started = time.perf_counter()
+            found = self.probe(plan, share).to_json()
+            self._probed[plan] = Slopes.from_json(found)
+            self.journal.append(
+                {
+                    "kind": "probe",
+                    "round": number,
+                    "share": PROBE_COST * share,
+                    "slopes": found,
+                    "widths": widths_of(plan),
+                    "seconds": round(time.perf_counter() - started, 3),
+                }
+            )
+        self.slopes[plan] = self._probed[plan]
+        self.spent += PROBE_COST * share
 
     # -- asking ---------------------------------------------------------------------------------------------------
 

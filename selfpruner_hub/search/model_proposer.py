@@ -48,6 +48,8 @@ class ModelProposer:
         UserError: Decoding with this tokenizer cannot be constrained.
     """
 
+    reads_slopes = True
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,13 +15,15 @@ from selfpruner_hub.errors import ProposerError, UserError
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 
 SHOWN = 5
-"""Earlier solutions in a prompt, worst to best (the last is the best)."""
+"""Earlier solutions in a prompt, worst to best; their numbers are their ranks, so the best is number 1."""
 PARENTS: dict[Operation, int] = {"initial": 0, "crossover": 2, "mutation": 1}
 """Parents that the reply must name."""
-CHANGES = (2, 6)
-"""Fewest and most layers that a mutation changes."""
+CHANGES = {"rates": (1, 4), "ffn": (1, 4), "attention": (0, 2)}
+"""Fewest and most layers of which a mutation removes more, and less, by part."""
 REACH = 15
-"""Most percentage points by which a mutation changes a rate."""
+"""Most percentage points by which a mutation changes a rate; of attention it moves one KV group."""
+LISTED = 8
+"""Layers listed in a prompt for each direction that was measured."""
 
 
 def template(operation: Operation, templates: Path | None = None) -> str:
@@ -78,9 +81,11 @@ def render(
         "p_max": round(100 * budget.p_max),
         "parts": "" if budget.tied else ', for attention ("attention") and feed-forward ("ffn")',
         "history": "\n".join(
-            f"{number}. loss {s.fitness:.4f}: {solution(budget, s.rates)}" for number, s in enumerate(shown(history), 1)
+            f"{len(shown(history)) - i}. loss {s.fitness:.4f}: {solution(budget, s.rates)}"
+            for i, s in enumerate(shown(history))
         )
         or "(none)",
+        "measured": _measured(history, budget),
     }
     try:
         return Template(template(operation, templates)).substitute(values)
@@ -102,23 +107,24 @@ def schema(operation: Operation, history: Sequence[Scored], budget: Budget, *, n
     """JSON schema of a reply.
 
     Args:
-        operation: `initial` and `crossover` want one whole percentage per layer and part; `mutation` a few changes in
-            percentage points. Replies to all but `initial` name their parents first.
+        operation: `initial` and `crossover` want one whole percentage per layer and part; `mutation` lists of
+            layers of which more and less is removed. Replies to all but `initial` name their parents first.
         history: Scored plans, best first; without any, every operation wants whole solutions.
         budget: Gives bounds and geometry.
-        narrow: Hold each value of a crossover child to the range of the solutions shown, for models that are too small
-            to stay near them on their own. (A schema per position: not every server takes one.)
+        narrow: Offer the better half as parents, hold each value of a crossover child to the range of the solutions
+            shown, and the layers of a mutation to those that measured best, for models that are too small to do so
+            on their own. (A schema per position: not every server takes one.)
 
     Returns:
         The schema, an object without other properties.
     """
     properties: dict[str, Any] = {}
     if PARENTS[operation] and history:
-        number = {"type": "integer", "minimum": 1, "maximum": len(shown(history))}
+        listed = len(shown(history))
+        number = {"type": "integer", "minimum": 1, "maximum": -(-listed // 2) if narrow else listed}
         properties["parents"] = _list(number, PARENTS[operation], PARENTS[operation])
     if operation == "mutation" and history:
-        properties["changes"] = _list(_change(budget), *CHANGES)
-        return _object(properties)
+        return _object(properties | _changes(history, budget, narrow))
     layers = budget.shape.num_layers
     for part, rule in _parts(budget).items():
         properties[part] = _list(rule, layers, layers)
@@ -151,13 +157,47 @@ def _steps(budget: Budget) -> list[int]:
     return sorted({round(100 * g / groups) for g in range(groups)})
 
 
-def _change(budget: Budget) -> dict[str, Any]:
-    points = {"type": "integer", "minimum": -REACH, "maximum": REACH}
-    rule: dict[str, Any] = {"layer": {"type": "integer", "minimum": 1, "maximum": budget.shape.num_layers}}
-    if budget.tied:
-        return _object({**rule, "rate": points})
-    group = round(100 / budget.shape.dense.layers[0].num_key_value_heads)
-    return _object({**rule, "attention": {"enum": [-group, 0, group]}, "ffn": points})
+def _changes(history: Sequence[Scored], budget: Budget, narrow: bool) -> dict[str, dict[str, Any]]:
+    """Per part, the layers that lose more and those that lose less; a narrow schema offers the promising ones."""
+    rules = {}
+    for part in _parts(budget):
+        least, most = CHANGES[part]
+        directions = {}
+        for direction in ("more", "less"):
+            layer: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": budget.shape.num_layers}
+            offered = _promising(history, part, direction) if narrow else None
+            if offered:
+                layer = {"enum": offered}
+            directions[direction] = _list(layer, least, most if offered is None or offered else 0)
+        points = {} if part == "attention" else {"points": {"type": "integer", "minimum": 1, "maximum": REACH}}
+        rules[part] = _object({**directions, **points})
+    return rules
+
+
+def _promising(history: Sequence[Scored], part: str, direction: str) -> list[int] | None:
+    """Layers of which more (or less) should be removed, the most promising first; None where nothing was measured."""
+    measured = next((s.slopes for s in history[:SHOWN] if s.slopes), None)
+    if measured is None:
+        return None
+    name = f"{'attention' if part == 'attention' else 'ffn'}_{'removed' if direction == 'more' else 'restored'}"
+    values = getattr(measured, name)
+    ranked = sorted((layer for layer, v in enumerate(values, 1) if math.isfinite(v)), key=lambda n: values[n - 1])
+    return ranked[:LISTED]
+
+
+def _measured(history: Sequence[Scored], budget: Budget) -> str:
+    """What the slopes say, in words, for the solution at which they were measured."""
+    number = next((rank for rank, s in enumerate(history[:SHOWN], 1) if s.slopes), None)
+    if number is None:
+        return ""
+    told = []
+    for direction, effect in (("more", "costs"), ("less", "gains")):
+        for part in _parts(budget):
+            if layers := _promising(history, part, direction):
+                where = "" if part == "rates" else f" of {part}"
+                most = "least" if direction == "more" else "most"
+                told.append(f"removing {direction}{where} {effect} {most} in layers {', '.join(map(str, layers))}")
+    return f"\n\nMeasured at solution {number}, best first: {'; '.join(told)}."
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
@@ -206,31 +246,38 @@ def parse(operation: Operation, reply: str, history: Sequence[Scored], budget: B
     listed = len(shown(history))
     named = value.get("parents")
     numbers = [n for n in named if type(n) is int and 1 <= n <= listed] if isinstance(named, list) else []
-    parents = tuple(listed - n for n in numbers[:2])  # number 1 is the worst that was shown
-    if operation == "mutation" and history and "changes" in value:
+    parents = tuple(n - 1 for n in numbers[:2])
+    if operation == "mutation" and any(isinstance(value.get(part), dict) for part in _parts(budget)):
         if not parents:
             raise ProposerError(f"The reply names no parent from 1 to {listed}.")
-        return _changed(history[parents[0]].rates, value["changes"], budget), parents
+        return _changed(history[parents[0]].rates, value, budget), parents
     lists = [_percentages(value, name, budget.shape.num_layers) for name in _parts(budget)]
     return Rates(lists[0], lists[-1]), parents
 
 
-def _changed(rates: Rates, changes: Any, budget: Budget) -> Rates:
-    """The parent's rates with the changes, each in percentage points, within [0, 1]."""
-    parts = {"rate": list(rates.ffn)} if budget.tied else {"attention": list(rates.attention), "ffn": list(rates.ffn)}
-    if not isinstance(changes, list) or not changes:
-        raise ProposerError("The reply's 'changes' are not a list.")
-    for change in changes:
-        layer = change.get("layer") if isinstance(change, dict) else None
-        if type(layer) is not int or not 1 <= layer <= budget.shape.num_layers:
-            raise ProposerError(f"A change in the reply has no layer from 1 to {budget.shape.num_layers}.")
-        for name, values in parts.items():
-            points = change.get(name, 0)
-            if type(points) not in (int, float) or not -100 <= points <= 100:
-                raise ProposerError(f"A change of {name!r} in the reply is not in percentage points.")
-            values[layer - 1] = min(max(values[layer - 1] + points / 100, 0.0), 1.0)
+def _changed(rates: Rates, value: dict[str, Any], budget: Budget) -> Rates:
+    """The parent's rates, with more removed from some layers and less from others; within [0, 1]."""
+    layers = budget.shape.dense.layers
+    parts = {"rates": list(rates.ffn)} if budget.tied else {"attention": list(rates.attention), "ffn": list(rates.ffn)}
+    for part, values in parts.items():
+        change = value.get(part, {})
+        if not isinstance(change, dict):
+            raise ProposerError(f"The reply's {part!r} is not an object.")
+        points = change.get("points", 0)
+        if type(points) not in (int, float) or not 0 <= points <= 100:
+            raise ProposerError(f"The change of {part!r} in the reply is not in percentage points.")
+        for direction, sign in (("more", 1), ("less", -1)):
+            for layer in _layers(change.get(direction, []), len(layers)):
+                step = 1 / layers[layer - 1].num_key_value_heads if part == "attention" else points / 100
+                values[layer - 1] = min(max(values[layer - 1] + sign * step, 0.0), 1.0)
     lists = [tuple(values) for values in parts.values()]
     return Rates(lists[0], lists[-1])
+
+
+def _layers(numbers: Any, count: int) -> set[int]:
+    if not isinstance(numbers, list) or not all(type(n) is int and 1 <= n <= count for n in numbers):
+        raise ProposerError(f"The reply does not list layers from 1 to {count}.")
+    return set(numbers)
 
 
 def proposal(

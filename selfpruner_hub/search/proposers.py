@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from selfpruner_hub.budget import Budget, Rates
+from selfpruner_hub.losses import Slopes
 from selfpruner_hub.plan import Plan
 
 Operation = Literal["initial", "crossover", "mutation"]
@@ -28,6 +29,8 @@ class Scored:
     origin: str
     """Who proposed it: `seed:NAME`, the proposer's name, or `fallback`."""
     round: int
+    slopes: Slopes | None = None
+    """What small changes of the plan would do, where that was measured."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,10 @@ class Proposal:
 
 
 class Proposer(Protocol):
-    """Ask and tell. Proposers score nothing and write nothing; all randomness comes from `rng`."""
+    """Ask and tell. Proposers score nothing and write nothing; all randomness comes from `rng`.
+
+    One with a true attribute `reads_slopes` finds in its history what small changes of the best plan would do.
+    """
 
     name: str
 

@@ -26,8 +26,8 @@ class Schedule:
     population: int = 4
     crossover: int = 4
     mutation: int = 4
-    first_share: float = 0.25
-    survivors: float = 0.25
+    first_share: float = 0.125
+    survivors: float = 0.125
     attempts: int = 2
 
     def rounds(self) -> Iterator[tuple[int, Operation, int]]:

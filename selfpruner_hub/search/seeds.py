@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from selfpruner_hub.budget import Budget, Rates
+from selfpruner_hub.losses import LossCurves
 
 RAMP = 0.5
 """Slope of the ramp: the last layer loses (1 + RAMP) β, the first (1 - RAMP) β (arithmetic progression: ATP,
 arXiv 2502.10184)."""
-
-
-@dataclass(frozen=True)
-class LossCurves:
-    """Predicted loss of one layer, alone, by what it keeps.
-
-    Attributes:
-        attention: For 0, 1, …, G KV groups kept, `[G + 1]`, in nats per token.
-        ffn: For 0, 1, …, F channels kept, `[F + 1]`, in nats per token.
-    """
-
-    attention: NDArray[np.float64]
-    ffn: NDArray[np.float64]
 
 
 def seeds(budget: Budget, curves: Sequence[LossCurves] | None = None) -> dict[str, Rates]:

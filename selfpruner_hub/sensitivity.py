@@ -1,0 +1,221 @@
+"""How much the loss minds a change in each layer: of the dense model, and around a plan that is already pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
+from selfpruner_hub.corpus import Progress
+from selfpruner_hub.evaluation import Loss, head_chunks, with_layers
+from selfpruner_hub.losses import STEP, LossCurves, Slopes
+from selfpruner_hub.plan import Plan
+from selfpruner_hub.slicing import PARTS, Part, Slicer, units
+
+BATCH_TOKENS = 1024
+"""Tokens in one forward and backward pass."""
+
+
+def output_sensitivity(
+    model: PreTrainedModel, windows: Tensor, seed: int = 0, progress: Progress | None = None
+) -> list[tuple[float, float]]:
+    """How much the loss minds noise on the outputs of each layer's attention and FFN: the trace of their Fisher.
+
+    Labels are drawn from the model's own distribution, so that E‖∂L/∂y‖² is the trace of the Fisher information of y
+    and ½ · E‖∂L/∂y‖² / D · E‖δy‖² is the second-order KL divergence of an isotropic error δy. One backward pass.
+
+    Args:
+        model: The dense model.
+        windows: Token ids, `[N, W]`; a few thousand tokens are enough.
+        seed: Of the drawn labels.
+        progress: Told how many windows are done.
+
+    Returns:
+        Per layer, E‖∂L/∂y‖² / D for the attention's and the FFN's output, per token.
+    """
+    modules = [module for layer in decoder_layers(model) for module in _outputs(model, layer)]
+    sums = [0.0] * len(modules)
+
+    def watch(index: int) -> Callable[..., None]:
+        def keep(gradient: Tensor) -> None:
+            sums[index] += gradient.float().square().mean(-1).sum().item()
+
+        return lambda _module, _inputs, output: output.register_hook(keep) and None
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(logits: Tensor, _first: int) -> Tensor:
+        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        return nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+
+    with _removed([module.register_forward_hook(watch(i)) for i, module in enumerate(modules)]):
+        for done, window in enumerate(windows, 1):
+            _backward(model, window[None], 0, drawn, last=True)
+            if progress:
+                progress("sensitivities", done, len(windows))
+    means = [value / windows.numel() for value in sums]
+    return list(zip(means[::2], means[1::2], strict=True))
+
+
+def loss_curves(sensitivity: Sequence[tuple[float, float]], slicer: Slicer) -> list[LossCurves]:
+    """Predict the loss of each layer alone: half the Fisher trace times the expected squared error of its output.
+
+    Args:
+        sensitivity: What `output_sensitivity` returned.
+        slicer: With statistics, for the errors after repair.
+
+    Returns:
+        One pair of curves per layer.
+    """
+    return [
+        LossCurves((attention / 2 * groups).double().cpu().numpy(), (ffn / 2 * channels).double().cpu().numpy())
+        for (attention, ffn), (groups, channels) in zip(sensitivity, slicer.errors(), strict=True)
+    ]
+
+
+def slopes(
+    slicer: Slicer, plan: Plan, windows: Tensor, loss: Loss, curves: Sequence[LossCurves] | None = None
+) -> Slopes:
+    """Predict what each small change of a plan does to the loss: one forward and one backward pass for all of them.
+
+    First order, E[∂L/∂y · δy], from the gradient of the pruned model, so the interaction of the layers is in it. The
+    second order ½ · tr(Fisher) / D · E‖δy‖² is the difference of the loss curves: with nested least squares, the
+    errors of two widths differ by exactly E‖δy‖².
+
+    Args:
+        slicer: Of the dense model.
+        plan: Around which.
+        windows: Token ids, `[N, W]`.
+        loss: What the search minimises, summed over positions.
+        curves: For the second order; None leaves it out.
+
+    Returns:
+        The predicted changes of the mean loss per predicted token.
+    """
+    model, layers = slicer.model, slicer.layers(plan)
+    changes = [_Change(slicer, index, part, plan) for index in range(len(layers)) for part in PARTS]
+    modules = [module for layer in layers for module in _outputs(model, layer)]
+    owners = [owner for layer in layers for owner in _owners(model, layer)]
+    size = max(1, BATCH_TOKENS // windows.shape[1])
+    done = 0
+    with contextmanager(_watched)(changes, modules, owners), with_layers(model, layers):
+        for batch in windows.split(size):
+            done = _backward(model, batch, done, loss)
+            with torch.no_grad():
+                for change in changes:
+                    change.add()
+    known: dict[str, list[float]] = {name: [] for name in Slopes.__annotations__}
+    for change in changes:
+        for name, predicted in change.predicted(done, curves).items():
+            known[f"{change.part}_{name}"].append(predicted)
+    return Slopes(**{name: tuple(values) for name, values in known.items()})
+
+
+class _Change:
+    """What happens to the loss when one part of one layer keeps a step less, or a step more."""
+
+    def __init__(self, slicer: Slicer, index: int, part: Part, plan: Plan) -> None:
+        self.part = part
+        self._index = index
+        self._slicer = slicer
+        self._kept, full = units(plan.layers[index], part), units(slicer.shape.dense.layers[index], part)
+        step = 1 if part == "attention" else max(1, round(STEP * full))
+        self._widths = {"removed": self._kept - step, "restored": min(self._kept + step, full)}
+        self._widths = {n: w for n, w in self._widths.items() if 0 < w <= full and w != self._kept}
+        self._sums = dict.fromkeys(self._widths, 0.0)
+        dense = decoder_layers(slicer.model)[index]
+        which = PARTS.index(part)
+        self._dense_owner, self._dense_output = (
+            _owners(slicer.model, dense)[which],
+            _outputs(slicer.model, dense)[which],
+        )
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._output = self._gradient = torch.empty(0)
+
+    def called(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the pruned attention or FFN is called with."""
+        self._call = (
+            tuple(a.detach() if isinstance(a, Tensor) else a for a in args),
+            {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()},
+        )
+
+    def returned(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the output, and later its gradient."""
+        self._output = output.detach()
+
+        def keep(gradient: Tensor) -> None:
+            self._gradient = gradient
+
+        output.register_hook(keep)
+
+    def add(self) -> None:
+        """Run the dense part on the pruned stream, and see where its other widths would have led."""
+        seen: list[Tensor] = []
+        handle = self._dense_output.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        with _removed([handle]):
+            self._dense_owner(*self._call[0], **self._call[1])
+        for name, width in self._widths.items():
+            weight = self._slicer.output_weight(self._index, self.part, width)
+            moved = nn.functional.linear(seen[0][..., : weight.shape[1]], weight, self._dense_output.bias)
+            self._sums[name] += (self._gradient.float() * (moved - self._output).float()).sum().item()
+
+    def predicted(self, tokens: int, curves: Sequence[LossCurves] | None) -> dict[str, float]:
+        """Mean change per token of each direction; infinite where there is none."""
+        found = {"removed": float("inf"), "restored": float("inf")}
+        for name, width in self._widths.items():
+            curve = None if curves is None else getattr(curves[self._index], self.part)
+            second = 0.0 if curve is None else abs(float(curve[width] - curve[self._kept]))
+            found[name] = self._sums[name] / tokens + second
+        return found
+
+
+def _watched(changes: Sequence[_Change], modules: Sequence[nn.Module], owners: Sequence[nn.Module]) -> Iterator[None]:
+    handles = [m.register_forward_hook(c.returned) for c, m in zip(changes, modules, strict=True)]
+    handles += [m.register_forward_pre_hook(c.called, with_kwargs=True) for c, m in zip(changes, owners, strict=True)]
+    with _removed(handles):
+        yield
+
+
+def _backward(model: PreTrainedModel, batch: Tensor, done: int, loss: Loss, last: bool = False) -> int:
+    """Run forward and backward, the head in chunks; `done` positions came before. Returns those done after it."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:  # the gradients of the weights are not wanted, and take as much memory as they do
+        parameter.requires_grad_(False)
+    try:
+        embedded = model.get_input_embeddings()(batch.to(model.device)).requires_grad_()
+        hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        predicting = (hidden if last else hidden[:, :-1]).flatten(0, 1)
+        leaf = predicting.detach().requires_grad_()
+        for first, logits in head_chunks(model, leaf):
+            loss(logits, done + first).backward()
+        predicting.backward(leaf.grad)
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    return done + len(predicting)
+
+
+def _outputs(model: PreTrainedModel, layer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
+    architecture = architecture_of(model.config)
+    return linear(layer, architecture.attention_output), linear(layer, architecture.ffn_output)
+
+
+def _owners(model: PreTrainedModel, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The attention and FFN modules that the output projections belong to."""
+    architecture = architecture_of(model.config)
+    attention, ffn = architecture.attention_output.rpartition(".")[0], architecture.ffn_output.rpartition(".")[0]
+    return layer.get_submodule(attention), layer.get_submodule(ffn)
+
+
+@contextmanager
+def _removed(handles: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
