@@ -35,6 +35,8 @@ class Architecture:
     """Projections that read the residual stream: q, k, v and gate, up, fused or not."""
     attention_output: str = "self_attn.o_proj"
     ffn_output: str = "mlp.down_proj"
+    output_norms: bool = False
+    """The outputs of attention and FFN are normalised before they are added to the residual stream."""
 
 
 _SEPARATE = (
@@ -57,8 +59,8 @@ ARCHITECTURES = {
         Architecture("qwen2", _SEPARATE),
         Architecture("qwen3", _SEPARATE),
         Architecture("gemma", _SEPARATE),
-        Architecture("gemma2", _SEPARATE),
-        Architecture("gemma3_text", _SEPARATE),
+        Architecture("gemma2", _SEPARATE, output_norms=True),
+        Architecture("gemma3_text", _SEPARATE, output_norms=True),
         Architecture("phi3", _FUSED),
     )
 }

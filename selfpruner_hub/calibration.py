@@ -74,7 +74,7 @@ def calibrate(model: PreTrainedModel, windows: Tensor, progress: Progress | None
     accumulators = [_Accumulator(module) for module in modules]
     decoder = model.get_decoder()
     size = max(1, BATCH_TOKENS // windows.shape[1])
-    with _exact_in_float32(model.dtype), _hooked(zip(modules, accumulators, strict=True)):
+    with exact_in_float32(model.dtype), _hooked(zip(modules, accumulators, strict=True)):
         for start in range(0, len(windows), size):
             decoder(windows[start : start + size].to(model.device), use_cache=False)
             if progress:
@@ -115,7 +115,7 @@ def _hooked(pairs: Iterator[tuple[nn.Module, Callable[..., None]]]) -> Iterator[
 
 
 @contextmanager
-def _exact_in_float32(dtype: torch.dtype) -> Iterator[None]:
+def exact_in_float32(dtype: torch.dtype) -> Iterator[None]:
     """Multiply float32 copies of bfloat16 values in bfloat16 with float32 sums: exact, and several times faster."""
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision

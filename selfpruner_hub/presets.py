@@ -17,6 +17,8 @@ class Method:
     """Order of channels and groups: wanda-sp, flap or energy."""
     repair: bool = True
     """Refit o_proj and down_proj by least squares."""
+    accumulate: bool = True
+    """Refit them once more on the stream of the pruned model, where they are repaired at all."""
     ridge: float = 0.01
     """λ of the repair, at least 0."""
     fitness: str = "kl"

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.budget import Budget, check_beta
 from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.compensation import compensate
 from selfpruner_hub.corpus import Corpus, load_corpus
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.fitness import Fitness
@@ -145,6 +146,9 @@ class AutoPruner:
                     report=_live(report, method),
                 )
                 model = slice_model(slicer, found.best.plan)
+                del slicer, fitness_  # their factors take more memory than the model
+            if method.repair and method.accumulate:
+                compensate(self.model, model, calibration.windows, method.ridge, report)
         record = describe(self.model, model, self.name, budget, method, seed, asked, (calibration, held_out), found)
         return PrunedModel(model, self.tokenizer, record, journal.text())
 

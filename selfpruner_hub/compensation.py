@@ -1,0 +1,197 @@
+"""The second repair: output projections refitted on the stream of the pruned model, layer by layer.
+
+The first repair lets each layer approach its own dense output on dense inputs. Its errors add up: what reaches a layer
+is no longer what it was calibrated on. Here each output projection in turn is fitted to what brings the pruned residual
+stream back to the dense one, given all that was lost before it (error accumulation, as in SparseGPT and SliceGPT, with
+the residual stream as target).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
+from selfpruner_hub.calibration import exact_in_float32
+from selfpruner_hub.corpus import Progress
+from selfpruner_hub.errors import ModelError
+from selfpruner_hub.refit import RIDGE
+
+BATCH_TOKENS = 4096
+"""Tokens in one forward pass of a layer."""
+
+
+@torch.no_grad()
+def compensate(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    windows: Tensor,
+    ridge: float = RIDGE,
+    progress: Progress | None = None,
+) -> None:
+    """Refit o_proj and down_proj of every pruned layer, in place, first layer first.
+
+    W* = (E[t x̂ᵀ] + λ W) (E[x̂ x̂ᵀ] + λ I)⁻¹ with x̂ the projection's input in the pruned model, W its weight before, and
+    the target t = (dense stream after the block) - (pruned stream before it). Where the architecture normalises the
+    output before it is added (Gemma 2 and 3), t is the dense output itself.
+
+    Memory: four hidden states per token, and the statistics of one projection.
+
+    Args:
+        dense: The dense model.
+        pruned: Its pruned copy, with the layers' first repair.
+        windows: Token ids of the calibration, `[N, W]`.
+        ridge: λ, in units of mean(diag E[x̂ x̂ᵀ]); it pulls toward the weight before.
+        progress: Told how many layers are done.
+
+    Raises:
+        ModelError: The statistics are degenerate.
+    """
+    architecture = architecture_of(dense.config)
+    batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+    streams = [_embedded(dense, batch) for batch in batches]  # of the dense model, and of the pruned one
+    moved = [stream.clone() for stream in streams]
+    calls = {len(batch): _calls(dense, batch) for batch in (batches[0], batches[-1])}
+    pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
+    with exact_in_float32(dense.dtype):
+        for index, (original, layer) in enumerate(pairs):
+            blocks = [
+                (linear(original, path), linear(layer, path))
+                for path in (architecture.attention_output, architecture.ffn_output)
+            ]
+            wanted: list[list[Tensor]] = []
+            for number, stream in enumerate(streams):
+                call = calls[len(stream)][index]
+                outputs = [_Seen(module) for module, _ in blocks]
+                with _watching(outputs):
+                    streams[number] = call(original, stream)
+                wanted.append([each.output for each in outputs])
+                if not architecture.output_norms:
+                    wanted[-1][0] = _sum(outputs[0].output, stream, -moved[number])
+            for block, (_, module) in enumerate(blocks):
+                fit = _Fit(module)
+                for hidden, targets in zip(moved, wanted, strict=True):
+                    seen = [_Seen(m, last=m is module) for _, m in blocks[: block + 1]]
+                    with _watching(seen):
+                        calls[len(hidden)][index](layer, hidden)
+                    target = targets[block]
+                    if block and not architecture.output_norms:  # what the attention left of the drift
+                        target = _sum(target, targets[0], -seen[0].output)
+                    fit.add(seen[-1].input, target)
+                module.weight.copy_(fit.solve(module.weight, ridge))
+            moved = [calls[len(hidden)][index](layer, hidden) for hidden in moved]
+            if progress:
+                progress("repairing", index + 1, len(pairs))
+
+
+def _sum(*parts: Tensor) -> Tensor:
+    """Add large numbers that nearly cancel, and only then round."""
+    return torch.stack([part.float() for part in parts]).sum(0).to(parts[0].dtype)
+
+
+class _Fit:
+    """Sums of a least-squares problem."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        outputs, inputs = module.weight.shape
+        self._bias = module.bias
+        self._count = 0
+        self._gram = torch.zeros(inputs, inputs, device=module.weight.device)
+        self._cross = torch.zeros(outputs, inputs, device=module.weight.device)
+
+    def add(self, x: Tensor, target: Tensor) -> None:
+        x, target = x.flatten(0, -2).float(), target.flatten(0, -2).float()
+        if self._bias is not None:
+            target = target - self._bias.float()
+        self._count += len(x)
+        self._gram.addmm_(x.t(), x)
+        self._cross.addmm_(target.t(), x)
+
+    def solve(self, before: Tensor, ridge: float) -> Tensor:
+        gram, cross = self._gram / self._count, self._cross / self._count
+        damping = ridge * gram.diagonal().mean()
+        gram.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed.item():
+            raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
+        solved = torch.cholesky_solve((cross + damping * before.float()).t(), factor).t()
+        return solved.to(before.dtype)
+
+
+class _Stop(Exception):  # noqa: N818  (not an error)
+    """Nothing that comes after is needed."""
+
+
+class _Seen:
+    """A forward hook that keeps the last input and output of a module; the last of several ends the pass."""
+
+    input: Tensor
+    output: Tensor
+
+    def __init__(self, module: nn.Module, last: bool = False) -> None:
+        self.module = module
+        self._last = last
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.input, self.output = args[0], output
+        if self._last:
+            raise _Stop
+
+
+@contextmanager
+def _watching(seen: Sequence[_Seen]) -> Iterator[None]:
+    handles = [each.module.register_forward_hook(each) for each in seen]
+    try:
+        yield
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+Call = Callable[[nn.Module, Tensor], Tensor]
+"""Runs a decoder layer on hidden states, with the masks and positions that the model gives it."""
+
+
+def _calls(model: PreTrainedModel, batch: Tensor) -> list[Call]:
+    """How the model calls each of its layers, for batches of this shape."""
+    kept: list[dict[str, Any]] = []
+
+    def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        kept.append(kwargs)
+
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in decoder_layers(model)]
+    try:
+        model.get_decoder()(batch.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def call(kwargs: dict[str, Any]) -> Call:
+        return lambda layer, hidden: layer(hidden, **kwargs)
+
+    return [call({k: v for k, v in kwargs.items() if k != "hidden_states"}) for kwargs in kept]
+
+
+def _embedded(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """What the first decoder layer reads."""
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        kept.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    handle = decoder_layers(model)[0].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        model.get_decoder()(batch.to(model.device), use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return kept[0]

@@ -1,0 +1,98 @@
+"""The second repair brings the pruned stream back to the dense one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import CONFIGS, tiny_model
+
+from selfpruner_hub.architectures import decoder_layers
+from selfpruner_hub.budget import Budget
+from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.compensation import compensate
+from selfpruner_hub.importance import rank
+from selfpruner_hub.search.proposers import random_rates
+from selfpruner_hub.slicing import Slicer, ordered, slice_model
+
+WINDOWS = torch.randint(3, 128, (70, 16), generator=torch.Generator().manual_seed(0))
+
+
+def cut(model, plan=None):
+    """A pruned copy with the first repair, of a random plan on β = 0.3 unless one is given."""
+    statistics = calibrate(model, WINDOWS)
+    order = rank(model, statistics)
+    with ordered(model, order):
+        slicer = Slicer(model, order, statistics)
+        if plan is None:
+            budget = Budget(slicer.shape, 0.3)
+            plan = budget.project(random_rates(budget, np.random.default_rng(0)))
+        return slice_model(slicer, plan)
+
+
+@torch.no_grad()
+def error(dense, pruned, windows=WINDOWS):
+    """Mean squared distance of the last hidden states."""
+    a, b = (m.get_decoder()(windows, use_cache=False).last_hidden_state for m in (dense, pruned))
+    return (a - b).square().mean().item()
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_streams_come_closer(architecture):
+    model = tiny_model(architecture)
+    pruned = cut(model)
+    before, widths = error(model, pruned), [p.shape for p in pruned.parameters()]
+    told = []
+    compensate(model, pruned, WINDOWS, ridge=1e-4, progress=lambda *what: told.append(what))
+    assert error(model, pruned) < before
+    assert [p.shape for p in pruned.parameters()] == widths
+    assert all(p.requires_grad for p in pruned.parameters())
+    assert told[-1] == ("repairing", len(decoder_layers(model)), len(decoder_layers(model)))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for x in (model, pruned) for m in x.modules())
+
+
+def test_no_change_of_an_output_projection_brings_the_stream_closer():
+    """The last down_proj is optimal for the stream behind it: its gradient vanishes where λ is nothing."""
+    model = tiny_model("llama")
+    pruned = cut(model)
+    compensate(model, pruned, WINDOWS, ridge=1e-9)
+    states = []
+    for m in (model, pruned):
+        handle = decoder_layers(m)[-1].register_forward_hook(lambda _m, _a, out: states.append(out))
+        m.get_decoder()(WINDOWS, use_cache=False)
+        handle.remove()
+    loss = (states[0].detach() - states[1]).square().mean()
+    weight = decoder_layers(pruned)[-1].mlp.down_proj.weight
+    gradient = torch.autograd.grad(loss, weight)[0]
+    scale = states[0].detach().square().mean() / weight.detach().square().mean().sqrt()
+    assert gradient.abs().max() < 1e-4 * scale
+    with torch.no_grad():
+        for seed in range(5):
+            noise = 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+            weight += noise
+            moved = []
+            handle = decoder_layers(pruned)[-1].register_forward_hook(lambda _m, _a, out, to=moved: to.append(out))
+            pruned.get_decoder()(WINDOWS, use_cache=False)
+            handle.remove()
+            weight -= noise
+            assert (states[0] - moved[0]).square().mean() > loss
+
+
+def test_a_model_that_lost_nothing_stays_as_it_is():
+    model = tiny_model("llama")
+    whole = cut(model, Slicer(model, [], None).shape.dense)
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    compensate(model, whole, WINDOWS)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(value, before[name], atol=1e-5, rtol=1e-3)
+
+
+def test_batches_do_not_matter(monkeypatch):
+    model = tiny_model("gemma3")
+    weights = []
+    for tokens in (64, 1 << 20):
+        monkeypatch.setattr("selfpruner_hub.compensation.BATCH_TOKENS", tokens)
+        pruned = cut(model)
+        compensate(model, pruned, WINDOWS)
+        weights.append(torch.cat([p.flatten() for p in pruned.parameters()]))
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-3)
