@@ -39,7 +39,7 @@ class Method:
     """Starting points of the search."""
     evaluations: float = 48
     """Budget of the search, in full-evaluation equivalents."""
-    population: int = 8
+    population: int = 4
     """Initial proposals."""
     crossover: int = 8
     """Crossover children per round."""
