@@ -5,14 +5,16 @@ import json
 import math
 import random
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 
 from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.errors import ProposerError
-from selfpruner_hub.plan import ModelShape, Plan
+from selfpruner_hub.losses import Slopes
+from selfpruner_hub.plan import ModelShape, Plan, widths_of
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.loop import search
+from selfpruner_hub.search.loop import PROBE_COST, search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposal, RandomProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
@@ -22,6 +24,12 @@ BUDGET = Budget(SHAPE, 0.3)
 TARGET = BUDGET.project(Rates((0.25, 0, 0, 0.25, 0.5, 0), (0.1, 0.6, 0.2, 0.0, 0.3, 0.7)))
 SETTINGS = {"test": 1}
 SHORT = Schedule(evaluations=6, population=2, crossover=3, mutation=3)
+
+
+def slopes(plan):
+    """As many figures as a plan has layers, some of them impossible."""
+    figures = tuple(math.inf if w.num_key_value_heads == 4 else w.intermediate_size / 1000 for w in plan.layers)
+    return Slopes(figures, figures, figures, figures)
 
 
 class Killed(BaseException):
@@ -96,6 +104,10 @@ class Trap:
         self.step()
         return score(plan, share)
 
+    def probe(self, plan, share):
+        self.step()
+        return slopes(plan)
+
     def proposer(self, proposer):
         inner = proposer.ask
 
@@ -117,7 +129,8 @@ def trapped(directory, kill_at=None, schedule=SHORT):
     """Run an unreliable search on disk; returns what it found (None when killed) and the calls it made."""
     trap = Trap(kill_at)
     try:
-        outcome = run(trap.proposer(Unreliable(BUDGET)), directory, score=trap.score, schedule=schedule, seed=2)
+        proposer = trap.proposer(Unreliable(BUDGET))
+        outcome = run(proposer, directory, score=trap.score, schedule=schedule, seed=2, probe=trap.probe)
     except Killed:
         outcome = None
     return outcome, trap.calls
@@ -251,6 +264,39 @@ def test_a_resumed_proposer_is_told_the_same(tmp_path):
     run(again, tmp_path)
     assert first.told == again.told
     assert sum(len(scored) for scored in first.told) > 5
+
+
+# -- probing ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_slopes_of_every_incumbent_are_measured_once_and_shown(tmp_path):
+    class Reader(EvolutionProposer):
+        seen: ClassVar[list] = []
+
+        def ask(self, operation, history, count, rng):
+            self.seen.append({s.plan: s.slopes for s in history if s.slopes})
+            return super().ask(operation, history, count, rng)
+
+    probed = []
+
+    def probe(plan, share):
+        probed.append((plan, share))
+        return slopes(plan)
+
+    schedule = Schedule(evaluations=40, population=0, crossover=4, mutation=4)
+    outcome = run(Reader(BUDGET), tmp_path, schedule=schedule, probe=probe)
+    lines = records(tmp_path)
+    assert len({plan for plan, _ in probed}) == len(probed) > 2
+    assert {share for _, share in probed} == {schedule.first_share}
+    assert [r["widths"] for r in lines if r["kind"] == "probe"] == [widths_of(plan) for plan, _ in probed]
+    assert Reader.seen[0] == {probed[0][0]: slopes(probed[0][0])}
+    assert all(shown[plan] == slopes(plan) for shown in Reader.seen for plan in shown)
+    spent = sum(r["share"] for r in lines if r["kind"] in ("score", "probe"))
+    assert outcome.spent == pytest.approx(spent)
+    assert {r["share"] for r in lines if r["kind"] == "probe"} == {PROBE_COST * schedule.first_share}
+    before = len(probed)
+    assert run(Reader(BUDGET), tmp_path, schedule=schedule, probe=probe) == outcome
+    assert len(probed) == before
 
 
 # -- refusals and duplicates ------------------------------------------------------------------------------------------

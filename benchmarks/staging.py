@@ -1,0 +1,130 @@
+"""What staged scores of views save beside the plain way: a copy of the model per candidate, scored on all tokens.
+
+Run: python benchmarks/staging.py SEARCH_TEXT
+(here: WikiText-2 raw, articles a)
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import write
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfpruner_hub.budget import Budget
+from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.corpus import load_corpus
+from selfpruner_hub.demo import load_embedded
+from selfpruner_hub.evaluation import Loss, teach, teacher_loss
+from selfpruner_hub.fitness import Fitness
+from selfpruner_hub.importance import rank
+from selfpruner_hub.plan import Plan
+from selfpruner_hub.pruner import SENSITIVITY_TOKENS
+from selfpruner_hub.search.journal import Journal, Record
+from selfpruner_hub.search.loop import Score, search
+from selfpruner_hub.search.proposers import EvolutionProposer
+from selfpruner_hub.search.schedule import Schedule
+from selfpruner_hub.search.seeds import seeds
+from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
+from selfpruner_hub.slicing import Slicer, ordered, slice_model
+
+WINDOW, CALIBRATION, FITNESS, BETA, ROUNDS, CHILDREN = 512, 65_536, 16_384, 0.3, 4, 8
+AT_ONCE = 4
+"""Windows in one forward pass of the plain way, which holds all of their logits."""
+
+
+@torch.inference_mode()
+def plain_loss(model: PreTrainedModel, windows: Tensor, loss: Loss) -> float:
+    """The same divergence from whole blocks of logits, as one would write it."""
+    total, predicted = 0.0, 0
+    for batch in windows.split(AT_ONCE):
+        logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        total += loss(logits, predicted).item()
+        predicted += len(logits)
+    return total / predicted
+
+
+def shared_layers(records: list[Record]) -> list[int]:
+    """For each child, how many first layers it has in common with the nearest plan that was scored before it."""
+    plans = [
+        list(zip(r["widths"]["intermediate_size"], r["widths"]["num_key_value_heads"], strict=True))
+        for r in records
+        if r["kind"] == "score" and r["share"] < 1
+    ]
+
+    def common(a: list[Any], b: list[Any]) -> int:
+        return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+    return [max(common(plan, earlier) for earlier in plans[:i]) for i, plan in enumerate(plans) if i >= CHILDREN // 2]
+
+
+def main(text: str) -> None:
+    """Search twice from the same seeds with as many children, and compare time and result."""
+    pruner = load_embedded()
+    model = pruner.model
+    corpus = load_corpus(text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
+    calibration, held_out = corpus.split(CALIBRATION, FITNESS)
+    sensitivity = output_sensitivity(model, calibration.windows[: SENSITIVITY_TOKENS // WINDOW])
+    known = calibrate(model, calibration.windows)
+    order = rank(model, known)
+    budget = Budget(pruner.shape, BETA)
+    results: dict[str, Any] = {}
+    with ordered(model, order):
+        slicer = Slicer(model, order, known)
+        starts = seeds(budget, loss_curves(sensitivity, slicer))
+        loss = teacher_loss(teach(model, held_out.windows))
+
+        def plain(plan: Plan, _share: float) -> float:
+            return plain_loss(slice_model(slicer, plan), held_out.windows, loss)
+
+        fitness = Fitness(slicer, held_out.windows)
+        ways: dict[str, tuple[Score, float]] = {"staged": (fitness, 0.125), "plain": (plain, 1.0)}
+        for name, (score, first_share) in ways.items():
+            # As many rounds for both: a round costs children × share, and one survivor on all windows where staged.
+            seeds_cost = len(starts) * (1 if first_share == 1 else 1 + first_share)
+            round_cost = CHILDREN if first_share == 1 else CHILDREN * first_share + 1
+            schedule = Schedule(
+                seeds_cost + ROUNDS * round_cost - 0.5,
+                population=0,
+                crossover=CHILDREN,
+                mutation=CHILDREN,
+                first_share=first_share,
+            )
+            journal, started = Journal(None, {}), time.perf_counter()
+            found = search(EvolutionProposer(budget), budget, score, journal, schedule=schedule, seeds=starts, seed=0)
+            children = found.counts["accepted"]
+            scoring = sum(r["seconds"] for r in journal.records if r["kind"] == "score" and r["round"])
+            results[name] = {
+                "children": children,
+                "seconds": round(time.perf_counter() - started, 1),
+                "seconds_a_child": round(scoring / children, 3),
+                "final_kl": round(fitness(found.best.plan), 4),
+                "full_evaluation_equivalents": found.spent,
+            }
+            print(name, results[name], flush=True)
+            if name == "staged":
+                shared = sorted(shared_layers(journal.records))
+                results["first_layers_shared_with_an_earlier_plan"] = {
+                    "median": shared[len(shared) // 2],
+                    "mean": round(sum(shared) / len(shared), 2),
+                    "of": pruner.shape.num_layers,
+                }
+    results["times_cheaper"] = round(results["plain"]["seconds_a_child"] / results["staged"]["seconds_a_child"], 2)
+    print(results)
+    write(
+        "staging",
+        f"SmolLM2-135M-Instruct, {str(model.dtype)}, β = {BETA}; {CALIBRATION} calibration and {FITNESS} fitness "
+        f"tokens of {Path(text).name}; {ROUNDS} rounds of {CHILDREN} children of the evolution from the same seeds. "
+        "plain: a compact copy per candidate, whole blocks of logits, all tokens; staged: views, logits in chunks, an "
+        "eighth of the tokens for all, and all of them for the best of each round",
+        results,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
