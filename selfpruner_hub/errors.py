@@ -61,6 +61,10 @@ class MissingExtraError(UserError):
         super().__init__(f"{library} is not installed.", f'Install it with: pip install "selfpruner-hub[{extra}]"')
 
 
+class ExportError(SelfPrunerError):
+    """A model could not be written in another format, or what was written differs from it."""
+
+
 class RunMismatchError(UserError):
     """A run directory holds the journal of another search."""
 

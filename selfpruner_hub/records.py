@@ -79,16 +79,8 @@ class Record:
         Raises:
             SavedModelError: It is not such a record.
         """
+        values = parse_versioned(text, source, SCHEMA_VERSION, {f.name for f in fields(cls)})
         try:
-            values = json.loads(text)
-            version = values.get("schema_version")
-            if version != SCHEMA_VERSION:
-                raise SavedModelError(
-                    f"{source} has schema version {version!r}; this version reads {SCHEMA_VERSION}.",
-                    "Install a matching selfpruner-hub.",
-                )
-            if unknown := set(values) ^ {f.name for f in fields(cls)}:
-                raise SavedModelError(f"{source} has unknown or missing keys: {', '.join(sorted(unknown))}.")
             metrics = {name: Metric(**metric) for name, metric in values.pop("metrics").items()}
             record = cls(**{**values, "rates": tuple(values["rates"]), "metrics": metrics})
             if not all(map(math.isfinite, record.rates)) or len(record.plan.layers) != len(record.rates):
@@ -96,6 +88,36 @@ class Record:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SavedModelError(f"{source} is damaged: {error}.", "Save or download the model again.") from error
         return record
+
+
+def parse_versioned(text: str, source: str, version: int, keys: set[str]) -> dict[str, Any]:
+    """Read one of our JSON files strictly: all keys and no others, of a known version.
+
+    Args:
+        text: The file's content.
+        source: Its name, for the error.
+        version: The schema version that is read here.
+        keys: All keys, `schema_version` among them.
+
+    Returns:
+        The values by key.
+
+    Raises:
+        SavedModelError: It is not such a file.
+    """
+    try:
+        values: dict[str, Any] = json.loads(text)
+        found = values.get("schema_version")
+    except (ValueError, AttributeError) as error:
+        raise SavedModelError(f"{source} is damaged: {error}.", "Save or download the model again.") from error
+    if found != version:
+        raise SavedModelError(
+            f"{source} has schema version {found!r}; this version reads {version}.",
+            "Install a matching selfpruner-hub.",
+        )
+    if unknown := set(values) ^ keys:
+        raise SavedModelError(f"{source} has unknown or missing keys: {', '.join(sorted(unknown))}.")
+    return values
 
 
 def read_record(directory: Path) -> Record:

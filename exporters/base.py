@@ -1,0 +1,278 @@
+"""What an export is: a model written in another format, checked against PyTorch, with a record of how."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import platform
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selfpruner_hub.errors import ExportError, OutputError, SavedModelError, UserError
+from selfpruner_hub.loading import load_model
+from selfpruner_hub.modeling_selfpruned import MODEL_CLASSES
+from selfpruner_hub.provenance import count_parameters
+from selfpruner_hub.records import FILE_NAME as MODEL_RECORD
+from selfpruner_hub.records import Record, parse_versioned, read_record
+from selfpruner_hub.storage import check_writable, resolve_directory, save_directory
+
+FORMATS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
+"""Each has a module `exporters.to_FORMAT` with a function `write` (a `Writer`), imported when it is asked for."""
+FILE_NAME = "selfpruner_export.json"
+"""Not `export.json`: transformers' exporters write a manifest of that name."""
+SCHEMA_VERSION = 1
+
+PROMPTS = (24, 9, 1)
+"""Lengths of the prompts of a parity check: one left-padded batch."""
+STEPS = 4
+"""Cached steps after them."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a writer tells of the files that it wrote."""
+
+    options: dict[str, Any]
+    """All options as they were taken, defaults filled in; JSON values."""
+    libraries: tuple[str, ...]
+    """Distributions whose versions the record keeps, beside torch and transformers."""
+    tolerance: float
+    """How far the artefact's logits may be from PyTorch's float32."""
+    measure: Callable[[], float] | None = None
+    """Runs the staged artefact and returns that distance; None where this machine cannot run it."""
+    unchecked: str = ""
+    """Why `measure` is None, in one sentence."""
+
+
+class Writer(Protocol):
+    """Writes one format; its keyword-only parameters are the options that a user may give."""
+
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, staging: Path, **options: Any
+    ) -> Written:
+        """Write the artefact of a float32 model on the CPU into `staging`, which holds tokenizer and records."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """What `selfpruner_export.json` holds; field names are its keys."""
+
+    format: str
+    options: dict[str, Any]
+    source: dict[str, Any]
+    """`name`, `model_type` and `parameters` of the PyTorch model, counted from the tensors, shared ones once."""
+    versions: dict[str, str]
+    tolerance: float
+    max_difference: float | None
+    """Largest distance of a logit from PyTorch's float32, measured before the export was put in its place."""
+    unchecked: str
+    """Why `max_difference` is None; empty where it is not."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """Serialise, schema version first."""
+        values = asdict(self)
+        return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2, allow_nan=False) + "\n"
+
+
+def export(
+    name: str | Path,
+    to: str,
+    output: str | Path,
+    *,
+    tolerance: float | None = None,
+    loading: Any = None,
+    **options: Any,
+) -> Path:
+    """Load a model, dense or pruned, and write it in another format.
+
+    Args:
+        name: A directory or a Hub repository.
+        to: One of `FORMATS`.
+        output: The directory of the export; files of the same names are replaced.
+        tolerance: Largest distance of a logit from PyTorch's float32; None takes the format's own.
+        loading: Keywords of transformers' `from_pretrained`: revision, token, gguf_file, …
+        **options: Of the format.
+
+    Returns:
+        `output`, which now holds the export, tokenizer, generation configuration, `selfpruner_export.json`, and the
+        record of a pruned model.
+
+    Raises:
+        UserError: The format, an option, the model or the output is wrong, or a library is missing.
+        ExportError: The export differs from the PyTorch model; nothing is left of it.
+    """
+    name, keywords = str(name), {"dtype": torch.float32, **(loading or {})}
+    _check(to, options, Path(output))  # before the seconds that a model takes
+    if Path(name).is_dir() and Path(output).exists() and Path(output).samefile(name):
+        raise OutputError("The output would replace the model that is exported.", "Choose another output.")
+    model, tokenizer = load_model(name, **keywords)
+    pruned = type(model) in MODEL_CLASSES.values()
+    record = read_record(resolve_directory(name, **keywords)) if pruned else None
+    called = Path(name).name if Path(name).exists() else name
+    return export_model(model, tokenizer, to, output, name=called, record=record, tolerance=tolerance, **options)
+
+
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    to: str,
+    output: str | Path,
+    *,
+    name: str = "",
+    record: Record | None = None,
+    tolerance: float | None = None,
+    **options: Any,
+) -> Path:
+    """Write a model that is in memory in another format; `export` has the arguments.
+
+    Args:
+        model: Any dtype and device; it is left as it is.
+        tokenizer: Written beside it, where there is one.
+        to: One of `FORMATS`.
+        output: The directory of the export.
+        name: What the model is called.
+        record: Of a pruned model, written beside it.
+        tolerance: Largest distance of a logit from PyTorch's float32; None takes the format's own.
+        **options: Of the format.
+
+    Returns:
+        `output`.
+
+    Raises:
+        UserError: The format, an option or the output is wrong, or a library is missing.
+        ExportError: The export differs from the PyTorch model; nothing is left of it.
+    """
+    output = Path(output)
+    write = _check(to, options, output)
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        model = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32)
+    source = {"name": name, "model_type": model.config.model_type, "parameters": count_parameters(model)}
+    with save_directory(output) as staging:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(staging)
+        if record is not None:
+            (staging / MODEL_RECORD).write_text(record.to_json(), encoding="utf-8")
+        written = write(model.eval(), tokenizer, staging, **options)
+        allowed = written.tolerance if tolerance is None else tolerance
+        difference = written.measure() if written.measure is not None else None
+        if difference is not None and not difference <= allowed:  # NaN too
+            raise ExportError(
+                f"The {to} export differs from the PyTorch model by {difference:.2g} in a logit; {allowed:.2g} is "
+                "allowed.",
+                "Allow more with a larger tolerance, or choose a wider dtype.",
+            )
+        libraries = ("selfpruner-hub", "torch", "transformers", *written.libraries)
+        sidecar = ExportRecord(
+            format=to,
+            options=written.options,
+            source=source,
+            versions={"python": platform.python_version(), **{library: version(library) for library in libraries}},
+            tolerance=allowed,
+            max_difference=difference,
+            unchecked=written.unchecked,
+        )
+        (staging / FILE_NAME).write_text(sidecar.to_json(), encoding="utf-8")
+    return output
+
+
+def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
+    """Read the record of an export, strictly.
+
+    Args:
+        directory: Where `selfpruner_export.json` is.
+        expected: The format that it must have; None takes any.
+
+    Returns:
+        The record.
+
+    Raises:
+        SavedModelError: The directory holds no export, one of another format, or a damaged record.
+    """
+    path = directory / FILE_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SavedModelError(
+            f"{str(directory)!r} holds no export (no readable {FILE_NAME}).",
+            "Give a directory written by `selfpruner export`.",
+        ) from error
+    values = parse_versioned(text, str(path), SCHEMA_VERSION, {f.name for f in fields(ExportRecord)})
+    if expected is not None and values["format"] != expected:
+        raise SavedModelError(
+            f"{str(directory)!r} holds an export to {values['format']}, not to {expected}.",
+            f"Export the model with --to {expected}.",
+        )
+    return ExportRecord(**values)
+
+
+def one_of(option: str, value: str, choices: Collection[str]) -> str:
+    """Return `value`, or raise `UserError` unless it is among the choices of an option."""
+    if value not in choices:
+        raise UserError(f"Unknown {option} {value!r}.", f"Choose {', '.join(choices)}.")
+    return value
+
+
+@torch.inference_mode()
+def logit_difference(
+    model: PreTrainedModel,
+    exported: Callable[..., Any],
+    *,
+    prompts: Collection[int] = PROMPTS,
+    steps: int = STEPS,
+) -> float:
+    """Compare an exported model with the PyTorch one: a left-padded batch of unequal prompts, then cached steps.
+
+    Args:
+        model: The PyTorch model.
+        exported: Called with `input_ids`, `attention_mask`, `position_ids`, `cache` and `use_cache` as the model is.
+        prompts: Length of each prompt of the batch, in tokens.
+        steps: Greedy tokens after them (those that the PyTorch model would write), one at a time.
+
+    Returns:
+        The largest distance between two logits of real tokens.
+    """
+    longest = max(prompts)
+    ids = torch.randint(model.config.vocab_size, (len(prompts), longest), generator=torch.Generator().manual_seed(0))
+    mask = torch.stack([torch.arange(longest) >= longest - length for length in prompts]).long()
+    caches: list[Any] = [None, None]
+    worst = 0.0
+    for _ in range(steps + 1):
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        pair: list[Tensor] = []
+        runs: tuple[Callable[..., Any], ...] = (model, exported)
+        for i, run in enumerate(runs):
+            out = run(input_ids=ids, attention_mask=mask, position_ids=positions, cache=caches[i], use_cache=True)
+            caches[i] = out.cache
+            pair.append(out.logits.float().cpu())
+        real = mask[:, -ids.shape[1] :].bool()
+        difference = (pair[0][real] - pair[1][real]).abs().max().item()
+        worst = difference if difference != difference else max(worst, difference)  # NaN stays
+        if worst != worst:
+            return worst
+        ids = pair[0][:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return worst
+
+
+def _check(to: str, options: dict[str, Any], output: Path) -> Writer:
+    """Find the writer of a format, and refuse options that it does not take and places that cannot be written."""
+    writer: Writer = importlib.import_module(f"exporters.to_{one_of('format', to, FORMATS)}").write
+    parameters = inspect.signature(writer).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    if unknown := sorted(set(options) - set(known)):
+        raise UserError(f"An export to {to} has no option {unknown[0]!r}.", f"It takes {', '.join(known)}.")
+    check_writable(output)
+    return writer
