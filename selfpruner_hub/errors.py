@@ -65,6 +65,14 @@ class ExportError(SelfPrunerError):
     """A model could not be written in another format, or what was written differs from it."""
 
 
+class RepositoryError(UserError):
+    """The Hub refuses: no valid token, no right to write, a name or a card that it does not take."""
+
+
+class HubError(SelfPrunerError):
+    """The Hub is out of reach or failed; the same call may work later."""
+
+
 class RunMismatchError(UserError):
     """A run directory holds the journal of another search."""
 

@@ -18,6 +18,7 @@ from transformers import (
 
 from selfpruner_hub.architectures import ARCHITECTURES, architecture_of
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchitectureError
+from selfpruner_hub.hub_errors import causes, explain_hub, is_full_disk, status_of
 
 _FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
 """The `from_pretrained` keywords that say where files are, and so hold for configuration and tokenizer too."""
@@ -71,9 +72,7 @@ def load_model(
 
 def explain(name: str, error: Exception) -> SelfPrunerError:
     """Turn what a library raised while loading `name` into one line with a remedy."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 8:
-        chain.append(cause)  # type: ignore[arg-type]
+    chain = causes(error)
     text = " ".join(str(e) for e in chain)
     if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in text:
         return ModelError(
@@ -84,6 +83,8 @@ def explain(name: str, error: Exception) -> SelfPrunerError:
             f"{name!r} (or this revision of it) is not on the Hub.",
             "Check the name; a private repository needs HF_TOKEN.",
         )
+    if (is_full_disk(error) or status_of(error)) and (told := explain_hub(error, name)):
+        return told
     if Path(name).is_dir() and "Unrecognized model" in text and not (Path(name) / "config.json").is_file():
         return ModelError(f"{name!r} holds no model: it has no config.json.", _GIVE)
     if "does not recognize this architecture" in text or "Unrecognized model" in text:

@@ -74,6 +74,7 @@ def describe(
     proposer: Proposer,
     texts: tuple[Corpus, Corpus],
     found: Outcome,
+    licence: dict[str, str],
 ) -> Record:
     """Write the record of a model that was just made.
 
@@ -87,6 +88,7 @@ def describe(
         proposer: Who was asked.
         texts: Of calibration and fitness.
         found: What the search found.
+        licence: Of the parent.
 
     Returns:
         The record, with parameters counted from the tensors.
@@ -117,6 +119,7 @@ def describe(
             "python": platform.python_version(),
             **{library: version(library) for library in ("selfpruner-hub", "torch", "transformers")},
         },
+        licence=licence,
         metrics={"search_fitness": Metric(round(found.best.fitness, 6), None, protocol)},
     )
 

@@ -17,6 +17,7 @@ from selfpruner_hub.corpus import Corpus, load_corpus
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
+from selfpruner_hub.licences import licence_of
 from selfpruner_hub.loading import load_model
 from selfpruner_hub.presets import Method, resolve
 from selfpruner_hub.progress import Bars
@@ -44,12 +45,20 @@ class AutoPruner:
         model: A model of a supported architecture.
         tokenizer: Its tokenizer; without one, only `data="self"` and classical proposers work.
         name: How records and cards call the model: its Hub id, where it has one.
+        licence: Of the model, as `licences.licence_of` gives it.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        licence: dict[str, str] | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.licence = licence or {}
         self.shape = shape_of(model.config)
         self._corpora: dict[tuple[Any, ...], Corpus] = {}
 
@@ -69,7 +78,7 @@ class AutoPruner:
             ModelError: The model is missing, gated, out of reach or damaged.
         """
         model, tokenizer = load_model(name, **kwargs)
-        return cls(model, tokenizer, Path(name).name if Path(name).exists() else name)
+        return cls(model, tokenizer, Path(name).name if Path(name).exists() else name, licence_of(name, **kwargs))
 
     def prune(
         self,
@@ -149,7 +158,8 @@ class AutoPruner:
                 del slicer, fitness_  # their factors take more memory than the model
             if method.repair and method.accumulate:
                 compensate(self.model, model, calibration.windows, method.ridge, report)
-        record = describe(self.model, model, self.name, budget, method, seed, asked, (calibration, held_out), found)
+        texts = (calibration, held_out)
+        record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
         return PrunedModel(model, self.tokenizer, record, journal.text())
 
     def _texts(self, data: str, method: Method, seed: int, report: Callable[..., None]) -> tuple[Corpus, Corpus]:

@@ -26,7 +26,15 @@ class Metric:
     dense: float | None
     """The same of the dense parent, measured in the same run; None where it has no meaning."""
     protocol: str
-    """Data, split, windows, tokens, machine where it matters: enough to measure it again."""
+    """Data, split, windows, tokens, threads where they matter: enough to measure it again."""
+    unit: str = ""
+    """Such as `ms` or `tokens/s`; empty where it has none."""
+    dataset: str = ""
+    """What it was measured on, by its name on the Hub where it has one; empty where there is none, as for latency."""
+    machine: str = ""
+    """CPU or GPU, where the figure depends on it."""
+    date: str = ""
+    """Day of the measurement, as in 2026-11-30; empty where it was not kept."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Record:
     data: dict[str, dict[str, Any]]
     """`calibration` and `fitness`: name, tokens, window and hash of each text."""
     versions: dict[str, str]
+    licence: dict[str, str] = field(default_factory=dict)
+    """Of the parent, as its model card says it: `license`, `license_name`, `license_link`; empty where unknown."""
     metrics: dict[str, Metric] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

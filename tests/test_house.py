@@ -17,7 +17,7 @@ PACKAGE = "selfpruner_hub"
 LAYERS = (
     {"plan", "budget", "losses", "errors"},
     {"architectures", "modeling_selfpruned"},
-    {"corpus", "loading", "calibration", "importance", "refit", "compensation", "slicing"},
+    {"corpus", "hub_errors", "loading", "licences", "calibration", "importance", "refit", "compensation", "slicing"},
     {"fitness", "sensitivity", "evaluation"},
     {"search"},
     {"hub", "cards", "plots", "records", "presets", "progress", "storage", "provenance", "exporters"},

@@ -1,0 +1,135 @@
+"""What the Hub's client raises, as one line with a remedy; and what of it is worth another try."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import httpx2
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from selfpruner_hub.errors import HubError, OutputError, RepositoryError, SelfPrunerError
+
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+"""Statuses that may go away by themselves: the ones that huggingface_hub retries where it retries at all."""
+LONGEST_PAUSE = 60.0
+"""Seconds: a server may ask for more, and is then told of to the user instead."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error with all that stands behind it, outermost first."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 8:
+        chain.append(cause)
+    return chain
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error; None where no answer came."""
+    return next((e.response.status_code for e in causes(error) if isinstance(e, HfHubHTTPError)), None)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a disk, a quota or a limit of the size of files stands behind an error."""
+    return any(isinstance(e, OSError) and e.errno in _FULL for e in causes(error))
+
+
+def pause(error: BaseException) -> float | None:
+    """How long to wait before another try.
+
+    Args:
+        error: What a call of the Hub's client raised.
+
+    Returns:
+        Seconds, 0 where the server names none; None where another try is of no use.
+    """
+    if is_full_disk(error):
+        return None
+    status = status_of(error)
+    if status is None:
+        return 0.0 if any(isinstance(e, httpx2.TransportError) for e in causes(error)) else None
+    if status not in TRANSIENT:
+        return None
+    asked = next(_waits(error), 0.0)
+    return asked if asked <= LONGEST_PAUSE else None
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the server surely did nothing: it answered, and not with a failure of its own."""
+    status = status_of(error)
+    return status is not None and (status < 500 or status == 503)
+
+
+def explain_hub(error: BaseException, repo: str) -> SelfPrunerError | None:
+    """Turn what a call of the Hub's client raised into one line with a remedy.
+
+    Args:
+        error: The error.
+        repo: The repository that it is about.
+
+    Returns:
+        One of our errors; None where the Hub has nothing to do with it.
+    """
+    if is_full_disk(error):
+        return OutputError("The disk is full.", "Make room (HF_HOME names another place for downloads), then repeat.")
+    if (status := status_of(error)) is not None:
+        return _of_status(status, error, repo)
+    for e in causes(error):
+        if isinstance(e, HFValidationError):
+            return RepositoryError(
+                f"{repo!r} is not the name of a repository.", "Give one such as your-name/your-model."
+            )
+        if isinstance(e, LocalTokenNotFoundError):
+            return RepositoryError("No token is stored.", _LOG_IN)
+        if isinstance(e, OfflineModeIsEnabled):
+            return RepositoryError("The Hub's client is in offline mode.", "Unset HF_HUB_OFFLINE.")
+        if isinstance(e, httpx2.TransportError):
+            return HubError(
+                "The connection to the Hub failed, or dropped.", "Check the network and HF_ENDPOINT, then repeat."
+            )
+        if isinstance(e, ValueError) and "Invalid metadata in README.md" in str(e):
+            return RepositoryError(f"The Hub refuses the model card: {_line(str(e).partition('- ')[2])}.")
+    return None
+
+
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
+_BY_STATUS: dict[int, tuple[type[SelfPrunerError], str, str]] = {
+    401: (RepositoryError, "The Hub does not accept the token, or {repo} needs one.", _LOG_IN),
+    402: (RepositoryError, "The Hub asks for a paid plan: {said}.", "See the billing page of the account on the Hub."),
+    403: (
+        RepositoryError,
+        "The token gives no right to do this to {repo}.",
+        "Use a token with write access, and a name of your own (or of your organisation).",
+    ),
+    404: (
+        RepositoryError,
+        "The Hub has no {repo}, or not this revision of it.",
+        "Check the name; a private repository needs HF_TOKEN.",
+    ),
+    409: (HubError, "{repo} is being changed by something else: {said}.", "Repeat in a minute."),
+    412: (HubError, "{repo} was changed by someone else in the meantime; nothing was published.", "Repeat."),
+    413: (RepositoryError, "A file is larger than the Hub takes.", "Save the model in smaller shards."),
+    429: (HubError, "The Hub asks for a pause (too many requests).", "Repeat later: what is there is not sent again."),
+}
+
+
+def _of_status(status: int, error: BaseException, repo: str) -> SelfPrunerError:
+    said = next(_line(e.server_message or "") for e in causes(error) if isinstance(e, HfHubHTTPError))
+    if status in _BY_STATUS:
+        kind, message, hint = _BY_STATUS[status]
+        return kind(message.format(repo=repr(repo), said=said or f"status {status}"), hint)
+    if status >= 500:
+        return HubError(f"The Hub failed (status {status}).", "Repeat later: what is there is not sent again.")
+    return RepositoryError(f"The Hub refuses (status {status}): {said or 'it does not say why'}.")
+
+
+def _waits(error: BaseException) -> Iterator[float]:
+    """Seconds that the server asks to wait."""
+    for e in causes(error):
+        if isinstance(e, HfHubHTTPError) and (text := e.response.headers.get("Retry-After", "")).isdigit():
+            yield float(text)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split()).rstrip(".")[:300]

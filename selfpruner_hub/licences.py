@@ -1,0 +1,58 @@
+"""The licence of a dense model, as its card or its GGUF file says it: what is made of the model keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader
+from huggingface_hub import ModelCard, hf_hub_download
+
+FIELDS = ("license", "license_name", "license_link")
+"""As the metadata of model cards call them: an identifier of the Hub's, and for `other` a name and a link."""
+
+
+def licence_of(name: str, **kwargs: Any) -> dict[str, str]:
+    """Look up the licence of a model.
+
+    Args:
+        name: A directory or a Hub repository.
+        **kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and `gguf_file` are used.
+
+    Returns:
+        Those of `FIELDS` that are known; empty where the model does not say, or its card is out of reach.
+    """
+    try:
+        if Path(name).is_dir() and kwargs.get("gguf_file"):
+            return _of_gguf(Path(name) / kwargs["gguf_file"])
+        return _of_card(name, **kwargs)
+    except Exception:  # a card that is missing, damaged or out of reach is no reason not to prune
+        return {}
+
+
+def _of_card(name: str, **kwargs: Any) -> dict[str, str]:
+    keys = ("revision", "token", "cache_dir", "local_files_only")
+    local = Path(name).is_dir()
+    path = Path(name) / "README.md" if local else Path(hf_hub_download(name, "README.md", **_only(kwargs, keys)))
+    said = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    found = {field: str(value) for field in FIELDS if (value := getattr(said, field))}
+    link = found.get("license_link", "")
+    if link and "://" not in link:  # relative to the parent's repository, which the pruned model is not in
+        found.pop("license_link")
+        if not local:
+            found["license_link"] = f"https://huggingface.co/{name}/blob/main/{link.removeprefix('./')}"
+    return found
+
+
+def _of_gguf(path: Path) -> dict[str, str]:
+    keys = {
+        "license": "general.license",
+        "license_name": "general.license.name",
+        "license_link": "general.license.link",
+    }
+    fields = GGUFReader(path).fields
+    return {field: str(fields[key].contents()) for field, key in keys.items() if key in fields}
+
+
+def _only(values: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: values[key] for key in keys if key in values}

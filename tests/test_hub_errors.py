@@ -1,0 +1,88 @@
+"""Whatever the Hub's client raises becomes one line with a remedy, and is tried again only where that can help."""
+
+import errno
+
+import httpx2
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from selfpruner_hub.errors import HubError, OutputError, RepositoryError
+from selfpruner_hub.hub_errors import LONGEST_PAUSE, explain_hub, is_refusal, pause
+
+
+def answer(status, said="", **headers):
+    response = httpx2.Response(status, headers=headers, request=httpx2.Request("POST", "https://hub/api"))
+    return HfHubHTTPError("long text\nwith lines", response=response, server_message=said)
+
+
+def behind(error):
+    """As LFS uploads wrap what happened in their threads."""
+    try:
+        raise RuntimeError("Error while uploading 'model.safetensors' to the Hub.") from error
+    except RuntimeError as wrapped:
+        return wrapped
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (answer(401), RepositoryError, "token"),
+        (answer(402, "a paid plan\nis needed"), RepositoryError, "a paid plan is needed"),
+        (answer(403), RepositoryError, "no right"),
+        (answer(404), RepositoryError, "has no 'me/x'"),
+        (answer(409, "Busy."), HubError, "Busy."),
+        (answer(412), HubError, "changed by someone else"),
+        (answer(413), RepositoryError, "shards"),
+        (answer(418, "A teapot."), RepositoryError, "A teapot."),
+        (answer(429), HubError, "pause"),
+        (answer(500), HubError, "status 500"),
+        (answer(503), HubError, "status 503"),
+        (httpx2.ConnectError("refused"), HubError, "HF_ENDPOINT"),
+        (httpx2.ReadTimeout("slow"), HubError, "network"),
+        (OfflineModeIsEnabled("offline"), RepositoryError, "HF_HUB_OFFLINE"),
+        (LocalTokenNotFoundError("none"), RepositoryError, "hf auth login"),
+        (HFValidationError("bad"), RepositoryError, "not the name"),
+        (ValueError("Invalid metadata in README.md.\n- bad licence"), RepositoryError, "bad licence"),
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError, "full"),
+        (OSError(errno.EDQUOT, "Quota"), OutputError, "full"),
+    ],
+    ids=lambda value: type(value).__name__ + str(getattr(getattr(value, "response", None), "status_code", "")),
+)
+def test_one_line_with_a_remedy(error, kind, said):
+    for raised in (error, behind(error)):
+        told = explain_hub(raised, "me/x")
+        assert type(told) is kind
+        assert said in str(told)
+        assert "\n" not in str(told)
+
+
+def test_what_is_not_the_hubs_is_left_alone():
+    assert explain_hub(KeyError("mine"), "me/x") is None
+    assert pause(KeyError("mine")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        (answer(500), 0.0),
+        (answer(429, **{"Retry-After": "7"}), 7.0),
+        (answer(429, **{"Retry-After": str(int(LONGEST_PAUSE) + 1)}), None),
+        (answer(503, **{"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}), 0.0),
+        (httpx2.ReadError("dropped"), 0.0),
+        (answer(401), None),
+        (answer(412), None),
+        (OSError(errno.ENOSPC, "No space left on device"), None),
+    ],
+    ids=str,
+)
+def test_what_is_tried_again(error, seconds):
+    assert pause(error) == pause(behind(error)) == seconds
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(answer(429), True), (answer(503), True), (answer(500), False), (httpx2.ReadError("dropped"), False)],
+    ids=str,
+)
+def test_whether_the_server_surely_did_nothing(error, expected):
+    assert is_refusal(error) is expected
