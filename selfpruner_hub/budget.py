@@ -104,7 +104,7 @@ class Budget:
         moved = [abs(a - b) for a, b in zip(rates.attention + rates.ffn, own.attention + own.ffn, strict=True)]
         return sum(moved) / len(moved)
 
-    def project(self, rates: Rates) -> Plan:
+    def project(self, rates: Rates, parent: Rates | None = None) -> Plan:
         """Move a proposal to the nearest plan on the budget.
 
         KV groups are rounded as proposed (one group is a large piece); FFN rates are then shifted by one constant,
@@ -113,6 +113,9 @@ class Budget:
 
         Args:
             rates: `L` attention and `L` FFN rates; any finite numbers.
+            parent: Of a plan that the proposal is a change of. The layers that differ then settle the total among
+                themselves, where their bounds allow it: the child stays near its parent, and its first layers are the
+                parent's up to the first that was changed.
 
         Returns:
             A plan whose β is within `tolerance` of the one asked for.
@@ -123,15 +126,17 @@ class Budget:
         self._check(rates)
         rates = Rates(_clipped(rates.attention), _clipped(rates.ffn))
         dense = self.shape.dense.layers
+        free = [True] * len(dense) if parent is None else _differing(rates, parent)
         if self.tied:
-            rates = self._project_tied(rates.ffn)
+            rates = self._project_tied(rates.ffn, free)
         groups = self._round_groups(rates.attention)
         removed = self.beta * self.shape.weights(self.shape.dense)
         for_ffn = removed - sum(groups) * self.shape.group_weights
         bounds = self._ffn_bounds(groups)
         unit = self.multiple_of * self.shape.channel_weights
         wanted = [rate * w.intermediate_size / self.multiple_of for rate, w in zip(rates.ffn, dense, strict=True)]
-        units = _largest_remainder(_shift_to_sum(wanted, bounds, for_ffn / unit), bounds, for_ffn / unit)
+        shifted = _shift_to_sum(wanted, _freed(bounds, wanted, free), for_ffn / unit)
+        units = _largest_remainder(shifted, bounds, for_ffn / unit)
         return Plan.of(
             [w.intermediate_size - u * self.multiple_of for w, u in zip(dense, units, strict=True)],
             [w.num_key_value_heads - g for w, g in zip(dense, groups, strict=True)],
@@ -174,13 +179,14 @@ class Budget:
         total = self.shape.weights(self.shape.dense)
         return self._removed([0] * len(limits))[0] / total, self._removed(limits)[1] / total
 
-    def _project_tied(self, rates: Sequence[float]) -> Rates:
+    def _project_tied(self, rates: Sequence[float], free: Sequence[bool]) -> Rates:
         """Shift the layers' single rates to mean β, then let the FFN of a layer pay for its rounded groups."""
         dense = self.shape.dense.layers
         weights = [self.shape.layer_weights(w) for w in dense]
         bounds = [(self.p_min * n, self.p_max * n) for n in weights]
         total = self.beta * sum(weights)
-        shifted = _shift_to_sum([r * n for r, n in zip(rates, weights, strict=True)], bounds, total)
+        wanted = [r * n for r, n in zip(rates, weights, strict=True)]
+        shifted = _shift_to_sum(wanted, _freed(bounds, wanted, free), total)
         attention = [removed / n for removed, n in zip(shifted, weights, strict=True)]
         groups = self._round_groups(attention)
         ffn = [
@@ -219,6 +225,19 @@ def check_beta(beta: object) -> None:
 def _clipped(rates: Sequence[float]) -> tuple[float, ...]:
     """Rates far outside [0, 1] mean no more than one outside it."""
     return tuple(min(max(rate, -1.0), 2.0) for rate in rates)
+
+
+def _differing(rates: Rates, parent: Rates) -> list[bool]:
+    """Which layers a change of a plan touches."""
+    pairs = zip(rates.attention, rates.ffn, parent.attention, parent.ffn, strict=True)
+    return [(a, f) != (old_a, old_f) for a, f, old_a, old_f in pairs]
+
+
+def _freed(
+    bounds: Sequence[tuple[float, float]], values: Sequence[float], free: Sequence[bool]
+) -> list[tuple[float, float]]:
+    """The bounds of the layers that are free to move; the others are held where they are."""
+    return [bound if moves else (value, value) for bound, value, moves in zip(bounds, values, free, strict=True)]
 
 
 def _shift_to_sum(values: Sequence[float], bounds: Sequence[tuple[float, float]], total: float) -> list[float]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from selfpruner_hub.boundaries import Boundaries
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation import divergence, label_loss, perplexity, teach, teacher_loss, with_layers
 from selfpruner_hub.losses import LossCurves, Slopes
@@ -15,6 +16,8 @@ from selfpruner_hub.sensitivity import slopes
 from selfpruner_hub.slicing import Slicer
 
 METRICS = ("kl", "perplexity")
+BOUNDARY_MEMORY = 0.5
+"""Memory for hidden states of earlier candidates on as many windows, as a multiple of the dense model's weights."""
 
 
 class Fitness:
@@ -41,16 +44,22 @@ class Fitness:
         self._curves = curves
         self.metric = metric
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
+        self._boundaries = Boundaries(BOUNDARY_MEMORY * sum(p.nbytes for p in slicer.model.parameters()))
+        self._token_size = slicer.shape.hidden_size * slicer.model.dtype.itemsize
 
     def __call__(self, plan: Plan, share: float = 1.0) -> float:
         """Score `plan` on the first `share` of the windows (at least one); not-a-number counts as infinity."""
         windows = self._first(share)
-        with with_layers(self._slicer.model, self._slicer.layers(plan)) as model:
+        start = self._boundaries.start(plan, len(windows), windows.numel() * self._token_size)
+        layers = start.layers(lambda index: self._slicer.layer(index, plan.layers[index]))
+        with with_layers(self._slicer.model, layers) as model:
             if self._teacher is None:
                 value = perplexity(model, windows)
             else:
                 value = divergence(model, windows, self._teacher)
-        return value if math.isfinite(value) else math.inf
+        value = value if math.isfinite(value) else math.inf
+        self._boundaries.keep(start, len(windows), value)
+        return value
 
     def slopes(self, plan: Plan, share: float = 1.0) -> Slopes:
         """Predict on the first `share` of the windows what small changes of `plan` do to the loss."""

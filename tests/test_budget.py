@@ -84,6 +84,54 @@ def test_a_plan_on_the_budget_is_its_own_projection(proposal):
     assert budget.distance(budget.rates(plan), plan) == pytest.approx(0, abs=1e-12)
 
 
+@properties
+@given(proposals(), st.data())
+def test_a_change_of_a_plan_is_on_the_budget_too(proposal, data):
+    budget, rates = proposal
+    parent = budget.rates(budget.project(rates))
+    layer = data.draw(st.integers(0, budget.shape.num_layers - 1))
+    ffn = [*parent.ffn]
+    ffn[layer] = data.draw(st.floats(-1, 2))
+    plan = budget.project(Rates(tuple(ffn) if budget.tied else parent.attention, tuple(ffn)), parent)
+    assert abs(budget.shape.beta(plan) - budget.beta) <= budget.tolerance + 1e-12
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_layers_that_a_change_leaves_alone_stay_as_they_are(tied):
+    budget = Budget(SMOLLM2, 0.3, 0.1 if tied else 0.0, 0.9, tied)
+    for seed in range(10):
+        rng = random.Random(seed)
+        before = budget.project(random_rates(30, seed))
+        parent = budget.rates(before)
+        named = rng.sample(range(30), 6)
+        ffn, attention = [*parent.ffn], [*parent.attention]
+        for layer in named:
+            ffn[layer] += rng.uniform(-0.1, 0.1)
+            attention[layer] = ffn[layer] if tied else attention[layer]
+        after = budget.project(Rates(tuple(attention), tuple(ffn)), parent)
+        changed = {i for i, (a, b) in enumerate(zip(before.layers, after.layers, strict=True)) if a != b}
+        assert changed <= set(named)
+        assert len(changed) >= 2
+        assert abs(SMOLLM2.beta(after) - 0.3) <= 0.001
+
+
+def test_a_group_that_goes_is_settled_in_its_own_layer():
+    budget = Budget(SMOLLM2, 0.3)
+    before = budget.project(flat(budget))
+    parent = budget.rates(before)
+    after = budget.project(Rates((*parent.attention[:29], 1 / 3), parent.ffn), parent)
+    assert after.layers[:29] == before.layers[:29]
+    pieces = SMOLLM2.group_weights / SMOLLM2.channel_weights
+    assert after.layers[29].intermediate_size - before.layers[29].intermediate_size == pytest.approx(pieces, abs=1)
+
+
+def test_a_change_that_its_layers_cannot_pay_for_is_settled_by_all():
+    budget = Budget(SMOLLM2, 0.3)
+    parent = budget.rates(budget.project(flat(budget)))
+    plan = budget.project(Rates(tuple([2 / 3] * 9 + [0.0] * 21), parent.ffn), parent)  # nine layers, FFN 0.9 at least
+    assert abs(SMOLLM2.beta(plan) - 0.3) <= 0.001
+
+
 # A bug once: rounding the groups takes a layer's FFN below p_min; the shift that repairs it takes from the others,
 # and the first layer ends at 0.073.
 def test_no_layer_of_a_tied_plan_loses_less_than_p_min():

@@ -18,7 +18,7 @@ LAYERS = (
     {"plan", "budget", "losses", "errors"},
     {"architectures", "modeling_selfpruned"},
     {"corpus", "hub_errors", "loading", "licences", "calibration", "importance", "refit", "compensation", "slicing"},
-    {"fitness", "sensitivity", "evaluation"},
+    {"fitness", "boundaries", "sensitivity", "evaluation"},
     {"search"},
     {"hub", "cards", "plots", "records", "presets", "progress", "storage", "provenance", "exporters"},
     {"pruned_model"},

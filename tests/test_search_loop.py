@@ -343,6 +343,34 @@ def test_twins_in_one_reply_are_duplicates():
     assert outcome.best.plan == TARGET
 
 
+def test_a_proposal_with_one_parent_keeps_the_layers_that_it_leaves_alone(tmp_path):
+    parents = []
+
+    class TwoLayers(EvolutionProposer):
+        def ask(self, operation, history, count, rng):
+            parent = history[int(rng.integers(len(history)))]
+            parents.append(parent.plan)
+            ffn = [*parent.rates.ffn]
+            ffn[3] -= 0.05 * (1 + rng.random())
+            ffn[-1] += 0.02
+            return [Proposal(Rates(parent.rates.attention, tuple(ffn)), (history.index(parent),))]
+
+    run(TwoLayers(BUDGET), tmp_path, schedule=Schedule(evaluations=8, population=0))
+    asks = [r for r in records(tmp_path) if r["kind"] == "ask" and r["proposer"] == "evolution"]
+    live = [ask for ask in asks if ask["attempt"] < 2]
+    assert len(live) == len(parents) > 5
+    for parent, ask in zip(parents, live, strict=True):
+        child = Plan.of(*ask["replies"][0]["widths"].values())
+        changed = [i for i, (a, b) in enumerate(zip(parent.layers, child.layers, strict=True)) if a != b]
+        assert changed == [3, len(child.layers) - 1]
+
+
+@pytest.mark.parametrize("parent", [-1, 99])
+def test_a_parent_that_does_not_exist_is_passed_over(parent):
+    outcome = run(Stubborn(Proposal(BUDGET.rates(TARGET), (parent,))))
+    assert outcome.best.plan == TARGET
+
+
 def test_more_proposals_than_asked_for_are_left_out():
     class Generous(RandomProposer):
         def ask(self, operation, history, count, rng):

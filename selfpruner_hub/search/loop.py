@@ -163,13 +163,13 @@ class _Search:
         return children
 
     def _accept(
-        self, replies: Sequence[Proposal], origin: str, children: list[tuple[str, Plan]], known: set[Plan]
+        self, replies: Sequence[Record], origin: str, children: list[tuple[str, Plan]], known: set[Plan]
     ) -> None:
         for reply in replies:
-            if reply.rates is None:
+            if "widths" not in reply:
                 self.counts["refused"] += 1
                 continue
-            plan = self.budget.project(reply.rates)
+            plan = _widths(reply)
             if plan in known:
                 self.counts["duplicate"] += 1
                 continue
@@ -177,22 +177,20 @@ class _Search:
             known.add(plan)
             children.append((origin, plan))
 
-    def _replies(
-        self, proposer: Proposer, number: int, attempt: int, operation: Operation, count: int
-    ) -> list[Proposal]:
+    def _replies(self, proposer: Proposer, number: int, attempt: int, operation: Operation, count: int) -> list[Record]:
         record = self._asked.get((number, attempt))
         if record is None:
             record = self._ask_live(proposer, number, attempt, operation, count)
-        replies = [_proposal(r) for r in record["replies"]]
-        self._moved += [r["moved"] for r in record["replies"] if "moved" in r]
-        self.tokens += sum(r.tokens for r in replies)
+        replies: list[Record] = record["replies"]
+        self._moved += [reply["moved"] for reply in replies if "moved" in reply]
+        self.tokens += sum(reply["tokens"] for reply in replies)
         return replies
 
     def _ask_live(self, proposer: Proposer, number: int, attempt: int, operation: Operation, count: int) -> Record:
-        state = [self.seed, number, attempt]
+        state, history = [self.seed, number, attempt], self.history()
         started = time.perf_counter()
         try:
-            replies = list(proposer.ask(operation, self.history(), count, np.random.default_rng(state)))[:count]
+            replies = list(proposer.ask(operation, history, count, np.random.default_rng(state)))[:count]
         except ProposerError as error:
             replies = [Proposal(None, error=str(error))]
         record: Record = {
@@ -202,29 +200,27 @@ class _Search:
             "operation": operation,
             "proposer": proposer.name,
             "random_state": state,
-            "replies": [self._described(self._checked(reply)) for reply in replies],
+            "replies": [self._described(reply, history) for reply in replies],
             "seconds": round(time.perf_counter() - started, 3),
         }
         self.journal.append(record)
         return self.journal.records[-1]
 
-    def _checked(self, reply: Proposal) -> Proposal:
-        """Turn rates that cannot be projected into a refusal."""
-        if reply.rates is None:
-            return reply
-        try:
-            self.budget.project(reply.rates)
-        except SelfPrunerError as error:
-            return Proposal(None, reply.parents, reply.prompt, reply.reply, str(error), reply.tokens)
-        return reply
+    def _described(self, reply: Proposal, history: Sequence[Scored]) -> Record:
+        """A reply as it stands in the journal: what was proposed, its plan, and how far the projection moved it.
 
-    def _described(self, reply: Proposal) -> Record:
-        """A reply as it stands in the journal: what was proposed, and how far the projection moves it."""
-        record = asdict(reply)
-        if reply.rates is not None:
-            plan = self.budget.project(reply.rates)
-            record |= {"widths": widths_of(plan), "moved": round(self.budget.distance(reply.rates, plan), 6)}
-        return record
+        Rates that cannot be projected make it a refusal.
+        """
+        if reply.rates is None:
+            return asdict(reply)
+        only = reply.parents[0] if len(reply.parents) == 1 else -1
+        parent = history[only].rates if 0 <= only < len(history) else None
+        try:
+            plan = self.budget.project(reply.rates, parent)
+        except SelfPrunerError as error:
+            return asdict(replace(reply, rates=None, error=str(error)))
+        moved = round(self.budget.distance(reply.rates, plan), 6)
+        return {**asdict(reply), "widths": widths_of(plan), "moved": moved}
 
     def close_round(self, number: int, operation: Operation) -> None:
         """Journal what became of a round's proposals, and where the search stands after it."""
@@ -294,15 +290,3 @@ def _widths(record: Record) -> Plan:
 
 def _fitness(record: Record) -> float:
     return math.inf if record["fitness"] is None else float(record["fitness"])
-
-
-def _proposal(record: Record) -> Proposal:
-    rates = record["rates"]
-    return Proposal(
-        rates and Rates(tuple(rates["attention"]), tuple(rates["ffn"])),
-        tuple(record["parents"]),
-        record["prompt"],
-        record["reply"],
-        record["error"],
-        record["tokens"],
-    )

@@ -39,7 +39,8 @@ class Proposal:
 
     rates: Rates | None
     parents: tuple[int, ...] = ()
-    """Indices into the history that was shown, where the proposer chose parents."""
+    """Indices into the history that was shown, where the proposer chose parents. A proposal with one parent is a change
+    of it: layers that it leaves alone stay as they are there."""
     prompt: str = ""
     reply: str = ""
     error: str = ""
