@@ -61,10 +61,11 @@ class Boundaries:
 class Start:
     """A candidate that starts at a layer boundary, and leaves its own hidden states at further ones.
 
-    Attributes:
+    Args:
         plan: The candidate.
         depth: Layers that it skips.
         states: By boundary, the hidden states of each forward pass, `[B, W, H]`.
+        marks: Boundaries beyond `depth` at which to keep hidden states.
     """
 
     def __init__(self, plan: Plan, depth: int, states: dict[int, list[Tensor]], marks: set[int]) -> None:
