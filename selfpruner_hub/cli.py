@@ -92,6 +92,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--windows", type=int, metavar="N", help="only the first N windows")
     _from_pretrained(evaluate)
 
+    push = _verb(verbs, "push", _push, "publish a saved model on the Hub, with its card, and a Space to try it in")
+    push.add_argument("directory", metavar="DIR", type=Path, help="a saved model")
+    push.add_argument("repo", metavar="REPO", help="where it goes: NAME, or NAMESPACE/NAME")
+    push.add_argument("--space", action="store_true", help="publish the demo Space REPO-demo too")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="push to this branch (default: main)")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.add_argument(
+        "--with",
+        dest="exports",
+        nargs="+",
+        default=[],
+        metavar="FORMAT",
+        help="export to these first, into DIR, and publish them too: onnx, gguf, …",
+    )
+
     plot = _verb(verbs, "plot", _plot, "draw the search curve, the population and the final rates")
     plot.add_argument("directory", metavar="RUN_OR_DIR", type=Path, help="what holds search.jsonl")
     plot.add_argument("--output", type=Path, metavar="DIR", help="where the pictures go (default: RUN_OR_DIR/plots)")
@@ -208,6 +224,30 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(json.dumps({"perplexity": value, "protocol": protocol, **corpus.record()}))
     else:
         print(f"perplexity {value:.3f} ({protocol})")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+
+    from selfpruner_hub.hub import publish
+
+    if not options.quiet:
+        enable_progress_bars()
+    done = publish(
+        options.directory,
+        options.repo,
+        private=True if options.private else None,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        space=options.space,
+        exports=options.exports,
+    )
+    if options.json:
+        print(json.dumps(asdict(done)))
+        return
+    print(done.url if done.changed else f"{done.url} (it was up to date)")
+    if done.space:
+        print(done.space)
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Iterator
 
 import httpx2
@@ -48,17 +49,21 @@ def pause(error: BaseException) -> float | None:
         return None
     status = status_of(error)
     if status is None:
-        return 0.0 if any(isinstance(e, httpx2.TransportError) for e in causes(error)) else None
+        return 0.0 if any(isinstance(e, (httpx2.TransportError, json.JSONDecodeError)) for e in causes(error)) else None
     if status not in TRANSIENT:
         return None
     asked = next(_waits(error), 0.0)
     return asked if asked <= LONGEST_PAUSE else None
 
 
-def is_refusal(error: BaseException) -> bool:
-    """Whether the server surely did nothing: it answered, and not with a failure of its own."""
+def may_have_committed(error: BaseException) -> bool:
+    """Whether a commit may stand although its call failed: no answer came, or a failure of the server's own."""
     status = status_of(error)
-    return status is not None and (status < 500 or status == 503)
+    if status is not None and (status < 500 or status == 503):
+        return False
+    answered = [e.response.request for e in causes(error) if isinstance(e, HfHubHTTPError)]
+    dropped = [e.request for e in causes(error) if isinstance(e, httpx2.TransportError)]
+    return any("/commit/" in request.url.path for request in (*answered, *dropped))
 
 
 def explain_hub(error: BaseException, repo: str) -> SelfPrunerError | None:
@@ -73,27 +78,31 @@ def explain_hub(error: BaseException, repo: str) -> SelfPrunerError | None:
     """
     if is_full_disk(error):
         return OutputError("The disk is full.", "Make room (HF_HOME names another place for downloads), then repeat.")
+    for e in causes(error):  # first what the client says of itself: a status stands behind some of it
+        for start, what in _OF_CONTENT.items():
+            if isinstance(e, ValueError) and start in str(e):
+                return RepositoryError(f"The Hub refuses {what}: {_line(str(e).partition(start)[2])}.")
     if (status := status_of(error)) is not None:
         return _of_status(status, error, repo)
     for e in causes(error):
-        if isinstance(e, HFValidationError):
-            return RepositoryError(
-                f"{repo!r} is not the name of a repository.", "Give one such as your-name/your-model."
-            )
-        if isinstance(e, LocalTokenNotFoundError):
-            return RepositoryError("No token is stored.", _LOG_IN)
-        if isinstance(e, OfflineModeIsEnabled):
-            return RepositoryError("The Hub's client is in offline mode.", "Unset HF_HUB_OFFLINE.")
-        if isinstance(e, httpx2.TransportError):
-            return HubError(
-                "The connection to the Hub failed, or dropped.", "Check the network and HF_ENDPOINT, then repeat."
-            )
-        if isinstance(e, ValueError) and "Invalid metadata in README.md" in str(e):
-            return RepositoryError(f"The Hub refuses the model card: {_line(str(e).partition('- ')[2])}.")
+        if told := next((make(*texts) for kind, make, *texts in _BY_KIND if isinstance(e, kind)), None):
+            return told
     return None
 
 
 _LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
+_BY_KIND: tuple[tuple[type[Exception], type[SelfPrunerError], str, str], ...] = (
+    (HFValidationError, RepositoryError, "That is no name of a repository.", "Give one such as your-name/your-model."),
+    (LocalTokenNotFoundError, RepositoryError, "No token is stored.", _LOG_IN),
+    (OfflineModeIsEnabled, RepositoryError, "The Hub's client is in offline mode.", "Unset HF_HUB_OFFLINE."),
+    (httpx2.TransportError, HubError, "The connection to the Hub failed.", "Check the network and HF_ENDPOINT."),
+    (json.JSONDecodeError, HubError, "What answered is not the Hub.", "Check HF_ENDPOINT and proxies."),
+)
+_OF_CONTENT = {
+    "Invalid metadata in README.md.": "the card",
+    "LFS batch API returned errors:": "a file",
+}
+"""What the client says in a ValueError, and what it is about."""
 _BY_STATUS: dict[int, tuple[type[SelfPrunerError], str, str]] = {
     401: (RepositoryError, "The Hub does not accept the token, or {repo} needs one.", _LOG_IN),
     402: (RepositoryError, "The Hub asks for a paid plan: {said}.", "See the billing page of the account on the Hub."),

@@ -74,11 +74,13 @@ def explain(name: str, error: Exception) -> SelfPrunerError:
     """Turn what a library raised while loading `name` into one line with a remedy."""
     chain = causes(error)
     text = " ".join(str(e) for e in chain)
-    if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in text:
+    gated = any(isinstance(e, GatedRepoError) for e in chain)
+    missing = any(isinstance(e, (RepositoryNotFoundError, RevisionNotFoundError)) for e in chain)
+    if gated or ("gated repo" in text and not missing):  # what is missing may be gated, the Hub's client says
         return ModelError(
             f"{name!r} is gated.", "Accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN."
         )
-    if any(isinstance(e, (RepositoryNotFoundError, RevisionNotFoundError)) for e in chain):
+    if missing:
         return ModelError(
             f"{name!r} (or this revision of it) is not on the Hub.",
             "Check the name; a private repository needs HF_TOKEN.",

@@ -17,12 +17,13 @@ from selfpruner_hub.search.journal import FILE_NAME, Record, read_journal
 FORMATS = ("png", "svg")
 
 
-def plot_search(directory: Path, output: Path) -> list[Path]:
-    """Draw `search`, `population` and `rates`, each as PNG and SVG.
+def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Draw `search`, `population` and `rates`.
 
     Args:
         directory: A run directory or a saved model: what holds `search.jsonl`.
         output: Where the pictures go; created where it does not exist.
+        formats: Of the files.
 
     Returns:
         The files that were written.
@@ -51,7 +52,7 @@ def plot_search(directory: Path, output: Path) -> list[Path]:
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, figure in pictures.items():
-            for kind in FORMATS:
+            for kind in formats:
                 FigureCanvasAgg(figure)
                 figure.savefig(output / f"{name}.{kind}", dpi=150, bbox_inches="tight")
                 written.append(output / f"{name}.{kind}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.cards import render_card
 from selfpruner_hub.errors import SavedModelError
+from selfpruner_hub.hub import Published, publish
 from selfpruner_hub.loading import load_model
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.records import FILE_NAME, Record, read_record
@@ -57,6 +60,48 @@ class PrunedModel:
             (staging / FILE_NAME).write_text(self.report.to_json(), encoding="utf-8")
             (staging / JOURNAL_NAME).write_text(self._journal, encoding="utf-8")
             (staging / "README.md").write_text(render_card(self.report), encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        space: bool = False,
+        exports: Sequence[str] = (),
+        token: str | None = None,
+    ) -> Published:
+        """Save into a temporary directory and publish that; `hub.publish` has the arguments.
+
+        Args:
+            repo_id: `name`, or `namespace/name`; created where it does not exist.
+            private: Visibility of a new repository; None takes the account's default.
+            revision: Branch; created where it does not exist.
+            create_pr: Open a pull request instead.
+            space: Publish the demo Space `REPO_ID-demo` as well.
+            exports: Formats to publish beside the weights, such as `("onnx", "gguf")`.
+            token: Of the Hub; None takes the stored one, or HF_TOKEN.
+
+        Returns:
+            Where it is now.
+
+        Raises:
+            UserError: The Hub refuses.
+            HubError: The Hub is out of reach, or fails.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            self.save_pretrained(directory := Path(temporary) / "model")
+            return publish(
+                directory,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                space=space,
+                exports=exports,
+                token=token,
+            )
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> PrunedModel:

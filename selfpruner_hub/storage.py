@@ -16,6 +16,10 @@ from safetensors import SafetensorError
 from selfpruner_hub.errors import OutputError
 from selfpruner_hub.loading import explain
 
+PLOTS = "plots"
+EXPORTS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
+"""Folders of a published model: pictures of its search, and exports, each named after its format."""
+
 
 @contextmanager
 def save_directory(directory: Path) -> Iterator[Path]:
@@ -94,6 +98,7 @@ def resolve_directory(name: str, **kwargs: Any) -> Path:
         return Path(name)
     keys = ("revision", "token", "cache_dir", "local_files_only")
     try:
-        return Path(snapshot_download(name, **{key: kwargs[key] for key in keys if key in kwargs}))
+        chosen = {key: kwargs[key] for key in keys if key in kwargs}
+        return Path(snapshot_download(name, ignore_patterns=[f"{folder}/*" for folder in (PLOTS, *EXPORTS)], **chosen))
     except Exception as error:  # the Hub client raises many kinds
         raise explain(name, error) from error

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,63 @@ def real_text() -> Path:
     if not path.exists():
         pytest.skip(f"no {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory) -> Path:
+    """Two pruned tiny models, `first` and `second`, saved."""
+    from tiny import tiny_model, tiny_tokenizer
+
+    from selfpruner_hub.pruner import AutoPruner
+
+    directory = tmp_path_factory.mktemp("saved")
+    pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama", {"license": "mit"})
+    for name, beta in (("first", 0.3), ("second", 0.4)):
+        pruner.prune(
+            beta, data="self", proposer="evolution", window=32, calibration_tokens=512, fitness_tokens=128,
+            evaluations=6, seeds=("uniform",), progress=False,
+        ).save_pretrained(directory / name)  # fmt: skip
+    return directory
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """A server that the Hub's client takes for the Hub."""
+    from hub_server import HubServer
+
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def hub_client(hub, tmp_path_factory):
+    """Runs command lines against that server."""
+    from hub_client import Client
+
+    client = Client(hub.url, tmp_path_factory.mktemp("home"))
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def push(hub_client, hub):
+    """Push with a token that may write, and give back what became of it."""
+    hub.reset()
+
+    def push(*words, token="hf_write_token_of_me", **more):
+        return hub_client("push", *words, "--quiet", HF_TOKEN=token, **more)
+
+    return push
+
+
+@pytest.fixture
+def saved_model(saved_models, tmp_path) -> Path:
+    """A saved model of the test's own."""
+    return shutil.copytree(saved_models / "first", tmp_path / "model")
+
+
+@pytest.fixture
+def repo_name(request) -> str:
+    """A repository of the test's own."""
+    called = re.sub(r"\W+", "-", request.node.name)[:60].strip("-")
+    return f"me/{called}-{zlib.crc32(request.node.name.encode()):08x}"

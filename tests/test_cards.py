@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from hub_server import check_yaml
+from huggingface_hub import ModelCard
 
 from selfpruner_hub.cards import render_card
 from selfpruner_hub.records import Metric, Record
@@ -27,14 +29,17 @@ RECORD = Record(
         "search_fitness": Metric(0.0639, None, "kl on 2560 tokens"),
     },
 )
+PICTURES = ("plots/rates.png", "plots/search.png")
 BARE = replace(RECORD, metrics={})
 OWN_NUMBERS = (
     *("31", "31.0"),  # achieved, in the title and the first line
+    *("20", "0", "20", "0"),  # the code: how many tokens to write, and the first of the batch
     *("1,234,567", "876,543"),
     *("1", "12.3", "14", "421", "2", "45.6", "13", "261", "3", "35.0", "12", "312"),
     *("0.31", "0.3098", "48.25", "9876", "77", "5120", "2560", "8.13.0", "9.24.0"),
 )
 FIGURES = ("19.8765", "23.4567", "0.0639", "44", "2560")
+SPEED = Metric(12.5, 20.125, "6 runs", unit="ms", machine="a CPU", date="2026-11-05")
 
 
 def parts(card):
@@ -54,15 +59,73 @@ def test_the_numbers_are_exactly_those_of_the_record(record, expected):
 
 def test_no_figure_is_invented():
     body = parts(render_card(BARE))[1]
-    table = re.search(r"\| \| dense parent \|.*?\n(?=\n)", body, re.DOTALL)[0]
-    assert table.splitlines()[2:] == ["| parameters | 1,234,567 | 876,543 |"]
+    tables = re.findall(r"\| \| dense parent \|.*?\n(?=\n)", body, re.DOTALL)
+    assert [table.splitlines()[2:] for table in tables] == [["| parameters | 1,234,567 | 876,543 |"]]
+    assert "Its quality was not measured." in body
+    assert "Its speed was not measured." in body
+    assert "plots/" not in body
 
 
 def test_figures_stand_beside_those_of_the_dense_parent_with_their_protocol():
     card = render_card(RECORD)
     assert "| perplexity | 19.8765 | 23.4567 |" in card
-    assert "| search_fitness | – | 0.0639 |" in card
-    assert "**perplexity**: held-out.txt, 44 windows." in card
+    assert "* **perplexity**: held-out.txt, 44 windows." in card
+    assert "| search_fitness |" not in card  # no figure of quality
+    assert "* search_fitness: 0.0639 (kl on 2560 tokens)." in card
+
+
+def test_speed_stands_apart_with_its_machine_and_date():
+    body = parts(render_card(replace(RECORD, metrics={**RECORD.metrics, "prefill": SPEED})))[1]
+    quality, speed = body.split("## Speed")
+    assert "prefill" not in quality
+    assert "| prefill | 20.125 ms | 12.5 ms |" in speed
+    assert "* **prefill**: 6 runs; machine: a CPU; measured on 2026-11-05." in speed
+
+
+def test_the_model_index_holds_what_was_measured_on_a_known_text():
+    measured = replace(RECORD.metrics["perplexity"], dataset="Salesforce/wikitext")
+    task = Metric(0.5, 0.75, "lm-evaluation-harness", dataset="ARC (easy)")
+    metrics = {**RECORD.metrics, "perplexity": measured, "acc_norm, arc_easy": task, "prefill": SPEED}
+    card = ModelCard(render_card(replace(RECORD, metrics=metrics)))
+    assert card.data.model_name == "parent, pruned by 31 %"
+    assert [(r.metric_type, r.metric_value, r.dataset_type, r.dataset_name) for r in card.data.eval_results] == [
+        ("perplexity", 23.4567, "Salesforce/wikitext", "Salesforce/wikitext"),
+        ("acc_norm", 0.5, "ARC-easy-", "ARC (easy)"),
+    ]
+    assert check_yaml(str(card)) == []
+
+
+@pytest.mark.parametrize(
+    ("licence", "front", "said"),
+    [
+        ({}, {}, "look it up"),
+        ({"license": "mit"}, {"license": "mit"}, "That of the parent: mit."),
+        (
+            {"license": "other", "license_name": "mine", "license_link": "https://example.org/l"},
+            {"license": "other", "license_name": "mine", "license_link": "https://example.org/l"},
+            "That of the parent: [mine](https://example.org/l).",
+        ),
+    ],
+)
+def test_the_licence_is_that_of_the_parent(licence, front, said):
+    card = render_card(replace(RECORD, licence=licence))
+    found, body = parts(card)
+    assert {key: value for key, value in found.items() if key.startswith("license")} == front
+    assert said in body
+    assert check_yaml(card) == []
+
+
+def test_pictures_and_exports_are_told_of_only_where_they_are():
+    bare, full = render_card(RECORD), render_card(RECORD, pictures=PICTURES, exports=["onnx", "gguf"])
+    for said in ("plots/rates.png", "plots/search.png", "OnnxCausalLM", "llama.cpp", "- onnx", "- gguf"):
+        assert said in full
+        assert said not in bare
+
+
+def test_the_address_of_a_server_is_not_published():
+    card = render_card(replace(RECORD, proposer={**RECORD.proposer, "name": "http://10.0.0.7:80/v1 qwen"}))
+    assert "proposals by `qwen` behind an OpenAI-compatible endpoint" in card
+    assert "10.0.0.7" not in card
 
 
 def test_the_front_matter_has_the_tags_and_the_parent():
@@ -86,6 +149,7 @@ def test_no_path_of_the_host_is_published(path):
     assert "someone" not in card
     assert "models/" not in card
     assert "huggingface.co" not in card
+    assert check_yaml(card) == []
 
 
 @pytest.mark.parametrize(("repair", "said"), [(True, "repair on"), (False, "repair off")])
@@ -96,4 +160,5 @@ def test_settings_are_told(repair, said):
 
 
 def test_the_code_loads_the_repository():
-    assert parts(render_card(RECORD, "me/small"))[1].count('from_pretrained("me/small"') == 2
+    assert parts(render_card(RECORD, "me/small"))[1].count('from_pretrained("me/small"') == 3
+    assert parts(render_card(RECORD, "me/small", "b"))[1].count('from_pretrained("me/small", revision="b"') == 3

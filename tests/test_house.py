@@ -20,7 +20,10 @@ LAYERS = (
     {"corpus", "hub_errors", "loading", "licences", "calibration", "importance", "refit", "compensation", "slicing"},
     {"fitness", "boundaries", "sensitivity", "evaluation"},
     {"search"},
-    {"hub", "cards", "plots", "records", "presets", "progress", "storage", "provenance", "exporters"},
+    {
+        *("hub", "bundle", "privacy", "space", "cards", "plots"),
+        *("records", "presets", "progress", "storage", "provenance", "exporters"),
+    },
     {"pruned_model"},
     {"pruner"},
     {"demo"},

@@ -1,18 +1,23 @@
 """Whatever the Hub's client raises becomes one line with a remedy, and is tried again only where that can help."""
 
 import errno
+import json
 
 import httpx2
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from selfpruner_hub.errors import HubError, OutputError, RepositoryError
-from selfpruner_hub.hub_errors import LONGEST_PAUSE, explain_hub, is_refusal, pause
+from selfpruner_hub.hub_errors import LONGEST_PAUSE, explain_hub, may_have_committed, pause
 
 
-def answer(status, said="", **headers):
-    response = httpx2.Response(status, headers=headers, request=httpx2.Request("POST", "https://hub/api"))
+def answer(status, said="", path="", **headers):
+    response = httpx2.Response(status, headers=headers, request=httpx2.Request("POST", f"https://hub/api/{path}"))
     return HfHubHTTPError("long text\nwith lines", response=response, server_message=said)
+
+
+def dropped(path):
+    return httpx2.ReadError("dropped", request=httpx2.Request("POST", f"https://hub/api/{path}"))
 
 
 def behind(error):
@@ -39,9 +44,11 @@ def behind(error):
         (answer(503), HubError, "status 503"),
         (httpx2.ConnectError("refused"), HubError, "HF_ENDPOINT"),
         (httpx2.ReadTimeout("slow"), HubError, "network"),
+        (json.JSONDecodeError("no JSON", "<html>", 0), HubError, "not the Hub"),
+        (ValueError("LFS batch API returned errors:\nfor OID 1: `Quota exceeded"), RepositoryError, "Quota exceeded"),
         (OfflineModeIsEnabled("offline"), RepositoryError, "HF_HUB_OFFLINE"),
         (LocalTokenNotFoundError("none"), RepositoryError, "hf auth login"),
-        (HFValidationError("bad"), RepositoryError, "not the name"),
+        (HFValidationError("bad"), RepositoryError, "no name"),
         (ValueError("Invalid metadata in README.md.\n- bad licence"), RepositoryError, "bad licence"),
         (OSError(errno.ENOSPC, "No space left on device"), OutputError, "full"),
         (OSError(errno.EDQUOT, "Quota"), OutputError, "full"),
@@ -81,8 +88,15 @@ def test_what_is_tried_again(error, seconds):
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(answer(429), True), (answer(503), True), (answer(500), False), (httpx2.ReadError("dropped"), False)],
-    ids=str,
+    [
+        (answer(429, path="commit/main"), False),
+        (answer(503, path="commit/main"), False),
+        (answer(500, path="commit/main"), True),
+        (answer(500, path="preupload/main"), False),
+        (dropped("commit/main"), True),
+        (dropped("preupload/main"), False),
+    ],
+    ids=lambda value: str(value).split(chr(10))[0],
 )
-def test_whether_the_server_surely_did_nothing(error, expected):
-    assert is_refusal(error) is expected
+def test_whether_a_commit_may_stand(error, expected):
+    assert may_have_committed(error) is may_have_committed(behind(error)) is expected

@@ -115,7 +115,8 @@ def test_a_local_directory_is_itself(tmp_path):
 def test_a_repository_is_its_snapshot(monkeypatch):
     monkeypatch.setattr(storage, "snapshot_download", lambda name, **kwargs: f"/cache/{name}/{sorted(kwargs.items())}")
     found = resolve_directory("me/model", revision="main", dtype="auto")
-    assert found == Path("/cache/me/model/[('revision', 'main')]")
+    ignored = ["plots/*", "onnx/*", "tensorrt/*", "openvino/*", "gguf/*", "padded/*"]
+    assert found == Path(f"/cache/me/model/[('ignore_patterns', {ignored}), ('revision', 'main')]")
 
 
 def test_neither_a_directory_nor_a_repository(tmp_path):

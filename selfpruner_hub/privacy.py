@@ -1,0 +1,82 @@
+"""No token, key or path of this machine goes into what is published: every file is searched before it leaves."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import get_token
+
+from selfpruner_hub.errors import UserError
+
+_SECRET_NAMES = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)S?$")
+"""Environment variables whose values are looked for."""
+_SHORTEST_SECRET = 8
+"""Characters: a shorter value would be found by chance."""
+_FORMS = re.compile(
+    rb"(?<!\w)hf_[A-Za-z0-9]{30,}"
+    rb"|(?<![\w-])sk-[\w-]{20,}"
+    rb"|https?://[^/\s:@\"']+:[^/\s:@\"']+@"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+"""What tokens and keys look like; looked for in text only, since weights are random enough to hold anything."""
+_TEXT = {".json", ".jsonl", ".md", ".py", ".txt", ".jinja", ".yaml", ".xml", ".svg", ""}
+_VOCABULARY = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"}
+"""Pieces of other people's paths are words there."""
+
+
+def check_private(files: Mapping[str, Path | bytes], directory: Path, tokens: Iterable[str | None] = ()) -> None:
+    """Refuse to publish files that hold a secret, or that tell where they lay on this machine.
+
+    Args:
+        files: By their path in the repository: a file, or the content itself.
+        directory: Where they lie.
+        tokens: Secrets that the environment does not hold.
+
+    Raises:
+        UserError: One of them does; the message names the file and what it holds, not the secret.
+    """
+    secrets, paths = _secrets(tokens), _paths(directory)
+    for name, source in files.items():
+        place = PurePosixPath(name)
+        with _opened(source) as data:
+            needles = secrets if place.name in _VOCABULARY else {**secrets, **paths}
+            found = next((what for needle, what in needles.items() if data.find(needle) >= 0), None)
+            if found is None and place.suffix in _TEXT and _FORMS.search(data):
+                found = "what looks like a token or a key"
+        if found:
+            raise UserError(f"{name} holds {found}; nothing was published.", "Take it out, then push again.")
+
+
+def _secrets(tokens: Iterable[str | None]) -> dict[bytes, str]:
+    known = {value: f"the value of {name}" for name, value in os.environ.items() if _SECRET_NAMES.search(name)}
+    known |= {token: "your Hub token" for token in (*tokens, get_token()) if token}
+    return {value.encode(): what for value, what in known.items() if len(value) >= _SHORTEST_SECRET}
+
+
+def _paths(directory: Path) -> dict[bytes, str]:
+    """Folders that say more than any machine's do; those right under the root only as part of a longer path."""
+    place = directory.resolve()
+    folders = {place, place.parent, Path.cwd(), Path.home()} | ({Path(sys.prefix)} - {Path(sys.base_prefix)})
+    return {
+        (str(folder) if len(folder.parts) > 2 else f"{folder}{os.sep}").encode(): "a path of this machine"
+        for folder in folders
+        if len(folder.parts) > 1
+    }
+
+
+@contextmanager
+def _opened(source: Path | bytes) -> Iterator[bytes | mmap.mmap]:
+    """A file's bytes, without reading it whole."""
+    if isinstance(source, bytes):
+        yield source
+    elif not source.stat().st_size:
+        yield b""
+    else:
+        with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data

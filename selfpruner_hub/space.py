@@ -1,0 +1,51 @@
+"""The files of a demo Space: the app of `spaces/`, told which model it shows, and this package for its live tab."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import SpaceCard
+
+import exporters
+from selfpruner_hub.cards import asset
+from selfpruner_hub.records import Record
+
+VENDORED = ("selfpruner_hub", "exporters")
+"""Folders of ours in a Space. Its `requirements.txt` cannot name this package before an index has it: one line that
+pip does not find, and the whole Space does not build."""
+SETTINGS = "model.json"
+"""What the app reads: the model, its revision, its dense parent."""
+_CARRIED = ("*.py", "search/*.py", "search/templates/*.txt")
+
+
+def space_files(record: Record, repo_id: str, revision: str | None = None) -> dict[str, Path | bytes]:
+    """Put together what a Space needs to show one published model.
+
+    Args:
+        record: Of the model.
+        repo_id: Where it is published.
+        revision: The branch there; None is the main one.
+
+    Returns:
+        Files by their path in the Space.
+    """
+    app = asset("spaces")
+    files: dict[str, Path | bytes] = {path.name: path for path in app.iterdir() if path.suffix in (".py", ".txt")}
+    settings = {"pruned": repo_id, "revision": revision, "dense": record.base_model}
+    files[SETTINGS] = f"{json.dumps(settings, indent=2)}\n".encode()
+    files["README.md"] = _front_page(app / "README.md", record, repo_id).encode()
+    for package in (Path(__file__).parent, Path(str(exporters.__file__)).parent):
+        found = [path for pattern in _CARRIED for path in package.glob(pattern)]
+        files |= {f"{package.name}/{path.relative_to(package).as_posix()}": path for path in found}
+    return files
+
+
+def _front_page(template: Path, record: Record, repo_id: str) -> str:
+    """The Space's README with its metadata filled in."""
+    card = SpaceCard(template.read_text(encoding="utf-8"))
+    data: Any = card.data  # its fields are made as they are set
+    data.title = f"{repo_id.rpartition('/')[2]} beside its parent"
+    data.models = [repo_id, *([record.base_model] if "/" in record.base_model else [])]
+    return str(card)
