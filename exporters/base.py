@@ -51,6 +51,8 @@ class Written:
     """Runs the staged artefact and returns that distance; None where this machine cannot run it."""
     unchecked: str = ""
     """Why `measure` is None, in one sentence."""
+    remark: str = ""
+    """What a user of the artefact should know, in one sentence."""
 
 
 class Writer(Protocol):
@@ -77,6 +79,8 @@ class ExportRecord:
     """Largest distance of a logit from PyTorch's float32, measured before the export was put in its place."""
     unchecked: str
     """Why `max_difference` is None; empty where it is not."""
+    remark: str
+    """What a user of the artefact should know; empty where there is nothing."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -183,6 +187,7 @@ def export_model(
             tolerance=allowed,
             max_difference=difference,
             unchecked=written.unchecked,
+            remark=written.remark,
         )
         (staging / FILE_NAME).write_text(sidecar.to_json(), encoding="utf-8")
     return output

@@ -116,3 +116,11 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         queries_per_group=first.num_attention_heads // first.num_key_value_heads,
         dense=Plan(tuple(LayerWidths(c.intermediate_size, c.num_key_value_heads) for c in layers)),
     )
+
+
+def block_rows(shape: ModelShape, kept: LayerWidths, block: Block) -> int:
+    """Count the output rows that a block of this kind has in a layer of widths `kept`."""
+    if block == "channel":
+        return kept.intermediate_size
+    heads = shape.queries_per_group if block == "query" else 1
+    return kept.num_key_value_heads * heads * shape.head_dim

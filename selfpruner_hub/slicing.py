@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from selfpruner_hub.architectures import Block, architecture_of, decoder_layers, linear, model_class, shape_of
+from selfpruner_hub.architectures import (
+    Block,
+    architecture_of,
+    block_rows,
+    decoder_layers,
+    linear,
+    model_class,
+    shape_of,
+)
 from selfpruner_hub.calibration import LayerStatistics
 from selfpruner_hub.importance import LayerOrder
 from selfpruner_hub.modeling_selfpruned import WIDTHS, LayerConfig
@@ -232,15 +240,14 @@ def _cut(
     for projection in architecture.inputs:
         spans, offset = [], 0
         for block in projection.blocks:
-            unit = _unit(shape, block)
-            spans.append((offset, _count(kept, block) * unit))
-            offset += _count(full, block) * unit
+            spans.append((offset, block_rows(shape, kept, block)))
+            offset += block_rows(shape, full, block)
         for name in (f"{projection.path}.weight", f"{projection.path}.bias"):
             if name in tensors:
                 views = [tensors[name].narrow(0, *span) for span in spans]
                 tensors[name] = views[0] if len(views) == 1 else torch.cat(views)
     for path, columns in (
-        (architecture.attention_output, kept.num_key_value_heads * _unit(shape, "query")),
+        (architecture.attention_output, block_rows(shape, kept, "query")),
         (architecture.ffn_output, kept.intermediate_size),
     ):
         name = f"{path}.weight"
@@ -258,10 +265,6 @@ def units(widths: LayerWidths, part: Part) -> int:
 
 def _unit(shape: ModelShape, block: Block) -> int:
     return {"query": shape.queries_per_group * shape.head_dim, "key_value": shape.head_dim, "channel": 1}[block]
-
-
-def _count(widths: LayerWidths, block: Block) -> int:
-    return widths.intermediate_size if block == "channel" else widths.num_key_value_heads
 
 
 def _indices(order: LayerOrder, block: Block) -> Tensor:

@@ -24,6 +24,11 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from selfpruner_hub.architectures import shape_of
+from selfpruner_hub.budget import Budget, Rates
+from selfpruner_hub.importance import LayerOrder
+from selfpruner_hub.slicing import Slicer, slice_model
+
 GQA = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -52,15 +57,26 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 """One configuration per row of the architecture table, and MHA with tied embeddings."""
 
 
-def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     """Build the model `name` of `CONFIGS` with random weights, biases included, far enough from zero to matter."""
     torch.manual_seed(seed)
     config = CONFIGS[name]
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](type(config).from_dict(config.to_dict())).eval()
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](type(config).from_dict({**config.to_dict(), **changes})).eval()
     for key, parameter in model.named_parameters():
         if "norm" not in key:
             torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def tiny_pruned(name: str, **changes: object) -> PreTrainedModel:
+    """Cut a tiny model so that every layer differs, in attention and FFN, and one is whole; no repair."""
+    dense = tiny_model(name, **changes)
+    shape = shape_of(dense.config)
+    order = [
+        LayerOrder(torch.arange(w.num_key_value_heads), torch.arange(w.intermediate_size)) for w in shape.dense.layers
+    ]
+    plan = Budget(shape, 0.3).project(Rates((0.0, 0.5, 0.25, 0.6), (0.0, 0.3, 0.5, 0.2)))
+    return slice_model(Slicer(dense, order, None), plan)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,128 @@
+"""llama.cpp in this process: GGUF files run, timed and compared with PyTorch."""
+
+from __future__ import annotations
+
+import json
+import math
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError
+
+try:
+    import xllamacpp
+except ImportError:
+    xllamacpp = None
+
+EXTRA = 'pip install "selfpruner-hub[gguf]"'
+PROMPTS = (24, 9, 1)
+"""Lengths of the prompts of a comparison, in tokens."""
+STEPS = 5
+LIKELIEST = 64
+"""Tokens whose log-probabilities are compared at each step: llama.cpp's likeliest."""
+PROBE = (
+    "In 1984 the café's 3,141 guests didn't say: \"It's 50% off!\"\n\n  They'd ask\tfor naïve Überraschungen, "
+    "漢字とかな, Привет мир and 🚀🙂.\r\n    return x != 10_000;  "
+)
+"""Text on which the tokenizers are compared."""
+
+
+class LlamaCpp:
+    """A GGUF file behind llama.cpp's server, one sequence at a time, without a cache of prompts.
+
+    Args:
+        path: The file.
+        context: Longest sequence, in tokens.
+        threads: Of the CPU; None takes as many as PyTorch does.
+        exact: Keep keys and values in float32, and attend in float32; llama.cpp's flash attention rounds to float16.
+
+    Raises:
+        MissingExtraError: xllamacpp is not installed.
+        ModelError: llama.cpp cannot load the file.
+    """
+
+    def __init__(self, path: Path, context: int, threads: int | None = None, *, exact: bool = False) -> None:
+        if xllamacpp is None:
+            raise MissingExtraError("xllamacpp", "gguf")
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx, parameters.n_parallel = context, 1
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads or torch.get_num_threads()
+        parameters.cache_prompt, parameters.cache_ram_mib = False, 0
+        parameters.verbosity = -1
+        if exact:
+            parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        try:
+            self._server = xllamacpp.Server(parameters)
+        except Exception as error:  # xllamacpp raises bare RuntimeErrors
+            raise ModelError(f"llama.cpp cannot load {str(path)!r}.", "Export the model again.") from error
+
+    def complete(self, prompt: Sequence[int], new_tokens: int, **options: Any) -> dict[str, Any]:
+        """Write greedy tokens after a prompt.
+
+        Args:
+            prompt: Token ids.
+            new_tokens: How many are written, unless an end-of-text token comes first.
+            **options: Of llama.cpp's completion requests, such as `ignore_eos` and `n_probs`.
+
+        Returns:
+            llama.cpp's reply: `choices`, and `timings` (`prompt_ms`, `predicted_ms`, `predicted_n`, …).
+        """
+        request = {"prompt": list(prompt), "n_predict": new_tokens, "samplers": ["top_k"], "top_k": 1}
+        return dict(self._server.handle_completions({**request, "cache_prompt": False, **options}))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Read text as token ids, with the special tokens that the file's tokenizer adds."""
+        body = json.dumps({"content": text, "add_special": True}).encode()
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return list(json.load(reply)["tokens"])
+
+
+@torch.inference_mode()
+def log_probability_difference(
+    model: PreTrainedModel, path: Path, longest: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> float:
+    """Compare a GGUF file, as llama.cpp runs it, with the PyTorch model: prompts of random tokens, then greedy steps.
+
+    Args:
+        model: The PyTorch model.
+        path: The file.
+        longest: Tokens as far as which the two are the same function.
+        tokenizer: Compared with the file's on a text, too; None where the file's is known to differ.
+
+    Returns:
+        The largest distance between two log-probabilities of a token.
+
+    Raises:
+        ExportError: llama.cpp reads the text as other tokens.
+    """
+    run = LlamaCpp(path, max(PROMPTS) + STEPS + 8, exact=True)
+    if tokenizer is not None and run.tokenize(PROBE) != tokenizer(PROBE)["input_ids"]:
+        raise ExportError(
+            "llama.cpp's tokenizer reads text as other tokens than the model's does.",
+            "Give the parent's GGUF file as tokenizer_from, or export to onnx.",
+        )
+    generator = torch.Generator().manual_seed(0)
+    differences: list[float] = []
+    for length in PROMPTS:
+        length = min(length, longest - STEPS)
+        ids = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
+        for _ in range(STEPS):
+            expected = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+            # One token a request, each on the cache of the last one: in a longer reply, llama.cpp leaves out tokens
+            # that end within a character.
+            reply = run.complete(ids, 1, n_probs=LIKELIEST, cache_prompt=True)["choices"][0]["logprobs"]
+            steps = reply["content"] if reply else []
+            found = [(entry["id"], entry["logprob"]) for step in steps for entry in step["top_logprobs"]]
+            differences += [abs(expected[index].item() - value) for index, value in found]
+            ids.append(int(expected.argmax()))
+    return max(differences) if differences and all(map(math.isfinite, differences)) else math.nan

@@ -1,0 +1,101 @@
+"""A zero-padded twin under the stock architecture, for runtimes that know no layers of their own widths.
+
+It loads anywhere without remote code and computes the same logits. It brings no speed: the zeros are multiplied.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import CONFIG_MAPPING
+
+from exporters.base import Written, logit_difference, one_of
+from exporters.padding import padded_state
+from selfpruner_hub.architectures import architecture_of, decoder_layers, shape_of
+from selfpruner_hub.plan import LayerWidths
+
+WIDTHS = ("widest", "dense")
+TOLERANCES = {"float32": 1e-4, "float16": 0.1, "bfloat16": 1.0}
+"""Allowed distance of a logit from PyTorch's float32, for each dtype that the twin is saved in."""
+REMARK = "A padded twin runs anywhere and brings no speed: it is as large as its widest layer, all the way."
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    staging: Path,
+    *,
+    width: str = "widest",
+    dtype: str = "float32",
+) -> Written:
+    """Save the twin, and compare it, reloaded by the stock class, with the PyTorch model.
+
+    Args:
+        model: A dense or pruned model, float32, on the CPU.
+        tokenizer: Stands in `staging` already.
+        staging: Where the model goes.
+        width: FFN width of every layer: `"widest"` of the layers, or that of the `"dense"` model. Attention always
+            gets the dense heads, since many runtimes derive the size of a head from their number.
+        dtype: Of the saved weights: `"float32"`, `"float16"` or `"bfloat16"`.
+
+    Returns:
+        What was written.
+    """
+    one_of("dtype", dtype, tuple(TOLERANCES))
+    twin = padded_model(model, one_of("width", width, WIDTHS))
+    twin.to(getattr(torch, dtype)).save_pretrained(staging)
+    return Written(
+        options={"width": width, "dtype": dtype},
+        libraries=(),
+        tolerance=TOLERANCES[dtype],
+        measure=partial(_difference, model, staging),
+        remark=REMARK,
+    )
+
+
+def padded_model(model: PreTrainedModel, width: str = "widest") -> PreTrainedModel:
+    """Build the twin of a model, whose tensors it shares where nothing is added.
+
+    Args:
+        model: Dense or pruned.
+        width: `"widest"` or `"dense"`.
+
+    Returns:
+        A model of the stock class, in eval mode.
+    """
+    shape = shape_of(model.config)
+    config = _stock_config(model.config, max(w.intermediate_size for w in shape.dense.layers), width)
+    target = LayerWidths(config.intermediate_size, config.num_key_value_heads)
+    with torch.device("meta"):
+        twin = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+    state = {k: v for k, v in model.state_dict().items() if ".layers." not in k}
+    prefix = next(name for name, module in twin.named_modules() if module is decoder_layers(twin))
+    for index, (layer, own) in enumerate(zip(decoder_layers(model), shape.dense.layers, strict=True)):
+        padded = padded_state(layer, model.config, own, target)
+        state.update({f"{prefix}.{index}.{name}": tensor for name, tensor in padded.items()})
+    twin.load_state_dict(state, assign=True, strict=True)
+    twin.tie_weights()
+    for name, buffer in model.named_buffers():  # rotary frequencies are not in the state dict
+        twin.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer
+    if model.generation_config is not None:
+        twin.generation_config = model.generation_config
+    return twin.eval()
+
+
+def _stock_config(config: PreTrainedConfig, widest: int, width: str) -> PreTrainedConfig:
+    """The dense configuration under the stock `model_type`, with the twin's FFN width."""
+    values: dict[str, Any] = config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
+        values.pop(key, None)
+    if width == "widest":
+        values["intermediate_size"] = widest
+    return CONFIG_MAPPING[architecture_of(config).model_type](**{**values, "head_dim": shape_of(config).head_dim})
+
+
+def _difference(model: PreTrainedModel, directory: Path) -> float:
+    twin: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
+    return logit_difference(model, twin.eval())

@@ -1,0 +1,226 @@
+"""GGUF files: what llama.cpp computes from them is what PyTorch computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from gguf import GGUFReader
+from tiny import CONFIGS, tiny_model, tiny_pruned
+from trained import VOCABULARY, trained_tokenizer
+
+from exporters import llama_cpp
+from exporters.base import export, export_model, read_export
+from exporters.llama_cpp import LlamaCpp, log_probability_difference
+from exporters.to_gguf import DTYPES, WRITABLE, write
+from selfpruner_hub.architectures import shape_of
+from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError, UnsupportedArchitectureError, UserError
+
+ROPE = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"factor": 4.0},
+}
+CASES = {
+    **{name: {} for name, config in CONFIGS.items() if config.model_type in WRITABLE},
+    "llama llama3": {"mlp_bias": True, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **ROPE["llama3"]}},
+    "mistral linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, **ROPE["linear"]}},
+}
+EXPECTED = {"f32": 5e-5, "f16": 0.02, "q8_0": 0.5}
+"""Measured at most: 7e-6, 0.009 and 0.29."""
+
+
+def built(make, case: str):
+    return make(case.split()[0], vocab_size=VOCABULARY, **CASES[case])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runtime():
+    pytest.importorskip("xllamacpp")
+
+
+def test_every_writable_architecture_has_a_case():
+    assert {CONFIGS[case.split()[0]].model_type for case in CASES} == set(WRITABLE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [tiny_model, tiny_pruned])
+@pytest.mark.parametrize("case", CASES)
+def test_log_probabilities_are_those_of_pytorch(case, make, dtype, tmp_path):
+    model = built(make, case)
+    written = write(model, trained_tokenizer(), tmp_path, dtype=dtype)
+    assert written.measure() <= EXPECTED[dtype] <= written.tolerance
+    reader = GGUFReader(tmp_path / f"model-{dtype}.gguf")
+    arch = reader.fields["general.architecture"].contents()
+    assert arch == ("llama" if make is tiny_model else "deci")
+    if arch == "deci":
+        widths = [w.intermediate_size for w in shape_of(model.config).dense.layers]
+        written_widths = reader.fields["deci.feed_forward_length"].contents()
+        multiple = 32 if dtype == "q8_0" else 1
+        assert written_widths == [-(-width // multiple) * multiple for width in widths]
+        assert len(set(widths)) > 1
+
+
+def test_the_comparison_notices_a_wrong_file(tmp_path):
+    """A model with other weights, or another rotary base, is told apart."""
+    model = built(tiny_pruned, "llama")
+    write(model, trained_tokenizer(), tmp_path, dtype="f32")
+    path = tmp_path / "model-f32.gguf"
+    assert log_probability_difference(model, path, 64) < 1e-4
+    other = built(tiny_pruned, "llama")
+    other.model.layers[2].mlp.down_proj.weight.data[0, 0] += 0.5
+    assert log_probability_difference(other, path, 64) > 1e-3
+    turned = tiny_pruned("llama", vocab_size=VOCABULARY, rope_parameters={"rope_type": "default", "rope_theta": 2e4})
+    assert log_probability_difference(turned, path, 64) > 1e-3
+
+
+def test_tied_embeddings_are_stored_once(tmp_path):
+    write(built(tiny_pruned, "llama-mha-tied"), trained_tokenizer(), tmp_path, dtype="f32")
+    names = {tensor.name for tensor in GGUFReader(tmp_path / "model-f32.gguf").tensors}
+    assert "token_embd.weight" in names
+    assert "output.weight" not in names
+    write(built(tiny_pruned, "llama"), trained_tokenizer(), tmp_path, dtype="f16")
+    assert "output.weight" in {tensor.name for tensor in GGUFReader(tmp_path / "model-f16.gguf").tensors}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma", "gemma2", "gemma3"])
+def test_other_architectures_are_refused(name, tmp_path):
+    with pytest.raises(UnsupportedArchitectureError, match="llama, mistral, qwen2, phi3"):
+        write(tiny_model(name), trained_tokenizer(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_act": "gelu"}, "not gelu"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn rotary"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "dynamic rotary"),
+    ],
+)
+def test_what_deci_computes_otherwise_is_refused(changes, says, tmp_path):
+    with pytest.raises(UnsupportedArchitectureError, match=says):
+        write(tiny_model("llama", **changes), trained_tokenizer(), tmp_path)
+
+
+def test_partial_rotation_is_refused(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    model = tiny_model("phi3", hidden_size=64, rope_parameters=rope)
+    with pytest.raises(UnsupportedArchitectureError, match="partial rotary"):
+        write(model, trained_tokenizer(), tmp_path)
+
+
+def test_mistakes(tmp_path):
+    model = built(tiny_pruned, "llama")
+    with pytest.raises(UserError, match="Unknown dtype 'q4_0'.*f32, f16, q8_0"):
+        write(model, trained_tokenizer(), tmp_path, dtype="q4_0")
+    with pytest.raises(UserError, match="tokenizer, and there is none"):
+        write(model, None, tmp_path)
+    with pytest.raises(ModelError, match="not a readable GGUF file"):
+        write(model, None, tmp_path, tokenizer_from=str(tmp_path))
+
+
+def test_an_export_and_its_record(tmp_path):
+    directory = tmp_path / "model"
+    built(tiny_model, "qwen2").save_pretrained(directory)
+    trained_tokenizer().save_pretrained(directory)
+    export(directory, "gguf", tmp_path / "out", dtype="q8_0")
+    record = read_export(tmp_path / "out", "gguf")
+    assert record.options == {"dtype": "q8_0", "tokenizer_from": None}
+    assert 1e-3 < record.max_difference <= record.tolerance
+    assert {"gguf", "xllamacpp"} <= set(record.versions)
+    assert (tmp_path / "out" / "model-q8_0.gguf").is_file()
+
+
+def test_nothing_is_left_of_an_export_that_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr("exporters.to_gguf._rope_factors", lambda rotary, theta: torch.full_like(rotary.inv_freq, 3.0))
+    with pytest.raises(ExportError, match="differs from the PyTorch model"):
+        export_model(built(tiny_pruned, "llama"), trained_tokenizer(), "gguf", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        export_model(built(tiny_pruned, "llama"), trained_tokenizer(), "gguf", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_tokenizer_than_the_files_is_noticed(tmp_path):
+    model = built(tiny_pruned, "llama")
+    write(model, trained_tokenizer("gpt-2"), tmp_path, dtype="f32")
+    with pytest.raises(ExportError, match="reads text as other tokens"):
+        log_probability_difference(model, tmp_path / "model-f32.gguf", 64, trained_tokenizer("qwen2"))
+
+
+def test_without_xllamacpp(tmp_path, monkeypatch):
+    """The file is written all the same, and the record says that nobody has run it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(llama_cpp, "xllamacpp", None)
+    written = write(built(tiny_pruned, "llama"), trained_tokenizer(), tmp_path)
+    assert written.measure is None
+    assert "selfpruner-hub[gguf]" in written.unchecked
+    with pytest.raises(MissingExtraError, match="xllamacpp is not installed"):
+        LlamaCpp(tmp_path / "model-f16.gguf", 64)
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from exporters.llama_cpp import LlamaCpp
+from selfpruner_hub.errors import ModelError
+for path in sys.argv[1:]:
+    try:
+        LlamaCpp(Path(path), 64)
+    except ModelError as error:
+        print(error)
+"""
+
+
+def test_a_truncated_file_is_one_line(tmp_path):
+    """In a process of its own: llama.cpp is C++, and could take the test session with it."""
+    write(built(tiny_pruned, "llama"), trained_tokenizer(), tmp_path)
+    content = (tmp_path / "model-f16.gguf").read_bytes()
+    paths = [tmp_path / f"{index}.gguf" for index in range(4)]
+    for path, kept in zip(paths, (0, 40, 0.3 * len(content), 0.99 * len(content)), strict=True):
+        path.write_bytes(content[: int(kept)])
+    done = subprocess.run([sys.executable, "-c", LOAD, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.splitlines() == [f"llama.cpp cannot load {str(p)!r}. Export the model again." for p in paths]
+
+
+PROMPTS = (
+    "The Eiffel Tower is a wrought-iron lattice tower in Paris. It is named after",
+    "Here is a simple recipe for bread:\n1. Mix 500 g of flour with",
+    "Once upon a time there was a little fox who",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beta", [None, 0.3, 0.5])
+def test_the_real_model_writes_the_same_text(beta, real_pruner, tmp_path):
+    """SmolLM2, dense and pruned: 48 greedy tokens after three prompts, each within 1e-3 of PyTorch in float32."""
+    settings = {"data": "self", "window": 128, "calibration_tokens": 2048, "fitness_tokens": 512, "progress": False}
+    pruned = None if beta is None else real_pruner.prune(beta, evaluations=0, seeds=("uniform",), **settings)
+    model = (real_pruner.model if pruned is None else pruned.model).float()
+    differences = {}
+    for dtype, allowed in (("f32", 1e-3), ("f16", 0.05), ("q8_0", 1.0)):
+        export_model(model, real_pruner.tokenizer, "gguf", tmp_path / dtype, dtype=dtype)
+        differences[dtype] = read_export(tmp_path / dtype).max_difference
+        assert differences[dtype] < allowed, differences
+    run = LlamaCpp(tmp_path / "f32" / "model-f32.gguf", 256, exact=True)
+    for text in PROMPTS:
+        ids = real_pruner.tokenizer(text)["input_ids"]
+        steps = run.complete(ids, 48, n_probs=1, ignore_eos=True)["choices"][0]["logprobs"]["content"]
+        written = [step["id"] for step in steps]
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids + written[:-1]])).logits[0, len(ids) - 1 :].log_softmax(-1)
+        assert len(written) == 48
+        assert written == expected.argmax(-1).tolist()
+        found = torch.tensor([step["logprob"] for step in steps])
+        torch.testing.assert_close(found, expected.max(-1).values, atol=1e-3, rtol=0)
