@@ -1,24 +1,29 @@
 """Who searches better: the model itself, evolution or random, from the same seeds with equal evaluations.
 
-Run: python benchmarks/search.py SEARCH_TEXT UNSEEN_TEXT BETA
-(here: WikiText-2 raw, articles a for calibration and search, articles b as the unseen text; β = 0.3 and 0.5)
+Run: python benchmarks/search.py SEARCH_TEXT UNSEEN_TEXT BETA [METHODS]
+(here: WikiText-2 raw, articles a for calibration and search, articles b as the unseen text; β = 0.3 with all methods,
+0.5 with self,evolution,random)
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
-import time
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
 from protocol import write
 
 from selfpruner_hub.budget import Budget
 from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.corpus import consecutive_windows, load_corpus
 from selfpruner_hub.demo import NAME, load_embedded
-from selfpruner_hub.evaluation import divergence, perplexity, teach, with_layers
+from selfpruner_hub.evaluation import label_loss, mean_losses, teach, teacher_loss, with_layers
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
@@ -26,87 +31,124 @@ from selfpruner_hub.pruner import SENSITIVITY_TOKENS
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.model_proposer import ModelProposer
-from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer
+from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
 from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
 from selfpruner_hub.slicing import Slicer, ordered
 
-WINDOW, CALIBRATION, FITNESS, UNSEEN = 512, 131_072, 16_384, 32
-EVALUATIONS, SEEDS = 20, (0, 1, 2)
-SCHEDULE = Schedule(EVALUATIONS, population=4, crossover=8, mutation=8)
+WINDOW, CALIBRATION, FITNESS, UNSEEN = 512, 65_536, 8_192, 32
+EVALUATIONS, SEEDS = 18, (0, 1, 2)
+SCHEDULE = Schedule(EVALUATIONS, population=4, crossover=8, mutation=8, probe_share=0.5)
+CHANCE = 50.0
+"""Temperature at which the model's choice among what the schema allows is all but even."""
 
 
-def main(search_text: str, unseen_text: str, beta: float) -> None:
+def proposers(pruner: Any, budget: Budget) -> dict[str, Proposer]:
+    """All who search; "chance" has the same prompts, measurements and schema as the model, and no preference."""
+    model, tokenizer = pruner.model, pruner.tokenizer
+    return {
+        "self": ModelProposer(model, tokenizer, budget, NAME),
+        "chance": ModelProposer(model, tokenizer, budget, NAME, temperature=CHANCE, name="chance"),
+        "evolution": EvolutionProposer(budget),
+        "random": RandomProposer(budget),
+    }
+
+
+class Unseen:
+    """Figures of candidates on text that nothing was chosen on; each plan is measured once."""
+
+    def __init__(self, slicer: Slicer, windows: Any) -> None:
+        self._slicer = slicer
+        self._windows = windows
+        self._losses = teacher_loss(teach(slicer.model, windows)), label_loss(windows)
+        self._known: dict[Plan, dict[str, float]] = {}
+
+    def __call__(self, plan: Plan) -> dict[str, float]:
+        """KL and perplexity of a repaired plan."""
+        if plan not in self._known:
+            self._known[plan] = self.of(self._slicer.layers(plan))
+        return self._known[plan]
+
+    def of(self, layers: Any) -> dict[str, float]:
+        """KL and perplexity of any decoder layers."""
+        with with_layers(self._slicer.model, layers) as model:
+            kl, entropy = mean_losses(model, self._windows, *self._losses)
+        return {"unseen_kl": round(kl, 4), "unseen_perplexity": round(math.exp(entropy), 2)}
+
+
+def draw(rows: Sequence[dict[str, Any]], beta: float, path: Path) -> None:
+    """The best fitness so far against the evaluations spent, a line a run."""
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    colours = dict(zip(("self", "chance", "evolution", "random"), ("C0", "C2", "C1", "C7"), strict=True))
+    for method, colour in colours.items():
+        runs = [row["curve"] for row in rows if row["method"] == method]  # none where the method was left out
+        for number, curve in enumerate(runs):
+            x, y = np.array(curve).T
+            axes.step(x, y, where="post", color=colour, alpha=0.8, label=method if number == 0 else None)
+    axes.set_xlabel("full-evaluation equivalents")
+    axes.set_ylabel("KL on the search text, best so far")
+    axes.set_title(f"SmolLM2-135M-Instruct, β = {beta:g}")
+    axes.legend()
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]) -> None:
     """Run every proposer with every seed, and measure what it found on unseen text."""
     pruner = load_embedded()
     model, tokenizer = pruner.model, pruner.tokenizer
     corpus = load_corpus(search_text, tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, held_out = corpus.split(CALIBRATION, FITNESS)
-    unseen = consecutive_windows(unseen_text, tokenizer, WINDOW, UNSEEN).windows
     sensitivity = output_sensitivity(model, calibration.windows[: SENSITIVITY_TOKENS // WINDOW])
     known = calibrate(model, calibration.windows)
     order = rank(model, known)
     rows: list[dict[str, Any]] = []
+
+    def add(**row: Any) -> None:
+        rows.append(row)
+        print({key: value for key, value in row.items() if key != "curve"}, flush=True)
+
     with ordered(model, order):
         slicer = Slicer(model, order, known)
         del known
         curves = loss_curves(sensitivity, slicer)
         fitness = Fitness(slicer, held_out.windows, "kl", curves)
-        teacher = teach(model, unseen)
-
-        def measured(layers: Any) -> dict[str, float]:
-            with with_layers(model, layers):
-                kl, value = divergence(model, unseen, teacher), perplexity(model, unseen)
-            return {"unseen_kl": round(kl, 4), "unseen_perplexity": round(value, 2)}
-
-        def add(**row: Any) -> None:
-            rows.append(row)
-            print({key: value for key, value in row.items() if key != "curve"}, flush=True)
-
-        def scored(plan: Plan) -> dict[str, float]:
-            return {"kl": round(fitness(plan), 4), **measured(slicer.layers(plan))}
-
+        score, slopes = (
+            cache(fitness),
+            cache(fitness.slopes),
+        )  # runs share plans; each pays for what it asks all the same
+        unseen = Unseen(slicer, consecutive_windows(unseen_text, tokenizer, WINDOW, UNSEEN).windows)
         budget = Budget(pruner.shape, beta)
         starts = seeds(budget, curves)
-        add(method="dense", kl=0.0, **measured(model.get_decoder().layers))
-        add(
-            method="uniform, no repair",
-            **measured(Slicer(model, order, None).layers(budget.project(starts["uniform"]))),
-        )
+        uniform = budget.project(starts["uniform"])
+        add(method="dense", kl=0.0, **unseen.of(model.get_decoder().layers))
+        add(method="uniform, no repair", **unseen.of(Slicer(model, order, None).layers(uniform)))
         for name, rates in starts.items():
-            add(method=f"seed: {name}", **scored(budget.project(rates)))
+            plan = budget.project(rates)
+            add(method=f"seed: {name}", kl=round(score(plan, 1.0), 4), **unseen(plan))
         for seed in SEEDS:
-            for proposer in (
-                ModelProposer(model, tokenizer, budget, NAME),
-                EvolutionProposer(budget),
-                RandomProposer(budget),
-            ):
-                started, journal = time.perf_counter(), Journal(None, {})
+            for name in methods:
+                proposer, journal = proposers(pruner, budget)[name], Journal(None, {})
+                probe = slopes if getattr(proposer, "reads_slopes", False) else None
                 found = search(
-                    proposer,
-                    budget,
-                    fitness,
-                    journal,
-                    schedule=SCHEDULE,
-                    seeds=starts,
-                    seed=seed,
-                    probe=fitness.slopes if getattr(proposer, "reads_slopes", False) else None,
+                    proposer, budget, score, journal, schedule=SCHEDULE, seeds=starts, seed=seed, probe=probe
                 )
                 add(
-                    method=proposer.name,
+                    method=name,
                     seed=seed,
-                    **scored(found.best.plan),
+                    kl=round(found.best.fitness, 4),
+                    **unseen(found.best.plan),
                     best_from=found.best.origin,
                     evaluations=found.spent,
                     replies=found.counts,
-                    seconds=round(time.perf_counter() - started),
                     curve=[(r["spent"], round(r["best"], 4)) for r in journal.records if r["kind"] == "round"],
                 )
-    for method in ("self", "evolution", "random"):
+    for method in methods:
         runs = [row for row in rows if row["method"] == method]
         figures = ("kl", "unseen_kl", "unseen_perplexity")
         add(method=f"{method}, median of {len(runs)}", **{f: statistics.median(r[f] for r in runs) for f in figures})
+    draw(rows, beta, Path(__file__).with_name(f"search-{beta:g}.png"))
     write(
         f"search-{beta:g}",
         f"SmolLM2-135M-Instruct, {str(model.dtype)}, β = {beta:g}; {calibration.tokens} calibration and "
@@ -119,4 +161,4 @@ def main(search_text: str, unseen_text: str, beta: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), (sys.argv[4:] or ["self,chance,evolution,random"])[0].split(","))

@@ -42,7 +42,7 @@ def cross_entropy(model: PreTrainedModel, windows: Tensor) -> float:
     Returns:
         Nats per token, at least 0.
     """
-    return _mean(model, windows, label_loss(windows))
+    return mean_losses(model, windows, label_loss(windows))[0]
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
@@ -84,7 +84,7 @@ def divergence(model: PreTrainedModel, windows: Tensor, teacher: Teacher) -> flo
     Returns:
         Nats per token, at least 0 up to rounding.
     """
-    return _mean(model, windows, teacher_loss(teacher))
+    return mean_losses(model, windows, teacher_loss(teacher))[0]
 
 
 Loss = Callable[[Tensor, int], Tensor]
@@ -116,12 +116,23 @@ def teacher_loss(teacher: Teacher) -> Loss:
     return loss
 
 
-def _mean(model: PreTrainedModel, windows: Tensor, loss: Loss) -> float:
-    total, predicted = 0.0, 0
+@torch.inference_mode()
+def mean_losses(model: PreTrainedModel, windows: Tensor, *losses: Loss) -> list[float]:
+    """Several losses in one pass over the windows.
+
+    Args:
+        model: A causal language model.
+        windows: Token ids, `[N, W]`.
+        *losses: What to measure.
+
+    Returns:
+        The mean of each per predicted token, in nats.
+    """
+    totals, predicted = [0.0] * len(losses), 0
     for first, logits in _logits(model, windows):
-        total += loss(logits, first).item()
+        totals = [total + loss(logits, first).item() for total, loss in zip(totals, losses, strict=True)]
         predicted += len(logits)
-    return total / predicted
+    return [total / predicted for total in totals]
 
 
 def _logits(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from selfpruner_hub.plan import ModelShape
+
 STEP = 0.05
 """A step of an FFN, as a fraction of its dense channels; a step of an attention is one KV group."""
 
@@ -50,3 +52,53 @@ class Slopes:
     def from_json(cls, values: dict[str, Any]) -> Slopes:
         """Undo `to_json`."""
         return cls(**{name: tuple(math.inf if x is None else float(x) for x in v) for name, v in values.items()})
+
+
+def paying_moves(slopes: Slopes, shape: ModelShape) -> dict[str, list[int]]:
+    """The small changes that pay together: what is given back gains more than what makes room for it costs.
+
+    Both are taken in order of the loss that they save or cost a weight, until the two prices meet: the knapsack over
+    one step of every part, around the plan where the slopes were measured.
+
+    Args:
+        slopes: Predicted changes of the loss.
+        shape: Geometry of the dense model.
+
+    Returns:
+        By field of `Slopes`, the layers (from 0) to change, the best first. A part of a layer goes one way only.
+    """
+    sizes = {
+        "attention": [shape.group_weights] * shape.num_layers,
+        "ffn": [step_channels(w.intermediate_size) * shape.channel_weights for w in shape.dense.layers],
+    }
+    ranked: dict[str, list[tuple[float, str, int]]] = {"removed": [], "restored": []}
+    for name, changes in vars(slopes).items():
+        part, _, way = name.partition("_")
+        sign = 1 if way == "removed" else -1
+        ranked[way] += [(sign * c / sizes[part][i], part, i) for i, c in enumerate(changes) if math.isfinite(c)]
+    removed, restored = sorted(ranked["removed"]), sorted(ranked["restored"], reverse=True)
+    found: dict[str, list[int]] = {name: [] for name in vars(slopes)}
+    taken: set[tuple[str, int]] = set()
+    spare = 0  # weights that were removed and not yet given back; below 0, those that are still to be removed
+    cost = gain = 0.0  # prices of the moves that were taken last
+    while moves := (restored if spare > 0 else removed):
+        price, part, layer = moves.pop(0)
+        if (part, layer) in taken:
+            continue
+        if moves is restored:
+            if price <= cost:
+                break
+            gain, way, sign = price, "restored", -1
+        else:
+            if price >= (gain if spare < 0 else restored[0][0] if restored else 0.0):
+                break
+            cost, way, sign = price, "removed", 1
+        taken.add((part, layer))
+        found[f"{part}_{way}"].append(layer)
+        spare += sign * sizes[part][layer]
+    return found
+
+
+def step_channels(intermediate_size: int) -> int:
+    """FFN channels of one step."""
+    return max(1, round(STEP * intermediate_size))

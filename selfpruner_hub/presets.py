@@ -37,7 +37,7 @@ class Method:
     fitness_tokens: int = 32_768
     seeds: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "blend")
     """Starting points of the search."""
-    evaluations: float = 48
+    evaluations: float = 32
     """Budget of the search, in full-evaluation equivalents."""
     population: int = 4
     """Initial proposals."""
@@ -45,12 +45,13 @@ class Method:
     """Crossover children per round."""
     mutation: int = 8
     """Mutation children per round."""
-    first_share: float = 0.125
+    first_share: float = 0.25
     """Share of the fitness windows on which every candidate is scored first."""
     survivors: float = 0.125
     """Share of a round's candidates that is scored on all windows."""
-    probe: bool = True
-    """Measure what small changes of the best plan would do, and tell it a language model that proposes."""
+    probe_share: float = 0.25
+    """Share of the fitness windows on which small changes of the best plan are measured, for a language model that
+    proposes; 0 measures none."""
     temperature: float = 1.0
     """Of a language model's proposals."""
     templates: str = ""
@@ -84,12 +85,13 @@ PRESETS = {
         tied=True,
         p_min=0.1,
         seeds=("uniform",),
+        fitness_tokens=4_096,  # 430 evaluations, each on all of them
         evaluations=430,
         population=30,
         crossover=10,
         mutation=10,
         first_share=1.0,
-        probe=False,
+        probe_share=0.0,
     ),
 }
 
@@ -138,6 +140,7 @@ def resolve(preset: str, **changes: Any) -> Method:
         ("calibration_tokens", 1, 1 << 40),
         ("fitness_tokens", 1, 1 << 40),
         ("first_share", 1e-6, 1),
+        ("probe_share", 0, 1),
         ("survivors", 0, 1),
         ("ridge", 0, 1e9),
         ("temperature", 1e-3, 100),

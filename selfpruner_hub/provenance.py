@@ -16,7 +16,7 @@ from selfpruner_hub.corpus import Corpus
 from selfpruner_hub.plan import widths_of
 from selfpruner_hub.presets import Method
 from selfpruner_hub.records import Metric, Record
-from selfpruner_hub.search import prompts
+from selfpruner_hub.search import prompts, replies
 from selfpruner_hub.search.outcome import Outcome
 from selfpruner_hub.search.proposers import Proposer
 
@@ -59,7 +59,7 @@ def fingerprint(
         "seed": seed,
         "proposer": proposer.name,
         **method.record(),
-        "prompts": [prompts.template(operation, method.template_directory) for operation in prompts.PARENTS],
+        "prompts": [prompts.template(operation, method.template_directory) for operation in replies.PARENTS],
         "data": [text.sha256 for text in texts],
     }
 

@@ -151,7 +151,7 @@ class AutoPruner:
                     schedule=_schedule(method),
                     seeds={name: rates for name, rates in seeds(budget, curves).items() if name in method.seeds},
                     seed=seed,
-                    probe=fitness_.slopes if method.probe and getattr(asked, "reads_slopes", False) else None,
+                    probe=fitness_.slopes if getattr(asked, "reads_slopes", False) else None,
                     report=_live(report, method),
                 )
                 model = slice_model(slicer, found.best.plan)
@@ -244,6 +244,7 @@ def _schedule(method: Method) -> Schedule:
         mutation=method.mutation,
         first_share=method.first_share,
         survivors=method.survivors,
+        probe_share=method.probe_share,
     )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.evaluation import Loss, head_chunks, with_layers
-from selfpruner_hub.losses import STEP, LossCurves, Slopes
+from selfpruner_hub.losses import LossCurves, Slopes, step_channels
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.slicing import PARTS, Part, Slicer, units
 
@@ -124,7 +124,7 @@ class _Change:
         self._index = index
         self._slicer = slicer
         self._kept, full = units(plan.layers[index], part), units(slicer.shape.dense.layers[index], part)
-        step = 1 if part == "attention" else max(1, round(STEP * full))
+        step = 1 if part == "attention" else step_channels(full)
         self._widths = {"removed": self._kept - step, "restored": min(self._kept + step, full)}
         self._widths = {n: w for n, w in self._widths.items() if 0 < w <= full and w != self._kept}
         self._sums = dict.fromkeys(self._widths, 0.0)

@@ -17,7 +17,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from selfpruner_hub.budget import Budget
 from selfpruner_hub.errors import ProposerError, UserError
-from selfpruner_hub.search import prompts
+from selfpruner_hub.search import prompts, replies
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 
 KEY_VARIABLE = "SELFPRUNER_API_KEY"
@@ -107,7 +107,7 @@ class EndpointProposer:
             UserError: The endpoint refuses the key, or has no such model.
         """
         prompt = prompts.render(operation, history, self._budget, self._subject, self._templates)
-        schema = prompts.schema(operation, history, self._budget)
+        schema = replies.schema(operation, history, self._budget)
         seeds = [int(seed) for seed in rng.integers(2**31, size=count)]
 
         def one(seed: int) -> Proposal:
@@ -115,7 +115,7 @@ class EndpointProposer:
                 reply, tokens = self._request(request(self._model, prompt, schema, self._temperature, seed))
             except ProposerError as error:
                 return Proposal(None, prompt=prompt, error=str(error))
-            return prompts.proposal(operation, prompt, reply, history, self._budget, tokens)
+            return replies.proposal(operation, prompt, reply, history, self._budget, tokens)
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(one, seeds))
@@ -184,7 +184,7 @@ def request(model: str, prompt: str, schema: Mapping[str, Any], temperature: flo
         "messages": [{"role": "user", "content": prompt}],
         "temperature": temperature,
         "seed": seed,
-        "max_tokens": 2_048 + 2 * len(json.dumps(prompts.example(schema))),
+        "max_tokens": 2_048 + 2 * len(json.dumps(replies.example(schema))),
         "response_format": {
             "type": "json_schema",
             "json_schema": {"name": "pruning_rates", "schema": schema, "strict": True},

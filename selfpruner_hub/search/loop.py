@@ -114,13 +114,14 @@ class _Search:
 
     def history(self) -> list[Scored]:
         """All plans scored on the first share, best first."""
-        known = (replace(s, slopes=self.slopes.get(s.plan)) for s in self.first.values())
+        best = self.incumbent().plan
+        known = (replace(s, slopes=self.slopes.get(best)) if s.plan == best else s for s in self.first.values())
         return sorted(known, key=lambda s: s.fitness)
 
     def measure_slopes(self, number: int) -> None:
         """Measure them for the incumbent, once."""
-        plan, share = self.incumbent().plan, self.schedule.first_share
-        if self.probe is None or plan in self.slopes:
+        plan, share = self.incumbent().plan, self.schedule.probe_share
+        if self.probe is None or not share or plan in self.slopes:
             return
         if plan not in self._probed:
             started = time.perf_counter()

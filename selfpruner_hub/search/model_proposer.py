@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,11 @@ from transformers import (
 
 from selfpruner_hub.budget import Budget
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.search import prompts
+from selfpruner_hub.search import prompts, replies
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 
-AT_ONCE = 4
-"""Replies written side by side: their KV caches take memory, a prompt's worth each."""
+CACHE_MEMORY = 0.75
+"""Memory for the KV caches of replies that are written side by side, as a multiple of the model's weights."""
 
 
 class ModelProposer:
@@ -78,27 +79,42 @@ class ModelProposer:
     ) -> list[Proposal]:
         """Let the model write `count` proposals after one prompt."""
         prompt = prompts.render(operation, history, self._budget, self._subject, self._templates)
-        schema = prompts.schema(operation, history, self._budget, narrow=True)
+        schema = replies.schema(operation, history, self._budget, narrow=True)
+        ids, limit = self._encode(prompt).to(self._model.device), _reply_limit(self._tokenizer, schema)
+        read = self._read(ids[:, :-1])
+        at_once = self._at_once(read, (ids.shape[1] + limit) / (ids.shape[1] - 1))
         proposals: list[Proposal] = []
         while (missing := count - len(proposals)) > 0:
-            batch = min(missing, AT_ONCE)
-            replies, tokens = self._generate(prompt, schema, batch, int(rng.integers(2**31)))
-            proposals += [
-                prompts.proposal(operation, prompt, reply, history, self._budget, tokens // batch) for reply in replies
-            ]
+            batch = min(missing, at_once)
+            written = self._write(ids, copy.deepcopy(read), limit, schema, batch, int(rng.integers(2**31)))
+            tokens = ids.shape[1] // count + written.shape[1]  # the prompt is read once for all
+            texts = self._tokenizer.batch_decode(written, skip_special_tokens=True)
+            proposals += [replies.proposal(operation, prompt, text, history, self._budget, tokens) for text in texts]
         return proposals
 
     def tell(self, scored: Sequence[Scored]) -> None:
         """Learn nothing between asks: the history in the prompt says it all."""
 
     @torch.inference_mode()
-    def _generate(self, prompt: str, schema: dict[str, Any], count: int, seed: int) -> tuple[list[str], int]:
-        ids = self._encode(prompt).to(self._model.device)
+    def _read(self, ids: Tensor) -> DynamicCache:
         cache = DynamicCache(config=self._model.config)
-        self._model.get_decoder()(ids[:, :-1], cache=cache, use_cache=True)
+        self._model.get_decoder()(ids, cache=cache, use_cache=True)
+        return cache
+
+    def _at_once(self, read: DynamicCache, growth: float) -> int:
+        """Replies whose caches, `growth` times as large at the end as `read`, fit into `CACHE_MEMORY`."""
+        layers: Any = read.layers
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        weights = sum(parameter.nbytes for parameter in self._model.parameters())
+        return max(1, int(CACHE_MEMORY * weights / (size * growth)))
+
+    @torch.inference_mode()
+    def _write(
+        self, ids: Tensor, cache: DynamicCache, limit: int, schema: dict[str, Any], count: int, seed: int
+    ) -> Tensor:
+        """Write `count` replies to a prompt that has been read, up to its last token; returns `[count, ≤ limit]`."""
         cache.batch_repeat_interleave(count)
         repeated = ids.repeat(count, 1)
-        limit = _reply_limit(self._tokenizer, schema)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             out = self._model.generate(  # type: ignore[operator]
@@ -114,8 +130,7 @@ class ModelProposer:
                 eos_token_id=self._tokenizer.eos_token_id,
                 logits_processor=LogitsProcessorList([_SchemaMask(self._grammar_tokens, schema, count)]),
             )
-        written = out[:, ids.shape[1] :]
-        return self._tokenizer.batch_decode(written, skip_special_tokens=True), ids.shape[1] + written.numel()
+        return out[:, ids.shape[1] :]
 
     def _encode(self, prompt: str) -> Tensor:
         if self._tokenizer.chat_template:
@@ -127,7 +142,7 @@ class ModelProposer:
 
 def _reply_limit(tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any]) -> int:
     """Tokens that the longest reply under the schema may take, with room to spare."""
-    longest = json.dumps(prompts.example(schema), separators=(",", ":"))
+    longest = json.dumps(replies.example(schema), separators=(",", ":"))
     return 16 + 2 * len(tokenizer(longest, add_special_tokens=False)["input_ids"])
 
 

@@ -19,6 +19,7 @@ class Schedule:
         mutation: Mutation children in a round.
         first_share: Share of the windows on which every proposal is scored, in (0, 1].
         survivors: Share of a round's proposals that is scored on all windows, when `first_share` is less than 1.
+        probe_share: Share of the windows on which small changes of the best plan are measured, in [0, 1]; 0: none.
         attempts: Times that a proposer is asked before a classical child takes the place of a bad reply.
     """
 
@@ -26,8 +27,9 @@ class Schedule:
     population: int = 4
     crossover: int = 4
     mutation: int = 4
-    first_share: float = 0.125
+    first_share: float = 0.25
     survivors: float = 0.125
+    probe_share: float = 0.25
     attempts: int = 2
 
     def rounds(self) -> Iterator[tuple[int, Operation, int]]:
@@ -36,7 +38,7 @@ class Schedule:
             yield 1, "initial", self.population
         number = 2
         while True:
-            for operation, count in (("crossover", self.crossover), ("mutation", self.mutation)):
+            for operation, count in (("mutation", self.mutation), ("crossover", self.crossover)):
                 if count:
                     yield number, operation, count  # type: ignore[misc]
                     number += 1
