@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -12,18 +11,16 @@ from typing import Any
 
 import torch
 
+from exporters.machine import processor
+
 
 def write(name: str, protocol: str, results: Any) -> None:
     """Write `benchmarks/NAME.json` and say so."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
     path = Path(__file__).with_name(f"{name}.json")
     content = {
         "protocol": protocol,
         "date": date.today().isoformat(),
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "shared": True},
+        "machine": {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "shared": True},
         "versions": {name: version(name) for name in ("selfpruner-hub", "torch", "transformers")},
         "results": results,
     }

@@ -1,4 +1,4 @@
-"""Latency of two models side by side: interleaved, after a warm-up, medians and spread."""
+"""Latency of models side by side: interleaved, after a warm-up, medians and spread."""
 
 from __future__ import annotations
 
@@ -6,15 +6,64 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One pass over a prompt and the tokens after it."""
+
+    prefill: float
+    """Milliseconds from the prompt to its first new token."""
+    decode: float
+    """Milliseconds per further token, the mean of the pass."""
+
+
+class Runner(Protocol):
+    """A model that is loaded and can be timed."""
+
+    def measure(self, ids: Tensor, new_tokens: int) -> Measured:
+        """Read prompts `[B, P]`, then write greedy tokens one at a time, past any end of text."""
+        ...
+
+
+class CausalLMRunner:
+    """Anything that is called as a causal language model of transformers is.
+
+    Args:
+        model: The model.
+        device: Where its inputs go.
+    """
+
+    def __init__(self, model: Callable[..., Any], device: torch.device | str = "cpu") -> None:
+        self.model = model
+        self.device = torch.device(device)
+
+    @torch.inference_mode()
+    def measure(self, ids: Tensor, new_tokens: int) -> Measured:
+        """Time a pass; `Runner` says of what."""
+        ids = ids.to(self.device)
+        start = self._now()
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1:].argmax(-1)
+        read = self._now()
+        for _ in range(new_tokens):
+            out = self.model(input_ids=token, cache=out.cache, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+        return Measured(1000 * (read - start), 1000 * (self._now() - read) / new_tokens)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one thing that was timed."""
+    """A quantity over several runs."""
 
     median: float
     spread: float
@@ -22,62 +71,39 @@ class Timing:
     runs: int
 
 
-def interleaved(calls: Sequence[Callable[[], object]], *, runs: int = 7, warmup: int = 2) -> list[Timing]:
-    """Time some calls in turn (A B A B …), so that a machine whose speed drifts treats them alike.
+def timing(values: Sequence[float]) -> Timing:
+    """Summarise at least two values."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return Timing(round(middle, 4), round(high - low, 4), len(values))
+
+
+def interleaved(
+    runners: Sequence[Runner],
+    ids: Tensor,
+    new_tokens: int,
+    *,
+    runs: int = 7,
+    warmup: int = 2,
+    progress: Callable[[], object] = lambda: None,
+) -> list[list[Measured]]:
+    """Run models in turn (A B A B …), so that a machine whose speed drifts treats them alike.
 
     Args:
-        calls: What to time.
-        runs: Counted runs of each, at least 2.
-        warmup: Runs of each before counting.
+        runners: The models, of one vocabulary.
+        ids: Prompts, `[B, P]`.
+        new_tokens: Tokens after each, at least 1.
+        runs: Counted passes of each model, at least 2.
+        warmup: Passes of each before counting.
+        progress: Called after every pass.
 
     Returns:
-        One timing per call.
+        Per model, its counted passes in order; the passes of one place were neighbours in time.
     """
-    for call in calls:
-        for _ in range(warmup):
-            call()
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(runs):
-        for call, taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(1000 * (time.perf_counter() - start))
-    return [_timing(taken) for taken in times]
-
-
-def _timing(taken: list[float]) -> Timing:
-    low, middle, high = statistics.quantiles(taken, n=4)
-    return Timing(round(middle, 3), round(high - low, 3), len(taken))
-
-
-@torch.inference_mode()
-def prefill_and_decode(
-    models: Sequence[PreTrainedModel], prompt: Tensor, new_tokens: int = 16, runs: int = 7
-) -> list[dict[str, Timing]]:
-    """Time reading a prompt and writing tokens after it, for each model, interleaved.
-
-    Args:
-        models: Causal language models with one vocabulary.
-        prompt: Token ids, `[B, P]`.
-        new_tokens: Greedy tokens after the prompt, for the decode figure (per token).
-        runs: Counted runs.
-
-    Returns:
-        Per model, `prefill` (ms per prompt batch) and `decode` (ms per step).
-    """
-
-    def read(model: PreTrainedModel) -> Callable[[], object]:
-        return torch.inference_mode()(lambda: model(prompt.to(model.device), logits_to_keep=1, use_cache=True))
-
-    def write(model: PreTrainedModel) -> Callable[[], object]:
-        def steps() -> None:
-            out = model(prompt[:, :1].to(model.device), logits_to_keep=1, use_cache=True)
-            for _ in range(new_tokens):
-                out = model(out.logits[:, -1:].argmax(-1), cache=out.cache, logits_to_keep=1, use_cache=True)
-
-        return torch.inference_mode()(steps)
-
-    prefill = interleaved([read(model) for model in models], runs=runs)
-    decode = interleaved([write(model) for model in models], runs=runs)
-    per_step = [Timing(d.median / new_tokens, d.spread / new_tokens, d.runs) for d in decode]
-    return [{"prefill": p, "decode": d} for p, d in zip(prefill, per_step, strict=True)]
+    passes: list[list[Measured]] = [[] for _ in runners]
+    for run in range(warmup + runs):
+        for runner, taken in zip(runners, passes, strict=True):
+            measured = runner.measure(ids, new_tokens)
+            progress()
+            if run >= warmup:
+                taken.append(measured)
+    return passes

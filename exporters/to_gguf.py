@@ -102,6 +102,7 @@ def write(
     fields = _tokenizer_fields(tokenizer, tokenizer_from, model.config.vocab_size)
     path = staging / f"model-{dtype}.gguf"
     _write_file(path, model, fields, stored)
+    model.config.to_json_file(staging / "config.json")  # llama.cpp needs none; our benchmark counts from it
     longest, converted = _context_length(model.config), None if tokenizer_from else tokenizer
     measurable = importlib.util.find_spec("xllamacpp") is not None
     return Written(

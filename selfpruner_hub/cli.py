@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from selfpruner_hub import cli_benchmark
 from selfpruner_hub.errors import OutputError, SelfPrunerError, UserError
 
 
@@ -107,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FORMAT",
         help="export to these first, into DIR, and publish them too: onnx, gguf, …",
     )
+
+    benchmark = _verb(verbs, "benchmark", _benchmark, "time a pruned model beside its dense parent, in any runtime")
+    cli_benchmark.add_arguments(benchmark)
 
     plot = _verb(verbs, "plot", _plot, "draw the search curve, the population and the final rates")
     plot.add_argument("directory", metavar="RUN_OR_DIR", type=Path, help="what holds search.jsonl")
@@ -248,6 +252,10 @@ def _push(options: argparse.Namespace) -> None:
     print(done.url if done.changed else f"{done.url} (it was up to date)")
     if done.space:
         print(done.space)
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    print(cli_benchmark.run(options))
 
 
 def _plot(options: argparse.Namespace) -> None:

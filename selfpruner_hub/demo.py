@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import runpy
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from exporters.latency import prefill_and_decode
+from exporters.latency import CausalLMRunner, interleaved, timing
 from selfpruner_hub.cards import asset
 from selfpruner_hub.corpus import sample_windows
-from selfpruner_hub.errors import MissingExtraError, ModelError
+from selfpruner_hub.errors import MissingExtraError, ModelError, SelfPrunerError
 from selfpruner_hub.evaluation import divergence, perplexity, teach
 from selfpruner_hub.provenance import count_parameters
 from selfpruner_hub.pruned_model import PrunedModel
@@ -31,6 +32,8 @@ SETTINGS: dict[str, Any] = {"data": "self", "window": 256, "calibration_tokens":
 SEARCH: dict[str, Any] = {"evaluations": 16, "population": 8, "crossover": 8, "mutation": 8}
 MEASURED_WINDOWS = 16
 """Windows of text that the dense model wrote with another seed: neither calibration nor search saw them."""
+NEW_TOKENS = 16
+"""Written after a prompt, to time a step."""
 PROMPT = "What is the capital of France? Answer in one sentence."
 
 
@@ -105,12 +108,15 @@ def open_space(directory: str) -> None:
     Raises:
         MissingExtraError: gradio is not installed.
         SavedModelError: It is not a pruned model.
+        SelfPrunerError: The app failed.
     """
     if importlib.util.find_spec("gradio") is None:
         raise MissingExtraError("gradio", "space")
     read_record(resolve_directory(directory))
-    os.environ["PRUNED_MODEL"] = directory
-    runpy.run_path(str(asset("spaces") / "app.py"), run_name="__main__")
+    name = str(Path(directory).resolve()) if Path(directory).is_dir() else directory
+    app = [sys.executable, str(asset("spaces") / "app.py")]  # a process of its own, as in a Space
+    if subprocess.run(app, env={**os.environ, "PRUNED_MODEL": name}, check=False).returncode:
+        raise SelfPrunerError("The demo stopped with an error.", "What it said stands above.")
 
 
 def table(pruner: AutoPruner, uniform: PrunedModel, searched: PreTrainedModel) -> str:
@@ -118,13 +124,11 @@ def table(pruner: AutoPruner, uniform: PrunedModel, searched: PreTrainedModel) -
     models = {"dense": pruner.model, "uniform": uniform.model, "searched": searched}
     windows = sample_windows(pruner.model, MEASURED_WINDOWS, SETTINGS["window"], seed=1)
     teacher = teach(pruner.model, windows)
-    timings = prefill_and_decode(list(models.values()), windows[:1])
+    passes = interleaved([CausalLMRunner(model) for model in models.values()], windows[:1], NEW_TOKENS)
+    medians = [[timing([getattr(p, k) for p in own]).median for k in ("prefill", "decode")] for own in passes]
     lines = [f"{'':10} {'parameters':>12} {'perplexity':>11} {'KL':>7} {'prefill':>17} {'decode':>17}"]
-    first = timings[0]
-    for (name, model), timing in zip(models.items(), timings, strict=True):
-        cells = [
-            f"{timing[k].median:7.1f} ms {first[k].median / timing[k].median:5.2f}×" for k in ("prefill", "decode")
-        ]
+    for (name, model), own in zip(models.items(), medians, strict=True):
+        cells = [f"{value:7.1f} ms {dense / value:5.2f}×" for value, dense in zip(own, medians[0], strict=True)]
         lines.append(
             f"{name:10} {count_parameters(model):12,} {perplexity(model, windows):11.2f} "
             f"{divergence(model, windows, teacher):7.4f} {cells[0]:>17} {cells[1]:>17}"
@@ -132,7 +136,7 @@ def table(pruner: AutoPruner, uniform: PrunedModel, searched: PreTrainedModel) -
     lines.append(
         f"perplexity and KL to dense: {windows.numel()} tokens that the dense model wrote with another seed; latency: "
         f"{str(searched.dtype).removeprefix('torch.')} on {torch.get_num_threads()} CPU threads, prompt of "
-        f"{windows.shape[1]} tokens, median of {timings[0]['prefill'].runs} interleaved runs"
+        f"{windows.shape[1]} tokens and {NEW_TOKENS} after it, median of {len(passes[0])} interleaved runs"
     )
     return "\n".join(lines)
 

@@ -27,7 +27,7 @@ LAYERS = (
     {"pruned_model"},
     {"pruner"},
     {"demo"},
-    {"cli"},
+    {"cli", "cli_benchmark"},
     {PACKAGE},  # selfpruner_hub/__init__.py
 )
 PURE = LAYERS[0]

@@ -1,0 +1,130 @@
+"""How fast pruned models are where they are served: PyTorch, ONNX Runtime and llama.cpp, beside the ideal.
+
+Run: python benchmarks/exports.py WORK [RUNTIME:DTYPE …]
+Models and exports are kept in the directory WORK and taken from there the next time. With some runtimes only (such as
+`gguf:f16`), the rows are printed and no JSON is written.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import write
+
+from exporters.base import export, read_export
+from exporters.benchmark import benchmark
+from exporters.benchmark_report import Phase
+from exporters.runtimes import RUNTIMES
+from selfpruner_hub.demo import fast_dtype, load_embedded
+from selfpruner_hub.progress import Bars
+
+FAST = str(fast_dtype()).removeprefix("torch.")
+RUNS = tuple(
+    dict.fromkeys(
+        (
+            ("torch", "float32"),
+            ("torch", FAST),
+            ("onnx", "float32"),
+            ("onnx", "int8"),
+            ("gguf", "f32"),
+            ("gguf", "f16"),
+            ("gguf", "q8_0"),
+        )
+    )
+)
+BETAS, MULTIPLES = (0.3, 0.5), (1, 32)
+PROMPTS, NEW_TOKENS, PASSES = (128, 512), 32, 9
+SETTINGS: dict[str, Any] = {"data": "self", "window": 256, "calibration_tokens": 12_288, "fitness_tokens": 4_096}
+DENSE = "dense"
+
+
+def make_models(work: Path) -> dict[str, dict[str, Any]]:
+    """Save the dense model and its uniform twins: speed depends on widths alone, so nothing need be searched."""
+    cases = {
+        f"b{100 * beta:.0f}-m{multiple}": {"beta": beta, "multiple_of": multiple}
+        for beta in BETAS
+        for multiple in MULTIPLES
+    }
+    if all((work / name / "config.json").is_file() for name in (DENSE, *cases)):
+        return cases
+    pruner = load_embedded(torch.float32)
+    for name, case in cases.items():
+        multiple = case["multiple_of"]
+        pruned = pruner.prune(case["beta"], evaluations=0, seeds=("uniform",), multiple_of=multiple, **SETTINGS)
+        pruned.save_pretrained(work / name)
+    pruner.model.save_pretrained(work / DENSE)
+    pruner.tokenizer.save_pretrained(work / DENSE)
+    return cases
+
+
+def exported(work: Path, name: str, runtime: str, dtype: str) -> tuple[Path, float | None]:
+    """The directory that a runtime loads, and how far its logits are from PyTorch's."""
+    if not RUNTIMES[runtime].exported:
+        return work / name, 0.0
+    directory = work / f"{runtime}-{dtype}" / name
+    if not directory.is_dir():
+        export(work / name, runtime, directory, dtype=dtype)
+    return directory, read_export(directory).max_difference
+
+
+def phase_row(name: str, phase: Phase) -> dict[str, float]:
+    """The figures of reading a prompt or writing a token."""
+    return {
+        f"{name}_speedup": round(phase.speedup.median, 3),
+        f"{name}_speedup_spread": round(phase.speedup.spread, 3),
+        f"{name}_ideal": round(phase.ideal, 3),
+        f"{name}_of_ideal": round(phase.speedup.median / phase.ideal, 3),
+        f"{name}_ms": round(phase.pruned.median, 2),
+        f"dense_{name}_ms": round(phase.dense.median, 2),
+    }
+
+
+def main(work: Path, only: list[str]) -> None:
+    """Time every pruned model against the dense one, in every runtime."""
+    cases, rows = make_models(work), []
+    chosen = [run for run in RUNS if not only or ":".join(run) in only]
+    for runtime, dtype in chosen:
+        dense, _ = exported(work, DENSE, runtime, dtype)
+        for name, case in cases.items():
+            directory, difference = exported(work, name, runtime, dtype)
+            with Bars() as progress:
+                report = benchmark(
+                    directory,
+                    dense,
+                    runtime,
+                    prompts=PROMPTS,
+                    new_tokens=NEW_TOKENS,
+                    runs=PASSES,
+                    dtype=dtype,
+                    progress=progress,
+                )
+            for measured in report.cases:
+                rows.append(
+                    {
+                        "runtime": runtime,
+                        "dtype": dtype,
+                        **case,
+                        "prompt": measured.prompt,
+                        **phase_row("prefill", measured.prefill),
+                        **phase_row("decode", measured.decode),
+                        "peak_mb": report.pruned.memory["peak_mb"],
+                        "dense_peak_mb": report.dense.memory["peak_mb"],
+                        "max_difference": difference,
+                    }
+                )
+                print(rows[-1], flush=True)
+    if chosen == list(RUNS):
+        write(
+            "exports",
+            f"SmolLM2-135M-Instruct, uniform FFN rates, CPU, {report.threads} threads, batch 1, {NEW_TOKENS} tokens "
+            f"after each prompt; dense and pruned in a process each, turn by turn, medians of {PASSES} passes, "
+            "speed-ups of neighbouring passes; ideal: floating-point operations of a prompt, bytes that a step reads",
+            rows,
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

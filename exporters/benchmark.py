@@ -1,0 +1,189 @@
+"""How much faster a pruned model is than its dense parent, in one runtime, beside the ideal."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from exporters import machine
+from exporters.base import FILE_NAME, export, one_of
+from exporters.benchmark_report import Case, Phase, Report, Side
+from exporters.latency import interleaved, timing
+from exporters.runtimes import RUNTIMES, Runtime, Setting
+from exporters.worker import Worker, started
+from exporters.workload import workload_of
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.loading import explain
+
+WARMUP = 2
+"""Passes of each model before those that count."""
+LIBRARIES = ("selfpruner-hub", "torch", "transformers", "onnxruntime", "xllamacpp", "tensorrt", "openvino")
+MARGIN = 8
+"""Tokens of room behind the longest sequence."""
+Progress = Callable[[str, float, float], None]
+
+
+def benchmark(
+    pruned: str | Path,
+    against: str | Path,
+    runtime: str = "torch",
+    *,
+    batches: Sequence[int] = (1,),
+    prompts: Sequence[int] = (128, 512),
+    new_tokens: int = 32,
+    runs: int = 7,
+    threads: int | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    exports: str | Path | None = None,
+    loading: dict[str, Any] | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Report:
+    """Time a pruned model and its parent, turn by turn, each in a process of its own.
+
+    Args:
+        pruned: A saved model, or an export for the runtime.
+        against: Its dense parent, or the parent's export; a directory or a Hub repository.
+        runtime: One of `RUNTIMES`. Models that are no exports for it are exported first.
+        batches: Prompts at a time.
+        prompts: Lengths of the prompts, in tokens.
+        new_tokens: Tokens written after each prompt, at least 1.
+        runs: Counted passes of each model, at least 2; two more come before them.
+        threads: Of the CPU; None takes as many as PyTorch does.
+        dtype: Of the weights, in the runtime's words; None takes its default.
+        device: `"cpu"`, or torch's name of a GPU.
+        exports: Keep the exports here, in `dense` and `pruned`; None: they are temporary.
+        loading: Keywords of transformers' `from_pretrained` for the parent: `gguf_file`, `revision`, …
+        progress: Called with (what, done, total).
+
+    Returns:
+        What was measured.
+
+    Raises:
+        UserError: An argument is wrong, a library is missing, or a model cannot be loaded or exported.
+    """
+    row = RUNTIMES[one_of("runtime", runtime, tuple(RUNTIMES))]
+    dtype = one_of("dtype", dtype or next(iter(row.dtypes)), tuple(row.dtypes))
+    _check(row, runtime, batches, prompts, new_tokens, runs)
+    threads = threads or torch.get_num_threads()
+    names = (str(against), str(pruned))
+    loadings: tuple[dict[str, Any], dict[str, Any]] = (loading or {}, {})
+    configs = [_config(name, keywords) for name, keywords in zip(names, loadings, strict=True)]
+    if configs[0].vocab_size != configs[1].vocab_size:
+        raise UserError(f"{names[0]!r} and {names[1]!r} have different vocabularies.", "Give the model's own parent.")
+    setting = Setting(threads, device, dtype, max(prompts) + new_tokens + MARGIN)
+    with contextlib.ExitStack() as stack:
+        if row.exported:
+            directory = Path(exports or stack.enter_context(tempfile.TemporaryDirectory()))
+            loaded = [
+                _exported(name, runtime, directory / side, dtype, keywords)
+                for name, side, keywords in zip(names, ("dense", "pruned"), loadings, strict=True)
+            ]
+            settings = [setting, setting]
+        else:
+            loaded, settings = list(names), [replace(setting, loading=keywords) for keywords in loadings]
+        workers = [stack.enter_context(started(runtime, name, how)) for name, how in zip(loaded, settings, strict=True)]
+        cases = [
+            _case(workers, configs, row.dtypes[dtype], batch, prompt, new_tokens, runs, progress)
+            for batch in batches
+            for prompt in prompts
+        ]
+        memory = [worker.memory() for worker in workers]
+    dense, own = (
+        Side(Path(name).name if Path(name).exists() else name, workload_of(config), used)
+        for name, config, used in zip(names, configs, memory, strict=True)
+    )
+    return Report(
+        runtime=runtime,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        machine=machine.describe(device),
+        versions=dict(_versions()),
+        dense=dense,
+        pruned=own,
+        cases=tuple(cases),
+    )
+
+
+def _check(
+    row: Runtime, runtime: str, batches: Sequence[int], prompts: Sequence[int], new_tokens: int, runs: int
+) -> None:
+    if not batches or not prompts or min(*batches, *prompts, new_tokens, 1) < 1 or runs < 2:
+        raise UserError("Batches, prompts and new tokens must be at least 1, and runs at least 2.")
+    if not row.batched and max(batches) > 1:
+        raise UserError(f"{runtime} is timed on one prompt at a time.", "Leave --batch out.")
+
+
+def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name, **{**loading, "trust_remote_code": False})
+    except Exception as error:  # transformers and the Hub client share no base class
+        raise explain(name, error) from error
+
+
+def _exported(name: str, runtime: str, output: Path, dtype: str, loading: dict[str, Any]) -> str:
+    """The directory of a model's export: its own where it is one, else a new one."""
+    if (Path(name) / FILE_NAME).is_file():
+        return name
+    return str(export(name, runtime, output, loading=loading, dtype=dtype))
+
+
+def _case(
+    workers: Sequence[Worker],
+    configs: Sequence[PreTrainedConfig],
+    sizes: tuple[float, float],
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    runs: int,
+    progress: Progress,
+) -> Case:
+    ids = torch.randint(configs[0].vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    total, done = (runs + WARMUP) * len(workers), iter(range(1, 10**9))
+    passes = interleaved(
+        workers,
+        ids,
+        new_tokens,
+        runs=runs,
+        warmup=WARMUP,
+        progress=lambda: progress(f"batch {batch}, prompt {prompt}", next(done), total),
+    )
+    work = [workload_of(config) for config in configs]
+    context = prompt + new_tokens // 2
+    flops = [w.prefill_flops(batch, prompt) for w in work]
+    read = [w.decode_bytes(batch, context, *sizes) for w in work]
+    return Case(
+        batch=batch,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        prefill=_phase([[m.prefill for m in own] for own in passes], batch * prompt, flops[0] / flops[1]),
+        decode=_phase([[m.decode for m in own] for own in passes], batch, read[0] / read[1]),
+    )
+
+
+def _phase(milliseconds: list[list[float]], tokens: int, ideal: float) -> Phase:
+    dense, pruned = (timing(values) for values in milliseconds)
+    return Phase(
+        dense=dense,
+        pruned=pruned,
+        # Of neighbours in time: what slows the machine for a while slows both.
+        speedup=timing([before / after for before, after in zip(*milliseconds, strict=True)]),
+        ideal=round(ideal, 4),
+        dense_tokens_per_second=round(1000 * tokens / dense.median, 1),
+        pruned_tokens_per_second=round(1000 * tokens / pruned.median, 1),
+    )
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for library in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            yield library, version(library)

@@ -1,0 +1,143 @@
+"""What a benchmark found: a versioned record, and the table that people read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from exporters.latency import Timing
+from exporters.workload import Workload
+from selfpruner_hub.errors import SavedModelError
+from selfpruner_hub.records import parse_versioned
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Reading a prompt, or writing one token."""
+
+    dense: Timing
+    """Milliseconds, for the whole batch."""
+    pruned: Timing
+    speedup: Timing
+    """Dense over pruned, of passes that were neighbours in time."""
+    ideal: float
+    """The ratio of the work: of the floating-point operations of a prompt, of the bytes that a step reads."""
+    dense_tokens_per_second: float
+    pruned_tokens_per_second: float
+
+    @property
+    def faster(self) -> bool:
+        """The pruned model is faster by more than the spread of the passes."""
+        return self.speedup.median - self.speedup.spread / 2 > 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size of prompts."""
+
+    batch: int
+    prompt: int
+    """Tokens of each."""
+    new_tokens: int
+    prefill: Phase
+    decode: Phase
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models."""
+
+    name: str
+    workload: Workload
+    memory: dict[str, float]
+    """MB (10⁶ bytes) of its process: `peak_mb` while it ran, libraries included, `loading_mb` before that, and
+    `gpu_mb` of PyTorch on a GPU."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The record of a benchmark; field names are its keys."""
+
+    runtime: str
+    dtype: str
+    device: str
+    threads: int
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+    dense: Side
+    pruned: Side
+    cases: tuple[Case, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """Serialise, schema version first."""
+        values = asdict(self)
+        return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Report:
+        """Read strictly.
+
+        Args:
+            text: The file's content.
+            source: Its name, for the error.
+
+        Returns:
+            The report.
+
+        Raises:
+            SavedModelError: It is not such a record.
+        """
+        values = parse_versioned(text, source, SCHEMA_VERSION, {f.name for f in fields(cls)})
+        try:
+            sides = {key: Side(**{**values[key], "workload": Workload(**values[key]["workload"])}) for key in _SIDES}
+            cases = tuple(Case(**{**case, **{key: _phase(case[key]) for key in _PHASES}}) for case in values["cases"])
+            return cls(**{**values, **sides, "cases": cases})
+        except (TypeError, KeyError) as error:
+            raise SavedModelError(f"{source} is damaged: {error}.", "Run the benchmark again.") from error
+
+    def table(self) -> str:
+        """Lay the figures out for a terminal, and say where the pruned model is not faster."""
+        where = self.machine.get("gpu", self.machine["processor"])
+        lines = [
+            f"{self.runtime}, {self.dtype}, {self.threads} threads, {where}: {self.pruned.name} against "
+            f"{self.dense.name}; medians ± half the interquartile range of {self.cases[0].prefill.dense.runs} "
+            "interleaved passes",
+            f"{'':24} {'dense':>18} {'pruned':>18} {'speed-up':>14} {'ideal':>6} {'tokens/s':>16}",
+        ]
+        for case in self.cases:
+            for name in _PHASES:
+                phase: Phase = getattr(case, name)
+                rate = f"{phase.dense_tokens_per_second:.1f} → {phase.pruned_tokens_per_second:.1f}"
+                lines.append(
+                    f"{f'{name}, {case.batch} × {case.prompt}':24} {_cell(phase.dense, ' ms'):>18} "
+                    f"{_cell(phase.pruned, ' ms'):>18} {_cell(phase.speedup, '×'):>14} {phase.ideal:5.2f}× {rate:>16}"
+                )
+        for key, what in (("peak_mb", "peak memory"), ("gpu_mb", "GPU memory")):
+            if key in self.dense.memory:
+                before, after = (f"{side.memory[key]:.0f} MB" for side in (self.dense, self.pruned))
+                lines.append(f"{what:24} {before:>18} {after:>18}")
+        slow = [
+            f"{name} of {case.batch} × {case.prompt} ({getattr(case, name).speedup.median:.2f}×)"
+            for case in self.cases
+            for name in _PHASES
+            if not getattr(case, name).faster
+        ]
+        if slow:
+            lines.append(f"The pruned model is not faster, or not by more than the spread: {', '.join(slow)}.")
+        return "\n".join(lines)
+
+
+_SIDES, _PHASES = ("dense", "pruned"), ("prefill", "decode")
+
+
+def _phase(values: dict[str, Any]) -> Phase:
+    timings = {key: Timing(**values[key]) for key in ("dense", "pruned", "speedup")}
+    return Phase(**{**values, **timings})
+
+
+def _cell(timing: Timing, unit: str) -> str:
+    return f"{timing.median:.2f} ± {timing.spread / 2:.2f}{unit}"

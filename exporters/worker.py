@@ -1,0 +1,157 @@
+"""One model in a process of its own: its memory is its own, and a runtime that crashes takes nothing with it.
+
+`started` runs `python -m exporters.worker`; a `Worker` speaks JSON with it, a line for each request and each reply.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from exporters.latency import Measured, Runner
+from exporters.machine import forget_peak, peak_memory
+from exporters.runtimes import RUNTIMES, Setting
+from selfpruner_hub.errors import ModelError, SelfPrunerError, UserError
+
+PAUSE = 0.01
+"""Seconds before a pass: the threads of the other model spin for some milliseconds after theirs."""
+
+
+class Worker:
+    """A `Runner` whose model lives in another process; `started` makes one.
+
+    Args:
+        process: Which serves requests.
+        errors: Its stderr.
+        name: Of its model.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], errors: IO[str], name: str) -> None:
+        self._process = process
+        self._errors = errors
+        self._name = name
+
+    def measure(self, ids: Tensor, new_tokens: int) -> Measured:
+        """Time a pass; `Runner` says of what."""
+        return Measured(**self.ask({"ids": ids.tolist(), "new_tokens": new_tokens}))
+
+    def memory(self) -> dict[str, float]:
+        """Megabytes at the peak since the model was loaded, libraries included, and at the peak of loading it."""
+        return dict(self.ask({}))
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """Send a request and wait for its result.
+
+        Args:
+            request: JSON values that the process knows.
+
+        Returns:
+            The result.
+
+        Raises:
+            UserError: The process refused it.
+            ModelError: The process has died.
+        """
+        try:
+            cast(IO[str], self._process.stdin).write(json.dumps(request) + "\n")
+            cast(IO[str], self._process.stdin).flush()
+            reply = json.loads(cast(IO[str], self._process.stdout).readline())
+        except (OSError, ValueError) as error:  # a broken pipe, or no reply
+            status = self._process.wait()
+            self._errors.seek(0)
+            said = [f": {line}" for line in self._errors.read().strip().splitlines()][-1:]
+            raise ModelError(
+                f"The process that ran {self._name!r} ended with status {status}{''.join(said)}."[:400],
+                "Try fewer tokens or a smaller batch.",
+            ) from error
+        if "error" in reply:
+            raise UserError(reply["error"], reply["hint"])
+        return reply["result"]
+
+
+@contextmanager
+def started(runtime: str, name: str, setting: Setting) -> Iterator[Worker]:
+    """Start a process and load a model in it; the process ends with the context.
+
+    Args:
+        runtime: One of `RUNTIMES`.
+        name: The model, or the directory of its export, as the runtime loads it.
+        setting: How it is loaded.
+
+    Yields:
+        The worker.
+
+    Raises:
+        UserError: The model cannot be loaded.
+    """
+    command = [sys.executable, "-m", "exporters.worker"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # this package, from anywhere
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
+        try:
+            worker = Worker(process, errors, name)
+            worker.ask({"runtime": runtime, "name": name, "setting": asdict(setting)})
+            yield worker
+        finally:
+            process.kill()  # it holds nothing that it would have to put away
+
+
+def main() -> None:
+    """Answer requests from stdin until it ends."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not stand between the replies
+    serve = _Server()
+    for line in sys.stdin:
+        try:
+            reply: dict[str, Any] = {"result": serve(json.loads(line))}
+        except SelfPrunerError as error:
+            reply = {"error": error.message, "hint": error.hint}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+class _Server:
+    """The process's side of `Worker`: first a model to load, then passes to time, at last its memory."""
+
+    runner: Runner
+    loading: float
+    device: str
+
+    def __call__(self, request: dict[str, Any]) -> Any:
+        if "name" in request:
+            setting = Setting(**request["setting"])
+            torch.set_num_threads(setting.threads)
+            self.runner = RUNTIMES[request["runtime"]].load(request["name"], setting)
+            self.device, self.loading = setting.device, peak_memory()
+            forget_peak()
+            return None
+        if "ids" in request:
+            ids = torch.tensor(request["ids"])
+            time.sleep(PAUSE)
+            return asdict(self.runner.measure(ids, request["new_tokens"]))
+        memory = {"peak_mb": peak_memory(), "loading_mb": self.loading}
+        if self.device.startswith("cuda") and torch.cuda.is_initialized():
+            memory["gpu_mb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e6, 1)
+        return memory
+
+
+if __name__ == "__main__":
+    main()
