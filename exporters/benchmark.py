@@ -57,7 +57,7 @@ def benchmark(
         prompts: Lengths of the prompts, in tokens.
         new_tokens: Tokens written after each prompt, at least 1.
         runs: Counted passes of each model, at least 2; two more come before them.
-        threads: Of the CPU; None takes as many as PyTorch does.
+        threads: Of the CPU; None takes as many as PyTorch does, of those that this process may use.
         dtype: Of the weights, in the runtime's words; None takes its default.
         device: `"cpu"`, or torch's name of a GPU.
         exports: Keep the exports here, in `dense` and `pruned`; None: they are temporary.
@@ -73,7 +73,7 @@ def benchmark(
     row = RUNTIMES[one_of("runtime", runtime, tuple(RUNTIMES))]
     dtype = one_of("dtype", dtype or next(iter(row.dtypes)), tuple(row.dtypes))
     _check(row, runtime, batches, prompts, new_tokens, runs)
-    threads = threads or torch.get_num_threads()
+    threads = threads or machine.threads()
     names = (str(against), str(pruned))
     loadings: tuple[dict[str, Any], dict[str, Any]] = (loading or {}, {})
     configs = [_config(name, keywords) for name, keywords in zip(names, loadings, strict=True)]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from exporters import machine
+from selfpruner_hub.corpus import sample_windows
 from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError
 
 try:
@@ -38,7 +40,7 @@ class LlamaCpp:
     Args:
         path: The file.
         context: Longest sequence, in tokens.
-        threads: Of the CPU; None takes as many as PyTorch does.
+        threads: Of the CPU; None takes as many as PyTorch does, of those that this process may use.
         exact: Keep keys and values in float32, and attend in float32; llama.cpp's flash attention rounds to float16.
 
     Raises:
@@ -52,7 +54,7 @@ class LlamaCpp:
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
         parameters.n_ctx, parameters.n_parallel = context, 1
-        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads or torch.get_num_threads()
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads or machine.threads()
         parameters.cache_prompt, parameters.cache_ram_mib = False, 0
         parameters.verbosity = -1
         if exact:
@@ -91,7 +93,7 @@ class LlamaCpp:
 def log_probability_difference(
     model: PreTrainedModel, path: Path, longest: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> float:
-    """Compare a GGUF file, as llama.cpp runs it, with the PyTorch model: prompts of random tokens, then greedy steps.
+    """Compare a GGUF file, as llama.cpp runs it, with the PyTorch model: on text that it wrote, then on greedy steps.
 
     Args:
         model: The PyTorch model.
@@ -111,11 +113,10 @@ def log_probability_difference(
             "llama.cpp's tokenizer reads text as other tokens than the model's does.",
             "Give the parent's GGUF file as tokenizer_from, or export to onnx.",
         )
-    generator = torch.Generator().manual_seed(0)
+    prompts = sample_windows(model, len(PROMPTS), min(max(PROMPTS), longest - STEPS), seed=0)
     differences: list[float] = []
-    for length in PROMPTS:
-        length = min(length, longest - STEPS)
-        ids = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
+    for length, prompt in zip(PROMPTS, prompts.tolist(), strict=True):
+        ids = prompt[:length]
         for _ in range(STEPS):
             expected = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
             # One token a request, each on the cache of the last one: in a longer reply, llama.cpp leaves out tokens

@@ -24,11 +24,20 @@ def describe(device: str) -> dict[str, str | int]:
     Returns:
         `processor`, `cores` that this process may use, and `gpu` where there is one.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found: dict[str, str | int] = {"processor": processor(), "cores": cores}
+    found: dict[str, str | int] = {"processor": processor(), "cores": cores()}
     if device.startswith("cuda") and torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
+
+
+def cores() -> int:
+    """Logical processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads() -> int:
+    """As many as PyTorch takes, but no more than this process may use: threads that wait in turns are very slow."""
+    return min(torch.get_num_threads(), cores())
 
 
 def processor() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -74,6 +75,20 @@ def test_the_comparison_notices_a_wrong_file(tmp_path):
     assert log_probability_difference(other, path, 64) > 1e-3
     turned = tiny_pruned("llama", vocab_size=VOCABULARY, rope_parameters={"rope_type": "default", "rope_theta": 2e4})
     assert log_probability_difference(turned, path, 64) > 1e-3
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    """What numpy holds while a file is written is a few times its largest tensor, not the model."""
+    model = tiny_pruned("llama", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=512)
+    sizes = [4 * parameter.numel() for parameter in model.parameters()]
+    assert sum(sizes) > 10 * max(sizes)
+    write(model, trained_tokenizer(), tmp_path)  # what is imported and cached, once
+    for dtype in DTYPES:
+        tracemalloc.start()
+        write(model, trained_tokenizer(), tmp_path, dtype=dtype)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 * max(sizes)
 
 
 def test_tied_embeddings_are_stored_once(tmp_path):
