@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import inspect
 import json
 import platform
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.errors import ExportError, OutputError, SavedModelError, UserError
+from selfpruner_hub.errors import ExportError, MissingExtraError, OutputError, SavedModelError, UserError
 from selfpruner_hub.loading import load_model
 from selfpruner_hub.modeling_selfpruned import MODEL_CLASSES
 from selfpruner_hub.provenance import count_parameters
@@ -221,6 +222,12 @@ def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
             f"Export the model with --to {expected}.",
         )
     return ExportRecord(**values)
+
+
+def require(library: str, extra: str) -> None:
+    """Raise `MissingExtraError` unless a library is installed, of which an extra of this package tells the versions."""
+    if importlib.util.find_spec(library) is None:
+        raise MissingExtraError(library, extra)
 
 
 def one_of(option: str, value: str, choices: Collection[str]) -> str:
