@@ -11,11 +11,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from selfpruner_hub.cards import render_card
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.plots import plot_search
+from selfpruner_hub.privacy import check_private
 from selfpruner_hub.records import FILE_NAME, Record, read_record
 from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
-from selfpruner_hub.storage import EXPORTS, PLOTS
+from selfpruner_hub.storage import EXPORTS, PLOTS, save_directory
 
 CARD = "README.md"
 NEEDED = ("config.json", "modeling_selfpruned.py", FILE_NAME)
@@ -71,6 +73,29 @@ def collect(directory: Path) -> Bundle:
             if path.is_file() and not path.name.startswith(".")
         }
     return Bundle(record, files, _pictures(directory), exports)
+
+
+def write_card(directory: Path, repo_id: str, output: Path) -> None:
+    """Write the card that publishing would put beside a model, with its pictures.
+
+    Args:
+        directory: A saved model.
+        repo_id: Where it is, or will be, published.
+        output: The directory of the card; `README.md` and the pictures in it are replaced.
+
+    Raises:
+        SavedModelError: The directory holds no whole pruned model.
+        UserError: The card holds a secret.
+        OutputError: It cannot be written.
+    """
+    bundle = collect(directory)
+    card = render_card(bundle.record, repo_id, pictures=list(bundle.pictures), exports=bundle.exports)
+    files = {CARD: card.encode(), **bundle.pictures}
+    check_private(files, directory)
+    with save_directory(output) as staging:
+        for name, content in files.items():
+            (staging / name).parent.mkdir(exist_ok=True)
+            (staging / name).write_bytes(content)
 
 
 def check_export(directory: Path, name: str, record: Record) -> None:

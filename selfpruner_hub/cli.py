@@ -109,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
         help="export to these first, into DIR, and publish them too: onnx, gguf, …",
     )
 
+    card = _verb(verbs, "card", _card, "write the card that push would publish, with its pictures")
+    card.add_argument("directory", metavar="DIR", type=Path, help="a saved model")
+    card.add_argument("repo", metavar="REPO", help="where it is, or will be, published: NAMESPACE/NAME")
+    card.add_argument("--output", required=True, type=Path, metavar="DIR", help="such as model_cards/NAME")
+
     benchmark = _verb(verbs, "benchmark", _benchmark, "time a pruned model beside its dense parent, in any runtime")
     cli_benchmark.add_arguments(benchmark)
 
@@ -252,6 +257,14 @@ def _push(options: argparse.Namespace) -> None:
     print(done.url if done.changed else f"{done.url} (it was up to date)")
     if done.space:
         print(done.space)
+
+
+def _card(options: argparse.Namespace) -> None:
+    from selfpruner_hub.bundle import CARD, write_card
+
+    write_card(options.directory, options.repo, options.output)
+    written = str(options.output / CARD)
+    print(json.dumps({"card": written}) if options.json else written)
 
 
 def _benchmark(options: argparse.Namespace) -> None:

@@ -81,11 +81,12 @@ def check_writable(directory: Path) -> None:
         raise OutputError(f"Cannot write {str(directory)!r}: {error.strerror}.", "Choose another output.") from error
 
 
-def resolve_directory(name: str, **kwargs: Any) -> Path:
+def resolve_directory(name: str, folder: str = "", **kwargs: Any) -> Path:
     """The local directory of a saved model: itself, or the Hub repository's snapshot.
 
     Args:
         name: A directory or a Hub repository.
+        folder: A folder of it, such as that of an export; only this is fetched. Without one, all but these folders is.
         **kwargs: `revision`, `token`, `cache_dir` and `local_files_only` are used.
 
     Returns:
@@ -95,10 +96,12 @@ def resolve_directory(name: str, **kwargs: Any) -> Path:
         ModelError: It is neither.
     """
     if Path(name).is_dir():
-        return Path(name)
+        return Path(name) / folder
     keys = ("revision", "token", "cache_dir", "local_files_only")
+    chosen: dict[str, Any] = {key: kwargs[key] for key in keys if key in kwargs}
+    aside = [f"{name}/*" for name in (PLOTS, *EXPORTS)]
+    chosen |= {"allow_patterns": f"{folder}/*"} if folder else {"ignore_patterns": aside}
     try:
-        chosen = {key: kwargs[key] for key in keys if key in kwargs}
-        return Path(snapshot_download(name, ignore_patterns=[f"{folder}/*" for folder in (PLOTS, *EXPORTS)], **chosen))
+        return Path(snapshot_download(name, **chosen)) / folder
     except Exception as error:  # the Hub client raises many kinds
         raise explain(name, error) from error

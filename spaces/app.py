@@ -1,109 +1,368 @@
-"""A pruned model and its dense parent on one prompt, side by side, with the speed of each measured live.
+"""A pruned language model beside its dense parent: the same prompt, the speed of each, what was cut, and a try at it.
 
-Runs from a published model alone: set PRUNED_MODEL to a Hub repository or a directory made with selfpruner-hub, and
-DENSE_MODEL to another parent than the one its record names. Nothing that a user types is kept or logged.
+Runs from a published model alone. `model.json` (written when the Space is published) or PRUNED_MODEL says which model;
+PRUNED_REVISION and DENSE_MODEL are optional. Nothing that a visitor types is kept or logged.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-import time
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
+from typing import Any
 
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import answers
+import facts
 import gradio as gr
+import live
 import pandas as pd
-import torch
-from huggingface_hub import hf_hub_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+from answers import LONGEST_PROMPT, MOST_TOKENS, Answer, UnavailableError
 
-PRUNED = os.environ.get("PRUNED_MODEL", "")
-LONGEST_PROMPT = 2_000
-"""Characters."""
-MOST_TOKENS = 256
-SECONDS = 60
-"""Longest that one model may write."""
-
-
-@cache
-def record() -> dict:
-    """What `selfpruner.json` of the pruned model says."""
-    local = Path(PRUNED, "selfpruner.json")
-    path = local if local.is_file() else hf_hub_download(PRUNED, "selfpruner.json")
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-@cache
-def load(which: str) -> tuple:
-    """The model `pruned` or `dense`, with the pruned model's tokenizer (it is the parent's)."""
-    name = PRUNED if which == "pruned" else os.environ.get("DENSE_MODEL") or record()["base_model"]
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=which == "pruned", dtype="auto").eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(PRUNED)
-
-
-def write(which: str, prompt: str, tokens: int) -> Iterator[tuple[str, str]]:
-    """Stream (text so far, what it took so far)."""
-    try:
-        model, tokenizer = load(which)
-    except Exception as error:  # a visitor can do nothing about it, but should see which model is missing
-        yield "", f"The {which} model cannot be loaded ({type(error).__name__})."
-        return
-    text = prompt
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=SECONDS)
-    settings = {"max_new_tokens": tokens, "do_sample": False, "max_time": SECONDS, "streamer": streamer}
-    started, first, written = time.perf_counter(), None, ""
-    threading.Thread(target=model.generate, kwargs={**inputs, **settings}, daemon=True).start()
-    for piece in streamer:
-        first = first or time.perf_counter() - started
-        written += piece
-        count = len(tokenizer(written, add_special_tokens=False)["input_ids"])
-        rate = count / (time.perf_counter() - started)
-        yield written, f"{rate:.1f} tokens/s · first token after {first:.2f} s · {count} tokens"
+EXAMPLES = [
+    "What is the capital of France?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about the sea.",
+    "Give me three tips for learning a language.",
+]
+FEW = 24
+"""Tokens: a rate measured on fewer says so."""
+PARTS = {"FFN": "#0d9488", "attention": "#f59e0b", "layer": "#0d9488"}
+"""Colours that stand out on white and on black alike."""
+ORIGINS = {"seed": "#0ea5e9", "evolution": "#f97316", "self": "#a855f7", "random": "#84cc16", "fallback": "#eab308"}
+FITNESS = {"kl": "KL to the dense model", "perplexity": "perplexity"}
+CSS = """
+.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.dark { --color-accent: var(--primary-400); }
+.took { min-height: 1.6em; }
+td, th { white-space: nowrap; }
+.took p { font-variant-numeric: tabular-nums; }
+#headline h1 { margin-bottom: 0.2em; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 0.5em !important; }
+  td, th { padding: 0.4em !important; font-size: 0.9em; }
+  .rates [aria-label^="X-axis"] .role-axis-label text:not(:nth-child(5n)) { display: none; }
+}
+.many [aria-label^="X-axis"] .role-axis-label text:not(:nth-child(5n)) { display: none; }
+"""
 
 
-def compare(prompt: str, tokens: int) -> Iterator[tuple[str, str, str, str]]:
-    """Let the pruned model answer, then its parent: one at a time, so that neither slows the other."""
+# -- what happens -----------------------------------------------------------------------------------------------------
+
+
+def check(prompt: str, tokens: float) -> list[dict[str, Any]]:
+    """Tell beside the box what is wrong with a prompt, before anything waits in the queue."""
+    fine = gr.validate(True, "")
+    return [gr.validate(False, wrong) if (wrong := _wrong(prompt)) else fine, fine]
+
+
+def _wrong(prompt: str) -> str:
     if not prompt.strip():
-        raise gr.Error("Type a prompt first.")
+        return "Type a prompt first."
     if len(prompt) > LONGEST_PROMPT:
-        raise gr.Error(f"The prompt has {len(prompt)} characters; at most {LONGEST_PROMPT} are taken.")
-    left = ("", "")
-    for left in write("pruned", prompt, int(tokens)):
-        yield *left, "", "waiting for the pruned model"
-    for right in write("dense", prompt, int(tokens)):
-        yield *left, *right
+        return f"The prompt has {len(prompt):,} characters; at most {LONGEST_PROMPT:,} are taken. Shorten it."
+    return ""
+
+
+def compare(prompt: str, tokens: float) -> Iterator[tuple[str, str, str, str, str]]:
+    """Let the pruned model answer, then its parent: one at a time, so that neither slows the other."""
+    if wrong := _wrong(prompt):
+        raise gr.Error(wrong, print_exception=False)
+    said = {"pruned": ("", "loading the model …"), "dense": ("", "waiting for the pruned model to finish …")}
+    done: dict[str, Answer] = {}
+    yield *said["pruned"], *said["dense"], ""
+    for which in said:
+        try:
+            answers.load(which)
+            for answer in answers.answer(which, prompt, int(tokens)):
+                said[which] = (answer.text, _took(answer))
+                yield *said["pruned"], *said["dense"], ""
+            done[which] = answer
+        except UnavailableError as error:
+            said[which] = ("", f"⚠️ {error}")
+            yield *said["pruned"], *said["dense"], ""
+    yield *said["pruned"], *said["dense"], _verdict(**done) if len(done) == 2 else ""
+
+
+def _took(answer: Answer) -> str:
+    slowed = " · someone is pruning here, so it is slower than usual" if live.busy.locked() else ""
+    return f"{answer.took()}{slowed}"
+
+
+def _verdict(pruned: Answer, dense: Answer) -> str:
+    """How the two compare, whichever way."""
+    if not pruned.rate or not dense.rate:
+        return ""
+    few = "; so few tokens tell little" if min(pruned.tokens, dense.tokens) < FEW else ""
+    ratio = pruned.rate / dense.rate
+    return f"The pruned model wrote at **{ratio:.2f} ×** the speed of its parent, on this machine and this prompt{few}."
+
+
+def prune(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str, Any, Any]]:
+    """Prune a small model, and show where the search stands."""
+    run = live.Run()
+    try:
+        for run in live.prune(beta, int(evaluations), proposer):
+            yield _standing(run), *_pictures(run)
+    except UnavailableError as error:
+        yield f"⚠️ {error}", *_pictures(run)
+        return
+    count = run.pruned.report.parameters
+    yield (
+        f"**Done in {run.seconds:.0f} s.** {count['dense']:,} → {count['pruned']:,} parameters; the best plan came "
+        f"from `{run.pruned.report.proposer['best_from']}`.\n\n> {live.PROMPT}\n\n{live.sample(run)}",
+        *_pictures(run),
+    )
+
+
+def _pictures(run: live.Run) -> tuple[Any, Any]:
+    """The search and its best plan, once there is something to see."""
+    plans, rates = facts.scored(run.journal), live.removed_by_best(run)
+    there = len(plans) > 0
+    return (
+        gr.update(value=plans, visible=there, **_limits(plans)),
+        gr.update(value=rates, visible=there, sort=_layers(rates)),
+    )
+
+
+def _standing(run: live.Run) -> str:
+    filled = round(20 * run.share)
+    bar = f"`{'█' * filled}{'░' * (20 - filled)}`"
+    found = live.best(run)
+    best = f" · best so far **{found[1]:.4f}**" if found else ""
+    return f"{bar} {run.stage} · {run.seconds:.0f} s{best}"
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
 
 
 def build() -> gr.Blocks:
-    """The page."""
-    known = record()
-    smaller = 100 * (1 - known["parameters"]["pruned"] / known["parameters"]["dense"])
-    rates = pd.DataFrame({"layer": range(1, len(known["rates"]) + 1), "removed": [100 * r for r in known["rates"]]})
-    with gr.Blocks(title="Pruned beside its parent") as page:
-        gr.Markdown(f"# {known['base_model']}, {smaller:.0f} % smaller\nThe same prompt, answered by both.")
-        prompt = gr.Textbox(label="Prompt", value="What is the capital of France?", lines=3, max_length=LONGEST_PROMPT)
-        tokens = gr.Slider(8, MOST_TOKENS, value=64, step=8, label="Longest answer, in tokens")
-        button = gr.Button("Compare", variant="primary")
-        with gr.Row():
-            with gr.Column():
-                pruned = gr.Textbox(label=f"Pruned: {known['parameters']['pruned']:,} parameters", lines=8)
-                pruned_took = gr.Markdown()
-            with gr.Column():
-                dense = gr.Textbox(label=f"Dense: {known['parameters']['dense']:,} parameters", lines=8)
-                dense_took = gr.Markdown()
-        gr.BarPlot(rates, x="layer", y="removed", title="Removed from each layer, %")
-        gr.on([button.click, prompt.submit], compare, [prompt, tokens], [pruned, pruned_took, dense, dense_took])
-    return page.queue(default_concurrency_limit=1, max_size=20)
+    """The page; one that says why, where there is no model to show."""
+    try:
+        headline, sentence = facts.title()
+    except UnavailableError as error:
+        with gr.Blocks(title="No model yet") as page:
+            gr.Markdown(f"# There is no model to show yet\n\n{error}")
+        return page
+    with gr.Blocks(title=headline) as page:
+        gr.Markdown(f"# {headline}\n\n{sentence}", elem_id="headline")
+        with gr.Tab("Compare"):
+            _compare_tab()
+        with gr.Tab("What was cut"):
+            _facts_tab()
+        with gr.Tab("Prune"):
+            _live_tab()
+    return page.queue(max_size=32, default_concurrency_limit=1)
+
+
+def _compare_tab() -> None:
+    count = answers.record()["parameters"]
+    prompt = gr.Textbox(
+        label="Prompt",
+        info=f"Up to {LONGEST_PROMPT:,} characters. Shift + Enter sends it.",
+        value=EXAMPLES[0],
+        lines=3,
+        max_lines=8,
+        elem_id="prompt",
+    )
+    gr.Examples(EXAMPLES, prompt, label="Examples")
+    tokens = gr.Slider(8, MOST_TOKENS, value=64, step=8, label="Longest answer, in tokens", elem_id="tokens")
+    button, stop = _buttons("Compare", "compare")
+    outputs = []
+    with gr.Row():
+        for which in ("pruned", "dense"):
+            with gr.Column(min_width=300):
+                label = f"{which.capitalize()}: {count[which]:,} parameters"
+                outputs.append(gr.Textbox(label=label, lines=7, max_lines=16, elem_id=which))
+                outputs.append(gr.Markdown("", elem_classes="took", elem_id=f"{which}-took"))
+    outputs.append(gr.Markdown("", elem_classes="took", elem_id="verdict"))
+    running = gr.on(
+        [button.click, prompt.submit],
+        compare,
+        [prompt, tokens],
+        outputs,
+        validator=check,
+        concurrency_id="answers",
+        show_progress="minimal",
+        api_name="compare",
+    )
+    stop.click(None, cancels=[running])
+
+
+def _buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
+    """What starts something, and what stops it; side by side on a phone too."""
+    with gr.Row():
+        start = gr.Button(label, variant="primary", scale=3, min_width=120, elem_id=name)
+        stop = gr.Button("Stop", variant="secondary", scale=1, min_width=80, elem_id=f"{name}-stop")
+    return start, stop
+
+
+def _facts_tab() -> None:
+    known, records = answers.record(), facts.journal()
+    settings = facts.header(records)
+    gr.Markdown(facts.figures())
+    _rates(
+        facts.removed(known["widths"], known["rates"], settings.get("shape")),
+        fitting=50,
+        label="Removed from each layer, % of its weights",
+        elem_id="rates",
+    )
+    plans = facts.scored(records)
+    if not len(plans):
+        return
+    fitness = FITNESS[settings["fitness"]]
+    curve = facts.best_so_far(plans)
+    with gr.Row():
+        gr.LinePlot(
+            curve,
+            x="evaluations",
+            y="fitness",
+            label="The search: best so far (lower is better)",
+            x_title="full evaluations spent",
+            y_title=fitness,
+            x_lim=_around(plans["evaluations"]),
+            y_lim=_around(curve["fitness"]),
+            min_width=300,
+            elem_id="search",
+        )
+        _plans(plans, fitness, label="Every plan that was scored in full", elem_id="plans")
+
+
+def _rates(value: pd.DataFrame, fitting: int, **settings: Any) -> gr.BarPlot:
+    """Bars, one a layer; where more layers than are `fitting`, only every fifth is labelled."""
+    layers = len(answers.record()["rates"])
+    return gr.BarPlot(
+        value,
+        x="layer",
+        y="removed",
+        color="part",
+        color_map=PARTS,
+        sort=_layers(value),
+        y_title="removed, %",
+        min_width=300,
+        elem_classes="rates many" if layers > fitting else "rates",
+        **settings,
+    )
+
+
+def _plans(value: pd.DataFrame, fitness: str, **settings: Any) -> gr.ScatterPlot:
+    return gr.ScatterPlot(
+        value,
+        x="evaluations",
+        y="fitness",
+        color="from",
+        color_map=ORIGINS,
+        x_title="full evaluations spent",
+        y_title=fitness,
+        min_width=300,
+        **_limits(value),
+        **settings,
+    )
+
+
+def _layers(rates: pd.DataFrame) -> list[str] | None:
+    """Layers in their order: as text they would be sorted as text."""
+    return list(dict.fromkeys(rates["layer"])) or None
+
+
+def _limits(plans: pd.DataFrame) -> dict[str, list[float]]:
+    """Axes that leave room around the points; none where there is no point."""
+    return {"x_lim": _around(plans["evaluations"]), "y_lim": _around(plans["fitness"])} if len(plans) else {}
+
+
+def _around(values: pd.Series) -> list[float]:
+    """Limits of an axis that leave some room."""
+    room = 0.1 * (values.max() - values.min()) or 0.1
+    return [float(values.min() - room), float(values.max() + room)]
+
+
+def _live_tab() -> None:
+    gr.Markdown(
+        f"Prunes **{live.called()}** while you watch, on text that it writes itself. A real run takes "
+        "many times as much text and a longer search, and is better for it."
+    )
+    with gr.Row():
+        beta = gr.Slider(0.1, 0.5, value=0.3, step=0.05, label="β: mean fraction of weights to remove", elem_id="beta")
+        evaluations = gr.Slider(
+            0,
+            live.MOST_EVALUATIONS,
+            value=6,
+            step=1,
+            label="Length of the search, in evaluations",
+            elem_id="evaluations",
+        )
+    proposer = gr.Radio(
+        [("the model itself", "self"), ("classical evolution", "evolution")],
+        value="evolution",
+        label="Who proposes which layer loses how much",
+        elem_id="proposer",
+    )
+    button, stop = _buttons("Prune", "prune")
+    standing = gr.Markdown("", elem_id="standing")
+    with gr.Row():
+        plans = _plans(facts.scored([]), FITNESS["kl"], label="The search", visible=False, elem_id="live-search")
+        nothing = live.removed_by_best(live.Run())
+        rates = _rates(
+            nothing, fitting=20, label="Removed by the best plan so far, %", visible=False, elem_id="live-rates"
+        )
+    running = button.click(
+        prune,
+        [beta, evaluations, proposer],
+        [standing, plans, rates],
+        concurrency_id="live",
+        concurrency_limit=1,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    stop.click(lambda: "Stopped.", None, standing, cancels=[running])
+
+
+def theme() -> gr.themes.Base:
+    """Colours with enough contrast for text, in light and dark; fonts that every machine has."""
+    return gr.themes.Soft(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+        color_accent="*primary_700",
+        block_label_background_fill="none",
+        block_label_background_fill_dark="none",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        block_title_background_fill="none",
+        block_title_padding="0",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        checkbox_label_background_fill_selected="*primary_700",
+        checkbox_label_background_fill_selected_dark="*primary_700",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_600",
+    )
+
+
+def main() -> None:
+    """Open the page; the models are loaded meanwhile, so that the first visitor does not wait for them."""
+    page = build()
+    warm = threading.Thread(target=_load_all, daemon=True)
+    warm.start()
+    if os.environ.get("SPACES_ZERO_GPU"):
+        warm.join()  # what is on the GPU must be there before the first request
+    page.launch(
+        theme=theme(),
+        css=CSS,
+        run_history=False,
+        show_error=False,
+    )
+
+
+def _load_all() -> None:
+    for which in ("pruned", "dense"):
+        try:
+            answers.load(which)
+        except UnavailableError:
+            return  # the page says so to whoever asks
 
 
 if __name__ == "__main__":
-    if not PRUNED:
-        raise SystemExit("Set PRUNED_MODEL to a model made with selfpruner-hub (a Hub repository or a directory).")
-    build().launch()
+    main()

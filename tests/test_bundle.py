@@ -1,14 +1,17 @@
 """What is published of a saved model, and what is not."""
 
 import json
+import re
 import shutil
 from dataclasses import fields, replace
 
 import pytest
+from hub_server import check_yaml
 
 from exporters.base import FILE_NAME as EXPORT_RECORD
 from exporters.base import SCHEMA_VERSION, ExportRecord
 from selfpruner_hub.bundle import collect, is_ours
+from selfpruner_hub.cli import main
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.records import FILE_NAME, Metric, read_record
 
@@ -74,6 +77,19 @@ def test_an_export_to_another_format(saved_model):
     shutil.move(saved_model / "onnx", saved_model / "gguf")
     with pytest.raises(SavedModelError, match="an export to onnx, not to gguf"):
         collect(saved_model)
+
+
+def test_the_card_alone(saved_model, tmp_path, capsys):
+    output = tmp_path / "cards" / "tiny"
+    assert main(["card", str(saved_model), "me/tiny", "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output / 'README.md'}\n"
+    card = (output / "README.md").read_text()
+    assert check_yaml(card) == []
+    pictures = {path.relative_to(output).as_posix() for path in (output / "plots").iterdir()}
+    assert set(re.findall(r"\]\((plots/[^)]+)\)", card)) == pictures - {"plots/population.png"}
+    assert 'from_pretrained("me/tiny"' in card
+    assert main(["card", str(saved_model), "me/tiny", "--output", str(output)]) == 0  # again, over the old one
+    assert (output / "README.md").read_text() == card
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,8 @@ def test_a_repository_is_its_snapshot(monkeypatch):
     found = resolve_directory("me/model", revision="main", dtype="auto")
     ignored = ["plots/*", "onnx/*", "tensorrt/*", "openvino/*", "gguf/*", "padded/*"]
     assert found == Path(f"/cache/me/model/[('ignore_patterns', {ignored}), ('revision', 'main')]")
+    found = resolve_directory("me/model", "onnx", revision="main")
+    assert found == Path("/cache/me/model/[('allow_patterns', 'onnx/*'), ('revision', 'main')]/onnx")
 
 
 def test_neither_a_directory_nor_a_repository(tmp_path):

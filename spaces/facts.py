@@ -1,0 +1,111 @@
+"""What is known of the pruned model, for people: figures from `selfpruner.json`, plots from it and the journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+from answers import record, shown
+
+REMOVED = ["layer", "part", "removed"]
+SCORED = ["evaluations", "fitness", "from"]
+BEST = ["evaluations", "fitness"]
+
+
+def journal() -> list[dict[str, Any]]:
+    """The lines of `search.jsonl`; empty where the model came without it."""
+    try:
+        return lines(shown().file("search.jsonl").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    """Whole lines of a journal; the last may still be being written."""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def removed(widths: dict[str, list[int]], rates: Iterable[float], shape: dict[str, Any] | None) -> pd.DataFrame:
+    """Per layer, the per cent of its prunable weights that are gone, by part where the dense shape is known.
+
+    Args:
+        widths: `intermediate_size` and `num_key_value_heads` kept, one per layer.
+        rates: Fraction of each layer's weights removed.
+        shape: The dense model's, as the journal's header has it.
+
+    Returns:
+        One row for a layer and a part.
+    """
+    if shape is None:
+        rows = [(str(i), "layer", 100 * rate) for i, rate in enumerate(rates, 1)]
+        return pd.DataFrame(rows, columns=REMOVED)
+    hidden, head, queries = shape["hidden_size"], shape["head_dim"], shape["queries_per_group"]
+    group, channel = 2 * hidden * head * (queries + 1), 3 * hidden  # weights: q, k, v, o of a group; gate, up, down
+    rows = []
+    for i, (ffn, groups) in enumerate(zip(shape["intermediate_size"], shape["num_key_value_heads"], strict=True)):
+        whole = group * groups + channel * ffn
+        rows.append((str(i + 1), "FFN", 100 * channel * (ffn - widths["intermediate_size"][i]) / whole))
+        rows.append((str(i + 1), "attention", 100 * group * (groups - widths["num_key_value_heads"][i]) / whole))
+    return pd.DataFrame(rows, columns=REMOVED)
+
+
+def scored(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """Every plan that was scored on all of the text.
+
+    Args:
+        records: Of the journal.
+
+    Returns:
+        Rows of (evaluations spent, fitness, where the plan came from).
+    """
+    spent, rows = 0.0, []
+    for entry in records:
+        spent += entry.get("share", 0)
+        if entry.get("kind") == "score" and entry["share"] == 1 and entry["fitness"] is not None:
+            rows.append((round(spent, 3), entry["fitness"], entry["origin"].partition(":")[0]))
+    return pd.DataFrame(rows, columns=SCORED)
+
+
+def best_so_far(plans: pd.DataFrame) -> pd.DataFrame:
+    """The curve of a search: after how many evaluations which fitness was the best, as steps."""
+    rows: list[tuple[float, float]] = []
+    for spent, fitness in zip(plans["evaluations"], plans["fitness"].cummin(), strict=True):
+        if rows and fitness != rows[-1][1]:
+            rows.append((spent, rows[-1][1]))
+        rows.append((spent, fitness))
+    return pd.DataFrame(rows, columns=BEST)
+
+
+def header(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The settings of the search that a journal begins with; empty where there is none."""
+    return records[0].get("settings", {}) if records else {}
+
+
+def title() -> tuple[str, str]:
+    """A headline and one sentence."""
+    known = record()
+    count = known["parameters"]
+    name = known["base_model"].rpartition("/")[2]
+    who = "The model itself proposed" if known["proposer"]["name"] == "self" else "A search found"
+    return (
+        f"{name}, {100 * (1 - count['pruned'] / count['dense']):.0f} % smaller",
+        f"The same prompt, answered by **{name}** and by a copy that lost {100 * known['achieved_beta']:.0f} % of its "
+        f"layers' weights without retraining. {who} how much each layer can lose.",
+    )
+
+
+def figures() -> str:
+    """Parameters and all that was measured, as a table in Markdown with the protocol of each figure."""
+    known = record()
+    count = known["parameters"]
+    rows = [f"| parameters | {count['dense']:,} | {count['pruned']:,} |"]
+    notes = []
+    for name, metric in known["metrics"].items():
+        unit = f" {metric['unit']}" if metric.get("unit") else ""
+        dense = "–" if metric["dense"] is None else f"{metric['dense']:.5g}{unit}"
+        rows.append(f"| {name.replace('_', ' ')} | {dense} | {metric['value']:.5g}{unit} |")
+        more = [metric.get(key) for key in ("dataset", "machine", "date")]
+        notes.append(f"* **{name.replace('_', ' ')}**: {'; '.join([metric['protocol'], *filter(None, more)])}.")
+    return "\n".join(["| | dense | pruned |", "| --- | ---: | ---: |", *rows, "", *notes])
