@@ -230,6 +230,12 @@ def require(library: str, extra: str) -> None:
         raise MissingExtraError(library, extra)
 
 
+def one_line(said: object) -> str:
+    """The first line of what a library said, at most 300 characters of it."""
+    lines = str(said).strip().splitlines() or [type(said).__name__]
+    return lines[0][:300]
+
+
 def one_of(option: str, value: str, choices: Collection[str]) -> str:
     """Return `value`, or raise `UserError` unless it is among the choices of an option."""
     if value not in choices:

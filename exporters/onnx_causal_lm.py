@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedConfig
 
-from exporters.base import read_export, require
+from exporters.base import one_line, read_export, require
 from exporters.graph_causal_lm import GraphCausalLM
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.storage import resolve_directory
@@ -71,7 +71,7 @@ class OnnxCausalLM(GraphCausalLM):
             SavedModelError: There is no ONNX export, or it is damaged.
         """
         require("onnxruntime", "onnx")
-        directory = resolve_directory(str(name), **kwargs) / subfolder
+        directory = resolve_directory(str(name), subfolder, **kwargs)
         record = read_export(directory, "onnx")
         return cls.open(
             directory, list(providers or [DEFAULT_PROVIDERS[record.options["fusions"]]]), threads, session_options
@@ -107,9 +107,9 @@ class OnnxCausalLM(GraphCausalLM):
                 directory, providers=list(providers), session_options=session_options
             )
         except Exception as error:  # onnx, onnxruntime and transformers share no base class
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise SavedModelError(
-                f"The ONNX export in {str(directory)!r} cannot be loaded, it may be damaged or cut off: {reason}"[:400],
+                f"The ONNX export in {str(directory)!r} cannot be loaded, it may be damaged or cut off: "
+                f"{one_line(error)}",
                 "Export or download the model again.",
             ) from error
         if exported.config is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.metadata
 import re
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.base import Written, logit_difference, one_of, require
+from exporters.base import Written, logit_difference, one_line, one_of, require
 from exporters.onnx_causal_lm import DEFAULT_PROVIDERS, OnnxCausalLM, default_options
 from exporters.onnx_int8 import quantize
 from exporters.tracing import decode_step, tracing
@@ -60,7 +61,8 @@ def write(
         component = exported.components["model"]
         component.program = quantize(component.program)
     exported.save_pretrained(staging)
-    del exported  # its weights: the runtime is about to load them
+    del exported
+    gc.collect()  # graphs are full of cycles, and the runtime is about to load the weights
     runnable = _can_run(fusions)
     return Written(
         options={"dtype": dtype, "fusions": fusions},
@@ -94,8 +96,7 @@ def trace(model: PreTrainedModel, fusions: str) -> Any:
         with tracing(model):
             exported = OnnxExporter().export(model, inputs, config)
     except Exception as error:  # torch.export, torch.onnx and the exporters share no base class
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ExportError(f"{type(model).__name__} cannot be traced to ONNX: {reason}"[:400]) from error
+        raise ExportError(f"{type(model).__name__} cannot be traced to ONNX: {one_line(error)}") from error
     exported.generation_config = model.generation_config
     common.ClearMetadataAndDocStringPass()(exported.program)  # the Python stack behind every node
     _name_axes(exported.program)

@@ -7,7 +7,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +15,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.export import Dim
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from selfpruner_hub.architectures import shape_of
 
@@ -74,12 +75,35 @@ def empty_cache(config: Any, batch: int, past: int = 0, dtype: torch.dtype = tor
     """
     shape = shape_of(config)
     sizes = [(batch, layer.num_key_value_heads, past, shape.head_dim) for layer in shape.dense.layers]
-    return DynamicCache([(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)) for size in sizes])
+    return cache_of([torch.zeros(size, dtype=dtype) for size in sizes for _ in ("keys", "values")])
+
+
+def cache_of(states: Sequence[Tensor]) -> DynamicCache:
+    """A KV cache of given tensors; they are not copied.
+
+    Args:
+        states: Keys and values `[B, G, P, D]`, layer by layer.
+
+    Returns:
+        The cache.
+    """
+    cache = DynamicCache()
+    for keys, values in zip(states[::2], states[1::2], strict=True):
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
 
 
 def positions(mask: Tensor, length: int) -> Tensor:
     """Position ids `[B, S]` of the last `length` columns of an attention mask `[B, P + S]`; padding has no position."""
     return (mask.cumsum(1) - 1).clamp_min(0)[:, mask.shape[1] - length :]
+
+
+def states_of(cache: Cache) -> list[Tensor]:
+    """Keys and values `[B, G, P, D]` of a cache, layer by layer, as `cache_of` takes them."""
+    return [getattr(layer, what) for layer in cache.layers for what in ("keys", "values")]
 
 
 @contextmanager

@@ -1,0 +1,92 @@
+"""TensorRT or TensorRT-RTX, whichever is installed: they have the same Python API."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from selfpruner_hub.errors import MissingExtraError, UserError
+
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+EXTRA = "tensorrt-rtx"
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of the two, imported."""
+
+    name: str
+    module: Any
+    log: Any
+    """The logger that builders and runtimes take; `log.last_error` is the last error that they told."""
+
+    @property
+    def distribution(self) -> str:
+        """What pip calls it."""
+        return importlib.metadata.packages_distributions()[self.name][0]
+
+    @property
+    def capabilities(self) -> dict[str, Any]:
+        """Compute capabilities, such as "8.6", that it can build for without such a GPU."""
+        known = getattr(self.module, "ComputeCapability", None)
+        numbers = {name: re.fullmatch(r"SM(\d+)(\d)", name) for name in dir(known)}
+        return {f"{found[1]}.{found[2]}": getattr(known, name) for name, found in numbers.items() if found}
+
+
+def find_library(name: str | None = None, *, elsewhere: bool = False) -> Library:
+    """Import TensorRT.
+
+    Args:
+        name: One of `LIBRARIES`; None takes the first that is installed.
+        elsewhere: It must be able to build for a GPU that is not here, which only TensorRT-RTX does.
+
+    Returns:
+        The library.
+
+    Raises:
+        MissingExtraError: None is installed that fits.
+    """
+    for candidate in LIBRARIES if name is None else (name,):
+        try:
+            module = importlib.import_module(candidate)
+        except (ImportError, OSError):  # OSError: the wheel is there, and a library of CUDA that it loads is not
+            continue
+        if not elsewhere or hasattr(module, "ComputeCapability"):
+            return Library(candidate, module, _make_log(module))
+    raise MissingExtraError("TensorRT" if name is None else name, "tensorrt" if name == "tensorrt" else EXTRA)
+
+
+def gpu_here() -> tuple[str, str] | None:
+    """Compute capability ("8.6") and name of the NVIDIA GPU that PyTorch sees; None where it sees none."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}", torch.cuda.get_device_name()
+
+
+def parse_capability(text: str | float) -> str:
+    """A compute capability as "8.6", from 8.6, "8.6", "SM86" or "sm_86"; `UserError` for anything else."""
+    found = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", str(text), re.IGNORECASE)
+    if found is None:
+        raise UserError(f"{text!r} is no compute capability.", "Give one such as 8.6.")
+    return f"{found[1]}.{found[2]}"
+
+
+def _make_log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps the last error; says nothing."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last_error = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.last_error = message
+
+    return Log()

@@ -1,0 +1,164 @@
+"""TensorRT: an engine with a profile for prefill and one for decode, built from the plain ONNX graph."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import tempfile
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from exporters.base import STEPS, Written, logit_difference, one_line, one_of, require
+from exporters.tensorrt_causal_lm import ENGINE, TensorRtCausalLM
+from exporters.tensorrt_library import Library, find_library, gpu_here, parse_capability
+from exporters.tensorrt_profiles import Profile, profiles
+from exporters.to_onnx import trace
+from selfpruner_hub.architectures import shape_of
+from selfpruner_hub.errors import ExportError, UserError
+
+DTYPES = {"float32": (torch.float32, 0.05), "float16": (torch.float16, 0.2), "bfloat16": (torch.bfloat16, 1.5)}
+"""Of weights and arithmetic (networks are strongly typed), and the allowed distance of a logit. float32 may be TF32."""
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    staging: Path,
+    *,
+    dtype: str = "float16",
+    compute_capability: str | float | None = None,
+    batch: int = 1,
+    context: int = 2048,
+) -> Written:
+    """Build `model.engine`; compare its logits with PyTorch's where a GPU of its kind is here.
+
+    Args:
+        model: A dense or pruned model, float32, on the CPU.
+        tokenizer: Not needed.
+        staging: Where the files go.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`.
+        compute_capability: Of the GPU that it is for, such as `"8.6"`; None: of the one that is here. Another one
+            than that takes TensorRT-RTX, which needs no GPU to build.
+        batch: Most sequences at a time.
+        context: Most tokens of a sequence.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: An option is wrong, there is no GPU and none is named, or a library is missing.
+        ExportError: The model cannot be traced, or TensorRT cannot build it.
+    """
+    kind, tolerance = DTYPES[one_of("dtype", dtype, tuple(DTYPES))]
+    prepared = profiles(batch, context)
+    target, gpu = _target(compute_capability)
+    for needed in ("onnx", "onnxscript"):
+        require(needed, "onnx")
+    library = find_library(elsewhere=gpu is None)
+    if gpu is None:
+        one_of("compute capability", target, tuple(library.capabilities))
+    with tempfile.TemporaryDirectory(dir=staging.parent) as scratch:
+        graph = Path(scratch) / "model.onnx"
+        save_graph(model, kind, graph)
+        engine = build(library, graph, model.config, prepared, target if gpu is None else None)
+    (staging / ENGINE).write_bytes(engine)
+    model.config.save_pretrained(staging)
+    options = {
+        "dtype": dtype,
+        "compute_capability": target,
+        "gpu": gpu,
+        "batch": batch,
+        "context": context,
+        "library": library.name,
+        "profiles": [asdict(profile) for profile in prepared],
+        "sha256": hashlib.sha256(engine).hexdigest(),
+    }
+    return Written(
+        options=options,
+        libraries=("onnx", "onnxscript", library.distribution),
+        tolerance=tolerance,
+        measure=None if gpu is None else partial(_difference, model, staging, options, engine),
+        unchecked="" if gpu else f"the engine was not run: no GPU of compute capability {target} is here",
+    )
+
+
+def _target(asked: str | float | None) -> tuple[str, str | None]:
+    """The compute capability to build for, and the name of the GPU if it is the one that is here."""
+    here = gpu_here()
+    if asked is None:
+        if here is None:
+            raise UserError(
+                "PyTorch sees no NVIDIA GPU here to build an engine for.",
+                "Name its compute capability, such as 8.6 (--compute-capability 8.6).",
+            )
+        return here
+    target = parse_capability(asked)
+    return target, here[1] if here is not None and here[0] == target else None
+
+
+def save_graph(model: PreTrainedModel, dtype: torch.dtype, path: Path) -> None:
+    """Write the plain ONNX graph of a model.
+
+    Args:
+        model: The model; it is left as it is.
+        dtype: Of the graph's weights and arithmetic.
+        path: Of the graph; the weights go beside it.
+    """
+    import onnx_ir
+
+    typed = model if dtype == model.dtype else nn.Module.to(copy.deepcopy(model), dtype)
+    onnx_ir.save(trace(typed, "none").program, str(path), external_data=f"{path.name}.data")
+
+
+def build(
+    library: Library, graph: Path, config: PreTrainedConfig, prepared: tuple[Profile, ...], target: str | None
+) -> bytes:
+    """Build the engine.
+
+    Args:
+        library: TensorRT.
+        graph: The ONNX file.
+        config: Of the model.
+        prepared: Its profiles.
+        target: The compute capability of a GPU that is not here; None builds for the one that is.
+
+    Returns:
+        The serialised engine.
+
+    Raises:
+        ExportError: TensorRT cannot parse or build it.
+    """
+    trt = library.module
+    builder = trt.Builder(library.log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, library.log)
+    if not parser.parse_from_file(str(graph)):
+        raise ExportError(f"TensorRT cannot read the graph: {one_line(parser.get_error(0).desc())}")
+    settings = builder.create_builder_config()
+    if target is not None:
+        settings.num_compute_capabilities = 1
+        settings.set_compute_capability(library.capabilities[target], 0)
+    for profile in prepared:
+        shapes = profile.input_shapes(shape_of(config))
+        sizes = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            name = network.get_input(index).name
+            sizes.set_shape(name, *shapes[name])
+        settings.add_optimization_profile(sizes)
+    engine = builder.build_serialized_network(network, settings)
+    if engine is None:
+        raise ExportError(f"TensorRT cannot build the engine: {one_line(library.log.last_error)}")
+    return bytes(engine)
+
+
+def _difference(model: PreTrainedModel, directory: Path, options: dict[str, Any], engine: bytes) -> float:
+    exported = TensorRtCausalLM.load(directory, options, engine)
+    longest = min(24, options["context"] - STEPS)
+    prompts = [max(1, longest // part) for part in (1, 3, 24)][: options["batch"]]
+    return logit_difference(model, exported, prompts=prompts)
