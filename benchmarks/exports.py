@@ -62,7 +62,7 @@ def make_models(work: Path) -> dict[str, dict[str, Any]]:
 
 def exported(work: Path, name: str, runtime: str, dtype: str) -> tuple[Path, float | None]:
     """The directory that a runtime loads, and how far its logits are from PyTorch's."""
-    if not RUNTIMES[runtime].exported:
+    if RUNTIMES[runtime].options is None:
         return work / name, 0.0
     directory = work / f"{runtime}-{dtype}" / name
     if not directory.is_dir():

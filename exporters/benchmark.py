@@ -81,10 +81,10 @@ def benchmark(
         raise UserError(f"{names[0]!r} and {names[1]!r} have different vocabularies.", "Give the model's own parent.")
     setting = Setting(threads, device, dtype, max(prompts) + new_tokens + MARGIN)
     with contextlib.ExitStack() as stack:
-        if row.exported:
+        if row.options is not None:
             directory = Path(exports or stack.enter_context(tempfile.TemporaryDirectory()))
             loaded = [
-                _exported(name, runtime, directory / side, dtype, keywords)
+                _exported(name, runtime, directory / side, keywords, row.options(setting))
                 for name, side, keywords in zip(names, ("dense", "pruned"), loadings, strict=True)
             ]
             settings = [setting, setting]
@@ -130,11 +130,11 @@ def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
         raise explain(name, error) from error
 
 
-def _exported(name: str, runtime: str, output: Path, dtype: str, loading: dict[str, Any]) -> str:
+def _exported(name: str, runtime: str, output: Path, loading: dict[str, Any], options: dict[str, Any]) -> str:
     """The directory of a model's export: its own where it is one, else a new one."""
     if (Path(name) / FILE_NAME).is_file():
         return name
-    return str(export(name, runtime, output, loading=loading, dtype=dtype))
+    return str(export(name, runtime, output, loading=loading, **options))
 
 
 def _case(

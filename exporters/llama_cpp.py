@@ -13,15 +13,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters import machine
+from exporters.base import require
 from selfpruner_hub.corpus import sample_windows
-from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError
+from selfpruner_hub.errors import ExportError, ModelError
 
-try:
-    import xllamacpp
-except ImportError:
-    xllamacpp = None
-
-EXTRA = 'pip install "selfpruner-hub[gguf]"'
 PROMPTS = (24, 9, 1)
 """Lengths of the prompts of a comparison, in tokens."""
 STEPS = 5
@@ -49,8 +44,9 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, context: int, threads: int | None = None, *, exact: bool = False) -> None:
-        if xllamacpp is None:
-            raise MissingExtraError("xllamacpp", "gguf")
+        require("xllamacpp", "gguf")
+        import xllamacpp
+
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
         parameters.n_ctx, parameters.n_parallel = context, 1

@@ -22,7 +22,7 @@ class Setting:
     threads: int
     device: str
     dtype: str
-    """Of PyTorch's weights; an export has its own."""
+    """Of the weights, in the runtime's words; an export that is there already has its own."""
     longest: int
     """Tokens of the longest sequence that will be run."""
     loading: dict[str, Any] = field(default_factory=dict)
@@ -53,10 +53,16 @@ def _torch(name: str, setting: Setting) -> Runner:
 
 
 def _onnx(name: str, setting: Setting) -> Runner:
-    from exporters.onnx_causal_lm import OnnxCausalLM
+    from exporters.onnx_causal_lm import DEFAULT_PROVIDERS, OnnxCausalLM
 
-    providers = ["CUDAExecutionProvider"] if setting.device.startswith("cuda") else ["CPUExecutionProvider"]
-    return CausalLMRunner(OnnxCausalLM.from_pretrained(name, providers=providers, threads=setting.threads))
+    model = OnnxCausalLM.from_pretrained(
+        name, providers=[DEFAULT_PROVIDERS[_onnx_options(setting)["fusions"]]], threads=setting.threads
+    )
+    return CausalLMRunner(model, model.device)
+
+
+def _onnx_options(setting: Setting) -> dict[str, Any]:
+    return {"dtype": setting.dtype, "fusions": "cuda" if setting.device.startswith("cuda") else "cpu"}
 
 
 def _gguf(name: str, setting: Setting) -> Runner:
@@ -72,15 +78,16 @@ class Runtime:
     load: Callable[[str, Setting], Runner]
     dtypes: dict[str, tuple[float, float]]
     """Bytes of a weight, and of an element of the cache, for each dtype; the first is the default."""
-    exported: bool = True
-    """It runs exports of the format of its name, not PyTorch's own files."""
+    options: Callable[[Setting], dict[str, Any]] | None = lambda setting: {"dtype": setting.dtype}
+    """Of the exports to the format of its name, which it runs; None: it runs PyTorch's own files."""
     batched: bool = True
     """It runs several prompts at a time."""
 
 
-# q8_0: blocks of 32 bytes with a float16 scale. llama.cpp's cache is float16 whatever the weights are.
+# int8: blocks of 32 bytes with a float32 scale; q8_0: with a float16 scale. llama.cpp's cache is float16 whatever the
+# weights are.
 RUNTIMES: dict[str, Runtime] = {
-    "torch": Runtime(_torch, {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)}, exported=False),
-    "onnx": Runtime(_onnx, {"float32": (4, 4), "float16": (2, 2), "int8": (1, 4)}),
+    "torch": Runtime(_torch, {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)}, options=None),
+    "onnx": Runtime(_onnx, {"float32": (4, 4), "float16": (2, 2), "int8": (36 / 32, 4)}, _onnx_options),
     "gguf": Runtime(_gguf, {"f16": (2, 2), "f32": (4, 2), "q8_0": (34 / 32, 2)}, batched=False),
 }

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from tiny import save_tiny, tiny_model
 from trained import VOCABULARY, trained_tokenizer
 
 from exporters import benchmark as module
-from exporters.base import export
+from exporters.base import FILE_NAME, export
 from exporters.benchmark import benchmark
 from exporters.benchmark_report import Report
 from exporters.latency import Measured, timing
@@ -111,54 +115,73 @@ def test_the_table_says_what_is_not_faster(report):
     assert "not faster" not in replace(report, cases=(replace(case, prefill=quick, decode=quick),)).table()
 
 
-def test_a_speed_up_is_that_of_neighbours(monkeypatch, pair):
+class Drifting:
+    """A worker without a process: each pass of it takes twice as long as the one before."""
+
+    costs: ClassVar = {"dense": 3.0, "pruned": 2.0}
+
+    def __init__(self, name):
+        self.cost, self.passes = self.costs[Path(name).name], 0
+
+    def measure(self, _ids, _new):
+        self.passes += 1
+        return Measured(self.cost * 2**self.passes, self.cost)
+
+    def memory(self):
+        return {"peak_mb": 1.0, "loading_mb": 1.0}
+
+
+@pytest.fixture
+def drifting(monkeypatch):
+    """No process is started; what would have been is listed."""
+    listed = []
+
+    @contextmanager
+    def start(runtime, name, _setting):
+        listed.append((runtime, name))
+        yield Drifting(name)
+
+    monkeypatch.setattr(module, "started", start)
+    return listed
+
+
+def test_a_speed_up_is_that_of_neighbours(pair, drifting):
     """The machine slows down while the benchmark runs; the ratio of the two models stays what it is."""
-
-    class Drifting:
-        def __init__(self, cost):
-            self.cost, self.passes = cost, 0
-
-        def measure(self, _ids, _new):
-            self.passes += 1
-            return Measured(self.cost * 2**self.passes, self.cost)
-
-        def memory(self):
-            return {"peak_mb": 1.0, "loading_mb": 1.0}
-
-    costs = iter((3.0, 2.0))
-
-    class Context:
-        def __enter__(self):
-            return Drifting(next(costs))
-
-        def __exit__(self, *_error):
-            return None
-
-    monkeypatch.setattr(module, "started", lambda *_args: Context())
     (case,) = benchmark(pair[1], pair[0], prompts=(8,), new_tokens=2, runs=5).cases
     assert case.prefill.speedup == timing([1.5] * 5)
     assert case.decode.speedup == timing([1.5] * 5)
+    assert drifting == [("torch", str(pair[0])), ("torch", str(pair[1]))]
 
 
-def test_progress_goes_to_the_end(pair):
+def test_progress_goes_to_the_end(pair, drifting):
     seen = []
-    benchmark(pair[1], pair[0], prompts=(8,), new_tokens=1, runs=2, threads=1, progress=lambda *at: seen.append(at))
+    benchmark(pair[1], pair[0], prompts=(8,), new_tokens=1, runs=2, progress=lambda *at: seen.append(at))
     assert seen == [("batch 1, prompt 8", step, 8) for step in range(1, 9)]
 
 
-def test_llama_cpp(pair, tmp_path, capsys):
-    pytest.importorskip("xllamacpp")
-    arguments = ["benchmark", str(pair[1]), "--against", str(pair[0]), "--runtime", "gguf", "--dtype", "q8_0"]
+def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
+    for side in pair:
+        shutil.copytree(side, tmp_path / side.name)
+        (tmp_path / side.name / FILE_NAME).touch()
+    benchmark(tmp_path / "pruned", tmp_path / "dense", "gguf", prompts=(8,), new_tokens=1, runs=2)
+    assert drifting == [("gguf", str(tmp_path / "dense")), ("gguf", str(tmp_path / "pruned"))]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "library", "dtype", "file"),
+    [("gguf", "xllamacpp", "q8_0", "model-q8_0.gguf"), ("onnx", "onnxruntime", "float32", "model.onnx")],
+)
+def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
+    pytest.importorskip(library)
+    arguments = ["benchmark", str(pair[1]), "--against", str(pair[0]), "--runtime", runtime, "--dtype", dtype]
     arguments += ["--prompt", "16", "--new", "4", "--runs", "2", "--threads", "1", "--exports", str(tmp_path)]
     assert main([*arguments, "--quiet", "--json"]) == 0
     found = Report.from_json(capsys.readouterr().out, "stdout")
-    assert (found.runtime, found.dtype) == ("gguf", "q8_0")
+    assert (found.runtime, found.dtype) == (runtime, dtype)
+    assert library in found.versions
     assert found.cases[0].decode.pruned.median > 0
     for side in ("dense", "pruned"):
-        assert (tmp_path / side / "model-q8_0.gguf").is_file()
-    again = benchmark(tmp_path / "pruned", tmp_path / "dense", "gguf", prompts=(8,), new_tokens=2, runs=2, threads=1)
-    assert again.pruned.workload == found.pruned.workload
-    assert not (tmp_path / "pruned" / "dense").exists()
+        assert (tmp_path / side / file).is_file()
 
 
 @pytest.mark.parametrize(
