@@ -234,7 +234,14 @@ def test_command_line_with_a_real_llama_cpp_server(llama_cpp, tmp_path):
     command = [sys.executable, "-m", "selfpruner_hub.cli", "prune", str(model), "--beta", "0.3", "--quiet", "--json"]
     command += ["--output", str(tmp_path / "out"), "--data", str(text), "--proposer", llama_cpp]
     command += ["--proposer-model", "smollm2", "--evaluations", "9"]
-    for setting in ("window=32", "calibration_tokens=2048", "fitness_tokens=512", "population=3", "crossover=3"):
+    for setting in (
+        "window=32",
+        "calibration_tokens=2048",
+        "fitness_tokens=512",
+        "population=3",
+        "crossover=3",
+        "mutation=0",
+    ):
         command += ["--set", setting]
     env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"SELFPRUNER_API_KEY": SECRET}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
