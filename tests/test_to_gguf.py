@@ -217,23 +217,33 @@ PROMPTS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("beta", [None, 0.3, 0.5])
 def test_the_real_model_writes_the_same_text(beta, real_pruner, tmp_path):
-    """SmolLM2, dense and pruned: 48 greedy tokens after three prompts, each within 1e-3 of PyTorch in float32."""
+    """SmolLM2, dense and pruned: 48 greedy tokens after three prompts, all within 1e-3 of PyTorch's float32 in f32."""
     settings = {"data": "self", "window": 128, "calibration_tokens": 2048, "fitness_tokens": 512, "progress": False}
     pruned = None if beta is None else real_pruner.prune(beta, evaluations=0, seeds=("uniform",), **settings)
     model = (real_pruner.model if pruned is None else pruned.model).float()
-    differences = {}
-    for dtype, allowed in (("f32", 1e-3), ("f16", 0.05), ("q8_0", 1.0)):
+    for dtype, allowed in (("f32", 1e-3), ("f16", 0.1), ("q8_0", 2.0)):
         export_model(model, real_pruner.tokenizer, "gguf", tmp_path / dtype, dtype=dtype)
-        differences[dtype] = read_export(tmp_path / dtype).max_difference
-        assert differences[dtype] < allowed, differences
-    run = LlamaCpp(tmp_path / "f32" / "model-f32.gguf", 256, exact=True)
-    for text in PROMPTS:
-        ids = real_pruner.tokenizer(text)["input_ids"]
-        steps = run.complete(ids, 48, n_probs=1, ignore_eos=True)["choices"][0]["logprobs"]["content"]
-        written = [step["id"] for step in steps]
-        with torch.inference_mode():
-            expected = model(torch.tensor([ids + written[:-1]])).logits[0, len(ids) - 1 :].log_softmax(-1)
-        assert len(written) == 48
-        assert written == expected.argmax(-1).tolist()
-        found = torch.tensor([step["logprob"] for step in steps])
-        torch.testing.assert_close(found, expected.max(-1).values, atol=1e-3, rtol=0)
+        assert read_export(tmp_path / dtype).max_difference < allowed
+        run = LlamaCpp(tmp_path / dtype / f"model-{dtype}.gguf", 128, exact=dtype == "f32")
+        same, divergences = 0, []
+        for text in PROMPTS:
+            steps, expected = continued(run, model, real_pruner.tokenizer(text)["input_ids"])
+            same += sum(step["id"] == int(row.argmax()) for step, row in zip(steps, expected, strict=True))
+            for step, row in zip(steps, expected, strict=True):
+                found = torch.tensor([token["logprob"] for token in step["top_logprobs"]])
+                theirs = row[[token["id"] for token in step["top_logprobs"]]]
+                divergences.append((theirs.exp() * (theirs - found)).sum().item())
+                if dtype == "f32":
+                    torch.testing.assert_close(found, theirs, atol=1e-3, rtol=0)
+        agreed, divergence = same / (48 * len(PROMPTS)), abs(sum(divergences)) / len(divergences)
+        assert len(divergences) == 48 * len(PROMPTS)
+        assert agreed >= {"f32": 1, "f16": 0.9, "q8_0": 0.7}[dtype], (dtype, agreed)
+        assert divergence < {"f32": 1e-3, "f16": 2e-3, "q8_0": 2e-2}[dtype], (dtype, divergence)
+
+
+@torch.inference_mode()
+def continued(run, model, ids):
+    """48 greedy steps of llama.cpp with its likeliest tokens, and PyTorch's log-probabilities after the same tokens."""
+    steps = run.complete(ids, 48, n_probs=32, ignore_eos=True)["choices"][0]["logprobs"]["content"]
+    logits = model(torch.tensor([ids + [step["id"] for step in steps[:-1]]])).logits
+    return steps, logits[0, len(ids) - 1 :].log_softmax(-1)
