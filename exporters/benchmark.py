@@ -42,7 +42,7 @@ def benchmark(
     runs: int = 7,
     threads: int | None = None,
     dtype: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     exports: str | Path | None = None,
     loading: dict[str, Any] | None = None,
     progress: Progress = lambda what, done, total: None,
@@ -59,7 +59,7 @@ def benchmark(
         runs: Counted passes of each model, at least 2; two more come before them.
         threads: Of the CPU; None takes as many as PyTorch does, of those that this process may use.
         dtype: Of the weights, in the runtime's words; None takes its default.
-        device: `"cpu"`, or torch's name of a GPU.
+        device: `"cpu"`, or torch's name of a GPU; None takes the runtime's default.
         exports: Keep the exports here, in `dense` and `pruned`; None: they are temporary.
         loading: Keywords of transformers' `from_pretrained` for the parent: `gguf_file`, `revision`, …
         progress: Called with (what, done, total).
@@ -79,7 +79,12 @@ def benchmark(
     configs = [_config(name, keywords) for name, keywords in zip(names, loadings, strict=True)]
     if configs[0].vocab_size != configs[1].vocab_size:
         raise UserError(f"{names[0]!r} and {names[1]!r} have different vocabularies.", "Give the model's own parent.")
-    setting = Setting(threads, device, dtype, max(prompts) + new_tokens + MARGIN)
+    device = device or row.device
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"{runtime} cannot run on {device}: PyTorch sees no NVIDIA GPU here.", "Choose another runtime."
+        )
+    setting = Setting(threads, device, dtype, max(prompts) + new_tokens + MARGIN, max(batches))
     with contextlib.ExitStack() as stack:
         if row.options is not None:
             directory = Path(exports or stack.enter_context(tempfile.TemporaryDirectory()))

@@ -25,6 +25,8 @@ class Setting:
     """Of the weights, in the runtime's words; an export that is there already has its own."""
     longest: int
     """Tokens of the longest sequence that will be run."""
+    batch: int = 1
+    """The most prompts at a time."""
     loading: dict[str, Any] = field(default_factory=dict)
     """Other keywords of transformers' `from_pretrained`."""
 
@@ -65,6 +67,17 @@ def _onnx_options(setting: Setting) -> dict[str, Any]:
     return {"dtype": setting.dtype, "fusions": "cuda" if setting.device.startswith("cuda") else "cpu"}
 
 
+def _tensorrt(name: str, setting: Setting) -> Runner:
+    from exporters.tensorrt_causal_lm import TensorRtCausalLM
+
+    model = TensorRtCausalLM.from_pretrained(name)
+    return CausalLMRunner(model, model.device)
+
+
+def _tensorrt_options(setting: Setting) -> dict[str, Any]:
+    return {"dtype": setting.dtype, "batch": setting.batch, "context": setting.longest}
+
+
 def _gguf(name: str, setting: Setting) -> Runner:
     record = read_export(Path(name), "gguf")
     path = Path(name) / f"model-{record.options['dtype']}.gguf"
@@ -80,6 +93,8 @@ class Runtime:
     """Bytes of a weight, and of an element of the cache, for each dtype; the first is the default."""
     options: Callable[[Setting], dict[str, Any]] | None = lambda setting: {"dtype": setting.dtype}
     """Of the exports to the format of its name, which it runs; None: it runs PyTorch's own files."""
+    device: str = "cpu"
+    """Where it runs unless a device is named."""
     batched: bool = True
     """It runs several prompts at a time."""
 
@@ -89,5 +104,8 @@ class Runtime:
 RUNTIMES: dict[str, Runtime] = {
     "torch": Runtime(_torch, {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)}, options=None),
     "onnx": Runtime(_onnx, {"float32": (4, 4), "float16": (2, 2), "int8": (36 / 32, 4)}, _onnx_options),
+    "tensorrt": Runtime(
+        _tensorrt, {"float16": (2, 2), "float32": (4, 4), "bfloat16": (2, 2)}, _tensorrt_options, device="cuda"
+    ),
     "gguf": Runtime(_gguf, {"f16": (2, 2), "f32": (4, 2), "q8_0": (34 / 32, 2)}, batched=False),
 }

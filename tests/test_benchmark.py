@@ -188,6 +188,8 @@ def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
     ("arguments", "says"),
     [
         (("--runtime", "caffe"), "Unknown runtime 'caffe'"),
+        (("--runtime", "tensorrt"), "tensorrt cannot run on cuda: PyTorch sees no NVIDIA GPU here"),
+        (("--device", "cuda"), "torch cannot run on cuda"),
         (("--dtype", "q8_0"), "Unknown dtype 'q8_0'. Choose float32, bfloat16, float16."),
         (("--runtime", "gguf", "--batch", "2"), "gguf is timed on one prompt at a time"),
         (("--batch", "0"), "--batch expects whole numbers"),
@@ -248,6 +250,19 @@ def test_no_process_is_left(pair):
     with started("torch", str(pair[0]), SETTING) as worker:
         process = worker._process
     assert process.poll() is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runtime", ["torch", "tensorrt"])
+def test_on_a_gpu(runtime, pair):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    found = benchmark(pair[1], pair[0], runtime, prompts=(16,), batches=(2,), new_tokens=4, runs=2, device="cuda")
+    assert found.device == "cuda"
+    assert found.machine["gpu"]
+    assert found.cases[0].decode.pruned.median > 0
+    if runtime == "torch":
+        assert 0 < found.dense.memory["gpu_mb"] < 1000
 
 
 @pytest.mark.slow
