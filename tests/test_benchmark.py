@@ -188,8 +188,6 @@ def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
     ("arguments", "says"),
     [
         (("--runtime", "caffe"), "Unknown runtime 'caffe'"),
-        (("--runtime", "tensorrt"), "tensorrt cannot run on cuda: PyTorch sees no NVIDIA GPU here"),
-        (("--device", "cuda"), "torch cannot run on cuda"),
         (("--dtype", "q8_0"), "Unknown dtype 'q8_0'. Choose float32, bfloat16, float16."),
         (("--runtime", "gguf", "--batch", "2"), "gguf is timed on one prompt at a time"),
         (("--batch", "0"), "--batch expects whole numbers"),
@@ -205,6 +203,14 @@ def test_mistakes(arguments, says, pair, capsys):
     assert err.startswith("selfpruner: ")
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_without_a_gpu(pair, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="tensorrt cannot run on cuda: PyTorch sees no NVIDIA GPU"):
+        benchmark(pair[1], pair[0], "tensorrt")
+    with pytest.raises(UserError, match="torch cannot run on cuda:1"):
+        benchmark(pair[1], pair[0], device="cuda:1")
 
 
 def test_foreign_input(pair, tmp_path, capsys):
