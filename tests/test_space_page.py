@@ -90,7 +90,7 @@ def serve(pruner, home, **settings):
 @pytest.fixture(scope="module")
 def served(real_pruner, tmp_path_factory):
     pytest.importorskip("gradio", reason='needs pip install -e ".[space]"')
-    small = {"window": 64, "calibration_tokens": 2048, "fitness_tokens": 256, "accumulate": False}
+    small = {"window": 32, "calibration_tokens": 1024, "fitness_tokens": 256, "accumulate": False}
     served = serve(real_pruner, tmp_path_factory.mktemp("page"), evaluations=0, seeds=("uniform", "ramp"), **small)
     yield served
     served.stop()
@@ -304,7 +304,7 @@ def test_ten_visitors_at_once(tmp_path):
     small = {"window": 32, "calibration_tokens": 256, "fitness_tokens": 64, "evaluations": 0}
     served = serve(pruner, tmp_path, **small)
     try:
-        load = visit(served.url, served.process.pid, users=10, seconds=15, tokens=16)
+        load = visit(served.url, served.process.pid, users=10, seconds=8, tokens=16)
     finally:
         served.stop()
     assert load.errors == []
