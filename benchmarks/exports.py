@@ -48,10 +48,12 @@ def make_models(work: Path) -> dict[str, dict[str, Any]]:
         for beta in BETAS
         for multiple in MULTIPLES
     }
-    if all((work / name / "config.json").is_file() for name in (DENSE, *cases)):
+    missing = [name for name in (*cases, DENSE) if not (work / name / "config.json").is_file()]
+    if not missing:
         return cases
     pruner = load_embedded(torch.float32)
-    for name, case in cases.items():
+    for name in cases.keys() & set(missing):
+        case = cases[name]
         multiple = case["multiple_of"]
         pruned = pruner.prune(case["beta"], evaluations=0, seeds=("uniform",), multiple_of=multiple, **SETTINGS)
         pruned.save_pretrained(work / name)
