@@ -32,6 +32,8 @@ FILE_NAME = "selfpruner_export.json"
 """Not `export.json`: transformers' exporters write a manifest of that name."""
 SCHEMA_VERSION = 1
 
+EXPORTING, STAGES = "exporting", ("loading", "writing", "comparing with PyTorch")
+
 PROMPTS = (24, 9, 1)
 """Lengths of the prompts of a parity check: one left-padded batch."""
 STEPS = 4
@@ -90,6 +92,10 @@ class ExportRecord:
         return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2, allow_nan=False) + "\n"
 
 
+def _silent(*_told: object) -> None:
+    """Report nothing."""
+
+
 def export(
     name: str | Path,
     to: str,
@@ -97,6 +103,7 @@ def export(
     *,
     tolerance: float | None = None,
     loading: Any = None,
+    progress: Callable[..., None] = _silent,
     **options: Any,
 ) -> Path:
     """Load a model, dense or pruned, and write it in another format.
@@ -107,6 +114,7 @@ def export(
         output: The directory of the export; files of the same names are replaced.
         tolerance: Largest distance of a logit from PyTorch's float32; None takes the format's own.
         loading: Keywords of transformers' `from_pretrained`: revision, token, gguf_file, …
+        progress: Called with (what, done, total, note).
         **options: Of the format.
 
     Returns:
@@ -121,11 +129,14 @@ def export(
     _check(to, options, Path(output))  # before the seconds that a model takes
     if Path(name).is_dir() and Path(output).exists() and Path(output).samefile(name):
         raise OutputError("The output would replace the model that is exported.", "Choose another output.")
+    progress(EXPORTING, 0, len(STAGES), STAGES[0])
     model, tokenizer = load_model(name, **keywords)
     pruned = type(model) in MODEL_CLASSES.values()
     record = read_record(resolve_directory(name, **keywords)) if pruned else None
     called = Path(name).name if Path(name).exists() else name
-    return export_model(model, tokenizer, to, output, name=called, record=record, tolerance=tolerance, **options)
+    return export_model(
+        model, tokenizer, to, output, name=called, record=record, tolerance=tolerance, progress=progress, **options
+    )
 
 
 def export_model(
@@ -137,6 +148,7 @@ def export_model(
     name: str = "",
     record: Record | None = None,
     tolerance: float | None = None,
+    progress: Callable[..., None] = _silent,
     **options: Any,
 ) -> Path:
     """Write a model that is in memory in another format; `export` has the arguments.
@@ -149,6 +161,7 @@ def export_model(
         name: What the model is called.
         record: Of a pruned model, written beside it.
         tolerance: Largest distance of a logit from PyTorch's float32; None takes the format's own.
+        progress: Called with (what, done, total, note).
         **options: Of the format.
 
     Returns:
@@ -170,8 +183,10 @@ def export_model(
             model.generation_config.save_pretrained(staging)
         if record is not None:
             (staging / MODEL_RECORD).write_text(record.to_json(), encoding="utf-8")
+        progress(EXPORTING, 1, len(STAGES), STAGES[1])
         written = write(model.eval(), tokenizer, staging, **options)
         allowed = written.tolerance if tolerance is None else tolerance
+        progress(EXPORTING, 2, len(STAGES), STAGES[2])
         difference = written.measure() if written.measure is not None else None
         if difference is not None and not difference <= allowed:  # NaN too
             raise ExportError(
@@ -191,6 +206,7 @@ def export_model(
             remark=written.remark,
         )
         (staging / FILE_NAME).write_text(sidecar.to_json(), encoding="utf-8")
+    progress(EXPORTING, len(STAGES), len(STAGES), "done")
     return output
 
 

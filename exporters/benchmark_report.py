@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from typing import Any
 
 from exporters.latency import Timing
 from exporters.workload import Workload
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.records import parse_versioned
+from selfpruner_hub.records import Metric, parse_versioned
 
 SCHEMA_VERSION = 1
 
@@ -98,6 +99,25 @@ class Report:
             return cls(**{**values, **sides, "cases": cases})
         except (TypeError, KeyError) as error:
             raise SavedModelError(f"{source} is damaged: {error}.", "Run the benchmark again.") from error
+
+    def metrics(self) -> dict[str, Metric]:
+        """The figures as a model's record and card hold them: milliseconds of both models, and how they came about."""
+        where = str(self.machine.get("gpu", self.machine["processor"]))
+        today = datetime.now(UTC).date().isoformat()
+        found = {}
+        for case in self.cases:
+            for name, what in (("prefill", "reading the prompt"), ("decode", "a token after it")):
+                phase: Phase = getattr(case, name)
+                found[f"{name} in {self.runtime}, {case.batch} × {case.prompt} tokens"] = Metric(
+                    value=round(phase.pruned.median, 2),
+                    dense=round(phase.dense.median, 2),
+                    protocol=f"{what}; {self.dtype}, {self.threads} threads; medians of {phase.dense.runs} passes, "
+                    f"dense and pruned turn by turn; {phase.speedup.median:.2f} × faster, {phase.ideal:.2f} by work",
+                    unit="ms",
+                    machine=where,
+                    date=today,
+                )
+        return found
 
     def table(self) -> str:
         """Lay the figures out for a terminal, and say where the pruned model is not faster."""

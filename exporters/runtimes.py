@@ -78,6 +78,12 @@ def _tensorrt_options(setting: Setting) -> dict[str, Any]:
     return {"dtype": setting.dtype, "batch": setting.batch, "context": setting.longest}
 
 
+def _openvino(name: str, setting: Setting) -> Runner:
+    from exporters.openvino_causal_lm import OpenVinoCausalLM
+
+    return CausalLMRunner(OpenVinoCausalLM.from_pretrained(name, threads=setting.threads))
+
+
 def _gguf(name: str, setting: Setting) -> Runner:
     record = read_export(Path(name), "gguf")
     path = Path(name) / f"model-{record.options['dtype']}.gguf"
@@ -107,5 +113,6 @@ RUNTIMES: dict[str, Runtime] = {
     "tensorrt": Runtime(
         _tensorrt, {"float16": (2, 2), "float32": (4, 4), "bfloat16": (2, 2)}, _tensorrt_options, device="cuda"
     ),
+    "openvino": Runtime(_openvino, {"float32": (4, 4), "float16": (2, 4)}),
     "gguf": Runtime(_gguf, {"f16": (2, 2), "f32": (4, 2), "q8_0": (34 / 32, 2)}, batched=False),
 }

@@ -148,8 +148,8 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _select(hidden: Tensor, kept: Tensor) -> Tensor:
-    return hidden.index_select(1, kept)
+def _select(hidden: Tensor, kept: int | Tensor) -> Tensor:
+    return hidden.index_select(1, kept) if isinstance(kept, Tensor) else hidden[:, -kept:]
 
 
 @contextmanager

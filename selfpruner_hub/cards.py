@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from selfpruner_hub.records import Metric, Record
+from selfpruner_hub.records import FILE_NAME, Metric, Record, read_record, write_atomically
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -70,6 +71,27 @@ def render_card(
         pictures=pictures,
         exports=exports,
     )
+
+
+def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
+    """Add figures to the record of a saved model, in place of older ones of the same names, and to its card.
+
+    Args:
+        directory: A saved model.
+        metrics: By name.
+
+    Returns:
+        The record as it is now.
+
+    Raises:
+        SavedModelError: The directory holds no pruned model.
+        OutputError: It cannot be written.
+    """
+    record = read_record(directory)
+    record = replace(record, metrics={**record.metrics, **metrics})
+    write_atomically(directory / FILE_NAME, record.to_json())
+    write_atomically(directory / "README.md", render_card(record))
+    return record
 
 
 def asset(name: str) -> Path:

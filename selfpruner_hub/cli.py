@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from selfpruner_hub import cli_benchmark
+from selfpruner_hub import cli_benchmark, cli_evaluate, cli_export
 from selfpruner_hub.errors import OutputError, SelfPrunerError, UserError
 
 
@@ -84,13 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _from_pretrained(prune)
 
-    evaluate = _verb(verbs, "evaluate", _evaluate, "measure the perplexity of a dense or pruned model")
-    evaluate.add_argument("model", metavar="MODEL_OR_DIR")
-    evaluate.add_argument("--data", default="wikitext2", help="wikitext2 or c4 (test split), or a .txt or .jsonl file")
-    evaluate.add_argument(
-        "--window", type=int, default=2048, metavar="W", help="tokens a window (default: %(default)s)"
-    )
-    evaluate.add_argument("--windows", type=int, metavar="N", help="only the first N windows")
+    evaluate = _verb(verbs, "evaluate", _evaluate, "measure perplexity and zero-shot tasks of a dense or pruned model")
+    cli_evaluate.add_arguments(evaluate)
     _from_pretrained(evaluate)
 
     push = _verb(verbs, "push", _push, "publish a saved model on the Hub, with its card, and a Space to try it in")
@@ -113,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("directory", metavar="DIR", type=Path, help="a saved model")
     card.add_argument("repo", metavar="REPO", help="where it is, or will be, published: NAMESPACE/NAME")
     card.add_argument("--output", required=True, type=Path, metavar="DIR", help="such as model_cards/NAME")
+
+    export = _verb(verbs, "export", _export, "write a model in another format, and compare it with PyTorch")
+    cli_export.add_arguments(export)
 
     benchmark = _verb(verbs, "benchmark", _benchmark, "time a pruned model beside its dense parent, in any runtime")
     cli_benchmark.add_arguments(benchmark)
@@ -221,18 +219,7 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from selfpruner_hub.corpus import consecutive_windows
-    from selfpruner_hub.evaluation import perplexity
-    from selfpruner_hub.loading import load_model
-
-    model, tokenizer = load_model(options.model, **_loading(options))
-    corpus = consecutive_windows(options.data, tokenizer, options.window, options.windows)
-    value = perplexity(model, corpus.windows)
-    protocol = f"{corpus.name}, {len(corpus.windows)} consecutive windows of {options.window} tokens, no overlap"
-    if options.json:
-        print(json.dumps({"perplexity": value, "protocol": protocol, **corpus.record()}))
-    else:
-        print(f"perplexity {value:.3f} ({protocol})")
+    print(cli_evaluate.run(options, _loading(options)))
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -265,6 +252,10 @@ def _card(options: argparse.Namespace) -> None:
     write_card(options.directory, options.repo, options.output)
     written = str(options.output / CARD)
     print(json.dumps({"card": written}) if options.json else written)
+
+
+def _export(options: argparse.Namespace) -> None:
+    print(cli_export.run(options))
 
 
 def _benchmark(options: argparse.Namespace) -> None:

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("directory", metavar="DIR", help="a pruned model, or an export of it for the runtime")
     parser.add_argument("--against", required=True, metavar="MODEL", help="its dense parent, or the parent's export")
-    parser.add_argument("--runtime", default="torch", help="torch, onnx, tensorrt or gguf (default: %(default)s)")
+    parser.add_argument(
+        "--runtime", default="torch", help="torch, onnx, tensorrt, openvino or gguf (default: %(default)s)"
+    )
     parser.add_argument("--batch", default="1", metavar="N,…", help="prompts at a time (default: %(default)s)")
     parser.add_argument("--prompt", default="128,512", metavar="N,…", help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--new", default="32", metavar="N", help="tokens written after it (default: %(default)s)")
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: the runtime's own)")
     parser.add_argument("--exports", type=Path, metavar="DIR", help="keep the exports that are made for it here")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here as well")
+    parser.add_argument("--save", action="store_true", help="write the figures into DIR's record and card as well")
     parser.add_argument("--revision", help="branch, tag or commit of MODEL")
     parser.add_argument("--gguf-file", metavar="FILE", help="load the weights of MODEL from this GGUF file of it")
 
@@ -47,12 +50,15 @@ def run(options: argparse.Namespace) -> str:
     threads = None if options.threads is None else _numbers("threads", options.threads, 1)[0]
 
     from exporters.benchmark import benchmark
+    from selfpruner_hub.cards import save_metrics
     from selfpruner_hub.progress import Bars
-    from selfpruner_hub.records import write_atomically
+    from selfpruner_hub.records import read_record, write_atomically
     from selfpruner_hub.storage import check_writable
 
     if options.output is not None:
         check_writable(options.output.parent)
+    if options.save:
+        read_record(Path(options.directory))  # before the minutes that a benchmark takes
     named = {"revision": options.revision, "gguf_file": options.gguf_file}
     with Bars(not options.quiet) as progress:
         report = benchmark(
@@ -72,6 +78,8 @@ def run(options: argparse.Namespace) -> str:
         )
     if options.output is not None:
         write_atomically(options.output, report.to_json())
+    if options.save:
+        save_metrics(Path(options.directory), report.metrics())
     return report.to_json().rstrip("\n") if options.json else report.table()
 
 

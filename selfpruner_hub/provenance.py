@@ -47,7 +47,7 @@ def fingerprint(
     shape = shape_of(model.config)
     return {
         "model": name,
-        "weights": _weights_hash(model),
+        "weights": weights_hash(model),
         "shape": {
             "hidden_size": shape.hidden_size,
             "head_dim": shape.head_dim,
@@ -129,7 +129,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _weights_hash(model: PreTrainedModel) -> str:
+def weights_hash(model: PreTrainedModel) -> str:
     """Tell checkpoints apart without reading them whole: shapes and some values of every parameter."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -103,6 +103,35 @@ class PrunedModel:
                 token=token,
             )
 
+    def export(self, to: str, output: str | Path, *, tolerance: float | None = None, **options: Any) -> Path:
+        """Write the model in another format, and compare that with this model.
+
+        Args:
+            to: `"onnx"`, `"tensorrt"`, `"openvino"`, `"gguf"` or `"padded"`.
+            output: The directory of the export; files of the same names are replaced.
+            tolerance: Largest distance of a logit from PyTorch's float32; None takes the format's own.
+            **options: Of the format, such as `dtype`.
+
+        Returns:
+            `output`.
+
+        Raises:
+            UserError: The format, an option or the output is wrong, or a library is missing.
+            ExportError: The export differs from this model; nothing is left of it.
+        """
+        from exporters.base import export_model  # it imports this package
+
+        return export_model(
+            self.model,
+            self.tokenizer,
+            to,
+            output,
+            name=f"{self.report.base_model} at β = {self.report.beta}",
+            record=self.report,
+            tolerance=tolerance,
+            **options,
+        )
+
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> PrunedModel:
         """Load a pruned model.

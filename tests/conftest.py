@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -27,6 +28,20 @@ def real_pruner():
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     return load_embedded()
+
+
+@pytest.fixture(scope="session")
+def real_pruned(real_pruner):
+    """A function: the real model in float32 under β, at uniform rates of the FFN; made once a session."""
+    few = {"data": "self", "window": 128, "calibration_tokens": 2048, "fitness_tokens": 512, "progress": False}
+
+    @functools.cache
+    def pruned(beta):
+        made = real_pruner.prune(beta, evaluations=0, seeds=("uniform",), **few)
+        made.model.float()
+        return made
+
+    return pruned
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from selfpruner_hub.demo import embedded_model
 from selfpruner_hub.errors import ModelError, SavedModelError, UserError
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.records import read_record
 
 SMALL = ("--prompt", "16,40", "--batch", "1,2", "--new", "4", "--runs", "3", "--threads", "1", "--quiet")
 SETTING = Setting(threads=1, device="cpu", dtype="float32", longest=64)
@@ -159,6 +160,21 @@ def test_progress_goes_to_the_end(pair, drifting):
     assert seen == [("batch 1, prompt 8", step, 8) for step in range(1, 9)]
 
 
+def test_figures_go_into_the_record_and_the_card(pair, tmp_path, capsys):
+    pruned = shutil.copytree(pair[1], tmp_path / "pruned")
+    words = [str(pruned), "--against", str(pair[0]), "--prompt", "8", "--new", "2", "--runs", "2", "--quiet"]
+    assert main(["benchmark", *words, "--save"]) == 0
+    found, card = read_record(pruned).metrics, (pruned / "README.md").read_text()
+    assert set(found) == {"prefill in torch, 1 × 8 tokens", "decode in torch, 1 × 8 tokens"} | set(
+        read_record(pair[1]).metrics
+    )
+    for name, metric in found.items():
+        if metric.machine:
+            assert f"| {name} | {metric.dense} ms | {metric.value} ms |" in card
+    assert main(["benchmark", str(pair[0]), *words[1:], "--save"]) == 2
+    assert "is not a model that selfpruner saved" in capsys.readouterr().err
+
+
 def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
     for side in pair:
         shutil.copytree(side, tmp_path / side.name)
@@ -169,7 +185,11 @@ def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
 
 @pytest.mark.parametrize(
     ("runtime", "library", "dtype", "file"),
-    [("gguf", "xllamacpp", "q8_0", "model-q8_0.gguf"), ("onnx", "onnxruntime", "float32", "model.onnx")],
+    [
+        ("gguf", "xllamacpp", "q8_0", "model-q8_0.gguf"),
+        ("onnx", "onnxruntime", "float32", "model.onnx"),
+        ("openvino", "openvino", "float16", "openvino_model.xml"),
+    ],
 )
 def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
     pytest.importorskip(library)
@@ -272,11 +292,10 @@ def test_on_a_gpu(runtime, pair):
 
 
 @pytest.mark.slow
-def test_llama_cpp_on_the_real_model(real_pruner, tmp_path):
+def test_llama_cpp_on_the_real_model(real_pruned, tmp_path):
     """SmolLM2 without half of its layers is really faster than SmolLM2."""
     pytest.importorskip("xllamacpp")
-    settings = {"data": "self", "window": 128, "calibration_tokens": 2048, "fitness_tokens": 512, "progress": False}
-    real_pruner.prune(0.5, evaluations=0, seeds=("uniform",), **settings).save_pretrained(tmp_path / "pruned")
+    real_pruned(0.5).save_pretrained(tmp_path / "pruned")
     parent = embedded_model()
     found = benchmark(
         tmp_path / "pruned", parent["name"], "gguf", prompts=(64,), new_tokens=8, runs=5, dtype="f16",

@@ -13,7 +13,8 @@ from dataclasses import fields
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from selfpruner_hub import PrunedModel
 from selfpruner_hub.cli import main
@@ -120,16 +121,31 @@ def test_evaluate_measures_the_saved_model(run, pruned, text):
     again = PrunedModel.from_pretrained(pruned)
     windows = consecutive_windows(str(text), again.tokenizer, 32).windows
     assert (status, err) == (0, "")
-    assert math.isclose(printed["perplexity"], perplexity(again.model, windows), rel_tol=1e-6)
-    assert (printed["name"], printed["tokens"], printed["window"]) == ("text.txt", 4000, 32)
-    assert "text.txt, 125 consecutive windows of 32 tokens" in printed["protocol"]
+    (metric,) = printed["metrics"].values()
+    assert math.isclose(metric["value"], perplexity(again.model, windows), abs_tol=5e-4)
+    assert (metric["dataset"], metric["dense"]) == ("text.txt", None)
+    assert "125 consecutive windows of 32 tokens" in metric["protocol"]
+
+
+def test_evaluate_beside_the_parent_and_save(run, dense, pruned, text, tmp_path):
+    copy = shutil.copytree(pruned, tmp_path / "copy")
+    words = ["--data", text, "--window", 32, "--windows", 8, "--quiet"]
+    status, out, _ = run("evaluate", copy, *words, "--against", dense, "--save")
+    assert status == 0
+    metric = read_record(copy).metrics["perplexity (32)"]
+    windows = consecutive_windows(str(text), tiny_tokenizer(), 32, 8).windows
+    parent = AutoModelForCausalLM.from_pretrained(dense)
+    assert math.isclose(metric.dense, perplexity(parent, windows), abs_tol=5e-4)
+    assert f"{metric.value:g}, dense {metric.dense:g}" in out
+    assert f"| perplexity (32) | {metric.dense} | {metric.value} |" in (copy / "README.md").read_text()
+    assert run("evaluate", dense, *words, "--save")[0] == 2  # its parent has no record
 
 
 def test_evaluate_for_people(run, dense, text):
     status, out, _ = run("evaluate", dense, "--data", text, "--window", 32, "--windows", 4, "--quiet")
     assert status == 0
     assert out.startswith("perplexity ")
-    assert "text.txt, 4 consecutive windows" in out
+    assert "text.txt: 4 consecutive windows" in out
 
 
 def test_progress_goes_to_stderr(run, dense, text, tmp_path):

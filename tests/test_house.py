@@ -22,12 +22,12 @@ LAYERS = (
     {"search"},
     {
         *("hub", "bundle", "privacy", "space", "cards", "plots"),
-        *("records", "presets", "progress", "storage", "provenance", "exporters"),
+        *("records", "presets", "progress", "storage", "provenance", "tasks", "exporters"),
     },
     {"pruned_model"},
     {"pruner"},
     {"demo"},
-    {"cli", "cli_benchmark"},
+    {"cli", "cli_benchmark", "cli_evaluate", "cli_export"},
     {PACKAGE},  # selfpruner_hub/__init__.py
 )
 PURE = LAYERS[0]
@@ -166,6 +166,7 @@ def wheel_names(tmp_path_factory):
         (f"{PACKAGE}/search/templates", f"{PACKAGE}/search/templates"),
         ("model_cards", f"{PACKAGE}/model_cards"),
         ("spaces", f"{PACKAGE}/spaces"),
+        ("optimum", "optimum"),
     ],
 )
 def test_the_wheel_carries(source, inside, wheel_names):
@@ -175,6 +176,9 @@ def test_the_wheel_carries(source, inside, wheel_names):
     assert not missing, f"the wheel lacks {', '.join(missing)} of {source}/"
 
 
-def test_the_wheel_has_two_packages(wheel_names):
+def test_the_wheel_has_two_packages_and_the_plug_in(wheel_names):
     folders = {name.split("/")[0] for name in wheel_names if ".dist-info/" not in name}
-    assert folders <= {PACKAGE, "exporters"}
+    assert folders == {PACKAGE, "exporters", "optimum"}
+    assert [name for name in wheel_names if name.startswith("optimum/")] == [
+        "optimum/commands/register/register_selfpruned.py"  # and no `__init__.py`: the namespace is optimum's
+    ]

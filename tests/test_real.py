@@ -25,7 +25,8 @@ SETTINGS = {"data": "self", "window": 128, "calibration_tokens": 6144, "fitness_
 @pytest.fixture(scope="module")
 def case(real_pruner, tmp_path_factory):
     """(pruned by its own search, directory where it was saved, the directory loaded in float32)."""
-    pruned = real_pruner.prune(0.3, proposer="self", evaluations=8, population=4, crossover=4, mutation=4, **SETTINGS)
+    seeds = ("uniform", "sensitivity")
+    pruned = real_pruner.prune(0.3, evaluations=8, population=4, crossover=4, mutation=4, seeds=seeds, **SETTINGS)
     directory = tmp_path_factory.mktemp("real") / "smollm2-b30"
     pruned.save_pretrained(directory)
     return pruned, directory, AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -110,4 +111,4 @@ def test_command_line_evaluates_the_saved_model(case, tmp_path):
     text.write_text("The quick brown fox jumps over the lazy dog, and then it sleeps in the warm sun. " * 40)
     command = [sys.executable, "-m", "selfpruner_hub.cli", "evaluate", str(case[1]), "--data", str(text)]
     done = subprocess.run([*command, "--window", "128", "--json"], capture_output=True, text=True, check=True)
-    assert 1 < json.loads(done.stdout)["perplexity"] < 50
+    assert 1 < json.loads(done.stdout)["metrics"]["perplexity (128)"]["value"] < 50

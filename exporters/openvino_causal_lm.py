@@ -1,0 +1,191 @@
+"""An OpenVINO export that writes text: transformers' `generate()` over OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, Cache, DynamicCache, GenerationConfig, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from exporters.base import one_line, read_export, require
+from exporters.graph_causal_lm import GraphCausalLM
+from selfpruner_hub.errors import SavedModelError, UserError
+from selfpruner_hub.storage import resolve_directory
+
+GRAPH = "openvino_model.xml"
+EXTRA = "openvino"
+
+
+class StateLayer(DynamicLayer):
+    """Stands for keys and values that the runtime holds.
+
+    Args:
+        length: Tokens that they are of.
+        batch: Sequences.
+    """
+
+    def __init__(self, length: int, batch: int) -> None:
+        DynamicLayer.__init__(self)
+        self.length = length
+        self.order = torch.arange(batch)
+
+    def get_seq_length(self) -> int:
+        """Tokens that the runtime's state is of."""
+        return self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Note the order in which the next step takes the sequences."""
+        self.order = self.order[beam_idx]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: the runtime cannot forget a part of its state.
+
+        Args:
+            tokens_to_remove: Asked for.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError("OpenVINO's state cannot be cropped.", "Begin the sequence anew.")
+
+
+class OpenVinoCausalLM(GraphCausalLM):
+    """A causal language model in OpenVINO. Its cache is the state of the runtime: of one batch at a time.
+
+    Args:
+        compiled: The model, compiled for a device.
+        config: Of the model that was exported.
+        generation_config: Its defaults for `generate()`.
+    """
+
+    def __init__(
+        self, compiled: Any, config: PreTrainedConfig, generation_config: GenerationConfig | None = None
+    ) -> None:
+        super().__init__(config, generation_config)
+        self._request = compiled.create_infer_request()
+        self._logits = compiled.output("logits")
+        self._state: StateLayer | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str = "CPU",
+        threads: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        subfolder: str = "",
+        **kwargs: Any,
+    ) -> OpenVinoCausalLM:
+        """Load an export.
+
+        Args:
+            name: A directory that `selfpruner export --to openvino` wrote, or a Hub repository.
+            device: OpenVINO's name of the device: `"CPU"`, `"GPU"`, …
+            threads: Of the CPU; None takes as many as PyTorch does.
+            settings: Further properties of OpenVINO. Arithmetic is float32 unless they say otherwise, such as
+                `{"INFERENCE_PRECISION_HINT": "bf16"}`.
+            subfolder: Where in the directory or repository the export is.
+            **kwargs: `revision`, `token`, `cache_dir` and `local_files_only` of a Hub repository.
+
+        Returns:
+            The model, ready to run.
+
+        Raises:
+            MissingExtraError: OpenVINO is not installed.
+            UserError: The device is not there.
+            SavedModelError: There is no OpenVINO export, or it is damaged.
+        """
+        require("openvino", EXTRA)
+        directory = resolve_directory(str(name), subfolder, **kwargs)
+        read_export(directory, "openvino")
+        return cls.open(directory, device, threads, settings)
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        device: str = "CPU",
+        threads: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> OpenVinoCausalLM:
+        """Load the files of an export; `from_pretrained` has the arguments.
+
+        Args:
+            directory: Where they are.
+            device: OpenVINO's name of the device.
+            threads: Of the CPU; None takes as many as PyTorch does.
+            settings: Further properties of OpenVINO.
+
+        Returns:
+            The model, ready to run.
+
+        Raises:
+            UserError: The device is not there.
+            SavedModelError: The files are damaged.
+        """
+        import openvino
+
+        core = openvino.Core()
+        if device.split(".")[0] not in {known.split(".")[0] for known in core.available_devices}:
+            raise UserError(f"OpenVINO has no device {device!r} here.", f"It has {', '.join(core.available_devices)}.")
+        chosen: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        if device == "CPU":
+            chosen["INFERENCE_NUM_THREADS"] = threads or torch.get_num_threads()
+        chosen |= settings or {}
+        try:
+            compiled = core.compile_model(core.read_model(directory / GRAPH), device, chosen)
+            config, generation = AutoConfig.from_pretrained(directory), GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # OpenVINO raises RuntimeError for everything
+            raise SavedModelError(
+                f"The OpenVINO export in {str(directory)!r} cannot be loaded, it may be damaged or cut off: "
+                f"{one_line(error)}",
+                "Export or download the model again.",
+            ) from error
+        return cls(compiled, config, generation)
+
+    def step(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache, logits_to_keep: Tensor
+    ) -> tuple[Tensor, Cache]:
+        """Run the graph once; see `GraphCausalLM.step`.
+
+        Args:
+            input_ids: `[B, S]`.
+            attention_mask: `[B, P + S]`.
+            position_ids: `[B, S]`.
+            cache: Empty, or what the last step returned.
+            logits_to_keep: `[K]`.
+
+        Returns:
+            Logits `[B, K, V]`, and what stands for the runtime's state.
+
+        Raises:
+            UserError: The state is of another sequence by now.
+        """
+        batch, past = len(input_ids), cache.get_seq_length()
+        order = torch.arange(batch)
+        if not past:
+            self._request.reset_state()
+        elif self._state is None or cache.layers[0] is not self._state:
+            raise UserError(
+                "OpenVINO holds the state of one batch, and it is of another one by now.",
+                "Finish a batch before the next one, or load the model twice.",
+            )
+        else:
+            order = self._state.order
+        feed = {
+            "input_ids": input_ids.numpy(),
+            "attention_mask": attention_mask.numpy(),
+            "position_ids": position_ids.contiguous().numpy(),
+            "beam_idx": order.numpy().astype(np.int32),
+        }
+        logits = torch.from_numpy(self._request.infer(feed)[self._logits])
+        self._state = StateLayer(past + input_ids.shape[1], batch)
+        after = DynamicCache()
+        after.layers.append(self._state)
+        return logits[:, logits_to_keep], after

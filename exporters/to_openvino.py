@@ -1,0 +1,63 @@
+"""OpenVINO IR: the decode graph with its cache inside, as OpenVINO's own runtimes serve language models."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from exporters.base import Written, logit_difference, one_line, one_of, require
+from exporters.openvino_causal_lm import EXTRA, OpenVinoCausalLM
+from exporters.tracing import decode_step, tracing
+from selfpruner_hub.errors import ExportError
+
+TOLERANCES = {"float32": 1e-3, "float16": 0.2}
+"""Allowed distance of a logit from PyTorch's float32, by the dtype of the weights; arithmetic is float32."""
+
+
+def write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, staging: Path, *, dtype: str = "float32"
+) -> Written:
+    """Write `openvino_model.xml` and `.bin` and the configuration; compare its logits with PyTorch's.
+
+    Args:
+        model: A dense or pruned model, float32, on the CPU.
+        tokenizer: Not needed.
+        staging: Where the files go.
+        dtype: Of the weights: `"float32"` or `"float16"`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: The option is unknown, or OpenVINO is not installed.
+        ExportError: The model cannot be traced.
+    """
+    one_of("dtype", dtype, tuple(TOLERANCES))
+    require("openvino", EXTRA)
+    from transformers.exporters.configs import OpenVINOConfig
+    from transformers.exporters.exporter_openvino import OpenVINOExporter
+
+    inputs, shapes = decode_step(model)
+    for values in (inputs, shapes):
+        values.pop("logits_to_keep")  # not an input that OpenVINO's runtimes know
+    config = OpenVINOConfig(dynamic=True, dynamic_shapes=shapes, compress_to_fp16=dtype == "float16")
+    try:
+        with tracing(model):
+            exported = OpenVINOExporter().export(model, inputs, config)
+            exported.generation_config = model.generation_config
+            exported.save_pretrained(staging)
+    except Exception as error:  # torch.export, OpenVINO and the exporter share no base class
+        raise ExportError(f"{type(model).__name__} cannot be traced to OpenVINO: {one_line(error)}") from error
+    del exported
+    return Written(
+        options={"dtype": dtype},
+        libraries=("openvino",),
+        tolerance=TOLERANCES[dtype],
+        measure=partial(_difference, model, staging),
+    )
+
+
+def _difference(model: PreTrainedModel, directory: Path) -> float:
+    return logit_difference(model, OpenVinoCausalLM.open(directory))

@@ -1,0 +1,74 @@
+"""The verb `selfpruner export`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+OPTIONS = ("dtype", "fusions", "compute_capability", "batch", "context", "width", "tokenizer_from")
+"""Of the formats; each refuses those of another."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the verb takes.
+
+    Args:
+        parser: Of the verb.
+    """
+    parser.add_argument("model", metavar="MODEL_OR_DIR", help="a pruned model, or a dense one for comparison")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help="onnx, tensorrt, openvino, gguf or padded")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the export goes")
+    parser.add_argument("--tolerance", type=float, metavar="D", help="largest distance of a logit from PyTorch's")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    parser.add_argument("--gguf-file", metavar="FILE", help="load the weights from this GGUF file of MODEL_OR_DIR")
+    of = parser.add_argument_group("options of the formats")
+    of.add_argument("--dtype", help="of the weights, in the format's words: float32, float16, int8, q8_0, …")
+    of.add_argument("--fusions", help="onnx: operators of cpu, cuda, or none for a plain graph")
+    of.add_argument("--compute-capability", metavar="C", help="tensorrt: of a GPU that is not here, such as 8.6")
+    of.add_argument("--batch", type=int, metavar="N", help="tensorrt: most sequences at a time")
+    of.add_argument("--context", type=int, metavar="N", help="tensorrt: most tokens of a sequence")
+    of.add_argument("--width", help="padded: widest or dense")
+    of.add_argument("--tokenizer-from", metavar="FILE", help="gguf: copy the tokenizer of this GGUF file")
+
+
+def run(options: argparse.Namespace) -> str:
+    """Export.
+
+    Args:
+        options: The parsed command line.
+
+    Returns:
+        What is printed: a line, or the record as JSON.
+
+    Raises:
+        UserError: An option is wrong, or the model cannot be loaded.
+        ExportError: The model cannot be exported, or what was written differs from it.
+    """
+    from exporters.base import export, read_export
+    from selfpruner_hub.progress import Bars
+
+    loading = {"revision": options.revision, "gguf_file": options.gguf_file}
+    with Bars(not options.quiet) as progress:
+        directory = export(
+            options.model,
+            options.to,
+            options.output,
+            tolerance=options.tolerance,
+            loading=_given(loading),
+            progress=progress,
+            **_given({name: getattr(options, name) for name in OPTIONS}),
+        )
+    record = read_export(directory)
+    if options.json:
+        return json.dumps({"output": str(directory), **asdict(record)})
+    checked = record.unchecked or (
+        f"logits within {record.max_difference:.1e} of PyTorch's float32 ({record.tolerance:.1e} is allowed)"
+    )
+    return f"{directory}: {checked}{f'. {record.remark}' if record.remark else ''}"
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,227 @@
+"""Zero-shot tasks through lm-evaluation-harness, with items from the Hub or from files."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selfpruner_hub.errors import DataError, MissingExtraError, UserError
+from selfpruner_hub.provenance import weights_hash
+
+SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+"""Those of the paper (arXiv 2502.14413)."""
+FORMS = {
+    frozenset({"query", "choices", "gold"}): {"doc_to_choice": "choices", "doc_to_target": "gold"},
+    # Partial evaluation, as winogrande is scored: one ending after each of two contexts.
+    frozenset({"context_options", "continuation", "gold"}): {
+        "doc_to_text": "gold",
+        "doc_to_choice": "context_options",
+        "doc_to_target": "continuation",
+    },
+}
+"""Fields of an item in a file, and how the harness reads them."""
+_NEEDED = " or ".join(", ".join(sorted(form)) for form in FORMS)
+FIGURES = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How a model did on a task."""
+
+    task: str
+    items: int
+    source: str
+    """Of the items: a dataset of the Hub, or the name of a file."""
+    version: str
+    """Of lm-evaluation-harness."""
+    figures: dict[str, float]
+    """`acc`, and `acc_norm` (the likelihood of a choice by its bytes) where the task has it; in [0, 1]."""
+    errors: dict[str, float]
+    """Standard error of each, over the items."""
+
+
+def named(tasks: str) -> list[str]:
+    """Read a list of tasks: `"seven"`, or names with commas between them.
+
+    Args:
+        tasks: What a user wrote.
+
+    Returns:
+        The names, each once.
+
+    Raises:
+        UserError: There is none.
+    """
+    names = SEVEN if tasks == "seven" else tuple(filter(None, map(str.strip, tasks.split(","))))
+    if not names:
+        raise UserError("No task was named.", "Use --tasks seven, or names with commas between them.")
+    return list(dict.fromkeys(names))
+
+
+def check_tasks(tasks: Sequence[str], directory: Path | None) -> None:
+    """Refuse what cannot be run, before a model is loaded.
+
+    Args:
+        tasks: Names.
+        directory: Of the task files; None: the harness reads the Hub.
+
+    Raises:
+        MissingExtraError: lm-eval is not installed.
+        DataError: A file is missing or no task file.
+        UserError: The harness knows no such task.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError("lm_eval", "eval")
+    if directory is not None:
+        for task in tasks:
+            _form(_file(directory, task))
+    else:
+        known = set(_manager(defaults=True).all_tasks)
+        for task in tasks:
+            if task not in known:
+                raise UserError(f"lm-evaluation-harness knows no task {task!r}.", f"Such as: {', '.join(SEVEN)}.")
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    directory: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> list[TaskScore]:
+    """Score a model on tasks, with no examples in the prompt.
+
+    Args:
+        model: A causal language model, dense or pruned.
+        tokenizer: Its tokenizer.
+        tasks: Names in lm-evaluation-harness, or of the files.
+        directory: Holds `TASK.jsonl` for each, with items of one of `FORMS`; None reads them from the Hub.
+        limit: Only that many first items of each.
+        batch_size: Requests in a forward pass.
+        cache: Directory where likelihoods are kept, by the weights of the model; the same call goes on from there.
+        progress: Show a bar on stderr.
+
+    Returns:
+        A score a task, in their order.
+
+    Raises:
+        UserError: As for `check_tasks`.
+        DataError: The items cannot be loaded.
+    """
+    check_tasks(tasks, directory)
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    if not progress:
+        lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=True)
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+    scores = []
+    for task in tasks:
+        asked = task if directory is None else _config(task, _file(directory, task))
+        kept = None if cache is None else str(cache / f"{weights_hash(model)[:16]}-{model.dtype}-{task}")
+        try:
+            found = evaluator.simple_evaluate(
+                lm,
+                tasks=[asked],
+                num_fewshot=0,
+                limit=limit,
+                use_cache=kept,
+                bootstrap_iters=1,
+                log_samples=False,
+                task_manager=_manager(defaults=directory is None),
+            )  # errors of means need no bootstrap, but none are given without it
+        except Exception as error:  # what the Hub's clients raise has no base class
+            if directory is not None:
+                raise
+            raise DataError(
+                f"Cannot load the items of {task} from the Hugging Face Hub ({type(error).__name__}).",
+                "Check the network (or HF_ENDPOINT), or give files with --tasks-dir.",
+            ) from error
+        scores.append(_score(task, found, directory))
+    return scores
+
+
+def _score(task: str, found: Any, directory: Path | None) -> TaskScore:
+    from lm_eval import __version__
+
+    results = found["results"][task]
+    figures = [figure for figure in FIGURES if f"{figure},none" in results]
+    source = found["configs"][task]["dataset_path"] if directory is None else f"{task}.jsonl"
+    return TaskScore(
+        task,
+        int(found["n-samples"][task]["effective"]),
+        source,
+        __version__,
+        {figure: float(results[f"{figure},none"]) for figure in figures},
+        {figure: _number(results[f"{figure}_stderr,none"]) for figure in figures},
+    )
+
+
+def _number(value: Any) -> float:
+    """The harness writes "N/A" where there is no standard error, as of a single item."""
+    return float(value) if isinstance(value, float) else 0.0
+
+
+@functools.cache
+def _manager(defaults: bool) -> Any:
+    """The harness's index of tasks; its own thousands take many seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=defaults)
+
+
+def _file(directory: Path, task: str) -> Path:
+    path = directory / f"{task}.jsonl"
+    if not path.is_file():
+        raise DataError(f"There is no {str(path)!r}.", "A task's items stand in TASK.jsonl of --tasks-dir.")
+    return path
+
+
+def _form(path: Path) -> dict[str, Any]:
+    """How the harness reads the items of a file, by the fields of the first one."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            fields = frozenset(dict(json.loads(file.readline())))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{str(path)!r} is no file of JSON objects, a line each.", f"Needed: {_NEEDED}.") from error
+    for form, how in FORMS.items():
+        if form <= fields:
+            return how
+    raise DataError(f"The items of {str(path)!r} have the fields {', '.join(sorted(fields))}.", f"Needed: {_NEEDED}.")
+
+
+def _prompt(item: dict[str, Any]) -> str:
+    """The harness's own wording: a question and "Answer:", or a text to be continued."""
+    query = str(item["query"]).rstrip()
+    return f"{query}\nAnswer:" if query.startswith("Question:") and not query.endswith("Answer:") else query
+
+
+def _config(task: str, path: Path) -> dict[str, Any]:
+    form = _form(path)
+    figures = FIGURES if "doc_to_text" not in form else FIGURES[:1]
+    return {
+        "task": task,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": _prompt,
+        "metric_list": [{"metric": f, "aggregation": "mean", "higher_is_better": True} for f in figures],
+        "metadata": {"version": 1.0},
+        **form,
+    }

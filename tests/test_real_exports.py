@@ -1,0 +1,110 @@
+"""The real SmolLM2-135M-Instruct out of PyTorch, dense and pruned: the same logits and the same text."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from exporters.base import export_model, logit_difference, read_export
+from exporters.llama_cpp import LlamaCpp
+
+pytestmark = pytest.mark.slow
+PROMPTS = (
+    "The Eiffel Tower is a wrought-iron lattice tower in Paris. It is named after",
+    "Here is a simple recipe for bread:\n1. Mix 500 g of flour with",
+    "Once upon a time there was a little fox who",
+)
+MEASURED = """
+import resource, sys, time
+import onnx, onnxruntime, onnxscript, transformers.exporters.exporter_onnx
+from selfpruner_hub import cli
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+status = cli.main(sys.argv[1:])
+print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+@pytest.fixture(params=[0.3, 0.5])
+def model(request, real_pruned):
+    return real_pruned(request.param).model
+
+
+def written(model, tokenizer, text, new_tokens=48):
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)[0].tolist()
+
+
+def test_onnx(model, real_pruner, tmp_path):
+    """Prompts of unequal length in one padded batch, 64 cached steps, and three greedy texts."""
+    pytest.importorskip("onnxruntime")
+    from exporters.onnx_causal_lm import OnnxCausalLM
+
+    export_model(model, real_pruner.tokenizer, "onnx", tmp_path / "out")
+    graph = OnnxCausalLM.from_pretrained(tmp_path / "out")
+    assert logit_difference(model, graph, prompts=(40, 17, 1), steps=64) <= 1e-3
+    for text in PROMPTS:
+        assert written(graph, real_pruner.tokenizer, text) == written(model, real_pruner.tokenizer, text)
+    parameters = sum(p.numel() for p in model.parameters())
+    stored = (tmp_path / "out" / "model.onnx.data").stat().st_size
+    assert stored < 4.05 * parameters  # the head is the embedding: on disk once
+
+
+def test_openvino(real_pruner, real_pruned, tmp_path):
+    pytest.importorskip("openvino")
+    from exporters.openvino_causal_lm import OpenVinoCausalLM
+
+    model = real_pruned(0.5).model
+    export_model(model, real_pruner.tokenizer, "openvino", tmp_path / "out")
+    graph = OpenVinoCausalLM.from_pretrained(tmp_path / "out")
+    assert read_export(tmp_path / "out").max_difference <= 1e-3
+    text = PROMPTS[0]
+    assert written(graph, real_pruner.tokenizer, text) == written(model, real_pruner.tokenizer, text)
+
+
+def test_time_and_memory_of_an_export_to_onnx(real_pruned, tmp_path):
+    """Under a minute where the processor is free, and at most three times the model, beyond the libraries."""
+    pytest.importorskip("onnxruntime")
+    pruned = real_pruned(0.3)
+    pruned.save_pretrained(tmp_path / "pruned")
+    words = ["export", tmp_path / "pruned", "--to", "onnx", "--output", tmp_path / "out", "--quiet"]
+    done = subprocess.run([sys.executable, "-c", MEASURED, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    seconds, kilobytes = map(float, done.stderr.split()[-2:])
+    assert seconds < 60  # of the processor's time: the machine may be busy
+    assert 1024 * kilobytes < 3 * sum(p.numel() * p.element_size() for p in pruned.model.parameters())
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.5])
+def test_gguf(beta, real_pruner, real_pruned, tmp_path):
+    """48 greedy tokens after three prompts: the same in f32, each within 1e-3; f16 and q8_0 are near."""
+    pytest.importorskip("xllamacpp")
+    model = real_pruned(beta).model
+    for dtype, likeness, allowed in (("f32", 1, 1e-3), ("f16", 0.9, 2e-3), ("q8_0", 0.7, 2e-2)):
+        export_model(model, real_pruner.tokenizer, "gguf", tmp_path / dtype, dtype=dtype)
+        run = LlamaCpp(tmp_path / dtype / f"model-{dtype}.gguf", 128, exact=dtype == "f32")
+        same, divergences = 0, []
+        for text in PROMPTS:
+            steps, expected = continued(run, model, real_pruner.tokenizer(text)["input_ids"])
+            same += sum(step["id"] == int(row.argmax()) for step, row in zip(steps, expected, strict=True))
+            for step, row in zip(steps, expected, strict=True):
+                found = torch.tensor([token["logprob"] for token in step["top_logprobs"]])
+                theirs = row[[token["id"] for token in step["top_logprobs"]]]
+                divergences.append((theirs.exp() * (theirs - found)).sum().item())
+                if dtype == "f32":
+                    torch.testing.assert_close(found, theirs, atol=1e-3, rtol=0)
+        agreed, divergence = same / (48 * len(PROMPTS)), abs(sum(divergences)) / len(divergences)
+        assert len(divergences) == 48 * len(PROMPTS)
+        assert agreed >= likeness, (dtype, agreed)
+        assert divergence < allowed, (dtype, divergence)
+
+
+@torch.inference_mode()
+def continued(run, model, ids):
+    """48 greedy steps of llama.cpp with its likeliest tokens, and PyTorch's log-probabilities after the same tokens."""
+    steps = run.complete(ids, 48, n_probs=32, ignore_eos=True)["choices"][0]["logprobs"]["content"]
+    logits = model(torch.tensor([ids + [step["id"] for step in steps[:-1]]])).logits
+    return steps, logits[0, len(ids) - 1 :].log_softmax(-1)
