@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from exporters.machine import processor
+from exporters.machine import cores, processor
 
 
 def write(name: str, protocol: str, results: Any) -> None:
@@ -20,7 +19,7 @@ def write(name: str, protocol: str, results: Any) -> None:
     content = {
         "protocol": protocol,
         "date": date.today().isoformat(),
-        "machine": {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "shared": True},
+        "machine": {"cpu": processor(), "cores": cores(), "threads": torch.get_num_threads(), "shared": True},
         "versions": {name: version(name) for name in ("selfpruner-hub", "torch", "transformers")},
         "results": results,
     }

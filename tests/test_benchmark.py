@@ -24,7 +24,6 @@ from exporters.latency import Measured, timing
 from exporters.runtimes import RUNTIMES, Setting
 from exporters.worker import started
 from selfpruner_hub.cli import main
-from selfpruner_hub.demo import embedded_model
 from selfpruner_hub.errors import ModelError, SavedModelError, UserError
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
@@ -289,20 +288,3 @@ def test_on_a_gpu(runtime, pair):
     assert found.cases[0].decode.pruned.median > 0
     if runtime == "torch":
         assert 0 < found.dense.memory["gpu_mb"] < 1000
-
-
-@pytest.mark.slow
-def test_llama_cpp_on_the_real_model(real_pruned, tmp_path):
-    """SmolLM2 without half of its layers is really faster than SmolLM2."""
-    pytest.importorskip("xllamacpp")
-    real_pruned(0.5).save_pretrained(tmp_path / "pruned")
-    parent = embedded_model()
-    found = benchmark(
-        tmp_path / "pruned", parent["name"], "gguf", prompts=(64,), new_tokens=8, runs=5, dtype="f16",
-        loading={"gguf_file": parent["gguf_file"]},
-    )  # fmt: skip
-    (case,) = found.cases
-    assert 1.1 < case.prefill.speedup.median < 2.5
-    assert 1.1 < case.decode.speedup.median < 2.5
-    assert case.decode.ideal == pytest.approx(1.65, abs=0.02)
-    assert found.dense.memory["peak_mb"] - found.pruned.memory["peak_mb"] > 50

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from exporters.base import export_model, logit_difference, read_export
+from exporters.benchmark import benchmark
 from exporters.llama_cpp import LlamaCpp
+from selfpruner_hub.demo import embedded_model
 
 pytestmark = pytest.mark.slow
 PROMPTS = (
@@ -100,6 +102,22 @@ def test_gguf(beta, real_pruner, real_pruned, tmp_path):
         assert len(divergences) == 48 * len(PROMPTS)
         assert agreed >= likeness, (dtype, agreed)
         assert divergence < allowed, (dtype, divergence)
+
+
+def test_llama_cpp_is_really_faster(real_pruned, tmp_path):
+    """SmolLM2 without half of its layers is really faster than SmolLM2."""
+    pytest.importorskip("xllamacpp")
+    real_pruned(0.5).save_pretrained(tmp_path / "pruned")
+    parent = embedded_model()
+    found = benchmark(
+        tmp_path / "pruned", parent["name"], "gguf", prompts=(64,), new_tokens=8, runs=5, dtype="f16",
+        loading={"gguf_file": parent["gguf_file"]},
+    )  # fmt: skip
+    (case,) = found.cases
+    assert 1.1 < case.prefill.speedup.median < 2.5
+    assert 1.1 < case.decode.speedup.median < 2.5
+    assert case.decode.ideal == pytest.approx(1.65, abs=0.02)
+    assert found.dense.memory["peak_mb"] - found.pruned.memory["peak_mb"] > 50
 
 
 @torch.inference_mode()
