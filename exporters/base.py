@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.errors import ExportError, MissingExtraError, OutputError, SavedModelError, UserError
@@ -34,11 +34,6 @@ SCHEMA_VERSION = 1
 
 EXPORTING, STAGES = "exporting", ("loading", "writing", "comparing with PyTorch")
 
-PROMPTS = (24, 9, 1)
-"""Lengths of the prompts of a parity check: one left-padded batch."""
-STEPS = 4
-"""Cached steps after them."""
-
 
 @dataclass(frozen=True)
 class Written:
@@ -51,7 +46,10 @@ class Written:
     tolerance: float
     """How far the artefact's logits may be from PyTorch's float32."""
     measure: Callable[[], float] | None = None
-    """Runs the staged artefact and returns that distance; None where this machine cannot run it."""
+    """Runs the staged artefact and returns that distance; None where this machine cannot run it.
+
+    It has what the PyTorch model said, and not the model: the runtime is about to load the weights again.
+    """
     unchecked: str = ""
     """Why `measure` is None, in one sentence."""
     remark: str = ""
@@ -134,9 +132,8 @@ def export(
     pruned = type(model) in MODEL_CLASSES.values()
     record = read_record(resolve_directory(name, **keywords)) if pruned else None
     called = Path(name).name if Path(name).exists() else name
-    return export_model(
-        model, tokenizer, to, output, name=called, record=record, tolerance=tolerance, progress=progress, **options
-    )
+    details: dict[str, Any] = {"name": called, "record": record, "tolerance": tolerance, "progress": progress}
+    return export_model(model, tokenizer, to, output, consume=True, **details, **options)
 
 
 def export_model(
@@ -149,12 +146,13 @@ def export_model(
     record: Record | None = None,
     tolerance: float | None = None,
     progress: Callable[..., None] = _silent,
+    consume: bool = False,
     **options: Any,
 ) -> Path:
     """Write a model that is in memory in another format; `export` has the arguments.
 
     Args:
-        model: Any dtype and device; it is left as it is.
+        model: Any dtype and device; it is left as it is, unless it may be consumed.
         tokenizer: Written beside it, where there is one.
         to: One of `FORMATS`.
         output: The directory of the export.
@@ -162,6 +160,7 @@ def export_model(
         record: Of a pruned model, written beside it.
         tolerance: Largest distance of a logit from PyTorch's float32; None takes the format's own.
         progress: Called with (what, done, total, note).
+        consume: Let go of the model's weights once they are written: the runtime loads them again for the comparison.
         **options: Of the format.
 
     Returns:
@@ -174,7 +173,7 @@ def export_model(
     output = Path(output)
     write = _check(to, options, output)
     if model.dtype != torch.float32 or model.device.type != "cpu":
-        model = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32)
+        model, consume = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32), True
     source = {"name": name, "model_type": model.config.model_type, "parameters": count_parameters(model)}
     with save_directory(output) as staging:
         if tokenizer is not None:
@@ -185,6 +184,8 @@ def export_model(
             (staging / MODEL_RECORD).write_text(record.to_json(), encoding="utf-8")
         progress(EXPORTING, 1, len(STAGES), STAGES[1])
         written = write(model.eval(), tokenizer, staging, **options)
+        if consume:
+            nn.Module.to(model, "meta")
         allowed = written.tolerance if tolerance is None else tolerance
         progress(EXPORTING, 2, len(STAGES), STAGES[2])
         difference = written.measure() if written.measure is not None else None
@@ -257,48 +258,6 @@ def one_of(option: str, value: str, choices: Collection[str]) -> str:
     if value not in choices:
         raise UserError(f"Unknown {option} {value!r}.", f"Choose {', '.join(choices)}.")
     return value
-
-
-@torch.inference_mode()
-def logit_difference(
-    model: PreTrainedModel,
-    exported: Callable[..., Any],
-    *,
-    prompts: Collection[int] = PROMPTS,
-    steps: int = STEPS,
-) -> float:
-    """Compare an exported model with the PyTorch one: a left-padded batch of unequal prompts, then cached steps.
-
-    Args:
-        model: The PyTorch model.
-        exported: Called with `input_ids`, `attention_mask`, `position_ids`, `cache` and `use_cache` as the model is.
-        prompts: Length of each prompt of the batch, in tokens.
-        steps: Greedy tokens after them (those that the PyTorch model would write), one at a time.
-
-    Returns:
-        The largest distance between two logits of real tokens.
-    """
-    longest = max(prompts)
-    ids = torch.randint(model.config.vocab_size, (len(prompts), longest), generator=torch.Generator().manual_seed(0))
-    mask = torch.stack([torch.arange(longest) >= longest - length for length in prompts]).long()
-    caches: list[Any] = [None, None]
-    worst = 0.0
-    for _ in range(steps + 1):
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        pair: list[Tensor] = []
-        runs: tuple[Callable[..., Any], ...] = (model, exported)
-        for i, run in enumerate(runs):
-            out = run(input_ids=ids, attention_mask=mask, position_ids=positions, cache=caches[i], use_cache=True)
-            caches[i] = out.cache
-            pair.append(out.logits.float().cpu())
-        real = mask[:, -ids.shape[1] :].bool()
-        difference = (pair[0][real] - pair[1][real]).abs().max().item()
-        worst = difference if difference != difference else max(worst, difference)  # NaN stays
-        if worst != worst:
-            return worst
-        ids = pair[0][:, -1:].argmax(-1)
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    return worst
 
 
 def _check(to: str, options: dict[str, Any], output: Path) -> Writer:

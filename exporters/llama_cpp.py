@@ -6,10 +6,12 @@ import json
 import math
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters import machine
@@ -85,16 +87,44 @@ class LlamaCpp:
             return list(json.load(reply)["tokens"])
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the PyTorch model says after some tokens."""
+
+    ids: list[int]
+    log_probabilities: Tensor
+    """Of the next token, float32, `[V]`."""
+
+
 @torch.inference_mode()
-def log_probability_difference(
-    model: PreTrainedModel, path: Path, longest: int, tokenizer: PreTrainedTokenizerBase | None = None
-) -> float:
-    """Compare a GGUF file, as llama.cpp runs it, with the PyTorch model: on text that it wrote, then on greedy steps.
+def answers(model: PreTrainedModel, longest: int) -> list[Answer]:
+    """Let the PyTorch model write text, and take greedy steps after the beginnings of it.
 
     Args:
         model: The PyTorch model.
+        longest: Tokens as far as which llama.cpp computes the same function.
+
+    Returns:
+        Its answers, `STEPS` for each of the prompts.
+    """
+    texts = sample_windows(model, len(PROMPTS), min(max(PROMPTS), longest - STEPS), seed=0).tolist()
+    told = []
+    for length, text in zip(PROMPTS, texts, strict=True):
+        ids = text[:length]
+        for _ in range(STEPS):
+            told.append(Answer(ids, model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)))
+            ids = [*ids, int(told[-1].log_probabilities.argmax())]
+    return told
+
+
+def log_probability_difference(
+    told: list[Answer], path: Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> float:
+    """Compare a GGUF file, as llama.cpp runs it, with what the PyTorch model said.
+
+    Args:
+        told: Of `answers`.
         path: The file.
-        longest: Tokens as far as which the two are the same function.
         tokenizer: Compared with the file's on a text, too; None where the file's is known to differ.
 
     Returns:
@@ -109,17 +139,12 @@ def log_probability_difference(
             "llama.cpp's tokenizer reads text as other tokens than the model's does.",
             "Give the parent's GGUF file as tokenizer_from, or export to onnx.",
         )
-    prompts = sample_windows(model, len(PROMPTS), min(max(PROMPTS), longest - STEPS), seed=0)
     differences: list[float] = []
-    for length, prompt in zip(PROMPTS, prompts.tolist(), strict=True):
-        ids = prompt[:length]
-        for _ in range(STEPS):
-            expected = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-            # One token a request, each on the cache of the last one: in a longer reply, llama.cpp leaves out tokens
-            # that end within a character.
-            reply = run.complete(ids, 1, n_probs=LIKELIEST, cache_prompt=True)["choices"][0]["logprobs"]
-            steps = reply["content"] if reply else []
-            found = [(entry["id"], entry["logprob"]) for step in steps for entry in step["top_logprobs"]]
-            differences += [abs(expected[index].item() - value) for index, value in found]
-            ids.append(int(expected.argmax()))
+    for answer in told:
+        # One token a request, each on the cache of the last one: in a longer reply, llama.cpp leaves out tokens
+        # that end within a character.
+        reply = run.complete(answer.ids, 1, n_probs=LIKELIEST, cache_prompt=True)["choices"][0]["logprobs"]
+        steps = reply["content"] if reply else []
+        found = [(entry["id"], entry["logprob"]) for step in steps for entry in step["top_logprobs"]]
+        differences += [abs(answer.log_probabilities[index].item() - value) for index, value in found]
     return max(differences) if differences and all(map(math.isfinite, differences)) else math.nan

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from exporters.base import Written, one_of
 from exporters.gguf_tokenizer import TokenizerFields, converted_fields, copied_fields
-from exporters.llama_cpp import log_probability_difference
+from exporters.llama_cpp import answers, log_probability_difference
 from exporters.padding import padded_state
 from selfpruner_hub.architectures import architecture_of, block_rows, decoder_layers, shape_of
 from selfpruner_hub.errors import UnsupportedArchitectureError, UserError
@@ -114,7 +114,7 @@ def write(
         options={"dtype": dtype, "tokenizer_from": tokenizer_from},
         libraries=("gguf", *(("xllamacpp",) if measurable else ())),
         tolerance=stored.tolerance,
-        measure=partial(log_probability_difference, model, path, longest, converted) if measurable else None,
+        measure=partial(log_probability_difference, answers(model, longest), path, converted) if measurable else None,
         unchecked="" if measurable else "xllamacpp is not installed",
     )
 

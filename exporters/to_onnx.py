@@ -13,9 +13,10 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.base import Written, logit_difference, one_line, one_of, require
+from exporters.base import Written, one_line, one_of, require
 from exporters.onnx_causal_lm import DEFAULT_PROVIDERS, OnnxCausalLM, default_options
 from exporters.onnx_int8 import quantize
+from exporters.parity import Step, expected, logit_difference
 from exporters.tracing import decode_step, tracing
 from selfpruner_hub.errors import ExportError
 
@@ -68,7 +69,7 @@ def write(
         options={"dtype": dtype, "fusions": fusions},
         libraries=("onnx", "onnxscript", importlib.metadata.packages_distributions()["onnxruntime"][0]),
         tolerance=TOLERANCES[dtype],
-        measure=partial(_difference, model, staging, fusions) if runnable else None,
+        measure=partial(_difference, expected(model), staging, fusions) if runnable else None,
         unchecked="" if runnable else f"this onnxruntime has no {DEFAULT_PROVIDERS[fusions]}",
     )
 
@@ -133,8 +134,8 @@ def _can_run(fusions: str) -> bool:
     return DEFAULT_PROVIDERS[fusions] in onnxruntime.get_available_providers()
 
 
-def _difference(model: PreTrainedModel, directory: Path, fusions: str) -> float:
+def _difference(passes: list[Step], directory: Path, fusions: str) -> float:
     options = default_options()
-    # Weights are read from the file as they are, not copied into the layout of the kernels: PyTorch's are in memory.
+    # Weights are read from the file as they are, not copied into the layout of the kernels: the trace is in memory.
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return logit_difference(model, OnnxCausalLM.open(directory, [DEFAULT_PROVIDERS[fusions]], session_options=options))
+    return logit_difference(passes, OnnxCausalLM.open(directory, [DEFAULT_PROVIDERS[fusions]], session_options=options))

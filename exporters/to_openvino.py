@@ -7,8 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.base import Written, logit_difference, one_line, one_of, require
+from exporters.base import Written, one_line, one_of, require
 from exporters.openvino_causal_lm import EXTRA, OpenVinoCausalLM
+from exporters.parity import Step, expected, logit_difference
 from exporters.tracing import decode_step, tracing
 from selfpruner_hub.errors import ExportError
 
@@ -55,9 +56,9 @@ def write(
         options={"dtype": dtype},
         libraries=("openvino",),
         tolerance=TOLERANCES[dtype],
-        measure=partial(_difference, model, staging),
+        measure=partial(_difference, expected(model), staging),
     )
 
 
-def _difference(model: PreTrainedModel, directory: Path) -> float:
-    return logit_difference(model, OpenVinoCausalLM.open(directory))
+def _difference(passes: list[Step], directory: Path) -> float:
+    return logit_difference(passes, OpenVinoCausalLM.open(directory))

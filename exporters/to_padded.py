@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import CONFIG_MAPPING
 
-from exporters.base import Written, logit_difference, one_of
+from exporters.base import Written, one_of
 from exporters.padding import padded_state
+from exporters.parity import Step, expected, logit_difference
 from selfpruner_hub.architectures import architecture_of, decoder_layers, shape_of
 from selfpruner_hub.plan import LayerWidths
 
@@ -52,7 +53,7 @@ def write(
         options={"width": width, "dtype": dtype},
         libraries=(),
         tolerance=TOLERANCES[dtype],
-        measure=partial(_difference, model, staging),
+        measure=partial(_difference, expected(model), staging),
         remark=REMARK,
     )
 
@@ -96,6 +97,6 @@ def _stock_config(config: PreTrainedConfig, widest: int, width: str) -> PreTrain
     return CONFIG_MAPPING[architecture_of(config).model_type](**{**values, "head_dim": shape_of(config).head_dim})
 
 
-def _difference(model: PreTrainedModel, directory: Path) -> float:
+def _difference(passes: list[Step], directory: Path) -> float:
     twin: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
-    return logit_difference(model, twin.eval())
+    return logit_difference(passes, twin.eval())

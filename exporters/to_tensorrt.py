@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.base import STEPS, Written, logit_difference, one_line, one_of, require
+from exporters.base import Written, one_line, one_of, require
+from exporters.parity import STEPS, Step, expected, logit_difference
 from exporters.tensorrt_causal_lm import ENGINE, TensorRtCausalLM
 from exporters.tensorrt_library import Library, find_library, gpu_here, parse_capability
 from exporters.tensorrt_profiles import Profile, profiles
@@ -79,11 +80,13 @@ def write(
         "profiles": [asdict(profile) for profile in prepared],
         "sha256": hashlib.sha256(engine).hexdigest(),
     }
+    longest = min(24, context - STEPS)
+    prompts = [max(1, longest // part) for part in (1, 3, 24)][:batch]
     return Written(
         options=options,
         libraries=("onnx", "onnxscript", library.distribution),
         tolerance=tolerance,
-        measure=None if gpu is None else partial(_difference, model, staging, options, engine),
+        measure=None if gpu is None else partial(_difference, expected(model, prompts), staging, options, engine),
         unchecked="" if gpu else f"the engine was not run: no GPU of compute capability {target} is here",
     )
 
@@ -157,8 +160,5 @@ def build(
     return bytes(engine)
 
 
-def _difference(model: PreTrainedModel, directory: Path, options: dict[str, Any], engine: bytes) -> float:
-    exported = TensorRtCausalLM.load(directory, options, engine)
-    longest = min(24, options["context"] - STEPS)
-    prompts = [max(1, longest // part) for part in (1, 3, 24)][: options["batch"]]
-    return logit_difference(model, exported, prompts=prompts)
+def _difference(passes: list[Step], directory: Path, options: dict[str, Any], engine: bytes) -> float:
+    return logit_difference(passes, TensorRtCausalLM.load(directory, options, engine))

@@ -9,8 +9,9 @@ the residual stream as target).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -160,23 +161,23 @@ Call = Callable[[nn.Module, Tensor], Tensor]
 
 
 def _calls(model: PreTrainedModel, batch: Tensor) -> list[Call]:
-    """How the model calls each of its layers, for batches of this shape."""
+    """How the model calls each of its layers, for batches of this shape; no layer is run for it."""
     kept: list[dict[str, Any]] = []
 
-    def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    def keep(*args: Tensor, **kwargs: Any) -> Tensor:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
         kept.append(kwargs)
+        return cast(Tensor, hidden)
 
-    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in decoder_layers(model)]
-    try:
+    with ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(patch.object(layer, "forward", keep))
         model.get_decoder()(batch.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
 
     def call(kwargs: dict[str, Any]) -> Call:
         return lambda layer, hidden: layer(hidden, **kwargs)
 
-    return [call({k: v for k, v in kwargs.items() if k != "hidden_states"}) for kwargs in kept]
+    return [call(kwargs) for kwargs in kept]
 
 
 def _embedded(model: PreTrainedModel, batch: Tensor) -> Tensor:

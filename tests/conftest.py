@@ -34,13 +34,19 @@ def real_pruner():
 
 
 @pytest.fixture(scope="session")
-def real_pruned(real_pruner):
+def few_tokens():
+    """Settings that prune the real model in a minute or two: little text of its own, and a ridge to match."""
+    few = {"calibration_tokens": 2048, "fitness_tokens": 512, "ridge": 0.1}
+    return {"data": "self", "window": 128, "progress": False, **few}
+
+
+@pytest.fixture(scope="session")
+def real_pruned(real_pruner, few_tokens):
     """A function: the real model in float32 under β, at uniform rates of the FFN; made once a session."""
-    few = {"data": "self", "window": 128, "calibration_tokens": 2048, "fitness_tokens": 512, "progress": False}
 
     @functools.cache
     def pruned(beta):
-        made = real_pruner.prune(beta, evaluations=0, seeds=("uniform",), **few)
+        made = real_pruner.prune(beta, evaluations=0, seeds=("uniform",), **few_tokens)
         made.model.float()
         return made
 

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
-from exporters.base import export_model, logit_difference, read_export
+from exporters.base import export_model, read_export
 from exporters.benchmark import benchmark
 from exporters.llama_cpp import LlamaCpp
+from exporters.parity import expected, logit_difference
 from selfpruner_hub.demo import embedded_model
 
 pytestmark = pytest.mark.slow
@@ -39,7 +40,7 @@ def written(model, tokenizer, text, new_tokens=32):
 def test_onnx(beta, real_pruner, real_pruned, tmp_path):
     """Prompts of unequal length in one padded batch, 64 cached steps, and three greedy texts.
 
-    The export takes about a minute of one core, and about three times the model beyond the libraries.
+    The export takes one to two minutes of one core, and about three times the model beyond the libraries.
     """
     pytest.importorskip("onnxruntime")
     from exporters.onnx_causal_lm import OnnxCausalLM
@@ -51,11 +52,11 @@ def test_onnx(beta, real_pruner, real_pruned, tmp_path):
     assert done.returncode == 0, done.stderr[-500:]
     seconds, kilobytes = map(float, done.stderr.split()[-2:])
     parameters = sum(p.numel() for p in pruned.model.parameters())
-    assert seconds < 100  # of the processor's time: the machine may be busy
+    assert seconds < 300  # of the processor's time, on a slow one: some rewrites take hours where they run wild
     assert 1024 * kilobytes < 4 * 4 * parameters
     assert (output / "model.onnx.data").stat().st_size < 4.05 * parameters  # the head is the embedding: once
     graph = OnnxCausalLM.from_pretrained(output)
-    assert logit_difference(pruned.model, graph, prompts=(40, 17, 1), steps=64) <= 1e-3
+    assert logit_difference(expected(pruned.model, prompts=(40, 17, 1), steps=64), graph) <= 1e-3
     for text in PROMPTS:
         assert written(graph, real_pruner.tokenizer, text) == written(pruned.model, real_pruner.tokenizer, text)
 

@@ -304,6 +304,7 @@ def test_ten_visitors_at_once(tmp_path):
     small = {"window": 32, "calibration_tokens": 256, "fitness_tokens": 64, "evaluations": 0}
     served = serve(pruner, tmp_path, **small)
     try:
+        visit(served.url, served.process.pid, users=10, seconds=1, tokens=16)  # warms up
         load = visit(served.url, served.process.pid, users=10, seconds=8, tokens=16)
     finally:
         served.stop()

@@ -14,7 +14,7 @@ from tiny import CONFIGS, tiny_model, tiny_pruned
 from trained import VOCABULARY, trained_tokenizer
 
 from exporters.base import export, export_model, read_export
-from exporters.llama_cpp import LlamaCpp, log_probability_difference
+from exporters.llama_cpp import LlamaCpp, answers, log_probability_difference
 from exporters.to_gguf import DTYPES, WRITABLE, write
 from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError, UnsupportedArchitectureError, UserError
@@ -68,12 +68,12 @@ def test_the_comparison_notices_a_wrong_file(tmp_path):
     model = built(tiny_pruned, "llama")
     write(model, trained_tokenizer(), tmp_path, dtype="f32")
     path = tmp_path / "model-f32.gguf"
-    assert log_probability_difference(model, path, 64) < 1e-4
+    assert log_probability_difference(answers(model, 64), path) < 1e-4
     other = built(tiny_pruned, "llama")
     other.model.layers[2].mlp.down_proj.weight.data[0, 0] += 0.5
-    assert log_probability_difference(other, path, 64) > 1e-3
+    assert log_probability_difference(answers(other, 64), path) > 1e-3
     turned = tiny_pruned("llama", vocab_size=VOCABULARY, rope_parameters={"rope_type": "default", "rope_theta": 2e4})
-    assert log_probability_difference(turned, path, 64) > 1e-3
+    assert log_probability_difference(answers(turned, 64), path) > 1e-3
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):
@@ -169,7 +169,7 @@ def test_another_tokenizer_than_the_files_is_noticed(tmp_path):
     model = built(tiny_pruned, "llama")
     write(model, trained_tokenizer("gpt-2"), tmp_path, dtype="f32")
     with pytest.raises(ExportError, match="reads text as other tokens"):
-        log_probability_difference(model, tmp_path / "model-f32.gguf", 64, trained_tokenizer("qwen2"))
+        log_probability_difference(answers(model, 64), tmp_path / "model-f32.gguf", trained_tokenizer("qwen2"))
 
 
 def test_without_xllamacpp(tmp_path, monkeypatch):

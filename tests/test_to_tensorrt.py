@@ -13,9 +13,10 @@ from checks import check_cache, check_left_padding
 from tiny import tiny_pruned, tiny_tokenizer
 
 from exporters import fixed_window, tensorrt_causal_lm, tensorrt_library, to_tensorrt
-from exporters.base import export_model, logit_difference, read_export
+from exporters.base import export_model, read_export
 from exporters.fixed_window import layer_names
 from exporters.onnx_causal_lm import default_options
+from exporters.parity import expected, logit_difference
 from exporters.tensorrt_causal_lm import TensorRtCausalLM
 from exporters.tensorrt_profiles import profiles
 from selfpruner_hub.architectures import shape_of
@@ -52,8 +53,7 @@ def exported(tmp_path_factory):
 
 @rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("gpu", "dtype"), zip(GPUS, ("float16", "bfloat16", "float32"), strict=True))
 def test_engines_are_built_without_a_gpu(gpu, dtype, traced):
     library = tensorrt_library.find_library("tensorrt_rtx")
     graph = traced("llama", getattr(torch, dtype))
@@ -236,7 +236,7 @@ def test_steps_in_a_window_of_fixed_size(name, traced, monkeypatch):
     monkeypatch.setattr(fixed_window, "STEP", 8)
     model, engine = tiny_pruned(name), OnnxEngine(traced(name, torch.float32), 64)
     exported = TensorRtCausalLM(engine, model.config, 64, torch.float32, model.generation_config)
-    assert logit_difference(model, exported, prompts=(20, 7, 1), steps=30) <= 1e-4
+    assert logit_difference(expected(model, prompts=(20, 7, 1), steps=30), exported) <= 1e-4
     windows = [past for profile, past in engine.runs if profile == 1]
     assert set(windows) == {24, 32, 40, 48, 56}
     assert len(windows) == 30 + 5  # with a first run of each window

@@ -1,0 +1,82 @@
+"""Whether an exported model says what the PyTorch model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+PROMPTS = (24, 9, 1)
+"""Lengths of the prompts of a parity check: one left-padded batch."""
+STEPS = 4
+"""Cached steps after them."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass of a conversation, and what the PyTorch model answered."""
+
+    input_ids: Tensor
+    """New tokens, `[B, S]`."""
+    attention_mask: Tensor
+    """`[B, P + S]`: zeros on the left of the shorter prompts."""
+    position_ids: Tensor
+    """`[B, S]`."""
+    logits: Tensor
+    """float32, `[B, S, V]`."""
+
+
+@torch.inference_mode()
+def expected(model: PreTrainedModel, prompts: Collection[int] = PROMPTS, steps: int = STEPS) -> list[Step]:
+    """Ask the PyTorch model: a left-padded batch of unequal prompts, then cached steps.
+
+    What it said is kept, not the model: whoever compares with it later needs no second model in memory.
+
+    Args:
+        model: The PyTorch model.
+        prompts: Length of each prompt of the batch, in tokens.
+        steps: Greedy tokens after them, one at a time.
+
+    Returns:
+        The passes, in their order.
+    """
+    longest = max(prompts)
+    ids = torch.randint(model.config.vocab_size, (len(prompts), longest), generator=torch.Generator().manual_seed(0))
+    mask = torch.stack([torch.arange(longest) >= longest - length for length in prompts]).long()
+    cache, passes = None, []
+    for _ in range(steps + 1):
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        out: Any = model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
+        cache = out.cache
+        passes.append(Step(ids, mask, positions, out.logits.float().cpu()))
+        ids = passes[-1].logits[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return passes
+
+
+@torch.inference_mode()
+def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
+    """Compare an exported model with what the PyTorch one said.
+
+    Args:
+        passes: Of `expected`.
+        exported: Called with `input_ids`, `attention_mask`, `position_ids`, `cache` and `use_cache` as the model is.
+
+    Returns:
+        The largest distance between two logits of real tokens; NaN where there is one.
+    """
+    cache, worst = None, 0.0
+    for step in passes:
+        ids, mask = step.input_ids, step.attention_mask
+        out = exported(input_ids=ids, attention_mask=mask, position_ids=step.position_ids, cache=cache, use_cache=True)
+        cache = out.cache
+        real = mask[:, -ids.shape[1] :].bool()
+        difference = (step.logits[real] - out.logits.float().cpu()[real]).abs().max().item()
+        worst = difference if difference != difference else max(worst, difference)  # NaN stays
+        if worst != worst:
+            break
+    return worst
