@@ -8,7 +8,8 @@ import importlib.util
 import inspect
 import json
 import platform
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -183,9 +184,8 @@ def export_model(
         if record is not None:
             (staging / MODEL_RECORD).write_text(record.to_json(), encoding="utf-8")
         progress(EXPORTING, 1, len(STAGES), STAGES[1])
-        written = write(model.eval(), tokenizer, staging, **options)
-        if consume:
-            nn.Module.to(model, "meta")
+        with _consumed(model) if consume else nullcontext():
+            written = write(model.eval(), tokenizer, staging, **options)
         allowed = written.tolerance if tolerance is None else tolerance
         progress(EXPORTING, 2, len(STAGES), STAGES[2])
         difference = written.measure() if written.measure is not None else None
@@ -209,6 +209,17 @@ def export_model(
         (staging / FILE_NAME).write_text(sidecar.to_json(), encoding="utf-8")
     progress(EXPORTING, len(STAGES), len(STAGES), "done")
     return output
+
+
+@contextmanager
+def _consumed(model: nn.Module) -> Iterator[None]:
+    """Let go of a model's weights at the end: the runtime is about to load its own."""
+    for tensor in model.parameters():
+        if not tensor.untyped_storage().resizable():  # a part of a mapped file, which stays in memory as a whole
+            tensor.data = tensor.data.clone()
+    yield
+    for tensor in model.parameters():  # emptied, since torch's traces never let go of the parameters that they saw
+        tensor.data = tensor.data.new_empty(0)
 
 
 def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
