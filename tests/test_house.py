@@ -164,7 +164,6 @@ def wheel_names(tmp_path_factory):
         (PACKAGE, PACKAGE),
         ("exporters", "exporters"),
         (f"{PACKAGE}/search/templates", f"{PACKAGE}/search/templates"),
-        ("model_cards", f"{PACKAGE}/model_cards"),
         ("spaces", f"{PACKAGE}/spaces"),
         ("optimum", "optimum"),
     ],
@@ -174,6 +173,11 @@ def test_the_wheel_carries(source, inside, wheel_names):
     assert files, f"{source}/ is empty"
     missing = sorted(str(path) for path in files if str(inside / path) not in wheel_names)
     assert not missing, f"the wheel lacks {', '.join(missing)} of {source}/"
+
+
+def test_the_wheel_carries_the_template_of_cards_and_no_card(wheel_names):
+    cards = [name for name in wheel_names if name.startswith(f"{PACKAGE}/model_cards/")]
+    assert cards == [f"{PACKAGE}/model_cards/template.md"]
 
 
 def test_the_wheel_has_two_packages_and_the_plug_in(wheel_names):
