@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,8 +11,9 @@ from hub_server import check_yaml
 from huggingface_hub import ModelCard
 
 from selfpruner_hub.cards import render_card
-from selfpruner_hub.records import Metric, Record
+from selfpruner_hub.records import Metric, Record, read_record
 
+MADE = Path(__file__).parents[1] / "model_cards"
 RECORD = Record(
     base_model="example/parent",
     beta=0.31,
@@ -162,3 +164,12 @@ def test_settings_are_told(repair, said):
 def test_the_code_loads_the_repository():
     assert parts(render_card(RECORD, "me/small"))[1].count('from_pretrained("me/small"') == 3
     assert parts(render_card(RECORD, "me/small", "b"))[1].count('from_pretrained("me/small", revision="b"') == 3
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in MADE.glob("*/selfpruner.json")))
+def test_cards_of_models_that_we_made_are_those_of_their_records(name):
+    directory = MADE / name
+    pictures = [path.relative_to(directory).as_posix() for path in directory.glob("plots/*.png")]
+    card = render_card(read_record(directory), f"me/{name}", pictures=pictures)
+    assert (directory / "README.md").read_text(encoding="utf-8") == card
+    assert len(pictures) == 3
