@@ -40,7 +40,8 @@ def written(model, tokenizer, text, new_tokens=32):
 def test_onnx(beta, real_pruner, real_pruned, tmp_path):
     """Prompts of unequal length in one padded batch, 64 cached steps, and three greedy texts.
 
-    The export takes one to two minutes of one core, and about three times the model beyond the libraries.
+    The export takes one to two minutes of one core, and 3.3 times the model beyond the libraries at β = 0.3. The aim is
+    one minute and three times: the bounds here only notice what gets much worse.
     """
     pytest.importorskip("onnxruntime")
     from exporters.onnx_causal_lm import OnnxCausalLM
