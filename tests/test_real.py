@@ -19,13 +19,14 @@ from selfpruner_hub.evaluation import divergence, perplexity, teach
 from selfpruner_hub.pruned_model import PrunedModel
 
 pytestmark = pytest.mark.slow
+SETTINGS = {"data": "self", "window": 128, "calibration_tokens": 4096, "fitness_tokens": 1024, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def case(real_pruner, few_tokens, tmp_path_factory):
+def case(real_pruner, tmp_path_factory):
     """(pruned by its own search, directory where it was saved, the directory loaded in float32)."""
     seeds = ("uniform", "sensitivity")
-    pruned = real_pruner.prune(0.3, evaluations=8, population=4, crossover=4, mutation=4, seeds=seeds, **few_tokens)
+    pruned = real_pruner.prune(0.3, evaluations=8, population=4, crossover=4, mutation=4, seeds=seeds, **SETTINGS)
     directory = tmp_path_factory.mktemp("real") / "smollm2-b30"
     pruned.save_pretrained(directory)
     return pruned, directory, AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -87,13 +88,15 @@ def test_left_padding(case, ids):
     check_left_padding(case[2], ids, pad=2)
 
 
-def test_it_still_speaks(real_pruner, real_pruned, case):
+def test_it_still_speaks(real_pruner, case):
     """On text that neither calibration nor search saw, it is better than its uniform twin, and near its parent."""
+    pruned, _, _ = case
+    uniform = real_pruner.prune(0.3, evaluations=0, seeds=("uniform",), **SETTINGS)
     windows = sample_windows(real_pruner.model, 16, 128, seed=1)
     teacher = teach(real_pruner.model, windows)
-    searched_kl, uniform_kl = (divergence(p.model, windows, teacher) for p in (case[0], real_pruned(0.3)))
+    searched_kl, uniform_kl = (divergence(p.model, windows, teacher) for p in (pruned, uniform))
     assert searched_kl < 0.9 * uniform_kl
-    assert searched_kl < 1  # nats a token, after so little text; cut without repair it is above 1.5
+    assert searched_kl < 0.8  # nats a token; cut without repair it is above 1.5
 
 
 def test_perplexity_on_real_text(real_pruner, case, real_text):
