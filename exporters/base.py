@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import mmap
 import platform
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -213,13 +214,30 @@ def export_model(
 
 @contextmanager
 def _consumed(model: nn.Module) -> Iterator[None]:
-    """Let go of a model's weights at the end: the runtime is about to load its own."""
-    for tensor in model.parameters():
-        if not tensor.untyped_storage().resizable():  # a part of a mapped file, which stays in memory as a whole
-            tensor.data = tensor.data.clone()
+    """Let go of a model's weights at the end: the runtime is about to load its own.
+
+    torch's traces never let go of the parameters that they saw, nor of their aliases, and what NumPy has seen cannot be
+    resized. So the weights are put into pages of our own, which are given back while the tensors stay; they are zeros
+    then.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
+        yield
+        return
+    tensors = list(model.parameters())
+    size = sum(_aligned(tensor.nbytes) for tensor in tensors)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    at = 0
+    for tensor in tensors:
+        place = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel(), offset=at).view_as(tensor)
+        tensor.data = place.copy_(tensor.data)
+        at += _aligned(tensor.nbytes)
     yield
-    for tensor in model.parameters():  # emptied, since torch's traces never let go of the parameters that they saw
-        tensor.data = tensor.data.new_empty(0)
+    pages.madvise(mmap.MADV_DONTNEED)
+
+
+def _aligned(size: int) -> int:
+    """Bytes up to the next boundary of a cache line."""
+    return -(-size // 64) * 64
 
 
 def read_export(directory: Path, expected: str | None = None) -> ExportRecord:

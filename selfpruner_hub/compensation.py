@@ -21,10 +21,14 @@ from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.calibration import exact_in_float32
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.errors import ModelError
-from selfpruner_hub.refit import RIDGE
 
 BATCH_TOKENS = 4096
 """Tokens in one forward pass of a layer."""
+RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
+"""λ to choose from, in units of mean(diag E[x̂ x̂ᵀ]). Much more than a first repair needs: it keeps to what that gave,
+and only what much text agrees on moves it."""
+HELD_OUT = 4
+"""One window in so many is held out to choose λ."""
 
 
 @torch.no_grad()
@@ -32,22 +36,24 @@ def compensate(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
     windows: Tensor,
-    ridge: float = RIDGE,
+    ridges: Sequence[float] = RIDGES,
     progress: Progress | None = None,
 ) -> None:
     """Refit o_proj and down_proj of every pruned layer, in place, first layer first.
 
     W* = (E[t x̂ᵀ] + λ W) (E[x̂ x̂ᵀ] + λ I)⁻¹ with x̂ the projection's input in the pruned model, W its weight before, and
     the target t = (dense stream after the block) - (pruned stream before it). Where the architecture normalises the
-    output before it is added (Gemma 2 and 3), t is the dense output itself.
+    output before it is added (Gemma 2 and 3), t is the dense output itself. λ is chosen for each projection: fitted to
+    the other windows, it brings those that are held out nearest to their targets; then all windows are fitted.
 
-    Memory: four hidden states per token, and the statistics of one projection.
+    Memory: four hidden states per token, and twice the statistics of one projection.
 
     Args:
         dense: The dense model.
         pruned: Its pruned copy, with the layers' first repair.
         windows: Token ids of the calibration, `[N, W]`.
-        ridge: λ, in units of mean(diag E[x̂ x̂ᵀ]); it pulls toward the weight before.
+        ridges: λ to choose from, smallest first, in units of mean(diag E[x̂ x̂ᵀ]); it pulls toward the weight before.
+            One alone is taken as it is; the greatest is where there are too few windows to hold one out.
         progress: Told how many layers are done.
 
     Raises:
@@ -75,7 +81,7 @@ def compensate(
                 if not architecture.output_norms:
                     wanted[-1][0] = _sum(outputs[0].output, stream, -moved[number])
             for block, (_, module) in enumerate(blocks):
-                fit = _Fit(module)
+                fit = _Fit(module, ridges)
                 for hidden, targets in zip(moved, wanted, strict=True):
                     seen = [_Seen(m, last=m is module) for _, m in blocks[: block + 1]]
                     with _watching(seen):
@@ -84,7 +90,7 @@ def compensate(
                     if block and not architecture.output_norms:  # what the attention left of the drift
                         target = _sum(target, targets[0], -seen[0].output)
                     fit.add(seen[-1].input, target)
-                module.weight.copy_(fit.solve(module.weight, ridge))
+                module.weight.copy_(fit.solve(module.weight))
             moved = [calls[len(hidden)][index](layer, hidden) for hidden in moved]
             if progress:
                 progress("repairing", index + 1, len(pairs))
@@ -96,12 +102,37 @@ def _sum(*parts: Tensor) -> Tensor:
 
 
 class _Fit:
-    """Sums of a least-squares problem."""
+    """A least-squares problem whose ridge is chosen on windows that are held out."""
+
+    def __init__(self, module: nn.Linear, ridges: Sequence[float]) -> None:
+        self._fitted, self._held = _Sums(module), _Sums(module)
+        self._ridges = ridges
+        self._windows = 0
+
+    def add(self, x: Tensor, target: Tensor) -> None:
+        """Take windows `[N, W, in]` and what should come of them, `[N, W, out]`."""
+        number = torch.arange(self._windows, self._windows + len(x), device=x.device)
+        self._windows += len(x)
+        held = (number + 1) % HELD_OUT == 0
+        self._fitted.add(x[~held], target[~held])
+        self._held.add(x[held], target[held])
+
+    def solve(self, before: Tensor) -> Tensor:
+        """The weight that fits all windows, in the dtype of the weight before."""
+        ridge = self._ridges[-1]
+        if self._held.count:
+            ridge = min(self._ridges, key=lambda each: self._held.error(self._fitted.solve(before, each)))
+        self._fitted.include(self._held)
+        return self._fitted.solve(before, ridge).to(before.dtype)
+
+
+class _Sums:
+    """E[x̂ x̂ᵀ] and E[t x̂ᵀ], as sums over tokens."""
 
     def __init__(self, module: nn.Linear) -> None:
         outputs, inputs = module.weight.shape
         self._bias = module.bias
-        self._count = 0
+        self.count = 0
         self._gram = torch.zeros(inputs, inputs, device=module.weight.device)
         self._cross = torch.zeros(outputs, inputs, device=module.weight.device)
 
@@ -109,19 +140,29 @@ class _Fit:
         x, target = x.flatten(0, -2).float(), target.flatten(0, -2).float()
         if self._bias is not None:
             target = target - self._bias.float()
-        self._count += len(x)
+        self.count += len(x)
         self._gram.addmm_(x.t(), x)
         self._cross.addmm_(target.t(), x)
 
+    def include(self, other: _Sums) -> None:
+        self.count += other.count
+        self._gram += other._gram
+        self._cross += other._cross
+
     def solve(self, before: Tensor, ridge: float) -> Tensor:
-        gram, cross = self._gram / self._count, self._cross / self._count
+        """(E[t x̂ᵀ] + λ W) (E[x̂ x̂ᵀ] + λ I)⁻¹."""
+        gram, cross = self._gram / self.count, self._cross / self.count
         damping = ridge * gram.diagonal().mean()
         gram.diagonal().add_(damping)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed.item():
             raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
-        solved = torch.cholesky_solve((cross + damping * before.float()).t(), factor).t()
-        return solved.to(before.dtype)
+        return torch.cholesky_solve((cross + damping * before.float()).t(), factor).t()
+
+    def error(self, weight: Tensor) -> float:
+        """E‖t - W x̂‖², but for E‖t‖²."""
+        products = (weight @ self._gram) * weight - 2 * weight * self._cross
+        return products.sum(dtype=torch.float64).item() / self.count
 
 
 class _Stop(Exception):  # noqa: N818  (not an error)

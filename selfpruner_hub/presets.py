@@ -20,7 +20,7 @@ class Method:
     accumulate: bool = True
     """Refit them once more on the stream of the pruned model, where they are repaired at all."""
     ridge: float = 0.01
-    """λ of the repair, at least 0."""
+    """λ of the first repair, at least 0; the second chooses its own on windows that it holds out."""
     fitness: str = "kl"
     """What the search minimises: kl or perplexity."""
     tied: bool = False

@@ -157,7 +157,7 @@ class AutoPruner:
                 model = slice_model(slicer, found.best.plan)
                 del slicer, fitness_  # their factors take more memory than the model
             if method.repair and method.accumulate:
-                compensate(self.model, model, calibration.windows, method.ridge, report)
+                compensate(self.model, model, calibration.windows, progress=report)
         texts = (calibration, held_out)
         record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
         return PrunedModel(model, self.tokenizer, record, journal.text())

@@ -10,7 +10,7 @@ from tiny import CONFIGS, tiny_model
 from selfpruner_hub.architectures import decoder_layers
 from selfpruner_hub.budget import Budget
 from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.compensation import compensate
+from selfpruner_hub.compensation import RIDGES, compensate
 from selfpruner_hub.importance import rank
 from selfpruner_hub.search.proposers import random_rates
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
@@ -43,7 +43,7 @@ def test_the_streams_come_closer(architecture):
     pruned = cut(model)
     before, widths = error(model, pruned), [p.shape for p in pruned.parameters()]
     told = []
-    compensate(model, pruned, WINDOWS, ridge=1e-4, progress=lambda *what: told.append(what))
+    compensate(model, pruned, WINDOWS, ridges=(1e-4,), progress=lambda *what: told.append(what))
     assert error(model, pruned) < before
     assert [p.shape for p in pruned.parameters()] == widths
     assert all(p.requires_grad for p in pruned.parameters())
@@ -55,7 +55,7 @@ def test_no_change_of_an_output_projection_brings_the_stream_closer():
     """The last down_proj is optimal for the stream behind it: its gradient vanishes where λ is nothing."""
     model = tiny_model("llama")
     pruned = cut(model)
-    compensate(model, pruned, WINDOWS, ridge=1e-9)
+    compensate(model, pruned, WINDOWS, ridges=(1e-9,))
     states = []
     for m in (model, pruned):
         handle = decoder_layers(m)[-1].register_forward_hook(lambda _m, _a, out: states.append(out))
@@ -76,6 +76,31 @@ def test_no_change_of_an_output_projection_brings_the_stream_closer():
             handle.remove()
             weight -= noise
             assert (states[0] - moved[0]).square().mean() > loss
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_the_ridge_is_chosen_on_windows_that_are_held_out(architecture):
+    """Of a little text, what other text does not bear out is not fitted; of much, nearly all is."""
+    unseen = torch.randint(3, 128, (40, 16), generator=torch.Generator().manual_seed(1))
+    model = tiny_model(architecture)
+    errors = {}
+    for windows in (WINDOWS[:8], WINDOWS):
+        for ridges in (RIDGES, RIDGES[:1], RIDGES[-1:]):
+            pruned = cut(model)
+            compensate(model, pruned, windows, ridges)
+            errors[len(windows), ridges] = error(model, pruned, unseen)
+    assert errors[8, RIDGES] < 0.9 * errors[8, RIDGES[:1]]
+    assert errors[70, RIDGES] < 1.02 * min(errors[70, RIDGES[:1]], errors[70, RIDGES[-1:]])
+    assert errors[70, RIDGES] < errors[8, RIDGES]
+
+
+def test_too_few_windows_to_hold_one_out():
+    model = tiny_model("llama")
+    two, greatest = cut(model), cut(model)
+    compensate(model, two, WINDOWS[:2])
+    compensate(model, greatest, WINDOWS[:2], RIDGES[-1:])
+    for a, b in zip(two.parameters(), greatest.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_model_that_lost_nothing_stays_as_it_is():
