@@ -107,7 +107,8 @@ class AutoPruner:
                 (SELFPRUNER_API_KEY).
             data: `"wikitext2"`, `"c4"`, `"self"`, or a path to `.txt` or `.jsonl`.
             fitness: `"kl"` or `"perplexity"`; None takes the preset's.
-            evaluations: Budget in full-evaluation equivalents; None takes the preset's, 0 keeps the best seed.
+            evaluations: Budget in full-evaluation equivalents; None takes the preset's, 0 keeps the best seed. A round
+                that has begun within it is finished.
             seed: Of all randomness.
             run_dir: Where the journal lives; the same directory again resumes the search.
             executor: None: candidates are scored in this process.

@@ -40,8 +40,8 @@ def written(model, tokenizer, text, new_tokens=32):
 def test_onnx(beta, real_pruner, real_pruned, tmp_path):
     """Prompts of unequal length in one padded batch, 64 cached steps, and three greedy texts.
 
-    The export takes one to two minutes of one core, and 3.3 times the model beyond the libraries at β = 0.3. The aim is
-    one minute and three times: the bounds here only notice what gets much worse.
+    The export takes one to two minutes of one core, and at most three times the model beyond the libraries. The aim is
+    one minute: the bound here only notices what gets much worse.
     """
     pytest.importorskip("onnxruntime")
     from exporters.onnx_causal_lm import OnnxCausalLM
@@ -54,7 +54,7 @@ def test_onnx(beta, real_pruner, real_pruned, tmp_path):
     seconds, kilobytes = map(float, done.stderr.split()[-2:])
     parameters = sum(p.numel() for p in pruned.model.parameters())
     assert seconds < 300  # of the processor's time, on a slow one: some rewrites take hours where they run wild
-    assert 1024 * kilobytes < 4 * 4 * parameters
+    assert 1024 * kilobytes < 3 * 4 * parameters
     assert (output / "model.onnx.data").stat().st_size < 4.05 * parameters  # the head is the embedding: once
     graph = OnnxCausalLM.from_pretrained(output)
     assert logit_difference(expected(pruned.model, prompts=(40, 17, 1), steps=64), graph) <= 1e-3

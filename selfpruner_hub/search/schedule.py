@@ -13,7 +13,8 @@ class Schedule:
     """How a search spends its evaluations.
 
     Attributes:
-        evaluations: Budget in full-evaluation equivalents (a score on half of the windows counts one half).
+        evaluations: Budget in full-evaluation equivalents (a score on half of the windows counts one half). A round
+            that has begun within it is finished.
         population: Proposals of the operation `initial` in the first round; 0 starts from the seeds alone.
         crossover: Crossover children in a round.
         mutation: Mutation children in a round.

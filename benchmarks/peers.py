@@ -1,0 +1,178 @@
+"""Other training-free structured methods, from their papers' formulas: the baselines of `quality.py`.
+
+All of them cut the same units as we do (FFN channels, KV groups, or whole layers) and refit no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.architectures import architecture_of, decoder_layers, linear, shape_of
+from selfpruner_hub.calibration import LayerStatistics, Moments
+from selfpruner_hub.importance import LayerOrder, flap
+from selfpruner_hub.plan import LayerWidths, Plan
+from selfpruner_hub.slicing import Slicer
+
+
+def by_channels(model: PreTrainedModel, scores: Sequence[Tensor]) -> list[LayerOrder]:
+    """The order of FFN channels that scores give, the greatest first; KV groups stay as they are."""
+    groups = [torch.arange(widths.num_key_value_heads) for widths in shape_of(model.config).dense.layers]
+    return [LayerOrder(of, each.argsort(descending=True, stable=True)) for of, each in zip(groups, scores, strict=True)]
+
+
+@torch.no_grad()
+def magnitude(model: PreTrainedModel) -> list[Tensor]:
+    """‖w‖₂ of all weights of each FFN channel (rows of gate and up, column of down), a vector `[F]` a layer."""
+    return [sum(part.float().square().sum(1) for part in parts).sqrt() for parts in _channels(model)]
+
+
+def taylor(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
+    """Σ |w · ∂L/∂w| over the weights of each FFN channel, `[F]` a layer (LLM-Pruner, arXiv 2305.11627, equation 5).
+
+    First order and element by element; L is the language-model loss of all windows.
+    """
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    modules = [module for layer in decoder_layers(model) for module in _projections(model, layer)]
+    for module in modules:
+        module.weight.requires_grad_(True)
+    try:
+        for window in windows.split(1):
+            model(input_ids=window, labels=window, use_cache=False).loss.backward()
+        products = iter([(m.weight.detach().float() * m.weight.grad.float()).abs() for m in modules])
+    finally:
+        for module in modules:
+            module.weight.grad = None
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    return [
+        sum(part.sum(1) for part in _by_channel(*three)) for three in zip(products, products, products, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def block_influence(model: PreTrainedModel, windows: Tensor) -> list[float]:
+    """1 - E[cos(input, output)] of each decoder layer, over tokens (ShortGPT, arXiv 2403.03853, equation 1)."""
+    sums = [0.0] * len(decoder_layers(model))
+
+    def watch(index: int) -> object:
+        def add(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            sums[index] += (1 - nn.functional.cosine_similarity(before.float(), output.float(), dim=-1)).sum().item()
+
+        return add
+
+    handles = [
+        layer.register_forward_hook(watch(index), with_kwargs=True) for index, layer in enumerate(decoder_layers(model))
+    ]
+    try:
+        for window in windows.split(4):
+            model.get_decoder()(window, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [value / windows.numel() for value in sums]
+
+
+def without_blocks(model: PreTrainedModel, influence: Sequence[float], beta: float) -> nn.ModuleList:
+    """The decoder layers without the share β of them that matters least."""
+    layers = decoder_layers(model)
+    least = sorted(range(len(layers)), key=lambda index: influence[index])[: round(beta * len(layers))]
+    return nn.ModuleList(layer for index, layer in enumerate(layers) if index not in least)
+
+
+class Flap:
+    """FLAP (arXiv 2312.11983): one threshold over the standardised scores of all layers, and biases for what is lost.
+
+    Args:
+        model: The dense model.
+        statistics: Of its calibration.
+    """
+
+    def __init__(self, model: PreTrainedModel, statistics: Sequence[LayerStatistics]) -> None:
+        architecture = architecture_of(model.config)
+        self._paths = (architecture.attention_output, architecture.ffn_output)
+        self._shape = shape_of(model.config)
+        self._statistics = statistics
+        self._scores: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            for layer, known, dense in zip(decoder_layers(model), statistics, self._shape.dense.layers, strict=True):
+                columns, channels = (
+                    flap(linear(layer, path).weight.float(), moments)
+                    for path, moments in zip(self._paths, (known.attention, known.ffn), strict=True)
+                )
+                groups = columns.view(dense.num_key_value_heads, -1).sum(1)
+                self._scores.append((_standardised(groups), _standardised(channels)))
+        self.order = [
+            LayerOrder(*(scores.argsort(descending=True, stable=True) for scores in pair)) for pair in self._scores
+        ]
+
+    def plan(self, beta: float) -> Plan:
+        """What stays when the units of least score go, until the fraction β of the weights is gone."""
+        costs = (self._shape.group_weights, self._shape.channel_weights)
+        units = []
+        for index, pair in enumerate(self._scores):
+            for part, (scores, cost) in enumerate(zip(pair, costs, strict=True)):
+                ranked = scores.sort(descending=True).values.tolist()
+                units += [(score, index, part, cost) for score in ranked[1:]]  # one of each kind stays
+        kept = [[len(groups), len(channels)] for groups, channels in self._scores]
+        left = beta * self._shape.weights(self._shape.dense)
+        for _score, index, part, cost in sorted(units):
+            if left < cost / 2:
+                break
+            kept[index][part] -= 1
+            left -= cost
+        return Plan(tuple(LayerWidths(channels, groups) for groups, channels in kept))
+
+    @torch.no_grad()
+    def layers(self, model: PreTrainedModel, plan: Plan) -> nn.ModuleList:
+        """The decoder layers of a plan, with the bias W_R E[x_R] in each output projection.
+
+        Args:
+            model: The dense model, in this order of importance (`slicing.ordered`).
+            plan: What stays.
+
+        Returns:
+            The layers.
+        """
+        slicer = Slicer(model, self.order, None)
+        cut = slicer.layers(plan)
+        for dense, layer, known, order in zip(decoder_layers(model), cut, self._statistics, self.order, strict=True):
+            columns = (_columns(order.groups, slicer.unit("query")), order.channels)
+            for path, moments, by in zip(self._paths, (known.attention, known.ffn), columns, strict=True):
+                _add_lost_mean(linear(dense, path), linear(layer, path), moments, by)
+        return cut
+
+
+def _add_lost_mean(dense: nn.Linear, cut: nn.Linear, moments: Moments, order: Tensor) -> None:
+    lost = dense.weight[:, cut.weight.shape[1] :].float() @ moments.mean[order][cut.weight.shape[1] :]
+    bias = lost if cut.bias is None else cut.bias.float() + lost
+    cut.bias = nn.Parameter(bias.to(cut.weight.dtype), requires_grad=False)
+
+
+def _standardised(scores: Tensor) -> Tensor:
+    return (scores - scores.mean()) / (scores.std() + 1e-12)
+
+
+def _columns(groups: Tensor, unit: int) -> Tensor:
+    return (groups[:, None] * unit + torch.arange(unit)).flatten()
+
+
+def _projections(model: PreTrainedModel, layer: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """Gate, up and down of a layer whose projections are not fused."""
+    inputs = [linear(layer, p.path) for p in architecture_of(model.config).inputs if p.blocks == ("channel",)]
+    gate, up = inputs
+    return gate, up, linear(layer, architecture_of(model.config).ffn_output)
+
+
+def _by_channel(gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return gate, up, down.t()
+
+
+def _channels(model: PreTrainedModel) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [_by_channel(*(m.weight for m in _projections(model, layer))) for layer in decoder_layers(model)]
