@@ -18,23 +18,10 @@ from exporters.base import export, read_export
 from exporters.benchmark import benchmark
 from exporters.benchmark_report import Phase
 from exporters.runtimes import RUNTIMES
-from selfpruner_hub.demo import fast_dtype, load_embedded
+from selfpruner_hub.demo import load_embedded
 from selfpruner_hub.progress import Bars
 
-FAST = str(fast_dtype()).removeprefix("torch.")
-RUNS = tuple(
-    dict.fromkeys(
-        (
-            ("torch", "float32"),
-            ("torch", FAST),
-            ("onnx", "float32"),
-            ("onnx", "int8"),
-            ("gguf", "f32"),
-            ("gguf", "f16"),
-            ("gguf", "q8_0"),
-        )
-    )
-)
+RUNS = (("torch", "float32"), ("onnx", "float32"), ("onnx", "int8"), ("gguf", "f16"), ("gguf", "q8_0"))
 BETAS, MULTIPLES = (0.3, 0.5), (1, 32)
 PROMPTS, NEW_TOKENS, PASSES = (128, 512), 32, 9
 SETTINGS: dict[str, Any] = {"data": "self", "window": 256, "calibration_tokens": 12_288, "fitness_tokens": 4_096}
