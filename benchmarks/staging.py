@@ -33,7 +33,8 @@ from selfpruner_hub.search.seeds import seeds
 from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 
-WINDOW, CALIBRATION, FITNESS, BETA, ROUNDS, CHILDREN = 512, 65_536, 16_384, 0.3, 4, 8
+WINDOW, CALIBRATION, FITNESS, BETA, ROUNDS, CHILDREN = 512, 16_384, 16_384, 0.3, 2, 8
+FIRST_SHARE = 1 / 16
 AT_ONCE = 4
 """Windows in one forward pass of the plain way, which holds all of their logits."""
 
@@ -83,7 +84,7 @@ def main(text: str) -> None:
             return plain_loss(slice_model(slicer, plan), held_out.windows, loss)
 
         fitness = Fitness(slicer, held_out.windows)
-        ways: dict[str, tuple[Score, float]] = {"staged": (fitness, 0.125), "plain": (plain, 1.0)}
+        ways: dict[str, tuple[Score, float]] = {"staged": (fitness, FIRST_SHARE), "plain": (plain, 1.0)}
         for name, (score, first_share) in ways.items():
             # As many rounds for both: a round costs children × share, and one survivor on all windows where staged.
             seeds_cost = len(starts) * (1 if first_share == 1 else 1 + first_share)
@@ -120,8 +121,8 @@ def main(text: str) -> None:
         "staging",
         f"SmolLM2-135M-Instruct, {str(model.dtype)}, β = {BETA}; {CALIBRATION} calibration and {FITNESS} fitness "
         f"tokens of {Path(text).name}; {ROUNDS} rounds of {CHILDREN} children of the evolution from the same seeds. "
-        "plain: a compact copy per candidate, whole blocks of logits, all tokens; staged: views, logits in chunks, an "
-        "eighth of the tokens for all, and all of them for the best of each round",
+        "plain: a compact copy per candidate, whole blocks of logits, all tokens; staged: views, logits in chunks, "
+        f"1/{1 / FIRST_SHARE:g} of the tokens for all, and all of them for the best of each round",
         results,
     )
 
