@@ -15,7 +15,7 @@ class Repair:
     """The repaired weights of one projection for every prefix of its columns, from one Cholesky factor.
 
     With columns in order of importance, H = L Lᵀ and a kept prefix K, the least-squares weight
-    W*_K = W_K + W_R H_RK H_KK⁻¹ equals (W L)_:,K · L_KK⁻¹, since the factor of H_KK is the leading block of L: one
+    W*_K = W_K + W_R H_RK H_KK⁻¹ equals W_K + W_R L_RK · L_KK⁻¹, since the factor of H_KK is the leading block of L: one
     triangular solve a width. The error of what is removed, E‖W x - W*_K x_K‖² (ridge included), is the sum of the
     squared norms of the remaining columns of W L, so the whole error curve costs nothing more.
 
@@ -41,11 +41,10 @@ class Repair:
 
     def weight(self, kept: int) -> Tensor:
         """Least-squares weight of the first `kept` columns, `[out, kept]`, in the dtype of the original."""
-        projected = self._weight.float() @ self._factor[:, :kept]
-        solved = torch.linalg.solve_triangular(self._factor[:kept, :kept], projected, upper=False, left=False)
-        return solved.to(
-            self._weight.dtype
-        ).contiguous()  # the solver returns columns, with which a linear layer is slow
+        lost = self._weight[:, kept:].float() @ self._factor[kept:, :kept]
+        moved = torch.linalg.solve_triangular(self._factor[:kept, :kept], lost, upper=False, left=False)
+        repaired = self._weight[:, :kept].float() + moved
+        return repaired.to(self._weight.dtype).contiguous()  # the solver returns columns, slow in a linear layer
 
     def errors(self) -> Tensor:
         """E‖W x - W*_K x_K‖² for a prefix of 0, 1, …, `in` columns, `[in + 1]`, never increasing."""
