@@ -66,6 +66,6 @@ def test_weights_are_let_go_once_they_are_written(consume, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     export_model(model, tiny_tokenizer(), "padded", tmp_path / "out", consume=consume)
     assert read_export(tmp_path / "out").max_difference <= 1e-4
-    assert all((tensor.numel() == 0) == consume for tensor in model.parameters())
+    assert any(tensor.any() for tensor in model.parameters()) != consume  # pages that were given back are zeros
     if not consume:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
