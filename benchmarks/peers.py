@@ -15,7 +15,7 @@ from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.calibration import LayerStatistics, Moments
 from selfpruner_hub.importance import LayerOrder, flap
 from selfpruner_hub.plan import LayerWidths, Plan
-from selfpruner_hub.slicing import Slicer
+from selfpruner_hub.slicing import Slicer, expand
 
 
 def by_channels(model: PreTrainedModel, scores: Sequence[Tensor]) -> list[LayerOrder]:
@@ -143,7 +143,7 @@ class Flap:
         slicer = Slicer(model, self.order, None)
         cut = slicer.layers(plan)
         for dense, layer, known, order in zip(decoder_layers(model), cut, self._statistics, self.order, strict=True):
-            columns = (_columns(order.groups, slicer.unit("query")), order.channels)
+            columns = (expand(order.groups, slicer.unit("query")), order.channels)
             for path, moments, by in zip(self._paths, (known.attention, known.ffn), columns, strict=True):
                 _add_lost_mean(linear(dense, path), linear(layer, path), moments, by)
         return cut
@@ -157,10 +157,6 @@ def _add_lost_mean(dense: nn.Linear, cut: nn.Linear, moments: Moments, order: Te
 
 def _standardised(scores: Tensor) -> Tensor:
     return (scores - scores.mean()) / (scores.std() + 1e-12)
-
-
-def _columns(groups: Tensor, unit: int) -> Tensor:
-    return (groups[:, None] * unit + torch.arange(unit)).flatten()
 
 
 def _projections(model: PreTrainedModel, layer: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:

@@ -91,7 +91,7 @@ def peers(pruner: AutoPruner, windows: Any) -> Callable[[float, Callable[..., No
         plan = budget.project(seeds(budget)["uniform"])
 
         def run(method: str, layers: nn.ModuleList) -> None:
-            kept = sum(p.numel() for layer in layers for n, p in layer.named_parameters() if p.dim() > 1)
+            kept = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
             with with_layers(model, layers):
                 add(method, beta, 1 - kept / pruner.shape.weights(pruner.shape.dense), model)
 

@@ -65,7 +65,7 @@ class Slicer:
         self._free = int(CACHED_REPAIRS * outputs)
 
     def _repairs(self, layer: nn.Module, order: LayerOrder, known: LayerStatistics) -> tuple[Repair, Repair]:
-        pairs = ((known.attention, _expand(order.groups, self.unit("query"))), (known.ffn, order.channels))
+        pairs = ((known.attention, expand(order.groups, self.unit("query"))), (known.ffn, order.channels))
         return tuple(  # type: ignore[return-value]
             Repair(linear(layer, path).weight, moments.gram[columns][:, columns], self._ridge)
             for path, (moments, columns) in zip(self._paths, pairs, strict=True)
@@ -206,7 +206,7 @@ def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
             module = linear(layer, projection.path)
             indices, offset = [], 0
             for block in projection.blocks:
-                rows = _expand(_indices(by, block), _unit(shape, block))
+                rows = expand(_indices(by, block), _unit(shape, block))
                 indices.append(rows + offset)
                 offset += len(rows)
             rows = torch.cat(indices).to(module.weight.device)
@@ -214,7 +214,7 @@ def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
                 if tensor is not None:
                     tensor.data.copy_(tensor.data[rows])
         for path, columns in (
-            (architecture.attention_output, _expand(by.groups, _unit(shape, "query"))),
+            (architecture.attention_output, expand(by.groups, _unit(shape, "query"))),
             (architecture.ffn_output, by.channels),
         ):
             weight = linear(layer, path).weight
@@ -271,6 +271,6 @@ def _indices(order: LayerOrder, block: Block) -> Tensor:
     return order.channels if block == "channel" else order.groups
 
 
-def _expand(indices: Tensor, unit: int) -> Tensor:
+def expand(indices: Tensor, unit: int) -> Tensor:
     """Indices of units to indices of their rows: unit `i` covers rows `i * unit` to `(i + 1) * unit - 1`."""
     return (indices[:, None] * unit + torch.arange(unit, device=indices.device)).flatten()
