@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear, shape_of
 from selfpruner_hub.calibration import LayerStatistics, Moments
-from selfpruner_hub.importance import LayerOrder, flap
+from selfpruner_hub.importance import LayerOrder, expand, flap
 from selfpruner_hub.plan import LayerWidths, Plan
-from selfpruner_hub.slicing import Slicer, expand
+from selfpruner_hub.slicing import Slicer
 
 
 def by_channels(model: PreTrainedModel, scores: Sequence[Tensor]) -> list[LayerOrder]:
@@ -161,7 +161,7 @@ def _standardised(scores: Tensor) -> Tensor:
 
 def _projections(model: PreTrainedModel, layer: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     """Gate, up and down of a layer whose projections are not fused."""
-    inputs = [linear(layer, p.path) for p in architecture_of(model.config).inputs if p.blocks == ("channel",)]
+    inputs = [linear(layer, p.path) for p in architecture_of(model.config).ffn_inputs]
     gate, up = inputs
     return gate, up, linear(layer, architecture_of(model.config).ffn_output)
 

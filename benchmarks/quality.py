@@ -1,69 +1,94 @@
 """What is left of a model after our pruning and after other training-free methods, at equal removed parameters.
 
-Run: python benchmarks/quality.py SEARCH_TEXT UNSEEN_TEXT BETAS [TASKS_DIR]
-(here: WikiText-2 raw, articles a for calibration and search, articles b and the task items for the figures;
-0.2,0.3,0.5)
+Run: python benchmarks/quality.py WORK SEARCH_TEXT UNSEEN_TEXT BETAS [TASKS_DIR]
+(here: WikiText-2 raw, articles a for calibration and search, articles b and the task items for the figures; 0.3,0.2,0.5)
+Rows that are in WORK already are taken from there.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peers import Flap, block_influence, by_channels, magnitude, taylor, without_blocks
 from protocol import write
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.calibration import LayerStatistics, calibrate
+from selfpruner_hub.compensation import compensate
 from selfpruner_hub.corpus import consecutive_windows, load_corpus
-from selfpruner_hub.demo import load_embedded
+from selfpruner_hub.demo import NAME, load_embedded
 from selfpruner_hub.evaluation import perplexity, with_layers
+from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import LayerOrder, rank
-from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.plan import Plan
+from selfpruner_hub.pruner import SENSITIVITY_TOKENS, AutoPruner
+from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.loop import search
+from selfpruner_hub.search.model_proposer import ModelProposer
+from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.slicing import Slicer, ordered
+from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
+from selfpruner_hub.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.tasks import evaluate_tasks
 
-WINDOW, CALIBRATION, FITNESS, EVALUATIONS = 512, 65_536, 8_192, 16
+WINDOW, CALIBRATION, FITNESS = 512, 65_536, 8_192
+SCHEDULE = Schedule(evaluations=16, population=4, crossover=8, mutation=8)
 GRADIENT_WINDOWS = 16
 """Calibration windows behind first-order scores; LLM-Pruner takes ten short ones."""
 WINDOWS = ((512, 32), (2048, 8))
 """Lengths and counts of the first windows of the unseen text."""
-TASKS, ITEMS = ("arc_easy", "piqa", "winogrande"), 200
-UNIFORM = {"evaluations": 0, "seeds": ("uniform",)}
-OURS: dict[str, dict[str, Any]] = {
-    "ours: uniform, first repair": {**UNIFORM, "accumulate": False},
-    "ours: uniform, both repairs": UNIFORM,
-    "ours: best seed, first repair": {"evaluations": 0, "accumulate": False},
-    "ours: best seed, both repairs": {"evaluations": 0},
-    "ours: searched by the model itself, both repairs": {"evaluations": EVALUATIONS},
-}
-"""From the simplest to the whole: what each part buys."""
+TASKS, ITEMS = ("arc_easy", "piqa", "winogrande"), 100
+ABLATED = 0.3
+"""Where each part of ours is measured, not only the whole."""
+
+Measured = Callable[[], tuple[float, PreTrainedModel]]
+"""Makes a model, and says which fraction of the prunable weights is gone."""
 
 
-class Figures:
-    """Measures models, each on the same text and items.
+class Table:
+    """Rows of figures, all on the same text and items, each kept as soon as it is there.
 
     Args:
+        work: Directory of the rows.
         pruner: Of the dense model.
         unseen_text: On which nothing is chosen.
         tasks: Directory of the items; None leaves the tasks out.
     """
 
-    def __init__(self, pruner: AutoPruner, unseen_text: str, tasks: Path | None) -> None:
-        self._tokenizer = pruner.tokenizer
-        self._tasks = tasks
+    def __init__(self, work: Path, pruner: AutoPruner, unseen_text: str, tasks: Path | None) -> None:
+        self._file = work / "rows.jsonl"
+        work.mkdir(parents=True, exist_ok=True)
+        self.rows: list[dict[str, Any]] = (
+            [json.loads(line) for line in self._file.read_text().splitlines()] if self._file.exists() else []
+        )
+        self._tokenizer, self._tasks = pruner.tokenizer, tasks
         self._windows = {
             length: consecutive_windows(unseen_text, pruner.tokenizer, length, count).windows
             for length, count in WINDOWS
         }
 
-    def of(self, model: Any) -> dict[str, float]:
-        """Perplexities and accuracies."""
+    def add(self, method: str, beta: float, made: Measured) -> None:
+        """Make and measure a model, where its row is missing."""
+        if any((row["method"], row["beta"]) == (method, beta) for row in self.rows):
+            return
+        started = time.perf_counter()
+        removed, model = made()
+        minutes = round((time.perf_counter() - started) / 60, 1)
+        row = {"method": method, "beta": beta, "removed": round(removed, 4), "minutes": minutes, **self._figures(model)}
+        self.rows.append(row)
+        with self._file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+    def _figures(self, model: PreTrainedModel) -> dict[str, float]:
         found = {f"perplexity_{n}": round(perplexity(model, windows), 2) for n, windows in self._windows.items()}
         if self._tasks is not None:
             for score in evaluate_tasks(
@@ -73,81 +98,140 @@ class Figures:
         return found
 
 
-def peers(pruner: AutoPruner, windows: Any) -> Callable[[float, Callable[..., None]], None]:
-    """Calibrate the other methods, on the same text, and return what measures them under a β."""
+def removed(pruner: AutoPruner, layers: nn.ModuleList) -> float:
+    """Fraction of the prunable weights that these layers lack, counted from their tensors."""
+    kept = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
+    return 1 - kept / pruner.shape.weights(pruner.shape.dense)
+
+
+def add_peers(
+    table: Table, pruner: AutoPruner, statistics: list[LayerStatistics], few: Tensor, betas: list[float]
+) -> None:
+    """Measure the other methods, calibrated on the same text."""
     model = pruner.model
-    few = windows[:GRADIENT_WINDOWS]
-    statistics = calibrate(model, windows)
     known = Flap(model, statistics)
     orders: dict[str, list[LayerOrder]] = {
         "uniform magnitude": by_channels(model, magnitude(model)),
         "uniform first-order Taylor (LLM-Pruner)": by_channels(model, taylor(model, few)),
-        "uniform Wanda-sp": rank(model, statistics),
+        "uniform Wanda-sp": rank(model, statistics, "wanda-sp"),
     }
     influence = block_influence(model, few)
-
-    def measure(beta: float, add: Callable[..., None]) -> None:
+    for beta in betas:
         budget = Budget(pruner.shape, beta)
         plan = budget.project(seeds(budget)["uniform"])
 
-        def run(method: str, layers: nn.ModuleList) -> None:
-            kept = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
+        def add(method: str, layers: nn.ModuleList, beta: float = beta) -> None:
             with with_layers(model, layers):
-                add(method, beta, 1 - kept / pruner.shape.weights(pruner.shape.dense), model)
+                table.add(method, beta, lambda: (removed(pruner, layers), model))
 
         for method, order in orders.items():
             with ordered(model, order):
-                run(method, Slicer(model, order, None).layers(plan))
+                add(method, Slicer(model, order, None).layers(plan))
         with ordered(model, known.order):
-            run("FLAP with bias", known.layers(model, known.plan(beta)))
-        run("whole layers by block influence (ShortGPT)", without_blocks(model, influence, beta))
-
-    return measure
+            add("FLAP with bias", known.layers(model, known.plan(beta)))
+        add("whole layers by block influence (ShortGPT)", without_blocks(model, influence, beta))
 
 
-def main(search_text: str, unseen_text: str, betas: list[float], tasks: Path | None) -> None:
-    """Measure every method at every β, and write the table after each β."""
+class Ours:
+    """Our method, part by part, on one calibration.
+
+    Args:
+        pruner: Of the dense model.
+        statistics: Of the calibration.
+        windows: Of the calibration, and of the search.
+        importance: The order.
+    """
+
+    def __init__(
+        self, pruner: AutoPruner, statistics: list[LayerStatistics], windows: tuple[Tensor, Tensor], importance: str
+    ) -> None:
+        self._pruner, self._model = pruner, pruner.model
+        self._calibration, self._held_out = windows
+        self._order = rank(self._model, statistics, importance)
+        with self._ordered():
+            self._slicer = Slicer(self._model, self._order, statistics)
+            few = self._calibration[: SENSITIVITY_TOKENS // WINDOW]
+            self._curves = loss_curves(output_sensitivity(self._model, few), self._slicer)
+        self._plans: dict[tuple[float, str], Plan] = {}
+
+    @contextmanager
+    def _ordered(self) -> Iterator[None]:
+        with ordered(self._model, self._order):
+            yield
+
+    def plan(self, beta: float, how: str) -> Plan:
+        """Uniform rates of the FFN, the best seed by KL, or what the model finds by itself under `how`."""
+        if (beta, how) not in self._plans:
+            budget = Budget(self._pruner.shape, beta)
+            starts = seeds(budget, self._curves)
+            with self._ordered():
+                if how == "uniform":
+                    plan = budget.project(starts["uniform"])
+                elif how == "seed":
+                    score = Fitness(self._slicer, self._held_out, "kl", self._curves)
+                    plan = min((budget.project(rates) for rates in starts.values()), key=score)
+                else:
+                    fitness = Fitness(self._slicer, self._held_out, how, self._curves)
+                    asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME)
+                    journal = Journal(None, {})
+                    found = search(
+                        asked, budget, fitness, journal, schedule=SCHEDULE, seeds=starts, probe=fitness.slopes
+                    )
+                    plan = found.best.plan
+            self._plans[beta, how] = plan
+        return self._plans[beta, how]
+
+    def model(self, beta: float, how: str, second: bool = False, inputs: bool = False) -> tuple[float, PreTrainedModel]:
+        """A plan with its first repair, and the second."""
+        plan = self.plan(beta, how)
+        with self._ordered():
+            pruned = slice_model(self._slicer, plan)
+        if second:
+            compensate(self._model, pruned, self._calibration, inputs=inputs)
+        return removed(self._pruner, pruned.get_decoder().layers), pruned
+
+
+def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tasks: Path | None) -> None:
+    """Measure every method at every β, and write the table."""
     pruner = load_embedded()
-    figures = Figures(pruner, unseen_text, tasks)
-    rows: list[dict[str, Any]] = []
-
-    def add(method: str, beta: float, achieved: float, model: Any, **more: Any) -> None:
-        rows.append({"method": method, "beta": beta, "achieved_beta": round(achieved, 4), **figures.of(model), **more})
-        print(rows[-1], flush=True)
-
-    add("dense", 0.0, 0.0, pruner.model)
+    table = Table(work, pruner, unseen_text, tasks)
+    table.add("dense", 0.0, lambda: (0.0, pruner.model))
     corpus = load_corpus(search_text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
-    calibration, _ = corpus.split(CALIBRATION, FITNESS)
-    measure_peers = peers(pruner, calibration.windows)
+    calibration, held_out = corpus.split(CALIBRATION, FITNESS)
+    windows = (calibration.windows, held_out.windows)
+    statistics = calibrate(pruner.model, calibration.windows)
+    add_peers(table, pruner, statistics, calibration.windows[:GRADIENT_WINDOWS], betas)
+    ours = Ours(pruner, statistics, windows, "obs")
+    if ABLATED in betas:
+        wanda = Ours(pruner, statistics, windows, "wanda-sp")
+        table.add("uniform, repaired, order of Wanda-sp", ABLATED, lambda: wanda.model(ABLATED, "uniform"))
+        del wanda
+    del statistics
     for beta in betas:
-        measure_peers(beta, add)
-        for method, settings in OURS.items():
-            started = time.perf_counter()
-            pruned = pruner.prune(
-                beta,
-                data=search_text,
-                window=WINDOW,
-                calibration_tokens=CALIBRATION,
-                fitness_tokens=FITNESS,
-                **settings,
-            )
-            minutes = round((time.perf_counter() - started) / 60, 1)
-            add(method, beta, pruned.report.achieved_beta, pruned.model, minutes=minutes)
-        write(
-            "quality",
-            f"SmolLM2-135M-Instruct, {pruner.model.dtype}; {CALIBRATION} calibration tokens of "
-            f"{Path(search_text).name} for all (the first {GRADIENT_WINDOWS} windows of {WINDOW} for Taylor and block "
-            f"influence), another {FITNESS} for our search of {EVALUATIONS} full-evaluation equivalents; uniform: FFN "
-            f"rates; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
-            f"{', '.join(f'{count} of {length} tokens' for length, count in WINDOWS)}; tasks: the first {ITEMS} items",
-            rows,
-        )
+        table.add("uniform, repaired", beta, lambda beta=beta: ours.model(beta, "uniform"))
+        table.add("best seed, repaired", beta, lambda beta=beta: ours.model(beta, "seed"))
+        table.add("searched, repaired", beta, lambda beta=beta: ours.model(beta, "kl"))
+        if beta == ABLATED:
+            table.add("searched by perplexity, repaired", beta, lambda: ours.model(ABLATED, "perplexity"))
+            table.add("searched, outputs repaired twice", beta, lambda: ours.model(ABLATED, "kl", second=True))
+        table.add("searched, repaired twice", beta, lambda beta=beta: ours.model(beta, "kl", second=True, inputs=True))
+    write(
+        "quality",
+        f"SmolLM2-135M-Instruct, {pruner.model.dtype}; {CALIBRATION} calibration tokens of {Path(search_text).name} for "
+        f"all (the first {GRADIENT_WINDOWS} windows of {WINDOW} for Taylor and block influence), another {FITNESS} for "
+        f"our seeds and for a search of {SCHEDULE.evaluations} full-evaluation equivalents; uniform: FFN rates; "
+        "repaired: the first repair; twice: the second too, of the output projections alone or, by default, of gate and "
+        f"up too; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
+        f"{', '.join(f'{count} of {length} tokens' for length, count in WINDOWS)}; tasks: the first {ITEMS} items",
+        sorted(table.rows, key=lambda row: row["beta"]),
+    )
 
 
 if __name__ == "__main__":
     main(
-        sys.argv[1],
+        Path(sys.argv[1]),
         sys.argv[2],
-        [float(beta) for beta in sys.argv[3].split(",")],
-        Path(sys.argv[4]) if len(sys.argv) > 4 else None,
+        sys.argv[3],
+        [float(beta) for beta in sys.argv[4].split(",")],
+        Path(sys.argv[5]) if len(sys.argv) > 5 else None,
     )

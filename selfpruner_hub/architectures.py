@@ -38,6 +38,11 @@ class Architecture:
     output_norms: bool = False
     """The outputs of attention and FFN are normalised before they are added to the residual stream."""
 
+    @property
+    def ffn_inputs(self) -> tuple[Projection, ...]:
+        """The projections whose rows are FFN channels: gate and up, fused or not."""
+        return tuple(p for p in self.inputs if p.blocks[0] == "channel")
+
 
 _SEPARATE = (
     Projection("self_attn.q_proj", ("query",)),

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of o_proj and down_proj: one pass over the windows, in memory independent of them."""
+"""Statistics of the inputs of o_proj and down_proj, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.errors import ModelError
-
-BATCH_TOKENS = 4096
-"""Tokens in one forward pass."""
+from selfpruner_hub.refit import RIDGE, choose_ridge
+from selfpruner_hub.streams import Stream, exact_in_float32, held_out
 
 
 @dataclass
@@ -25,10 +24,12 @@ class Moments:
     Attributes:
         mean: E[x], `[D]`, float32.
         gram: E[x xᵀ], `[D, D]`, float32.
+        ridge: λ for what is fitted to them, in units of mean(diag E[x xᵀ]).
     """
 
     mean: Tensor
     gram: Tensor
+    ridge: float = RIDGE
 
     @property
     def energy(self) -> Tensor:
@@ -53,14 +54,16 @@ class LayerStatistics:
 
 @torch.inference_mode()
 def calibrate(model: PreTrainedModel, windows: Tensor, progress: Progress | None = None) -> list[LayerStatistics]:
-    """Stream the windows through the dense model and accumulate the moments of every layer.
+    """Stream the windows through the dense model, layer by layer, and take the moments of every layer.
 
-    Memory: 4 · (D_ffn² + D_attention²) bytes a layer, whatever the number of tokens.
+    One window in `HELD_OUT` is held out to choose λ of each projection (`refit.choose_ridge`); then all count.
+
+    Memory: 4 · (D_ffn² + D_attention²) bytes a layer, whatever the number of tokens, and one hidden state a token.
 
     Args:
         model: The dense model.
         windows: Token ids, `[N, W]`.
-        progress: Told how many windows are done.
+        progress: Told how many layers are done.
 
     Returns:
         One `LayerStatistics` per layer.
@@ -69,39 +72,48 @@ def calibrate(model: PreTrainedModel, windows: Tensor, progress: Progress | None
         ModelError: The activations are not finite.
     """
     architecture = architecture_of(model.config)
-    paths = (architecture.attention_output, architecture.ffn_output)
-    modules = [linear(layer, path) for layer in decoder_layers(model) for path in paths]
-    accumulators = [_Accumulator(module) for module in modules]
-    decoder = model.get_decoder()
-    size = max(1, BATCH_TOKENS // windows.shape[1])
-    with exact_in_float32(model.dtype), _hooked(zip(modules, accumulators, strict=True)):
-        for start in range(0, len(windows), size):
-            decoder(windows[start : start + size].to(model.device), use_cache=False)
+    layers = decoder_layers(model)
+    known = []
+    with exact_in_float32(model.dtype):
+        stream = Stream(model, windows)
+        for index, layer in enumerate(layers):
+            modules = [linear(layer, path) for path in (architecture.attention_output, architecture.ffn_output)]
+            sums = [_Sums(module) for module in modules]
+            with _hooked(zip(modules, sums, strict=True)):
+                stream.advance(index, layer)
+            known.append(LayerStatistics(*(each.moments() for each in sums)))
             if progress:
-                progress("calibrating", min(start + size, len(windows)), len(windows))
-    moments = [accumulator.moments() for accumulator in accumulators]
-    if not all(m.gram.isfinite().all() for m in moments):
-        raise ModelError("The model's activations are not finite.", "Check its weights, or load it in float32.")
-    return [LayerStatistics(a, f) for a, f in zip(moments[::2], moments[1::2], strict=True)]
+                progress("calibrating", index + 1, len(layers))
+    return known
 
 
-class _Accumulator:
-    """A forward pre-hook that sums x and x xᵀ in float32."""
+class _Sums:
+    """A forward pre-hook that sums x and x xᵀ in float32, of the windows that are held out and of the others."""
 
     def __init__(self, module: nn.Linear) -> None:
-        weight = module.weight
-        self.count = 0
-        self.sum = torch.zeros(weight.shape[1], device=weight.device)
-        self.products = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+        self._weight = module.weight
+        size, device = module.weight.shape[1], module.weight.device
+        self._windows = 0
+        self._counts = [0, 0]
+        self._sum = torch.zeros(size, device=device)
+        self._products = [torch.zeros(size, size, device=device) for _ in self._counts]
 
     def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].flatten(0, -2).float()
-        self.count += len(x)
-        self.sum += x.sum(0)
-        self.products.addmm_(x.t(), x)
+        held = held_out(self._windows, len(inputs[0]))
+        self._windows += len(held)
+        for which, rows in enumerate((~held, held)):
+            x = inputs[0][rows.to(inputs[0].device)].flatten(0, -2).float()
+            self._counts[which] += len(x)
+            self._sum += x.sum(0)
+            self._products[which].addmm_(x.t(), x)
 
     def moments(self) -> Moments:
-        return Moments(self.sum / self.count, self.products / self.count)
+        fitted, held = self._products
+        total = sum(self._counts)
+        if not (fitted.isfinite().all() and held.isfinite().all()):
+            raise ModelError("The model's activations are not finite.", "Check its weights, or load it in float32.")
+        ridge = choose_ridge(self._weight, fitted, held) if self._counts[1] else RIDGE
+        return Moments(self._sum / total, fitted.add_(held).div_(total), ridge)
 
 
 @contextmanager
@@ -112,16 +124,3 @@ def _hooked(pairs: Iterator[tuple[nn.Module, Callable[..., None]]]) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def exact_in_float32(dtype: torch.dtype) -> Iterator[None]:
-    """Multiply float32 copies of bfloat16 values in bfloat16 with float32 sums: exact, and several times faster."""
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    if dtype == torch.bfloat16:
-        settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

@@ -1,4 +1,4 @@
-"""Which channels and KV groups go first: scores from weights and calibration statistics, and the order they give."""
+"""Which channels and KV groups go first, by weights and calibration statistics."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear, shape_of
 from selfpruner_hub.calibration import LayerStatistics, Moments
 from selfpruner_hub.errors import UserError
+from selfpruner_hub.refit import damped_factor
 
 
 def wanda_sp(weight: Tensor, moments: Moments) -> Tensor:
@@ -29,8 +30,64 @@ def energy(weight: Tensor, moments: Moments) -> Tensor:
     return moments.energy * weight.square().sum(0)
 
 
-SCORES: dict[str, Callable[[Tensor, Moments], Tensor]] = {"wanda-sp": wanda_sp, "flap": flap, "energy": energy}
-"""Column scores: weight `[out, in]` and the moments of its input to `[in]`, greater is more important."""
+def expand(indices: Tensor, unit: int) -> Tensor:
+    """Indices of units to indices of their rows: unit `i` covers rows `i * unit` to `(i + 1) * unit - 1`."""
+    return (indices[:, None] * unit + torch.arange(unit, device=indices.device)).flatten()
+
+
+def by_score(score: Callable[[Tensor, Moments], Tensor]) -> Callable[[Tensor, Moments, int], Tensor]:
+    """The order of units by the sum of the scores of their columns."""
+    return lambda weight, moments, unit: (
+        score(weight, moments).view(-1, unit).sum(1).argsort(descending=True, stable=True)
+    )
+
+
+def obs(weight: Tensor, moments: Moments, unit: int) -> Tensor:
+    """Structured OBS (ZipLM, arXiv 2302.04089, equations 3 and 4): one sweep removes unit after unit.
+
+    With H = E[x xᵀ] + λ · mean(diag) · I, each step removes the unit g with the least tr(W_g [(H⁻¹)_gg]⁻¹ W_gᵀ), which
+    is what the repaired output loses by it, and repairs W and H⁻¹. Where there are more than `STEPS` units, a step
+    removes several. Cost: at most `STEPS` updates of H⁻¹, cubic in the columns until then.
+    """
+    inverse = torch.cholesky_inverse(damped_factor(moments.gram, moments.ridge))
+    columns = weight.t().float().contiguous()  # [in, out], repaired as units go
+    left = torch.arange(len(columns) // unit, device=weight.device)
+    gone = torch.zeros_like(left, dtype=torch.bool)
+    together = -(-len(left) // STEPS)
+    removed: list[Tensor] = []
+    for step in range(-(-len(left) // together) - 1):
+        if step and step % COMPACTED == 0:  # let go of what is zero by now
+            rows = expand((~gone).nonzero()[:, 0], unit)
+            inverse, columns, left, gone = inverse[rows][:, rows], columns[rows], left[~gone], gone[~gone]
+        blocks = inverse.view(len(left), unit, len(left), unit).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        whitened = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(blocks), columns.view(len(left), unit, -1), upper=False
+        )
+        losses = whitened.square().sum((1, 2)).masked_fill(gone, torch.inf)
+        least = losses.topk(together, largest=False).indices
+        rows = expand(least, unit)
+        moved = torch.cholesky_solve(inverse[rows], torch.linalg.cholesky(inverse[rows][:, rows]))
+        columns.addmm_(moved.t(), columns[rows], alpha=-1)
+        inverse.addmm_(moved.t(), inverse[rows], alpha=-1)
+        inverse[rows], inverse[:, rows] = 0, 0
+        inverse[rows, rows] = 1
+        gone[least] = True
+        removed.append(left[least])
+    return torch.cat([left[~gone], *reversed(removed)])
+
+
+STEPS = 2048
+"""Most steps of `obs` for one projection."""
+COMPACTED = 128
+"""Steps of `obs` between two that make its matrices smaller."""
+ORDERS: dict[str, Callable[[Tensor, Moments, int], Tensor]] = {
+    "wanda-sp": by_score(wanda_sp),
+    "flap": by_score(flap),
+    "energy": by_score(energy),
+    "obs": obs,
+}
+"""Orders of units, most important first `[in / unit]`, from the weight `[out, in]`, the moments of its input, and the
+columns of a unit: those of a KV group's query heads, or one."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +108,33 @@ class LayerOrder:
 
 
 @torch.inference_mode()
-def rank(model: PreTrainedModel, statistics: Sequence[LayerStatistics], score: str = "wanda-sp") -> list[LayerOrder]:
+def rank(
+    model: PreTrainedModel, statistics: Sequence[LayerStatistics], importance: str = "wanda-sp"
+) -> list[LayerOrder]:
     """Order every layer's KV groups and FFN channels by importance.
-
-    A KV group's score is the sum over its columns of o_proj.
 
     Args:
         model: The dense model.
         statistics: What `calibrate` returned for it.
-        score: A key of `SCORES`.
+        importance: A key of `ORDERS`.
 
     Returns:
         One `LayerOrder` per layer.
 
     Raises:
-        UserError: The score is unknown.
+        UserError: The importance is unknown.
     """
-    if score not in SCORES:
-        raise UserError(f"Unknown importance {score!r}.", f"Choose one of: {', '.join(SCORES)}.")
-    architecture = architecture_of(model.config)
+    if importance not in ORDERS:
+        raise UserError(f"Unknown importance {importance!r}.", f"Choose one of: {', '.join(ORDERS)}.")
+    architecture, shape = architecture_of(model.config), shape_of(model.config)
     orders = []
-    for layer, known, dense in zip(decoder_layers(model), statistics, shape_of(model.config).dense.layers, strict=True):
-        columns = SCORES[score](linear(layer, architecture.attention_output).weight.float(), known.attention)
-        channels = SCORES[score](linear(layer, architecture.ffn_output).weight.float(), known.ffn)
-        groups = columns.view(dense.num_key_value_heads, -1).sum(1)
-        orders.append(
-            LayerOrder(
-                groups.argsort(descending=True, stable=True),
-                channels.argsort(descending=True, stable=True),
+    for layer, known in zip(decoder_layers(model), statistics, strict=True):
+        groups, channels = (
+            ORDERS[importance](linear(layer, path).weight.float(), moments, unit)
+            for path, moments, unit in (
+                (architecture.attention_output, known.attention, shape.queries_per_group * shape.head_dim),
+                (architecture.ffn_output, known.ffn, 1),
             )
         )
+        orders.append(LayerOrder(groups, channels))
     return orders

@@ -13,14 +13,14 @@ from selfpruner_hub.errors import UserError
 class Method:
     """Every setting of `prune` that is not about where things come from; all of them go into the record."""
 
-    importance: str = "wanda-sp"
-    """Order of channels and groups: wanda-sp, flap or energy."""
+    importance: str = "obs"
+    """Order of channels and groups: obs, wanda-sp, flap or energy."""
     repair: bool = True
     """Refit o_proj and down_proj by least squares."""
     accumulate: bool = True
     """Refit them once more on the stream of the pruned model, where they are repaired at all."""
-    ridge: float = 0.01
-    """λ of the first repair, at least 0; the second chooses its own on windows that it holds out."""
+    refit_inputs: bool = True
+    """And with them, there, gate_proj and up_proj."""
     fitness: str = "kl"
     """What the search minimises: kl or perplexity."""
     tied: bool = False
@@ -34,7 +34,7 @@ class Method:
     window: int = 512
     """Tokens per window of calibration and fitness."""
     calibration_tokens: int = 131_072
-    fitness_tokens: int = 32_768
+    fitness_tokens: int = 16_384
     seeds: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "blend")
     """Starting points of the search."""
     evaluations: float = 32
@@ -80,6 +80,7 @@ PRESETS = {
     # arXiv 2502.14413: population 30, 20 iterations of 10 crossover and 10 mutation children, rates in 0.1 to 0.9,
     # one rate a layer, Wanda-sp, no repair, perplexity.
     "paper": Method(
+        importance="wanda-sp",
         repair=False,
         fitness="perplexity",
         tied=True,
@@ -106,7 +107,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
 }
 """By the annotation of a field: the types of its values, and their name in errors."""
 CHOICES = {
-    "importance": ("wanda-sp", "flap", "energy"),
+    "importance": ("obs", "wanda-sp", "flap", "energy"),
     "fitness": ("kl", "perplexity"),
     "seeds": ("uniform", "ramp", "sensitivity", "blend"),
 }
@@ -143,7 +144,6 @@ def resolve(preset: str, **changes: Any) -> Method:
         ("first_share", 1e-6, 1),
         ("probe_share", 0, 1),
         ("survivors", 0, 1),
-        ("ridge", 0, 1e9),
         ("temperature", 1e-3, 100),
         ("request_limit", 0, 1e9),
         ("token_limit", 0, 1e12),

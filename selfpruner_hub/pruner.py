@@ -139,7 +139,7 @@ class AutoPruner:
             statistics = calibrate(self.model, calibration.windows, report)
             order = rank(self.model, statistics, method.importance)
             with ordered(self.model, order):
-                slicer = Slicer(self.model, order, _drained(statistics), method.ridge)
+                slicer = Slicer(self.model, order, _drained(statistics))
                 curves = loss_curves(sensitivity, slicer) if sensitivity else None
                 if not method.repair:
                     slicer = Slicer(self.model, order, None)
@@ -158,7 +158,7 @@ class AutoPruner:
                 model = slice_model(slicer, found.best.plan)
                 del slicer, fitness_  # their factors take more memory than the model
             if method.repair and method.accumulate:
-                compensate(self.model, model, calibration.windows, progress=report)
+                compensate(self.model, model, calibration.windows, inputs=method.refit_inputs, progress=report)
         texts = (calibration, held_out)
         record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
         return PrunedModel(model, self.tokenizer, record, journal.text())

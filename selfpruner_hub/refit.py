@@ -1,4 +1,4 @@
-"""Closed-form repair of the output projections: least squares on the calibration statistics, no training."""
+"""The first repair, in closed form: output projections by least squares on the calibration statistics, no training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,30 @@ from torch import Tensor
 from selfpruner_hub.errors import ModelError
 
 RIDGE = 0.01
-"""λ: the ridge is λ · mean(diag H) · I, with H = E[x xᵀ]."""
+"""λ where there is no text to choose it on: the ridge is λ · mean(diag H) · I, with H = E[x xᵀ]."""
+RIDGES = (0.001, 0.01, 0.1, 1.0)
+"""λ to choose from."""
+
+
+def damped_factor(gram: Tensor, ridge: float) -> Tensor:
+    """The lower Cholesky factor of H + λ · mean(diag H) · I.
+
+    Args:
+        gram: H, `[D, D]`; left as it is.
+        ridge: λ, at least 0.
+
+    Returns:
+        L, `[D, D]`, float32.
+
+    Raises:
+        ModelError: The sum is not positive definite (the activations are degenerate or not finite).
+    """
+    damped = gram.float().clone()
+    damped.diagonal().add_(ridge * damped.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed.item():
+        raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
+    return factor
 
 
 class Repair:
@@ -25,19 +48,14 @@ class Repair:
         ridge: λ, at least 0.
 
     Raises:
-        ModelError: H is not positive definite (the activations are degenerate or not finite).
+        ModelError: As for `damped_factor`.
     """
 
     def __init__(self, weight: Tensor, gram: Tensor, ridge: float = RIDGE) -> None:
-        damped = gram.float().clone()
-        damped.diagonal().add_(ridge * damped.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if failed.item():
-            raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
-        self._factor = factor
+        self._factor = damped_factor(gram, ridge)
         self._weight = weight.detach()
         # W L itself is not kept: it would take half as much memory as all factors do.
-        self._norms = (self._weight.float() @ factor).square().sum(0)
+        self._norms = (self._weight.float() @ self._factor).square().sum(0)
 
     def weight(self, kept: int) -> Tensor:
         """Least-squares weight of the first `kept` columns, `[out, kept]`, in the dtype of the original."""
@@ -49,3 +67,29 @@ class Repair:
     def errors(self) -> Tensor:
         """E‖W x - W*_K x_K‖² for a prefix of 0, 1, …, `in` columns, `[in + 1]`, never increasing."""
         return torch.cat([self._norms.flip(0).cumsum(0).flip(0), self._norms.new_zeros(1)])
+
+
+def choose_ridge(weight: Tensor, fitted: Tensor, held: Tensor) -> float:
+    """Choose λ: repaired on the fitted text, at half of its columns, the projection errs least on the held-out text.
+
+    Args:
+        weight: W, `[out, in]`.
+        fitted: Σ x xᵀ over the fitted tokens, `[in, in]`.
+        held: The same over those held out.
+
+    Returns:
+        One of `RIDGES`.
+
+    Raises:
+        ModelError: As for `Repair`.
+    """
+    order = (fitted.diagonal() * weight.float().square().sum(0)).argsort(descending=True)
+    weight, fitted, held = weight[:, order].detach().float(), fitted[order][:, order], held[order][:, order]
+    half = max(1, len(order) // 2)
+
+    def error(ridge: float) -> float:
+        lost = weight.clone()
+        lost[:, :half] -= Repair(weight, fitted, ridge).weight(half)
+        return ((lost @ held) * lost).sum(dtype=torch.float64).item()
+
+    return min(RIDGES, key=error)

@@ -21,10 +21,10 @@ from selfpruner_hub.architectures import (
     shape_of,
 )
 from selfpruner_hub.calibration import LayerStatistics
-from selfpruner_hub.importance import LayerOrder
+from selfpruner_hub.importance import LayerOrder, expand
 from selfpruner_hub.modeling_selfpruned import WIDTHS, LayerConfig
 from selfpruner_hub.plan import LayerWidths, ModelShape, Plan
-from selfpruner_hub.refit import RIDGE, Repair
+from selfpruner_hub.refit import Repair
 
 Part = Literal["attention", "ffn"]
 PARTS: tuple[Part, Part] = ("attention", "ffn")
@@ -41,7 +41,6 @@ class Slicer:
         order: The permutation that was applied, one per layer.
         statistics: Calibration statistics in dense order, for the repair, one layer at a time; None leaves weights as
             they are.
-        ridge: λ of the repair.
     """
 
     def __init__(
@@ -49,10 +48,8 @@ class Slicer:
         model: PreTrainedModel,
         order: Sequence[LayerOrder],
         statistics: Iterable[LayerStatistics] | None,
-        ridge: float = RIDGE,
     ) -> None:
         self.model = model
-        self._ridge = ridge
         self.shape = shape_of(model.config)
         self._architecture = architecture_of(model.config)
         self._dense = decoder_layers(model)
@@ -67,7 +64,7 @@ class Slicer:
     def _repairs(self, layer: nn.Module, order: LayerOrder, known: LayerStatistics) -> tuple[Repair, Repair]:
         pairs = ((known.attention, expand(order.groups, self.unit("query"))), (known.ffn, order.channels))
         return tuple(  # type: ignore[return-value]
-            Repair(linear(layer, path).weight, moments.gram[columns][:, columns], self._ridge)
+            Repair(linear(layer, path).weight, moments.gram[columns][:, columns], moments.ridge)
             for path, (moments, columns) in zip(self._paths, pairs, strict=True)
         )
 
@@ -269,8 +266,3 @@ def _unit(shape: ModelShape, block: Block) -> int:
 
 def _indices(order: LayerOrder, block: Block) -> Tensor:
     return order.channels if block == "channel" else order.groups
-
-
-def expand(indices: Tensor, unit: int) -> Tensor:
-    """Indices of units to indices of their rows: unit `i` covers rows `i * unit` to `(i + 1) * unit - 1`."""
-    return (indices[:, None] * unit + torch.arange(unit, device=indices.device)).flatten()

@@ -35,8 +35,8 @@ def real_pruner():
 
 @pytest.fixture(scope="session")
 def few_tokens():
-    """Settings that prune the real model in a minute or two: little text of its own, and a ridge to match."""
-    few = {"calibration_tokens": 2048, "fitness_tokens": 512, "ridge": 0.1}
+    """Settings that prune the real model in a minute or two: little text of its own."""
+    few = {"calibration_tokens": 2048, "fitness_tokens": 512}
     return {"data": "self", "window": 128, "progress": False, **few}
 
 

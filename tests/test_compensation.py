@@ -116,7 +116,7 @@ def test_batches_do_not_matter(monkeypatch):
     model = tiny_model("gemma3")
     weights = []
     for tokens in (64, 1 << 20):
-        monkeypatch.setattr("selfpruner_hub.compensation.BATCH_TOKENS", tokens)
+        monkeypatch.setattr("selfpruner_hub.streams.BATCH_TOKENS", tokens)
         pruned = cut(model)
         compensate(model, pruned, WINDOWS)
         weights.append(torch.cat([p.flatten() for p in pruned.parameters()]))

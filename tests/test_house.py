@@ -17,7 +17,19 @@ PACKAGE = "selfpruner_hub"
 LAYERS = (
     {"plan", "budget", "losses", "errors"},
     {"architectures", "modeling_selfpruned"},
-    {"corpus", "hub_errors", "loading", "licences", "calibration", "importance", "refit", "compensation", "slicing"},
+    {
+        "corpus",
+        "hub_errors",
+        "loading",
+        "licences",
+        "calibration",
+        "importance",
+        "refit",
+        "compensation",
+        "streams",
+        "least_squares",
+        "slicing",
+    },
     {"fitness", "boundaries", "sensitivity", "evaluation"},
     {"search"},
     {

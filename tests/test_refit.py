@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from selfpruner_hub.errors import ModelError
-from selfpruner_hub.refit import Repair
+from selfpruner_hub.refit import RIDGES, Repair, choose_ridge
 
 D, OUT, TOKENS = 12, 5, 400
 
@@ -68,3 +68,17 @@ def test_statistics_that_are_not_finite_are_refused(problem):
     weight, _, gram = problem
     with pytest.raises(ModelError, match="degenerate"):
         Repair(weight, gram * torch.nan)
+
+
+def test_the_ridge_is_the_one_that_held_out_text_bears_out(problem):
+    """Of few tokens a strong ridge, of many a weak one."""
+    weight, x, _ = problem
+    generator = torch.Generator().manual_seed(2)
+    held = x[200:].t() @ x[200:]
+    chosen = []
+    for tokens, noise in ((14, 3.0), (200, 0.0)):
+        seen = x[:tokens] + noise * torch.randn(tokens, D, generator=generator)
+        chosen.append(choose_ridge(weight, seen.t() @ seen, held))
+    assert set(chosen) <= set(RIDGES)
+    assert chosen[1] == RIDGES[0]
+    assert chosen[0] > chosen[1]

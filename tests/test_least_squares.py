@@ -1,0 +1,87 @@
+"""The fits of the second repair against the textbook, on problems small enough for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from selfpruner_hub import least_squares
+from selfpruner_hub.least_squares import Gated, LinearFit, fit_inputs
+
+N, W, H, K, F = 80, 16, 5, 2, 7
+FITTED = [i for i in range(N) if i % 4 != 3]
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_a_linear_fit_is_ordinary_least_squares_where_the_ridge_is_nothing():
+    x, noise = normal(N, W, F), 0.1 * normal(N, W, H, seed=1)
+    module = nn.Linear(F, H)
+    target = x @ normal(F, H, seed=2) + noise
+    fit = LinearFit(module, (1e-9,))
+    for windows, wanted in zip(x.split(8), target.split(8), strict=True):
+        fit.add(windows, wanted)
+    error = fit.apply()
+    solution = torch.linalg.lstsq(x.flatten(0, 1), (target - module.bias).flatten(0, 1)).solution
+    torch.testing.assert_close(module.weight.data, solution.t(), atol=1e-4, rtol=1e-4)
+    left = 0.01 * H - (target - module.bias)[3::4].square().sum(-1).mean()
+    assert error == pytest.approx(left.item(), rel=0.01)
+
+
+def gated(noise, seed=0):
+    """Windows whose outputs another gate and up would give, but for some noise; and the change to those; and down."""
+    h, factors, down = normal(N, W, H, seed=seed), normal(N, W, K, F, seed=seed + 1).relu(), normal(H, F, seed=9)
+    change = normal(K, F, H, seed=8)
+    rest = moved(h, factors, down, change) + noise * normal(N, W, H, seed=seed + 2)
+    return [Gated(*parts) for parts in zip(h.split(8), factors.split(8), rest.split(8), strict=True)], change, down
+
+
+def moved(h, factors, down, change):
+    """D Σ_k f_k ∘ (V_k h), written out."""
+    return torch.einsum("nwkf,kfi,nwi,of->nwo", factors, change, h, down)
+
+
+def error(windows, down, change):
+    return torch.cat([each.rest - moved(each.h, each.factors, down, change) for each in windows]).square().mean().item()
+
+
+def test_the_change_is_found_where_it_explains_the_output(monkeypatch):
+    monkeypatch.setattr(least_squares, "ITERATIONS", 300)
+    windows, change, down = gated(noise=0.0)
+    torch.testing.assert_close(fit_inputs(lambda: windows, change, down), change, atol=1e-2, rtol=1e-2)
+
+
+def test_it_equals_the_direct_solution(monkeypatch):
+    """With the design matrix written out, column by column of V, for the windows that are not held out."""
+    monkeypatch.setattr(least_squares, "ITERATIONS", 300)
+    windows, change, down = gated(noise=0.05)
+    found = fit_inputs(lambda: windows, change, down)
+    h, factors, rest = (torch.cat(parts)[FITTED].flatten(0, 1) for parts in zip(*windows, strict=True))
+    design = torch.einsum("tkf,ti,of->tokfi", factors, h, down).flatten(2).flatten(0, 1)
+    direct = torch.linalg.lstsq(design, rest.flatten()[:, None]).solution.view(K, F, H)
+    torch.testing.assert_close(found, direct, atol=2e-2, rtol=2e-2)  # early stopping ends a little before
+
+
+def test_a_few_steps_already_help_on_other_windows():
+    windows, change, down = gated(noise=0.5)
+    unseen, _, _ = gated(noise=0.5, seed=20)
+    assert error(unseen, down, fit_inputs(lambda: windows, change, down)) < 0.5 * error(unseen, down, 0 * change)
+
+
+def test_noise_is_not_fitted():
+    """Of it, so little that other windows do not mind."""
+    windows, change, down = gated(0.0)
+    noise = [each._replace(rest=normal(*each.rest.shape, seed=30 + i)) for i, each in enumerate(windows)]
+    other, _, _ = gated(0.0, seed=20)
+    unseen = [each._replace(rest=normal(*each.rest.shape, seed=60 + i)) for i, each in enumerate(other)]
+    assert error(unseen, down, fit_inputs(lambda: noise, change, down)) < 1.02 * error(unseen, down, 0 * change)
+
+
+def test_nothing_moves_without_a_window_to_hold_out():
+    windows, change, down = gated(0.0)
+    few = [Gated(*(part[:3] for part in windows[0]))]
+    assert not fit_inputs(lambda: few, change, down).any()
