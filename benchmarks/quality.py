@@ -1,7 +1,8 @@
 """What is left of a model after our pruning and after other training-free methods, at equal removed parameters.
 
 Run: python benchmarks/quality.py WORK SEARCH_TEXT UNSEEN_TEXT BETAS [TASKS_DIR]
-(here: WikiText-2 raw, articles a for calibration and search, articles b and the task items for the figures; 0.3,0.2,0.5)
+(here: WikiText-2 raw, articles a for calibration and search, articles b and the task items for the figures;
+0.3,0.2,0.5)
 Rows that are in WORK already are taken from there.
 """
 
@@ -217,11 +218,11 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
         table.add("searched, repaired twice", beta, lambda beta=beta: ours.model(beta, "kl", second=True, inputs=True))
     write(
         "quality",
-        f"SmolLM2-135M-Instruct, {pruner.model.dtype}; {CALIBRATION} calibration tokens of {Path(search_text).name} for "
-        f"all (the first {GRADIENT_WINDOWS} windows of {WINDOW} for Taylor and block influence), another {FITNESS} for "
+        f"SmolLM2-135M-Instruct, {pruner.model.dtype}; {CALIBRATION} calibration tokens of {Path(search_text).name} "
+        f"for all (the first {GRADIENT_WINDOWS} windows of {WINDOW} for Taylor and block influence), another {FITNESS} for "
         f"our seeds and for a search of {SCHEDULE.evaluations} full-evaluation equivalents; uniform: FFN rates; "
-        "repaired: the first repair; twice: the second too, of the output projections alone or, by default, of gate and "
-        f"up too; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
+        "repaired: the first repair; twice: the second too, of the output projections alone or, by default, of gate "
+        f"and up too; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
         f"{', '.join(f'{count} of {length} tokens' for length, count in WINDOWS)}; tasks: the first {ITEMS} items",
         sorted(table.rows, key=lambda row: row["beta"]),
     )

@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--evaluations", type=_number, metavar="N", help="budget, in full-evaluation equivalents")
     prune.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
     prune.add_argument("--run-dir", type=Path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
+    prune.add_argument("--executor", metavar="ray", help="score candidates on Ray workers (default: in this process)")
     prune.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the method"
     )
@@ -196,6 +197,7 @@ def _prune(options: argparse.Namespace) -> None:
         evaluations=options.evaluations,
         seed=options.seed,
         run_dir=run_dir,
+        executor=options.executor,
         progress=not options.quiet,
         **settings,
     )

@@ -79,3 +79,7 @@ class RunMismatchError(UserError):
 
 class ProposerError(SelfPrunerError):
     """A proposer could not answer; the search falls back to a classical child."""
+
+
+class WorkerError(SelfPrunerError):
+    """Workers that score candidates cannot be started, or die again and again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from selfpruner_hub.boundaries import Boundaries
@@ -44,8 +45,18 @@ class Fitness:
         self._curves = curves
         self.metric = metric
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
-        self._boundaries = Boundaries(BOUNDARY_MEMORY * sum(p.nbytes for p in slicer.model.parameters()))
+        self._boundaries = Boundaries(BOUNDARY_MEMORY * self.nbytes)
         self._token_size = slicer.shape.hidden_size * slicer.model.dtype.itemsize
+
+    @property
+    def device(self) -> torch.device:
+        """Where candidates are scored."""
+        return self._slicer.model.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense model's weights."""
+        return sum(p.nbytes for p in self._slicer.model.parameters())
 
     def __call__(self, plan: Plan, share: float = 1.0) -> float:
         """Score `plan` on the first `share` of the windows (at least one); not-a-number counts as infinity."""

@@ -33,6 +33,7 @@ from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
 from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.workers import check_executor, ray_workers
 
 SENSITIVITY_TOKENS = 4096
 """Calibration tokens for the one backward pass behind the sensitivity seeds."""
@@ -111,7 +112,8 @@ class AutoPruner:
                 that has begun within it is finished.
             seed: Of all randomness.
             run_dir: Where the journal lives; the same directory again resumes the search.
-            executor: None: candidates are scored in this process.
+            executor: None: candidates are scored in this process; `"ray"`: side by side on Ray workers
+                (`workers.ray_workers`).
             progress: True for bars on stderr, or a function called with (what, done, total).
             **settings: Other fields of `presets.Method`.
 
@@ -124,8 +126,7 @@ class AutoPruner:
         check_beta(beta)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
             raise UserError(f"seed must be a whole number from 0 to {2**31 - 1}; got {seed!r}.")
-        if executor is not None:
-            raise UserError(f"Unknown executor {executor!r}.", "This version scores in process: executor=None.")
+        check_executor(executor)
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
         budget = Budget(self.shape, beta, method.p_min, method.p_max, method.tied, method.multiple_of)
         asked = self._proposer(proposer, proposer_model, budget, method)
@@ -144,17 +145,19 @@ class AutoPruner:
                 if not method.repair:
                     slicer = Slicer(self.model, order, None)
                 fitness_ = Fitness(slicer, held_out.windows, method.fitness, curves)
-                found = search(
-                    asked,
-                    budget,
-                    fitness_,
-                    journal,
-                    schedule=_schedule(method),
-                    seeds={name: rates for name, rates in seeds(budget, curves).items() if name in method.seeds},
-                    seed=seed,
-                    probe=fitness_.slopes if getattr(asked, "reads_slopes", False) else None,
-                    report=_live(report, method),
-                )
+                with ray_workers(fitness_) if executor == "ray" else contextlib.nullcontext() as pool:
+                    found = search(
+                        asked,
+                        budget,
+                        fitness_,
+                        journal,
+                        schedule=_schedule(method),
+                        seeds={name: rates for name, rates in seeds(budget, curves).items() if name in method.seeds},
+                        seed=seed,
+                        probe=fitness_.slopes if getattr(asked, "reads_slopes", False) else None,
+                        pool=pool,
+                        report=_live(report, method),
+                    )
                 model = slice_model(slicer, found.best.plan)
                 del slicer, fitness_  # their factors take more memory than the model
             if method.repair and method.accumulate:

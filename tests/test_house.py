@@ -36,6 +36,7 @@ LAYERS = (
         *("hub", "bundle", "privacy", "space", "cards", "plots"),
         *("records", "presets", "progress", "storage", "provenance", "tasks", "exporters"),
     },
+    {"workers"},
     {"pruned_model"},
     {"pruner"},
     {"demo"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -26,6 +26,8 @@ from selfpruner_hub.search.schedule import Schedule
 
 Score = Callable[[Plan, float], float]
 """(plan, share of the windows) → fitness, lower is better."""
+Pool = Callable[[Sequence[Plan], float], Iterator[float]]
+"""(plans, share of the windows) → their fitness, in their order."""
 Probe = Callable[[Plan, float], Slopes]
 """(plan, share of the windows) → what small changes of the plan would do."""
 
@@ -45,6 +47,7 @@ def search(
     seeds: Mapping[str, Rates],
     seed: int = 0,
     probe: Probe | None = None,
+    pool: Pool | None = None,
     report: Callable[[Standing], None] | None = None,
 ) -> Outcome:
     """Run (or resume) a search.
@@ -59,12 +62,13 @@ def search(
         seed: Of all randomness.
         probe: Measures what small changes of the best plan would do, for proposers that read it; counted as
             `PROBE_COST` scores.
+        pool: Judges the plans of a round side by side; None: `score` does, one by one.
         report: Told after every evaluation.
 
     Returns:
         The best plan, never worse than the best seed on the same windows.
     """
-    run = _Search(proposer, budget, score, journal, schedule, seed, probe, report)
+    run = _Search(proposer, budget, pool or _one_by_one(score), journal, schedule, seed, probe, report)
     run.score_round(0, [(f"seed:{name}", budget.project(rates)) for name, rates in seeds.items()])
     barren = 0
     for number, operation, count in schedule.rounds():
@@ -83,7 +87,7 @@ def search(
 class _Search:
     proposer: Proposer
     budget: Budget
-    score: Score
+    pool: Pool
     journal: Journal
     schedule: Schedule
     seed: int
@@ -249,40 +253,50 @@ class _Search:
         unique: dict[Plan, str] = {}
         for origin, plan in children:  # two seeds may be one plan: it belongs to the first
             unique.setdefault(plan, origin)
-        scored = [self._scored(plan, self.schedule.first_share, origin, number) for plan, origin in unique.items()]
+        scored = self._scored([(origin, plan) for plan, origin in unique.items()], self.schedule.first_share, number)
         self.first.update({s.plan: s for s in scored})
         ranked = sorted(scored, key=lambda s: s.fitness)
         keep = len(ranked) if number == 0 else max(1, math.ceil(self.schedule.survivors * len(ranked)))
-        for survivor in ranked if self.schedule.first_share >= 1 else ranked[:keep]:
-            self.full[survivor.plan] = self._scored(survivor.plan, 1.0, survivor.origin, number)
+        survivors = ranked if self.schedule.first_share >= 1 else ranked[:keep]
+        self._scored([(survivor.origin, survivor.plan) for survivor in survivors], 1.0, number)
         return scored
 
-    def _scored(self, plan: Plan, share: float, origin: str, number: int) -> Scored:
-        key = (plan, share)
-        fresh = key not in self._scores
-        if fresh:
-            started = time.perf_counter()
-            self._scores[key] = self.score(plan, share)
-            self.journal.append(
-                {
-                    "kind": "score",
-                    "round": number,
-                    "origin": origin,
-                    "share": share,
-                    "fitness": None if math.isinf(self._scores[key]) else self._scores[key],
-                    "widths": widths_of(plan),
-                    "seconds": round(time.perf_counter() - started, 3),
-                }
-            )
-        if not (share == 1.0 == self.schedule.first_share and plan in self.first):  # scored once, counted once
-            self.spent += share
-        result = Scored(plan, self.budget.rates(plan), self._scores[key], share, origin, number)
-        if self.report:
-            best = min(
-                [*self.full.values(), *([result] if share == 1.0 else [])], key=lambda s: s.fitness, default=None
-            )
-            self.report(Standing(number, self.spent, best, self.tokens))
-        return result
+    def _scored(self, children: Sequence[tuple[str, Plan]], share: float, number: int) -> list[Scored]:
+        """Score (origin, plan) pairs, and journal each score as it comes."""
+        fresh = [plan for _, plan in children if (plan, share) not in self._scores]
+        values = self.pool(fresh, share) if fresh else iter(())
+        scored = []
+        for origin, plan in children:
+            if (plan, share) not in self._scores:
+                self._score_live(plan, share, origin, number, values)
+            if not (share == 1.0 == self.schedule.first_share and plan in self.first):  # scored once, counted once
+                self.spent += share
+            scored.append(Scored(plan, self.budget.rates(plan), self._scores[plan, share], share, origin, number))
+            if share == 1.0:
+                self.full[plan] = scored[-1]
+            if self.report:
+                best = min(self.full.values(), key=lambda s: s.fitness, default=None)
+                self.report(Standing(number, self.spent, best, self.tokens))
+        return scored
+
+    def _score_live(self, plan: Plan, share: float, origin: str, number: int, values: Iterator[float]) -> None:
+        started = time.perf_counter()
+        value = self._scores[plan, share] = next(values)
+        self.journal.append(
+            {
+                "kind": "score",
+                "round": number,
+                "origin": origin,
+                "share": share,
+                "fitness": None if math.isinf(value) else value,
+                "widths": widths_of(plan),
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+        )
+
+
+def _one_by_one(score: Score) -> Pool:
+    return lambda plans, share: (score(plan, share) for plan in plans)
 
 
 def _widths(record: Record) -> Plan:
