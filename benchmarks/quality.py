@@ -62,9 +62,11 @@ class Table:
         pruner: Of the dense model.
         unseen_text: On which nothing is chosen.
         tasks: Directory of the items; None leaves the tasks out.
+        protocol: How they are made.
     """
 
-    def __init__(self, work: Path, pruner: AutoPruner, unseen_text: str, tasks: Path | None) -> None:
+    def __init__(self, work: Path, pruner: AutoPruner, unseen_text: str, tasks: Path | None, protocol: str) -> None:
+        self._protocol = protocol
         self._file = work / "rows.jsonl"
         work.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = (
@@ -88,6 +90,11 @@ class Table:
         with self._file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write what is there."""
+        write("quality", self._protocol, sorted(self.rows, key=lambda row: row["beta"]))
 
     def _figures(self, model: PreTrainedModel) -> dict[str, float]:
         found = {f"perplexity_{n}": round(perplexity(model, windows), 2) for n, windows in self._windows.items()}
@@ -97,6 +104,18 @@ class Table:
             ):
                 found |= {f"{score.task}_{name}": round(value, 4) for name, value in score.figures.items()}
         return found
+
+
+def protocol(search_text: str, unseen_text: str, dtype: Any) -> str:
+    """How the figures were made."""
+    return (
+        f"SmolLM2-135M-Instruct, {dtype}; {CALIBRATION} calibration tokens of {Path(search_text).name} "
+        f"for all (the first {GRADIENT_WINDOWS} windows of {WINDOW} for Taylor and block influence), another {FITNESS} "
+        f"for our seeds and for a search of {SCHEDULE.evaluations} full-evaluation equivalents; uniform: FFN rates; "
+        "repaired: the first repair; twice: the second too, of the output projections alone or, by default, of gate "
+        f"and up too; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
+        f"{', '.join(f'{count} of {length} tokens' for length, count in WINDOWS)}; tasks: the first {ITEMS} items"
+    )
 
 
 def removed(pruner: AutoPruner, layers: nn.ModuleList) -> float:
@@ -195,7 +214,7 @@ class Ours:
 def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tasks: Path | None) -> None:
     """Measure every method at every β, and write the table."""
     pruner = load_embedded()
-    table = Table(work, pruner, unseen_text, tasks)
+    table = Table(work, pruner, unseen_text, tasks, protocol(search_text, unseen_text, pruner.model.dtype))
     table.add("dense", 0.0, lambda: (0.0, pruner.model))
     corpus = load_corpus(search_text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, held_out = corpus.split(CALIBRATION, FITNESS)
@@ -216,16 +235,6 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
             table.add("searched by perplexity, repaired", beta, lambda: ours.model(ABLATED, "perplexity"))
             table.add("searched, outputs repaired twice", beta, lambda: ours.model(ABLATED, "kl", second=True))
         table.add("searched, repaired twice", beta, lambda beta=beta: ours.model(beta, "kl", second=True, inputs=True))
-    write(
-        "quality",
-        f"SmolLM2-135M-Instruct, {pruner.model.dtype}; {CALIBRATION} calibration tokens of {Path(search_text).name} "
-        f"for all (the first {GRADIENT_WINDOWS} windows of {WINDOW} for Taylor and block influence), another {FITNESS} for "
-        f"our seeds and for a search of {SCHEDULE.evaluations} full-evaluation equivalents; uniform: FFN rates; "
-        "repaired: the first repair; twice: the second too, of the output projections alone or, by default, of gate "
-        f"and up too; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
-        f"{', '.join(f'{count} of {length} tokens' for length, count in WINDOWS)}; tasks: the first {ITEMS} items",
-        sorted(table.rows, key=lambda row: row["beta"]),
-    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.errors import ModelError
 from selfpruner_hub.refit import RIDGE, choose_ridge
+from selfpruner_hub.shelf import Keep, in_memory
 from selfpruner_hub.streams import Stream, exact_in_float32, held_out
 
 
@@ -53,7 +54,9 @@ class LayerStatistics:
 
 
 @torch.inference_mode()
-def calibrate(model: PreTrainedModel, windows: Tensor, progress: Progress | None = None) -> list[LayerStatistics]:
+def calibrate(
+    model: PreTrainedModel, windows: Tensor, progress: Progress | None = None, keep: Keep = in_memory
+) -> list[LayerStatistics]:
     """Stream the windows through the dense model, layer by layer, and take the moments of every layer.
 
     One window in `HELD_OUT` is held out to choose λ of each projection (`refit.choose_ridge`); then all count.
@@ -64,6 +67,7 @@ def calibrate(model: PreTrainedModel, windows: Tensor, progress: Progress | None
         model: The dense model.
         windows: Token ids, `[N, W]`.
         progress: Told how many layers are done.
+        keep: Where hidden states and moments are put.
 
     Returns:
         One `LayerStatistics` per layer.
@@ -75,13 +79,13 @@ def calibrate(model: PreTrainedModel, windows: Tensor, progress: Progress | None
     layers = decoder_layers(model)
     known = []
     with exact_in_float32(model.dtype):
-        stream = Stream(model, windows)
+        stream = Stream(model, windows, keep)
         for index, layer in enumerate(layers):
             modules = [linear(layer, path) for path in (architecture.attention_output, architecture.ffn_output)]
             sums = [_Sums(module) for module in modules]
             with _hooked(zip(modules, sums, strict=True)):
                 stream.advance(index, layer)
-            known.append(LayerStatistics(*(each.moments() for each in sums)))
+            known.append(LayerStatistics(*(each.moments(keep) for each in sums)))
             if progress:
                 progress("calibrating", index + 1, len(layers))
     return known
@@ -107,13 +111,13 @@ class _Sums:
             self._sum += x.sum(0)
             self._products[which].addmm_(x.t(), x)
 
-    def moments(self) -> Moments:
+    def moments(self, keep: Keep) -> Moments:
         fitted, held = self._products
         total = sum(self._counts)
         if not (fitted.isfinite().all() and held.isfinite().all()):
             raise ModelError("The model's activations are not finite.", "Check its weights, or load it in float32.")
         ridge = choose_ridge(self._weight, fitted, held) if self._counts[1] else RIDGE
-        return Moments(self._sum / total, fitted.add_(held).div_(total), ridge)
+        return Moments(self._sum / total, keep(fitted.add_(held).div_(total)), ridge)
 
 
 @contextmanager

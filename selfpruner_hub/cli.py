@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--evaluations", type=_number, metavar="N", help="budget, in full-evaluation equivalents")
     prune.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
     prune.add_argument("--run-dir", type=Path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
+    prune.add_argument(
+        "--offload", action="store_true", help="keep weights and statistics in files, for a model larger than memory"
+    )
     prune.add_argument("--executor", metavar="ray", help="score candidates on Ray workers (default: in this process)")
     prune.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the method"
@@ -187,7 +190,8 @@ def _prune(options: argparse.Namespace) -> None:
     from selfpruner_hub.pruner import AutoPruner
     from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
 
-    pruned = AutoPruner.from_pretrained(options.model, **_loading(options)).prune(
+    offload = {"offload_folder": run_dir} if options.offload else {}
+    pruned = AutoPruner.from_pretrained(options.model, **offload, **_loading(options)).prune(
         options.beta,
         preset=options.preset,
         proposer=options.proposer,

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.architectures import Architecture, architecture_of, decoder_layers, linear
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.least_squares import Gated, LinearFit, fit_inputs
+from selfpruner_hub.shelf import Keep, in_memory
 from selfpruner_hub.streams import Seen, Stream, exact_in_float32, watching
 
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
@@ -33,6 +34,7 @@ def compensate(
     ridges: Sequence[float] = RIDGES,
     progress: Progress | None = None,
     inputs: bool = True,
+    keep: Keep = in_memory,
 ) -> None:
     """Refit o_proj, gate_proj, up_proj and down_proj of every pruned layer, in place, first layer first.
 
@@ -53,18 +55,19 @@ def compensate(
             One alone is taken as it is; the greatest is where there are too few windows to hold one out.
         progress: Told how many layers are done.
         inputs: Refit gate_proj and up_proj too.
+        keep: Where hidden states are put.
 
     Raises:
         ModelError: The statistics are degenerate.
     """
     architecture = architecture_of(dense.config)
-    original, moved = Stream(dense, windows), Stream(dense, windows)
+    original, moved = Stream(dense, windows, keep), Stream(dense, windows, keep)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
     with exact_in_float32(dense.dtype):
         for index, (whole, layer) in enumerate(pairs):
-            wanted = _targets(architecture, index, whole, original, moved)
+            wanted = _targets(architecture, index, whole, original, moved, keep)
             _fit_attention(architecture, index, layer, moved, wanted, ridges)
-            ffn = _Ffn(architecture, index, layer, moved, wanted)
+            ffn = _Ffn(architecture, index, layer, moved, wanted, keep)
             reached = ffn.fit_down(ridges)
             if inputs:
                 ffn.fit_inputs(ridges, reached)
@@ -77,16 +80,19 @@ Targets = list[list[Tensor]]
 """For each batch, what the attention's and the FFN's output should be, `[B, W, H]` each."""
 
 
-def _targets(architecture: Architecture, index: int, whole: nn.Module, original: Stream, moved: Stream) -> Targets:
+def _targets(
+    architecture: Architecture, index: int, whole: nn.Module, original: Stream, moved: Stream, keep: Keep
+) -> Targets:
     """Advance the dense stream by one layer; what its outputs and, but for normalised outputs, the drift ask for."""
     wanted = []
     for number, hidden in enumerate(original.hidden):
         outputs = [Seen(linear(whole, path)) for path in (architecture.attention_output, architecture.ffn_output)]
         after = original.run(index, whole, number, outputs)
-        wanted.append([each.output for each in outputs])
+        first, second = (each.output for each in outputs)
         if not architecture.output_norms:
-            wanted[-1][0] = _sum(wanted[-1][0], hidden, -moved.hidden[number])
-        original.hidden[number] = cast(Tensor, after)
+            first = _sum(first, hidden, -moved.hidden[number])
+        wanted.append([keep(first), keep(second)])
+        hidden.copy_(cast(Tensor, after))
     return wanted
 
 
@@ -106,8 +112,15 @@ class _Ffn:
     """The FFN of a pruned layer whose attention is done: what it reads and what should come of it, batch by batch."""
 
     def __init__(
-        self, architecture: Architecture, index: int, layer: nn.Module, moved: Stream, wanted: Targets
+        self,
+        architecture: Architecture,
+        index: int,
+        layer: nn.Module,
+        moved: Stream,
+        wanted: Targets,
+        keep: Keep,
     ) -> None:
+        self._keep = keep
         owner, _, _ = architecture.ffn_output.rpartition(".")
         self._run = layer.get_submodule(owner)
         self._inputs = [linear(layer, p.path) for p in architecture.ffn_inputs]
@@ -119,7 +132,7 @@ class _Ffn:
             moved.run(index, layer, number, outputs)
             if not architecture.output_norms:  # what the attention left of the drift
                 target = _sum(target, first, -outputs[0].output)
-            self._batches.append((outputs[1].input, target))
+            self._batches.append((keep(outputs[1].input), keep(target)))
 
     def fit_down(self, ridges: Sequence[float]) -> float:
         """Fit down; returns the error on the windows that are held out, but for a constant."""
@@ -138,7 +151,7 @@ class _Ffn:
             ridges: For down.
             reached: What `fit_down` returned last.
         """
-        rests = [_sum(target, -self._run(h)) for h, target in self._batches]
+        rests = [self._keep(_sum(target, -self._run(h))) for h, target in self._batches]
 
         def stream() -> Iterator[Gated]:
             for (h, _), rest in zip(self._batches, rests, strict=True):

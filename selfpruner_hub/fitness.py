@@ -14,6 +14,7 @@ from selfpruner_hub.evaluation import divergence, label_loss, perplexity, teach,
 from selfpruner_hub.losses import LossCurves, Slopes
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.sensitivity import slopes
+from selfpruner_hub.shelf import in_memory
 from selfpruner_hub.slicing import Slicer
 
 METRICS = ("kl", "perplexity")
@@ -45,7 +46,10 @@ class Fitness:
         self._curves = curves
         self.metric = metric
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
-        self._boundaries = Boundaries(BOUNDARY_MEMORY * self.nbytes)
+        in_files = (
+            slicer.keep is not in_memory
+        )  # the model does not fit in memory, so hidden states may not take half of it
+        self._boundaries = Boundaries(0 if in_files else BOUNDARY_MEMORY * self.nbytes)
         self._token_size = slicer.shape.hidden_size * slicer.model.dtype.itemsize
 
     @property

@@ -43,18 +43,19 @@ class PrunedModel:
         """The widths that every layer keeps."""
         return self.report.plan
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "1GB") -> None:
         """Write weights, configuration, model code, record, journal and card; all of it or nothing.
 
         Args:
             directory: Created where it does not exist; files of the same names are replaced.
+            max_shard_size: Of a file of weights, as in transformers; one such file is in memory at a time.
 
         Raises:
             OutputError: It cannot be written.
         """
         with save_directory(Path(directory)) as staging:
             self.model.config._name_or_path = self.report.base_model
-            self.model.save_pretrained(staging)
+            self.model.save_pretrained(staging, max_shard_size=max_shard_size)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(staging)
             (staging / FILE_NAME).write_text(self.report.to_json(), encoding="utf-8")

@@ -32,6 +32,7 @@ from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomP
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
 from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
+from selfpruner_hub.shelf import Keep, Shelf, in_memory
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.workers import check_executor, ray_workers
 
@@ -47,6 +48,7 @@ class AutoPruner:
         tokenizer: Its tokenizer; without one, only `data="self"` and classical proposers work.
         name: How records and cards call the model: its Hub id, where it has one.
         licence: Of the model, as `licences.licence_of` gives it.
+        keep: Where statistics, hidden states and the pruned model are put.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class AutoPruner:
         tokenizer: PreTrainedTokenizerBase | None,
         name: str,
         licence: dict[str, str] | None = None,
+        keep: Keep = in_memory,
     ) -> None:
+        self._keep = keep
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -64,11 +68,14 @@ class AutoPruner:
         self._corpora: dict[tuple[Any, ...], Corpus] = {}
 
     @classmethod
-    def from_pretrained(cls, name: str, **kwargs: Any) -> AutoPruner:
+    def from_pretrained(cls, name: str, *, offload_folder: str | Path | None = None, **kwargs: Any) -> AutoPruner:
         """Load a dense model.
 
         Args:
             name: A directory or a Hub repository.
+            offload_folder: Directory on a disk with room for four times the model: weights, statistics, hidden states
+                and the pruned model are in files there instead of memory, one layer at a time (`shelf.Shelf`).
+                Nothing is left in it.
             **kwargs: Keywords of transformers' `from_pretrained`: dtype, device_map, revision, token, gguf_file, …
 
         Returns:
@@ -78,8 +85,10 @@ class AutoPruner:
             UnsupportedArchitectureError: The architecture is not in the table.
             ModelError: The model is missing, gated, out of reach or damaged.
         """
-        model, tokenizer = load_model(name, **kwargs)
-        return cls(model, tokenizer, Path(name).name if Path(name).exists() else name, licence_of(name, **kwargs))
+        keep = in_memory if offload_folder is None else Shelf(offload_folder)
+        model, tokenizer = load_model(name, keep=keep, **kwargs)
+        called = Path(name).name if Path(name).exists() else name
+        return cls(model, tokenizer, called, licence_of(name, **kwargs), keep)
 
     def prune(
         self,
@@ -137,13 +146,13 @@ class AutoPruner:
             journal = Journal(None if run_dir is None else Path(run_dir), search_id)
 
             sensitivity = self._sensitivity(calibration, method, seed, report)
-            statistics = calibrate(self.model, calibration.windows, report)
+            statistics = calibrate(self.model, calibration.windows, report, self._keep)
             order = rank(self.model, statistics, method.importance)
             with ordered(self.model, order):
-                slicer = Slicer(self.model, order, _drained(statistics))
+                slicer = Slicer(self.model, order, _drained(statistics), self._keep)
                 curves = loss_curves(sensitivity, slicer) if sensitivity else None
                 if not method.repair:
-                    slicer = Slicer(self.model, order, None)
+                    slicer = Slicer(self.model, order, None, self._keep)
                 fitness_ = Fitness(slicer, held_out.windows, method.fitness, curves)
                 with ray_workers(fitness_) if executor == "ray" else contextlib.nullcontext() as pool:
                     found = search(
@@ -161,7 +170,14 @@ class AutoPruner:
                 model = slice_model(slicer, found.best.plan)
                 del slicer, fitness_  # their factors take more memory than the model
             if method.repair and method.accumulate:
-                compensate(self.model, model, calibration.windows, inputs=method.refit_inputs, progress=report)
+                compensate(
+                    self.model,
+                    model,
+                    calibration.windows,
+                    progress=report,
+                    inputs=method.refit_inputs,
+                    keep=self._keep,
+                )
         texts = (calibration, held_out)
         record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
         return PrunedModel(model, self.tokenizer, record, journal.text())

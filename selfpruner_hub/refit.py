@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from selfpruner_hub.errors import ModelError
+from selfpruner_hub.shelf import Keep, in_memory
 
 RIDGE = 0.01
 """λ where there is no text to choose it on: the ridge is λ · mean(diag H) · I, with H = E[x xᵀ]."""
@@ -46,13 +47,14 @@ class Repair:
         weight: W, `[out, in]`, columns in order of importance; kept by reference, and must stay as it is.
         gram: H = E[x xᵀ], `[in, in]`, in the same order.
         ridge: λ, at least 0.
+        keep: Where the factor is put.
 
     Raises:
         ModelError: As for `damped_factor`.
     """
 
-    def __init__(self, weight: Tensor, gram: Tensor, ridge: float = RIDGE) -> None:
-        self._factor = damped_factor(gram, ridge)
+    def __init__(self, weight: Tensor, gram: Tensor, ridge: float = RIDGE, keep: Keep = in_memory) -> None:
+        self._factor = keep(damped_factor(gram, ridge))
         self._weight = weight.detach()
         # W L itself is not kept: it would take half as much memory as all factors do.
         self._norms = (self._weight.float() @ self._factor).square().sum(0)

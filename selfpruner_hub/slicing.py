@@ -25,6 +25,7 @@ from selfpruner_hub.importance import LayerOrder, expand
 from selfpruner_hub.modeling_selfpruned import WIDTHS, LayerConfig
 from selfpruner_hub.plan import LayerWidths, ModelShape, Plan
 from selfpruner_hub.refit import Repair
+from selfpruner_hub.shelf import Keep, in_memory
 
 Part = Literal["attention", "ffn"]
 PARTS: tuple[Part, Part] = ("attention", "ffn")
@@ -41,6 +42,7 @@ class Slicer:
         order: The permutation that was applied, one per layer.
         statistics: Calibration statistics in dense order, for the repair, one layer at a time; None leaves weights as
             they are.
+        keep: Where the repairs are put; repaired weights are memoised only where that is memory.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class Slicer:
         model: PreTrainedModel,
         order: Sequence[LayerOrder],
         statistics: Iterable[LayerStatistics] | None,
+        keep: Keep = in_memory,
     ) -> None:
         self.model = model
+        self.keep = keep
         self.shape = shape_of(model.config)
         self._architecture = architecture_of(model.config)
         self._dense = decoder_layers(model)
@@ -59,12 +63,12 @@ class Slicer:
             self.repairs = [self._repairs(*known) for known in zip(self._dense, order, statistics, strict=True)]
         self._cache: OrderedDict[tuple[int, Part, int], Tensor] = OrderedDict()
         outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
-        self._free = int(CACHED_REPAIRS * outputs)
+        self._free = int(CACHED_REPAIRS * outputs) if keep is in_memory else 0
 
     def _repairs(self, layer: nn.Module, order: LayerOrder, known: LayerStatistics) -> tuple[Repair, Repair]:
         pairs = ((known.attention, expand(order.groups, self.unit("query"))), (known.ffn, order.channels))
         return tuple(  # type: ignore[return-value]
-            Repair(linear(layer, path).weight, moments.gram[columns][:, columns], moments.ridge)
+            Repair(linear(layer, path).weight, moments.gram[columns][:, columns], moments.ridge, self.keep)
             for path, (moments, columns) in zip(self._paths, pairs, strict=True)
         )
 
@@ -154,14 +158,19 @@ def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
     prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
     for index, kept in enumerate(plan.layers):
         state.update({f"{prefix}.{index}.{k}": v for k, v in slicer.layer(index, kept).state_dict().items()})
-    model.load_state_dict(
-        {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state.items()}, assign=True, strict=True
-    )
+    model.load_state_dict({k: _own(v, slicer.keep) for k, v in state.items()}, assign=True, strict=True)
     model.tie_weights()
     for name, buffer in dense.named_buffers():  # rotary frequencies are not in the state dict
         model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.clone()
     model.generation_config = dense.generation_config
     return model.eval()
+
+
+def _own(tensor: Tensor, keep: Keep) -> Tensor:
+    """A contiguous copy."""
+    if keep is in_memory:
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return keep(tensor.detach().contiguous())
 
 
 def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import decoder_layers
+from selfpruner_hub.shelf import Keep, in_memory
 
 BATCH_TOKENS = 4096
 """Tokens in one forward pass of a layer."""
@@ -30,11 +31,12 @@ class Stream:
     Args:
         model: Whose embeddings and layers they go through.
         windows: Token ids, `[N, W]`.
+        keep: Where they are put.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, windows: Tensor, keep: Keep = in_memory) -> None:
         batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
-        self.hidden = [_embedded(model, batch) for batch in batches]
+        self.hidden = [keep(_embedded(model, batch)) for batch in batches]
         """One `[B, W, H]` a batch."""
         self._calls = {len(batch): _calls(model, batch) for batch in (batches[0], batches[-1])}
 
@@ -58,7 +60,7 @@ class Stream:
     def advance(self, index: int, layer: nn.Module) -> None:
         """Go on to what comes after a layer."""
         for number in range(len(self.hidden)):
-            self.hidden[number] = cast(Tensor, self.run(index, layer, number))
+            self.hidden[number].copy_(cast(Tensor, self.run(index, layer, number)))
 
 
 class Stop(Exception):  # noqa: N818  (not an error)

@@ -26,6 +26,7 @@ LAYERS = (
         "importance",
         "refit",
         "compensation",
+        "shelf",
         "streams",
         "least_squares",
         "slicing",
