@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
+from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.errors import ModelError
 from selfpruner_hub.refit import RIDGE, choose_ridge
@@ -52,10 +53,32 @@ class LayerStatistics:
     ffn: Moments
     """Of the input of down_proj."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as named tensors."""
+        return {
+            f"{part}.{name}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            for part, moments in vars(self).items()
+            for name, value in vars(moments).items()
+        }
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], keep: Keep) -> LayerStatistics:
+        """The inverse of `tensors`, moments put where `keep` says."""
+        return cls(
+            *(
+                Moments(tensors[f"{part}.mean"], keep(tensors[f"{part}.gram"]), tensors[f"{part}.ridge"].item())
+                for part in ("attention", "ffn")
+            )
+        )
+
 
 @torch.inference_mode()
 def calibrate(
-    model: PreTrainedModel, windows: Tensor, progress: Progress | None = None, keep: Keep = in_memory
+    model: PreTrainedModel,
+    windows: Tensor,
+    progress: Progress | None = None,
+    keep: Keep = in_memory,
+    checkpoints: Checkpoints | None = None,
 ) -> list[LayerStatistics]:
     """Stream the windows through the dense model, layer by layer, and take the moments of every layer.
 
@@ -68,6 +91,7 @@ def calibrate(
         windows: Token ids, `[N, W]`.
         progress: Told how many layers are done.
         keep: Where hidden states and moments are put.
+        checkpoints: Where finished layers are kept, and taken from.
 
     Returns:
         One `LayerStatistics` per layer.
@@ -77,15 +101,24 @@ def calibrate(
     """
     architecture = architecture_of(model.config)
     layers = decoder_layers(model)
-    known = []
+    checkpoints = checkpoints or Checkpoints()
+    known: list[LayerStatistics] = []
     with exact_in_float32(model.dtype):
-        stream = Stream(model, windows, keep)
+        while found := checkpoints.load(f"calibration-{len(known)}"):
+            known.append(LayerStatistics.of(found, keep))
+        stream = Stream(model, windows, keep) if len(known) < len(layers) else None
         for index, layer in enumerate(layers):
+            if stream is None:
+                break
+            if index < len(known):
+                stream.advance(index, layer)
+                continue
             modules = [linear(layer, path) for path in (architecture.attention_output, architecture.ffn_output)]
             sums = [_Sums(module) for module in modules]
             with _hooked(zip(modules, sums, strict=True)):
                 stream.advance(index, layer)
             known.append(LayerStatistics(*(each.moments(keep) for each in sums)))
+            checkpoints.save(f"calibration-{index}", known[-1].tensors())
             if progress:
                 progress("calibrating", index + 1, len(layers))
     return known

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import Architecture, architecture_of, decoder_layers, linear
+from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.shelf import Keep, in_memory
@@ -35,6 +36,7 @@ def compensate(
     progress: Progress | None = None,
     inputs: bool = True,
     keep: Keep = in_memory,
+    checkpoints: Checkpoints | None = None,
 ) -> None:
     """Refit o_proj, gate_proj, up_proj and down_proj of every pruned layer, in place, first layer first.
 
@@ -56,21 +58,29 @@ def compensate(
         progress: Told how many layers are done.
         inputs: Refit gate_proj and up_proj too.
         keep: Where hidden states are put.
+        checkpoints: Where finished layers are kept, and taken from.
 
     Raises:
         ModelError: The statistics are degenerate.
     """
+    checkpoints = checkpoints or Checkpoints()
     architecture = architecture_of(dense.config)
     original, moved = Stream(dense, windows, keep), Stream(dense, windows, keep)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
     with exact_in_float32(dense.dtype):
         for index, (whole, layer) in enumerate(pairs):
+            if done := checkpoints.load(f"repair-{index}"):
+                layer.load_state_dict(done)
+                original.advance(index, whole)
+                moved.advance(index, layer)
+                continue
             wanted = _targets(architecture, index, whole, original, moved, keep)
             _fit_attention(architecture, index, layer, moved, wanted, ridges)
             ffn = _Ffn(architecture, index, layer, moved, wanted, keep)
             reached = ffn.fit_down(ridges)
             if inputs:
                 ffn.fit_inputs(ridges, reached)
+            checkpoints.save(f"repair-{index}", layer.state_dict())
             moved.advance(index, layer)
             if progress:
                 progress("repairing", index + 1, len(pairs))

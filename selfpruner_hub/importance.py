@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear, shape_of
 from selfpruner_hub.calibration import LayerStatistics, Moments
+from selfpruner_hub.checkpoints import Checkpoints
+from selfpruner_hub.corpus import Progress
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.refit import damped_factor
 
@@ -109,7 +111,11 @@ class LayerOrder:
 
 @torch.inference_mode()
 def rank(
-    model: PreTrainedModel, statistics: Sequence[LayerStatistics], importance: str = "wanda-sp"
+    model: PreTrainedModel,
+    statistics: Sequence[LayerStatistics],
+    importance: str = "wanda-sp",
+    progress: Progress | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[LayerOrder]:
     """Order every layer's KV groups and FFN channels by importance.
 
@@ -117,6 +123,8 @@ def rank(
         model: The dense model.
         statistics: What `calibrate` returned for it.
         importance: A key of `ORDERS`.
+        progress: Told how many layers are done.
+        checkpoints: Where finished layers are kept, and taken from.
 
     Returns:
         One `LayerOrder` per layer.
@@ -127,8 +135,12 @@ def rank(
     if importance not in ORDERS:
         raise UserError(f"Unknown importance {importance!r}.", f"Choose one of: {', '.join(ORDERS)}.")
     architecture, shape = architecture_of(model.config), shape_of(model.config)
-    orders = []
+    checkpoints = checkpoints or Checkpoints()
+    orders: list[LayerOrder] = []
     for layer, known in zip(decoder_layers(model), statistics, strict=True):
+        if done := checkpoints.load(f"order-{len(orders)}"):
+            orders.append(LayerOrder(**done))
+            continue
         groups, channels = (
             ORDERS[importance](linear(layer, path).weight.float(), moments, unit)
             for path, moments, unit in (
@@ -136,5 +148,8 @@ def rank(
                 (architecture.ffn_output, known.ffn, 1),
             )
         )
+        checkpoints.save(f"order-{len(orders)}", {"groups": groups, "channels": channels})
         orders.append(LayerOrder(groups, channels))
+        if progress:
+            progress("ordering", len(orders), len(statistics))
     return orders

@@ -93,7 +93,7 @@ def _one_by_one(
     directory = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_WEIGHTS, **where))
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SAFE_WEIGHTS_NAME}
-    named: torch.dtype | None = config.dtype if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
+    named: Any = config.dtype if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     for file in sorted(files):

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.budget import Budget, check_beta
 from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.compensation import compensate
 from selfpruner_hub.corpus import Corpus, load_corpus
 from selfpruner_hub.errors import UserError
@@ -120,7 +122,7 @@ class AutoPruner:
             evaluations: Budget in full-evaluation equivalents; None takes the preset's, 0 keeps the best seed. A round
                 that has begun within it is finished.
             seed: Of all randomness.
-            run_dir: Where the journal lives; the same directory again resumes the search.
+            run_dir: Where the journal lives, and what each stage has finished; the same directory again goes on there.
             executor: None: candidates are scored in this process; `"ray"`: side by side on Ray workers
                 (`workers.ray_workers`).
             progress: True for bars on stderr, or a function called with (what, done, total).
@@ -144,10 +146,11 @@ class AutoPruner:
             calibration, held_out = self._texts(data, method, seed, report)
             search_id = fingerprint(self.model, self.name, beta, method, seed, asked, (calibration, held_out))
             journal = Journal(None if run_dir is None else Path(run_dir), search_id)
+            checkpoints = Checkpoints(None if run_dir is None else Path(run_dir) / "stages")
 
-            sensitivity = self._sensitivity(calibration, method, seed, report)
-            statistics = calibrate(self.model, calibration.windows, report, self._keep)
-            order = rank(self.model, statistics, method.importance)
+            sensitivity = self._sensitivity(calibration, method, seed, report, checkpoints)
+            statistics = calibrate(self.model, calibration.windows, report, self._keep, checkpoints)
+            order = rank(self.model, statistics, method.importance, report, checkpoints)
             with ordered(self.model, order):
                 slicer = Slicer(self.model, order, _drained(statistics), self._keep)
                 curves = loss_curves(sensitivity, slicer) if sensitivity else None
@@ -177,8 +180,10 @@ class AutoPruner:
                     progress=report,
                     inputs=method.refit_inputs,
                     keep=self._keep,
+                    checkpoints=checkpoints,
                 )
         texts = (calibration, held_out)
+        checkpoints.clear()
         record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
         return PrunedModel(model, self.tokenizer, record, journal.text())
 
@@ -199,13 +204,17 @@ class AutoPruner:
         return calibration, held_out
 
     def _sensitivity(
-        self, calibration: Corpus, method: Method, seed: int, report: Callable[..., None]
+        self, calibration: Corpus, method: Method, seed: int, report: Callable[..., None], checkpoints: Checkpoints
     ) -> list[tuple[float, float]]:
         """For the seeds that need it; before anything else is in memory, since a backward pass takes much."""
         if not {"sensitivity", "blend"} & set(method.seeds):
             return []
+        if done := checkpoints.load("sensitivity"):
+            return [(attention, ffn) for attention, ffn in done["layers"].tolist()]
         few = calibration.windows[: max(1, SENSITIVITY_TOKENS // calibration.windows.shape[1])]
-        return output_sensitivity(self.model, few, seed, report)
+        found = output_sensitivity(self.model, few, seed, report)
+        checkpoints.save("sensitivity", {"layers": torch.tensor(found, dtype=torch.float64)})
+        return found
 
     def _proposer(self, proposer: str | Proposer, model: str | None, budget: Budget, method: Method) -> Proposer:
         if not isinstance(proposer, str):

@@ -27,6 +27,7 @@ LAYERS = (
         "refit",
         "compensation",
         "shelf",
+        "checkpoints",
         "streams",
         "least_squares",
         "slicing",
