@@ -126,7 +126,7 @@ def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path):
     model.save_pretrained(tmp_path / "dense", max_shard_size="100MB")
     size = sum(p.nbytes for p in model.parameters())
     assert size > 0.4e9
-    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 5
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
     del model
     words = [sys.executable, "-c", PROGRAM, *(str(tmp_path / name) for name in ("dense", "scratch", "pruned"))]
     done = subprocess.run(words, check=True, capture_output=True, text=True)

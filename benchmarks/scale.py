@@ -1,0 +1,172 @@
+"""Time and peak memory of every stage against depth, width, tokens and candidates, on random models.
+
+Run: python benchmarks/scale.py [LARGEST]
+LARGEST: most parameters of a model in the series of whole models, in millions (default 150).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from protocol import write
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from selfpruner_hub.architectures import shape_of
+from selfpruner_hub.budget import Budget
+from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.compensation import compensate
+from selfpruner_hub.fitness import Fitness
+from selfpruner_hub.importance import rank
+from selfpruner_hub.search.seeds import seeds
+from selfpruner_hub.slicing import Slicer, ordered, slice_model
+
+BETA, WINDOW, VOCABULARY = 0.3, 256, 8192
+BASE = {"layers": 8, "width": 512, "ffn": 1024, "tokens": 4096, "candidates": 4}
+SERIES: dict[str, list[dict[str, int]]] = {
+    "layers": [{"layers": n} for n in (4, 8, 16, 32)],
+    "ffn": [{"ffn": n} for n in (512, 1024, 2048, 4096)],
+    "tokens": [{"tokens": n} for n in (2048, 4096, 8192, 16384)],
+    "candidates": [{"candidates": n} for n in (2, 4, 8, 16)],
+}
+"""Each changes one thing of `BASE`."""
+WHOLE = [(256, 8), (512, 12), (768, 16), (1024, 24), (1536, 28), (2048, 28)]
+"""Width and depth of whole models, 10 M to 1.5 B parameters; FFN three times the width."""
+
+
+def build(layers: int, width: int, ffn: int) -> PreTrainedModel:
+    """A random Llama in bfloat16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+@contextmanager
+def measured(stage: str, into: dict[str, Any]) -> Iterator[None]:
+    """Seconds, and what the peak of resident memory adds to what was there before, in MB."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, started = _status("VmRSS"), time.perf_counter()
+    yield
+    seconds = time.perf_counter() - started
+    into[stage] = {"seconds": round(seconds, 3), "megabytes": round((_status("VmHWM") - before) / 1024, 1)}
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def run(layers: int, width: int, ffn: int, tokens: int, candidates: int) -> dict[str, Any]:
+    """Prune one model, stage by stage."""
+    model, found = build(layers, width, ffn), dict[str, Any]()
+    windows = torch.randint(3, VOCABULARY, (tokens // WINDOW, WINDOW), generator=torch.Generator().manual_seed(0))
+    budget = Budget(shape_of(model.config), BETA)
+    plan = budget.project(seeds(budget)["uniform"])
+    with measured("calibrating", found):
+        statistics = calibrate(model, windows)
+    with measured("ordering", found):
+        order = rank(model, statistics, "obs")
+    with ordered(model, order):
+        with measured("factoring", found):
+            slicer = Slicer(model, order, statistics)
+        del statistics
+        fitness = Fitness(slicer, windows[: max(1, len(windows) // 4)])
+        with measured("scoring", found):
+            for number in range(candidates):
+                fitness(_varied(budget, number))
+        with measured("slicing", found):
+            pruned = slice_model(slicer, plan)
+    del slicer, fitness
+    with measured("repairing", found):
+        compensate(model, pruned, windows)
+    with tempfile.TemporaryDirectory() as directory, measured("saving", found):
+        pruned.save_pretrained(directory, max_shard_size="1GB")
+    return {"parameters": sum(p.numel() for p in model.parameters()), "stages": found}
+
+
+def _varied(budget: Budget, number: int) -> Any:
+    """One plan a number, each with repairs of its own."""
+    starts = seeds(budget)
+    rates = starts["ramp"] if number % 2 else starts["uniform"]
+    shifted = tuple(max(0.0, rate + 0.02 * math.sin(number + index)) for index, rate in enumerate(rates.ffn))
+    return budget.project(type(rates)(rates.attention, shifted))
+
+
+def growth(rows: list[dict[str, Any]], what: str, figure: str) -> dict[str, float]:
+    """The exponent of each stage: slope of log(figure) against log(what), by least squares."""
+    found = {}
+    for stage in rows[0]["stages"]:
+        points = [(math.log(r[what]), math.log(max(r["stages"][stage][figure], 1e-3))) for r in rows]
+        x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
+        found[stage] = round(sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points), 2)
+    return found
+
+
+def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Seconds above, megabytes below, a column a series, both axes logarithmic."""
+    figure = Figure(figsize=(3.2 * len(table), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(table), sharey="row")
+    for column, (what, rows) in enumerate(table.items()):
+        for row, unit in enumerate(("seconds", "megabytes")):
+            panel = axes[row][column]
+            for stage in rows[0]["stages"]:
+                panel.plot([r[what] for r in rows], [r["stages"][stage][unit] for r in rows], "o-", label=stage)
+            panel.set(xscale="log", yscale="log", xlabel=what, ylabel=unit if not column else None)
+            panel.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def series(largest: float) -> Iterator[tuple[str, dict[str, int]]]:
+    """What is measured: one thing changed at a time, then whole models."""
+    for what, changes in SERIES.items():
+        for change in changes:
+            yield what, {**BASE, **change}
+    for width, layers in WHOLE:
+        if layers * width * width * 12 <= largest * 1e6:
+            yield "parameters", {**BASE, "layers": layers, "width": width, "ffn": 3 * width, "candidates": 2}
+
+
+def main(largest: float) -> None:
+    """Measure, fit, draw."""
+    run(**{**BASE, "layers": 2})  # a first run loads libraries
+    table: dict[str, list[dict[str, Any]]] = {}
+    for what, sizes in series(largest):
+        table.setdefault(what, []).append({**sizes, **run(**sizes)})
+        print(what, table[what][-1], flush=True)
+    exponents = {
+        what: {figure: growth(rows, what, figure) for figure in ("seconds", "megabytes")}
+        for what, rows in table.items()
+        if len(rows) > 1
+    }
+    draw(table, Path(__file__).with_name("scale.png"))
+    write(
+        "scale",
+        f"random Llamas in bfloat16, windows of {WINDOW}, β = {BETA}, vocabulary {VOCABULARY}; base {BASE}; each "
+        "series changes one thing; parameters: whole models, FFN three times the width; seconds and peak of resident memory "
+        "above that before the stage; scoring: all candidates, on a quarter of the tokens; exponents: slopes of the "
+        "logarithms",
+        {"series": table, "exponents": exponents},
+    )
+
+
+if __name__ == "__main__":
+    main(float((sys.argv[1:] or ["150"])[0]))
