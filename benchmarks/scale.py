@@ -161,9 +161,9 @@ def main(largest: float) -> None:
     write(
         "scale",
         f"random Llamas in bfloat16, windows of {WINDOW}, β = {BETA}, vocabulary {VOCABULARY}; base {BASE}; each "
-        "series changes one thing; parameters: whole models, FFN three times the width; seconds and peak of resident memory "
-        "above that before the stage; scoring: all candidates, on a quarter of the tokens; exponents: slopes of the "
-        "logarithms",
+        "series changes one thing; parameters: whole models, FFN three times the width; seconds and peak of resident "
+        "memory above that before the stage; scoring: all candidates, on a quarter of the tokens; exponents: slopes "
+        "of the logarithms",
         {"series": table, "exponents": exponents},
     )
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from tiny import CONFIGS, save_tiny, tiny_model
+from tiny import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from selfpruner_hub import shelf as shelves
@@ -54,7 +54,7 @@ def test_a_directory_that_cannot_be_written_is_told_at_once(tmp_path):
         Shelf(tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])  # apart, with normalised outputs, fused
 def test_the_pruned_model_is_the_same_to_the_bit(architecture, tmp_path):
     saved = str(save_tiny(architecture, tmp_path / "dense"))
     plans, weights = [], []
