@@ -8,7 +8,7 @@ the residual stream as target), and with down_proj what feeds it, gate_proj and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -20,7 +20,7 @@ from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.shelf import Keep, in_memory
-from selfpruner_hub.streams import Seen, Stream, exact_in_float32, watching
+from selfpruner_hub.streams import Seen, Stream, exact_in_float32, held_out, watching
 
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
 """λ to choose from, in units of mean(diag E[x̂ x̂ᵀ]). Much more than a first repair needs: it keeps to what that gave,
@@ -45,7 +45,7 @@ def compensate(
     architecture normalises the output before it is added (Gemma 2 and 3), t is the dense output itself. λ is chosen for
     each projection: fitted to the other windows, it brings those that are held out nearest to their targets; then all
     windows are fitted. gate_proj and up_proj then move toward the same target (`least_squares.fit_inputs`), and
-    down_proj is fitted again; where that does not help on the windows that are held out, all three stay.
+    down_proj is fitted again; where that does not help on the windows that are held out, they stay.
 
     Memory: six hidden states per token, and twice the statistics of one projection.
 
@@ -77,9 +77,9 @@ def compensate(
             wanted = _targets(architecture, index, whole, original, moved, keep)
             _fit_attention(architecture, index, layer, moved, wanted, ridges)
             ffn = _Ffn(architecture, index, layer, moved, wanted, keep)
-            reached = ffn.fit_down(ridges)
-            if inputs:
-                ffn.fit_inputs(ridges, reached)
+            ffn.fit_down(ridges)
+            if inputs and ffn.fit_inputs():
+                ffn.fit_down(ridges)
             checkpoints.save(f"repair-{index}", layer.state_dict())
             moved.advance(index, layer)
             if progress:
@@ -144,38 +144,38 @@ class _Ffn:
                 target = _sum(target, first, -outputs[0].output)
             self._batches.append((keep(outputs[1].input), keep(target)))
 
-    def fit_down(self, ridges: Sequence[float]) -> float:
-        """Fit down; returns the error on the windows that are held out, but for a constant."""
+    def fit_down(self, ridges: Sequence[float]) -> None:
         fit = LinearFit(self._down, ridges)
         for h, target in self._batches:
             seen = Seen(self._down, last=True)
             with watching([seen]):
                 self._run(h)
             fit.add(seen.input, target)
-        return fit.apply()
+        fit.apply()
 
-    def fit_inputs(self, ridges: Sequence[float], reached: float) -> None:
-        """Move gate and up, and down again, where that helps on the windows that are held out.
-
-        Args:
-            ridges: For down.
-            reached: What `fit_down` returned last.
-        """
-        rests = [self._keep(_sum(target, -self._run(h))) for h, target in self._batches]
+    def fit_inputs(self) -> bool:
+        """Move gate and up, where that helps on the windows that are held out; returns whether it does."""
+        rests = [self._keep(self._rest(h, target)) for h, target in self._batches]
 
         def stream() -> Iterator[Gated]:
             for (h, _), rest in zip(self._batches, rests, strict=True):
                 yield Gated(h, self._factors(h), rest)
 
         rows = [module.weight for module in self._inputs]
-        before = [weight.clone() for weight in (*rows, self._down.weight)]
+        before = [weight.clone() for weight in rows]
         stacked = torch.cat(rows).view(-1, *self._down.weight.t().shape)
         moved = (stacked.float() + fit_inputs(stream, stacked, self._down.weight)).flatten(0, 1)
         for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
             weight.copy_(new)
-        if self.fit_down(ridges) > reached:  # the step was too long for what bends
-            for weight, old in zip((*rows, self._down.weight), before, strict=True):
+        helps = _held_error(self._rest(h, target) for h, target in self._batches) < _held_error(rests)
+        if not helps:  # the step was too long for what bends, or none was found
+            for weight, old in zip(rows, before, strict=True):
                 weight.copy_(old)
+        return helps
+
+    def _rest(self, h: Tensor, target: Tensor) -> Tensor:
+        """What is missing in the output."""
+        return _sum(target, -self._run(h))
 
     def _factors(self, h: Tensor) -> Tensor:
         """The derivative of down's input by what gate and up give, `[N, W, K, F]`.
@@ -199,6 +199,15 @@ class _Ffn:
             for handle in handles:
                 handle.remove()
         return torch.cat(gradients, -1).view(*h.shape[:-1], -1, seen.input.shape[-1])
+
+
+def _held_error(rests: Iterable[Tensor]) -> float:
+    """Σ ‖rest‖² over the windows that are held out; not-a-number where one is."""
+    windows, total = 0, 0.0
+    for rest in rests:
+        total += rest[held_out(windows, len(rest)).to(rest.device)].float().square().sum().item()
+        windows += len(rest)
+    return total
 
 
 def _sum(*parts: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ RIDGE = 0.01
 """λ where there is no text to choose it on: the ridge is λ · mean(diag H) · I, with H = E[x xᵀ]."""
 RIDGES = (0.001, 0.01, 0.1, 1.0)
 """λ to choose from."""
+STRONGEST = 1.0
 
 
 def damped_factor(gram: Tensor, ridge: float) -> Tensor:
@@ -19,20 +20,24 @@ def damped_factor(gram: Tensor, ridge: float) -> Tensor:
 
     Args:
         gram: H, `[D, D]`; left as it is.
-        ridge: λ, at least 0.
+        ridge: λ, at least 0; where it is lost in the rounding of H, ten times more, up to `STRONGEST`.
 
     Returns:
         L, `[D, D]`, float32.
 
     Raises:
-        ModelError: The sum is not positive definite (the activations are degenerate or not finite).
+        ModelError: The sum is not positive definite all the same (the activations are degenerate or not finite).
     """
-    damped = gram.float().clone()
-    damped.diagonal().add_(ridge * damped.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed.item():
-        raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
-    return factor
+    mean = gram.diagonal().float().mean()
+    while True:
+        damped = gram.float().clone()
+        damped.diagonal().add_(ridge * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.item():
+            return factor
+        if ridge >= STRONGEST or not mean.isfinite():
+            raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
+        ridge = 10 * ridge or RIDGES[0]
 
 
 class Repair:
