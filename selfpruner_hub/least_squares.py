@@ -37,20 +37,13 @@ class LinearFit:
         self._fitted.add(x[~held], target[~held])
         self._held.add(x[held], target[held])
 
-    def apply(self) -> float:
-        """Give the projection the weight that fits all windows.
-
-        Returns:
-            What a fit to the others left on the windows that are held out, E‖t - W x‖² - E‖t‖²; 0 without any.
-        """
-        before, error, ridge = self._module.weight, 0.0, self._ridges[-1]
+    def apply(self) -> None:
+        """Give the projection the weight that fits all windows."""
+        before, ridge = self._module.weight, self._ridges[-1]
         if self._held.count:
-            errors = {each: self._held.error(self._fitted.solve(before, each)) for each in self._ridges}
-            ridge = min(errors, key=errors.__getitem__)
-            error = errors[ridge]
+            ridge = min(self._ridges, key=lambda each: self._held.error(self._fitted.solve(before, each)))
         self._fitted.include(self._held)
         before.copy_(self._fitted.solve(before, ridge))
-        return error
 
 
 class _Sums:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
@@ -25,11 +24,9 @@ def test_a_linear_fit_is_ordinary_least_squares_where_the_ridge_is_nothing():
     fit = LinearFit(module, (1e-9,))
     for windows, wanted in zip(x.split(8), target.split(8), strict=True):
         fit.add(windows, wanted)
-    error = fit.apply()
+    fit.apply()
     solution = torch.linalg.lstsq(x.flatten(0, 1), (target - module.bias).flatten(0, 1)).solution
     torch.testing.assert_close(module.weight.data, solution.t(), atol=1e-4, rtol=1e-4)
-    left = 0.01 * H - (target - module.bias)[3::4].square().sum(-1).mean()
-    assert error == pytest.approx(left.item(), rel=0.01)
 
 
 def gated(noise, seed=0):
