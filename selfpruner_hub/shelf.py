@@ -22,7 +22,7 @@ ARENA = 2**28
 """Bytes of a file, but for tensors that are larger."""
 RESIDENT = 2**29
 """Bytes of the files that may be in memory before their pages are given back."""
-PAUSE = 0.02
+PAUSE = 0.005
 """Seconds between two looks at what is in memory."""
 ALIGNMENT = 64
 
@@ -69,6 +69,7 @@ class Shelf:
         """
         if not tensor.nbytes:
             return tensor
+        self.trim()
         with self._lock:
             if self._arena is None or self._used + tensor.nbytes > len(self._arena):
                 self._arena, self._used = self._opened(max(ARENA, tensor.nbytes)), 0
@@ -77,6 +78,11 @@ class Shelf:
         strides = torch.empty_like(tensor, device="meta").stride()  # solvers give columns; their last bits depend on it
         flat = torch.frombuffer(arena, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
         return flat.as_strided(tensor.shape, strides).copy_(tensor.detach())
+
+    def trim(self) -> None:
+        """Give back what is in memory of the files, where it is more than `RESIDENT`."""
+        if _resident_files() > RESIDENT:
+            self.release()
 
     def release(self) -> None:
         """Give back what is in memory of the files."""
@@ -111,8 +117,7 @@ def _watch(shelf: weakref.ref[Shelf]) -> None:
         alive = shelf()
         if alive is None:
             return
-        if _resident_files() > RESIDENT:
-            alive.release()
+        alive.trim()
         del alive
 
 
