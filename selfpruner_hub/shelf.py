@@ -35,8 +35,8 @@ def in_memory(tensor: Tensor) -> Tensor:
 class Shelf:
     """Puts tensors into files that are mapped into memory, so that the system brings their pages in as they are read.
 
-    They are used, and changed, like any others. A thread watches how much of them is in memory and gives pages back:
-    what was written stays in the files, so this is safe at any time. The files have no names and end with the tensors,
+    They are used, and changed, like any others. Before each new tensor, and now and then by a thread, pages are given
+    back where many are in memory: what was written stays in the files, so this is safe at any time. The files have no names and end with the tensors,
     or with the process.
 
     Args:
