@@ -36,8 +36,8 @@ class Shelf:
     """Puts tensors into files that are mapped into memory, so that the system brings their pages in as they are read.
 
     They are used, and changed, like any others. Before each new tensor, and now and then by a thread, pages are given
-    back where many are in memory: what was written stays in the files, so this is safe at any time. The files have no names and end with the tensors,
-    or with the process.
+    back where many are in memory: what was written stays in the files, so this is safe at any time. The
+    files have no names and end with the tensors, or with the process.
 
     Args:
         directory: On a disk with room for the model, its statistics and its pruned copy; created where it is missing.
