@@ -9,7 +9,7 @@ demo: .venv/.core  ## prune the small real model, and show what it gained and lo
 	$(BIN)/selfpruner demo
 
 test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 20
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

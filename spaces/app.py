@@ -14,11 +14,12 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import answers
+import charts
 import facts
 import gradio as gr
 import live
-import pandas as pd
 from answers import LONGEST_PROMPT, MOST_TOKENS, Answer, UnavailableError
+from look import CSS, theme
 
 EXAMPLES = [
     "What is the capital of France?",
@@ -28,24 +29,6 @@ EXAMPLES = [
 ]
 FEW = 24
 """Tokens: a rate measured on fewer says so."""
-PARTS = {"FFN": "#0d9488", "attention": "#f59e0b", "layer": "#0d9488"}
-"""Colours that stand out on white and on black alike."""
-ORIGINS = {"seed": "#0ea5e9", "evolution": "#f97316", "self": "#a855f7", "random": "#84cc16", "fallback": "#eab308"}
-FITNESS = {"kl": "KL to the dense model", "perplexity": "perplexity"}
-CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
-.dark { --color-accent: var(--primary-400); }
-.took { min-height: 1.6em; }
-td, th { white-space: nowrap; }
-.took p { font-variant-numeric: tabular-nums; }
-#headline h1 { margin-bottom: 0.2em; }
-@media (max-width: 640px) {
-  .gradio-container { padding: 0.5em !important; }
-  td, th { padding: 0.4em !important; font-size: 0.9em; }
-  .rates [aria-label^="X-axis"] .role-axis-label text:not(:nth-child(5n)) { display: none; }
-}
-.many [aria-label^="X-axis"] .role-axis-label text:not(:nth-child(5n)) { display: none; }
-"""
 
 
 # -- what happens -----------------------------------------------------------------------------------------------------
@@ -121,8 +104,8 @@ def _pictures(run: live.Run) -> tuple[Any, Any]:
     plans, rates = facts.scored(run.journal), live.removed_by_best(run)
     there = len(plans) > 0
     return (
-        gr.update(value=plans, visible=there, **_limits(plans)),
-        gr.update(value=rates, visible=there, sort=_layers(rates)),
+        gr.update(value=plans, visible=there, **charts.limits(plans)),
+        gr.update(value=rates, visible=there, sort=charts.layer_order(rates)),
     )
 
 
@@ -202,7 +185,7 @@ def _facts_tab() -> None:
     known, records = answers.record(), facts.journal()
     settings = facts.header(records)
     gr.Markdown(facts.figures())
-    _rates(
+    charts.rates(
         facts.removed(known["widths"], known["rates"], settings.get("shape")),
         fitting=50,
         label="Removed from each layer, % of its weights",
@@ -211,70 +194,10 @@ def _facts_tab() -> None:
     plans = facts.scored(records)
     if not len(plans):
         return
-    fitness = FITNESS[settings["fitness"]]
-    curve = facts.best_so_far(plans)
+    fitness = charts.FITNESS[settings["fitness"]]
     with gr.Row():
-        gr.LinePlot(
-            curve,
-            x="evaluations",
-            y="fitness",
-            label="The search: best so far (lower is better)",
-            x_title="full evaluations spent",
-            y_title=fitness,
-            x_lim=_around(plans["evaluations"]),
-            y_lim=_around(curve["fitness"]),
-            min_width=300,
-            elem_id="search",
-        )
-        _plans(plans, fitness, label="Every plan that was scored in full", elem_id="plans")
-
-
-def _rates(value: pd.DataFrame, fitting: int, **settings: Any) -> gr.BarPlot:
-    """Bars, one a layer; where more layers than are `fitting`, only every fifth is labelled."""
-    layers = len(answers.record()["rates"])
-    return gr.BarPlot(
-        value,
-        x="layer",
-        y="removed",
-        color="part",
-        color_map=PARTS,
-        sort=_layers(value),
-        y_title="removed, %",
-        min_width=300,
-        elem_classes="rates many" if layers > fitting else "rates",
-        **settings,
-    )
-
-
-def _plans(value: pd.DataFrame, fitness: str, **settings: Any) -> gr.ScatterPlot:
-    return gr.ScatterPlot(
-        value,
-        x="evaluations",
-        y="fitness",
-        color="from",
-        color_map=ORIGINS,
-        x_title="full evaluations spent",
-        y_title=fitness,
-        min_width=300,
-        **_limits(value),
-        **settings,
-    )
-
-
-def _layers(rates: pd.DataFrame) -> list[str] | None:
-    """Layers in their order: as text they would be sorted as text."""
-    return list(dict.fromkeys(rates["layer"])) or None
-
-
-def _limits(plans: pd.DataFrame) -> dict[str, list[float]]:
-    """Axes that leave room around the points; none where there is no point."""
-    return {"x_lim": _around(plans["evaluations"]), "y_lim": _around(plans["fitness"])} if len(plans) else {}
-
-
-def _around(values: pd.Series) -> list[float]:
-    """Limits of an axis that leave some room."""
-    room = 0.1 * (values.max() - values.min()) or 0.1
-    return [float(values.min() - room), float(values.max() + room)]
+        charts.search(plans, fitness, label="The search: best so far (lower is better)", elem_id="search")
+        charts.plans(plans, fitness, label="Every plan that was scored in full", elem_id="plans")
 
 
 def _live_tab() -> None:
@@ -301,9 +224,11 @@ def _live_tab() -> None:
     button, stop = _buttons("Prune", "prune")
     standing = gr.Markdown("", elem_id="standing")
     with gr.Row():
-        plans = _plans(facts.scored([]), FITNESS["kl"], label="The search", visible=False, elem_id="live-search")
+        plans = charts.plans(
+            facts.scored([]), charts.FITNESS["kl"], label="The search", visible=False, elem_id="live-search"
+        )
         nothing = live.removed_by_best(live.Run())
-        rates = _rates(
+        rates = charts.rates(
             nothing, fitting=20, label="Removed by the best plan so far, %", visible=False, elem_id="live-rates"
         )
     running = button.click(
@@ -316,29 +241,6 @@ def _live_tab() -> None:
         api_visibility="private",
     )
     stop.click(lambda: "Stopped.", None, standing, cancels=[running])
-
-
-def theme() -> gr.themes.Base:
-    """Colours with enough contrast for text, in light and dark; fonts that every machine has."""
-    return gr.themes.Soft(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
-        color_accent="*primary_700",
-        block_label_background_fill="none",
-        block_label_background_fill_dark="none",
-        block_label_text_color="*neutral_700",
-        block_label_text_color_dark="*neutral_200",
-        block_title_background_fill="none",
-        block_title_padding="0",
-        block_title_text_color="*neutral_700",
-        block_title_text_color_dark="*neutral_200",
-        block_info_text_color="*neutral_600",
-        block_info_text_color_dark="*neutral_300",
-        checkbox_label_background_fill_selected="*primary_700",
-        checkbox_label_background_fill_selected_dark="*primary_700",
-        button_primary_background_fill="*primary_700",
-        button_primary_background_fill_hover="*primary_800",
-        button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover_dark="*primary_600",
-    )
 
 
 def main() -> None:

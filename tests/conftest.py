@@ -21,6 +21,11 @@ torch.set_num_threads(1)  # tiny models are many times faster so, above all on a
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items):
+    """Files that are slow as a whole come first: where files run side by side, none is left to the end alone."""
+    items.sort(key=lambda item: getattr(item.module, "pytestmark", None) != pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def real_pruner():
     """The pruner of the real SmolLM2-135M-Instruct, in the dtype of the demo."""
@@ -36,7 +41,7 @@ def real_pruner():
 @pytest.fixture(scope="session")
 def few_tokens():
     """Settings that prune the real model in a minute or two: little text of its own."""
-    few = {"calibration_tokens": 2048, "fitness_tokens": 512, "importance": "wanda-sp", "refit_inputs": False}
+    few = {"calibration_tokens": 2048, "fitness_tokens": 512, "importance": "wanda-sp", "accumulate": False}
     return {"data": "self", "window": 128, "progress": False, **few}
 
 

@@ -1,0 +1,80 @@
+"""The page's plots: what each layer lost, and the plans that a search scored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import answers
+import facts
+import gradio as gr
+import pandas as pd
+
+PARTS = {"FFN": "#0d9488", "attention": "#f59e0b", "layer": "#0d9488"}
+"""Colours that stand out on white and on black alike."""
+ORIGINS = {"seed": "#0ea5e9", "evolution": "#f97316", "self": "#a855f7", "random": "#84cc16", "fallback": "#eab308"}
+FITNESS = {"kl": "KL to the dense model", "perplexity": "perplexity"}
+
+
+def rates(value: pd.DataFrame, fitting: int, **settings: Any) -> gr.BarPlot:
+    """Bars, one a layer; where more layers than are `fitting`, only every fifth is labelled."""
+    layers = len(answers.record()["rates"])
+    return gr.BarPlot(
+        value,
+        x="layer",
+        y="removed",
+        color="part",
+        color_map=PARTS,
+        sort=layer_order(value),
+        y_title="removed, %",
+        min_width=300,
+        elem_classes="rates many" if layers > fitting else "rates",
+        **settings,
+    )
+
+
+def search(plans: pd.DataFrame, fitness: str, **settings: Any) -> gr.LinePlot:
+    """The best fitness so far against what was spent."""
+    curve = facts.best_so_far(plans)
+    return gr.LinePlot(
+        curve,
+        x="evaluations",
+        y="fitness",
+        x_title="full evaluations spent",
+        y_title=fitness,
+        x_lim=_around(plans["evaluations"]),
+        y_lim=_around(curve["fitness"]),
+        min_width=300,
+        **settings,
+    )
+
+
+def plans(value: pd.DataFrame, fitness: str, **settings: Any) -> gr.ScatterPlot:
+    """A point a plan, in the colour of where it came from."""
+    return gr.ScatterPlot(
+        value,
+        x="evaluations",
+        y="fitness",
+        color="from",
+        color_map=ORIGINS,
+        x_title="full evaluations spent",
+        y_title=fitness,
+        min_width=300,
+        **limits(value),
+        **settings,
+    )
+
+
+def layer_order(rates: pd.DataFrame) -> list[str] | None:
+    """Layers in their order: as text they would be sorted as text."""
+    return list(dict.fromkeys(rates["layer"])) or None
+
+
+def limits(plans: pd.DataFrame) -> dict[str, list[float]]:
+    """Axes that leave room around the points; none where there is no point."""
+    return {"x_lim": _around(plans["evaluations"]), "y_lim": _around(plans["fitness"])} if len(plans) else {}
+
+
+def _around(values: pd.Series) -> list[float]:
+    """Limits of an axis that leave some room."""
+    room = 0.1 * (values.max() - values.min()) or 0.1
+    return [float(values.min() - room), float(values.max() + room)]
