@@ -5,9 +5,12 @@ All of them cut the same units as we do (FFN channels, KV groups, or whole layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,35 +27,47 @@ def by_channels(model: PreTrainedModel, scores: Sequence[Tensor]) -> list[LayerO
     return [LayerOrder(of, each.argsort(descending=True, stable=True)) for of, each in zip(groups, scores, strict=True)]
 
 
-@torch.no_grad()
 def magnitude(model: PreTrainedModel) -> list[Tensor]:
-    """‖w‖₂ of all weights of each FFN channel (rows of gate and up, column of down), a vector `[F]` a layer."""
-    return [sum(part.float().square().sum(1) for part in parts).sqrt() for parts in _channels(model)]
+    """‖w‖₂² of all weights of each FFN channel (rows of gate and up, column of down), a vector `[F]` a layer.
+
+    By Torch-Pruning: the mean over the three projections.
+    """
+    return _scores(model, tp.importance.GroupMagnitudeImportance(p=2, normalizer=None))
 
 
 def taylor(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
     """Σ |w · ∂L/∂w| over the weights of each FFN channel, `[F]` a layer (LLM-Pruner, arXiv 2305.11627, equation 5).
 
-    First order and element by element; L is the language-model loss of all windows.
+    First order and element by element, by Torch-Pruning; L is the sum of the windows' language-model losses.
     """
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    modules = [module for layer in decoder_layers(model) for module in _projections(model, layer)]
+    model.requires_grad_(False)
+    modules = [m for layer in decoder_layers(model) for m in _projections(model, layer)]
     for module in modules:
         module.weight.requires_grad_(True)
     try:
         for window in windows.split(1):
             model(input_ids=window, labels=window, use_cache=False).loss.backward()
-        products = iter([(m.weight.detach().float() * m.weight.grad.float()).abs() for m in modules])
+        return _scores(model, tp.importance.GroupTaylorImportance(normalizer=None))
     finally:
         for module in modules:
             module.weight.grad = None
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-    return [
-        sum(part.sum(1) for part in _by_channel(*three)) for three in zip(products, products, products, strict=True)
-    ]
+
+
+def _scores(model: PreTrainedModel, importance: Callable[[Any], Tensor]) -> list[Tensor]:
+    """What Torch-Pruning gives each FFN channel of each layer; it finds for itself what hangs together."""
+    model.requires_grad_(True)  # it follows the graph of a backward pass
+    ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # weights of norms are not of a module that it knows; they stay
+        graph = tp.DependencyGraph().build_dependency(
+            model, ids, forward_fn=lambda model, ids: model(ids, use_cache=False).logits
+        )
+    found = []
+    for layer in decoder_layers(model):
+        down = linear(layer, architecture_of(model.config).ffn_output)
+        group = graph.get_pruning_group(down, tp.prune_linear_in_channels, list(range(down.in_features)))
+        found.append(importance(group).detach())
+    return found
 
 
 @torch.inference_mode()
@@ -164,11 +179,3 @@ def _projections(model: PreTrainedModel, layer: nn.Module) -> tuple[nn.Linear, n
     inputs = [linear(layer, p.path) for p in architecture_of(model.config).ffn_inputs]
     gate, up = inputs
     return gate, up, linear(layer, architecture_of(model.config).ffn_output)
-
-
-def _by_channel(gate: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return gate, up, down.t()
-
-
-def _channels(model: PreTrainedModel) -> list[tuple[Tensor, Tensor, Tensor]]:
-    return [_by_channel(*(m.weight for m in _projections(model, layer))) for layer in decoder_layers(model)]

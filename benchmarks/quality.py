@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from selfpruner_hub.demo import NAME, load_embedded
 from selfpruner_hub.evaluation import perplexity, with_layers
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import LayerOrder, rank
+from selfpruner_hub.losses import LossCurves
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.pruner import SENSITIVITY_TOKENS, AutoPruner
 from selfpruner_hub.search.journal import Journal
@@ -159,32 +161,47 @@ class Ours:
         pruner: Of the dense model.
         statistics: Of the calibration.
         windows: Of the calibration, and of the search.
-        importance: The order.
+        order: Of channels and groups.
+        work: Directory of the journals of its searches.
     """
 
     def __init__(
-        self, pruner: AutoPruner, statistics: list[LayerStatistics], windows: tuple[Tensor, Tensor], importance: str
+        self,
+        pruner: AutoPruner,
+        statistics: list[LayerStatistics],
+        windows: tuple[Tensor, Tensor],
+        order: list[LayerOrder],
+        work: Path,
     ) -> None:
-        self._pruner, self._model = pruner, pruner.model
+        self._pruner, self._model, self._statistics, self._windows = pruner, pruner.model, statistics, windows
         self._calibration, self._held_out = windows
-        self._order = rank(self._model, statistics, importance)
+        self.order, self._work = order, work
         with self._ordered():
-            self._slicer = Slicer(self._model, self._order, statistics)
-            few = self._calibration[: SENSITIVITY_TOKENS // WINDOW]
-            self._curves = loss_curves(output_sensitivity(self._model, few), self._slicer)
+            self._slicer = Slicer(self._model, order, statistics)
         self._plans: dict[tuple[float, str], Plan] = {}
+
+    def model_under(self, order: list[LayerOrder], beta: float, how: str) -> tuple[float, PreTrainedModel]:
+        """A plan of ours with its first repair, but channels or groups in another order."""
+        plan, other = self.plan(beta, how), Ours(self._pruner, self._statistics, self._windows, order, self._work)
+        other._plans[beta, how] = plan
+        return other.model(beta, how)
+
+    @cached_property
+    def _curves(self) -> list[LossCurves]:
+        few = self._calibration[: SENSITIVITY_TOKENS // WINDOW]
+        return loss_curves(output_sensitivity(self._model, few), self._slicer)
 
     @contextmanager
     def _ordered(self) -> Iterator[None]:
-        with ordered(self._model, self._order):
+        with ordered(self._model, self.order):
             yield
 
     def plan(self, beta: float, how: str) -> Plan:
         """Uniform rates of the FFN, the best seed by KL, or what the model finds by itself under `how`."""
         if (beta, how) not in self._plans:
             budget = Budget(self._pruner.shape, beta)
-            starts = seeds(budget, self._curves)
             with self._ordered():
+                starts = seeds(budget, None if how == "uniform" else self._curves)
                 if how == "uniform":
                     plan = budget.project(starts["uniform"])
                 elif how == "seed":
@@ -193,7 +210,7 @@ class Ours:
                 else:
                     fitness = Fitness(self._slicer, self._held_out, how, self._curves)
                     asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME)
-                    journal = Journal(None, {})
+                    journal = Journal(self._work / f"search-{beta}-{how}", {"beta": beta, "fitness": how})
                     found = search(
                         asked, budget, fitness, journal, schedule=SCHEDULE, seeds=starts, probe=fitness.slopes
                     )
@@ -211,6 +228,34 @@ class Ours:
         return removed(self._pruner, pruned.get_decoder().layers), pruned
 
 
+def orders(model: PreTrainedModel, statistics: list[LayerStatistics], few: Tensor) -> dict[str, list[LayerOrder]]:
+    """What stands beside OBS; first-order scores know channels alone."""
+    found = {name: rank(model, statistics, name) for name in ("wanda-sp", "flap", "energy")}
+    first = by_channels(model, taylor(model, few))
+    ranks = [
+        -(one.channels.argsort() + two.channels.argsort()) for one, two in zip(first, found["wanda-sp"], strict=True)
+    ]
+    return found | {"first-order Taylor": first, "mean rank of Taylor and wanda-sp": by_channels(model, ranks)}
+
+
+def add_orders(table: Table, ours: Ours, others: dict[str, list[LayerOrder]]) -> None:
+    """Measure them after the repair: for channels at uniform rates, for KV groups in the plan that was searched."""
+    for name, order in others.items():
+        table.add(
+            f"uniform, repaired, channels by {name}",
+            ABLATED,
+            lambda order=order: ours.model_under(order, ABLATED, "uniform"),
+        )
+        if "Taylor" in name:
+            continue
+        groups = [LayerOrder(theirs.groups, own.channels) for theirs, own in zip(order, ours.order, strict=True)]
+        table.add(
+            f"searched, repaired, KV groups by {name}",
+            ABLATED,
+            lambda groups=groups: ours.model_under(groups, ABLATED, "kl"),
+        )
+
+
 def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tasks: Path | None) -> None:
     """Measure every method at every β, and write the table."""
     pruner = load_embedded()
@@ -221,12 +266,7 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
     windows = (calibration.windows, held_out.windows)
     statistics = calibrate(pruner.model, calibration.windows)
     add_peers(table, pruner, statistics, calibration.windows[:GRADIENT_WINDOWS], betas)
-    ours = Ours(pruner, statistics, windows, "obs")
-    if ABLATED in betas:
-        wanda = Ours(pruner, statistics, windows, "wanda-sp")
-        table.add("uniform, repaired, order of Wanda-sp", ABLATED, lambda: wanda.model(ABLATED, "uniform"))
-        del wanda
-    del statistics
+    ours = Ours(pruner, statistics, windows, rank(pruner.model, statistics, "obs"), work)
     for beta in betas:
         table.add("uniform, repaired", beta, lambda beta=beta: ours.model(beta, "uniform"))
         table.add("best seed, repaired", beta, lambda beta=beta: ours.model(beta, "seed"))
@@ -234,6 +274,7 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
         if beta == ABLATED:
             table.add("searched by perplexity, repaired", beta, lambda: ours.model(ABLATED, "perplexity"))
             table.add("searched, outputs repaired twice", beta, lambda: ours.model(ABLATED, "kl", second=True))
+            add_orders(table, ours, orders(pruner.model, statistics, calibration.windows[:GRADIENT_WINDOWS]))
         table.add("searched, repaired twice", beta, lambda beta=beta: ours.model(beta, "kl", second=True, inputs=True))
 
 

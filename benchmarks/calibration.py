@@ -1,0 +1,129 @@
+"""What the calibration text decides: how many tokens, in which windows, of which text.
+
+Run: python benchmarks/calibration.py WORK SEARCH_TEXT PASSAGES UNSEEN_TEXT
+(here: WikiText-2 raw, articles a; short passages of Wikipedia; articles b for the figures)
+Rows that are in WORK already are taken from there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import write
+from torch import Tensor
+
+from selfpruner_hub.budget import Budget
+from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.corpus import consecutive_windows, load_corpus, sample_windows
+from selfpruner_hub.demo import load_embedded
+from selfpruner_hub.evaluation import divergence, perplexity, teach, with_layers
+from selfpruner_hub.importance import rank
+from selfpruner_hub.pruner import SENSITIVITY_TOKENS, AutoPruner
+from selfpruner_hub.search.seeds import seeds
+from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
+from selfpruner_hub.slicing import Slicer, ordered
+
+BETA, WINDOW, FEW = 0.3, 512, 32_768
+COUNTS = (8_192, 16_384, FEW, 65_536, 131_072)
+WINDOWS = (64, 128, 256, 1024, 2048)
+MEASURED = ((512, 32), (2048, 8))
+"""Lengths and counts of the first windows of the unseen text."""
+OWN = 16
+"""Windows that the model writes with another seed, 256 tokens each: what another distribution of text loses."""
+
+
+def texts(pruner: AutoPruner, search_text: str, passages: str) -> dict[str, Tensor]:
+    """Windows by what is particular about them."""
+
+    def real(path: str, tokens: int, window: int = WINDOW) -> Tensor:
+        return load_corpus(path, pruner.tokenizer, tokens=tokens, window=window).windows[: tokens // window]
+
+    own = sample_windows(pruner.model, FEW // WINDOW, WINDOW, seed=0)
+    half = FEW // WINDOW // 2
+    found = {f"{tokens} tokens": real(search_text, tokens) for tokens in COUNTS}
+    found |= {f"{FEW} tokens, windows of {window}": real(search_text, FEW, window) for window in WINDOWS}
+    mixed = torch.stack([own[:half], real(search_text, FEW)[:half]], 1).flatten(0, 1)
+    return found | {
+        f"{FEW} tokens of its own": own,
+        f"{FEW} tokens, half of them its own": mixed,
+        f"{FEW} tokens of short passages": real(passages, FEW),
+    }
+
+
+class Measure:
+    """The same figures of every model, on text that nothing was chosen on."""
+
+    def __init__(self, pruner: AutoPruner, unseen_text: str) -> None:
+        self._model = pruner.model
+        self._unseen = {
+            n: consecutive_windows(unseen_text, pruner.tokenizer, n, count).windows for n, count in MEASURED
+        }
+        self._own = sample_windows(pruner.model, OWN, 256, seed=1)
+        self._teacher = teach(pruner.model, self._own)
+
+    def __call__(self) -> dict[str, float]:
+        """Perplexity by length of window, and KL on what the dense model wrote."""
+        found = {f"perplexity_{n}": round(perplexity(self._model, windows), 2) for n, windows in self._unseen.items()}
+        return found | {"kl_on_its_own_text": round(divergence(self._model, self._own, self._teacher), 4)}
+
+
+def run(pruner: AutoPruner, windows: Tensor, measure: Measure) -> dict[str, Any]:
+    """Calibrate, and measure uniform rates and those of least predicted loss."""
+    model, budget = pruner.model, Budget(pruner.shape, BETA)
+    started = time.perf_counter()
+    sensitivity = output_sensitivity(model, windows[: max(1, SENSITIVITY_TOKENS // windows.shape[1])])
+    statistics = calibrate(model, windows)
+    seconds = time.perf_counter() - started
+    order = rank(model, statistics, "obs")
+    found: dict[str, Any] = {"seconds": round(seconds, 1)}
+    with ordered(model, order):
+        slicer = Slicer(model, order, statistics)
+        starts = seeds(budget, loss_curves(sensitivity, slicer))
+        for name in ("uniform", "sensitivity"):
+            plan = budget.project(starts[name])
+            with with_layers(model, slicer.layers(plan)):
+                found[name] = {"kv_groups_removed": _groups(pruner, plan), **measure()}
+    return found
+
+
+def _groups(pruner: AutoPruner, plan: Any) -> int:
+    dense, left = pruner.shape.dense.layers, plan.layers
+    return sum(a.num_key_value_heads - b.num_key_value_heads for a, b in zip(dense, left, strict=True))
+
+
+def protocol(pruner: AutoPruner, search_text: str, unseen_text: str) -> str:
+    """How the figures were made."""
+    measured = ", ".join(f"{count} of {length}" for length, count in MEASURED)
+    return (
+        f"SmolLM2-135M-Instruct, {pruner.model.dtype}, β = {BETA}, order of OBS, first repair only, windows of {WINDOW} "
+        f"tokens of {Path(search_text).name} unless a row says otherwise; uniform: FFN rates; sensitivity: rates of "
+        "least predicted loss, attention and FFN apart; seconds: sensitivities and calibration; perplexity on the first "
+        f"windows of {Path(unseen_text).name}, {measured} tokens; KL on {OWN} windows of 256 tokens that the dense "
+        "model wrote"
+    )
+
+
+def main(work: Path, search_text: str, passages: str, unseen_text: str) -> None:
+    """Measure every text."""
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "calibration.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    pruner = load_embedded()
+    measure = Measure(pruner, unseen_text)
+    for name, windows in texts(pruner, search_text, passages).items():
+        if any(row["text"] == name for row in rows):
+            continue
+        rows.append({"text": name, **run(pruner, windows, measure)})
+        print(rows[-1], flush=True)
+        with file.open("a") as out:
+            out.write(json.dumps(rows[-1]) + "\n")
+        write("calibration", protocol(pruner, search_text, unseen_text), rows)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
