@@ -100,9 +100,9 @@ def protocol(pruner: AutoPruner, search_text: str, unseen_text: str) -> str:
     """How the figures were made."""
     measured = ", ".join(f"{count} of {length}" for length, count in MEASURED)
     return (
-        f"SmolLM2-135M-Instruct, {pruner.model.dtype}, β = {BETA}, order of OBS, first repair only, windows of {WINDOW} "
+        f"SmolLM2-135M-Instruct, {pruner.model.dtype}, β = {BETA}, order of OBS, first repair, windows of {WINDOW} "
         f"tokens of {Path(search_text).name} unless a row says otherwise; uniform: FFN rates; sensitivity: rates of "
-        "least predicted loss, attention and FFN apart; seconds: sensitivities and calibration; perplexity on the first "
+        "least predicted loss, attention and FFN apart; seconds: sensitivities, calibration; perplexity on the first "
         f"windows of {Path(unseen_text).name}, {measured} tokens; KL on {OWN} windows of 256 tokens that the dense "
         "model wrote"
     )

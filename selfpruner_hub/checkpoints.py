@@ -55,7 +55,7 @@ class Checkpoints:
             ) from error
 
     def clear(self) -> None:
-        """Delete everything: the run is done."""
+        """Delete everything: what the run made is saved."""
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 

@@ -120,7 +120,7 @@ class LayerOrder:
 def rank(
     model: PreTrainedModel,
     statistics: Sequence[LayerStatistics],
-    importance: str = "wanda-sp",
+    importance: str = "obs",
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> list[LayerOrder]:

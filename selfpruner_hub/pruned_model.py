@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.cards import render_card
+from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub import Published, publish
 from selfpruner_hub.loading import load_model
@@ -28,15 +29,22 @@ class PrunedModel:
         tokenizer: Its tokenizer, or None.
         report: The record that `selfpruner.json` holds.
         journal: The lines of `search.jsonl`.
+        checkpoints: Of the run that made it; they end where the model is saved.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, report: Record, journal: str = ""
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        report: Record,
+        journal: str = "",
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.report = report
         self._journal = journal
+        self._checkpoints = checkpoints or Checkpoints()
 
     @property
     def plan(self) -> Plan:
@@ -61,6 +69,7 @@ class PrunedModel:
             (staging / FILE_NAME).write_text(self.report.to_json(), encoding="utf-8")
             (staging / JOURNAL_NAME).write_text(self._journal, encoding="utf-8")
             (staging / "README.md").write_text(render_card(self.report), encoding="utf-8")
+        self._checkpoints.clear()
 
     def push_to_hub(
         self,

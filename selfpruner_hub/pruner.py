@@ -183,9 +183,8 @@ class AutoPruner:
                     checkpoints=checkpoints,
                 )
         texts = (calibration, held_out)
-        checkpoints.clear()
         record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
-        return PrunedModel(model, self.tokenizer, record, journal.text())
+        return PrunedModel(model, self.tokenizer, record, journal.text(), checkpoints)
 
     def _texts(self, data: str, method: Method, seed: int, report: Callable[..., None]) -> tuple[Corpus, Corpus]:
         """Disjoint windows for calibration and for the fitness."""

@@ -72,4 +72,15 @@ def test_a_run_goes_on_where_it_ended(stage, tmp_path):
     assert again.plan == undisturbed.plan
     for a, b in zip(again.model.parameters(), undisturbed.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert [path.name for path in tmp_path.iterdir()] == ["search.jsonl"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["search.jsonl"]
+
+
+def test_what_a_run_finished_is_kept_until_its_model_is_saved(tmp_path):
+    pruned = AutoPruner(tiny_model("llama"), None, "tiny").prune(0.3, run_dir=tmp_path, progress=False, **SETTINGS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        pruned.save_pretrained(tmp_path / "file" / "model")
+    layers = {f"repair-{index}.safetensors" for index in range(pruned.model.config.num_hidden_layers)}
+    assert layers <= {path.name for path in (tmp_path / "stages").iterdir()}
+    pruned.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "stages").exists()
