@@ -8,6 +8,7 @@ Models and exports are kept in the directory WORK and taken from there the next 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,16 @@ def make_models(work: Path) -> dict[str, dict[str, Any]]:
     return cases
 
 
-def exported(work: Path, name: str, runtime: str, dtype: str) -> tuple[Path, float | None]:
-    """The directory that a runtime loads, and how far its logits are from PyTorch's."""
+def exported(work: Path, name: str, runtime: str, dtype: str) -> tuple[Path, dict[str, Any]]:
+    """The directory that a runtime loads; how far its logits are from PyTorch's, and, if made now, in how long."""
     if RUNTIMES[runtime].options is None:
-        return work / name, 0.0
-    directory = work / f"{runtime}-{dtype}" / name
+        return work / name, {}
+    directory, found = work / f"{runtime}-{dtype}" / name, dict[str, Any]()
     if not directory.is_dir():
+        started = time.perf_counter()
         export(work / name, runtime, directory, dtype=dtype)
-    return directory, read_export(directory).max_difference
+        found["export_s"] = round(time.perf_counter() - started, 1)
+    return directory, {"max_difference": read_export(directory).max_difference, **found}
 
 
 def phase_row(name: str, phase: Phase) -> dict[str, float]:
@@ -85,7 +88,7 @@ def main(work: Path, only: list[str]) -> None:
     for runtime, dtype in chosen:
         dense, _ = exported(work, DENSE, runtime, dtype)
         for name, case in cases.items():
-            directory, difference = exported(work, name, runtime, dtype)
+            directory, made = exported(work, name, runtime, dtype)
             with Bars() as progress:
                 report = benchmark(
                     directory,
@@ -108,7 +111,7 @@ def main(work: Path, only: list[str]) -> None:
                         **phase_row("decode", measured.decode),
                         "peak_mb": report.pruned.memory["peak_mb"],
                         "dense_peak_mb": report.dense.memory["peak_mb"],
-                        "max_difference": difference,
+                        **made,
                     }
                 )
                 print(rows[-1], flush=True)
