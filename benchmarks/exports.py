@@ -1,12 +1,13 @@
 """How fast pruned models are where they are served: PyTorch, ONNX Runtime and llama.cpp, beside the ideal.
 
 Run: python benchmarks/exports.py WORK [RUNTIME:DTYPE …]
-Models and exports are kept in the directory WORK and taken from there the next time. With some runtimes only (such as
-`gguf:f16`), the rows are printed and no JSON is written.
+Models, exports and rows are kept in the directory WORK and taken from there the next time; naming runtimes (such as
+`gguf:f16`) measures those alone.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -81,48 +82,60 @@ def phase_row(name: str, phase: Phase) -> dict[str, float]:
     }
 
 
+def case_rows(work: Path, name: str, case: dict[str, Any], runtime: str, dtype: str) -> list[dict[str, Any]]:
+    """One pruned model beside the dense one in a runtime, a row a prompt."""
+    dense, _ = exported(work, DENSE, runtime, dtype)
+    directory, made = exported(work, name, runtime, dtype)
+    with Bars() as progress:
+        report = benchmark(
+            directory,
+            dense,
+            runtime,
+            prompts=PROMPTS,
+            new_tokens=NEW_TOKENS,
+            runs=PASSES,
+            dtype=dtype,
+            progress=progress,
+        )
+    return [
+        {
+            "runtime": runtime,
+            "dtype": dtype,
+            **case,
+            "prompt": measured.prompt,
+            **phase_row("prefill", measured.prefill),
+            **phase_row("decode", measured.decode),
+            "peak_mb": report.pruned.memory["peak_mb"],
+            "dense_peak_mb": report.dense.memory["peak_mb"],
+            **made,
+        }
+        for measured in report.cases
+    ]
+
+
 def main(work: Path, only: list[str]) -> None:
     """Time every pruned model against the dense one, in every runtime."""
-    cases, rows = make_models(work), []
-    chosen = [run for run in RUNS if not only or ":".join(run) in only]
-    for runtime, dtype in chosen:
-        dense, _ = exported(work, DENSE, runtime, dtype)
+    cases, file = make_models(work), work / "rows.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for runtime, dtype in RUNS:
         for name, case in cases.items():
-            directory, made = exported(work, name, runtime, dtype)
-            with Bars() as progress:
-                report = benchmark(
-                    directory,
-                    dense,
-                    runtime,
-                    prompts=PROMPTS,
-                    new_tokens=NEW_TOKENS,
-                    runs=PASSES,
-                    dtype=dtype,
-                    progress=progress,
-                )
-            for measured in report.cases:
-                rows.append(
-                    {
-                        "runtime": runtime,
-                        "dtype": dtype,
-                        **case,
-                        "prompt": measured.prompt,
-                        **phase_row("prefill", measured.prefill),
-                        **phase_row("decode", measured.decode),
-                        "peak_mb": report.pruned.memory["peak_mb"],
-                        "dense_peak_mb": report.dense.memory["peak_mb"],
-                        **made,
-                    }
-                )
-                print(rows[-1], flush=True)
-    if chosen == list(RUNS):
-        write(
-            "exports",
-            f"SmolLM2-135M-Instruct, uniform FFN rates, CPU, {report.threads} threads, batch 1, {NEW_TOKENS} tokens "
-            f"after each prompt; dense and pruned in a process each, turn by turn, medians of {PASSES} passes, "
-            "speed-ups of neighbouring passes; ideal: floating-point operations of a prompt, bytes that a step reads",
-            rows,
-        )
+            wanted = {"runtime": runtime, "dtype": dtype, **case}
+            if (only and f"{runtime}:{dtype}" not in only) or any(wanted.items() <= row.items() for row in rows):
+                continue
+            found = case_rows(work, name, case, runtime, dtype)
+            rows += found
+            print(*found, sep="\n", flush=True)
+            with file.open("a") as out:
+                out.writelines(json.dumps(row) + "\n" for row in found)
+    order = [runtime for runtime, _ in RUNS]
+    write(
+        "exports",
+        f"SmolLM2-135M-Instruct, uniform FFN rates, CPU, {torch.get_num_threads()} threads, batch 1, {NEW_TOKENS} tokens "
+        f"after each prompt; dense and pruned in a process each, turn by turn, medians of {PASSES} passes, speed-ups of "
+        "neighbouring passes; ideal: floating-point operations of a prompt, bytes that a step reads; export_s: of an "
+        "export that was made in that run",
+        sorted(rows, key=lambda row: order.index(row["runtime"])),
+    )
 
 
 if __name__ == "__main__":

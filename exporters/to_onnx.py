@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import importlib.metadata
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.base import Written, one_line, one_of, require
+from exporters.grouped_attention import attending_by_groups
 from exporters.onnx_causal_lm import DEFAULT_PROVIDERS, OnnxCausalLM, default_options
 from exporters.onnx_int8 import quantize
 from exporters.parity import Step, expected, logit_difference
@@ -94,7 +96,7 @@ def trace(model: PreTrainedModel, fusions: str) -> Any:
     inputs, shapes = decode_step(model)
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=_ORT_FUSIONS[fusions])
     try:
-        with tracing(model):
+        with tracing(model), attending_by_groups(model) if fusions == "cpu" else contextlib.nullcontext():
             exported = OnnxExporter().export(model, inputs, config)
     except Exception as error:  # torch.export, torch.onnx and the exporters share no base class
         raise ExportError(f"{type(model).__name__} cannot be traced to ONNX: {one_line(error)}") from error
