@@ -21,9 +21,9 @@ from protocol import write
 from exporters.latency import CausalLMRunner
 from exporters.onnx_causal_lm import OnnxCausalLM, default_options
 
-RUNS = 9
+RUNS = 5
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
-ATTENTION = ("MultiHeadAttention", "GroupQueryAttention", "Attention", "Softmax")
+ATTENTION = ("Softmax", "Concat")
 
 
 def profiled(directory: Path, prefix: str) -> OnnxCausalLM:
@@ -49,7 +49,7 @@ def passes(file: str, heads: int) -> list[list[Counter[str]]]:
 
 
 def kind(event: dict[str, Any], heads: int) -> str:
-    """What an operator is: a product with weights, the head's, attention, or everything else."""
+    """What an operator is: a product with weights, the head's, attention and its cache, or everything else."""
     name = event["args"]["op_name"]
     if name in PRODUCTS:
         shapes = [shape for tensor in event["args"].get("input_type_shape", []) for shape in tensor.values()]

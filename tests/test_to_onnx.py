@@ -56,6 +56,12 @@ def test_every_architecture(name, exported):
     assert ours.tolist() == theirs.tolist()
 
 
+def test_no_key_or_value_is_copied_for_the_query_heads_that_share_it(exported):
+    graph = onnx.load(exported("llama") / "model.onnx", load_external_data=False).graph
+    readers = {node.op_type for node in graph.node for name in node.input if name.startswith("output.cache.")}
+    assert readers <= {"MatMul", "FusedMatMul", "Transpose", "Shape"}
+
+
 def test_layers_have_caches_of_their_own_width(exported):
     graph = onnx.load(exported("llama") / "model.onnx", load_external_data=False).graph
     keys = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.input}
