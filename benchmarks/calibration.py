@@ -7,14 +7,13 @@ Rows that are in WORK already are taken from there.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import write
+from protocol import Rows, write
 from torch import Tensor
 
 from selfpruner_hub.budget import Budget
@@ -23,6 +22,7 @@ from selfpruner_hub.corpus import consecutive_windows, load_corpus, sample_windo
 from selfpruner_hub.demo import load_embedded
 from selfpruner_hub.evaluation import divergence, perplexity, teach, with_layers
 from selfpruner_hub.importance import rank
+from selfpruner_hub.plan import Plan
 from selfpruner_hub.pruner import SENSITIVITY_TOKENS, AutoPruner
 from selfpruner_hub.search.seeds import seeds
 from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
@@ -91,7 +91,7 @@ def run(pruner: AutoPruner, windows: Tensor, measure: Measure) -> dict[str, Any]
     return found
 
 
-def _groups(pruner: AutoPruner, plan: Any) -> int:
+def _groups(pruner: AutoPruner, plan: Plan) -> int:
     dense, left = pruner.shape.dense.layers, plan.layers
     return sum(a.num_key_value_heads - b.num_key_value_heads for a, b in zip(dense, left, strict=True))
 
@@ -110,18 +110,13 @@ def protocol(pruner: AutoPruner, search_text: str, unseen_text: str) -> str:
 
 def main(work: Path, search_text: str, passages: str, unseen_text: str) -> None:
     """Measure every text."""
-    work.mkdir(parents=True, exist_ok=True)
-    file = work / "calibration.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = Rows(work / "calibration.jsonl")
     pruner = load_embedded()
     measure = Measure(pruner, unseen_text)
     for name, windows in texts(pruner, search_text, passages).items():
-        if any(row["text"] == name for row in rows):
+        if rows.have(text=name):
             continue
-        rows.append({"text": name, **run(pruner, windows, measure)})
-        print(rows[-1], flush=True)
-        with file.open("a") as out:
-            out.write(json.dumps(rows[-1]) + "\n")
+        rows.keep({"text": name, **run(pruner, windows, measure)})
         write("calibration", protocol(pruner, search_text, unseen_text), rows)
 
 

@@ -7,14 +7,13 @@ Models, exports and rows are kept in the directory WORK and taken from there the
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import write
+from protocol import Rows, write
 
 from exporters.base import export, read_export
 from exporters.benchmark import benchmark
@@ -115,18 +114,13 @@ def case_rows(work: Path, name: str, case: dict[str, Any], runtime: str, dtype: 
 
 def main(work: Path, only: list[str]) -> None:
     """Time every pruned model against the dense one, in every runtime."""
-    cases, file = make_models(work), work / "rows.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    cases, rows = make_models(work), Rows(work / "rows.jsonl")
     for runtime, dtype in RUNS:
         for name, case in cases.items():
-            wanted = {"runtime": runtime, "dtype": dtype, **case}
-            if (only and f"{runtime}:{dtype}" not in only) or any(wanted.items() <= row.items() for row in rows):
+            if (only and f"{runtime}:{dtype}" not in only) or rows.have(runtime=runtime, dtype=dtype, **case):
                 continue
-            found = case_rows(work, name, case, runtime, dtype)
-            rows += found
-            print(*found, sep="\n", flush=True)
-            with file.open("a") as out:
-                out.writelines(json.dumps(row) + "\n" for row in found)
+            for row in case_rows(work, name, case, runtime, dtype):
+                rows.keep(row)
     order = [runtime for runtime, _ in RUNS]
     write(
         "exports",

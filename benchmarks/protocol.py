@@ -1,4 +1,4 @@
-"""What every benchmark writes: figures, protocol, machine and versions, as JSON beside the script."""
+"""What benchmarks share: rows that are kept as they are made, and JSON with protocol, machine and versions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,30 @@ from typing import Any
 import torch
 
 from exporters.machine import cores, processor
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows of figures in a file, a line each, so that a benchmark goes on where it stopped.
+
+    Args:
+        file: Read where it exists.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(json.loads(line) for line in (file.read_text().splitlines() if file.exists() else ()))
+        self._file = file
+
+    def have(self, **wanted: Any) -> bool:
+        """Whether there is a row with these values."""
+        return any(wanted.items() <= row.items() for row in self)
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Add a row, write it, and show it."""
+        self.append(row)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
 
 
 def write(name: str, protocol: str, results: Any) -> None:

@@ -8,7 +8,6 @@ Rows that are in WORK already are taken from there.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import Flap, block_influence, by_channels, magnitude, taylor, without_blocks
-from protocol import write
+from protocol import Rows, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -69,11 +68,7 @@ class Table:
 
     def __init__(self, work: Path, pruner: AutoPruner, unseen_text: str, tasks: Path | None, protocol: str) -> None:
         self._protocol = protocol
-        self._file = work / "rows.jsonl"
-        work.mkdir(parents=True, exist_ok=True)
-        self.rows: list[dict[str, Any]] = (
-            [json.loads(line) for line in self._file.read_text().splitlines()] if self._file.exists() else []
-        )
+        self.rows = Rows(work / "rows.jsonl")
         self._tokenizer, self._tasks = pruner.tokenizer, tasks
         self._windows = {
             length: consecutive_windows(unseen_text, pruner.tokenizer, length, count).windows
@@ -82,16 +77,13 @@ class Table:
 
     def add(self, method: str, beta: float, made: Measured) -> None:
         """Make and measure a model, where its row is missing."""
-        if any((row["method"], row["beta"]) == (method, beta) for row in self.rows):
+        if self.rows.have(method=method, beta=beta):
             return
         started = time.perf_counter()
         removed, model = made()
         minutes = round((time.perf_counter() - started) / 60, 1)
-        row = {"method": method, "beta": beta, "removed": round(removed, 4), "minutes": minutes, **self._figures(model)}
-        self.rows.append(row)
-        with self._file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row, flush=True)
+        made_so = {"method": method, "beta": beta, "removed": round(removed, 4), "minutes": minutes}
+        self.rows.keep({**made_so, **self._figures(model)})
         self.write()
 
     def write(self) -> None:

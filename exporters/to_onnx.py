@@ -96,6 +96,7 @@ def trace(model: PreTrainedModel, fusions: str) -> Any:
     inputs, shapes = decode_step(model)
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=_ORT_FUSIONS[fusions])
     try:
+        # On a GPU, ONNX Runtime has operators of its own for what transformers attends with; TensorRT fuses by itself.
         with tracing(model), attending_by_groups(model) if fusions == "cpu" else contextlib.nullcontext():
             exported = OnnxExporter().export(model, inputs, config)
     except Exception as error:  # torch.export, torch.onnx and the exporters share no base class

@@ -29,7 +29,7 @@ class PrunedModel:
         tokenizer: Its tokenizer, or None.
         report: The record that `selfpruner.json` holds.
         journal: The lines of `search.jsonl`.
-        checkpoints: Of the run that made it; they end where the model is saved.
+        checkpoints: Of the run that made it; they end where the model is saved or published.
     """
 
     def __init__(
@@ -61,7 +61,11 @@ class PrunedModel:
         Raises:
             OutputError: It cannot be written.
         """
-        with save_directory(Path(directory)) as staging:
+        self._write(Path(directory), max_shard_size)
+        self._checkpoints.clear()
+
+    def _write(self, directory: Path, max_shard_size: int | str = "1GB") -> None:
+        with save_directory(directory) as staging:
             self.model.config._name_or_path = self.report.base_model
             self.model.save_pretrained(staging, max_shard_size=max_shard_size)
             if self.tokenizer is not None:
@@ -69,7 +73,6 @@ class PrunedModel:
             (staging / FILE_NAME).write_text(self.report.to_json(), encoding="utf-8")
             (staging / JOURNAL_NAME).write_text(self._journal, encoding="utf-8")
             (staging / "README.md").write_text(render_card(self.report), encoding="utf-8")
-        self._checkpoints.clear()
 
     def push_to_hub(
         self,
@@ -101,8 +104,8 @@ class PrunedModel:
             HubError: The Hub is out of reach, or fails.
         """
         with tempfile.TemporaryDirectory() as temporary:
-            self.save_pretrained(directory := Path(temporary) / "model")
-            return publish(
+            self._write(directory := Path(temporary) / "model")
+            published = publish(
                 directory,
                 repo_id,
                 private=private,
@@ -112,6 +115,8 @@ class PrunedModel:
                 exports=exports,
                 token=token,
             )
+        self._checkpoints.clear()
+        return published
 
     def export(self, to: str, output: str | Path, *, tolerance: float | None = None, **options: Any) -> Path:
         """Write the model in another format, and compare that with this model.

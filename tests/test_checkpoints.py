@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from selfpruner_hub import pruned_model
 from selfpruner_hub.checkpoints import Checkpoints
-from selfpruner_hub.errors import OutputError
+from selfpruner_hub.errors import HubError, OutputError
 from selfpruner_hub.pruner import AutoPruner
 
 SETTINGS = {
@@ -83,4 +84,19 @@ def test_what_a_run_finished_is_kept_until_its_model_is_saved(tmp_path):
     layers = {f"repair-{index}.safetensors" for index in range(pruned.model.config.num_hidden_layers)}
     assert layers <= {path.name for path in (tmp_path / "stages").iterdir()}
     pruned.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "stages").exists()
+
+
+def test_and_until_it_is_published(tmp_path, monkeypatch):
+    pruned = AutoPruner(tiny_model("llama"), None, "tiny").prune(0.3, run_dir=tmp_path, progress=False, **SETTINGS)
+
+    def refuse(*_args, **_more):
+        raise HubError("The Hub is out of reach.")
+
+    monkeypatch.setattr(pruned_model, "publish", refuse)
+    with pytest.raises(HubError):
+        pruned.push_to_hub("me/model")
+    assert (tmp_path / "stages").is_dir()
+    monkeypatch.setattr(pruned_model, "publish", lambda *_args, **_more: "published")
+    assert pruned.push_to_hub("me/model") == "published"
     assert not (tmp_path / "stages").exists()
