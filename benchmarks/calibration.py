@@ -79,10 +79,13 @@ def run(pruner: AutoPruner, windows: Tensor, measure: Measure) -> dict[str, Any]
     sensitivity = output_sensitivity(model, windows[: max(1, SENSITIVITY_TOKENS // windows.shape[1])])
     statistics = calibrate(model, windows)
     seconds = time.perf_counter() - started
-    order = rank(model, statistics, "obs")
     found: dict[str, Any] = {"seconds": round(seconds, 1)}
+    started = time.perf_counter()
+    order = rank(model, statistics, "obs")
     with ordered(model, order):
         slicer = Slicer(model, order, statistics)
+        slicer.layers(budget.project(seeds(budget)["uniform"]))
+        found["ordering_and_repair_seconds"] = round(time.perf_counter() - started, 1)
         starts = seeds(budget, loss_curves(sensitivity, slicer))
         for name in ("uniform", "sensitivity"):
             plan = budget.project(starts[name])
@@ -102,7 +105,8 @@ def protocol(pruner: AutoPruner, search_text: str, unseen_text: str) -> str:
     return (
         f"SmolLM2-135M-Instruct, {pruner.model.dtype}, β = {BETA}, order of OBS, first repair, windows of {WINDOW} "
         f"tokens of {Path(search_text).name} unless a row says otherwise; uniform: FFN rates; sensitivity: rates of "
-        "least predicted loss, attention and FFN apart; seconds: sensitivities, calibration; perplexity on the first "
+        "least predicted loss, attention and FFN apart; seconds: sensitivities, calibration; then ordering and "
+        "the repair of all layers at uniform rates; perplexity on the first "
         f"windows of {Path(unseen_text).name}, {measured} tokens; KL on {OWN} windows of 256 tokens that the dense "
         "model wrote"
     )

@@ -84,7 +84,7 @@ def main(work: Path) -> None:
                     for model in models.values():
                         CausalLMRunner(model).measure(ids, NEW_TOKENS)
                 found = {
-                    each: medians(passes(model._runner.session.end_profiling(), model.config.vocab_size))
+                    each: medians(passes(model.session.end_profiling(), model.config.vocab_size))
                     for each, model in models.items()
                 }
             for phase in ("prefill", "decode"):

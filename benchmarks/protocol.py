@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +38,20 @@ class Rows(list[dict[str, Any]]):
         with self._file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
+
+
+def memory(key: str = "VmRSS") -> float:
+    """Resident memory of this process, in MB; with `VmHWM`, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+@contextmanager
+def peak_of_memory() -> Iterator[Callable[[], float]]:
+    """Give a function that tells the peak of resident memory since then, in MB."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    yield lambda: memory("VmHWM")
 
 
 def write(name: str, protocol: str, results: Any) -> None:

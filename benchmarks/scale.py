@@ -6,7 +6,6 @@ LARGEST: most parameters of a model in the series of whole models, in millions (
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from protocol import write
+from protocol import memory, peak_of_memory, write
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from selfpruner_hub.architectures import shape_of
@@ -61,17 +60,11 @@ def build(layers: int, width: int, ffn: int) -> PreTrainedModel:
 @contextmanager
 def measured(stage: str, into: dict[str, Any]) -> Iterator[None]:
     """Seconds, and what the peak of resident memory adds to what was there before, in MB."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, started = _status("VmRSS"), time.perf_counter()
-    yield
-    seconds = time.perf_counter() - started
-    into[stage] = {"seconds": round(seconds, 3), "megabytes": round((_status("VmHWM") - before) / 1024, 1)}
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    with peak_of_memory() as peak:
+        before, started = memory(), time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        into[stage] = {"seconds": round(seconds, 3), "megabytes": round(peak() - before, 1)}
 
 
 def run(layers: int, width: int, ffn: int, tokens: int, candidates: int) -> dict[str, Any]:

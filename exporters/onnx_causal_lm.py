@@ -12,6 +12,8 @@ from transformers import Cache, GenerationConfig, PreTrainedConfig
 
 from exporters.base import one_line, read_export, require
 from exporters.graph_causal_lm import GraphCausalLM
+from exporters.onnx_session import BoundSession
+from exporters.tracing import cache_of, states_of
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.storage import resolve_directory
 
@@ -38,7 +40,12 @@ class OnnxCausalLM(GraphCausalLM):
         self, exported: Any, config: PreTrainedConfig, generation_config: GenerationConfig | None = None
     ) -> None:
         super().__init__(config, generation_config)
-        self._exported = exported
+        runner = exported.runners["model"]
+        self._dtype = exported.dtype
+        self._device = runner.device
+        self.session = runner.session
+        """ONNX Runtime's."""
+        self._run = BoundSession(runner.session, self._device)
 
     @classmethod
     def from_pretrained(
@@ -121,34 +128,32 @@ class OnnxCausalLM(GraphCausalLM):
     @property
     def providers(self) -> list[str]:
         """The execution providers that run it, first choice first."""
-        return list(self._runner.session.get_providers())
+        return list(self.session.get_providers())
 
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return self._runner.device
+        return self._device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of keys and values."""
-        return self._exported.dtype
-
-    @property
-    def _runner(self) -> Any:
-        return self._exported.runners["model"]
+        return self._dtype
 
     def step(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache, logits_to_keep: Tensor
     ) -> tuple[Tensor, Cache]:
         """Run the graph once; see `GraphCausalLM.step`."""
-        out = self._exported(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            logits_to_keep=logits_to_keep,
-        )
-        return out.logits, out.cache
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "logits_to_keep": logits_to_keep,
+        }
+        places = [f"cache.layers.{index}.{what}" for index in range(len(cache.layers)) for what in ("keys", "values")]
+        states = zip(places, states_of(cache), strict=True)
+        found = self._run(inputs | {f"input.{place}": state for place, state in states})
+        return found["logits"], cache_of([found[f"output.{place}"] for place in places])
 
 
 def default_options(threads: int | None = None) -> Any:
