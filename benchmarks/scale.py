@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from protocol import memory, peak_of_memory, write
+from scipy.optimize import nnls
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from selfpruner_hub.architectures import shape_of
@@ -38,6 +40,9 @@ SERIES: dict[str, list[dict[str, int]]] = {
     "candidates": [{"candidates": n} for n in (2, 4, 8, 16)],
 }
 """Each changes one thing of `BASE`."""
+LLAMA_2_70B = {"layers": 80, "width": 8192, "ffn": 28672, "tokens": 131_072, "candidates": 32}
+"""With the tokens of the default and a search of as many full evaluations, each on a quarter of them."""
+ATTENTION_70B = 2 * 8192 * (8192 + 1024)
 WHOLE = [(256, 8), (512, 12), (768, 16), (1024, 24), (1536, 28), (2048, 28)]
 """Width and depth of whole models, 10 M to 1.5 B parameters; FFN three times the width."""
 
@@ -113,6 +118,44 @@ def growth(rows: list[dict[str, Any]], what: str, figure: str) -> dict[str, floa
     return found
 
 
+Sizes = dict[str, int]
+
+
+def seconds(stage: str, sizes: Sizes, attention: int) -> list[float]:
+    """What the time of a stage is made of: passes, products of the statistics, solves, and work for each layer."""
+    layers, width, ffn, tokens = (sizes[name] for name in ("layers", "width", "ffn", "tokens"))
+    models = sizes["candidates"] if stage == "scoring" else 1
+    read = tokens / 4 if stage == "scoring" else tokens
+    weights, cubes = attention + 3 * width * ffn, ffn**2 * (ffn + width)
+    return [models * layers * each for each in (weights * read, ffn**2 * read, cubes, 1)]
+
+
+def megabytes(_stage: str, sizes: Sizes, attention: int) -> list[float]:
+    """What its memory is made of: matrices of all layers, of one, weights, hidden states, and the rest."""
+    layers, width, ffn, tokens = (sizes[name] for name in ("layers", "width", "ffn", "tokens"))
+    return [layers * ffn**2, ffn**2, layers * (attention + 3 * width * ffn), tokens * width, 1]
+
+
+def estimate(rows: list[dict[str, Any]], figure: str) -> dict[str, dict[str, float]]:
+    """Fit the parts of each stage to all rows, by non-negative least squares of relative errors.
+
+    Returns:
+        For each stage, what LLaMA-2-70B takes by that, and the median relative error of the fit.
+    """
+    found = {}
+    parts = {"seconds": seconds, "megabytes": megabytes}[figure]
+    for stage in rows[0]["stages"]:
+        known = [row for row in rows if row["stages"][stage][figure] > 0]
+        values = np.array([row["stages"][stage][figure] for row in known])
+        matrix = np.array([parts(stage, row, 3 * row["width"] ** 2) for row in known])  # as `build` has it
+        scale = matrix.max(0)
+        shares, _ = nnls(matrix / scale / values[:, None], np.ones(len(known)))
+        errors = np.abs(matrix / scale @ shares / values - 1)
+        large = np.array(parts(stage, LLAMA_2_70B, ATTENTION_70B)) / scale @ shares
+        found[stage] = {"70b": round(float(large), 1), "error": round(float(np.median(errors)), 3)}
+    return found
+
+
 def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Seconds above, megabytes below, a column a series, both axes logarithmic."""
     figure = Figure(figsize=(3.2 * len(table), 6.4), layout="constrained")
@@ -153,11 +196,19 @@ def main(largest: float) -> None:
     draw(table, Path(__file__).with_name("scale.png"))
     write(
         "scale",
-        f"random Llamas in bfloat16, windows of {WINDOW}, β = {BETA}, vocabulary {VOCABULARY}; base {BASE}; each "
-        "series changes one thing; parameters: whole models, FFN three times the width; seconds and peak of resident "
-        "memory above that before the stage; scoring: all candidates, on a quarter of the tokens; exponents: slopes "
-        "of the logarithms",
-        {"series": table, "exponents": exponents},
+        f"random Llamas in bfloat16, windows of {WINDOW}, β = {BETA}, vocabulary {VOCABULARY}; base {BASE}; each series "
+        "changes one thing; parameters: whole models, FFN three times the width; seconds, and peak of resident memory "
+        "above that before the stage; scoring: all candidates, on a quarter of the tokens; exponents: slopes of the "
+        "logarithms; llama_2_70b: the parts of each stage fitted to all rows, at the size of LLaMA-2-70B, on this "
+        "machine with everything in memory",
+        {
+            "series": table,
+            "exponents": exponents,
+            "llama_2_70b": {
+                figure: estimate([row for rows in table.values() for row in rows], figure)
+                for figure in ("seconds", "megabytes")
+            },
+        },
     )
 
 
