@@ -196,11 +196,11 @@ def main(largest: float) -> None:
     draw(table, Path(__file__).with_name("scale.png"))
     write(
         "scale",
-        f"random Llamas in bfloat16, windows of {WINDOW}, β = {BETA}, vocabulary {VOCABULARY}; base {BASE}; each series "
-        "changes one thing; parameters: whole models, FFN three times the width; seconds, and peak of resident memory "
-        "above that before the stage; scoring: all candidates, on a quarter of the tokens; exponents: slopes of the "
-        "logarithms; llama_2_70b: the parts of each stage fitted to all rows, at the size of LLaMA-2-70B, on this "
-        "machine with everything in memory",
+        f"random Llamas in bfloat16, windows of {WINDOW}, β = {BETA}, vocabulary {VOCABULARY}; base {BASE}; each "
+        "series changes one thing; parameters: whole models, FFN three times the width; seconds, and peak of resident "
+        "memory above that before the stage; scoring: all candidates, on a quarter of the tokens; exponents: slopes "
+        "of the logarithms; llama_2_70b: the parts of each stage fitted to all rows, at the size of LLaMA-2-70B, on "
+        "this machine with everything in memory",
         {
             "series": table,
             "exponents": exponents,
