@@ -67,8 +67,8 @@ def main(search_text: str, counts: list[int]) -> None:
     write(
         "workers",
         f"SmolLM2-135M-Instruct, {pruner.model.dtype}: seconds to score {CANDIDATES} random plans on {FITNESS} tokens "
-        f"of {Path(search_text).name} by Ray workers of {THREADS} thread each, warm, {ROUNDS} rounds in turn; speed-up: "
-        f"median over rounds, against {first} worker; equal: whether all scores were the same to the bit",
+        f"of {Path(search_text).name} by Ray workers of {THREADS} thread each, warm, {ROUNDS} rounds in turn; speed"
+        f"-up: median over rounds, against {first} worker; equal: whether all scores were the same to the bit",
         {
             "seconds": {n: [round(each, 2) for each in times] for n, times in taken.items()},
             "speedup": {n: round(value, 3) for n, value in speedups.items()},
