@@ -30,7 +30,7 @@ from selfpruner_hub.slicing import Slicer, ordered
 
 BETA, WINDOW, FEW = 0.3, 512, 32_768
 COUNTS = (8_192, 16_384, FEW, 65_536, 131_072)
-WINDOWS = (64, 128, 256, 1024, 2048)
+WINDOWS = (128, 256, 2048)
 MEASURED = ((512, 32), (2048, 8))
 """Lengths and counts of the first windows of the unseen text."""
 OWN = 16
