@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfpruner_hub.batches import windows_at_once
+
 BATCH_TOKENS = 2048
-"""Tokens in one forward pass of the decoder."""
+"""Tokens in one forward pass of the decoder on a CPU."""
 HEAD_TOKENS = 128
 """Positions whose logits are held at once, in float32: 128 × vocabulary."""
 TOP_K = 64
@@ -137,9 +139,8 @@ def mean_losses(model: PreTrainedModel, windows: Tensor, *losses: Loss) -> list[
 
 def _logits(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first prediction, float32 logits `[≤ HEAD_TOKENS, V]`) over all windows."""
-    size = max(1, BATCH_TOKENS // windows.shape[1])
     done = 0
-    for batch in windows.split(size):
+    for batch in windows.split(windows_at_once(model, windows.shape[1], BATCH_TOKENS)):
         hidden = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
         predicting = hidden[:, :-1].flatten(0, 1)
         for first, logits in head_chunks(model, predicting):

@@ -29,6 +29,7 @@ LAYERS = (
         "shelf",
         "checkpoints",
         "streams",
+        "batches",
         "least_squares",
         "slicing",
     },

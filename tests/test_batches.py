@@ -1,0 +1,68 @@
+"""The batches of forward passes: fixed on CPUs, found on accelerators. A CPU plays one whose memory ends."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from selfpruner_hub.batches import ON_ACCELERATORS, windows_at_once
+from selfpruner_hub.errors import ModelError
+
+
+class Accelerator:
+    """A model on a device on which passes of more than `room` windows run out of memory."""
+
+    def __init__(self, room):
+        self.room, self.tried = room, []
+        self.device = SimpleNamespace(type="elsewhere")
+
+    def get_decoder(self):
+        def run(ids, use_cache):
+            self.tried.append(tuple(ids.shape))
+            if len(ids) > self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+        return run
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **kwargs: zeros(*shape, **kwargs))
+
+
+def test_a_cpu_takes_what_is_asked():
+    model = Accelerator(room=1)
+    model.device = torch.device("cpu")
+    assert [windows_at_once(model, width, 2048) for width in (128, 2048, 4096)] == [16, 1, 1]
+    assert not model.tried
+
+
+def test_what_fits_is_found_once_for_each_width():
+    model = Accelerator(room=100)
+    found = windows_at_once(model, 128, 2048)
+    assert model.tried[0] == (ON_ACCELERATORS * 16, 128)
+    assert 85 < found <= 100
+    count = len(model.tried)
+    assert windows_at_once(model, 128, 2048) == found
+    assert len(model.tried) == count
+    assert 85 < windows_at_once(model, 64, 2048) <= 100
+    assert model.tried[count] == (ON_ACCELERATORS * 32, 64)
+
+
+def test_room_for_all():
+    assert windows_at_once(Accelerator(room=10**6), 128, 2048) == ON_ACCELERATORS * 16
+
+
+def test_no_room_at_all():
+    with pytest.raises(ModelError, match="Not one window of 128 tokens"):
+        windows_at_once(Accelerator(room=0), 128, 2048)
+
+
+def test_other_errors_are_not_taken_for_it():
+    model = Accelerator(room=1)
+    model.get_decoder = lambda: lambda *_, **__: (_ for _ in ()).throw(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        windows_at_once(model, 128, 2048)
