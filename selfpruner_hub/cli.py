@@ -216,6 +216,12 @@ def _prune(options: argparse.Namespace) -> None:
         return
     dense, left = report.parameters["dense"], report.parameters["pruned"]
     print(f"{options.output}: {left:,} of {dense:,} parameters, β = {report.achieved_beta:.4f}")
+    if elsewhere := report.proposer["gains"].get("elsewhere"):
+        (seed, found), name = report.proposer["gains"]["selected_on"], report.method["fitness"]
+        print(
+            f"search: {name} {seed:.4f} -> {found:.4f} from the best seed on; on text that it did not select on, "
+            f"{elsewhere[0]:.4f} -> {elsewhere[1]:.4f}"
+        )
     replies = report.proposer["replies"]
     if replies.get("replaced"):
         print(

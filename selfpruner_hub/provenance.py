@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from importlib.metadata import version
+from math import isfinite
 from typing import Any
 
 from torch import nn
@@ -113,6 +114,7 @@ def describe(
             "best_from": found.best.origin,
             "replies": found.counts,
             "tokens": found.tokens,
+            "gains": _gains(found),
         },
         data={"calibration": texts[0].record(), "fitness": searched.record()},
         versions={
@@ -122,6 +124,14 @@ def describe(
         licence=licence,
         metrics={"search_fitness": Metric(round(found.best.fitness, 6), None, protocol)},
     )
+
+
+def _gains(found: Outcome) -> dict[str, list[float]]:
+    """Fitness of the best seed and of the best plan: where the search selected, and elsewhere."""
+    pairs = {"selected_on": (found.best_seed.fitness, found.best.fitness), "elsewhere": found.elsewhere}
+    return {
+        text: [round(value, 6) for value in pair] for text, pair in pairs.items() if pair and all(map(isfinite, pair))
+    }
 
 
 def count_parameters(model: nn.Module) -> int:

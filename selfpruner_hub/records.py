@@ -56,7 +56,8 @@ class Record:
     """Every setting of the method."""
     seed: int
     proposer: dict[str, Any]
-    """Who searched: name, model, evaluations, counts of replies, tokens."""
+    """Who searched: name, model, evaluations, counts of replies, tokens; `gains`: fitness of the best seed and of what
+    was found, on the text that the search selected on, and elsewhere."""
     data: dict[str, dict[str, Any]]
     """`calibration` and `fitness`: name, tokens, window and hash of each text."""
     versions: dict[str, str]

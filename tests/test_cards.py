@@ -23,7 +23,13 @@ RECORD = Record(
     parameters={"dense": 1234567, "pruned": 876543},
     method={"importance": "wanda-sp", "repair": True, "fitness": "kl"},
     seed=77,
-    proposer={"name": "evolution", "evaluations": 48.25, "best_from": "seed:ramp", "tokens": 9876},
+    proposer={
+        "name": "evolution",
+        "evaluations": 48.25,
+        "best_from": "seed:ramp",
+        "tokens": 9876,
+        "gains": {"selected_on": [0.0711, 0.0639], "elsewhere": [0.0822, 0.0733]},
+    },
     data={"calibration": {"name": "first.txt", "tokens": 5120}, "fitness": {"name": "second.txt", "tokens": 2560}},
     versions={"torch": "8.13.0", "transformers": "9.24.0"},
     metrics={
@@ -38,6 +44,7 @@ OWN_NUMBERS = (
     *("20", "0", "20", "0"),  # the code: how many tokens to write, and the first of the batch
     *("1,234,567", "876,543"),
     *("1", "12.3", "14", "421", "2", "45.6", "13", "261", "3", "35.0", "12", "312"),
+    *("0.0711", "0.0639", "0.0822", "0.0733"),  # the gains of the search
     *("0.31", "0.3098", "48.25", "9876", "77", "5120", "2560", "8.13.0", "9.24.0"),
 )
 FIGURES = ("19.8765", "23.4567", "0.0639", "44", "2560")
@@ -74,6 +81,15 @@ def test_figures_stand_beside_those_of_the_dense_parent_with_their_protocol():
     assert "* **perplexity**: held-out.txt, 44 windows." in card
     assert "| search_fitness |" not in card  # no figure of quality
     assert "* search_fitness: 0.0639 (kl on 2560 tokens)." in card
+
+
+def test_the_gain_of_the_search_is_told_where_it_selected_and_elsewhere():
+    told = " ".join(render_card(RECORD).split())
+    assert "kl went from 0.0711 to 0.0639 on the text that the search selected on, and from 0.0822 to 0.0733" in told
+    for gains in ({}, {"selected_on": [0.0711, 0.0639]}):  # of a record from before, or without a search
+        assert "went from" not in render_card(replace(RECORD, proposer={**RECORD.proposer, "gains": gains}))
+    older = {key: value for key, value in RECORD.proposer.items() if key != "gains"}
+    assert "went from" not in render_card(replace(RECORD, proposer=older))
 
 
 def test_speed_stands_apart_with_its_machine_and_date():

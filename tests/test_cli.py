@@ -97,7 +97,12 @@ def test_prune_writes_everything_and_leaves_no_run_directory(run, dense, text, t
     status, out, err = run(*prune(dense, tmp_path / "small", text))
     record = read_record(tmp_path / "small")
     assert (status, err) == (0, "")
-    assert out == f"{tmp_path / 'small'}: {record.parameters['pruned']:,} of 39,584 parameters, β = 0.3000\n"
+    first, second = out.splitlines()
+    assert first == f"{tmp_path / 'small'}: {record.parameters['pruned']:,} of 39,584 parameters, β = 0.3000"
+    selected, elsewhere = (
+        "{:.4f} -> {:.4f}".format(*record.proposer["gains"][t]) for t in ("selected_on", "elsewhere")
+    )
+    assert second == (f"search: kl {selected} from the best seed on; on text that it did not select on, {elsewhere}")
     assert names(tmp_path) == {"small", *(f"small/{name}" for name in FILES)}
 
 

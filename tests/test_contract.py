@@ -196,6 +196,18 @@ def test_files_counts_and_rates_agree_with_the_record(saved, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_the_gain_of_the_search_is_checked_on_other_text(saved, name):
+    """On the first windows of the calibration, with both plans as the search had them."""
+    _, pruned = saved[name]
+    gains = pruned.report.proposer["gains"]
+    assert gains["selected_on"][1] == pruned.report.metrics["search_fitness"].value <= gains["selected_on"][0]
+    assert all(0 < value < 10 for value in gains["elsewhere"])
+    assert gains["elsewhere"] != gains["selected_on"]
+    same_plan = pruned.report.proposer["best_from"].startswith("seed:")
+    assert (gains["elsewhere"][0] == gains["elsewhere"][1]) == same_plan
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_saved_again_and_read_again(saved, name, tmp_path):
     """What was loaded can be saved, and its configuration round-trips."""
     directory, pruned = saved[name]

@@ -152,7 +152,9 @@ def seeds_alone():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_evolution_beats_its_best_seed(seed):
-    found = run(EvolutionProposer(BUDGET), schedule=Schedule(evaluations=60), seed=seed).best
+    outcome = run(EvolutionProposer(BUDGET), schedule=Schedule(evaluations=60), seed=seed)
+    found, start = outcome.best, outcome.best_seed
+    assert start == seeds_alone().best == seeds_alone().best_seed
     assert found.fitness < 0.7 * seeds_alone().best.fitness
     assert found.origin == "evolution"
     assert found.share == 1

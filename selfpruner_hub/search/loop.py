@@ -70,6 +70,7 @@ def search(
     """
     run = _Search(proposer, budget, pool or _one_by_one(score), journal, schedule, seed, probe, report)
     run.score_round(0, [(f"seed:{name}", budget.project(rates)) for name, rates in seeds.items()])
+    best_seed = run.incumbent()
     barren = 0
     for number, operation, count in schedule.rounds():
         if run.spent >= schedule.evaluations or barren == BARREN_ROUNDS:
@@ -80,7 +81,7 @@ def search(
         if children:
             proposer.tell(run.score_round(number, children))
         run.close_round(number, operation)
-    return Outcome(run.incumbent(), run.spent, dict(run.counts), run.tokens)
+    return Outcome(run.incumbent(), best_seed, run.spent, dict(run.counts), run.tokens)
 
 
 @dataclass

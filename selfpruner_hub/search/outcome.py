@@ -26,9 +26,13 @@ class Outcome:
 
     best: Scored
     """The best plan among those scored on all windows."""
+    best_seed: Scored
+    """The best of those it started from."""
     spent: float
     """Full-evaluation equivalents."""
     counts: dict[str, int]
     """Proposals by origin and fate: accepted, refused, duplicate, replaced."""
     tokens: int
     """Tokens that a language model read and wrote."""
+    elsewhere: tuple[float, float] | None = None
+    """Fitness of the best seed and of the best plan on text that the search did not select on; None: not measured."""
