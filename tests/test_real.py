@@ -26,7 +26,7 @@ SETTINGS = {"data": "self", "window": 128, "calibration_tokens": 4096, "fitness_
 def case(real_pruner, tmp_path_factory):
     """(pruned by its own search, directory where it was saved, the directory loaded in float32)."""
     seeds = ("uniform", "sensitivity")
-    pruned = real_pruner.prune(0.3, evaluations=4, population=4, crossover=4, mutation=4, seeds=seeds, **SETTINGS)
+    pruned = real_pruner.prune(0.3, evaluations=8, population=4, crossover=4, mutation=4, seeds=seeds, **SETTINGS)
     directory = tmp_path_factory.mktemp("real") / "smollm2-b30"
     pruned.save_pretrained(directory)
     return pruned, directory, AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
