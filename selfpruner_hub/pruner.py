@@ -42,7 +42,7 @@ from selfpruner_hub.workers import check_executor, ray_workers
 SENSITIVITY_TOKENS = 4096
 """Calibration tokens for the one backward pass behind the sensitivity seeds."""
 ELSEWHERE_TOKENS = 8192
-"""Calibration tokens on which the gain of the search is checked."""
+"""Most calibration tokens on which the gain of the search is checked."""
 
 
 class AutoPruner:
@@ -174,7 +174,8 @@ class AutoPruner:
                         report=_live(report, method),
                     )
                 if method.evaluations:
-                    found.elsewhere = _elsewhere(slicer, calibration.windows, method, found)
+                    others = calibration.windows[: len(held_out.windows)]
+                    found.elsewhere = _elsewhere(slicer, others, method, found)
                 model = slice_model(slicer, found.best.plan)
                 del slicer, fitness_  # their factors take more memory than the model
             if method.repair and method.accumulate:
