@@ -30,6 +30,7 @@ class Accelerator:
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
     zeros = torch.zeros
+    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda **_: None)  # a second each, of nothing
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **kwargs: zeros(*shape, **kwargs))
 
 
