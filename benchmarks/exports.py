@@ -127,7 +127,7 @@ def main(work: Path, only: list[str]) -> None:
         f"SmolLM2-135M-Instruct, uniform FFN rates, CPU, {torch.get_num_threads()} threads, batch 1, {NEW_TOKENS} "
         f"tokens after each prompt; dense and pruned in a process each, turn by turn, medians of {PASSES} passes, "
         "speed-ups of neighbouring passes; ideal: floating-point operations of a prompt, bytes that a step reads; "
-        "export_s: what the export took when it was made",
+        "export_s: of an export that was made in that run",
         sorted(rows, key=lambda row: order.index(row["runtime"])),
     )
 

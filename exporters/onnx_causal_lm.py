@@ -12,8 +12,6 @@ from transformers import Cache, GenerationConfig, PreTrainedConfig
 
 from exporters.base import one_line, read_export, require
 from exporters.graph_causal_lm import GraphCausalLM
-from exporters.onnx_session import BoundSession
-from exporters.tracing import cache_of, states_of
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.storage import resolve_directory
 
@@ -40,12 +38,7 @@ class OnnxCausalLM(GraphCausalLM):
         self, exported: Any, config: PreTrainedConfig, generation_config: GenerationConfig | None = None
     ) -> None:
         super().__init__(config, generation_config)
-        runner = exported.runners["model"]
-        self._dtype = exported.dtype
-        self._device = runner.device
-        self.session = runner.session
-        """ONNX Runtime's."""
-        self._run = BoundSession(runner.session, self._device)
+        self._exported = exported
 
     @classmethod
     def from_pretrained(
@@ -126,6 +119,11 @@ class OnnxCausalLM(GraphCausalLM):
         return model
 
     @property
+    def session(self) -> Any:
+        """ONNX Runtime's session."""
+        return self._runner.session
+
+    @property
     def providers(self) -> list[str]:
         """The execution providers that run it, first choice first."""
         return list(self.session.get_providers())
@@ -133,27 +131,29 @@ class OnnxCausalLM(GraphCausalLM):
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return self._device
+        return self._runner.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of keys and values."""
-        return self._dtype
+        return self._exported.dtype
+
+    @property
+    def _runner(self) -> Any:
+        return self._exported.runners["model"]
 
     def step(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache, logits_to_keep: Tensor
     ) -> tuple[Tensor, Cache]:
         """Run the graph once; see `GraphCausalLM.step`."""
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "logits_to_keep": logits_to_keep,
-        }
-        places = [f"cache.layers.{index}.{what}" for index in range(len(cache.layers)) for what in ("keys", "values")]
-        states = zip(places, states_of(cache), strict=True)
-        found = self._run(inputs | {f"input.{place}": state for place, state in states})
-        return found["logits"], cache_of([found[f"output.{place}"] for place in places])
+        out = self._exported(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            logits_to_keep=logits_to_keep,
+        )
+        return out.logits, out.cache
 
 
 def default_options(threads: int | None = None) -> Any:

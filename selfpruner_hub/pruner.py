@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.architectures import shape_of
@@ -30,7 +29,7 @@ from selfpruner_hub.search.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.model_proposer import ModelProposer
-from selfpruner_hub.search.outcome import Outcome, Standing
+from selfpruner_hub.search.outcome import Standing
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
@@ -41,8 +40,6 @@ from selfpruner_hub.workers import check_executor, ray_workers
 
 SENSITIVITY_TOKENS = 4096
 """Calibration tokens for the one backward pass behind the sensitivity seeds."""
-ELSEWHERE_TOKENS = 8192
-"""Most calibration tokens on which the gain of the search is checked."""
 
 
 class AutoPruner:
@@ -174,8 +171,10 @@ class AutoPruner:
                         report=_live(report, method),
                     )
                 if method.evaluations:
-                    others = calibration.windows[: len(held_out.windows)]
-                    found.elsewhere = _elsewhere(slicer, others, method, found)
+                    unselected = calibration.windows[: len(held_out.windows)]
+                    judge = Fitness(slicer, unselected, method.fitness)
+                    found.elsewhere = judge(found.best_seed.plan), judge(found.best.plan)
+                    del judge
                 model = slice_model(slicer, found.best.plan)
                 del slicer, fitness_  # their factors take more memory than the model
             if method.repair and method.accumulate:
@@ -268,12 +267,6 @@ def _drained(items: list[Any]) -> Iterator[Any]:
     """Yield the items and let go of each, so that a layer's statistics end where its repair begins."""
     while items:
         yield items.pop(0)
-
-
-def _elsewhere(slicer: Slicer, windows: Tensor, method: Method, found: Outcome) -> tuple[float, float]:
-    """Judge the best seed and the best plan on windows of the calibration, which the search did not select on."""
-    judge = Fitness(slicer, windows[: max(1, ELSEWHERE_TOKENS // windows.shape[1])], method.fitness)
-    return judge(found.best_seed.plan), judge(found.best.plan)
 
 
 def _schedule(method: Method) -> Schedule:
