@@ -7,10 +7,12 @@ LARGEST: most parameters of a model in the series of whole models, in millions (
 from __future__ import annotations
 
 import math
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,12 +183,18 @@ def series(largest: float) -> Iterator[tuple[str, dict[str, int]]]:
             yield "parameters", {**BASE, "layers": layers, "width": width, "ffn": 3 * width, "candidates": 2}
 
 
+def warm(sizes: dict[str, int]) -> dict[str, Any]:
+    """Prune a model in a process that has pruned a small one: libraries are loaded then."""
+    run(**{**BASE, "layers": 2, "tokens": 1024})
+    return {**sizes, **run(**sizes)}
+
+
 def main(largest: float) -> None:
     """Measure, fit, draw."""
-    run(**{**BASE, "layers": 2})  # a first run loads libraries
     table: dict[str, list[dict[str, Any]]] = {}
     for what, sizes in series(largest):
-        table.setdefault(what, []).append({**sizes, **run(**sizes)})
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            table.setdefault(what, []).append(fresh.submit(warm, sizes).result())
         print(what, table[what][-1], flush=True)
     exponents = {
         what: {figure: growth(rows, what, figure) for figure in ("seconds", "megabytes")}
@@ -197,10 +205,10 @@ def main(largest: float) -> None:
     write(
         "scale",
         f"random Llamas in bfloat16, windows of {WINDOW}, β = {BETA}, vocabulary {VOCABULARY}; base {BASE}; each "
-        "series changes one thing; parameters: whole models, FFN three times the width; seconds, and peak of resident "
-        "memory above that before the stage; scoring: all candidates, on a quarter of the tokens; exponents: slopes "
-        "of the logarithms; llama_2_70b: the parts of each stage fitted to all rows, at the size of LLaMA-2-70B, on "
-        "this machine with everything in memory",
+        "series changes one thing; parameters: whole models, FFN three times the width; a process for each, which "
+        "has pruned a small one; seconds, and peak of resident memory above that before the stage; scoring: all "
+        "candidates, on a quarter of the tokens; exponents: slopes of the logarithms; llama_2_70b: the parts of each "
+        "stage fitted to all rows, at the size of LLaMA-2-70B, on this machine with everything in memory",
         {
             "series": table,
             "exponents": exponents,

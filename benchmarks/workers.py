@@ -30,12 +30,12 @@ BETA, WINDOW, CALIBRATION, FITNESS = 0.3, 512, 4_096, 2_048
 CANDIDATES, ROUNDS = 12, 3
 
 
-def timed(fitness: Fitness, plans: list[Plan], processors: int) -> tuple[float, list[float]]:
-    """Seconds for all plans once the workers are there and warm, and their scores."""
+def timed(fitness: Fitness, plans: list[Plan], others: list[Plan], processors: int) -> tuple[float, list[float]]:
+    """Seconds for all plans once the workers are there and warm with the others, and the scores of the plans."""
     ray.init(num_cpus=processors, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         with ray_workers(fitness) as pool:
-            list(pool(plans[: 2 * processors], 1.0))
+            list(pool(others[:processors], 1.0))
             started = time.perf_counter()
             scores = list(pool(plans, 1.0))
             return time.perf_counter() - started, scores
@@ -51,14 +51,15 @@ def main(search_text: str, counts: list[int]) -> None:
     known = calibrate(pruner.model, calibration.windows)
     order = rank(pruner.model, known, "wanda-sp")
     budget, drawn = Budget(pruner.shape, BETA), np.random.default_rng(0)
-    plans = [budget.project(random_rates(budget, drawn)) for _ in range(CANDIDATES)]
+    drawings = [budget.project(random_rates(budget, drawn)) for _ in range(CANDIDATES + max(counts))]
+    plans, others = drawings[:CANDIDATES], drawings[CANDIDATES:]
     taken: dict[int, list[float]] = {count: [] for count in counts}
     found = []
     with ordered(pruner.model, order):
         fitness = Fitness(Slicer(pruner.model, order, known), held_out.windows)
         for _ in range(ROUNDS):
             for count in counts:
-                seconds, scores = timed(fitness, plans, count)
+                seconds, scores = timed(fitness, plans, others, count)
                 taken[count].append(seconds)
                 found.append(scores)
                 print(count, round(seconds, 2), flush=True)

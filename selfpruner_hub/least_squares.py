@@ -41,9 +41,20 @@ class LinearFit:
         """Give the projection the weight that fits all windows."""
         before, ridge = self._module.weight, self._ridges[-1]
         if self._held.count:
-            ridge = min(self._ridges, key=lambda each: self._held.error(self._fitted.solve(before, each)))
+            ridge = _least(self._ridges, lambda each: self._held.error(self._fitted.solve(before, each)))
         self._fitted.include(self._held)
         before.copy_(self._fitted.solve(before, ridge))
+
+
+def _least(ridges: Sequence[float], error: Callable[[float], float]) -> float:
+    """The strongest ridge from which a weaker one errs no less: the error falls, and then rises."""
+    best, least = ridges[-1], error(ridges[-1])
+    for ridge in reversed(ridges[:-1]):
+        reached = error(ridge)
+        if not reached < least:
+            break
+        best, least = ridge, reached
+    return best
 
 
 class _Sums:

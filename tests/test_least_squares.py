@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -27,6 +28,28 @@ def test_a_linear_fit_is_ordinary_least_squares_where_the_ridge_is_nothing():
     fit.apply()
     solution = torch.linalg.lstsq(x.flatten(0, 1), (target - module.bias).flatten(0, 1)).solution
     torch.testing.assert_close(module.weight.data, solution.t(), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("noise", "strength"), [(0.01, 1.0), (1.0, 1.0), (50.0, 0.001)])
+def test_of_all_ridges_it_takes_that_of_least_error_on_what_is_held_out(noise, strength):
+    ridges = tuple(10.0**exponent for exponent in range(-4, 4))
+    x, module = normal(16, 2, F), nn.Linear(F, H, bias=False)
+    before = module.weight.copy_(normal(H, F, seed=2)).clone()
+    target = x @ normal(H, F, seed=2).t() + noise * normal(16, 2, H, seed=1) + strength * x @ normal(F, H, seed=4)
+
+    def solved(windows, ridge):
+        inputs, wanted = x[windows].flatten(0, 1), target[windows].flatten(0, 1)
+        gram, cross = inputs.t() @ inputs / len(inputs), wanted.t() @ inputs / len(inputs)
+        damping = ridge * gram.diagonal().mean()
+        return (cross + damping * before) @ torch.linalg.inv(gram + damping * torch.eye(F))
+
+    fitted, held = [i for i in range(16) if i % 4 != 3], [3, 7, 11, 15]
+    best = min(ridges, key=lambda ridge: (target[held] - x[held] @ solved(fitted, ridge).t()).square().sum().item())
+    fit = LinearFit(module, ridges)
+    fit.add(x, target)
+    fit.apply()
+    torch.testing.assert_close(module.weight.data, solved(range(16), best), atol=1e-3, rtol=1e-3)
 
 
 def gated(noise, seed=0):
