@@ -88,15 +88,17 @@ def choose_ridge(weight: Tensor, fitted: Tensor, held: Tensor) -> float:
         One of `RIDGES`.
 
     Raises:
-        ModelError: As for `Repair`.
+        ModelError: As for `damped_factor`.
     """
     order = (fitted.diagonal() * weight.float().square().sum(0)).argsort(descending=True)
     weight, fitted, held = weight[:, order].detach().float(), fitted[order][:, order], held[order][:, order]
     half = max(1, len(order) // 2)
+    kept, crossed = fitted[:half, :half], weight[:, half:] @ fitted[half:, :half]
+    unit = (fitted.diagonal().mean() / kept.diagonal().mean()).item()  # λ is in units of the mean over all columns
 
     def error(ridge: float) -> float:
         lost = weight.clone()
-        lost[:, :half] -= Repair(weight, fitted, ridge).weight(half)
+        lost[:, :half] = -torch.cholesky_solve(crossed.t(), damped_factor(kept, ridge * unit)).t()
         return ((lost @ held) * lost).sum(dtype=torch.float64).item()
 
     return min(RIDGES, key=error)
