@@ -31,7 +31,7 @@ SHAPE = {
     "num_key_value_heads": 8,
     "vocab_size": 49152,
 }
-SETTINGS = {"calibration_tokens": 4096, "fitness_tokens": 512, "evaluations": 0, "seeds": ("uniform",)}
+SETTINGS = {"calibration_tokens": 2048, "fitness_tokens": 512, "evaluations": 0, "seeds": ("uniform",)}
 BETA, SHARD, LAYERS_A_SHARD = 0.3, "1GB", 12
 
 
