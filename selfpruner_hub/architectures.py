@@ -37,6 +37,8 @@ class Architecture:
     ffn_output: str = "mlp.down_proj"
     output_norms: bool = False
     """The outputs of attention and FFN are normalised before they are added to the residual stream."""
+    norm_unit: float = 0.0
+    """What a norm adds to its weight before it multiplies by it."""
 
     @property
     def ffn_inputs(self) -> tuple[Projection, ...]:
@@ -63,9 +65,9 @@ ARCHITECTURES = {
         Architecture("mistral", _SEPARATE),
         Architecture("qwen2", _SEPARATE),
         Architecture("qwen3", _SEPARATE),
-        Architecture("gemma", _SEPARATE),
-        Architecture("gemma2", _SEPARATE, output_norms=True),
-        Architecture("gemma3_text", _SEPARATE, output_norms=True),
+        Architecture("gemma", _SEPARATE, norm_unit=1.0),
+        Architecture("gemma2", _SEPARATE, output_norms=True, norm_unit=1.0),
+        Architecture("gemma3_text", _SEPARATE, output_norms=True, norm_unit=1.0),
         Architecture("phi3", _FUSED),
     )
 }

@@ -140,12 +140,25 @@ def mean_losses(model: PreTrainedModel, windows: Tensor, *losses: Loss) -> list[
 def _logits(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first prediction, float32 logits `[≤ HEAD_TOKENS, V]`) over all windows."""
     done = 0
-    for batch in windows.split(windows_at_once(model, windows.shape[1], BATCH_TOKENS)):
-        hidden = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
-        predicting = hidden[:, :-1].flatten(0, 1)
+    for predicting in last_hidden_states(model, windows):
         for first, logits in head_chunks(model, predicting):
             yield done + first, logits
         done += len(predicting)
+
+
+def last_hidden_states(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
+    """Run the decoder on a few windows at a time.
+
+    Args:
+        model: A causal language model.
+        windows: Token ids, `[N, W]`.
+
+    Yields:
+        What the head reads, `[P, H]`, at every position but the last of each window.
+    """
+    for batch in windows.split(windows_at_once(model, windows.shape[1], BATCH_TOKENS)):
+        hidden = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
+        yield hidden[:, :-1].flatten(0, 1)
 
 
 def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -41,19 +41,22 @@ class LinearFit:
         """Give the projection the weight that fits all windows."""
         before, ridge = self._module.weight, self._ridges[-1]
         if self._held.count:
-            ridge = _least(self._ridges, lambda each: self._held.error(self._fitted.solve(before, each)))
+            ridge = first_minimum(self._ridges, lambda each: self._held.error(self._fitted.solve(before, each)))
         self._fitted.include(self._held)
         before.copy_(self._fitted.solve(before, ridge))
 
 
-def _least(ridges: Sequence[float], error: Callable[[float], float]) -> float:
-    """The strongest ridge from which a weaker one errs no less: the error falls, and then rises."""
-    best, least = ridges[-1], error(ridges[-1])
-    for ridge in reversed(ridges[:-1]):
-        reached = error(ridge)
+def first_minimum(values: Sequence[float], error: Callable[[float], float]) -> float:
+    """Go down from the greatest of `values`, smallest first, for as long as the error falls; where it ends.
+
+    Of all values the best, where the error falls and then rises, for a few of its evaluations.
+    """
+    best, least = values[-1], error(values[-1])
+    for value in reversed(values[:-1]):
+        reached = error(value)
         if not reached < least:
             break
-        best, least = ridge, reached
+        best, least = value, reached
     return best
 
 

@@ -21,6 +21,8 @@ class Method:
     """Refit them once more on the stream of the pruned model, where they are repaired at all."""
     refit_inputs: bool = True
     """And with them, there, gate_proj and up_proj."""
+    confidence: bool = True
+    """Scale the logits until the pruned model is as sure as its parent on the fitness text."""
     fitness: str = "kl"
     """What the search minimises: kl or perplexity."""
     tied: bool = False
@@ -82,6 +84,7 @@ PRESETS = {
     "paper": Method(
         importance="wanda-sp",
         repair=False,
+        confidence=False,
         fitness="perplexity",
         tied=True,
         p_min=0.1,

@@ -122,7 +122,12 @@ def describe(
             **{library: version(library) for library in ("selfpruner-hub", "torch", "transformers")},
         },
         licence=licence,
-        metrics={"search_fitness": Metric(round(found.best.fitness, 6), None, protocol)},
+        metrics={
+            "search_fitness": Metric(round(found.best.fitness, 6), None, protocol),
+            "search_logit_scale": Metric(
+                found.logit_scale, 1.0, "all logits times this, by the gain of the last norm: least divergence there"
+            ),
+        },
     )
 
 

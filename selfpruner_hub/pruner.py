@@ -15,6 +15,7 @@ from selfpruner_hub.budget import Budget, check_beta
 from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.compensation import compensate
+from selfpruner_hub.confidence import match_confidence
 from selfpruner_hub.corpus import Corpus, load_corpus
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.fitness import Fitness
@@ -187,6 +188,8 @@ class AutoPruner:
                     keep=self._keep,
                     checkpoints=checkpoints,
                 )
+            if method.confidence:
+                found.logit_scale = match_confidence(self.model, model, held_out.windows)
         texts = (calibration, held_out)
         record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
         return PrunedModel(model, self.tokenizer, record, journal.text(), checkpoints)

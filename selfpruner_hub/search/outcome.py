@@ -36,3 +36,5 @@ class Outcome:
     """Tokens that a language model read and wrote."""
     elsewhere: tuple[float, float] | None = None
     """Fitness of the best seed and of the best plan on text that the search did not select on; None: not measured."""
+    logit_scale: float = 1.0
+    """By what the logits of the model that was made of the best plan were scaled (`confidence`)."""

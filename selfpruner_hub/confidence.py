@@ -1,0 +1,43 @@
+"""The confidence of a pruned model: as sure of itself as its parent is, on text that it was not fitted to.
+
+A pruned model knows less than its parent, but its logits spread as widely: it errs with too much confidence. One factor
+for all logits mends that (temperature scaling, arXiv 1706.04599); it becomes part of the gain of the last norm, so that
+nothing is added to the model, and what it ranks first stays first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfpruner_hub.architectures import architecture_of
+from selfpruner_hub.evaluation import head_chunks, last_hidden_states, teach, teacher_loss
+from selfpruner_hub.least_squares import first_minimum
+
+SCALES = tuple(percent / 100 for percent in range(50, 101, 2))
+"""Factors to choose from, smallest first."""
+
+
+@torch.no_grad()
+def match_confidence(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor) -> float:
+    """Scale the logits so that they diverge least from those of the dense model; in place.
+
+    Args:
+        dense: The dense model.
+        pruned: Its pruned copy.
+        windows: Token ids that it was not fitted to, `[N, W]`.
+
+    Returns:
+        The factor, one of `SCALES`; 1 leaves the model as it was.
+    """
+    hidden = torch.cat(list(last_hidden_states(pruned, windows)))
+    loss = teacher_loss(teach(dense, windows))
+
+    def diverged(scale: float) -> float:
+        return sum(loss(logits, first).item() for first, logits in head_chunks(pruned, scale * hidden))
+
+    scale = first_minimum(SCALES, diverged)
+    weight, unit = pruned.get_decoder().norm.weight, architecture_of(pruned.config).norm_unit
+    weight.copy_(scale * (weight.float() + unit) - unit)
+    return scale
