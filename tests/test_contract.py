@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from selfpruner_hub.architectures import ARCHITECTURES, shape_of
 from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.compensation import compensate
+from selfpruner_hub.confidence import match_confidence
 from selfpruner_hub.evaluation import with_layers
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
@@ -215,3 +217,25 @@ def test_saved_again_and_read_again(saved, name, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path / "again")
     assert shape_of(config) == shape_of(pruned.model.config)
     assert str(directory) not in (tmp_path / "again" / "config.json").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_gpu_makes_what_a_cpu_makes(name):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    on_cpu, on_gpu = (made(name, device) for device in ("cpu", "cuda"))
+    torch.testing.assert_close(on_gpu, on_cpu, atol=1e-2, rtol=1e-2)
+
+
+def made(name, device):
+    """Logits of a model that went through every stage but the search on the device."""
+    model = tiny_model(name).to(device)
+    statistics = calibrate(model, WINDOWS)
+    order = rank(model, statistics)
+    with ordered(model, order):
+        pruned = slice_model(Slicer(model, order, statistics), uneven_plan(model))
+    compensate(model, pruned, WINDOWS)
+    match_confidence(model, pruned, WINDOWS)
+    assert pruned.device.type == device
+    return logits(pruned, IDS.to(device)).cpu()
