@@ -167,7 +167,8 @@ def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
             panel = axes[row][column]
             for stage in rows[0]["stages"]:
                 panel.plot([r[what] for r in rows], [r["stages"][stage][unit] for r in rows], "o-", label=stage)
-            panel.set(xscale="log", yscale="log", xlabel=what, ylabel=unit if not column else None)
+            panel.set(yscale="log", xlabel=what, ylabel=unit if not column else None)
+            panel.set_xscale("log", base=10 if what == "parameters" else 2)
             panel.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
