@@ -8,6 +8,7 @@ Rows that are in WORK already are taken from there.
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -222,8 +223,9 @@ class Ours:
         return removed(self._pruner, pruned.get_decoder().layers), pruned
 
     def sure(self, beta: float) -> tuple[float, PreTrainedModel]:
-        """With all parts: what was searched and repaired twice, in place, as sure as its parent."""
-        share, pruned = self.model(beta, "kl", True, True)
+        """With all parts: what was searched and repaired twice, as sure as its parent."""
+        share, repaired = self.model(beta, "kl", True, True)
+        pruned = copy.deepcopy(repaired)
         match_confidence(self._model, pruned, self._held_out)
         return share, pruned
 

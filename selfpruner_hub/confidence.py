@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import architecture_of
+from selfpruner_hub.corpus import Progress
 from selfpruner_hub.evaluation import head_chunks, last_hidden_states
 from selfpruner_hub.least_squares import first_minimum
 
@@ -23,7 +24,9 @@ TOKENS = 8192
 
 
 @torch.no_grad()
-def match_confidence(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor) -> float:
+def match_confidence(
+    dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor, progress: Progress | None = None
+) -> float:
     """Scale the logits so that they diverge least from those of the dense model; in place.
 
     The divergence is that of the whole vocabulary: over the likeliest tokens alone, as candidates are scored, a model
@@ -33,6 +36,7 @@ def match_confidence(dense: PreTrainedModel, pruned: PreTrainedModel, windows: T
         dense: The dense model.
         pruned: Its pruned copy.
         windows: Token ids that it was not fitted to, `[N, W]`.
+        progress: Told how many factors are done with; most are not tried.
 
     Returns:
         The factor, one of `SCALES`; 1 leaves the model as it was.
@@ -43,9 +47,14 @@ def match_confidence(dense: PreTrainedModel, pruned: PreTrainedModel, windows: T
     def diverged(scale: float) -> float:
         pairs = zip(head_chunks(dense, theirs), head_chunks(pruned, scale * ours), strict=True)
         logs = ((p.log_softmax(-1), q.log_softmax(-1)) for (_, p), (_, q) in pairs)
-        return sum(kl_div(q, p, reduction="sum", log_target=True).item() for p, q in logs)
+        total = sum(kl_div(q, p, reduction="sum", log_target=True).item() for p, q in logs)
+        if progress:
+            progress("matching confidence", len(SCALES) - SCALES.index(scale), len(SCALES))
+        return total
 
     scale = first_minimum(SCALES, diverged)
+    if progress:
+        progress("matching confidence", len(SCALES), len(SCALES))
     weight, unit = pruned.get_decoder().norm.weight, architecture_of(pruned.config).norm_unit
     weight.copy_(scale * (weight.float() + unit) - unit)
     return scale

@@ -125,7 +125,9 @@ def describe(
         metrics={
             "search_fitness": Metric(round(found.best.fitness, 6), None, protocol),
             "search_logit_scale": Metric(
-                found.logit_scale, 1.0, "all logits times this, by the gain of the last norm: least divergence there"
+                found.logit_scale,
+                1.0,
+                "all logits times this, by the gain of the last norm: least KL to the parent on the fitness text",
             ),
         },
     )

@@ -189,7 +189,7 @@ class AutoPruner:
                     checkpoints=checkpoints,
                 )
             if method.confidence:
-                found.logit_scale = match_confidence(self.model, model, held_out.windows)
+                found.logit_scale = match_confidence(self.model, model, held_out.windows, report)
         texts = (calibration, held_out)
         record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
         return PrunedModel(model, self.tokenizer, record, journal.text(), checkpoints)

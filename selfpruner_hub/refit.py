@@ -15,12 +15,13 @@ RIDGES = (0.001, 0.01, 0.1, 1.0)
 STRONGEST = 1.0
 
 
-def damped_factor(gram: Tensor, ridge: float) -> Tensor:
+def damped_factor(gram: Tensor, ridge: float, unit: Tensor | None = None) -> Tensor:
     """The lower Cholesky factor of H + λ · mean(diag H) · I.
 
     Args:
         gram: H, `[D, D]`; left as it is.
         ridge: λ, at least 0; where it is lost in the rounding of H, ten times more, up to `STRONGEST`.
+        unit: In place of mean(diag H), where H is a block of a matrix whose λ it is; a scalar.
 
     Returns:
         L, `[D, D]`, float32.
@@ -28,7 +29,7 @@ def damped_factor(gram: Tensor, ridge: float) -> Tensor:
     Raises:
         ModelError: The sum is not positive definite all the same (the activations are degenerate or not finite).
     """
-    mean = gram.diagonal().float().mean()
+    mean = gram.diagonal().float().mean() if unit is None else unit
     while True:
         damped = gram.float().clone()
         damped.diagonal().add_(ridge * mean)
@@ -94,11 +95,11 @@ def choose_ridge(weight: Tensor, fitted: Tensor, held: Tensor) -> float:
     weight, fitted, held = weight[:, order].detach().float(), fitted[order][:, order], held[order][:, order]
     half = max(1, len(order) // 2)
     kept, crossed = fitted[:half, :half], weight[:, half:] @ fitted[half:, :half]
-    unit = (fitted.diagonal().mean() / kept.diagonal().mean()).item()  # λ is in units of the mean over all columns
+    unit = fitted.diagonal().mean()
 
     def error(ridge: float) -> float:
         lost = weight.clone()
-        lost[:, :half] = -torch.cholesky_solve(crossed.t(), damped_factor(kept, ridge * unit)).t()
+        lost[:, :half] = -torch.cholesky_solve(crossed.t(), damped_factor(kept, ridge, unit)).t()
         return ((lost @ held) * lost).sum(dtype=torch.float64).item()
 
     return min(RIDGES, key=error)

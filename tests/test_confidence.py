@@ -44,7 +44,10 @@ def test_it_is_the_best_of_all_scales():
     down.data += 0.03 * torch.randn(down.shape, generator=torch.Generator().manual_seed(1))
     reached = {scale: diverged(model, surer(other, scale)) for scale in SCALES}
     before = logits(other, WINDOWS)
-    scale = match_confidence(model, other, WINDOWS)
+    told = []
+    scale = match_confidence(model, other, WINDOWS, lambda *what: told.append(what))
+    assert told[-1] == ("matching confidence", len(SCALES), len(SCALES))
+    assert told == sorted(told)
     assert scale == min(reached, key=reached.get)
     assert 0.5 < scale < 1
     torch.testing.assert_close(logits(other, WINDOWS), scale * before, atol=1e-3, rtol=1e-3)

@@ -210,6 +210,15 @@ def test_the_gain_of_the_search_is_checked_on_other_text(saved, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_the_logits_are_scaled_as_the_record_says(saved, name):
+    _, pruned = saved[name]
+    scale, unit = pruned.report.metrics["search_logit_scale"].value, ARCHITECTURES[CONFIGS[name].model_type].norm_unit
+    before = tiny_model(name).get_decoder().norm.weight
+    torch.testing.assert_close(pruned.model.get_decoder().norm.weight.data, scale * (before.data + unit) - unit)
+    assert 0.5 <= scale < 1  # a random model knows nothing, so that less confidence is always right
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_saved_again_and_read_again(saved, name, tmp_path):
     """What was loaded can be saved, and its configuration round-trips."""
     directory, pruned = saved[name]

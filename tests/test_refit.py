@@ -82,3 +82,15 @@ def test_the_ridge_is_the_one_that_held_out_text_bears_out(problem):
     assert set(chosen) <= set(RIDGES)
     assert chosen[1] == RIDGES[0]
     assert chosen[0] > chosen[1]
+
+
+def test_a_projection_whose_inputs_are_dead_gets_no_ridge_but_an_error(problem):
+    weight, _, gram = problem
+    with pytest.raises(ModelError, match="degenerate"):
+        choose_ridge(weight, 0 * gram, gram)
+
+
+def test_a_ridge_is_found_where_half_of_the_inputs_are_dead():
+    """Those come first in the order of energy, as all others do, since the weight is nothing."""
+    alive = torch.cat([torch.zeros(8), torch.ones(8)])
+    assert choose_ridge(torch.zeros(3, 16), alive.diag(), alive.diag()) in RIDGES
