@@ -14,8 +14,8 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from exporters.attention_operator import OPSET, attending_by_operator
 from exporters.base import Written, one_line, one_of, require
-from exporters.grouped_attention import attending_by_groups
 from exporters.onnx_causal_lm import DEFAULT_PROVIDERS, OnnxCausalLM, default_options
 from exporters.onnx_int8 import quantize
 from exporters.parity import Step, expected, logit_difference
@@ -94,10 +94,11 @@ def trace(model: PreTrainedModel, fusions: str) -> Any:
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     inputs, shapes = decode_step(model)
-    config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=_ORT_FUSIONS[fusions])
+    # On a GPU, ONNX Runtime has operators of its own for what transformers attends with; TensorRT fuses by itself.
+    attending, opset = (attending_by_operator(model), OPSET) if fusions == "cpu" else (contextlib.nullcontext(), None)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=_ORT_FUSIONS[fusions], opset_version=opset)
     try:
-        # On a GPU, ONNX Runtime has operators of its own for what transformers attends with; TensorRT fuses by itself.
-        with tracing(model), attending_by_groups(model) if fusions == "cpu" else contextlib.nullcontext():
+        with tracing(model), attending:
             exported = OnnxExporter().export(model, inputs, config)
     except Exception as error:  # torch.export, torch.onnx and the exporters share no base class
         raise ExportError(f"{type(model).__name__} cannot be traced to ONNX: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Attention for runtimes that run a graph as it stands: no key or value is copied for the query heads that share it."""
+"""Attention as the one ONNX operator that it is: for runtimes that run a graph as it stands."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
+import torch.onnx.ops
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
-NAME = "selfpruner_grouped"
+NAME = "selfpruner_operator"
+OPSET = 23
+"""The first that has `Attention`."""
 
 
-def grouped_attention(
+def attention_operator(
     _module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -25,10 +27,11 @@ def grouped_attention(
     softcap: float | None = None,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend with the query heads of a KV group as further rows of its one matrix product.
+    """Attend by ONNX's `Attention`.
 
-    transformers' own repeats keys and values to as many heads as the queries have. ONNX Runtime does that on a CPU at
-    every step, for the whole cache, and turns the copies round as well: half of a step of SmolLM2 behind 512 tokens.
+    Traced from transformers' own, keys and values are repeated to as many heads as the queries have, and every product,
+    mask and softmax goes through memory by itself: ONNX Runtime does all that on a CPU at every step, for the whole
+    cache. Its kernel of the operator reads a KV group where it is, and works head by head.
 
     Args:
         _module: Whose attention it is.
@@ -43,21 +46,14 @@ def grouped_attention(
     Returns:
         `[B, S, Q, D]`, and no weights.
     """
-    batch, heads, length, size = query.shape
-    groups = key.shape[1]
-    rows = (query * (size**-0.5 if scaling is None else scaling)).reshape(batch, groups, -1, size)
-    scores = (rows @ key.transpose(2, 3)).view(batch, heads, length, -1)
-    if softcap is not None:
-        scores = (scores / softcap).tanh() * softcap
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    attended = weights.view(batch, groups, -1, weights.shape[-1]) @ value
-    return attended.view(batch, heads, length, size).transpose(1, 2).contiguous(), None
+    attended, *_ = torch.onnx.ops.attention(
+        query, key, value, attention_mask, scale=scaling, softcap=0.0 if softcap is None else softcap
+    )
+    return attended.transpose(1, 2).contiguous(), None
 
 
 @contextmanager
-def attending_by_groups(model: PreTrainedModel) -> Iterator[None]:
+def attending_by_operator(model: PreTrainedModel) -> Iterator[None]:
     """Let a model attend so while it is traced."""
     before = model.config._attn_implementation
     model.config._attn_implementation = NAME
@@ -67,5 +63,5 @@ def attending_by_groups(model: PreTrainedModel) -> Iterator[None]:
         model.config._attn_implementation = before
 
 
-AttentionInterface.register(NAME, grouped_attention)
+AttentionInterface.register(NAME, attention_operator)
 AttentionMaskInterface.register(NAME, eager_mask)
