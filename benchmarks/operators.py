@@ -23,7 +23,7 @@ from exporters.onnx_causal_lm import OnnxCausalLM, default_options
 
 RUNS = 5
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
-ATTENTION = ("Softmax", "Concat")
+ATTENTION = ("Attention", "Concat")
 
 
 def profiled(directory: Path, prefix: str) -> OnnxCausalLM:
@@ -53,8 +53,6 @@ def kind(event: dict[str, Any], heads: int) -> str:
     name = event["args"]["op_name"]
     if name in PRODUCTS:
         shapes = [shape for tensor in event["args"].get("input_type_shape", []) for shape in tensor.values()]
-        if any(len(shape) == 4 for shape in shapes):
-            return "attention"
         return "head" if any(heads in shape for shape in shapes) else "layer weights"
     return "attention" if name in ATTENTION else "rest"
 
