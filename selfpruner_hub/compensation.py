@@ -43,8 +43,8 @@ def compensate(
     W* = (E[t x̂ᵀ] + λ W) (E[x̂ x̂ᵀ] + λ I)⁻¹ for o_proj and down_proj, with x̂ the projection's input in the pruned model,
     W its weight before, and the target t = (dense stream after the block) - (pruned stream before it). Where the
     architecture normalises the output before it is added (Gemma 2 and 3), t is the dense output itself. λ is chosen for
-    each projection: fitted to the other windows, it brings those that are held out nearest to their targets; then all
-    windows are fitted. gate_proj and up_proj then move toward the same target (`least_squares.fit_inputs`), and
+    each projection: fitted to the other windows, it brings those that are held out, in all layers the same, nearest to
+    their targets. gate_proj and up_proj then move toward the same target (`least_squares.fit_inputs`), and
     down_proj is fitted again; where that does not help on the windows that are held out, they stay.
 
     Memory: six hidden states per token, and twice the statistics of one projection.

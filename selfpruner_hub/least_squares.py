@@ -18,11 +18,15 @@ DAMPING = 0.1
 
 
 class LinearFit:
-    """Fits W in t = W x; λ is chosen on windows that are held out.
+    """Fits W in t = W x; λ is chosen on windows that are held out, and not fitted after.
+
+    The next layer holds the same windows out: had this one been fitted to them, they would look better there than text
+    that no layer was fitted to, and λ would come out too small.
 
     Args:
         module: The projection; its bias stays as it is.
-        ridges: λ to choose from, smallest first, in units of mean(diag E[x xᵀ]).
+        ridges: λ to choose from, smallest first, in units of mean(diag E[x xᵀ]). One alone is taken, and every window
+            fitted.
     """
 
     def __init__(self, module: nn.Linear, ridges: Sequence[float]) -> None:
@@ -32,17 +36,16 @@ class LinearFit:
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """Take windows `[N, W, in]` and what should come of them, `[N, W, out]`."""
-        held = held_out(self._windows, len(x)).to(x.device)
+        held = held_out(self._windows, len(x)).to(x.device) & (len(self._ridges) > 1)
         self._windows += len(x)
         self._fitted.add(x[~held], target[~held])
         self._held.add(x[held], target[held])
 
     def apply(self) -> None:
-        """Give the projection the weight that fits all windows."""
+        """Give the projection the weight that fits."""
         before, ridge = self._module.weight, self._ridges[-1]
         if self._held.count:
             ridge = first_minimum(self._ridges, lambda each: self._held.error(self._fitted.solve(before, each)))
-        self._fitted.include(self._held)
         before.copy_(self._fitted.solve(before, ridge))
 
 
@@ -77,11 +80,6 @@ class _Sums:
         self.count += len(x)
         self._gram.addmm_(x.t(), x)
         self._cross.addmm_(target.t(), x)
-
-    def include(self, other: _Sums) -> None:
-        self.count += other.count
-        self._gram += other._gram
-        self._cross += other._cross
 
     def solve(self, before: Tensor, ridge: float) -> Tensor:
         """(E[t xᵀ] + λ W) (E[x xᵀ] + λ I)⁻¹."""

@@ -8,9 +8,10 @@ from torch import nn
 
 from selfpruner_hub import least_squares
 from selfpruner_hub.least_squares import Gated, LinearFit, fit_inputs
+from selfpruner_hub.streams import HELD_OUT
 
 N, W, H, K, F = 80, 16, 5, 2, 7
-FITTED = [i for i in range(N) if i % 4 != 3]
+FITTED = [i for i in range(N) if (i + 1) % HELD_OUT]
 
 
 def normal(*shape, seed=0):
@@ -34,9 +35,9 @@ def test_a_linear_fit_is_ordinary_least_squares_where_the_ridge_is_nothing():
 @pytest.mark.parametrize(("noise", "strength"), [(0.01, 1.0), (1.0, 1.0), (50.0, 0.001)])
 def test_of_all_ridges_it_takes_that_of_least_error_on_what_is_held_out(noise, strength):
     ridges = tuple(10.0**exponent for exponent in range(-4, 4))
-    x, module = normal(16, 2, F), nn.Linear(F, H, bias=False)
+    x, module = normal(N, 2, F), nn.Linear(F, H, bias=False)
     before = module.weight.copy_(normal(H, F, seed=2)).clone()
-    target = x @ normal(H, F, seed=2).t() + noise * normal(16, 2, H, seed=1) + strength * x @ normal(F, H, seed=4)
+    target = x @ normal(H, F, seed=2).t() + noise * normal(N, 2, H, seed=1) + strength * x @ normal(F, H, seed=4)
 
     def solved(windows, ridge):
         inputs, wanted = x[windows].flatten(0, 1), target[windows].flatten(0, 1)
@@ -44,12 +45,12 @@ def test_of_all_ridges_it_takes_that_of_least_error_on_what_is_held_out(noise, s
         damping = ridge * gram.diagonal().mean()
         return (cross + damping * before) @ torch.linalg.inv(gram + damping * torch.eye(F))
 
-    fitted, held = [i for i in range(16) if i % 4 != 3], [3, 7, 11, 15]
-    best = min(ridges, key=lambda ridge: (target[held] - x[held] @ solved(fitted, ridge).t()).square().sum().item())
+    held = [i for i in range(N) if i not in FITTED]
+    best = min(ridges, key=lambda ridge: (target[held] - x[held] @ solved(FITTED, ridge).t()).square().sum().item())
     fit = LinearFit(module, ridges)
     fit.add(x, target)
     fit.apply()
-    torch.testing.assert_close(module.weight.data, solved(range(16), best), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(module.weight.data, solved(FITTED, best), atol=1e-3, rtol=1e-3)
 
 
 def gated(noise, seed=0):
