@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import sys
 
-from protocol import write
+from protocol import Unseen, write
+from transformers import PreTrainedModel
 
 from selfpruner_hub.confidence import match_confidence
-from selfpruner_hub.corpus import consecutive_windows, load_corpus
+from selfpruner_hub.corpus import load_corpus
 from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import divergence, perplexity, teach
+from selfpruner_hub.evaluation import divergence, teach
 from selfpruner_hub.pruned_model import PrunedModel
-
-WINDOWS = {512: 32, 2048: 8}
-"""Of the unseen text: width, and how many."""
 
 
 def main(saved: str, search_text: str, unseen_text: str) -> None:
@@ -30,24 +28,19 @@ def main(saved: str, search_text: str, unseen_text: str) -> None:
     _, held_out = corpus.split(*sizes, seed=pruned.report.seed)
     if held_out.record() != data["fitness"]:
         sys.exit(f"{saved} was not made with {search_text}.")
-    unseen = {
-        width: consecutive_windows(unseen_text, pruner.tokenizer, width, count).windows
-        for width, count in WINDOWS.items()
-    }
-    teacher = teach(pruner.model, unseen[512])
+    unseen = Unseen(unseen_text, pruner.tokenizer)
+    teacher = teach(pruner.model, unseen.windows[512])
 
-    def measured(model: object) -> dict[str, float]:
-        figures = {f"perplexity of {width}": perplexity(model, windows) for width, windows in unseen.items()}
-        figures["kl"] = divergence(model, unseen[512], teacher)
-        return {name: round(value, 4) for name, value in figures.items()}
+    def measured(model: PreTrainedModel) -> dict[str, float]:
+        return {**unseen.perplexities(model), "kl": round(divergence(model, unseen.windows[512], teacher), 4)}
 
     before = measured(pruned.model)
     scale = match_confidence(pruner.model, pruned.model, held_out.windows)
     write(
         "confidence",
         f"SmolLM2-135M-Instruct pruned at β = {pruned.report.beta}, {pruner.model.dtype}: before and after the logits "
-        f"are scaled by the factor of least KL on the fitness text; unseen text: {WINDOWS[512]} windows of 512 and "
-        f"{WINDOWS[2048]} of 2048; kl: over the parent's likeliest tokens, windows of 512",
+        f"are scaled by the factor of least KL on the fitness text; unseen text: {Unseen.WORDS}; kl: over the parent's "
+        "likeliest tokens, windows of 512",
         {"scale": scale, "dense": measured(pruner.model), "before": before, "after": measured(pruned.model)},
     )
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: rows that are kept as they are made, and JSON with protocol, machine and versions."""
+"""What benchmarks share: rows kept as they are made, text that is only read, JSON that says how it was made."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.machine import cores, processor
+from selfpruner_hub.corpus import consecutive_windows
+from selfpruner_hub.evaluation import perplexity
 
 
 class Rows(list[dict[str, Any]]):
@@ -39,6 +42,26 @@ class Rows(list[dict[str, Any]]):
         with self._file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
+
+
+class Unseen:
+    """The first windows of a text on which nothing is chosen.
+
+    Args:
+        text: Its file.
+        tokenizer: Of the models.
+    """
+
+    COUNTS = {512: 32, 2048: 8}  # noqa: RUF012
+    WORDS = ", ".join(f"{count} of {length} tokens" for length, count in COUNTS.items())
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        cases = self.COUNTS.items()
+        self.windows = {length: consecutive_windows(text, tokenizer, length, count).windows for length, count in cases}
+
+    def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        """`perplexity_512` and `perplexity_2048` of a model, in the dtype that it has."""
+        return {f"perplexity_{n}": round(perplexity(model, windows), 2) for n, windows in self.windows.items()}
 
 
 def memory(key: str = "VmRSS") -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import Flap, block_influence, by_channels, magnitude, taylor, without_blocks
-from protocol import Rows, write
+from protocol import Rows, Unseen, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,9 +26,9 @@ from selfpruner_hub.budget import Budget
 from selfpruner_hub.calibration import LayerStatistics, calibrate
 from selfpruner_hub.compensation import compensate
 from selfpruner_hub.confidence import match_confidence
-from selfpruner_hub.corpus import consecutive_windows, load_corpus
+from selfpruner_hub.corpus import load_corpus
 from selfpruner_hub.demo import NAME, load_embedded
-from selfpruner_hub.evaluation import perplexity, with_layers
+from selfpruner_hub.evaluation import with_layers
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import LayerOrder, rank
 from selfpruner_hub.losses import LossCurves
@@ -47,8 +47,6 @@ WINDOW, CALIBRATION, FITNESS = 512, 65_536, 8_192
 SCHEDULE = Schedule(evaluations=16, population=4, crossover=8, mutation=8)
 GRADIENT_WINDOWS = 16
 """Calibration windows behind first-order scores; LLM-Pruner takes ten short ones."""
-WINDOWS = ((512, 32), (2048, 8))
-"""Lengths and counts of the first windows of the unseen text."""
 TASKS, ITEMS = ("arc_easy", "piqa", "winogrande"), 100
 ABLATED = 0.3
 """Where each part of ours is measured, not only the whole."""
@@ -72,10 +70,7 @@ class Table:
         self._protocol = protocol
         self.rows = Rows(work / "rows.jsonl")
         self._tokenizer, self._tasks = pruner.tokenizer, tasks
-        self._windows = {
-            length: consecutive_windows(unseen_text, pruner.tokenizer, length, count).windows
-            for length, count in WINDOWS
-        }
+        self._unseen = Unseen(unseen_text, pruner.tokenizer)
 
     def add(self, method: str, beta: float, made: Measured) -> None:
         """Make and measure a model, where its row is missing."""
@@ -93,7 +88,7 @@ class Table:
         write("quality", self._protocol, sorted(self.rows, key=lambda row: row["beta"]))
 
     def _figures(self, model: PreTrainedModel) -> dict[str, float]:
-        found = {f"perplexity_{n}": round(perplexity(model, windows), 2) for n, windows in self._windows.items()}
+        found = self._unseen.perplexities(model)
         if self._tasks is not None:
             for score in evaluate_tasks(
                 model, self._tokenizer, TASKS, directory=self._tasks, limit=ITEMS, progress=False
@@ -110,7 +105,7 @@ def protocol(search_text: str, unseen_text: str, dtype: Any) -> str:
         f"for our seeds and for a search of {SCHEDULE.evaluations} full-evaluation equivalents; uniform: FFN rates; "
         "repaired: the first repair; twice: the second too, of the output projections alone or, by default, of gate "
         f"and up too; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
-        f"{', '.join(f'{count} of {length} tokens' for length, count in WINDOWS)}; tasks: the first {ITEMS} items"
+        f"{Unseen.WORDS}; tasks: the first {ITEMS} items"
     )
 
 

@@ -31,7 +31,8 @@ def attention_operator(
 
     Traced from transformers' own, keys and values are repeated to as many heads as the queries have, and every product,
     mask and softmax goes through memory by itself: ONNX Runtime does all that on a CPU at every step, for the whole
-    cache. Its kernel of the operator reads a KV group where it is, and works head by head.
+    cache. Its kernel of the operator reads a KV group where it is, and works head by head. For traces alone: PyTorch's
+    own version caps what is masked already.
 
     Args:
         _module: Whose attention it is.

@@ -88,8 +88,7 @@ def interleaved(
 ) -> list[list[Measured]]:
     """Run models in turn (A B A B …), so that a machine whose speed drifts treats them alike.
 
-    A turn begins with a pass that does not count: until then, caches hold the other model, which costs both the same
-    milliseconds, and so the faster one more of its gain.
+    A turn begins with a pass that does not count: until then, caches hold the other model.
 
     Args:
         runners: The models, of one vocabulary.

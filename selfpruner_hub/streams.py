@@ -17,7 +17,7 @@ from selfpruner_hub.shelf import Keep, in_memory
 BATCH_TOKENS = 4096
 """Tokens in one forward pass of a layer."""
 HELD_OUT = 8
-"""One window in so many is held out to choose λ, and fitted by no layer."""
+"""One window in so many is held out to choose λ; the second repair fits it in no layer."""
 
 Call = Callable[[nn.Module, Tensor], Tensor]
 """Runs a decoder layer on hidden states, with the masks and positions that the model gives it."""
