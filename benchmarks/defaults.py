@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from protocol import Rows, Unseen, write
 
 from selfpruner_hub.cli import main as selfpruner
@@ -23,9 +24,9 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
     """Prune the real model at every β, and measure."""
     rows, dense, pruner = Rows(work / "rows.jsonl"), str(work / "dense"), load_embedded()
     unseen = Unseen(unseen_text, pruner.tokenizer)
+    pruner.model.save_pretrained(dense)
+    pruner.tokenizer.save_pretrained(dense)
     if not rows.have(beta=0.0):
-        pruner.model.save_pretrained(dense)
-        pruner.tokenizer.save_pretrained(dense)
         rows.keep({"beta": 0.0, **unseen.perplexities(pruner.model)})
     for beta in betas:
         if rows.have(beta=beta):
@@ -39,7 +40,8 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
             "logit_scale": record.metrics["search_logit_scale"].value,
         }
         pruned, _ = load_model(str(output), dtype="auto")
-        rows.keep({"beta": beta, "minutes": round(minutes, 1), **found, **unseen.perplexities(pruned)})
+        took = {"minutes": round(minutes, 1), "threads": torch.get_num_threads()}
+        rows.keep({"beta": beta, **took, **found, **unseen.perplexities(pruned)})
     write(
         "defaults",
         f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults on {Path(search_text).name}; minutes "
