@@ -236,7 +236,7 @@ def orders(model: PreTrainedModel, statistics: list[LayerStatistics], few: Tenso
 
 
 def add_orders(table: Table, ours: Ours, others: dict[str, list[LayerOrder]]) -> None:
-    """Measure them after the repair: for channels at uniform rates, for KV groups in the plan that was searched."""
+    """Measure them after the repair: for channels at uniform rates, for KV groups in the plan of the best seed."""
     for name, order in others.items():
         table.add(
             f"uniform, repaired, channels by {name}",
@@ -247,9 +247,9 @@ def add_orders(table: Table, ours: Ours, others: dict[str, list[LayerOrder]]) ->
             continue
         groups = [LayerOrder(theirs.groups, own.channels) for theirs, own in zip(order, ours.order, strict=True)]
         table.add(
-            f"searched, repaired, KV groups by {name}",
+            f"best seed, repaired, KV groups by {name}",
             ABLATED,
-            lambda groups=groups: ours.model_under(groups, ABLATED, "kl"),
+            lambda groups=groups: ours.model_under(groups, ABLATED, "seed"),
         )
 
 
@@ -267,11 +267,12 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
     for beta in betas:
         table.add("uniform, repaired", beta, lambda beta=beta: ours.model(beta, "uniform"))
         table.add("best seed, repaired", beta, lambda beta=beta: ours.model(beta, "seed"))
+        if beta == ABLATED:
+            add_orders(table, ours, orders(pruner.model, statistics, calibration.windows[:GRADIENT_WINDOWS]))
         table.add("searched, repaired", beta, lambda beta=beta: ours.model(beta, "kl"))
         if beta == ABLATED:
             table.add("searched by perplexity, repaired", beta, lambda: ours.model(ABLATED, "perplexity"))
             table.add("searched, outputs repaired twice", beta, lambda: ours.model(ABLATED, "kl", second=True))
-            add_orders(table, ours, orders(pruner.model, statistics, calibration.windows[:GRADIENT_WINDOWS]))
         table.add("searched, repaired twice", beta, lambda beta=beta: ours.model(beta, "kl", True, True))
         table.add("searched, repaired twice, as sure as the dense model", beta, lambda beta=beta: ours.sure(beta))
 
