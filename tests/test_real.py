@@ -19,7 +19,7 @@ from selfpruner_hub.evaluation import divergence, perplexity, teach
 from selfpruner_hub.pruned_model import PrunedModel
 
 pytestmark = pytest.mark.slow
-SETTINGS = {"data": "self", "window": 128, "calibration_tokens": 4096, "fitness_tokens": 1024, "progress": False}
+SETTINGS = {"data": "self", "window": 128, "calibration_tokens": 2048, "fitness_tokens": 1024, "progress": False}
 
 
 @pytest.fixture(scope="module")
