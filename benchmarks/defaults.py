@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from protocol import Rows, Unseen, write
 
 from selfpruner_hub.cli import main as selfpruner
@@ -40,8 +39,7 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
             "logit_scale": record.metrics["search_logit_scale"].value,
         }
         pruned, _ = load_model(str(output), dtype="auto")
-        took = {"minutes": round(minutes, 1), "threads": torch.get_num_threads()}
-        rows.keep({"beta": beta, **took, **found, **unseen.perplexities(pruned)})
+        rows.keep({"beta": beta, "minutes": round(minutes, 1), **found, **unseen.perplexities(pruned)})
     write(
         "defaults",
         f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults on {Path(search_text).name}; minutes "
