@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -34,6 +34,11 @@ def widths_of(plan: Plan) -> dict[str, list[int]]:
         "intermediate_size": [w.intermediate_size for w in plan.layers],
         "num_key_value_heads": [w.num_key_value_heads for w in plan.layers],
     }
+
+
+def plan_of(widths: Mapping[str, Sequence[int]]) -> Plan:
+    """The plan of widths as files hold them; other keys are passed over."""
+    return Plan.of(widths["intermediate_size"], widths["num_key_value_heads"])
 
 
 @dataclass(frozen=True)

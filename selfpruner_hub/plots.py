@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
-from selfpruner_hub.plan import ModelShape, Plan
+from selfpruner_hub.plan import ModelShape, plan_of
 from selfpruner_hub.search.journal import FILE_NAME, Record, read_journal
 
 FORMATS = ("png", "svg")
@@ -63,12 +63,8 @@ def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS)
 
 def _shape(settings: Record) -> ModelShape:
     known = settings["shape"]
-    dense = Plan.of(known["intermediate_size"], known["num_key_value_heads"])
+    dense = plan_of(known)
     return ModelShape(known["hidden_size"], known["head_dim"], known["queries_per_group"], dense)
-
-
-def _plan(score: Record) -> Plan:
-    return Plan.of(score["widths"]["intermediate_size"], score["widths"]["num_key_value_heads"])
 
 
 def _best(scores: Sequence[Record]) -> Record:
@@ -97,7 +93,7 @@ def _curve(spending: Sequence[Record], settings: Record) -> Figure:
 
 def _population(scores: Sequence[Record], shape: ModelShape) -> Figure:
     """Rate of every layer in every plan, in the order in which plans were first scored."""
-    plans = list(dict.fromkeys(_plan(s) for s in scores))
+    plans = list(dict.fromkeys(plan_of(s["widths"]) for s in scores))
     rates = np.array([shape.rates(plan) for plan in plans]).T
     figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot()
@@ -110,7 +106,7 @@ def _population(scores: Sequence[Record], shape: ModelShape) -> Figure:
 
 def _rates(best: Record, shape: ModelShape, settings: Record) -> Figure:
     """What the best plan removes from each layer, as attention and FFN shares of the layer."""
-    plan = _plan(best)
+    plan = plan_of(best["widths"])
     layers = np.arange(1, shape.num_layers + 1)
     sizes = np.array([shape.layer_weights(w) for w in shape.dense.layers])
     pairs = list(zip(shape.dense.layers, plan.layers, strict=True))

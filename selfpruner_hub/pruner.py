@@ -24,14 +24,13 @@ from selfpruner_hub.licences import licence_of
 from selfpruner_hub.loading import load_model
 from selfpruner_hub.presets import Method, resolve
 from selfpruner_hub.progress import Bars
+from selfpruner_hub.proposer_choice import choose_proposer
 from selfpruner_hub.provenance import describe, fingerprint
 from selfpruner_hub.pruned_model import PrunedModel
-from selfpruner_hub.search.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
-from selfpruner_hub.search.model_proposer import ModelProposer
 from selfpruner_hub.search.outcome import Standing
-from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
+from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
 from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
@@ -141,7 +140,7 @@ class AutoPruner:
         check_executor(executor)
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
         budget = Budget(self.shape, beta, method.p_min, method.p_max, method.tied, method.multiple_of)
-        asked = self._proposer(proposer, proposer_model, budget, method)
+        asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             calibration, held_out = self._texts(data, method, seed, report)
@@ -222,48 +221,6 @@ class AutoPruner:
         found = output_sensitivity(self.model, few, seed, report)
         checkpoints.save("sensitivity", {"layers": torch.tensor(found, dtype=torch.float64)})
         return found
-
-    def _proposer(self, proposer: str | Proposer, model: str | None, budget: Budget, method: Method) -> Proposer:
-        if not isinstance(proposer, str):
-            return proposer
-        if proposer == "evolution" or not method.evaluations:
-            return EvolutionProposer(budget)
-        if proposer == "random":
-            return RandomProposer(budget)
-        if "://" in proposer:
-            return EndpointProposer(
-                proposer,
-                model,
-                budget,
-                self.name,
-                temperature=method.temperature,
-                request_limit=method.request_limit,
-                token_limit=method.token_limit,
-                templates=method.template_directory,
-            )
-        if proposer == "self":
-            asked, tokenizer = self.model, self.tokenizer
-        elif "/" in proposer or Path(proposer).is_dir():
-            asked, tokenizer = load_model(proposer, any_architecture=True, dtype="auto")
-        else:
-            raise UserError(
-                f"Unknown proposer {proposer!r}.",
-                "Choose self, evolution, random, a directory or Hub repository of a language model, the URL of an "
-                "endpoint, or pass an object with ask and tell.",
-            )
-        if tokenizer is None:
-            raise UserError(
-                f"proposer={proposer!r} needs the model's tokenizer, and there is none.", 'Use proposer="evolution".'
-            )
-        return ModelProposer(
-            asked,
-            tokenizer,
-            budget,
-            self.name,
-            temperature=method.temperature,
-            templates=method.template_directory,
-            name=proposer if proposer == "self" else Path(proposer).name,
-        )
 
 
 def _drained(items: list[Any]) -> Iterator[Any]:

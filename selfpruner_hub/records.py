@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selfpruner_hub.errors import OutputError, SavedModelError
-from selfpruner_hub.plan import Plan
+from selfpruner_hub.plan import Plan, plan_of
 
 SCHEMA_VERSION = 1
 FILE_NAME = "selfpruner.json"
@@ -69,7 +69,7 @@ class Record:
     @property
     def plan(self) -> Plan:
         """The widths as a plan."""
-        return Plan.of(self.widths["intermediate_size"], self.widths["num_key_value_heads"])
+        return plan_of(self.widths)
 
     def to_json(self) -> str:
         """Serialise, schema version first."""

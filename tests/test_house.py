@@ -37,7 +37,7 @@ LAYERS = (
     {"search"},
     {
         *("hub", "bundle", "privacy", "space", "cards", "plots"),
-        *("records", "presets", "progress", "storage", "provenance", "tasks", "exporters"),
+        *("records", "presets", "proposer_choice", "progress", "storage", "provenance", "tasks", "exporters"),
     },
     {"workers"},
     {"pruned_model"},

@@ -18,7 +18,7 @@ import numpy as np
 from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.errors import ProposerError, SelfPrunerError
 from selfpruner_hub.losses import Slopes
-from selfpruner_hub.plan import Plan, widths_of
+from selfpruner_hub.plan import Plan, plan_of, widths_of
 from selfpruner_hub.search.journal import Journal, Record
 from selfpruner_hub.search.outcome import Outcome, Standing
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Proposer, Scored
@@ -107,8 +107,9 @@ class _Search:
     def __post_init__(self) -> None:
         records = self.journal.records
         self._asked = {(r["round"], r["attempt"]): r for r in records if r.get("kind") == "ask"}
-        self._scores = {(_widths(r), r["share"]): _fitness(r) for r in records if r.get("kind") == "score"}
-        self._probed = {_widths(r): Slopes.from_json(r["slopes"]) for r in records if r.get("kind") == "probe"}
+        self._scores = {(plan_of(r["widths"]), r["share"]): _fitness(r) for r in records if r.get("kind") == "score"}
+        probes = (r for r in records if r.get("kind") == "probe")
+        self._probed = {plan_of(r["widths"]): Slopes.from_json(r["slopes"]) for r in probes}
         self._closed = {r["round"] for r in records if r.get("kind") == "round"}
         self._before: Counter[str] = Counter()
         self._moved: list[float] = []
@@ -175,7 +176,7 @@ class _Search:
             if "widths" not in reply:
                 self.counts["refused"] += 1
                 continue
-            plan = _widths(reply)
+            plan = plan_of(reply["widths"])
             if plan in known:
                 self.counts["duplicate"] += 1
                 continue
@@ -298,10 +299,6 @@ class _Search:
 
 def _one_by_one(score: Score) -> Pool:
     return lambda plans, share: (score(plan, share) for plan in plans)
-
-
-def _widths(record: Record) -> Plan:
-    return Plan.of(record["widths"]["intermediate_size"], record["widths"]["num_key_value_heads"])
 
 
 def _fitness(record: Record) -> float:
