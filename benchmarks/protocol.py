@@ -54,14 +54,16 @@ class Unseen:
 
     COUNTS = {512: 32, 2048: 8}  # noqa: RUF012
     WORDS = ", ".join(f"{count} of {length} tokens" for length, count in COUNTS.items())
+    NAMES = tuple(f"perplexity_{length}" for length in COUNTS)
 
     def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
         cases = self.COUNTS.items()
         self.windows = {length: consecutive_windows(text, tokenizer, length, count).windows for length, count in cases}
 
     def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
-        """`perplexity_512` and `perplexity_2048` of a model, in the dtype that it has."""
-        return {f"perplexity_{n}": round(perplexity(model, windows), 2) for n, windows in self.windows.items()}
+        """Perplexities of a model, by `NAMES`, in the dtype that it has."""
+        found = (round(perplexity(model, windows), 2) for windows in self.windows.values())
+        return dict(zip(self.NAMES, found, strict=True))
 
 
 def memory(key: str = "VmRSS") -> float:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from peers import Flap, block_influence, by_channels, magnitude, taylor, without_blocks
@@ -87,6 +88,24 @@ class Table:
         """Write what is there."""
         write("quality", self._protocol, sorted(self.rows, key=lambda row: row["beta"]))
 
+    def show(self) -> None:
+        """Print it, a line for each method: perplexity in short and long windows and mean accuracy, at every β."""
+        betas = sorted({row["beta"] for row in self.rows} - {0.0})
+
+        def figure(row: dict[str, Any], name: str) -> str:
+            if name == "accuracy":
+                return f"{100 * mean(row[f'{task}_acc'] for task in TASKS):.0f}"
+            return f"{row[name]:.1f}"
+
+        wanted = [*self._unseen.NAMES, *([] if self._tasks is None else ["accuracy"])]
+        print("|".join(["", "method", *(f"{name}, {beta}" for name in wanted for beta in betas), ""]))
+        print("|".join(["", "---", *("---:" for _ in wanted for _ in betas), ""]))
+        for method in dict.fromkeys(row["method"] for row in self.rows):
+            found = {row["beta"]: row for row in self.rows if row["method"] == method}
+            rows = {beta: found.get(beta, found.get(0.0)) for beta in betas}  # dense: the same at every β
+            cells = ("–" if rows[b] is None else figure(rows[b], name) for name in wanted for b in betas)
+            print("|".join(["", method, *cells, ""]))
+
     def _figures(self, model: PreTrainedModel) -> dict[str, float]:
         found = self._unseen.perplexities(model)
         if self._tasks is not None:
@@ -105,7 +124,7 @@ def protocol(search_text: str, unseen_text: str, dtype: Any) -> str:
         f"for our seeds and for a search of {SCHEDULE.evaluations} full-evaluation equivalents; uniform: FFN rates; "
         "repaired: the first repair; twice: the second too, of the output projections alone or, by default, of gate "
         f"and up too; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
-        f"{Unseen.WORDS}; tasks: the first {ITEMS} items"
+        f"{Unseen.WORDS}; tasks: the first {ITEMS} items, and the mean of acc in percent"
     )
 
 
@@ -275,6 +294,7 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
             table.add("searched, outputs repaired twice", beta, lambda: ours.model(ABLATED, "kl", second=True))
         table.add("searched, repaired twice", beta, lambda beta=beta: ours.model(beta, "kl", True, True))
         table.add("searched, repaired twice, as sure as the dense model", beta, lambda beta=beta: ours.sure(beta))
+    table.show()
 
 
 if __name__ == "__main__":
