@@ -28,8 +28,9 @@ def call_by_name(model: Path) -> None:
 
 def main(work: Path, unseen_text: str, tasks: str) -> None:
     """Measure, describe."""
-    model, card = str(work / "b30"), str(Path(__file__).parents[1] / "model_cards" / NAME)
-    call_by_name(work / "b30")
+    saved, card = work / "b30", Path(__file__).parents[1] / "model_cards" / NAME
+    call_by_name(saved)
+    model = str(saved)
     figures = ["--save", "--against", str(work / "dense")]
     items = ["--tasks", TASKS, "--tasks-dir", tasks, "--limit", "200", "--cache", str(work / "cache")]
     for command in (
@@ -37,11 +38,11 @@ def main(work: Path, unseen_text: str, tasks: str) -> None:
         ["evaluate", model, *items, *figures],
         ["benchmark", model, "--runtime", "torch", "--dtype", "float32", *figures],
         ["benchmark", model, "--runtime", "gguf", "--dtype", "q8_0", "--exports", str(work / "gguf"), *figures],
-        ["card", model, f"me/{NAME}", "--output", card],
+        ["card", model, f"me/{NAME}", "--output", str(card)],
     ):
         if status := selfpruner(command):
             sys.exit(status)
-    shutil.copy(work / "b30" / FILE_NAME, card)  # the record that the card was made from
+    shutil.copy(saved / FILE_NAME, card)  # the record that the card was made from
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def protocol(search_text: str, unseen_text: str, dtype: Any) -> str:
         f"for our seeds and for a search of {SCHEDULE.evaluations} full-evaluation equivalents; uniform: FFN rates; "
         "repaired: the first repair; twice: the second too, of the output projections alone or, by default, of gate "
         f"and up too; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
-        f"{Unseen.WORDS}; tasks: the first {ITEMS} items, and the mean of acc in percent"
+        f"{Unseen.WORDS}; tasks: the first {ITEMS} items"
     )
 
 
