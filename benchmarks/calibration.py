@@ -23,9 +23,9 @@ from selfpruner_hub.demo import load_embedded
 from selfpruner_hub.evaluation import divergence, perplexity, teach, with_layers
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
-from selfpruner_hub.pruner import SENSITIVITY_TOKENS, AutoPruner
+from selfpruner_hub.pruner import FISHER_TOKENS, AutoPruner
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
+from selfpruner_hub.sensitivity import loss_curves, output_fisher
 from selfpruner_hub.slicing import Slicer, ordered
 
 BETA, WINDOW, FEW = 0.3, 512, 32_768
@@ -76,17 +76,17 @@ def run(pruner: AutoPruner, windows: Tensor, measure: Measure) -> dict[str, Any]
     """Calibrate, and measure uniform rates and those of least predicted loss."""
     model, budget = pruner.model, Budget(pruner.shape, BETA)
     started = time.perf_counter()
-    sensitivity = output_sensitivity(model, windows[: max(1, SENSITIVITY_TOKENS // windows.shape[1])])
+    fisher = output_fisher(model, windows[: max(1, FISHER_TOKENS // windows.shape[1])])
     statistics = calibrate(model, windows)
     seconds = time.perf_counter() - started
     found: dict[str, Any] = {"seconds": round(seconds, 1)}
     started = time.perf_counter()
-    order = rank(model, statistics, "obs")
+    order = rank(model, statistics, "obs", fisher=fisher)
     with ordered(model, order):
-        slicer = Slicer(model, order, statistics)
+        slicer = Slicer(model, order, statistics, fisher=fisher)
         slicer.layers(budget.project(seeds(budget)["uniform"]))
         found["ordering_and_repair_seconds"] = round(time.perf_counter() - started, 1)
-        starts = seeds(budget, loss_curves(sensitivity, slicer))
+        starts = seeds(budget, loss_curves(slicer))
         for name in ("uniform", "sensitivity"):
             plan = budget.project(starts[name])
             with with_layers(model, slicer.layers(plan)):

@@ -31,16 +31,16 @@ from selfpruner_hub.corpus import load_corpus
 from selfpruner_hub.demo import NAME, load_embedded
 from selfpruner_hub.evaluation import with_layers
 from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.importance import LayerOrder, rank
+from selfpruner_hub.importance import Fisher, LayerOrder, rank
 from selfpruner_hub.losses import LossCurves
 from selfpruner_hub.plan import Plan
-from selfpruner_hub.pruner import SENSITIVITY_TOKENS, AutoPruner
+from selfpruner_hub.pruner import FISHER_TOKENS, AutoPruner
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.model_proposer import ModelProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
+from selfpruner_hub.sensitivity import loss_curves, output_fisher
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.tasks import evaluate_tasks
 
@@ -169,6 +169,7 @@ class Ours:
         pruner: Of the dense model.
         statistics: Of the calibration.
         windows: Of the calibration, and of the search.
+        fisher: Of the dense model's outputs.
         order: Of channels and groups.
         work: Directory of the journals of its searches.
     """
@@ -178,26 +179,27 @@ class Ours:
         pruner: AutoPruner,
         statistics: list[LayerStatistics],
         windows: tuple[Tensor, Tensor],
+        fisher: Fisher,
         order: list[LayerOrder],
         work: Path,
     ) -> None:
         self._pruner, self._model, self._statistics, self._windows = pruner, pruner.model, statistics, windows
         self._calibration, self._held_out = windows
-        self.order, self._work = order, work
+        self._fisher, self.order, self._work = fisher, order, work
         with self._ordered():
-            self._slicer = Slicer(self._model, order, statistics)
+            self._slicer = Slicer(self._model, order, statistics, fisher=fisher)
         self._plans: dict[tuple[float, str], Plan] = {}
 
     def model_under(self, order: list[LayerOrder], beta: float, how: str) -> tuple[float, PreTrainedModel]:
         """A plan of ours with its first repair, but channels or groups in another order."""
-        plan, other = self.plan(beta, how), Ours(self._pruner, self._statistics, self._windows, order, self._work)
+        plan = self.plan(beta, how)
+        other = Ours(self._pruner, self._statistics, self._windows, self._fisher, order, self._work)
         other._plans[beta, how] = plan
         return other.model(beta, how)
 
     @cached_property
     def _curves(self) -> list[LossCurves]:
-        few = self._calibration[: SENSITIVITY_TOKENS // WINDOW]
-        return loss_curves(output_sensitivity(self._model, few), self._slicer)
+        return loss_curves(self._slicer)
 
     @contextmanager
     def _ordered(self) -> Iterator[None]:
@@ -227,13 +229,16 @@ class Ours:
         return self._plans[beta, how]
 
     @lru_cache(maxsize=1)  # noqa: B019
-    def model(self, beta: float, how: str, second: bool = False, inputs: bool = False) -> tuple[float, PreTrainedModel]:
-        """A plan with its first repair, and the second."""
+    def model(
+        self, beta: float, how: str, second: bool = False, inputs: bool = False, alike: bool = False
+    ) -> tuple[float, PreTrainedModel]:
+        """A plan with its first repair, and the second, in the metric of the Fisher information or not."""
         plan = self.plan(beta, how)
         with self._ordered():
             pruned = slice_model(self._slicer, plan)
         if second:
-            compensate(self._model, pruned, self._calibration, inputs=inputs)
+            fisher = None if alike else self._fisher
+            compensate(self._model, pruned, self._calibration, inputs=inputs, fisher=fisher)
         return removed(self._pruner, pruned.get_decoder().layers), pruned
 
     def sure(self, beta: float) -> tuple[float, PreTrainedModel]:
@@ -245,8 +250,9 @@ class Ours:
 
 
 def orders(model: PreTrainedModel, statistics: list[LayerStatistics], few: Tensor) -> dict[str, list[LayerOrder]]:
-    """What stands beside OBS; first-order scores know channels alone."""
+    """What stands beside OBS with Fisher information; first-order scores know channels alone."""
     found = {name: rank(model, statistics, name) for name in ("wanda-sp", "flap", "energy")}
+    found["obs, all errors alike"] = rank(model, statistics, "obs")
     first = by_channels(model, taylor(model, few))
     ranks = [
         -(one.channels.argsort() + two.channels.argsort()) for one, two in zip(first, found["wanda-sp"], strict=True)
@@ -282,7 +288,8 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
     windows = (calibration.windows, held_out.windows)
     statistics = calibrate(pruner.model, calibration.windows)
     add_peers(table, pruner, statistics, calibration.windows[:GRADIENT_WINDOWS], betas)
-    ours = Ours(pruner, statistics, windows, rank(pruner.model, statistics, "obs"), work)
+    fisher = output_fisher(pruner.model, calibration.windows[: FISHER_TOKENS // WINDOW])
+    ours = Ours(pruner, statistics, windows, fisher, rank(pruner.model, statistics, "obs", fisher=fisher), work)
     for beta in betas:
         table.add("uniform, repaired", beta, lambda beta=beta: ours.model(beta, "uniform"))
         table.add("best seed, repaired", beta, lambda beta=beta: ours.model(beta, "seed"))
@@ -292,6 +299,11 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
         if beta == ABLATED:
             table.add("searched by perplexity, repaired", beta, lambda: ours.model(ABLATED, "perplexity"))
             table.add("searched, outputs repaired twice", beta, lambda: ours.model(ABLATED, "kl", second=True))
+            table.add(
+                "searched, repaired twice, all errors alike",
+                beta,
+                lambda: ours.model(ABLATED, "kl", True, True, alike=True),
+            )
         table.add("searched, repaired twice", beta, lambda beta=beta: ours.model(beta, "kl", True, True))
         table.add("searched, repaired twice, as sure as the dense model", beta, lambda beta=beta: ours.sure(beta))
     table.show()

@@ -27,14 +27,14 @@ from selfpruner_hub.evaluation import label_loss, mean_losses, teach, teacher_lo
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
-from selfpruner_hub.pruner import SENSITIVITY_TOKENS
+from selfpruner_hub.pruner import FISHER_TOKENS
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.model_proposer import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
+from selfpruner_hub.sensitivity import loss_curves, output_fisher
 from selfpruner_hub.slicing import Slicer, ordered
 
 WINDOW, CALIBRATION, FITNESS, UNSEEN = 512, 65_536, 8_192, 32
@@ -100,9 +100,9 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
     model, tokenizer = pruner.model, pruner.tokenizer
     corpus = load_corpus(search_text, tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, held_out = corpus.split(CALIBRATION, FITNESS)
-    sensitivity = output_sensitivity(model, calibration.windows[: SENSITIVITY_TOKENS // WINDOW])
+    fisher = output_fisher(model, calibration.windows[: FISHER_TOKENS // WINDOW])
     known = calibrate(model, calibration.windows)
-    order = rank(model, known)
+    order = rank(model, known, fisher=fisher)
     rows: list[dict[str, Any]] = []
 
     def add(**row: Any) -> None:
@@ -110,9 +110,9 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
         print({key: value for key, value in row.items() if key != "curve"}, flush=True)
 
     with ordered(model, order):
-        slicer = Slicer(model, order, known)
+        slicer = Slicer(model, order, known, fisher=fisher)
         del known
-        curves = loss_curves(sensitivity, slicer)
+        curves = loss_curves(slicer)
         fitness = Fitness(slicer, held_out.windows, "kl", curves)
         score, slopes = (
             cache(fitness),

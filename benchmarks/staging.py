@@ -24,13 +24,13 @@ from selfpruner_hub.evaluation import Loss, teach, teacher_loss
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
-from selfpruner_hub.pruner import SENSITIVITY_TOKENS
+from selfpruner_hub.pruner import FISHER_TOKENS
 from selfpruner_hub.search.journal import Journal, Record
 from selfpruner_hub.search.loop import Score, search
 from selfpruner_hub.search.proposers import EvolutionProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
+from selfpruner_hub.sensitivity import loss_curves, output_fisher
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 
 WINDOW, CALIBRATION, FITNESS, BETA, ROUNDS, CHILDREN = 512, 16_384, 16_384, 0.3, 2, 8
@@ -70,14 +70,14 @@ def main(text: str) -> None:
     model = pruner.model
     corpus = load_corpus(text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, held_out = corpus.split(CALIBRATION, FITNESS)
-    sensitivity = output_sensitivity(model, calibration.windows[: SENSITIVITY_TOKENS // WINDOW])
+    fisher = output_fisher(model, calibration.windows[: FISHER_TOKENS // WINDOW])
     known = calibrate(model, calibration.windows)
-    order = rank(model, known)
+    order = rank(model, known, fisher=fisher)
     budget = Budget(pruner.shape, BETA)
     results: dict[str, Any] = {}
     with ordered(model, order):
-        slicer = Slicer(model, order, known)
-        starts = seeds(budget, loss_curves(sensitivity, slicer))
+        slicer = Slicer(model, order, known, fisher=fisher)
+        starts = seeds(budget, loss_curves(slicer))
         loss = teacher_loss(teach(model, held_out.windows))
 
         def plain(plan: Plan, _share: float) -> float:

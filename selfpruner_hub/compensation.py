@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.architectures import Architecture, architecture_of, decoder_layers, linear
 from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.corpus import Progress
+from selfpruner_hub.importance import Fisher
 from selfpruner_hub.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.shelf import Keep, in_memory
 from selfpruner_hub.streams import Seen, Stream, exact_in_float32, held_out, watching
@@ -37,6 +38,7 @@ def compensate(
     inputs: bool = True,
     keep: Keep = in_memory,
     checkpoints: Checkpoints | None = None,
+    fisher: Fisher | None = None,
 ) -> None:
     """Refit o_proj, gate_proj, up_proj and down_proj of every pruned layer, in place, first layer first.
 
@@ -45,7 +47,8 @@ def compensate(
     architecture normalises the output before it is added (Gemma 2 and 3), t is the dense output itself. λ is chosen for
     each projection: fitted to the other windows, it brings those that are held out, in all layers the same, nearest to
     their targets. gate_proj and up_proj then move toward the same target (`least_squares.fit_inputs`), and
-    down_proj is fitted again; where that does not help on the windows that are held out, they stay.
+    down_proj is fitted again; where that does not help on the windows that are held out, they stay. How near an
+    output is to its target, ‖R δ‖² tells, with RᵀR its Fisher information in the dense model.
 
     Memory: six hidden states per token, and twice the statistics of one projection.
 
@@ -59,6 +62,7 @@ def compensate(
         inputs: Refit gate_proj and up_proj too.
         keep: Where hidden states are put.
         checkpoints: Where finished layers are kept, and taken from.
+        fisher: What `sensitivity.output_fisher` returned; None takes all errors of an output alike.
 
     Raises:
         ModelError: The statistics are degenerate.
@@ -67,6 +71,7 @@ def compensate(
     architecture = architecture_of(dense.config)
     original, moved = Stream(dense, windows, keep), Stream(dense, windows, keep)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
+    roots: Fisher = fisher or [(None, None)] * len(pairs)
     with exact_in_float32(dense.dtype):
         for index, (whole, layer) in enumerate(pairs):
             if done := checkpoints.load(f"repair-{index}"):
@@ -75,8 +80,8 @@ def compensate(
                 moved.advance(index, layer)
                 continue
             wanted = _targets(architecture, index, whole, original, moved, keep)
-            _fit_attention(architecture, index, layer, moved, wanted, ridges)
-            ffn = _Ffn(architecture, index, layer, moved, wanted, keep)
+            _fit_attention(architecture, index, layer, moved, wanted, ridges, roots[index][0])
+            ffn = _Ffn(architecture, index, layer, moved, wanted, keep, roots[index][1])
             ffn.fit_down(ridges)
             if inputs and ffn.fit_inputs():
                 ffn.fit_down(ridges)
@@ -107,10 +112,16 @@ def _targets(
 
 
 def _fit_attention(
-    architecture: Architecture, index: int, layer: nn.Module, moved: Stream, wanted: Targets, ridges: Sequence[float]
+    architecture: Architecture,
+    index: int,
+    layer: nn.Module,
+    moved: Stream,
+    wanted: Targets,
+    ridges: Sequence[float],
+    root: Tensor | None,
 ) -> None:
     module = linear(layer, architecture.attention_output)
-    fit = LinearFit(module, ridges)
+    fit = LinearFit(module, ridges, root)
     for number, targets in enumerate(wanted):
         seen = Seen(module, last=True)
         moved.run(index, layer, number, [seen])
@@ -129,8 +140,9 @@ class _Ffn:
         moved: Stream,
         wanted: Targets,
         keep: Keep,
+        root: Tensor | None,
     ) -> None:
-        self._keep = keep
+        self._keep, self._root = keep, root
         owner, _, _ = architecture.ffn_output.rpartition(".")
         self._run = layer.get_submodule(owner)
         self._inputs = [linear(layer, p.path) for p in architecture.ffn_inputs]
@@ -145,7 +157,7 @@ class _Ffn:
             self._batches.append((keep(outputs[1].input), keep(target)))
 
     def fit_down(self, ridges: Sequence[float]) -> None:
-        fit = LinearFit(self._down, ridges)
+        fit = LinearFit(self._down, ridges, self._root)
         for h, target in self._batches:
             seen = Seen(self._down, last=True)
             with watching([seen]):
@@ -164,7 +176,8 @@ class _Ffn:
         rows = [module.weight for module in self._inputs]
         before = [weight.clone() for weight in rows]
         stacked = torch.cat(rows).view(-1, *self._down.weight.t().shape)
-        moved = (stacked.float() + fit_inputs(stream, stacked, self._down.weight)).flatten(0, 1)
+        down = self._down.weight if self._root is None else (self._root @ self._down.weight.float()).to(rows[0].dtype)
+        moved = (stacked.float() + fit_inputs(stream, stacked, down)).flatten(0, 1)
         for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
             weight.copy_(new)
         helps = _held_error(self._rest(h, target) for h, target in self._batches) < _held_error(rests)
@@ -174,8 +187,9 @@ class _Ffn:
         return helps
 
     def _rest(self, h: Tensor, target: Tensor) -> Tensor:
-        """What is missing in the output."""
-        return _sum(target, -self._run(h))
+        """What is missing in the output, times R."""
+        rest = _sum(target, -self._run(h))
+        return rest if self._root is None else nn.functional.linear(rest, self._root.to(rest.dtype))
 
     def _factors(self, h: Tensor) -> Tensor:
         """The derivative of down's input by what gate and up give, `[N, W, K, F]`.

@@ -16,6 +16,12 @@ from selfpruner_hub.corpus import Progress
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.refit import damped_factor
 
+Fisher = Sequence[tuple[Tensor | None, Tensor | None]]
+"""Per layer, R of the attention's and of the FFN's output, `[H, H]`, where RᵀR is its Fisher information; None: I."""
+Order = Callable[[Tensor, Moments, int, Tensor | None], Tensor]
+"""Units, most important first `[in / unit]`, from the weight `[out, in]`, the moments of its input, the columns of a
+unit (those of a KV group's query heads, or one), and R of its output, which OBS alone reads."""
+
 
 def wanda_sp(weight: Tensor, moments: Moments) -> Tensor:
     """Σ_i |W_ij| · ‖x_j‖₂, up to the token count (Wanda, arXiv 2306.11695, summed over outputs as in FLAP's -sp)."""
@@ -37,22 +43,24 @@ def expand(indices: Tensor, unit: int) -> Tensor:
     return (indices[:, None] * unit + torch.arange(unit, device=indices.device)).flatten()
 
 
-def by_score(score: Callable[[Tensor, Moments], Tensor]) -> Callable[[Tensor, Moments, int], Tensor]:
+def by_score(score: Callable[[Tensor, Moments], Tensor]) -> Order:
     """The order of units by the sum of the scores of their columns."""
-    return lambda weight, moments, unit: (
+    return lambda weight, moments, unit, _root: (
         score(weight, moments).view(-1, unit).sum(1).argsort(descending=True, stable=True)
     )
 
 
-def obs(weight: Tensor, moments: Moments, unit: int) -> Tensor:
+def obs(weight: Tensor, moments: Moments, unit: int, root: Tensor | None = None) -> Tensor:
     """Structured OBS (ZipLM, arXiv 2302.04089, equations 3 and 4): one sweep removes unit after unit.
 
     With H = E[x xᵀ] + λ · mean(diag) · I, each step removes the unit g with the least tr(W_g [(H⁻¹)_gg]⁻¹ W_gᵀ), which
-    is what the repaired output loses by it, and repairs W and H⁻¹. Where there are more than `STEPS` units, a step
-    removes several. Cost: at most `STEPS` updates of H⁻¹, cubic in the columns until then.
+    is what the repaired output loses by it, and repairs W and H⁻¹. With the Fisher information RᵀR of the output, W is
+    R W: twice the second-order loss of the model. Where there are more than `STEPS` units, a step removes several.
+    Cost: at most `STEPS` updates of H⁻¹, cubic in the columns until then.
     """
     inverse = torch.cholesky_inverse(damped_factor(moments.gram, moments.ridge))
-    columns = weight.t().float().contiguous()  # [in, out], repaired as units go
+    seen = weight.float() if root is None else root @ weight.float()
+    columns = seen.t().contiguous()  # [in, out], repaired as units go
     left = torch.arange(len(columns) // unit, device=weight.device)
     gone = torch.zeros_like(left, dtype=torch.bool)
     together = -(-len(left) // STEPS)
@@ -89,14 +97,12 @@ STEPS = 512
 """Most steps of `obs` for one projection; with 2048 the error on other text is no lower."""
 COMPACTED = 32
 """Steps of `obs` between two that make its matrices smaller."""
-ORDERS: dict[str, Callable[[Tensor, Moments, int], Tensor]] = {
+ORDERS: dict[str, Order] = {
     "wanda-sp": by_score(wanda_sp),
     "flap": by_score(flap),
     "energy": by_score(energy),
     "obs": obs,
 }
-"""Orders of units, most important first `[in / unit]`, from the weight `[out, in]`, the moments of its input, and the
-columns of a unit: those of a KV group's query heads, or one."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,7 @@ def rank(
     importance: str = "obs",
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
+    fisher: Fisher | None = None,
 ) -> list[LayerOrder]:
     """Order every layer's KV groups and FFN channels by importance.
 
@@ -132,6 +139,7 @@ def rank(
         importance: A key of `ORDERS`.
         progress: Told how many layers are done.
         checkpoints: Where finished layers are kept, and taken from.
+        fisher: What `sensitivity.output_fisher` returned; None takes all errors of an output alike.
 
     Returns:
         One `LayerOrder` per layer.
@@ -144,15 +152,16 @@ def rank(
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     checkpoints = checkpoints or Checkpoints()
     orders: list[LayerOrder] = []
-    for layer, known in zip(decoder_layers(model), statistics, strict=True):
+    roots: Fisher = fisher or [(None, None)] * shape.num_layers
+    for layer, known, (attention, ffn) in zip(decoder_layers(model), statistics, roots, strict=True):
         if done := checkpoints.load(f"order-{len(orders)}"):
             orders.append(LayerOrder(**done))
             continue
         groups, channels = (
-            ORDERS[importance](linear(layer, path).weight.float(), moments, unit)
-            for path, moments, unit in (
-                (architecture.attention_output, known.attention, shape.queries_per_group * shape.head_dim),
-                (architecture.ffn_output, known.ffn, 1),
+            ORDERS[importance](linear(layer, path).weight.float(), moments, unit, root)
+            for path, moments, unit, root in (
+                (architecture.attention_output, known.attention, shape.queries_per_group * shape.head_dim, attention),
+                (architecture.ffn_output, known.ffn, 1, ffn),
             )
         )
         checkpoints.save(f"order-{len(orders)}", {"groups": groups, "channels": channels})

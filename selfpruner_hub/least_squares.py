@@ -27,10 +27,12 @@ class LinearFit:
         module: The projection; its bias stays as it is.
         ridges: λ to choose from, smallest first, in units of mean(diag E[x xᵀ]). One alone is taken, and every window
             fitted.
+        root: R, `[out, out]`: λ is that of least ‖R (t - W x)‖² (`sensitivity.output_fisher`). The fit itself does not
+            depend on it; None takes all errors alike.
     """
 
-    def __init__(self, module: nn.Linear, ridges: Sequence[float]) -> None:
-        self._module, self._ridges = module, ridges
+    def __init__(self, module: nn.Linear, ridges: Sequence[float], root: Tensor | None = None) -> None:
+        self._module, self._ridges, self._root = module, ridges, root
         self._fitted, self._held = _Sums(module), _Sums(module)
         self._windows = 0
 
@@ -45,7 +47,9 @@ class LinearFit:
         """Give the projection the weight that fits."""
         before, ridge = self._module.weight, self._ridges[-1]
         if self._held.count:
-            ridge = first_minimum(self._ridges, lambda each: self._held.error(self._fitted.solve(before, each)))
+            ridge = first_minimum(
+                self._ridges, lambda each: self._held.error(self._fitted.solve(before, each), self._root)
+            )
         before.copy_(self._fitted.solve(before, ridge))
 
 
@@ -87,9 +91,10 @@ class _Sums:
         damping = ridge * gram.diagonal().mean()
         return torch.cholesky_solve((cross + damping * before.float()).t(), damped_factor(gram, ridge)).t()
 
-    def error(self, weight: Tensor) -> float:
-        """E‖t - W x‖², but for E‖t‖²."""
-        products = (weight @ self._gram) * weight - 2 * weight * self._cross
+    def error(self, weight: Tensor, root: Tensor | None) -> float:
+        """E‖R (t - W x)‖², but for E‖R t‖²."""
+        weight, cross = (each if root is None else root @ each for each in (weight, self._cross))
+        products = (weight @ self._gram) * weight - 2 * weight * cross
         return products.sum(dtype=torch.float64).item() / self.count
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.architectures import shape_of
@@ -33,13 +33,13 @@ from selfpruner_hub.search.outcome import Standing
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves, output_sensitivity
+from selfpruner_hub.sensitivity import loss_curves, output_fisher
 from selfpruner_hub.shelf import Keep, Shelf, in_memory
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.workers import check_executor, ray_workers
 
-SENSITIVITY_TOKENS = 4096
-"""Calibration tokens for the one backward pass behind the sensitivity seeds."""
+FISHER_TOKENS = 8192
+"""Calibration tokens for the one backward pass behind the Fisher information of the layers' outputs."""
 
 
 class AutoPruner:
@@ -148,12 +148,12 @@ class AutoPruner:
             journal = Journal(None if run_dir is None else Path(run_dir), search_id)
             checkpoints = Checkpoints(None if run_dir is None else Path(run_dir) / "stages")
 
-            sensitivity = self._sensitivity(calibration, method, seed, report, checkpoints)
+            fisher = self._fisher(calibration, method, seed, report, checkpoints)
             statistics = calibrate(self.model, calibration.windows, report, self._keep, checkpoints)
-            order = rank(self.model, statistics, method.importance, report, checkpoints)
+            order = rank(self.model, statistics, method.importance, report, checkpoints, fisher)
             with ordered(self.model, order):
-                slicer = Slicer(self.model, order, _drained(statistics), self._keep)
-                curves = loss_curves(sensitivity, slicer) if sensitivity else None
+                slicer = Slicer(self.model, order, _drained(statistics), self._keep, fisher)
+                curves = loss_curves(slicer) if fisher else None
                 if not method.repair:
                     slicer = Slicer(self.model, order, None, self._keep)
                 fitness_ = Fitness(slicer, held_out.windows, method.fitness, curves)
@@ -186,6 +186,7 @@ class AutoPruner:
                     inputs=method.refit_inputs,
                     keep=self._keep,
                     checkpoints=checkpoints,
+                    fisher=fisher,
                 )
             if method.confidence:
                 found.logit_scale = match_confidence(self.model, model, held_out.windows, report)
@@ -209,18 +210,18 @@ class AutoPruner:
         calibration, held_out = corpus.split(*(int(n * share) for n in wanted), seed=seed)
         return calibration, held_out
 
-    def _sensitivity(
+    def _fisher(
         self, calibration: Corpus, method: Method, seed: int, report: Callable[..., None], checkpoints: Checkpoints
-    ) -> list[tuple[float, float]]:
-        """For the seeds that need it; before anything else is in memory, since a backward pass takes much."""
-        if not {"sensitivity", "blend"} & set(method.seeds):
-            return []
-        if done := checkpoints.load("sensitivity"):
-            return [(attention, ffn) for attention, ffn in done["layers"].tolist()]
-        few = calibration.windows[: max(1, SENSITIVITY_TOKENS // calibration.windows.shape[1])]
-        found = output_sensitivity(self.model, few, seed, report)
-        checkpoints.save("sensitivity", {"layers": torch.tensor(found, dtype=torch.float64)})
-        return found
+    ) -> list[tuple[Tensor, Tensor]] | None:
+        """Where something reads it; before anything else is in memory, since a backward pass takes much."""
+        if not (
+            {"sensitivity", "blend"} & set(method.seeds)
+            or method.importance == "obs"
+            or (method.repair and method.accumulate)
+        ):
+            return None
+        few = calibration.windows[: max(1, FISHER_TOKENS // calibration.windows.shape[1])]
+        return output_fisher(self.model, few, seed, report, self._keep, checkpoints)
 
 
 def _drained(items: list[Any]) -> Iterator[Any]:

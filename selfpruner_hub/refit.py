@@ -54,16 +54,26 @@ class Repair:
         gram: H = E[x xᵀ], `[in, in]`, in the same order.
         ridge: λ, at least 0.
         keep: Where the factor is put.
+        root: R, `[out, out]`: errors are ‖R (W x - W*_K x_K)‖² (`sensitivity.output_fisher`). The weights do not depend
+            on it; None takes all errors alike.
 
     Raises:
         ModelError: As for `damped_factor`.
     """
 
-    def __init__(self, weight: Tensor, gram: Tensor, ridge: float = RIDGE, keep: Keep = in_memory) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        gram: Tensor,
+        ridge: float = RIDGE,
+        keep: Keep = in_memory,
+        root: Tensor | None = None,
+    ) -> None:
         self._factor = keep(damped_factor(gram, ridge))
         self._weight = weight.detach()
         # W L itself is not kept: it would take half as much memory as all factors do.
-        self._norms = (self._weight.float() @ self._factor).square().sum(0)
+        seen = self._weight.float() if root is None else root @ self._weight.float()
+        self._norms = (seen @ self._factor).square().sum(0)
 
     def weight(self, kept: int) -> Tensor:
         """Least-squares weight of the first `kept` columns, `[out, kept]`, in the dtype of the original."""
@@ -73,7 +83,7 @@ class Repair:
         return repaired.to(self._weight.dtype).contiguous()  # the solver returns columns, slow in a linear layer
 
     def errors(self) -> Tensor:
-        """E‖W x - W*_K x_K‖² for a prefix of 0, 1, …, `in` columns, `[in + 1]`, never increasing."""
+        """E‖R (W x - W*_K x_K)‖² for a prefix of 0, 1, …, `in` columns, `[in + 1]`, never increasing."""
         return torch.cat([self._norms.flip(0).cumsum(0).flip(0), self._norms.new_zeros(1)])
 
 

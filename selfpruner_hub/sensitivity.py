@@ -11,41 +11,64 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
+from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.evaluation import Loss, head_chunks, with_layers
 from selfpruner_hub.losses import LossCurves, Slopes, step_channels
 from selfpruner_hub.plan import Plan
+from selfpruner_hub.refit import damped_factor
+from selfpruner_hub.shelf import Keep, in_memory
 from selfpruner_hub.slicing import PARTS, Part, Slicer, units
 
 BATCH_TOKENS = 1024
 """Tokens in one forward and backward pass."""
+DAMPING = 0.1
+"""Of the Fisher information, in units of its mean diagonal: what a few thousand tokens have not seen also counts."""
 
 
-def output_sensitivity(
-    model: PreTrainedModel, windows: Tensor, seed: int = 0, progress: Progress | None = None
-) -> list[tuple[float, float]]:
-    """How much the loss minds noise on the outputs of each layer's attention and FFN: the trace of their Fisher.
+def output_fisher(
+    model: PreTrainedModel,
+    windows: Tensor,
+    seed: int = 0,
+    progress: Progress | None = None,
+    keep: Keep = in_memory,
+    checkpoints: Checkpoints | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """How much the loss minds an error of each layer's outputs: the Fisher information of attention and FFN output.
 
-    Labels are drawn from the model's own distribution, so that E‖∂L/∂y‖² is the trace of the Fisher information of y
-    and ½ · E‖∂L/∂y‖² / D · E‖δy‖² is the second-order KL divergence of an isotropic error δy. One backward pass.
+    Labels are drawn from the model's own distribution, so that F = E[g gᵀ], with g = ∂L/∂y of an output y, is its
+    Fisher information, and ½ E[δᵀ F δ] the second-order KL divergence that an error δ of y causes. One backward pass.
+
+    Memory: 8 · H² bytes a layer, and the activations of one window.
 
     Args:
         model: The dense model.
         windows: Token ids, `[N, W]`; a few thousand tokens are enough.
         seed: Of the drawn labels.
         progress: Told how many windows are done.
+        keep: Where the matrices are put.
+        checkpoints: Where they are kept, and taken from.
 
     Returns:
-        Per layer, E‖∂L/∂y‖² / D for the attention's and the FFN's output, per token.
+        Per layer, R of the attention's and of the FFN's output, `[H, H]`, float32: RᵀR = F + λ · mean(diag F) · I with
+        λ = `DAMPING`, so that ½ ‖R δ‖² is that divergence in nats per token.
+
+    Raises:
+        ModelError: The gradients are nothing, or not finite.
     """
+    checkpoints = checkpoints or Checkpoints()
     modules = [module for layer in decoder_layers(model) for module in _outputs(model, layer)]
-    sums = [0.0] * len(modules)
+    if found := checkpoints.load("fisher"):
+        kept = [keep(found[str(number)].to(module.weight.device)) for number, module in enumerate(modules)]
+        return list(zip(kept[::2], kept[1::2], strict=True))
+    sums = [keep(torch.zeros(2 * module.weight.shape[:1], device=module.weight.device)) for module in modules]
 
     def watch(index: int) -> Callable[..., None]:
-        def keep(gradient: Tensor) -> None:
-            sums[index] += gradient.float().square().mean(-1).sum().item()
+        def add(gradient: Tensor) -> None:
+            g = gradient.flatten(0, -2).float()
+            sums[index].addmm_(g.t(), g)
 
-        return lambda _module, _inputs, output: output.register_hook(keep) and None
+        return lambda _module, _inputs, output: output.register_hook(add) and None
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,23 +81,24 @@ def output_sensitivity(
             _backward(model, window[None], 0, drawn, last=True)
             if progress:
                 progress("sensitivities", done, len(windows))
-    means = [value / windows.numel() for value in sums]
-    return list(zip(means[::2], means[1::2], strict=True))
+    for each in sums:
+        each.copy_(damped_factor(each.div_(windows.numel()), DAMPING).t())
+    checkpoints.save("fisher", {str(number): root for number, root in enumerate(sums)})
+    return list(zip(sums[::2], sums[1::2], strict=True))
 
 
-def loss_curves(sensitivity: Sequence[tuple[float, float]], slicer: Slicer) -> list[LossCurves]:
-    """Predict the loss of each layer alone: half the Fisher trace times the expected squared error of its output.
+def loss_curves(slicer: Slicer) -> list[LossCurves]:
+    """Predict the loss of each layer alone: half the expected error of its outputs, as the Fisher information has it.
 
     Args:
-        sensitivity: What `output_sensitivity` returned.
-        slicer: With statistics, for the errors after repair.
+        slicer: With statistics and Fisher information, for the errors after repair.
 
     Returns:
         One pair of curves per layer.
     """
     return [
-        LossCurves((attention / 2 * groups).double().cpu().numpy(), (ffn / 2 * channels).double().cpu().numpy())
-        for (attention, ffn), (groups, channels) in zip(sensitivity, slicer.errors(), strict=True)
+        LossCurves((attention / 2).double().cpu().numpy(), (ffn / 2).double().cpu().numpy())
+        for attention, ffn in slicer.errors()
     ]
 
 
@@ -84,8 +108,8 @@ def slopes(
     """Predict what each small change of a plan does to the loss: one forward and one backward pass for all of them.
 
     First order, E[∂L/∂y · δy], from the gradient of the pruned model, so the interaction of the layers is in it. The
-    second order ½ · tr(Fisher) / D · E‖δy‖² is the difference of the loss curves: with nested least squares, the
-    errors of two widths differ by exactly E‖δy‖².
+    second order ½ E[δyᵀ F δy] is the difference of the loss curves: with nested least squares, the errors of two widths
+    differ by exactly E[δyᵀ F δy].
 
     Args:
         slicer: Of the dense model.

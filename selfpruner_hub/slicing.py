@@ -21,7 +21,7 @@ from selfpruner_hub.architectures import (
     shape_of,
 )
 from selfpruner_hub.calibration import LayerStatistics
-from selfpruner_hub.importance import LayerOrder, expand
+from selfpruner_hub.importance import Fisher, LayerOrder, expand
 from selfpruner_hub.modeling_selfpruned import WIDTHS, LayerConfig
 from selfpruner_hub.plan import LayerWidths, ModelShape, Plan
 from selfpruner_hub.refit import Repair
@@ -43,6 +43,7 @@ class Slicer:
         statistics: Calibration statistics in dense order, for the repair, one layer at a time; None leaves weights as
             they are.
         keep: Where the repairs are put; repaired weights are memoised only where that is memory.
+        fisher: What `sensitivity.output_fisher` returned, for the errors; None takes all errors of an output alike.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Slicer:
         order: Sequence[LayerOrder],
         statistics: Iterable[LayerStatistics] | None,
         keep: Keep = in_memory,
+        fisher: Fisher | None = None,
     ) -> None:
         self.model = model
         self.keep = keep
@@ -60,20 +62,23 @@ class Slicer:
         self._paths = (self._architecture.attention_output, self._architecture.ffn_output)
         self.repairs: list[tuple[Repair, Repair]] | None = None
         if statistics is not None:
-            self.repairs = [self._repairs(*known) for known in zip(self._dense, order, statistics, strict=True)]
+            roots: Fisher = fisher or [(None, None)] * len(self._dense)
+            self.repairs = [self._repairs(*known) for known in zip(self._dense, order, statistics, roots, strict=True)]
         self._cache: OrderedDict[tuple[int, Part, int], Tensor] = OrderedDict()
         outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
         self._free = int(CACHED_REPAIRS * outputs) if keep is in_memory else 0
 
-    def _repairs(self, layer: nn.Module, order: LayerOrder, known: LayerStatistics) -> tuple[Repair, Repair]:
+    def _repairs(
+        self, layer: nn.Module, order: LayerOrder, known: LayerStatistics, roots: tuple[Tensor | None, Tensor | None]
+    ) -> tuple[Repair, Repair]:
         pairs = ((known.attention, expand(order.groups, self.unit("query"))), (known.ffn, order.channels))
         return tuple(  # type: ignore[return-value]
-            Repair(linear(layer, path).weight, moments.gram[columns][:, columns], moments.ridge, self.keep)
-            for path, (moments, columns) in zip(self._paths, pairs, strict=True)
+            Repair(linear(layer, path).weight, moments.gram[columns][:, columns], moments.ridge, self.keep, root)
+            for path, (moments, columns), root in zip(self._paths, pairs, roots, strict=True)
         )
 
     def errors(self) -> list[tuple[Tensor, Tensor]]:
-        """Expected squared output error of each layer, after repair, by what it keeps.
+        """Expected squared output error of each layer after repair, by what it keeps, in the metric of `fisher`.
 
         Returns:
             Per layer, for 0 to G KV groups `[G + 1]`, and for 0 to F channels `[F + 1]`.

@@ -22,27 +22,30 @@ def test_scores_on_a_case_worked_by_hand():
         torch.testing.assert_close(score(weight, moments), torch.tensor(values))
 
 
+@pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("unit", [1, 3])
-def test_obs_equals_brute_force(unit, monkeypatch):
-    """Each step removes the unit without which least squares on the inputs themselves does best."""
+def test_obs_equals_brute_force(unit, alike, monkeypatch):
+    """Each step removes the unit without which least squares on the inputs themselves does best for the loss."""
     monkeypatch.setattr(importance, "COMPACTED", 2)
     generator = torch.Generator().manual_seed(unit)
     columns, out, tokens = 6 * unit, 5, 300
     x = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
     weight = torch.randn(out, columns, generator=generator)
     units = torch.arange(columns).view(-1, unit)
+    root = torch.eye(out) if alike else torch.randn(out, out, generator=generator).triu()
 
     def error(kept):
         inputs = x[:, units[kept].flatten()].double()
         target = (x @ weight.t()).double()
-        return (target - inputs @ torch.linalg.lstsq(inputs, target).solution).square().sum()
+        rest = target - inputs @ torch.linalg.lstsq(inputs, target).solution
+        return (rest @ root.t().double()).square().sum()
 
     kept, removed = list(range(6)), []
     while len(kept) > 1:
         least = min(kept, key=lambda unit: error([k for k in kept if k != unit]))
         kept.remove(least)
         removed.append(least)
-    order = obs(weight, Moments(x.mean(0), x.t() @ x / tokens, ridge=1e-7), unit)
+    order = obs(weight, Moments(x.mean(0), x.t() @ x / tokens, ridge=1e-7), unit, None if alike else root)
     assert order.tolist() == [*kept, *reversed(removed)]
 
 

@@ -32,12 +32,14 @@ def test_a_linear_fit_is_ordinary_least_squares_where_the_ridge_is_nothing():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("root", [None, torch.tensor([100.0] + [0.1] * (H - 1)).diag()])
 @pytest.mark.parametrize(("noise", "strength"), [(0.01, 1.0), (1.0, 1.0), (50.0, 0.001)])
-def test_of_all_ridges_it_takes_that_of_least_error_on_what_is_held_out(noise, strength):
+def test_of_all_ridges_it_takes_that_of_least_error_on_what_is_held_out(noise, strength, root):
     ridges = tuple(10.0**exponent for exponent in range(-4, 4))
     x, module = normal(N, 2, F), nn.Linear(F, H, bias=False)
     before = module.weight.copy_(normal(H, F, seed=2)).clone()
-    target = x @ normal(H, F, seed=2).t() + noise * normal(N, 2, H, seed=1) + strength * x @ normal(F, H, seed=4)
+    noisy = noise * normal(N, 2, H, seed=1) * torch.linspace(5, 0.1, H)  # so that the first output wants another λ
+    target = x @ normal(H, F, seed=2).t() + noisy + strength * x @ normal(F, H, seed=4)
 
     def solved(windows, ridge):
         inputs, wanted = x[windows].flatten(0, 1), target[windows].flatten(0, 1)
@@ -46,8 +48,10 @@ def test_of_all_ridges_it_takes_that_of_least_error_on_what_is_held_out(noise, s
         return (cross + damping * before) @ torch.linalg.inv(gram + damping * torch.eye(F))
 
     held = [i for i in range(N) if i not in FITTED]
-    best = min(ridges, key=lambda ridge: (target[held] - x[held] @ solved(FITTED, ridge).t()).square().sum().item())
-    fit = LinearFit(module, ridges)
+    seen = torch.eye(H) if root is None else root
+    rests = {ridge: (target[held] - x[held] @ solved(FITTED, ridge).t()) @ seen.t() for ridge in ridges}
+    best = min(ridges, key=lambda ridge: rests[ridge].square().sum().item())
+    fit = LinearFit(module, ridges, root)
     fit.add(x, target)
     fit.apply()
     torch.testing.assert_close(module.weight.data, solved(FITTED, best), atol=1e-3, rtol=1e-3)

@@ -48,15 +48,16 @@ def test_no_perturbation_lowers_the_calibration_error(problem):
             assert error(repaired + scale * torch.randn(repaired.shape, generator=generator)) >= best
 
 
-def test_error_curve_is_the_measured_error(problem):
+@pytest.mark.parametrize("root", [None, torch.randn(OUT, OUT, generator=torch.Generator().manual_seed(3)).triu()])
+def test_error_curve_is_the_measured_error(problem, root):
     weight, x, gram = problem
-    repair = Repair(weight, gram, 0.0)
-    curve = repair.errors()
+    repair = Repair(weight, gram, 0.0, root=root)
+    curve, seen = repair.errors(), torch.eye(OUT) if root is None else root.t()
     assert len(curve) == D + 1
     for kept in range(1, D + 1):
-        measured = (x @ weight.t() - x[:, :kept] @ repair.weight(kept).t()).square().sum(1).mean()
+        measured = ((x @ weight.t() - x[:, :kept] @ repair.weight(kept).t()) @ seen).square().sum(1).mean()
         torch.testing.assert_close(curve[kept], measured, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(curve[0], (x @ weight.t()).square().sum(1).mean(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(curve[0], (x @ weight.t() @ seen).square().sum(1).mean(), atol=1e-3, rtol=1e-3)
 
 
 def test_keeps_the_dtype(problem):
