@@ -21,11 +21,12 @@ from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.corpus import consecutive_windows, load_corpus, sample_windows
 from selfpruner_hub.demo import load_embedded
 from selfpruner_hub.evaluation import divergence, perplexity, teach, with_layers
+from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.pruner import FISHER_TOKENS, AutoPruner
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves, output_fisher
+from selfpruner_hub.sensitivity import loss_curves
 from selfpruner_hub.slicing import Slicer, ordered
 
 BETA, WINDOW, FEW = 0.3, 512, 32_768

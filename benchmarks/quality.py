@@ -30,6 +30,7 @@ from selfpruner_hub.confidence import match_confidence
 from selfpruner_hub.corpus import load_corpus
 from selfpruner_hub.demo import NAME, load_embedded
 from selfpruner_hub.evaluation import with_layers
+from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import Fisher, LayerOrder, rank
 from selfpruner_hub.losses import LossCurves
@@ -40,7 +41,7 @@ from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.model_proposer import ModelProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves, output_fisher
+from selfpruner_hub.sensitivity import loss_curves
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.tasks import evaluate_tasks
 

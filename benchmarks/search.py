@@ -24,6 +24,7 @@ from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.corpus import consecutive_windows, load_corpus
 from selfpruner_hub.demo import NAME, load_embedded
 from selfpruner_hub.evaluation import label_loss, mean_losses, teach, teacher_loss, with_layers
+from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
@@ -34,7 +35,7 @@ from selfpruner_hub.search.model_proposer import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves, output_fisher
+from selfpruner_hub.sensitivity import loss_curves
 from selfpruner_hub.slicing import Slicer, ordered
 
 WINDOW, CALIBRATION, FITNESS, UNSEEN = 512, 65_536, 8_192, 32

@@ -21,6 +21,7 @@ from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.corpus import load_corpus
 from selfpruner_hub.demo import load_embedded
 from selfpruner_hub.evaluation import Loss, teach, teacher_loss
+from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
@@ -30,7 +31,7 @@ from selfpruner_hub.search.loop import Score, search
 from selfpruner_hub.search.proposers import EvolutionProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves, output_fisher
+from selfpruner_hub.sensitivity import loss_curves
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 
 WINDOW, CALIBRATION, FITNESS, BETA, ROUNDS, CHILDREN = 512, 16_384, 16_384, 0.3, 2, 8

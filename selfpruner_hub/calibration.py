@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.corpus import Progress
-from selfpruner_hub.errors import ModelError
 from selfpruner_hub.refit import RIDGE, choose_ridge
 from selfpruner_hub.shelf import Keep, in_memory
-from selfpruner_hub.streams import Stream, exact_in_float32, held_out
+from selfpruner_hub.streams import Stream, check_finite, exact_in_float32, held_out
 
 
 @dataclass
@@ -147,8 +146,7 @@ class _Sums:
     def moments(self, keep: Keep) -> Moments:
         fitted, held = self._products
         total = sum(self._counts)
-        if not (fitted.isfinite().all() and held.isfinite().all()):
-            raise ModelError("The model's activations are not finite.", "Check its weights, or load it in float32.")
+        check_finite(self._products)
         ridge = choose_ridge(self._weight, fitted, held) if self._counts[1] else RIDGE
         return Moments(self._sum / total, keep(fitted.add_(held).div_(total)), ridge)
 

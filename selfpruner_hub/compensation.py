@@ -62,7 +62,7 @@ def compensate(
         inputs: Refit gate_proj and up_proj too.
         keep: Where hidden states are put.
         checkpoints: Where finished layers are kept, and taken from.
-        fisher: What `sensitivity.output_fisher` returned; None takes all errors of an output alike.
+        fisher: What `fisher.output_fisher` returned; None takes all errors of an output alike.
 
     Raises:
         ModelError: The statistics are degenerate.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +176,37 @@ def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, T
     for first in range(0, len(hidden), HEAD_TOKENS):
         logits = head(hidden[first : first + HEAD_TOKENS]).float()
         yield first, logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def head_gradient(model: PreTrainedModel, hidden: Tensor, loss: Loss, first: int = 0) -> Tensor:
+    """The gradient of a loss by last hidden states, `[P, H]`, the head a block of positions at a time.
+
+    Args:
+        model: A causal language model.
+        hidden: Last hidden states, `[P, H]`.
+        loss: Summed over positions.
+        first: The number of the first of them, for the loss.
+
+    Returns:
+        `[P, H]`.
+    """
+    leaf = hidden.requires_grad_()
+    for number, logits in head_chunks(model, leaf):
+        loss(logits, first + number).backward()
+    return cast(Tensor, leaf.grad)
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No gradients of the weights for a while: they would take as much memory as the weights do."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

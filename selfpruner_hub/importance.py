@@ -139,7 +139,7 @@ def rank(
         importance: A key of `ORDERS`.
         progress: Told how many layers are done.
         checkpoints: Where finished layers are kept, and taken from.
-        fisher: What `sensitivity.output_fisher` returned; None takes all errors of an output alike.
+        fisher: What `fisher.output_fisher` returned; None takes all errors of an output alike.
 
     Returns:
         One `LayerOrder` per layer.

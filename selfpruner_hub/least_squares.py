@@ -27,7 +27,7 @@ class LinearFit:
         module: The projection; its bias stays as it is.
         ridges: λ to choose from, smallest first, in units of mean(diag E[x xᵀ]). One alone is taken, and every window
             fitted.
-        root: R, `[out, out]`: λ is that of least ‖R (t - W x)‖² (`sensitivity.output_fisher`). The fit itself does not
+        root: R, `[out, out]`: λ is that of least ‖R (t - W x)‖² (`fisher.output_fisher`). The fit itself does not
             depend on it; None takes all errors alike.
     """
 

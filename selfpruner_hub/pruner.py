@@ -18,6 +18,7 @@ from selfpruner_hub.compensation import compensate
 from selfpruner_hub.confidence import match_confidence
 from selfpruner_hub.corpus import Corpus, load_corpus
 from selfpruner_hub.errors import UserError
+from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.licences import licence_of
@@ -33,7 +34,7 @@ from selfpruner_hub.search.outcome import Standing
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves, output_fisher
+from selfpruner_hub.sensitivity import loss_curves
 from selfpruner_hub.shelf import Keep, Shelf, in_memory
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.workers import check_executor, ray_workers

@@ -54,7 +54,7 @@ class Repair:
         gram: H = E[x xᵀ], `[in, in]`, in the same order.
         ridge: λ, at least 0.
         keep: Where the factor is put.
-        root: R, `[out, out]`: errors are ‖R (W x - W*_K x_K)‖² (`sensitivity.output_fisher`). The weights do not depend
+        root: R, `[out, out]`: errors are ‖R (W x - W*_K x_K)‖² (`fisher.output_fisher`). The weights do not depend
             on it; None takes all errors alike.
 
     Raises:

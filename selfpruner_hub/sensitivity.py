@@ -1,8 +1,8 @@
-"""How much the loss minds a change in each layer: of the dense model, and around a plan that is already pruned."""
+"""How much the loss minds a narrower layer: in the dense model alone, and around a plan that is already pruned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,80 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
-from selfpruner_hub.checkpoints import Checkpoints
-from selfpruner_hub.corpus import Progress
-from selfpruner_hub.evaluation import Loss, head_chunks, with_layers
+from selfpruner_hub.evaluation import Loss, frozen, head_gradient, with_layers
 from selfpruner_hub.losses import LossCurves, Slopes, step_channels
 from selfpruner_hub.plan import Plan
-from selfpruner_hub.refit import damped_factor
-from selfpruner_hub.shelf import Keep, in_memory
 from selfpruner_hub.slicing import PARTS, Part, Slicer, units
 
 BATCH_TOKENS = 1024
 """Tokens in one forward and backward pass."""
-DAMPING = 0.1
-"""Of the Fisher information, in units of its mean diagonal: what a few thousand tokens have not seen also counts."""
-
-
-def output_fisher(
-    model: PreTrainedModel,
-    windows: Tensor,
-    seed: int = 0,
-    progress: Progress | None = None,
-    keep: Keep = in_memory,
-    checkpoints: Checkpoints | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """How much the loss minds an error of each layer's outputs: the Fisher information of attention and FFN output.
-
-    Labels are drawn from the model's own distribution, so that F = E[g gᵀ], with g = ∂L/∂y of an output y, is its
-    Fisher information, and ½ E[δᵀ F δ] the second-order KL divergence that an error δ of y causes. One backward pass.
-
-    Memory: 8 · H² bytes a layer, and the activations of one window.
-
-    Args:
-        model: The dense model.
-        windows: Token ids, `[N, W]`; a few thousand tokens are enough.
-        seed: Of the drawn labels.
-        progress: Told how many windows are done.
-        keep: Where the matrices are put.
-        checkpoints: Where they are kept, and taken from.
-
-    Returns:
-        Per layer, R of the attention's and of the FFN's output, `[H, H]`, float32: RᵀR = F + λ · mean(diag F) · I with
-        λ = `DAMPING`, so that ½ ‖R δ‖² is that divergence in nats per token.
-
-    Raises:
-        ModelError: The gradients are nothing, or not finite.
-    """
-    checkpoints = checkpoints or Checkpoints()
-    modules = [module for layer in decoder_layers(model) for module in _outputs(model, layer)]
-    if found := checkpoints.load("fisher"):
-        kept = [keep(found[str(number)].to(module.weight.device)) for number, module in enumerate(modules)]
-        return list(zip(kept[::2], kept[1::2], strict=True))
-    sums = [keep(torch.zeros(2 * module.weight.shape[:1], device=module.weight.device)) for module in modules]
-
-    def watch(index: int) -> Callable[..., None]:
-        def add(gradient: Tensor) -> None:
-            g = gradient.flatten(0, -2).float()
-            sums[index].addmm_(g.t(), g)
-
-        return lambda _module, _inputs, output: output.register_hook(add) and None
-
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(logits: Tensor, _first: int) -> Tensor:
-        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        return nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-
-    with _removed([module.register_forward_hook(watch(i)) for i, module in enumerate(modules)]):
-        for done, window in enumerate(windows, 1):
-            _backward(model, window[None], 0, drawn, last=True)
-            if progress:
-                progress("sensitivities", done, len(windows))
-    for each in sums:
-        each.copy_(damped_factor(each.div_(windows.numel()), DAMPING).t())
-    checkpoints.save("fisher", {str(number): root for number, root in enumerate(sums)})
-    return list(zip(sums[::2], sums[1::2], strict=True))
 
 
 def loss_curves(slicer: Slicer) -> list[LossCurves]:
@@ -205,22 +138,13 @@ def _watched(changes: Sequence[_Change], modules: Sequence[nn.Module], owners: S
         yield
 
 
-def _backward(model: PreTrainedModel, batch: Tensor, done: int, loss: Loss, last: bool = False) -> int:
+def _backward(model: PreTrainedModel, batch: Tensor, done: int, loss: Loss) -> int:
     """Run forward and backward, the head in chunks; `done` positions came before. Returns those done after it."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:  # the gradients of the weights are not wanted, and take as much memory as they do
-        parameter.requires_grad_(False)
-    try:
+    with frozen(model):
         embedded = model.get_input_embeddings()(batch.to(model.device)).requires_grad_()
         hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        predicting = (hidden if last else hidden[:, :-1]).flatten(0, 1)
-        leaf = predicting.detach().requires_grad_()
-        for first, logits in head_chunks(model, leaf):
-            loss(logits, done + first).backward()
-        predicting.backward(leaf.grad)
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        predicting = hidden[:, :-1].flatten(0, 1)
+        predicting.backward(head_gradient(model, predicting.detach(), loss, done))
     return done + len(predicting)
 
 

@@ -43,7 +43,7 @@ class Slicer:
         statistics: Calibration statistics in dense order, for the repair, one layer at a time; None leaves weights as
             they are.
         keep: Where the repairs are put; repaired weights are memoised only where that is memory.
-        fisher: What `sensitivity.output_fisher` returned, for the errors; None takes all errors of an output alike.
+        fisher: What `fisher.output_fisher` returned, for the errors; None takes all errors of an output alike.
     """
 
     def __init__(

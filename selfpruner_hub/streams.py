@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from unittest.mock import patch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import decoder_layers
+from selfpruner_hub.errors import ModelError
 from selfpruner_hub.shelf import Keep, in_memory
 
 BATCH_TOKENS = 4096
@@ -61,6 +62,19 @@ class Stream:
         """Go on to what comes after a layer."""
         for number in range(len(self.hidden)):
             self.hidden[number].copy_(cast(Tensor, self.run(index, layer, number)))
+
+
+def check_finite(tensors: Iterable[Tensor]) -> None:
+    """Refuse a model whose activations are not finite.
+
+    Args:
+        tensors: Activations, or sums of them.
+
+    Raises:
+        ModelError: One of them is not.
+    """
+    if not all(each.isfinite().all() for each in tensors):
+        raise ModelError("The model's activations are not finite.", "Check its weights, or load it in float32.")
 
 
 class Stop(Exception):  # noqa: N818  (not an error)

@@ -33,7 +33,7 @@ LAYERS = (
         "least_squares",
         "slicing",
     },
-    {"fitness", "boundaries", "sensitivity", "evaluation", "confidence"},
+    {"fitness", "boundaries", "fisher", "sensitivity", "evaluation", "confidence"},
     {"search"},
     {
         *("hub", "bundle", "privacy", "space", "cards", "plots"),
