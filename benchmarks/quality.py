@@ -121,7 +121,8 @@ def protocol(search_text: str, unseen_text: str, dtype: Any) -> str:
     """How the figures were made."""
     return (
         f"SmolLM2-135M-Instruct, {dtype}; {CALIBRATION} calibration tokens of {Path(search_text).name} "
-        f"for all (the first {GRADIENT_WINDOWS} windows of {WINDOW} for Taylor and block influence), another {FITNESS} "
+        f"for all (the first {GRADIENT_WINDOWS} windows of {WINDOW} for Taylor, block influence "
+        f"and our Fisher information), another {FITNESS} "
         f"for our seeds and for a search of {SCHEDULE.evaluations} full-evaluation equivalents; uniform: FFN rates; "
         "repaired: the first repair; twice: the second too, of the output projections alone or, by default, of gate "
         f"and up too; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "

@@ -20,6 +20,7 @@ from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.importance import Fisher
 from selfpruner_hub.least_squares import Gated, LinearFit, fit_inputs
+from selfpruner_hub.refit import as_seen
 from selfpruner_hub.shelf import Keep, in_memory
 from selfpruner_hub.streams import Seen, Stream, exact_in_float32, held_out, watching
 
@@ -176,7 +177,7 @@ class _Ffn:
         rows = [module.weight for module in self._inputs]
         before = [weight.clone() for weight in rows]
         stacked = torch.cat(rows).view(-1, *self._down.weight.t().shape)
-        down = self._down.weight if self._root is None else (self._root @ self._down.weight.float()).to(rows[0].dtype)
+        down = as_seen(self._down.weight, self._root).to(rows[0].dtype)
         moved = (stacked.float() + fit_inputs(stream, stacked, down)).flatten(0, 1)
         for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
             weight.copy_(new)

@@ -56,9 +56,8 @@ def output_fisher(
     architecture, layers = architecture_of(model.config), decoder_layers(model)
     paths = (architecture.attention_output, architecture.ffn_output)
     checkpoints = checkpoints or Checkpoints()
-    known = [checkpoints.load(f"fisher-{index}") for index in range(len(layers))]
-    if all(known):
-        return [_pair(layer, found, keep) for layer, found in zip(layers, known, strict=True) if found]
+    if known := _finished(layers, keep, checkpoints):
+        return known
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(logits: Tensor, _first: int) -> Tensor:
@@ -87,9 +86,15 @@ def output_fisher(
     return roots[::-1]
 
 
-def _pair(layer: nn.Module, found: dict[str, Tensor], keep: Keep) -> tuple[Tensor, Tensor]:
-    device = next(layer.parameters()).device
-    return keep(found["attention"].to(device)), keep(found["ffn"].to(device))
+def _finished(layers: nn.ModuleList, keep: Keep, checkpoints: Checkpoints) -> list[tuple[Tensor, Tensor]] | None:
+    """What a whole pass has kept; the first layer is its last."""
+    roots = []
+    for index, layer in enumerate(layers):
+        found, device = checkpoints.load(f"fisher-{index}"), next(layer.parameters()).device
+        if found is None:
+            return None
+        roots.append((keep(found["attention"].to(device)), keep(found["ffn"].to(device))))
+    return roots
 
 
 def _behind(model: PreTrainedModel, batch: Tensor, hidden: Tensor, loss: Loss) -> Tensor:

@@ -14,7 +14,7 @@ from selfpruner_hub.calibration import LayerStatistics, Moments
 from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.corpus import Progress
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.refit import damped_factor
+from selfpruner_hub.refit import as_seen, damped_factor
 
 Fisher = Sequence[tuple[Tensor | None, Tensor | None]]
 """Per layer, R of the attention's and of the FFN's output, `[H, H]`, where RᵀR is its Fisher information; None: I."""
@@ -59,8 +59,7 @@ def obs(weight: Tensor, moments: Moments, unit: int, root: Tensor | None = None)
     Cost: at most `STEPS` updates of H⁻¹, cubic in the columns until then.
     """
     inverse = torch.cholesky_inverse(damped_factor(moments.gram, moments.ridge))
-    seen = weight.float() if root is None else root @ weight.float()
-    columns = seen.t().contiguous()  # [in, out], repaired as units go
+    columns = as_seen(weight, root).t().contiguous()  # [in, out], repaired as units go
     left = torch.arange(len(columns) // unit, device=weight.device)
     gone = torch.zeros_like(left, dtype=torch.bool)
     together = -(-len(left) // STEPS)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from selfpruner_hub.refit import damped_factor
+from selfpruner_hub.refit import as_seen, damped_factor
 from selfpruner_hub.streams import held_out
 
 ITERATIONS = 3
@@ -93,7 +93,7 @@ class _Sums:
 
     def error(self, weight: Tensor, root: Tensor | None) -> float:
         """E‖R (t - W x)‖², but for E‖R t‖²."""
-        weight, cross = (each if root is None else root @ each for each in (weight, self._cross))
+        weight, cross = as_seen(weight, root), as_seen(self._cross, root)
         products = (weight @ self._gram) * weight - 2 * weight * cross
         return products.sum(dtype=torch.float64).item() / self.count
 

@@ -41,6 +41,11 @@ def damped_factor(gram: Tensor, ridge: float, unit: Tensor | None = None) -> Ten
         ridge = 10 * ridge or RIDGES[0]
 
 
+def as_seen(weight: Tensor, root: Tensor | None) -> Tensor:
+    """R W, `[out, in]`, float32: a projection whose errors all count alike for the loss; None takes them so already."""
+    return weight.float() if root is None else root @ weight.float()
+
+
 class Repair:
     """The repaired weights of one projection for every prefix of its columns, from one Cholesky factor.
 
@@ -72,8 +77,7 @@ class Repair:
         self._factor = keep(damped_factor(gram, ridge))
         self._weight = weight.detach()
         # W L itself is not kept: it would take half as much memory as all factors do.
-        seen = self._weight.float() if root is None else root @ self._weight.float()
-        self._norms = (seen @ self._factor).square().sum(0)
+        self._norms = (as_seen(self._weight, root) @ self._factor).square().sum(0)
 
     def weight(self, kept: int) -> Tensor:
         """Least-squares weight of the first `kept` columns, `[out, kept]`, in the dtype of the original."""
