@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.architectures import shape_of
+from selfpruner_hub.decoding import attending_by_group
 from selfpruner_hub.errors import DataError
 
 Progress = Callable[[str, int, int], None]
@@ -258,7 +259,7 @@ def sample_windows(
     parts = []
     if progress:
         progress("sampling text", 0, count)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), attending_by_group(model):
         torch.manual_seed(seed)
         for done in range(0, count, batch):
             size = min(batch, count - done)

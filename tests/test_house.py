@@ -30,6 +30,7 @@ LAYERS = (
         "checkpoints",
         "streams",
         "batches",
+        "decoding",
         "least_squares",
         "slicing",
     },

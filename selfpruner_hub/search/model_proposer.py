@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from selfpruner_hub.budget import Budget
+from selfpruner_hub.decoding import attending_by_group
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.search import prompts, replies
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
@@ -115,7 +116,7 @@ class ModelProposer:
         """Write `count` replies to a prompt that has been read, up to its last token; returns `[count, ≤ limit]`."""
         cache.batch_repeat_interleave(count)
         repeated = ids.repeat(count, 1)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), attending_by_group(self._model):
             torch.manual_seed(seed)
             out = self._model.generate(  # type: ignore[operator]
                 repeated,

@@ -1,0 +1,57 @@
+"""Steps of decoding on a CPU: the query heads of a KV group read its keys and values together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+NAME = "selfpruner_decoding"
+
+
+def grouped_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attend as transformers' `sdpa` does under a mask.
+
+    Where there is no mask, it lets PyTorch share keys and values (`enable_gqa`). PyTorch's kernel for CPUs then reads
+    them once for every query head, and a step takes many times as long as with the heads of a group as rows of one
+    product, which is what transformers does where there is a mask.
+
+    Args:
+        module: Whose attention it is.
+        query: `[B, Q, S, D]`.
+        key: `[B, G, T, D]`, Q a multiple of G.
+        value: `[B, G, T, D]`.
+        attention_mask: `[B, 1, S, T]`, or None where nothing but the future is masked.
+        **kwargs: What `sdpa_attention_forward` takes.
+
+    Returns:
+        `[B, S, Q, D]`, and no weights.
+    """
+    if attention_mask is None and query.shape[2] == 1:
+        attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+@contextmanager
+def attending_by_group(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model attend so while it writes, where it attends by `sdpa` on a CPU."""
+    before = model.config._attn_implementation
+    if before == "sdpa" and model.device.type == "cpu":
+        model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+AttentionInterface.register(NAME, grouped_sdpa)
+AttentionMaskInterface.register(NAME, sdpa_mask)
