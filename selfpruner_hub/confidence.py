@@ -52,7 +52,7 @@ def match_confidence(
             progress("matching confidence", len(SCALES) - SCALES.index(scale), len(SCALES))
         return total
 
-    scale = first_minimum(SCALES, diverged)
+    scale = first_minimum(reversed(SCALES), diverged)
     if progress:
         progress("matching confidence", len(SCALES), len(SCALES))
     weight, unit = pruned.get_decoder().norm.weight, architecture_of(pruned.config).norm_unit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selfpruner_hub.refit import as_seen, damped_factor
 from selfpruner_hub.streams import held_out
 
+T = TypeVar("T")
 ITERATIONS = 3
 """Most steps of conjugate gradients for gate and up."""
 DAMPING = 0.1
@@ -45,25 +46,28 @@ class LinearFit:
 
     def apply(self) -> None:
         """Give the projection the weight that fits."""
-        before, ridge = self._module.weight, self._ridges[-1]
+        before = self._module.weight
+        weights = (self._fitted.solve(before, ridge) for ridge in reversed(self._ridges))  # the strongest first
         if self._held.count:
-            ridge = first_minimum(
-                self._ridges, lambda each: self._held.error(self._fitted.solve(before, each), self._root)
-            )
-        before.copy_(self._fitted.solve(before, ridge))
+            before.copy_(first_minimum(weights, lambda weight: self._held.error(weight, self._root)))
+        else:
+            before.copy_(next(weights))
 
 
-def first_minimum(values: Sequence[float], error: Callable[[float], float]) -> float:
-    """Go down from the greatest of `values`, smallest first, for as long as the error falls; where it ends.
+def first_minimum(candidates: Iterable[T], error: Callable[[T], float]) -> T:
+    """Go through candidates for as long as the error falls; where it ends.
 
-    Of all values the best, where the error falls and then rises, for a few of its evaluations.
+    Of all candidates the best, where the error falls and then rises, for a few of its evaluations. There is at least
+    one candidate; two are held at a time.
     """
-    best, least = values[-1], error(values[-1])
-    for value in reversed(values[:-1]):
-        reached = error(value)
+    rest = iter(candidates)
+    best = next(rest)
+    least = error(best)
+    for candidate in rest:
+        reached = error(candidate)
         if not reached < least:
             break
-        best, least = value, reached
+        best, least = candidate, reached
     return best
 
 
