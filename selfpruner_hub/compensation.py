@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.architectures import Architecture, architecture_of, decoder_layers, linear
 from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.corpus import Progress
-from selfpruner_hub.importance import Fisher
+from selfpruner_hub.importance import Fisher, roots_of
 from selfpruner_hub.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.refit import as_seen
 from selfpruner_hub.shelf import Keep, in_memory
@@ -72,7 +72,7 @@ def compensate(
     architecture = architecture_of(dense.config)
     original, moved = Stream(dense, windows, keep), Stream(dense, windows, keep)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
-    roots: Fisher = fisher or [(None, None)] * len(pairs)
+    roots = roots_of(fisher, len(pairs))
     with exact_in_float32(dense.dtype):
         for index, (whole, layer) in enumerate(pairs):
             if done := checkpoints.load(f"repair-{index}"):

@@ -23,6 +23,11 @@ Order = Callable[[Tensor, Moments, int, Tensor | None], Tensor]
 unit (those of a KV group's query heads, or one), and R of its output, which OBS alone reads."""
 
 
+def roots_of(fisher: Fisher | None, layers: int) -> Fisher:
+    """R of every layer's outputs; None takes all errors alike."""
+    return fisher or [(None, None)] * layers
+
+
 def wanda_sp(weight: Tensor, moments: Moments) -> Tensor:
     """Σ_i |W_ij| · ‖x_j‖₂, up to the token count (Wanda, arXiv 2306.11695, summed over outputs as in FLAP's -sp)."""
     return weight.abs().sum(0) * moments.energy.clamp_min(0).sqrt()
@@ -151,7 +156,7 @@ def rank(
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     checkpoints = checkpoints or Checkpoints()
     orders: list[LayerOrder] = []
-    roots: Fisher = fisher or [(None, None)] * shape.num_layers
+    roots = roots_of(fisher, shape.num_layers)
     for layer, known, (attention, ffn) in zip(decoder_layers(model), statistics, roots, strict=True):
         if done := checkpoints.load(f"order-{len(orders)}"):
             orders.append(LayerOrder(**done))

@@ -21,7 +21,7 @@ from selfpruner_hub.architectures import (
     shape_of,
 )
 from selfpruner_hub.calibration import LayerStatistics
-from selfpruner_hub.importance import Fisher, LayerOrder, expand
+from selfpruner_hub.importance import Fisher, LayerOrder, expand, roots_of
 from selfpruner_hub.modeling_selfpruned import WIDTHS, LayerConfig
 from selfpruner_hub.plan import LayerWidths, ModelShape, Plan
 from selfpruner_hub.refit import Repair
@@ -62,7 +62,7 @@ class Slicer:
         self._paths = (self._architecture.attention_output, self._architecture.ffn_output)
         self.repairs: list[tuple[Repair, Repair]] | None = None
         if statistics is not None:
-            roots: Fisher = fisher or [(None, None)] * len(self._dense)
+            roots = roots_of(fisher, len(self._dense))
             self.repairs = [self._repairs(*known) for known in zip(self._dense, order, statistics, roots, strict=True)]
         self._cache: OrderedDict[tuple[int, Part, int], Tensor] = OrderedDict()
         outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
