@@ -106,14 +106,14 @@ def choose_ridge(weight: Tensor, fitted: Tensor, held: Tensor) -> float:
         ModelError: As for `damped_factor`.
     """
     order = (fitted.diagonal() * weight.float().square().sum(0)).argsort(descending=True)
-    weight, fitted, held = weight[:, order].detach().float(), fitted[order][:, order], held[order][:, order]
-    half = max(1, len(order) // 2)
-    kept, crossed = fitted[:half, :half], weight[:, half:] @ fitted[half:, :half]
-    unit = fitted.diagonal().mean()
+    kept, gone = order.tensor_split([max(1, len(order) // 2)])
+    lost, unit = weight[:, gone].detach().float(), fitted.diagonal().mean()
+    gram, cross = fitted[kept][:, kept], lost @ fitted[gone][:, kept]
+    held_gram, held_cross = held[kept][:, kept], lost @ held[gone][:, kept]
 
     def error(ridge: float) -> float:
-        lost = weight.clone()
-        lost[:, :half] = -torch.cholesky_solve(crossed.t(), damped_factor(kept, ridge, unit)).t()
-        return ((lost @ held) * lost).sum(dtype=torch.float64).item()
+        """Σ ‖lost x_gone - moved x_kept‖² over the held-out text, but for what does not depend on λ."""
+        moved = torch.cholesky_solve(cross.t(), damped_factor(gram, ridge, unit)).t()
+        return ((moved @ held_gram - 2 * held_cross) * moved).sum(dtype=torch.float64).item()
 
     return min(RIDGES, key=error)
