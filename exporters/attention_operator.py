@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.onnx.ops
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
+
+from selfpruner_hub.decoding import attending_by
 
 NAME = "selfpruner_operator"
 OPSET = 23
@@ -53,15 +54,9 @@ def attention_operator(
     return attended.transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def attending_by_operator(model: PreTrainedModel) -> Iterator[None]:
+def attending_by_operator(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let a model attend so while it is traced."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
+    return attending_by(model, NAME)
 
 
 AttentionInterface.register(NAME, attention_operator)

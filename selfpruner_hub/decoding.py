@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,15 +42,20 @@ def grouped_sdpa(
 
 
 @contextmanager
-def attending_by_group(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model attend so while it writes, where it attends by `sdpa` on a CPU."""
+def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let a model attend by a registered function for a while."""
     before = model.config._attn_implementation
-    if before == "sdpa" and model.device.type == "cpu":
-        model.config._attn_implementation = NAME
+    model.config._attn_implementation = name
     try:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+def attending_by_group(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Let a model attend by `grouped_sdpa` while it writes, where it attends by `sdpa` on a CPU."""
+    fits = model.config._attn_implementation == "sdpa" and model.device.type == "cpu"
+    return attending_by(model, NAME) if fits else nullcontext()
 
 
 AttentionInterface.register(NAME, grouped_sdpa)
