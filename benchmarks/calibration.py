@@ -22,6 +22,7 @@ from selfpruner_hub.corpus import consecutive_windows, load_corpus, sample_windo
 from selfpruner_hub.demo import load_embedded
 from selfpruner_hub.evaluation import divergence, perplexity, teach, with_layers
 from selfpruner_hub.fisher import output_fisher
+from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.pruner import FISHER_TOKENS, AutoPruner
@@ -34,6 +35,8 @@ COUNTS = (8_192, 16_384, FEW, 65_536, 131_072)
 WINDOWS = (128, 256, 2048)
 MEASURED = ((512, 32), (2048, 8))
 """Lengths and counts of the first windows of the unseen text."""
+SEED_TOKENS = 4096
+"""Of the calibration text, on which the seed measures what a part alone costs."""
 OWN = 16
 """Windows that the model writes with another seed, 256 tokens each: what another distribution of text loses."""
 
@@ -87,7 +90,8 @@ def run(pruner: AutoPruner, windows: Tensor, measure: Measure) -> dict[str, Any]
         slicer = Slicer(model, order, statistics, fisher=fisher)
         slicer.layers(budget.project(seeds(budget)["uniform"]))
         found["ordering_and_repair_seconds"] = round(time.perf_counter() - started, 1)
-        starts = seeds(budget, loss_curves(slicer))
+        score = Fitness(slicer, windows[: max(1, SEED_TOKENS // windows.shape[1])])
+        starts = seeds(budget, loss_curves(slicer), score.loss)
         for name in ("uniform", "sensitivity"):
             plan = budget.project(starts[name])
             with with_layers(model, slicer.layers(plan)):

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,7 +23,7 @@ from protocol import Rows, Unseen, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.budget import Budget
+from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.calibration import LayerStatistics, calibrate
 from selfpruner_hub.compensation import compensate
 from selfpruner_hub.confidence import match_confidence
@@ -213,22 +213,24 @@ class Ours:
         if (beta, how) not in self._plans:
             budget = Budget(self._pruner.shape, beta)
             with self._ordered():
-                starts = seeds(budget, None if how == "uniform" else self._curves)
                 if how == "uniform":
-                    plan = budget.project(starts["uniform"])
-                elif how == "seed":
-                    score = Fitness(self._slicer, self._held_out, "kl", self._curves)
-                    plan = min((budget.project(rates) for rates in starts.values()), key=score)
+                    plan = budget.project(seeds(budget)["uniform"])
                 else:
-                    fitness = Fitness(self._slicer, self._held_out, how, self._curves)
-                    asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME)
-                    journal = Journal(self._work / f"search-{beta}-{how}", {"beta": beta, "fitness": how})
-                    found = search(
-                        asked, budget, fitness, journal, schedule=SCHEDULE, seeds=starts, probe=fitness.slopes
+                    fitness = Fitness(self._slicer, self._held_out, "kl" if how == "seed" else how, self._curves)
+                    starts = seeds(budget, self._curves, partial(fitness.loss, share=SCHEDULE.first_share))
+                    plan = (
+                        min(map(budget.project, starts.values()), key=fitness)
+                        if how == "seed"
+                        else self._searched(budget, how, fitness, starts)
                     )
-                    plan = found.best.plan
             self._plans[beta, how] = plan
         return self._plans[beta, how]
+
+    def _searched(self, budget: Budget, how: str, fitness: Fitness, starts: dict[str, Rates]) -> Plan:
+        asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME)
+        journal = Journal(self._work / f"search-{budget.beta}-{how}", {"beta": budget.beta, "fitness": how})
+        found = search(asked, budget, fitness, journal, schedule=SCHEDULE, seeds=starts, probe=fitness.slopes)
+        return found.best.plan
 
     @lru_cache(maxsize=1)  # noqa: B019
     def model(

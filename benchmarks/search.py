@@ -121,7 +121,7 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
         )  # runs share plans; each pays for what it asks all the same
         unseen = Unseen(slicer, consecutive_windows(unseen_text, tokenizer, WINDOW, UNSEEN).windows)
         budget = Budget(pruner.shape, beta)
-        starts = seeds(budget, curves)
+        starts = seeds(budget, curves, fitness.loss)
         uniform = budget.project(starts["uniform"])
         add(method="dense", kl=0.0, **unseen.of(model.get_decoder().layers))
         add(method="uniform, no repair", **unseen.of(Slicer(model, order, None).layers(uniform)))

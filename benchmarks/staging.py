@@ -78,13 +78,13 @@ def main(text: str) -> None:
     results: dict[str, Any] = {}
     with ordered(model, order):
         slicer = Slicer(model, order, known, fisher=fisher)
-        starts = seeds(budget, loss_curves(slicer))
         loss = teacher_loss(teach(model, held_out.windows))
 
         def plain(plan: Plan, _share: float) -> float:
             return plain_loss(slice_model(slicer, plan), held_out.windows, loss)
 
         fitness = Fitness(slicer, held_out.windows)
+        starts = seeds(budget, loss_curves(slicer), fitness.loss)
         ways: dict[str, tuple[Score, float]] = {"staged": (fitness, FIRST_SHARE), "plain": (plain, 1.0)}
         for name, (score, first_share) in ways.items():
             # As many rounds for both: a round costs children × share, and one survivor on all windows where staged.

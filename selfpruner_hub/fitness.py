@@ -76,6 +76,11 @@ class Fitness:
         self._boundaries.keep(start, len(windows), value)
         return value
 
+    def loss(self, plan: Plan, share: float = 1.0) -> float:
+        """Measure what `plan` costs over the dense model on the first `share` of the windows, in nats per token."""
+        score = self(plan, share)
+        return score if self.metric == "kl" else math.log(score / perplexity(self._slicer.model, self._first(share)))
+
     def slopes(self, plan: Plan, share: float = 1.0) -> Slopes:
         """Predict on the first `share` of the windows what small changes of `plan` do to the loss."""
         windows = self._first(share)

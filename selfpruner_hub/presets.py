@@ -72,6 +72,11 @@ class Method:
         return values
 
     @property
+    def predicts_losses(self) -> bool:
+        """Whether one of the seeds is made from predicted losses."""
+        return bool({"sensitivity", "blend"} & set(self.seeds))
+
+    @property
     def template_directory(self) -> Path | None:
         """Where the prompts are; None for the built-in ones."""
         return Path(self.templates) if self.templates else None

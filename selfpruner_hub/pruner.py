@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ class AutoPruner:
                 if not method.repair:
                     slicer = Slicer(self.model, order, None, self._keep)
                 fitness_ = Fitness(slicer, held_out.windows, method.fitness, curves)
+                measure = partial(fitness_.loss, share=method.first_share)
+                starts = seeds(budget, curves if method.predicts_losses else None, measure)
                 with ray_workers(fitness_) if executor == "ray" else contextlib.nullcontext() as pool:
                     found = search(
                         asked,
@@ -165,7 +168,7 @@ class AutoPruner:
                         fitness_,
                         journal,
                         schedule=_schedule(method),
-                        seeds={name: rates for name, rates in seeds(budget, curves).items() if name in method.seeds},
+                        seeds={name: rates for name, rates in starts.items() if name in method.seeds},
                         seed=seed,
                         probe=fitness_.slopes if getattr(asked, "reads_slopes", False) else None,
                         pool=pool,
@@ -215,11 +218,7 @@ class AutoPruner:
         self, calibration: Corpus, method: Method, seed: int, report: Callable[..., None], checkpoints: Checkpoints
     ) -> list[tuple[Tensor, Tensor]] | None:
         """Where something reads it; before anything else is in memory, since a backward pass takes much."""
-        if not (
-            {"sensitivity", "blend"} & set(method.seeds)
-            or method.importance == "obs"
-            or (method.repair and method.accumulate)
-        ):
+        if not (method.predicts_losses or method.importance == "obs" or (method.repair and method.accumulate)):
             return None
         few = calibration.windows[: max(1, FISHER_TOKENS // calibration.windows.shape[1])]
         return output_fisher(self.model, few, seed, report, self._keep, checkpoints)

@@ -64,6 +64,22 @@ def test_fitness_is_the_figure_of_the_sliced_model(metric):
     assert model.model.layers[0].mlp.up_proj.weight.shape[0] == 48  # the dense layers are back
 
 
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_the_loss_of_a_plan_is_in_nats_over_the_dense_model(metric):
+    model = tiny_model("qwen2")
+    statistics = calibrate(model, WINDOWS)
+    order = rank(model, statistics)
+    with ordered(model, order):
+        slicer = Slicer(model, order, statistics)
+        plan = Budget(slicer.shape, 0.3).project(Rates((0.3,) * 4, (0.1, 0.2, 0.3, 0.4)))
+        fitness = Fitness(slicer, WINDOWS, metric)
+        assert fitness.loss(slicer.shape.dense) == pytest.approx(0, abs=1e-5)
+        if metric == "kl":
+            assert fitness.loss(plan, 0.3) == fitness(plan, 0.3)
+        else:
+            assert fitness.loss(plan) == pytest.approx(math.log(fitness(plan) / perplexity(model, WINDOWS)))
+
+
 def test_a_broken_candidate_scores_infinity():
     model = tiny_model("llama")
     statistics = calibrate(model, WINDOWS)

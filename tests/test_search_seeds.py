@@ -125,3 +125,50 @@ def test_blend_lies_half_way():
     flat = budget.rates(budget.project(found["uniform"]))
     assert found["blend"].attention == found["sensitivity"].attention
     assert found["blend"].ffn == pytest.approx(np.add(found["sensitivity"].ffn, flat.ffn) / 2)
+
+
+def as_predicted(losses, attention=1.0, ffn=1.0):
+    """A measured loss in which layers that lose attention, or channels, make one another worse by a factor."""
+
+    def loss(plan):
+        groups = sum(c.attention[w.num_key_value_heads] for c, w in zip(losses, plan.layers, strict=True))
+        channels = sum(c.ffn[w.intermediate_size] for c, w in zip(losses, plan.layers, strict=True))
+        return float(attention * groups + ffn * channels)
+
+    return loss
+
+
+def test_the_knapsack_reckons_with_what_was_measured():
+    model = shape(layers=6)
+    budget, losses = Budget(model, 0.4), curves(model, 2)
+    plain, doubled = seeds(budget, losses), seeds(budget, losses, as_predicted(losses, attention=2.0, ffn=0.5))
+    expected = knapsack(budget, [LossCurves(4 * c.attention, c.ffn) for c in losses])
+    assert doubled["sensitivity"] == expected
+    assert sum(kept(model, doubled["sensitivity"])[0]) > sum(kept(model, plain["sensitivity"])[0])
+    assert doubled["uniform"] == plain["uniform"]
+
+
+def test_each_part_is_measured_alone():
+    model = shape(layers=6)
+    budget, losses = Budget(model, 0.4), curves(model, 2)
+    measured = []
+    seeds(budget, losses, lambda plan: measured.append(plan) or as_predicted(losses)(plan))
+    first, second = ([(w.num_key_value_heads, w.intermediate_size) for w in plan.layers] for plan in measured)
+    groups, channels = kept(model, budget.rates(budget.project(knapsack(budget, losses))))
+    assert first == [(g, 32) for g in groups]
+    assert second == [(4, f) for f in channels]
+
+
+@pytest.mark.parametrize("broken", [0.0, -0.1, float("inf"), float("nan")])
+def test_a_measurement_that_says_nothing_changes_nothing(broken):
+    model = shape(layers=6)
+    budget, losses = Budget(model, 0.4), curves(model, 2)
+    assert seeds(budget, losses, lambda _: broken) == seeds(budget, losses)
+
+
+def test_what_is_not_cut_is_not_measured():
+    model = shape(layers=6)
+    losses = [LossCurves(1e9 * c.attention, c.ffn) for c in curves(model, 2)]
+    measured = []
+    seeds(Budget(model, 0.3), losses, lambda plan: measured.append(plan) or 1.0)
+    assert [{w.num_key_value_heads for w in plan.layers} for plan in measured] == [{4}]  # the FFN alone

@@ -2,30 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.losses import LossCurves
+from selfpruner_hub.plan import Plan
 
 RAMP = 0.5
 """Slope of the ramp: the last layer loses (1 + RAMP) β, the first (1 - RAMP) β (arithmetic progression: ATP,
 arXiv 2502.10184)."""
 
 
-def seeds(budget: Budget, curves: Sequence[LossCurves] | None = None) -> dict[str, Rates]:
-    """Named starting points, simplest first; `curves` add the knapsack over predicted losses and its blend."""
+def seeds(
+    budget: Budget, curves: Sequence[LossCurves] | None = None, loss: Callable[[Plan], float] | None = None
+) -> dict[str, Rates]:
+    """Name the starting points, simplest first.
+
+    Args:
+        budget: That they keep to.
+        curves: Predicted losses of the layers alone; they add the knapsack over them, and its blend with uniform rates.
+        loss: Measures what a plan costs over the dense model, in nats per token; it puts the curves right first.
+
+    Returns:
+        Rates that `budget.project` takes.
+    """
     layers = budget.shape.num_layers
     depth = np.linspace(-1, 1, layers) if layers > 1 else np.zeros(1)
     flat = np.full(layers, budget.beta)
     found = {"uniform": _rates(budget, flat), "ramp": _rates(budget, flat * (1 + RAMP * depth))}
     if curves is not None:
-        best = knapsack(budget, curves)
+        best = knapsack(budget, curves if loss is None else _as_measured(budget, curves, loss))
         found["sensitivity"] = best
         found["blend"] = _blend(best, budget.rates(budget.project(found["uniform"])))
     return found
+
+
+def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[Plan], float]) -> list[LossCurves]:
+    """Scale the losses of attention, and those of the FFN, to what cutting that part alone costs in all layers at once.
+
+    One layer's prediction knows nothing of the others, and layers that lose attention make one another worse: their
+    losses together are about twice the sum, where those of the FFN are what was predicted.
+    """
+    dense, plan = budget.shape.dense.layers, budget.project(knapsack(budget, curves))
+
+    def factor(part: str, width: str) -> float:
+        kept = [getattr(w, width) for w in plan.layers]
+        predicted = sum(float(getattr(c, part)[k]) for c, k in zip(curves, kept, strict=True))
+        if predicted <= 0:  # nothing of it is cut
+            return 1.0
+        alone = Plan(tuple(replace(full, **{width: k}) for full, k in zip(dense, kept, strict=True)))
+        found = loss(alone) / predicted
+        return found if 0 < found < math.inf else 1.0
+
+    attention, ffn = factor("attention", "num_key_value_heads"), factor("ffn", "intermediate_size")
+    return [LossCurves(attention * c.attention, ffn * c.ffn) for c in curves]
 
 
 def _rates(budget: Budget, ffn: NDArray[np.float64]) -> Rates:
