@@ -53,6 +53,9 @@ TASKS, ITEMS = ("arc_easy", "piqa", "winogrande"), 100
 ABLATED = 0.3
 """Where each part of ours is measured, not only the whole."""
 
+AS_PREDICTED = "seed, as predicted"
+"""A seed that takes the layers' predicted losses as they are, without measuring what each part costs."""
+
 Measured = Callable[[], tuple[float, PreTrainedModel]]
 """Makes a model, and says which fraction of the prunable weights is gone."""
 
@@ -216,13 +219,13 @@ class Ours:
                 if how == "uniform":
                     plan = budget.project(seeds(budget)["uniform"])
                 else:
-                    fitness = Fitness(self._slicer, self._held_out, "kl" if how == "seed" else how, self._curves)
-                    starts = seeds(budget, self._curves, partial(fitness.loss, share=SCHEDULE.first_share))
-                    plan = (
-                        min(map(budget.project, starts.values()), key=fitness)
-                        if how == "seed"
-                        else self._searched(budget, how, fitness, starts)
-                    )
+                    fitness = Fitness(self._slicer, self._held_out, how if how == "perplexity" else "kl", self._curves)
+                    measure = None if how == AS_PREDICTED else partial(fitness.loss, share=SCHEDULE.first_share)
+                    starts = seeds(budget, self._curves, measure)
+                    if how in ("seed", AS_PREDICTED):
+                        plan = min(map(budget.project, starts.values()), key=fitness)
+                    else:
+                        plan = self._searched(budget, how, fitness, starts)
             self._plans[beta, how] = plan
         return self._plans[beta, how]
 
@@ -296,6 +299,7 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
     ours = Ours(pruner, statistics, windows, fisher, rank(pruner.model, statistics, "obs", fisher=fisher), work)
     for beta in betas:
         table.add("uniform, repaired", beta, lambda beta=beta: ours.model(beta, "uniform"))
+        table.add("best seed, losses as predicted", beta, lambda beta=beta: ours.model(beta, AS_PREDICTED))
         table.add("best seed, repaired", beta, lambda beta=beta: ours.model(beta, "seed"))
         if beta == ABLATED:
             add_orders(table, ours, orders(pruner.model, statistics, calibration.windows[:GRADIENT_WINDOWS]))
