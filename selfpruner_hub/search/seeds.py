@@ -46,7 +46,7 @@ def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[P
     """Scale the losses of attention, and those of the FFN, to what cutting that part alone costs in all layers at once.
 
     One layer's prediction knows nothing of the others, and layers that lose attention make one another worse: their
-    losses together are about twice the sum, where those of the FFN are what was predicted.
+    losses together are more than the sum.
     """
     dense, plan = budget.shape.dense.layers, budget.project(knapsack(budget, curves))
 
