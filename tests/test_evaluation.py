@@ -15,6 +15,7 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation import cross_entropy, divergence, perplexity, teach
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
+from selfpruner_hub.plan import Plan
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 
 WINDOWS = torch.randint(3, 128, (10, 24), generator=torch.Generator().manual_seed(0))
@@ -67,17 +68,15 @@ def test_fitness_is_the_figure_of_the_sliced_model(metric):
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
 def test_the_loss_of_a_plan_is_in_nats_over_the_dense_model(metric):
     model = tiny_model("qwen2")
-    statistics = calibrate(model, WINDOWS)
-    order = rank(model, statistics)
+    order = rank(model, known := calibrate(model, WINDOWS))
     with ordered(model, order):
-        slicer = Slicer(model, order, statistics)
-        plan = Budget(slicer.shape, 0.3).project(Rates((0.3,) * 4, (0.1, 0.2, 0.3, 0.4)))
-        fitness = Fitness(slicer, WINDOWS, metric)
+        slicer = Slicer(model, order, known)
+        cut, fitness = Plan.of([48, 40, 32, 48], [1, 2, 2, 2]), Fitness(slicer, WINDOWS, metric)
         assert fitness.loss(slicer.shape.dense) == pytest.approx(0, abs=1e-5)
         if metric == "kl":
-            assert fitness.loss(plan, 0.3) == fitness(plan, 0.3)
+            assert fitness.loss(cut, 0.3) == fitness(cut, 0.3)
         else:
-            assert fitness.loss(plan) == pytest.approx(math.log(fitness(plan) / perplexity(model, WINDOWS)))
+            assert fitness.loss(cut) == pytest.approx(math.log(fitness(cut) / perplexity(model, WINDOWS)))
 
 
 def test_a_broken_candidate_scores_infinity():
