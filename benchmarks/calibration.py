@@ -110,7 +110,8 @@ def protocol(pruner: AutoPruner, search_text: str, unseen_text: str) -> str:
     return (
         f"SmolLM2-135M-Instruct, {pruner.model.dtype}, β = {BETA}, order of OBS, first repair, windows of {WINDOW} "
         f"tokens of {Path(search_text).name} unless a row says otherwise; uniform: FFN rates; sensitivity: rates of "
-        "least predicted loss, attention and FFN apart; seconds: sensitivities, calibration; then ordering and "
+        "least predicted loss, attention and FFN apart, each measured alone on the first "
+        f"{SEED_TOKENS} tokens of the calibration; seconds: sensitivities, calibration; then ordering and "
         "the repair of all layers at uniform rates; perplexity on the first "
         f"windows of {Path(unseen_text).name}, {measured} tokens; KL on {OWN} windows of 256 tokens that the dense "
         "model wrote"

@@ -79,7 +79,9 @@ class Fitness:
     def loss(self, plan: Plan, share: float = 1.0) -> float:
         """Measure what `plan` costs over the dense model on the first `share` of the windows, in nats per token."""
         score = self(plan, share)
-        return score if self.metric == "kl" else math.log(score / perplexity(self._slicer.model, self._first(share)))
+        if self.metric == "kl":
+            return score
+        return math.log(score) - math.log(perplexity(self._slicer.model, self._first(share)))
 
     def slopes(self, plan: Plan, share: float = 1.0) -> Slopes:
         """Predict on the first `share` of the windows what small changes of `plan` do to the loss."""

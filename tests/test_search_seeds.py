@@ -127,7 +127,7 @@ def test_blend_lies_half_way():
     assert found["blend"].ffn == pytest.approx(np.add(found["sensitivity"].ffn, flat.ffn) / 2)
 
 
-def as_predicted(losses, attention=1.0, ffn=1.0):
+def together(losses, attention=1.0, ffn=1.0):
     """A measured loss in which layers that lose attention, or channels, make one another worse by a factor."""
 
     def loss(plan):
@@ -141,7 +141,7 @@ def as_predicted(losses, attention=1.0, ffn=1.0):
 def test_the_knapsack_reckons_with_what_was_measured():
     model = shape(layers=6)
     budget, losses = Budget(model, 0.4), curves(model, 2)
-    plain, doubled = seeds(budget, losses), seeds(budget, losses, as_predicted(losses, attention=2.0, ffn=0.5))
+    plain, doubled = seeds(budget, losses), seeds(budget, losses, together(losses, attention=2.0, ffn=0.5))
     expected = knapsack(budget, [LossCurves(4 * c.attention, c.ffn) for c in losses])
     assert doubled["sensitivity"] == expected
     assert sum(kept(model, doubled["sensitivity"])[0]) > sum(kept(model, plain["sensitivity"])[0])
@@ -152,7 +152,7 @@ def test_each_part_is_measured_alone():
     model = shape(layers=6)
     budget, losses = Budget(model, 0.4), curves(model, 2)
     measured = []
-    seeds(budget, losses, lambda plan: measured.append(plan) or as_predicted(losses)(plan))
+    seeds(budget, losses, lambda plan: measured.append(plan) or together(losses)(plan))
     first, second = ([(w.num_key_value_heads, w.intermediate_size) for w in plan.layers] for plan in measured)
     groups, channels = kept(model, budget.rates(budget.project(knapsack(budget, losses))))
     assert first == [(g, 32) for g in groups]

@@ -45,8 +45,7 @@ def seeds(
 def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[Plan], float]) -> list[LossCurves]:
     """Scale the losses of attention, and those of the FFN, to what cutting that part alone costs in all layers at once.
 
-    One layer's prediction knows nothing of the others, and layers that lose attention make one another worse: their
-    losses together are more than the sum.
+    One layer's prediction knows nothing of the others, and what they lose together need not be the sum.
     """
     dense, plan = budget.shape.dense.layers, budget.project(knapsack(budget, curves))
 
