@@ -25,7 +25,8 @@ from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
-from selfpruner_hub.pruner import FISHER_TOKENS, AutoPruner
+from selfpruner_hub.presets import Method
+from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.search.seeds import seeds
 from selfpruner_hub.sensitivity import loss_curves
 from selfpruner_hub.slicing import Slicer, ordered
@@ -80,7 +81,7 @@ def run(pruner: AutoPruner, windows: Tensor, measure: Measure) -> dict[str, Any]
     """Calibrate, and measure uniform rates and those of least predicted loss."""
     model, budget = pruner.model, Budget(pruner.shape, BETA)
     started = time.perf_counter()
-    fisher = output_fisher(model, windows[: max(1, FISHER_TOKENS // windows.shape[1])])
+    fisher = output_fisher(model, windows[: max(1, Method.fisher_tokens // windows.shape[1])])
     statistics = calibrate(model, windows)
     seconds = time.perf_counter() - started
     found: dict[str, Any] = {"seconds": round(seconds, 1)}

@@ -35,7 +35,8 @@ from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import Fisher, LayerOrder, rank
 from selfpruner_hub.losses import LossCurves
 from selfpruner_hub.plan import Plan
-from selfpruner_hub.pruner import FISHER_TOKENS, AutoPruner
+from selfpruner_hub.presets import Method
+from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.model_proposer import ModelProposer
@@ -295,7 +296,7 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
     windows = (calibration.windows, held_out.windows)
     statistics = calibrate(pruner.model, calibration.windows)
     add_peers(table, pruner, statistics, calibration.windows[:GRADIENT_WINDOWS], betas)
-    fisher = output_fisher(pruner.model, calibration.windows[: FISHER_TOKENS // WINDOW])
+    fisher = output_fisher(pruner.model, calibration.windows[: Method.fisher_tokens // WINDOW])
     ours = Ours(pruner, statistics, windows, fisher, rank(pruner.model, statistics, "obs", fisher=fisher), work)
     for beta in betas:
         table.add("uniform, repaired", beta, lambda beta=beta: ours.model(beta, "uniform"))

@@ -28,7 +28,7 @@ from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
-from selfpruner_hub.pruner import FISHER_TOKENS
+from selfpruner_hub.presets import Method
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.model_proposer import ModelProposer
@@ -101,7 +101,7 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
     model, tokenizer = pruner.model, pruner.tokenizer
     corpus = load_corpus(search_text, tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, held_out = corpus.split(CALIBRATION, FITNESS)
-    fisher = output_fisher(model, calibration.windows[: FISHER_TOKENS // WINDOW])
+    fisher = output_fisher(model, calibration.windows[: Method.fisher_tokens // WINDOW])
     known = calibrate(model, calibration.windows)
     order = rank(model, known, fisher=fisher)
     rows: list[dict[str, Any]] = []

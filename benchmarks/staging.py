@@ -25,7 +25,7 @@ from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
-from selfpruner_hub.pruner import FISHER_TOKENS
+from selfpruner_hub.presets import Method
 from selfpruner_hub.search.journal import Journal, Record
 from selfpruner_hub.search.loop import Score, search
 from selfpruner_hub.search.proposers import EvolutionProposer
@@ -71,7 +71,7 @@ def main(text: str) -> None:
     model = pruner.model
     corpus = load_corpus(text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, held_out = corpus.split(CALIBRATION, FITNESS)
-    fisher = output_fisher(model, calibration.windows[: FISHER_TOKENS // WINDOW])
+    fisher = output_fisher(model, calibration.windows[: Method.fisher_tokens // WINDOW])
     known = calibrate(model, calibration.windows)
     order = rank(model, known, fisher=fisher)
     budget = Budget(pruner.shape, BETA)

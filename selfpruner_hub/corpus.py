@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.architectures import shape_of
-from selfpruner_hub.decoding import attending_by_group
+from selfpruner_hub.attending import attending_by_group
 from selfpruner_hub.errors import DataError
 
 Progress = Callable[[str, int, int], None]

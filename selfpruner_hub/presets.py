@@ -36,6 +36,8 @@ class Method:
     window: int = 512
     """Tokens per window of calibration and fitness."""
     calibration_tokens: int = 131_072
+    fisher_tokens: int = 8_192
+    """Of those, for the one backward pass behind the Fisher information of the layers' outputs."""
     fitness_tokens: int = 16_384
     seeds: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "blend")
     """Starting points of the search."""
@@ -148,6 +150,7 @@ def resolve(preset: str, **changes: Any) -> Method:
         ("evaluations", 0, 1e9),
         ("window", 2, 1 << 20),
         ("calibration_tokens", 1, 1 << 40),
+        ("fisher_tokens", 1, 1 << 40),
         ("fitness_tokens", 1, 1 << 40),
         ("first_share", 1e-6, 1),
         ("probe_share", 0, 1),

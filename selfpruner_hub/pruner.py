@@ -40,9 +40,6 @@ from selfpruner_hub.shelf import Keep, Shelf, in_memory
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.workers import check_executor, ray_workers
 
-FISHER_TOKENS = 8192
-"""Calibration tokens for the one backward pass behind the Fisher information of the layers' outputs."""
-
 
 class AutoPruner:
     """Prunes one dense causal language model.
@@ -220,7 +217,7 @@ class AutoPruner:
         """Where something reads it; before anything else is in memory, since a backward pass takes much."""
         if not (method.predicts_losses or method.importance == "obs" or (method.repair and method.accumulate)):
             return None
-        few = calibration.windows[: max(1, FISHER_TOKENS // calibration.windows.shape[1])]
+        few = calibration.windows[: max(1, method.fisher_tokens // calibration.windows.shape[1])]
         return output_fisher(self.model, few, seed, report, self._keep, checkpoints)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model
+from tiny import CONFIGS, tiny_model, tiny_tokenizer
 
 from selfpruner_hub import fisher as module
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.errors import ModelError
 from selfpruner_hub.fisher import output_fisher
+from selfpruner_hub.pruner import AutoPruner
 
 WINDOWS = torch.randint(3, 128, (256, 16), generator=torch.Generator().manual_seed(0))
 
@@ -92,3 +93,19 @@ def test_activations_that_are_not_finite_are_refused():
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.inf
     with pytest.raises(ModelError, match="not finite"):
         output_fisher(model, WINDOWS[:4])
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(1, 1), (100, 3), (1e6, 16)])
+def test_a_setting_says_how_much_text_it_reads(tokens, windows, monkeypatch):
+    read = []
+
+    def spy(model, found, *args):
+        read.append(found)
+        return output_fisher(model, found, *args)
+
+    monkeypatch.setattr("selfpruner_hub.pruner.output_fisher", spy)
+    AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama").prune(
+        0.3, data="self", proposer="evolution", window=32, calibration_tokens=512, fisher_tokens=int(tokens),
+        fitness_tokens=128, evaluations=0, progress=False,
+    )  # fmt: skip
+    assert [len(found) for found in read] == [windows]

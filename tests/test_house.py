@@ -30,7 +30,7 @@ LAYERS = (
         "checkpoints",
         "streams",
         "batches",
-        "decoding",
+        "attending",
         "least_squares",
         "slicing",
     },

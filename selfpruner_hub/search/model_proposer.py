@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from selfpruner_hub.attending import attending_by_group
 from selfpruner_hub.budget import Budget
-from selfpruner_hub.decoding import attending_by_group
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.search import prompts, replies
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored

@@ -1,4 +1,4 @@
-"""Steps of decoding on a CPU: the query heads of a KV group read its keys and values together."""
+"""Attention in another implementation for a while; one for steps of decoding on a CPU, by KV groups."""
 
 from __future__ import annotations
 
