@@ -46,9 +46,8 @@ class Fitness:
         self._curves = curves
         self.metric = metric
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
-        in_files = (
-            slicer.keep is not in_memory
-        )  # the model does not fit in memory, so hidden states may not take half of it
+        # A model in files does not fit in memory, so hidden states may not take half of it.
+        in_files = slicer.keep is not in_memory
         self._boundaries = Boundaries(0 if in_files else BOUNDARY_MEMORY * self.nbytes)
         self._token_size = slicer.shape.hidden_size * slicer.model.dtype.itemsize
 
