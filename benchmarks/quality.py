@@ -8,54 +8,34 @@ Rows that are in WORK already are taken from there.
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cached_property, lru_cache, partial
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ours import AS_PREDICTED, CALIBRATION, FITNESS, SCHEDULE, WINDOW, Ours, removed, texts
 from peers import Flap, block_influence, by_channels, magnitude, taylor, without_blocks
 from protocol import Rows, Unseen, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.budget import Budget, Rates
+from selfpruner_hub.budget import Budget
 from selfpruner_hub.calibration import LayerStatistics, calibrate
-from selfpruner_hub.compensation import compensate
-from selfpruner_hub.confidence import match_confidence
-from selfpruner_hub.corpus import load_corpus
-from selfpruner_hub.demo import NAME, load_embedded
+from selfpruner_hub.demo import load_embedded
 from selfpruner_hub.evaluation import with_layers
-from selfpruner_hub.fisher import output_fisher
-from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.importance import Fisher, LayerOrder, rank
-from selfpruner_hub.losses import LossCurves
-from selfpruner_hub.plan import Plan
-from selfpruner_hub.presets import Method
+from selfpruner_hub.importance import LayerOrder, rank
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.loop import search
-from selfpruner_hub.search.model_proposer import ModelProposer
-from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves
-from selfpruner_hub.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.slicing import Slicer, ordered
 from selfpruner_hub.tasks import evaluate_tasks
 
-WINDOW, CALIBRATION, FITNESS = 512, 65_536, 8_192
-SCHEDULE = Schedule(evaluations=16, population=4, crossover=8, mutation=8)
 GRADIENT_WINDOWS = 16
 """Calibration windows behind first-order scores; LLM-Pruner takes ten short ones."""
 TASKS, ITEMS = ("arc_easy", "piqa", "winogrande"), 100
 ABLATED = 0.3
 """Where each part of ours is measured, not only the whole."""
-
-AS_PREDICTED = "seed, as predicted"
-"""A seed that takes the layers' predicted losses as they are, without measuring what each part costs."""
 
 Measured = Callable[[], tuple[float, PreTrainedModel]]
 """Makes a model, and says which fraction of the prunable weights is gone."""
@@ -134,12 +114,6 @@ def protocol(search_text: str, unseen_text: str, dtype: Any) -> str:
     )
 
 
-def removed(pruner: AutoPruner, layers: nn.ModuleList) -> float:
-    """Fraction of the prunable weights that these layers lack, counted from their tensors."""
-    kept = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
-    return 1 - kept / pruner.shape.weights(pruner.shape.dense)
-
-
 def add_peers(
     table: Table, pruner: AutoPruner, statistics: list[LayerStatistics], few: Tensor, betas: list[float]
 ) -> None:
@@ -166,95 +140,6 @@ def add_peers(
         with ordered(model, known.order):
             add("FLAP with bias", known.layers(model, known.plan(beta)))
         add("whole layers by block influence (ShortGPT)", without_blocks(model, influence, beta))
-
-
-class Ours:
-    """Our method, part by part, on one calibration.
-
-    Args:
-        pruner: Of the dense model.
-        statistics: Of the calibration.
-        windows: Of the calibration, and of the search.
-        fisher: Of the dense model's outputs.
-        order: Of channels and groups.
-        work: Directory of the journals of its searches.
-    """
-
-    def __init__(
-        self,
-        pruner: AutoPruner,
-        statistics: list[LayerStatistics],
-        windows: tuple[Tensor, Tensor],
-        fisher: Fisher,
-        order: list[LayerOrder],
-        work: Path,
-    ) -> None:
-        self._pruner, self._model, self._statistics, self._windows = pruner, pruner.model, statistics, windows
-        self._calibration, self._held_out = windows
-        self._fisher, self.order, self._work = fisher, order, work
-        with self._ordered():
-            self._slicer = Slicer(self._model, order, statistics, fisher=fisher)
-        self._plans: dict[tuple[float, str], Plan] = {}
-
-    def model_under(self, order: list[LayerOrder], beta: float, how: str) -> tuple[float, PreTrainedModel]:
-        """A plan of ours with its first repair, but channels or groups in another order."""
-        plan = self.plan(beta, how)
-        other = Ours(self._pruner, self._statistics, self._windows, self._fisher, order, self._work)
-        other._plans[beta, how] = plan
-        return other.model(beta, how)
-
-    @cached_property
-    def _curves(self) -> list[LossCurves]:
-        return loss_curves(self._slicer)
-
-    @contextmanager
-    def _ordered(self) -> Iterator[None]:
-        with ordered(self._model, self.order):
-            yield
-
-    def plan(self, beta: float, how: str) -> Plan:
-        """Uniform rates of the FFN, the best seed by KL, or what the model finds by itself under `how`."""
-        if (beta, how) not in self._plans:
-            budget = Budget(self._pruner.shape, beta)
-            with self._ordered():
-                if how == "uniform":
-                    plan = budget.project(seeds(budget)["uniform"])
-                else:
-                    fitness = Fitness(self._slicer, self._held_out, how if how == "perplexity" else "kl", self._curves)
-                    measure = None if how == AS_PREDICTED else partial(fitness.loss, share=SCHEDULE.first_share)
-                    starts = seeds(budget, self._curves, measure)
-                    if how in ("seed", AS_PREDICTED):
-                        plan = min(map(budget.project, starts.values()), key=fitness)
-                    else:
-                        plan = self._searched(budget, how, fitness, starts)
-            self._plans[beta, how] = plan
-        return self._plans[beta, how]
-
-    def _searched(self, budget: Budget, how: str, fitness: Fitness, starts: dict[str, Rates]) -> Plan:
-        asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME)
-        journal = Journal(self._work / f"search-{budget.beta}-{how}", {"beta": budget.beta, "fitness": how})
-        found = search(asked, budget, fitness, journal, schedule=SCHEDULE, seeds=starts, probe=fitness.slopes)
-        return found.best.plan
-
-    @lru_cache(maxsize=1)  # noqa: B019
-    def model(
-        self, beta: float, how: str, second: bool = False, inputs: bool = False, alike: bool = False
-    ) -> tuple[float, PreTrainedModel]:
-        """A plan with its first repair, and the second, in the metric of the Fisher information or not."""
-        plan = self.plan(beta, how)
-        with self._ordered():
-            pruned = slice_model(self._slicer, plan)
-        if second:
-            fisher = None if alike else self._fisher
-            compensate(self._model, pruned, self._calibration, inputs=inputs, fisher=fisher)
-        return removed(self._pruner, pruned.get_decoder().layers), pruned
-
-    def sure(self, beta: float) -> tuple[float, PreTrainedModel]:
-        """With all parts: what was searched and repaired twice, as sure as its parent."""
-        share, repaired = self.model(beta, "kl", True, True)
-        pruned = copy.deepcopy(repaired)
-        match_confidence(self._model, pruned, self._held_out)
-        return share, pruned
 
 
 def orders(model: PreTrainedModel, statistics: list[LayerStatistics], few: Tensor) -> dict[str, list[LayerOrder]]:
@@ -291,19 +176,16 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
     pruner = load_embedded()
     table = Table(work, pruner, unseen_text, tasks, protocol(search_text, unseen_text, pruner.model.dtype))
     table.add("dense", 0.0, lambda: (0.0, pruner.model))
-    corpus = load_corpus(search_text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
-    calibration, held_out = corpus.split(CALIBRATION, FITNESS)
-    windows = (calibration.windows, held_out.windows)
-    statistics = calibrate(pruner.model, calibration.windows)
-    add_peers(table, pruner, statistics, calibration.windows[:GRADIENT_WINDOWS], betas)
-    fisher = output_fisher(pruner.model, calibration.windows[: Method.fisher_tokens // WINDOW])
-    ours = Ours(pruner, statistics, windows, fisher, rank(pruner.model, statistics, "obs", fisher=fisher), work)
+    windows = texts(pruner, search_text)
+    few, statistics = windows[0][:GRADIENT_WINDOWS], calibrate(pruner.model, windows[0])
+    add_peers(table, pruner, statistics, few, betas)
+    ours = Ours.of(pruner, statistics, windows, work)
     for beta in betas:
         table.add("uniform, repaired", beta, lambda beta=beta: ours.model(beta, "uniform"))
         table.add("best seed, losses as predicted", beta, lambda beta=beta: ours.model(beta, AS_PREDICTED))
         table.add("best seed, repaired", beta, lambda beta=beta: ours.model(beta, "seed"))
         if beta == ABLATED:
-            add_orders(table, ours, orders(pruner.model, statistics, calibration.windows[:GRADIENT_WINDOWS]))
+            add_orders(table, ours, orders(pruner.model, statistics, few))
         table.add("searched, repaired", beta, lambda beta=beta: ours.model(beta, "kl"))
         if beta == ABLATED:
             table.add("searched by perplexity, repaired", beta, lambda: ours.model(ABLATED, "perplexity"))
