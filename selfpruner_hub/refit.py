@@ -81,7 +81,8 @@ class Repair:
 
     def weight(self, kept: int) -> Tensor:
         """Least-squares weight of the first `kept` columns, `[out, kept]`, in the dtype of the original."""
-        lost = self._weight[:, kept:].float() @ self._factor[kept:, :kept]
+        # A copy, since the last bits of a product depend on where its factors lie, and loaded weights lie anywhere.
+        lost = self._weight[:, kept:].to(torch.float32, copy=True) @ self._factor[kept:, :kept]
         moved = torch.linalg.solve_triangular(self._factor[:kept, :kept], lost, upper=False, left=False)
         repaired = self._weight[:, :kept].float() + moved
         return repaired.to(self._weight.dtype).contiguous()  # the solver returns columns, slow in a linear layer

@@ -95,3 +95,12 @@ def test_a_ridge_is_found_where_half_of_the_inputs_are_dead():
     """Those come first in the order of energy, as all others do, since the weight is nothing."""
     alive = torch.cat([torch.zeros(8), torch.ones(8)])
     assert choose_ridge(torch.zeros(3, 16), alive.diag(), alive.diag()) in RIDGES
+
+
+def test_where_a_weight_lies_does_not_show_in_its_repair():
+    """Loaded weights lie anywhere in memory; those of an offloaded model do not lie where others do."""
+    generator = torch.Generator().manual_seed(0)
+    x, values = torch.randn(96, 48, generator=generator), torch.randn(32 * 48 + 1, generator=generator)
+    first = values[1:].view(32, 48)
+    there, here = (Repair(weight, x.t() @ x) for weight in (first, first.clone()))
+    assert all(torch.equal(there.weight(kept), here.weight(kept)) for kept in range(1, 48))
