@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = {
     "data": "self",
     "window": 256,
     "calibration_tokens": 12_288,
+    "fisher_tokens": 4_096,
     "fitness_tokens": 4_096,
     "accumulate": False,
 }
