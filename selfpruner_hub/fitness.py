@@ -20,30 +20,49 @@ from selfpruner_hub.slicing import Slicer
 METRICS = ("kl", "perplexity")
 BOUNDARY_MEMORY = 0.5
 """Memory for hidden states of earlier candidates on as many windows, as a multiple of the dense model's weights."""
+REMAINS = 0.3
+"""What the second repair leaves of the loss that the layers' errors add to one another: it fits each layer to the
+stream that the others have moved. Measured: `benchmarks/excess.py`."""
 
 
 class Fitness:
     """Scores plans on held-out calibration windows; lower is better.
+
+    A candidate has its first repair alone, in which the errors of the layers add to one another: its loss is more than
+    the sum of what each costs alone. Where a second repair follows, most of that excess goes. A search that minimised
+    it as it stands would pay for it with losses that stay, so it counts `remains` times only.
 
     Args:
         slicer: Cuts the candidates.
         windows: Token ids, `[N, W]`; never those that results are reported on.
         metric: `"perplexity"` (the paper), or `"kl"` to the dense model's top-k next-token distribution, which needs no
             labels and guards accuracy better (Týr-the-Pruner, NeurIPS 2025, table 5).
-        curves: Predicted losses of the layers alone, for the second order of `slopes`.
+        curves: Predicted losses of the layers alone, for `remains` and for the second order of `slopes`.
+        remains: How much of the loss in excess of their sum counts, in [0, 1]: all of it, or `REMAINS` where a second
+            repair follows; scores are then those expected after it. Below 1 it needs curves.
 
     Raises:
         UserError: The metric is unknown.
+        ValueError: There are no curves where they are needed.
     """
 
     def __init__(
-        self, slicer: Slicer, windows: Tensor, metric: str = "kl", curves: Sequence[LossCurves] | None = None
+        self,
+        slicer: Slicer,
+        windows: Tensor,
+        metric: str = "kl",
+        curves: Sequence[LossCurves] | None = None,
+        remains: float = 1.0,
     ) -> None:
         if metric not in METRICS:
             raise UserError(f"Unknown fitness {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
+        if remains < 1 and curves is None:
+            raise ValueError("without curves, nothing tells how much is in excess")
         self._slicer = slicer
         self._windows = windows
         self._curves = curves
+        self._remains = remains
+        self._dense: dict[int, float] = {}
         self.metric = metric
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
         # A model in files does not fit in memory, so hidden states may not take half of it.
@@ -71,22 +90,41 @@ class Fitness:
                 value = perplexity(model, windows)
             else:
                 value = divergence(model, windows, self._teacher)
-        value = value if math.isfinite(value) else math.inf
+        if not math.isfinite(value):
+            value = math.inf
+        elif self._remains < 1 and self._curves is not None:
+            value = self._expected(self._curves, plan, value, share)
         self._boundaries.keep(start, len(windows), value)
         return value
 
+    def _expected(self, curves: Sequence[LossCurves], plan: Plan, measured: float, share: float) -> float:
+        """The score after the second repair."""
+        pairs = zip(curves, plan.layers, strict=True)
+        alone = sum(float(c.attention[w.num_key_value_heads] + c.ffn[w.intermediate_size]) for c, w in pairs)
+        excess = self._nats(measured, share) - alone
+        if self.metric == "kl":
+            return alone + self._remains * excess
+        return math.exp(alone + self._remains * excess) * self._perplexity(share)
+
     def loss(self, plan: Plan, share: float = 1.0) -> float:
         """Measure what `plan` costs over the dense model on the first `share` of the windows, in nats per token."""
-        score = self(plan, share)
-        if self.metric == "kl":
-            return score
-        return math.log(score) - math.log(perplexity(self._slicer.model, self._first(share)))
+        return self._nats(self(plan, share), share)
+
+    def _nats(self, score: float, share: float) -> float:
+        return score if self.metric == "kl" else math.log(score) - math.log(self._perplexity(share))
+
+    def _perplexity(self, share: float) -> float:
+        """Of the dense model."""
+        windows = self._first(share)
+        if len(windows) not in self._dense:
+            self._dense[len(windows)] = perplexity(self._slicer.model, windows)
+        return self._dense[len(windows)]
 
     def slopes(self, plan: Plan, share: float = 1.0) -> Slopes:
         """Predict on the first `share` of the windows what small changes of `plan` do to the loss."""
         windows = self._first(share)
         loss = label_loss(windows) if self._teacher is None else teacher_loss(self._teacher)
-        return slopes(self._slicer, plan, windows, loss, self._curves)
+        return slopes(self._slicer, plan, windows, loss, self._curves, self._remains)
 
     def _first(self, share: float) -> Tensor:
         return self._windows[: max(1, round(share * len(self._windows)))]

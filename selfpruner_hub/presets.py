@@ -79,6 +79,11 @@ class Method:
         return bool({"sensitivity", "blend"} & set(self.seeds))
 
     @property
+    def repairs_twice(self) -> bool:
+        """Whether a second repair follows the first."""
+        return self.repair and self.accumulate
+
+    @property
     def template_directory(self) -> Path | None:
         """Where the prompts are; None for the built-in ones."""
         return Path(self.templates) if self.templates else None

@@ -20,7 +20,7 @@ from selfpruner_hub.confidence import match_confidence
 from selfpruner_hub.corpus import Corpus, load_corpus
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.fisher import output_fisher
-from selfpruner_hub.fitness import Fitness
+from selfpruner_hub.fitness import REMAINS, Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.licences import licence_of
 from selfpruner_hub.loading import load_model
@@ -155,7 +155,8 @@ class AutoPruner:
                 curves = loss_curves(slicer) if fisher else None
                 if not method.repair:
                     slicer = Slicer(self.model, order, None, self._keep)
-                fitness_ = Fitness(slicer, held_out.windows, method.fitness, curves)
+                judged = (method.fitness, curves, REMAINS if method.repairs_twice else 1.0)
+                fitness_ = Fitness(slicer, held_out.windows, *judged)
                 measure = partial(fitness_.loss, share=method.first_share)
                 starts = seeds(budget, curves if method.predicts_losses else None, measure)
                 with ray_workers(fitness_) if executor == "ray" else contextlib.nullcontext() as pool:
@@ -173,12 +174,12 @@ class AutoPruner:
                     )
                 if method.evaluations:
                     unselected = calibration.windows[: len(held_out.windows)]
-                    judge = Fitness(slicer, unselected, method.fitness)
+                    judge = Fitness(slicer, unselected, *judged)
                     found.elsewhere = judge(found.best_seed.plan), judge(found.best.plan)
                     del judge
                 model = slice_model(slicer, found.best.plan)
                 del slicer, fitness_  # their factors take more memory than the model
-            if method.repair and method.accumulate:
+            if method.repairs_twice:
                 compensate(
                     self.model,
                     model,
@@ -215,7 +216,7 @@ class AutoPruner:
         self, calibration: Corpus, method: Method, seed: int, report: Callable[..., None], checkpoints: Checkpoints
     ) -> list[tuple[Tensor, Tensor]] | None:
         """Where something reads it; before anything else is in memory, since a backward pass takes much."""
-        if not (method.predicts_losses or method.importance == "obs" or (method.repair and method.accumulate)):
+        if not (method.predicts_losses or method.importance == "obs" or method.repairs_twice):
             return None
         few = calibration.windows[: max(1, method.fisher_tokens // calibration.windows.shape[1])]
         return output_fisher(self.model, few, seed, report, self._keep, checkpoints)

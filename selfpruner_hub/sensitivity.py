@@ -36,7 +36,12 @@ def loss_curves(slicer: Slicer) -> list[LossCurves]:
 
 
 def slopes(
-    slicer: Slicer, plan: Plan, windows: Tensor, loss: Loss, curves: Sequence[LossCurves] | None = None
+    slicer: Slicer,
+    plan: Plan,
+    windows: Tensor,
+    loss: Loss,
+    curves: Sequence[LossCurves] | None = None,
+    remains: float = 1.0,
 ) -> Slopes:
     """Predict what each small change of a plan does to the loss: one forward and one backward pass for all of them.
 
@@ -50,6 +55,7 @@ def slopes(
         windows: Token ids, `[N, W]`.
         loss: What the search minimises, summed over positions.
         curves: For the second order; None leaves it out.
+        remains: How much of the loss in excess of the sum of the curves counts (`fitness.Fitness`).
 
     Returns:
         The predicted changes of the mean loss per predicted token.
@@ -68,7 +74,7 @@ def slopes(
                     change.add()
     known: dict[str, list[float]] = {name: [] for name in Slopes.__annotations__}
     for change in changes:
-        for name, predicted in change.predicted(done, curves).items():
+        for name, predicted in change.predicted(done, curves, remains).items():
             known[f"{change.part}_{name}"].append(predicted)
     return Slopes(**{name: tuple(values) for name, values in known.items()})
 
@@ -121,13 +127,13 @@ class _Change:
             moved = nn.functional.linear(seen[0][..., : weight.shape[1]], weight, self._dense_output.bias)
             self._sums[name] += (self._gradient.float() * (moved - self._output).float()).sum().item()
 
-    def predicted(self, tokens: int, curves: Sequence[LossCurves] | None) -> dict[str, float]:
+    def predicted(self, tokens: int, curves: Sequence[LossCurves] | None, remains: float) -> dict[str, float]:
         """Mean change per token of each direction; infinite where there is none."""
         found = {"removed": float("inf"), "restored": float("inf")}
         for name, width in self._widths.items():
             curve = None if curves is None else getattr(curves[self._index], self.part)
-            second = 0.0 if curve is None else abs(float(curve[width] - curve[self._kept]))
-            found[name] = self._sums[name] / tokens + second
+            alone = 0.0 if curve is None else float(curve[width] - curve[self._kept])
+            found[name] = remains * (self._sums[name] / tokens + abs(alone)) + (1 - remains) * alone
         return found
 
 

@@ -13,9 +13,11 @@ from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation import cross_entropy, divergence, perplexity, teach
+from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.plan import Plan
+from selfpruner_hub.sensitivity import loss_curves
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 
 WINDOWS = torch.randint(3, 128, (10, 24), generator=torch.Generator().manual_seed(0))
@@ -77,6 +79,23 @@ def test_the_loss_of_a_plan_is_in_nats_over_the_dense_model(metric):
             assert fitness.loss(cut, 0.3) == fitness(cut, 0.3)
         else:
             assert fitness.loss(cut) == pytest.approx(math.log(fitness(cut) / perplexity(model, WINDOWS)))
+
+
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_what_the_second_repair_takes_away_is_left_out(metric):
+    """Of the loss in nats, what it is more than the sum of the layers' predicted ones counts as told."""
+    model = tiny_model("qwen2")
+    order = rank(model, known := calibrate(model, WINDOWS))
+    with ordered(model, order):
+        slicer = Slicer(model, order, known, fisher=output_fisher(model, WINDOWS))
+        curves = loss_curves(slicer)
+        cut = Plan.of([48, 40, 32, 48], [1, 4, 4, 4])
+        alone = curves[0].attention[1] + curves[1].ffn[40] + curves[2].ffn[32]
+        measured = Fitness(slicer, WINDOWS, metric).loss(cut, 0.5)
+        for remains in (0, 0.25, 1):
+            fitness = Fitness(slicer, WINDOWS, metric, curves, remains)
+            assert fitness.loss(cut, 0.5) == pytest.approx(alone + remains * (measured - alone), rel=1e-5)
+            assert fitness.loss(slicer.shape.dense) == pytest.approx(0, abs=1e-5)
 
 
 def test_a_broken_candidate_scores_infinity():

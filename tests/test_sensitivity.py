@@ -57,6 +57,7 @@ def test_slopes_predict_what_small_changes_do(architecture):
         fitness = Fitness(slicer, windows, "perplexity")
         found = fitness.slopes(plan)
         second = Fitness(slicer, windows, "perplexity", curves).slopes(plan)
+        lessened = Fitness(slicer, windows, "perplexity", curves, 0.25).slopes(plan)
         base, predicted, measured = math.log(fitness(plan)), [], []
         for layer, (kept, dense) in enumerate(zip(plan.layers, slicer.shape.dense.layers, strict=True)):
             step = max(1, round(STEP * dense.intermediate_size))
@@ -77,11 +78,18 @@ def test_slopes_predict_what_small_changes_do(architecture):
     else:
         assert predicted == pytest.approx(measured, rel=0.1, abs=0.05 * max(map(abs, measured)))
     for layer, kept in enumerate(plan.layers):
+        if math.isfinite(back := second.ffn_restored[layer]):  # what is given back costs less alone
+            wide = min(kept.intermediate_size + max(1, round(STEP * 48)), 48)
+            alone = curves[layer].ffn[wide] - curves[layer].ffn[kept.intermediate_size]
+            assert alone < 0
+            assert lessened.ffn_restored[layer] == pytest.approx(0.25 * back + 0.75 * alone, rel=1e-3, abs=1e-9)
         ahead = curves[layer].attention[kept.num_key_value_heads]
         behind = curves[layer].attention[kept.num_key_value_heads - 1]
         if kept.num_key_value_heads > 1:
             more = second.attention_removed[layer] - found.attention_removed[layer]
             assert more == pytest.approx(behind - ahead, rel=1e-3, abs=1e-9)
+            wanted = 0.25 * second.attention_removed[layer] + 0.75 * (behind - ahead)
+            assert lessened.attention_removed[layer] == pytest.approx(wanted, rel=1e-3, abs=1e-9)
     assert all(p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
