@@ -42,7 +42,7 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path) -> None:
         for how in ("seed", "kl", "perplexity"):
             if rows.have(plan=how):
                 continue
-            _, model = ours.model(ABLATED, how)
+            _, model = ours.twice(ABLATED, how)
             scores = evaluate_tasks(model, pruner.tokenizer, TASKS, directory=Path(directory), progress=False)
             accuracy = {score.task: round(score.figures["acc"], 4) for score in scores}
             error = sum(score.errors["acc"] ** 2 for score in scores) ** 0.5 / len(scores)
@@ -50,7 +50,7 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path) -> None:
             rows.keep({"plan": how, **unseen.perplexities(model), **accuracy, **found})
     write(
         "fitness",
-        f"β = {ABLATED}, first repair; all else as in the table of methods, but items {ITEMS + 1} to {ITEMS + MORE} of "
+        f"β = {ABLATED}, both repairs; all else as in the table of methods, but items {ITEMS + 1} to {ITEMS + MORE} of "
         f"each task: {protocol(search_text, unseen_text, pruner.model.dtype)}",
         list(rows),
     )

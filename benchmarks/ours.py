@@ -18,7 +18,7 @@ from selfpruner_hub.confidence import match_confidence
 from selfpruner_hub.corpus import load_corpus
 from selfpruner_hub.demo import NAME
 from selfpruner_hub.fisher import output_fisher
-from selfpruner_hub.fitness import Fitness
+from selfpruner_hub.fitness import REMAINS, Fitness
 from selfpruner_hub.importance import Fisher, LayerOrder, rank
 from selfpruner_hub.losses import LossCurves
 from selfpruner_hub.plan import Plan
@@ -32,11 +32,8 @@ from selfpruner_hub.search.seeds import seeds
 from selfpruner_hub.sensitivity import loss_curves
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
 
-WINDOW, CALIBRATION, FITNESS = 512, 65_536, 8_192
+WINDOW, CALIBRATION, FITNESS = 512, 32_768, 8_192
 SCHEDULE = Schedule(evaluations=16, population=4, crossover=8, mutation=8)
-
-AS_PREDICTED = "seed, as predicted"
-"""A seed that takes the layers' predicted losses as they are, without measuring what each part costs."""
 
 
 def texts(pruner: AutoPruner, search_text: str) -> tuple[Tensor, Tensor]:
@@ -78,7 +75,7 @@ class Ours:
         self._fisher, self.order, self._work = fisher, order, work
         with self._ordered():
             self._slicer = Slicer(self._model, order, statistics, fisher=fisher)
-        self._plans: dict[tuple[float, str], Plan] = {}
+        self._plans: dict[tuple[float, str, float], Plan] = {}
 
     @classmethod
     def of(
@@ -89,13 +86,6 @@ class Ours:
         order = rank(pruner.model, statistics, "obs", fisher=fisher)
         return cls(pruner, statistics, windows, fisher, order, work)
 
-    def model_under(self, order: list[LayerOrder], beta: float, how: str) -> tuple[float, PreTrainedModel]:
-        """A plan of ours with its first repair, but channels or groups in another order."""
-        plan = self.plan(beta, how)
-        other = Ours(self._pruner, self._statistics, self._windows, self._fisher, order, self._work)
-        other._plans[beta, how] = plan
-        return other.model(beta, how)
-
     @cached_property
     def _curves(self) -> list[LossCurves]:
         return loss_curves(self._slicer)
@@ -105,46 +95,62 @@ class Ours:
         with ordered(self._model, self.order):
             yield
 
-    def plan(self, beta: float, how: str) -> Plan:
-        """Uniform rates of the FFN, the best seed by KL, or what the model finds by itself under `how`."""
-        if (beta, how) not in self._plans:
+    def plan(self, beta: float, how: str, remains: float = 1.0) -> Plan:
+        """Uniform rates of the FFN, the best seed by KL, or what the model finds by itself.
+
+        Args:
+            beta: The mean rate.
+            how: `"uniform"`, `"seed"`, or the fitness of a search.
+            remains: As for `Fitness`.
+        """
+        if (beta, how, remains) not in self._plans:
             budget = Budget(self._pruner.shape, beta)
             with self._ordered():
                 if how == "uniform":
                     plan = budget.project(seeds(budget)["uniform"])
                 else:
-                    fitness = Fitness(self._slicer, self._held_out, how if how == "perplexity" else "kl", self._curves)
-                    measure = None if how == AS_PREDICTED else partial(fitness.loss, share=SCHEDULE.first_share)
-                    starts = seeds(budget, self._curves, measure)
-                    if how in ("seed", AS_PREDICTED):
+                    metric = how if how == "perplexity" else "kl"
+                    fitness = Fitness(self._slicer, self._held_out, metric, self._curves, remains)
+                    starts = seeds(budget, self._curves, partial(fitness.loss, share=SCHEDULE.first_share))
+                    if how == "seed":
                         plan = min(map(budget.project, starts.values()), key=fitness)
                     else:
-                        plan = self._searched(budget, how, fitness, starts)
-            self._plans[beta, how] = plan
-        return self._plans[beta, how]
+                        plan = self._searched(budget, f"{how}-{remains:g}", fitness, starts)
+            self._plans[beta, how, remains] = plan
+        return self._plans[beta, how, remains]
 
-    def _searched(self, budget: Budget, how: str, fitness: Fitness, starts: dict[str, Rates]) -> Plan:
+    def _searched(self, budget: Budget, name: str, fitness: Fitness, starts: dict[str, Rates]) -> Plan:
         asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME)
-        journal = Journal(self._work / f"search-{budget.beta}-{how}", {"beta": budget.beta, "fitness": how})
+        journal = Journal(self._work / f"search-{budget.beta}-{name}", {"beta": budget.beta, "fitness": name})
         found = search(asked, budget, fitness, journal, schedule=SCHEDULE, seeds=starts, probe=fitness.slopes)
         return found.best.plan
 
+    def once(self, beta: float, how: str) -> tuple[float, PreTrainedModel]:
+        """A plan, chosen for the first repair, with it."""
+        return self._cut(self.plan(beta, how))
+
+    def under(self, order: list[LayerOrder], beta: float, how: str) -> tuple[float, PreTrainedModel]:
+        """The same plan and repair, but channels or groups in another order."""
+        other = Ours(self._pruner, self._statistics, self._windows, self._fisher, order, self._work)
+        return other._cut(self.plan(beta, how))
+
     @lru_cache(maxsize=1)  # noqa: B019
-    def model(
-        self, beta: float, how: str, second: bool = False, inputs: bool = False, alike: bool = False
+    def twice(
+        self, beta: float, how: str, remains: float = REMAINS, inputs: bool = True, alike: bool = False
     ) -> tuple[float, PreTrainedModel]:
-        """A plan with its first repair, and the second, in the metric of the Fisher information or not."""
-        plan = self.plan(beta, how)
+        """A plan with both repairs; the second of gate and up too, in the metric of the Fisher information, or not."""
+        share, pruned = self._cut(self.plan(beta, how, remains))
+        compensate(self._model, pruned, self._calibration, inputs=inputs, fisher=None if alike else self._fisher)
+        return share, pruned
+
+    def _cut(self, plan: Plan) -> tuple[float, PreTrainedModel]:
         with self._ordered():
             pruned = slice_model(self._slicer, plan)
-        if second:
-            fisher = None if alike else self._fisher
-            compensate(self._model, pruned, self._calibration, inputs=inputs, fisher=fisher)
         return removed(self._pruner, pruned.get_decoder().layers), pruned
 
     def sure(self, beta: float) -> tuple[float, PreTrainedModel]:
         """With all parts: what was searched and repaired twice, as sure as its parent."""
-        share, repaired = self.model(beta, "kl", True, True)
+        share, repaired = self.twice(beta, "kl")
         pruned = copy.deepcopy(repaired)
         match_confidence(self._model, pruned, self._held_out)
         return share, pruned

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ours import AS_PREDICTED, CALIBRATION, FITNESS, SCHEDULE, WINDOW, Ours, removed, texts
+from ours import CALIBRATION, FITNESS, SCHEDULE, WINDOW, Ours, removed, texts
 from peers import Flap, block_influence, by_channels, magnitude, taylor, without_blocks
 from protocol import Rows, Unseen, write
 from torch import Tensor, nn
@@ -109,8 +109,8 @@ def protocol(search_text: str, unseen_text: str, dtype: Any) -> str:
         f"and our Fisher information), another {FITNESS} "
         f"for our seeds and for a search of {SCHEDULE.evaluations} full-evaluation equivalents; uniform: FFN rates; "
         "repaired: the first repair; twice: the second too, of the output projections alone or, by default, of gate "
-        f"and up too; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
-        f"{Unseen.WORDS}; tasks: the first {ITEMS} items"
+        "and up too, and the plan is chosen for it where nothing else is said; perplexity on the first windows of "
+        f"{Path(unseen_text).name}, on which nothing was chosen: {Unseen.WORDS}; tasks: the first {ITEMS} items"
     )
 
 
@@ -159,7 +159,7 @@ def add_orders(table: Table, ours: Ours, others: dict[str, list[LayerOrder]]) ->
         table.add(
             f"uniform, repaired, channels by {name}",
             ABLATED,
-            lambda order=order: ours.model_under(order, ABLATED, "uniform"),
+            lambda order=order: ours.under(order, ABLATED, "uniform"),
         )
         if "Taylor" in name:
             continue
@@ -167,7 +167,7 @@ def add_orders(table: Table, ours: Ours, others: dict[str, list[LayerOrder]]) ->
         table.add(
             f"best seed, repaired, KV groups by {name}",
             ABLATED,
-            lambda groups=groups: ours.model_under(groups, ABLATED, "seed"),
+            lambda groups=groups: ours.under(groups, ABLATED, "seed"),
         )
 
 
@@ -181,21 +181,21 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
     add_peers(table, pruner, statistics, few, betas)
     ours = Ours.of(pruner, statistics, windows, work)
     for beta in betas:
-        table.add("uniform, repaired", beta, lambda beta=beta: ours.model(beta, "uniform"))
-        table.add("best seed, losses as predicted", beta, lambda beta=beta: ours.model(beta, AS_PREDICTED))
-        table.add("best seed, repaired", beta, lambda beta=beta: ours.model(beta, "seed"))
+        table.add("uniform, repaired", beta, lambda beta=beta: ours.once(beta, "uniform"))
+        table.add("best seed, repaired", beta, lambda beta=beta: ours.once(beta, "seed"))
         if beta == ABLATED:
             add_orders(table, ours, orders(pruner.model, statistics, few))
-        table.add("searched, repaired", beta, lambda beta=beta: ours.model(beta, "kl"))
-        if beta == ABLATED:
-            table.add("searched by perplexity, repaired", beta, lambda: ours.model(ABLATED, "perplexity"))
-            table.add("searched, outputs repaired twice", beta, lambda: ours.model(ABLATED, "kl", second=True))
-            table.add(
-                "searched, repaired twice, all errors alike",
-                beta,
-                lambda: ours.model(ABLATED, "kl", True, True, alike=True),
-            )
-        table.add("searched, repaired twice", beta, lambda beta=beta: ours.model(beta, "kl", True, True))
+            table.add("searched for the first repair, repaired", beta, lambda: ours.once(ABLATED, "kl"))
+            variants = {
+                "searched for the first repair, repaired twice": {"remains": 1.0},
+                "searched, outputs repaired twice": {"inputs": False},
+                "searched, repaired twice, all errors alike": {"alike": True},
+                "searched by perplexity, repaired twice": {"how": "perplexity"},
+            }
+            for name, other in variants.items():
+                table.add(name, beta, lambda other=other: ours.twice(ABLATED, **{"how": "kl", **other}))
+        table.add("best seed, repaired twice", beta, lambda beta=beta: ours.twice(beta, "seed"))
+        table.add("searched, repaired twice", beta, lambda beta=beta: ours.twice(beta, "kl"))
         table.add("searched, repaired twice, as sure as the dense model", beta, lambda beta=beta: ours.sure(beta))
     table.show()
 
