@@ -25,7 +25,7 @@ from selfpruner_hub.evaluation import divergence, teach
 from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
-from selfpruner_hub.losses import LossCurves
+from selfpruner_hub.losses import LossCurves, loss_alone
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.presets import Method
 from selfpruner_hub.pruner import AutoPruner
@@ -40,12 +40,6 @@ CALIBRATION, FITNESS, OTHER = 32_768, 16_384, 32_768
 BETA = 0.3
 WEIGHTS = (1.0, 1.35, 1.75, 4.0)
 """Of the predicted losses of attention beside those of the FFN: plans that cut many KV groups, some, few and none."""
-
-
-def predicted(curves: list[LossCurves], plan: Plan) -> float:
-    """The sum of what the layers cost alone, in nats per token."""
-    pairs = zip(curves, plan.layers, strict=True)
-    return sum(float(c.attention[w.num_key_value_heads] + c.ffn[w.intermediate_size]) for c, w in pairs)
 
 
 def plans(pruner: AutoPruner, slicer: Slicer, held_out: Tensor, work: Path) -> dict[str, Plan]:
@@ -84,7 +78,7 @@ def main(work: Path, search_text: str) -> None:
         slicer = Slicer(dense, order, statistics, fisher=fisher)
         found = plans(pruner, slicer, held_out, work)
         models = {
-            name: (predicted(loss_curves(slicer), plan), slice_model(slicer, plan))
+            name: (loss_alone(loss_curves(slicer), plan), slice_model(slicer, plan))
             for name, plan in found.items()
             if not rows.have(plan=name)
         }

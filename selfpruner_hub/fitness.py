@@ -11,7 +11,7 @@ from torch import Tensor
 from selfpruner_hub.boundaries import Boundaries
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation import divergence, label_loss, perplexity, teach, teacher_loss, with_layers
-from selfpruner_hub.losses import LossCurves, Slopes
+from selfpruner_hub.losses import LossCurves, Slopes, loss_alone
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.sensitivity import slopes
 from selfpruner_hub.shelf import in_memory
@@ -99,8 +99,7 @@ class Fitness:
 
     def _expected(self, curves: Sequence[LossCurves], plan: Plan, measured: float, share: float) -> float:
         """The score after the second repair."""
-        pairs = zip(curves, plan.layers, strict=True)
-        alone = sum(float(c.attention[w.num_key_value_heads] + c.ffn[w.intermediate_size]) for c, w in pairs)
+        alone = loss_alone(curves, plan)
         excess = self._nats(measured, share) - alone
         if self.metric == "kl":
             return alone + self._remains * excess

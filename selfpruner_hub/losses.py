@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from selfpruner_hub.plan import ModelShape
+from selfpruner_hub.plan import ModelShape, Plan
 
 STEP = 0.05
 """A step of an FFN, as a fraction of its dense channels; a step of an attention is one KV group."""
@@ -26,6 +27,12 @@ class LossCurves:
 
     attention: NDArray[np.float64]
     ffn: NDArray[np.float64]
+
+
+def loss_alone(curves: Sequence[LossCurves], plan: Plan) -> float:
+    """The sum of what the layers of a plan cost alone, in nats per token."""
+    pairs = zip(curves, plan.layers, strict=True)
+    return sum(float(c.attention[w.num_key_value_heads] + c.ffn[w.intermediate_size]) for c, w in pairs)
 
 
 @dataclass(frozen=True)

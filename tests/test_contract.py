@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -207,6 +208,26 @@ def test_the_gain_of_the_search_is_checked_on_other_text(saved, name):
     assert gains["elsewhere"] != gains["selected_on"]
     same_plan = pruned.report.proposer["best_from"].startswith("seed:")
     assert (gains["elsewhere"][0] == gains["elsewhere"][1]) == same_plan
+
+
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_the_search_scores_what_the_second_repair_leaves(metric, monkeypatch):
+    """Of what a plan costs beyond the sum of its layers' losses, only where a second repair follows."""
+    pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
+
+    def nats(remains, accumulate):
+        monkeypatch.setattr("selfpruner_hub.pruner.REMAINS", remains)
+        found = pruner.prune(
+            0.3, data="self", proposer="evolution", window=32, calibration_tokens=1024, fitness_tokens=256,
+            evaluations=0, seeds=("uniform",), accumulate=accumulate, fitness=metric, progress=False,
+        ).report.metrics["search_fitness"]  # fmt: skip
+        assert ("after the second repair" in found.protocol) == accumulate
+        return found.value if metric == "kl" else math.log(found.value)
+
+    alone, all_of_it = nats(0, True), nats(1, True)
+    assert alone != pytest.approx(all_of_it, rel=1e-2)
+    assert nats(0.3, True) == pytest.approx(alone + 0.3 * (all_of_it - alone), abs=1e-5)
+    assert nats(0.3, False) == pytest.approx(all_of_it, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
