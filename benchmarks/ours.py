@@ -36,11 +36,11 @@ WINDOW, CALIBRATION, FITNESS = 512, 32_768, 8_192
 SCHEDULE = Schedule(evaluations=16, population=4, crossover=8, mutation=8)
 
 
-def texts(pruner: AutoPruner, search_text: str) -> tuple[Tensor, Tensor]:
-    """Windows of the calibration, and of the search."""
-    corpus = load_corpus(search_text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
-    calibration, held_out = corpus.split(CALIBRATION, FITNESS)
-    return calibration.windows, held_out.windows
+def texts(pruner: AutoPruner, search_text: str, *others: int) -> list[Tensor]:
+    """Windows of the calibration, of the search, and of parts of so many tokens after them."""
+    sizes = (CALIBRATION, FITNESS, *others)
+    corpus = load_corpus(search_text, pruner.tokenizer, tokens=sum(sizes), window=WINDOW)
+    return [part.windows for part in corpus.split(*sizes)]
 
 
 def removed(pruner: AutoPruner, layers: nn.ModuleList) -> float:
@@ -65,29 +65,28 @@ class Ours:
         self,
         pruner: AutoPruner,
         statistics: list[LayerStatistics],
-        windows: tuple[Tensor, Tensor],
+        windows: list[Tensor],
         fisher: Fisher,
         order: list[LayerOrder],
         work: Path,
     ) -> None:
         self._pruner, self._model, self._statistics, self._windows = pruner, pruner.model, statistics, windows
         self._calibration, self._held_out = windows
-        self._fisher, self.order, self._work = fisher, order, work
+        self.fisher, self.order, self._work = fisher, order, work
         with self._ordered():
             self._slicer = Slicer(self._model, order, statistics, fisher=fisher)
         self._plans: dict[tuple[float, str, float], Plan] = {}
 
     @classmethod
-    def of(
-        cls, pruner: AutoPruner, statistics: list[LayerStatistics], windows: tuple[Tensor, Tensor], work: Path
-    ) -> Ours:
+    def of(cls, pruner: AutoPruner, statistics: list[LayerStatistics], windows: list[Tensor], work: Path) -> Ours:
         """In the default's order."""
         fisher = output_fisher(pruner.model, windows[0][: Method.fisher_tokens // WINDOW])
         order = rank(pruner.model, statistics, "obs", fisher=fisher)
         return cls(pruner, statistics, windows, fisher, order, work)
 
     @cached_property
-    def _curves(self) -> list[LossCurves]:
+    def curves(self) -> list[LossCurves]:
+        """What the layers cost alone."""
         return loss_curves(self._slicer)
 
     @contextmanager
@@ -110,8 +109,8 @@ class Ours:
                     plan = budget.project(seeds(budget)["uniform"])
                 else:
                     metric = how if how == "perplexity" else "kl"
-                    fitness = Fitness(self._slicer, self._held_out, metric, self._curves, remains)
-                    starts = seeds(budget, self._curves, partial(fitness.loss, share=SCHEDULE.first_share))
+                    fitness = Fitness(self._slicer, self._held_out, metric, self.curves, remains)
+                    starts = seeds(budget, self.curves, partial(fitness.loss, share=SCHEDULE.first_share))
                     if how == "seed":
                         plan = min(map(budget.project, starts.values()), key=fitness)
                     else:
@@ -127,23 +126,24 @@ class Ours:
 
     def once(self, beta: float, how: str) -> tuple[float, PreTrainedModel]:
         """A plan, chosen for the first repair, with it."""
-        return self._cut(self.plan(beta, how))
+        return self.cut(self.plan(beta, how))
 
     def under(self, order: list[LayerOrder], beta: float, how: str) -> tuple[float, PreTrainedModel]:
         """The same plan and repair, but channels or groups in another order."""
-        other = Ours(self._pruner, self._statistics, self._windows, self._fisher, order, self._work)
-        return other._cut(self.plan(beta, how))
+        other = Ours(self._pruner, self._statistics, self._windows, self.fisher, order, self._work)
+        return other.cut(self.plan(beta, how))
 
     @lru_cache(maxsize=1)  # noqa: B019
     def twice(
         self, beta: float, how: str, remains: float = REMAINS, inputs: bool = True, alike: bool = False
     ) -> tuple[float, PreTrainedModel]:
         """A plan with both repairs; the second of gate and up too, in the metric of the Fisher information, or not."""
-        share, pruned = self._cut(self.plan(beta, how, remains))
-        compensate(self._model, pruned, self._calibration, inputs=inputs, fisher=None if alike else self._fisher)
+        share, pruned = self.cut(self.plan(beta, how, remains))
+        compensate(self._model, pruned, self._calibration, inputs=inputs, fisher=None if alike else self.fisher)
         return share, pruned
 
-    def _cut(self, plan: Plan) -> tuple[float, PreTrainedModel]:
+    def cut(self, plan: Plan) -> tuple[float, PreTrainedModel]:
+        """A plan with its first repair."""
         with self._ordered():
             pruned = slice_model(self._slicer, plan)
         return removed(self._pruner, pruned.get_decoder().layers), pruned

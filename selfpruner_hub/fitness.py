@@ -62,7 +62,7 @@ class Fitness:
         self._windows = windows
         self._curves = curves
         self._remains = remains
-        self._dense: dict[int, float] = {}
+        self._dense_perplexities: dict[int, float] = {}  # by the number of windows
         self.metric = metric
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
         # A model in files does not fit in memory, so hidden states may not take half of it.
@@ -114,10 +114,10 @@ class Fitness:
 
     def _perplexity(self, share: float) -> float:
         """Of the dense model."""
-        windows = self._first(share)
-        if len(windows) not in self._dense:
-            self._dense[len(windows)] = perplexity(self._slicer.model, windows)
-        return self._dense[len(windows)]
+        windows, known = self._first(share), self._dense_perplexities
+        if len(windows) not in known:
+            known[len(windows)] = perplexity(self._slicer.model, windows)
+        return known[len(windows)]
 
     def slopes(self, plan: Plan, share: float = 1.0) -> Slopes:
         """Predict on the first `share` of the windows what small changes of `plan` do to the loss."""
