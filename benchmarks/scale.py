@@ -43,7 +43,7 @@ SERIES: dict[str, list[dict[str, int]]] = {
 }
 """Each changes one thing of `BASE`."""
 LLAMA_2_70B = {"layers": 80, "width": 8192, "ffn": 28672, "tokens": 131_072, "candidates": 32}
-"""With the tokens of the default and a search of as many full evaluations, each on a quarter of them."""
+"""With a search of as many full evaluations as the default's, each on a quarter of them."""
 ATTENTION_70B = 2 * 8192 * (8192 + 1024)
 WHOLE = [(256, 8), (512, 12), (768, 16), (1024, 24), (1536, 28), (2048, 28)]
 """Width and depth of whole models, 10 M to 1.5 B parameters; FFN three times the width."""
