@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ours import CALIBRATION, FITNESS, SCHEDULE, Ours, texts
+from ours import CALIBRATION, FITNESS, Ours, texts
 from protocol import Rows, write
 
 from selfpruner_hub.budget import Budget
@@ -30,11 +30,10 @@ WEIGHTS = (1.0, 1.35, 1.75, 4.0)
 """Of the predicted losses of attention beside those of the FFN: plans that cut many KV groups, some, few and none."""
 
 
-def plans(ours: Ours, budget: Budget) -> dict[str, Plan]:
-    """Of many kinds, and one that was searched."""
-    weighted = {w: [LossCurves(w * known.attention, known.ffn) for known in ours.curves] for w in WEIGHTS}
-    found = {f"attention × {w:g}": budget.project(knapsack(budget, curves)) for w, curves in weighted.items()}
-    return found | {"searched by what it costs before the second repair": ours.plan(BETA, "kl")}
+def plans(budget: Budget, curves: list[LossCurves]) -> dict[str, Plan]:
+    """Of least predicted loss, with that of attention times so much."""
+    weighted = {w: [LossCurves(w * known.attention, known.ffn) for known in curves] for w in WEIGHTS}
+    return {f"attention × {w:g}": budget.project(knapsack(budget, those)) for w, those in weighted.items()}
 
 
 def main(work: Path, search_text: str) -> None:
@@ -43,7 +42,7 @@ def main(work: Path, search_text: str) -> None:
     dense = pruner.model
     calibration, held_out, other = texts(pruner, search_text, OTHER)
     ours = Ours.of(pruner, calibrate(dense, calibration), [calibration, held_out], work)
-    found = plans(ours, Budget(pruner.shape, BETA))
+    found = plans(Budget(pruner.shape, BETA), ours.curves)
     read = {name: (windows, teach(dense, windows)) for name, windows in (("search", held_out), ("other", other))}
     for name, plan in found.items():
         if rows.have(plan=name):
@@ -64,8 +63,7 @@ def main(work: Path, search_text: str) -> None:
         f"{Path(search_text).name}; KL to the dense model on another {FITNESS}, those of the search, and on {OTHER} "
         "more, after the first and the second repair; predicted: the sum of the losses of the layers alone; remains: "
         "(second - predicted) / (first - predicted) on the text of the search; plans: least predicted loss with the "
-        f"losses of attention times so much, and a search of {SCHEDULE.evaluations:g} evaluations by the KL after the "
-        "first repair",
+        "losses of attention times so much",
         list(rows),
     )
 
