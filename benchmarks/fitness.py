@@ -1,7 +1,7 @@
 """Which fitness keeps zero-shot accuracy: plans searched by KL and by perplexity, and the seed that both begin with.
 
 Run, after quality.py: python benchmarks/fitness.py WORK SEARCH_TEXT UNSEEN_TEXT TASKS_DIR
-(here: its directory, whose searches are replayed; WikiText-2 raw, articles a and b; the task items)
+(here: its directory, where the models are, and what it was given: WikiText-2 raw, articles a and b; the task items)
 Rows that are there already are taken from there.
 """
 
@@ -12,12 +12,11 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
-from ours import Ours, texts
 from protocol import Rows, Unseen, write
 from quality import ABLATED, ITEMS, TASKS, protocol
 
-from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.demo import load_embedded
+from selfpruner_hub.loading import load_model
 from selfpruner_hub.tasks import evaluate_tasks
 
 MORE = 1000
@@ -33,8 +32,6 @@ def later_items(directory: Path, task: str) -> str:
 def main(work: Path, search_text: str, unseen_text: str, tasks: Path) -> None:
     """Score what each fitness found."""
     pruner = load_embedded()
-    windows = texts(pruner, search_text)
-    ours = Ours.of(pruner, calibrate(pruner.model, windows[0]), windows, work)
     rows, unseen = Rows(work / "fitness.jsonl"), Unseen(unseen_text, pruner.tokenizer)
     with tempfile.TemporaryDirectory() as directory:
         for task in TASKS:
@@ -42,7 +39,7 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path) -> None:
         for how in ("seed", "kl", "perplexity"):
             if rows.have(plan=how):
                 continue
-            _, model = ours.twice(ABLATED, how)
+            model, _ = load_model(str(work / f"{how}-{ABLATED}"), dtype="auto")
             scores = evaluate_tasks(model, pruner.tokenizer, TASKS, directory=Path(directory), progress=False)
             accuracy = {score.task: round(score.figures["acc"], 4) for score in scores}
             error = sum(score.errors["acc"] ** 2 for score in scores) ** 0.5 / len(scores)

@@ -58,7 +58,7 @@ class Ours:
         windows: Of the calibration, and of the search.
         fisher: Of the dense model's outputs.
         order: Of channels and groups.
-        work: Directory of the journals of its searches.
+        work: Directory of the journals of its searches, and of models.
     """
 
     def __init__(
@@ -140,6 +140,12 @@ class Ours:
         """A plan with both repairs; the second of gate and up too, in the metric of the Fisher information, or not."""
         share, pruned = self.cut(self.plan(beta, how, remains))
         compensate(self._model, pruned, self._calibration, inputs=inputs, fisher=None if alike else self.fisher)
+        return share, pruned
+
+    def saved(self, beta: float, how: str) -> tuple[float, PreTrainedModel]:
+        """A plan with both repairs, which other scripts find in a directory of its own."""
+        share, pruned = self.twice(beta, how)
+        pruned.save_pretrained(self._work / f"{how}-{beta}")
         return share, pruned
 
     def cut(self, plan: Plan) -> tuple[float, PreTrainedModel]:
