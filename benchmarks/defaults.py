@@ -23,6 +23,11 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
     """Prune the real model at every β, and measure."""
     rows, dense, pruner = Rows(work / "rows.jsonl"), str(work / "dense"), load_embedded()
     unseen = Unseen(unseen_text, pruner.tokenizer)
+    protocol = (
+        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults on {Path(search_text).name}; minutes "
+        f"of it; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
+        f"{Unseen.WORDS}"
+    )
     pruner.model.save_pretrained(dense)
     pruner.tokenizer.save_pretrained(dense)
     if not rows.have(beta=0.0):
@@ -40,13 +45,7 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
         }
         pruned, _ = load_model(str(output), dtype="auto")
         rows.keep({"beta": beta, "minutes": round(minutes, 1), **found, **unseen.perplexities(pruned)})
-    write(
-        "defaults",
-        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults on {Path(search_text).name}; minutes "
-        f"of it; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
-        f"{Unseen.WORDS}",
-        sorted(rows, key=lambda row: row["beta"]),
-    )
+        write("defaults", protocol, sorted(rows, key=lambda row: row["beta"]))
 
 
 if __name__ == "__main__":
