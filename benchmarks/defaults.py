@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from protocol import Rows, Unseen, write
 
@@ -33,19 +34,25 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
     if not rows.have(beta=0.0):
         rows.keep({"beta": 0.0, **unseen.perplexities(pruner.model)})
     for beta in betas:
-        if rows.have(beta=beta):
-            continue
-        output, started = work / f"b{100 * beta:.0f}", time.perf_counter()
-        if status := selfpruner(["prune", dense, "--beta", str(beta), "--data", search_text, "--output", str(output)]):
-            sys.exit(status)
-        minutes, record = (time.perf_counter() - started) / 60, read_record(output)
-        found = {
-            "achieved_beta": round(record.achieved_beta, 4),
-            "logit_scale": record.metrics["search_logit_scale"].value,
-        }
-        pruned, _ = load_model(str(output), dtype="auto")
-        rows.keep({"beta": beta, "minutes": round(minutes, 1), **found, **unseen.perplexities(pruned)})
+        if not rows.have(beta=beta):
+            rows.keep(pruned(dense, beta, search_text, work / f"b{100 * beta:.0f}", unseen))
         write("defaults", protocol, sorted(rows, key=lambda row: row["beta"]))
+
+
+def pruned(dense: str, beta: float, search_text: str, output: Path, unseen: Unseen) -> dict[str, Any]:
+    """Prune once, and measure."""
+    started = time.perf_counter()
+    if status := selfpruner(["prune", dense, "--beta", str(beta), "--data", search_text, "--output", str(output)]):
+        sys.exit(status)
+    minutes, record = (time.perf_counter() - started) / 60, read_record(output)
+    found = {
+        "minutes": round(minutes, 1),
+        "achieved_beta": round(record.achieved_beta, 4),
+        "logit_scale": record.metrics["search_logit_scale"].value,
+        "search": record.proposer["gains"],
+    }
+    model, _ = load_model(str(output), dtype="auto")
+    return {"beta": beta, **found, **unseen.perplexities(model)}
 
 
 if __name__ == "__main__":
