@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression
 from typing import Any
 
 from ours import CALIBRATION, FITNESS, Ours, texts
@@ -55,17 +55,22 @@ def main(work: Path, search_text: str) -> None:
             if repair == "second":
                 compensate(dense, model, calibration, fisher=ours.fisher)
             row |= {f"{repair}_{text}": round(divergence(model, *known), 4) for text, known in read.items()}
-        rows.keep(row | {"remains": round((row["second_search"] - alone) / (row["first_search"] - alone), 3)})
-    print("what remains, median:", median(row["remains"] for row in rows))
+        rows.keep(row)
     write(
         "excess",
         f"SmolLM2-135M-Instruct, {dense.dtype}, β = {BETA}: {CALIBRATION} calibration tokens of "
         f"{Path(search_text).name}; KL to the dense model on another {FITNESS}, those of the search, and on {OTHER} "
         "more, after the first and the second repair; predicted: the sum of the losses of the layers alone; remains: "
-        "(second - predicted) / (first - predicted) on the text of the search; plans: least predicted loss with the "
-        "losses of attention times so much",
-        list(rows),
+        "the slope of (second - predicted) over (first - predicted), by least squares over the plans; plans: least "
+        "predicted loss with the losses of attention times so much",
+        {"plans": rows, "remains": {text: remains(rows, text) for text in read}},
     )
+
+
+def remains(rows: list[dict[str, Any]], text: str) -> float:
+    """How much of what plans cost beyond the sum of their predicted losses is left between them."""
+    first, second = ([row[f"{repair}_{text}"] - row["predicted"] for row in rows] for repair in ("first", "second"))
+    return round(linear_regression(first, second).slope, 3)
 
 
 if __name__ == "__main__":

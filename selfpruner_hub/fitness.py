@@ -22,7 +22,7 @@ BOUNDARY_MEMORY = 0.5
 """Memory for hidden states of earlier candidates on as many windows, as a multiple of the dense model's weights."""
 REMAINS = 0.3
 """What the second repair leaves of the loss that the layers' errors add to one another: it fits each layer to the
-stream that the others have moved. Measured: `benchmarks/excess.py`."""
+stream that the others have moved. `benchmarks/excess.py` measures it, as a slope over plans."""
 
 
 class Fitness:
@@ -39,7 +39,8 @@ class Fitness:
             labels and guards accuracy better (Týr-the-Pruner, NeurIPS 2025, table 5).
         curves: Predicted losses of the layers alone, for `remains` and for the second order of `slopes`.
         remains: How much of the loss in excess of their sum counts, in [0, 1]: all of it, or `REMAINS` where a second
-            repair follows; scores are then those expected after it. Below 1 it needs curves.
+            repair follows. Scores then order plans for it, but are no measurement: the curves were predicted on another
+            text. Below 1 it needs curves.
 
     Raises:
         UserError: The metric is unknown.
@@ -93,12 +94,12 @@ class Fitness:
         if not math.isfinite(value):
             value = math.inf
         elif self._remains < 1 and self._curves is not None:
-            value = self._expected(self._curves, plan, value, share)
+            value = self._weighed(self._curves, plan, value, share)
         self._boundaries.keep(start, len(windows), value)
         return value
 
-    def _expected(self, curves: Sequence[LossCurves], plan: Plan, measured: float, share: float) -> float:
-        """The score after the second repair."""
+    def _weighed(self, curves: Sequence[LossCurves], plan: Plan, measured: float, share: float) -> float:
+        """The score by which plans are ordered for the second repair."""
         alone = loss_alone(curves, plan)
         excess = self._nats(measured, share) - alone
         if self.metric == "kl":
