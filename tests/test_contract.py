@@ -221,7 +221,7 @@ def test_the_search_scores_what_the_second_repair_leaves(metric, monkeypatch):
             0.3, data="self", proposer="evolution", window=32, calibration_tokens=1024, fitness_tokens=256,
             evaluations=0, seeds=("uniform",), accumulate=accumulate, fitness=metric, progress=False,
         ).report.metrics["search_fitness"]  # fmt: skip
-        assert ("after the second repair" in found.protocol) == accumulate
+        assert ("weighed for the second repair" in found.protocol) == accumulate
         return found.value if metric == "kl" else math.log(found.value)
 
     alone, all_of_it = nats(0, True), nats(1, True)
