@@ -22,7 +22,8 @@ BOUNDARY_MEMORY = 0.5
 """Memory for hidden states of earlier candidates on as many windows, as a multiple of the dense model's weights."""
 REMAINS = 0.3
 """What the second repair leaves of the loss that the layers' errors add to one another: it fits each layer to the
-stream that the others have moved. `benchmarks/excess.py` measures it, as a slope over plans."""
+stream that the others have moved. A slope over five plans of one model at one rate; `benchmarks/excess.py` makes it
+again, and has not been run to its end."""
 
 
 class Fitness:

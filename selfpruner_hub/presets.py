@@ -36,7 +36,7 @@ class Method:
     window: int = 512
     """Tokens per window of calibration and fitness."""
     calibration_tokens: int = 163_840
-    """The second repair learns the words of a text too, and does less so the more text there is."""
+    """Both repairs are fitted to them."""
     fisher_tokens: int = 8_192
     """Of those, for the one backward pass behind the Fisher information of the layers' outputs."""
     fitness_tokens: int = 16_384

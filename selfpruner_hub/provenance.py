@@ -95,9 +95,9 @@ def describe(
         The record, with parameters counted from the tensors.
     """
     plan, searched = found.best.plan, texts[1]
-    after = ", weighed for the second repair," if method.repairs_twice else ""
+    weighed = ", weighed for the second repair," if method.repairs_twice else ""
     protocol = (
-        f"{method.fitness}{after} on the {searched.tokens} tokens of {searched.name} that the search selected on, "
+        f"{method.fitness}{weighed} on the {searched.tokens} tokens of {searched.name} that the search selected on, "
         f"windows of {searched.windows.shape[1]}: a figure of the search, not of quality"
     )
     return Record(
