@@ -8,28 +8,18 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from selfpruner_hub.cli import main as selfpruner
-from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.records import FILE_NAME, read_record, write_atomically
+from selfpruner_hub.records import FILE_NAME
 
 NAME = "smollm2-135m-instruct-b30"
 TASKS = "arc_easy,piqa,winogrande"
 
 
-def call_by_name(model: Path) -> None:
-    """Say in the record whose child it is: the directory that it was pruned from knows no repository and no licence."""
-    parent = load_embedded()
-    record = replace(read_record(model), base_model=parent.name, licence=parent.licence)
-    write_atomically(model / FILE_NAME, record.to_json())
-
-
 def main(work: Path, unseen_text: str, tasks: str) -> None:
     """Measure, describe."""
     saved, card = work / "b30", Path(__file__).parents[1] / "model_cards" / NAME
-    call_by_name(saved)
     model = str(saved)
     figures = ["--save", "--against", str(work / "dense")]
     items = ["--tasks", TASKS, "--tasks-dir", tasks, "--limit", "200", "--cache", str(work / "cache")]

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import metadata_save
 from protocol import Rows, Unseen, write
 
 from selfpruner_hub.cli import main as selfpruner
-from selfpruner_hub.demo import load_embedded
+from selfpruner_hub.demo import NAME, load_embedded
 from selfpruner_hub.loading import load_model
 from selfpruner_hub.records import read_record
 
@@ -31,6 +32,7 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
     )
     pruner.model.save_pretrained(dense)
     pruner.tokenizer.save_pretrained(dense)
+    metadata_save(work / "dense" / "README.md", pruner.licence)
     if not rows.have(beta=0.0):
         rows.keep({"beta": 0.0, **unseen.perplexities(pruner.model)})
     for beta in betas:
@@ -42,7 +44,8 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
 def pruned(dense: str, beta: float, search_text: str, output: Path, unseen: Unseen) -> dict[str, Any]:
     """Prune once, and measure."""
     started = time.perf_counter()
-    if status := selfpruner(["prune", dense, "--beta", str(beta), "--data", search_text, "--output", str(output)]):
+    what = ["prune", dense, "--base-model", NAME, "--beta", str(beta), "--data", search_text, "--output", str(output)]
+    if status := selfpruner(what):
         sys.exit(status)
     minutes, record = (time.perf_counter() - started) / 60, read_record(output)
     found = {

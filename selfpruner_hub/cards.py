@@ -9,10 +9,10 @@ from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from selfpruner_hub.records import FILE_NAME, Metric, Record, read_record, write_atomically
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def render_card(
@@ -35,7 +35,7 @@ def render_card(
     Returns:
         Markdown with YAML front matter.
     """
-    on_hub = _HUB_ID.fullmatch(record.base_model) is not None
+    on_hub = is_repo_id(record.base_model)
     name = record.base_model.rpartition("/")[2]  # a path of this host says nothing to a reader
     title = f"{name}, pruned by {100 * record.achieved_beta:.0f} %"
     figures = {key: metric for key, metric in record.metrics.items() if not _is_of_the_search(key)}
@@ -94,6 +94,15 @@ def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
     return record
 
 
+def is_repo_id(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub, with its owner."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
 def asset(name: str) -> Path:
     """A folder that a wheel carries inside the package, and a checkout beside it."""
     inside = Path(__file__).parent / name
@@ -106,7 +115,7 @@ def _is_of_the_search(key: str) -> bool:
 
 
 def _eval_result(key: str, metric: Metric) -> EvalResult:
-    on_hub = _HUB_ID.fullmatch(metric.dataset) is not None
+    on_hub = is_repo_id(metric.dataset)
     return EvalResult(
         task_type="text-generation",
         dataset_type=metric.dataset if on_hub else re.sub(r"[^\w.-]+", "-", metric.dataset),

@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("model", metavar="MODEL", help="a directory or a Hub repository")
     prune.add_argument("--beta", required=True, type=_number, help="mean fraction of weights to remove, 0 < β < 1")
     prune.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the pruned model goes")
+    prune.add_argument(
+        "--base-model", metavar="REPO", help="the Hub repository that the directory MODEL is a copy of, for the record"
+    )
     prune.add_argument("--preset", default="default", help="default, or paper (default: %(default)s)")
     prune.add_argument("--data", default="wikitext2", help="wikitext2, c4, self, or a .txt or .jsonl file")
     prune.add_argument("--proposer", default="self", help="self, evolution, random, or the URL of an endpoint")
@@ -191,7 +194,8 @@ def _prune(options: argparse.Namespace) -> None:
     from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
 
     offload = {"offload_folder": run_dir} if options.offload else {}
-    pruned = AutoPruner.from_pretrained(options.model, **offload, **_loading(options)).prune(
+    pruner = AutoPruner.from_pretrained(options.model, base_model=options.base_model, **offload, **_loading(options))
+    pruned = pruner.prune(
         options.beta,
         preset=options.preset,
         proposer=options.proposer,

@@ -69,9 +69,7 @@ def fast_dtype() -> torch.dtype:
 def load_embedded(dtype: torch.dtype | None = None) -> AutoPruner:
     """The pruner of the embedded model."""
     arguments = embedded_model()
-    pruner = AutoPruner.from_pretrained(arguments.pop("name"), dtype=dtype or fast_dtype(), **arguments)
-    pruner.name = NAME
-    return pruner
+    return AutoPruner.from_pretrained(arguments.pop("name"), base_model=NAME, dtype=dtype or fast_dtype(), **arguments)
 
 
 def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = None, progress: bool = True) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.budget import Budget, check_beta
 from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.cards import is_repo_id
 from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.compensation import compensate
 from selfpruner_hub.confidence import match_confidence
@@ -69,11 +70,15 @@ class AutoPruner:
         self._corpora: dict[tuple[Any, ...], Corpus] = {}
 
     @classmethod
-    def from_pretrained(cls, name: str, *, offload_folder: str | Path | None = None, **kwargs: Any) -> AutoPruner:
+    def from_pretrained(
+        cls, name: str, *, base_model: str | None = None, offload_folder: str | Path | None = None, **kwargs: Any
+    ) -> AutoPruner:
         """Load a dense model.
 
         Args:
             name: A directory or a Hub repository.
+            base_model: The Hub repository that a directory is a copy of: records, cards and Spaces name it as the
+                parent, and its licence is read there where the directory has no card.
             offload_folder: Directory on a disk with room for four times the model: weights, statistics, hidden states
                 and the pruned model are in files there instead of memory, one layer at a time (`shelf.Shelf`).
                 Nothing is left in it.
@@ -85,11 +90,15 @@ class AutoPruner:
         Raises:
             UnsupportedArchitectureError: The architecture is not in the table.
             ModelError: The model is missing, gated, out of reach or damaged.
+            UserError: `base_model` is no name of a repository.
         """
+        if base_model is not None and not is_repo_id(base_model):
+            raise UserError(f"base_model must name a Hub repository, OWNER/NAME; got {base_model!r}.")
         keep = in_memory if offload_folder is None else Shelf(offload_folder)
         model, tokenizer = load_model(name, keep=keep, **kwargs)
-        called = Path(name).name if Path(name).exists() else name
-        return cls(model, tokenizer, called, licence_of(name, **kwargs), keep)
+        called = base_model or (Path(name).name if Path(name).exists() else name)
+        licence = licence_of(name, **kwargs) or (licence_of(base_model) if base_model else {})
+        return cls(model, tokenizer, called, licence, keep)
 
     def prune(
         self,

@@ -12,6 +12,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -109,6 +110,20 @@ def test_prune_writes_everything_and_leaves_no_run_directory(run, dense, text, t
 def test_no_file_tells_a_path_of_this_host(pruned, dense):
     for path in pruned.iterdir():
         assert str(dense.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_a_directory_is_called_by_the_repository_that_it_is_a_copy_of(run, dense, text, tmp_path):
+    small = tmp_path / "small"
+    assert run(*prune(dense, small, text, "--base-model", "some/parent"))[0] == 0
+    assert read_record(small).base_model == "some/parent"
+    assert ModelCard.load(small / "README.md").data.base_model == "some/parent"
+
+
+@pytest.mark.parametrize("name", ["parent", "some/where/else", "/some/parent", "some parent/x"])
+def test_a_base_model_that_names_no_repository(name, run, dense, text, tmp_path):
+    status, _, err = run(*prune(dense, tmp_path / "small", text, "--base-model", name))
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert f"base_model must name a Hub repository, OWNER/NAME; got {name!r}" in err
 
 
 def test_prune_as_json_is_the_record(run, dense, text, tmp_path):
