@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import SpaceCard
 
 import exporters
-from selfpruner_hub.cards import asset
+from selfpruner_hub.cards import asset, is_repo_id
 from selfpruner_hub.records import Record
 
 VENDORED = ("selfpruner_hub", "exporters")
@@ -47,5 +47,5 @@ def _front_page(template: Path, record: Record, repo_id: str) -> str:
     card = SpaceCard(template.read_text(encoding="utf-8"))
     data: Any = card.data  # its fields are made as they are set
     data.title = f"{repo_id.rpartition('/')[2]} beside its parent"
-    data.models = [repo_id, *([record.base_model] if "/" in record.base_model else [])]
+    data.models = [repo_id, *([record.base_model] if is_repo_id(record.base_model) else [])]
     return str(card)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from selfpruner_hub import PrunedModel
+from selfpruner_hub import PrunedModel, licences
 from selfpruner_hub.cli import main
 from selfpruner_hub.corpus import consecutive_windows
 from selfpruner_hub.evaluation import perplexity
@@ -112,11 +112,14 @@ def test_no_file_tells_a_path_of_this_host(pruned, dense):
         assert str(dense.parent).encode() not in path.read_bytes(), path.name
 
 
-def test_a_directory_is_called_by_the_repository_that_it_is_a_copy_of(run, dense, text, tmp_path):
-    small = tmp_path / "small"
+def test_a_directory_is_called_by_the_repository_that_it_is_a_copy_of(run, dense, text, tmp_path, monkeypatch):
+    small, theirs = tmp_path / "small", tmp_path / "theirs.md"
+    theirs.write_text("---\nlicense: mit\n---\n")
+    monkeypatch.setattr(licences, "hf_hub_download", lambda name, file: {"some/parent": theirs}[name])
     assert run(*prune(dense, small, text, "--base-model", "some/parent"))[0] == 0
+    card = ModelCard.load(small / "README.md").data
+    assert (card.base_model, card.license) == ("some/parent", "mit")
     assert read_record(small).base_model == "some/parent"
-    assert ModelCard.load(small / "README.md").data.base_model == "some/parent"
 
 
 @pytest.mark.parametrize("name", ["parent", "some/where/else", "/some/parent", "some parent/x"])
