@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,21 @@ from selfpruner_hub.confidence import match_confidence
 from selfpruner_hub.corpus import Corpus, load_corpus
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.fisher import output_fisher
-from selfpruner_hub.fitness import REMAINS, Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.licences import licence_of
 from selfpruner_hub.loading import load_model
+from selfpruner_hub.plan_search import find_plan
 from selfpruner_hub.presets import Method, resolve
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.proposer_choice import choose_proposer
 from selfpruner_hub.provenance import describe, fingerprint
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.loop import search
-from selfpruner_hub.search.outcome import Standing
 from selfpruner_hub.search.proposers import Proposer
-from selfpruner_hub.search.schedule import Schedule
-from selfpruner_hub.search.seeds import seeds
 from selfpruner_hub.sensitivity import loss_curves
 from selfpruner_hub.shelf import Keep, Shelf, in_memory
 from selfpruner_hub.slicing import Slicer, ordered, slice_model
-from selfpruner_hub.workers import check_executor, ray_workers
+from selfpruner_hub.workers import check_executor
 
 
 class AutoPruner:
@@ -151,8 +146,8 @@ class AutoPruner:
         asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
-            calibration, held_out = self._texts(data, method, seed, report)
-            search_id = fingerprint(self.model, self.name, beta, method, seed, asked, (calibration, held_out))
+            texts = calibration, held_out = self._texts(data, method, seed, report)
+            search_id = fingerprint(self.model, self.name, beta, method, seed, asked, texts)
             journal = Journal(None if run_dir is None else Path(run_dir), search_id)
             checkpoints = Checkpoints(None if run_dir is None else Path(run_dir) / "stages")
 
@@ -164,30 +159,11 @@ class AutoPruner:
                 curves = loss_curves(slicer) if fisher else None
                 if not method.repair:
                     slicer = Slicer(self.model, order, None, self._keep)
-                judged = (method.fitness, curves, REMAINS if method.repairs_twice else 1.0)
-                fitness_ = Fitness(slicer, held_out.windows, *judged)
-                measure = partial(fitness_.loss, share=method.first_share)
-                starts = seeds(budget, curves if method.predicts_losses else None, measure)
-                with ray_workers(fitness_) if executor == "ray" else contextlib.nullcontext() as pool:
-                    found = search(
-                        asked,
-                        budget,
-                        fitness_,
-                        journal,
-                        schedule=_schedule(method),
-                        seeds={name: rates for name, rates in starts.items() if name in method.seeds},
-                        seed=seed,
-                        probe=fitness_.slopes if getattr(asked, "reads_slopes", False) else None,
-                        pool=pool,
-                        report=_live(report, method),
-                    )
-                if method.evaluations:
-                    unselected = calibration.windows[: len(held_out.windows)]
-                    judge = Fitness(slicer, unselected, *judged)
-                    found.elsewhere = judge(found.best_seed.plan), judge(found.best.plan)
-                    del judge
+                found = find_plan(
+                    asked, budget, slicer, curves, texts, journal, method, seed=seed, executor=executor, report=report
+                )
                 model = slice_model(slicer, found.best.plan)
-                del slicer, fitness_  # their factors take more memory than the model
+                del slicer  # its factors take more memory than the model
             if method.repairs_twice:
                 compensate(
                     self.model,
@@ -201,7 +177,6 @@ class AutoPruner:
                 )
             if method.confidence:
                 found.logit_scale = match_confidence(self.model, model, held_out.windows, report)
-        texts = (calibration, held_out)
         record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
         return PrunedModel(model, self.tokenizer, record, journal.text(), checkpoints)
 
@@ -235,31 +210,3 @@ def _drained(items: list[Any]) -> Iterator[Any]:
     """Yield the items and let go of each, so that a layer's statistics end where its repair begins."""
     while items:
         yield items.pop(0)
-
-
-def _schedule(method: Method) -> Schedule:
-    return Schedule(
-        evaluations=method.evaluations,
-        population=method.population,
-        crossover=method.crossover,
-        mutation=method.mutation,
-        first_share=method.first_share,
-        survivors=method.survivors,
-        probe_share=method.probe_share,
-    )
-
-
-def _live(report: Callable[..., None], method: Method) -> Callable[[Standing], None]:
-    """Tell where the search stands; bars also show who is ahead, and what a language model has cost."""
-
-    def show(at: Standing) -> None:
-        note = [f"round {at.round}"]
-        if at.best is not None:
-            note.append(f"best {method.fitness} {at.best.fitness:.4f} ({at.best.origin})")
-        if at.tokens:
-            cost = f", ${at.tokens * method.token_price / 1e6:.2f}" if method.token_price else ""
-            note.append(f"{at.tokens / 1000:.1f}k tokens{cost}")
-        notes = [", ".join(note)] if isinstance(report, Bars) else []
-        report("searching", min(at.spent, method.evaluations), method.evaluations, *notes)
-
-    return show

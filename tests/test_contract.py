@@ -216,7 +216,7 @@ def test_the_search_scores_what_the_second_repair_leaves(metric, monkeypatch):
     pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
 
     def nats(remains, accumulate):
-        monkeypatch.setattr("selfpruner_hub.pruner.REMAINS", remains)
+        monkeypatch.setattr("selfpruner_hub.plan_search.REMAINS", remains)
         found = pruner.prune(
             0.3, data="self", proposer="evolution", window=32, calibration_tokens=1024, fitness_tokens=256,
             evaluations=0, seeds=("uniform",), accumulate=accumulate, fitness=metric, progress=False,

@@ -41,7 +41,7 @@ LAYERS = (
         *("records", "presets", "proposer_choice", "progress", "storage", "provenance", "tasks", "exporters"),
     },
     {"workers"},
-    {"pruned_model"},
+    {"pruned_model", "plan_search"},
     {"pruner"},
     {"demo"},
     {"cli", "cli_benchmark", "cli_evaluate", "cli_export"},
