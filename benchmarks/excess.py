@@ -1,4 +1,6 @@
-"""What the second repair leaves of the loss by which a plan costs more than its layers do alone (`fitness.REMAINS`).
+"""How much of what a plan costs beyond its layers' losses alone should count before the second repair.
+
+It is `fitness.REMAINS`: what the repair leaves of it, and with which of it scores order plans as they end.
 
 Run: python benchmarks/excess.py WORK SEARCH_TEXT
 (here: WikiText-2 raw, articles a; nothing is reported on them)
@@ -8,6 +10,7 @@ Rows that are in WORK already are taken from there.
 from __future__ import annotations
 
 import sys
+from itertools import combinations
 from pathlib import Path
 from statistics import linear_regression
 from typing import Any
@@ -26,6 +29,7 @@ from selfpruner_hub.search.seeds import knapsack
 
 OTHER = 32_768
 BETA = 0.3
+SHARES = (0.0, 0.3, 0.5, 0.7, 0.8, 1.0)
 WEIGHTS = (1.0, 1.35, 1.75, 4.0)
 """Of the predicted losses of attention beside those of the FFN: plans that cut many KV groups, some, few and none."""
 
@@ -61,9 +65,14 @@ def main(work: Path, search_text: str) -> None:
         f"SmolLM2-135M-Instruct, {dense.dtype}, β = {BETA}: {CALIBRATION} calibration tokens of "
         f"{Path(search_text).name}; KL to the dense model on another {FITNESS}, those of the search, and on {OTHER} "
         "more, after the first and the second repair; predicted: the sum of the losses of the layers alone; remains: "
-        "the slope of (second - predicted) over (first - predicted), by least squares over the plans; plans: least "
-        "predicted loss with the losses of attention times so much",
-        {"plans": rows, "remains": {text: remains(rows, text) for text in read}},
+        "the slope of (second - predicted) over (first - predicted), by least squares over the plans; in order: pairs "
+        "of plans that predicted + share · (first - predicted) puts in the order in which the second repair leaves "
+        "them, by that share; plans: least predicted loss with the losses of attention times so much",
+        {
+            "plans": rows,
+            "remains": {text: remains(rows, text) for text in read},
+            "in_order": {text: {share: in_order(rows, text, share) for share in SHARES} for text in read},
+        },
     )
 
 
@@ -71,6 +80,16 @@ def remains(rows: list[dict[str, Any]], text: str) -> float:
     """How much of what plans cost beyond the sum of their predicted losses is left between them."""
     first, second = ([row[f"{repair}_{text}"] - row["predicted"] for row in rows] for repair in ("first", "second"))
     return round(linear_regression(first, second).slope, 3)
+
+
+def in_order(rows: list[dict[str, Any]], text: str, share: float) -> str:
+    """How many pairs of plans are scored in the order in which they end."""
+
+    def score(row: dict[str, Any]) -> float:
+        return row["predicted"] + share * (row[f"first_{text}"] - row["predicted"])
+
+    pairs = list(combinations(sorted(rows, key=lambda row: row[f"second_{text}"]), 2))
+    return f"{sum(score(better) < score(worse) for better, worse in pairs)} of {len(pairs)}"
 
 
 if __name__ == "__main__":

@@ -1,26 +1,69 @@
-"""Which fitness keeps zero-shot accuracy: plans searched by KL and by perplexity, and the seed that both begin with.
+"""Which fitness keeps zero-shot accuracy: pairs of plans of which KL prefers the one, and perplexity the other.
 
-Run, after quality.py: python benchmarks/fitness.py WORK SEARCH_TEXT UNSEEN_TEXT TASKS_DIR
-(here: its directory, where the models are, and what it was given: WikiText-2 raw, articles a and b; the task items)
-Rows that are there already are taken from there.
+Run: python benchmarks/fitness.py WORK SEARCH_TEXT TASKS_DIR
+(here: WikiText-2 raw, articles a; the task items, but those that the table of methods reports)
+Rows that are in WORK already are taken from there.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from itertools import permutations
+from math import exp
 from pathlib import Path
-from statistics import mean
+from random import Random
+from statistics import correlation, mean, stdev
+from typing import Any
 
-from protocol import Rows, Unseen, write
-from quality import ABLATED, ITEMS, TASKS, protocol
+from ours import CALIBRATION, FITNESS, Ours, texts
+from protocol import Rows, write
+from quality import ABLATED, ITEMS, TASKS
 
+from selfpruner_hub.budget import Budget
+from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.loading import load_model
+from selfpruner_hub.evaluation import label_loss, mean_losses, teach, teacher_loss
+from selfpruner_hub.losses import LossCurves
+from selfpruner_hub.plan import Plan
+from selfpruner_hub.search.seeds import knapsack
 from selfpruner_hub.tasks import evaluate_tasks
 
+PLANS, SPREAD = 48, 1.0
+"""How many plans, and the standard deviation of the logarithms by which the predicted losses of their parts vary."""
+PAIRS = 8
 MORE = 1000
 """Items of each task, behind the first ones, which the table of methods reports: these are to choose by."""
+
+
+def some_plans(budget: Budget, curves: list[LossCurves]) -> list[Plan]:
+    """Of least predicted loss, if every part of every layer cost some times more or less than predicted."""
+    random = Random(0)
+
+    def times() -> float:
+        return exp(random.gauss(0, SPREAD))
+
+    varied = [[LossCurves(times() * c.attention, times() * c.ffn) for c in curves] for _ in range(PLANS)]
+    return [budget.project(knapsack(budget, those)) for those in varied]
+
+
+def disagreements(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Pairs (the plan that KL prefers, the one that perplexity prefers), most at odds first, each plan in one of them.
+
+    How much a pair is at odds: the smaller of the two preferences, each in standard deviations of its loss.
+    """
+    losses = [[row[name] for row in rows] for name in ("kl", "nats")]
+    scales = [stdev(loss) for loss in losses]
+
+    def odds(pair: tuple[int, int]) -> float:
+        kl, nats = ((loss[pair[1]] - loss[pair[0]]) / scale for loss, scale in zip(losses, scales, strict=True))
+        return min(kl, -nats)
+
+    found: list[tuple[int, int]] = []
+    for pair in sorted(permutations(range(len(rows)), 2), key=odds, reverse=True):
+        if odds(pair) > 0 and not {*pair} & {plan for taken in found for plan in taken}:
+            found.append(pair)
+    return found[:PAIRS]
 
 
 def later_items(directory: Path, task: str) -> str:
@@ -29,29 +72,51 @@ def later_items(directory: Path, task: str) -> str:
     return "".join(lines[ITEMS : ITEMS + MORE])
 
 
-def main(work: Path, search_text: str, unseen_text: str, tasks: Path) -> None:
-    """Score what each fitness found."""
-    pruner = load_embedded()
-    rows, unseen = Rows(work / "fitness.jsonl"), Unseen(unseen_text, pruner.tokenizer)
+def score(work: Path, search_text: str, tasks: Path) -> tuple[Rows, Rows]:
+    """Losses of all plans by both, and accuracies of those where they disagree most."""
+    pruner, losses, accuracies = load_embedded(), Rows(work / "losses.jsonl"), Rows(work / "accuracies.jsonl")
+    windows = texts(pruner, search_text)
+    ours = Ours.of(pruner, calibrate(pruner.model, windows[0]), windows, work)
+    plans = some_plans(Budget(pruner.shape, ABLATED), ours.curves)
+    both = teacher_loss(teach(pruner.model, windows[1])), label_loss(windows[1])
+    for number, plan in enumerate(plans):
+        if not losses.have(plan=number):
+            kl, nats = mean_losses(ours.cut(plan)[1], windows[1], *both)
+            losses.keep({"plan": number, "kl": round(kl, 5), "nats": round(nats, 5)})
     with tempfile.TemporaryDirectory() as directory:
         for task in TASKS:
             (Path(directory) / f"{task}.jsonl").write_text(later_items(tasks, task))
-        for how in ("seed", "kl", "perplexity"):
-            if rows.have(plan=how):
-                continue
-            model, _ = load_model(str(work / f"{how}-{ABLATED}"), dtype="auto")
-            scores = evaluate_tasks(model, pruner.tokenizer, TASKS, directory=Path(directory), progress=False)
-            accuracy = {score.task: round(score.figures["acc"], 4) for score in scores}
-            error = sum(score.errors["acc"] ** 2 for score in scores) ** 0.5 / len(scores)
-            found = {"mean": round(mean(accuracy.values()), 4), "standard_error": round(error, 4)}
-            rows.keep({"plan": how, **unseen.perplexities(model), **accuracy, **found})
+        for number in (plan for pair in disagreements(losses) for plan in pair):
+            if not accuracies.have(plan=number):
+                model = ours.cut(plans[number])[1]
+                found = evaluate_tasks(model, pruner.tokenizer, TASKS, directory=Path(directory), progress=False)
+                by_task = {one.task: round(one.figures["acc"], 4) for one in found}
+                accuracies.keep({"plan": number, **by_task, "mean": round(mean(by_task.values()), 4)})
+    return losses, accuracies
+
+
+def main(work: Path, search_text: str, tasks: Path) -> None:
+    """Measure, and say what is gained by the one fitness over the other."""
+    losses, accuracies = score(work, search_text, tasks)
+    known = {row["plan"]: losses[row["plan"]] | row for row in accuracies}
+    pairs = [{"kl": known[mine], "perplexity": known[other]} for mine, other in disagreements(losses)]
+    gains = [pair["kl"]["mean"] - pair["perplexity"]["mean"] for pair in pairs]
     write(
         "fitness",
-        f"β = {ABLATED}, both repairs; all else as in the table of methods, but items {ITEMS + 1} to {ITEMS + MORE} of "
-        f"each task: {protocol(search_text, unseen_text, pruner.model.dtype)}",
-        list(rows),
+        f"SmolLM2-135M-Instruct, torch.bfloat16, β = {ABLATED}, first repair, {CALIBRATION} calibration tokens of "
+        f"{Path(search_text).name}; {PLANS} plans of least predicted loss, the losses of each part times the exp of a "
+        f"normal number ({SPREAD:g} its standard deviation); KL to the dense model and cross-entropy (nats) on another "
+        f"{FITNESS} tokens; the {PAIRS} pairs where the two are most at odds, by the fitness that prefers the plan; "
+        f"accuracy on items {ITEMS + 1} to {ITEMS + MORE} of each task, of which no other figure is made; gain: mean "
+        "accuracy of the plans that KL prefers less that of the others, and its standard error over pairs",
+        {
+            "pairs": pairs,
+            "gain": round(mean(gains), 4),
+            "standard_error": round(stdev(gains) / len(gains) ** 0.5, 4),
+            "correlation": round(correlation(*([row[name] for row in losses] for name in ("kl", "nats"))), 3),
+        },
     )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

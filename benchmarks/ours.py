@@ -142,12 +142,6 @@ class Ours:
         compensate(self._model, pruned, self._calibration, inputs=inputs, fisher=None if alike else self.fisher)
         return share, pruned
 
-    def saved(self, beta: float, how: str) -> tuple[float, PreTrainedModel]:
-        """A plan with both repairs, which other scripts find in a directory of its own."""
-        share, pruned = self.twice(beta, how)
-        pruned.save_pretrained(self._work / f"{how}-{beta}")
-        return share, pruned
-
     def cut(self, plan: Plan) -> tuple[float, PreTrainedModel]:
         """A plan with its first repair."""
         with self._ordered():

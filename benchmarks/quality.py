@@ -193,9 +193,9 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float], tas
             }
             for name, other in variants.items():
                 table.add(name, beta, lambda other=other: ours.twice(ABLATED, "kl", **other))
-            table.add("searched by perplexity, repaired twice", beta, lambda: ours.saved(ABLATED, "perplexity"))
-        table.add("best seed, repaired twice", beta, lambda beta=beta: ours.saved(beta, "seed"))
-        table.add("searched, repaired twice", beta, lambda beta=beta: ours.saved(beta, "kl"))
+            table.add("searched by perplexity, repaired twice", beta, lambda: ours.twice(ABLATED, "perplexity"))
+        table.add("best seed, repaired twice", beta, lambda beta=beta: ours.twice(beta, "seed"))
+        table.add("searched, repaired twice", beta, lambda beta=beta: ours.twice(beta, "kl"))
         table.add("searched, repaired twice, as sure as the dense model", beta, lambda beta=beta: ours.sure(beta))
     table.show()
 

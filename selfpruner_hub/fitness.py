@@ -21,23 +21,24 @@ METRICS = ("kl", "perplexity")
 BOUNDARY_MEMORY = 0.5
 """Memory for hidden states of earlier candidates on as many windows, as a multiple of the dense model's weights."""
 REMAINS = 0.3
-"""What the second repair leaves of the loss that the layers' errors add to one another: it fits each layer to the
-stream that the others have moved. A slope over five plans of one model at one rate; `benchmarks/excess.py` makes it
-again, and has not been run to its end."""
+"""How much counts, before a second repair, of the loss that the layers' errors add to one another: the repair fits each
+layer to the stream that the others have moved. Up to 0.7 puts plans into the order in which they end, 1 does not
+(`benchmarks/excess.py`: four plans of one model at one rate)."""
 
 
 class Fitness:
     """Scores plans on held-out calibration windows; lower is better.
 
     A candidate has its first repair alone, in which the errors of the layers add to one another: its loss is more than
-    the sum of what each costs alone. Where a second repair follows, most of that excess goes. A search that minimised
+    the sum of what each costs alone. Where a second repair follows, part of that excess goes. A search that minimised
     it as it stands would pay for it with losses that stay, so it counts `remains` times only.
 
     Args:
         slicer: Cuts the candidates.
         windows: Token ids, `[N, W]`; never those that results are reported on.
         metric: `"perplexity"` (the paper), or `"kl"` to the dense model's top-k next-token distribution, which needs no
-            labels and guards accuracy better (Týr-the-Pruner, NeurIPS 2025, table 5).
+            labels. Týr-the-Pruner (NeurIPS 2025, table 5) found that it guards accuracy better; here plans on which
+            the two disagree are equally accurate (`benchmarks/fitness.py`).
         curves: Predicted losses of the layers alone, for `remains` and for the second order of `slopes`.
         remains: How much of the loss in excess of their sum counts, in [0, 1]: all of it, or `REMAINS` where a second
             repair follows. Scores then order plans for it, but are no measurement: the curves were predicted on another
