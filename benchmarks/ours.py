@@ -110,13 +110,21 @@ class Ours:
                 else:
                     metric = how if how == "perplexity" else "kl"
                     fitness = Fitness(self._slicer, self._held_out, metric, self.curves, remains)
-                    starts = seeds(budget, self.curves, partial(fitness.loss, share=SCHEDULE.first_share))
+                    starts = self._starts(budget, fitness)
                     if how == "seed":
                         plan = min(map(budget.project, starts.values()), key=fitness)
                     else:
                         plan = self._searched(budget, f"{how}-{remains:g}", fitness, starts)
             self._plans[beta, how, remains] = plan
         return self._plans[beta, how, remains]
+
+    def starts(self, budget: Budget) -> dict[str, Rates]:
+        """Our seeds, for the second repair, by KL."""
+        with self._ordered():
+            return self._starts(budget, Fitness(self._slicer, self._held_out, "kl", self.curves, REMAINS))
+
+    def _starts(self, budget: Budget, fitness: Fitness) -> dict[str, Rates]:
+        return seeds(budget, self.curves, partial(fitness.loss, share=SCHEDULE.first_share))
 
     def _searched(self, budget: Budget, name: str, fitness: Fitness, starts: dict[str, Rates]) -> Plan:
         asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME)

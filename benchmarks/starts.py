@@ -1,0 +1,95 @@
+"""Where a search could start: our seeds, and global thresholds of other methods, all with our order and repair.
+
+Run: python benchmarks/starts.py WORK SEARCH_TEXT BETAS
+(here: WikiText-2 raw, articles a; nothing is reported on them; 0.3,0.5)
+Rows that are in WORK already are taken from there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from ours import CALIBRATION, FITNESS, SCHEDULE, Ours, texts
+from peers import Flap, taylor
+from protocol import Rows, write
+from quality import GRADIENT_WINDOWS
+from torch import Tensor
+
+from selfpruner_hub.budget import Budget, Rates
+from selfpruner_hub.calibration import calibrate
+from selfpruner_hub.demo import load_embedded
+from selfpruner_hub.evaluation import divergence, teach
+from selfpruner_hub.fitness import REMAINS
+from selfpruner_hub.losses import loss_alone
+
+OTHER = 8_192
+"""Tokens of the text on which no seed is measured."""
+
+
+def threshold(budget: Budget, scores: list[Tensor]) -> Rates:
+    """FFN rates that cut the channels of least score in all layers, until the budget is met."""
+    every = torch.cat(scores).sort().values
+    shape = budget.shape
+    cut = round(budget.beta * shape.weights(shape.dense) / shape.channel_weights)
+    rates = [float((each < every[cut]).float().mean()) for each in scores]
+    return Rates((0.0,) * len(rates), tuple(rates))
+
+
+def halfway(budget: Budget, one: Rates, other: Rates) -> Rates:
+    """Between two plans on the budget."""
+    a, b = (budget.rates(budget.project(rates)) for rates in (one, other))
+
+    def mean(x: tuple[float, ...], y: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple((i + j) / 2 for i, j in zip(x, y, strict=True))
+
+    return Rates(mean(a.attention, b.attention), mean(a.ffn, b.ffn))
+
+
+def main(work: Path, search_text: str, betas: list[float]) -> None:
+    """Cut, repair once, and measure."""
+    pruner, rows = load_embedded(), Rows(work / "starts.jsonl")
+    model = pruner.model
+    calibration, held_out, other = texts(pruner, search_text, OTHER)
+    statistics = calibrate(model, calibration)
+    ours, known = Ours.of(pruner, statistics, [calibration, held_out], work), Flap(model, statistics)
+    first_order = taylor(model, calibration[:GRADIENT_WINDOWS])
+    model.requires_grad_(False)
+    read = {name: (windows, teach(model, windows)) for name, windows in (("search", held_out), ("other", other))}
+    for beta in betas:
+        budget = Budget(pruner.shape, beta)
+        found = ours.starts(budget)
+        for name, rates in (
+            ("FLAP's threshold", budget.rates(known.plan(beta))),
+            ("first-order threshold", threshold(budget, first_order)),
+        ):
+            found |= {name: rates, f"{name}, half-way to uniform": halfway(budget, rates, found["uniform"])}
+        for name, rates in found.items():
+            if rows.have(start=name, beta=beta):
+                continue
+            plan = budget.project(rates)
+            alone, (_, pruned) = loss_alone(ours.curves, plan), ours.cut(plan)
+            kept = sum(layer.num_key_value_heads for layer in plan.layers)
+            groups = sum(layer.num_key_value_heads for layer in pruner.shape.dense.layers) - kept
+            losses = {text: divergence(pruned, *windows) for text, windows in read.items()}
+            scores = {f"score_{text}": alone + REMAINS * (loss - alone) for text, loss in losses.items()}
+            figures = {"predicted": alone, **{f"kl_{text}": loss for text, loss in losses.items()}, **scores}
+            rows.keep(
+                {"start": name, "beta": beta, "kv_groups_removed": groups}
+                | {key: round(value, 4) for key, value in figures.items()}
+            )
+        write(
+            "starts",
+            f"SmolLM2-135M-Instruct, {model.dtype}, {CALIBRATION} calibration tokens of {Path(search_text).name}, "
+            f"order of OBS, first repair; KL to the dense model on another {FITNESS}, those of the search, and on "
+            f"{OTHER} more; our seeds measure on {SCHEDULE.first_share:g} of those of the search; predicted: the sum "
+            f"of the losses of the layers alone; score: predicted + {REMAINS} · (KL - predicted); thresholds: units of "
+            "least score go, in all layers: FLAP's standardised scores of KV groups and channels; |w · gradient| of "
+            f"channels, on the first {GRADIENT_WINDOWS} windows",
+            rows,
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], [float(beta) for beta in sys.argv[3].split(",")])
