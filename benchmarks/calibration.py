@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ours import groups_removed
 from protocol import Rows, write
 from torch import Tensor
 
@@ -24,7 +25,6 @@ from selfpruner_hub.evaluation import divergence, perplexity, teach, with_layers
 from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
-from selfpruner_hub.plan import Plan
 from selfpruner_hub.presets import Method
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.search.seeds import seeds
@@ -96,13 +96,8 @@ def run(pruner: AutoPruner, windows: Tensor, measure: Measure) -> dict[str, Any]
         for name in ("uniform", "sensitivity"):
             plan = budget.project(starts[name])
             with with_layers(model, slicer.layers(plan)):
-                found[name] = {"kv_groups_removed": _groups(pruner, plan), **measure()}
+                found[name] = {"kv_groups_removed": groups_removed(pruner, plan), **measure()}
     return found
-
-
-def _groups(pruner: AutoPruner, plan: Plan) -> int:
-    dense, left = pruner.shape.dense.layers, plan.layers
-    return sum(a.num_key_value_heads - b.num_key_value_heads for a, b in zip(dense, left, strict=True))
 
 
 def protocol(pruner: AutoPruner, search_text: str, unseen_text: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
-from ours import CALIBRATION, FITNESS, Ours, texts
+from ours import CALIBRATION, FITNESS, Ours, groups_removed, texts
 from protocol import Rows, write
 
 from selfpruner_hub.budget import Budget
@@ -52,9 +52,11 @@ def main(work: Path, search_text: str) -> None:
         if rows.have(plan=name):
             continue
         alone, (_, model) = loss_alone(ours.curves, plan), ours.cut(plan)
-        kept = sum(layer.num_key_value_heads for layer in plan.layers)
-        groups = sum(layer.num_key_value_heads for layer in pruner.shape.dense.layers) - kept
-        row: dict[str, Any] = {"plan": name, "kv_groups_removed": groups, "predicted": round(alone, 4)}
+        row: dict[str, Any] = {
+            "plan": name,
+            "kv_groups_removed": groups_removed(pruner, plan),
+            "predicted": round(alone, 4),
+        }
         for repair in ("first", "second"):
             if repair == "second":
                 compensate(dense, model, calibration, fisher=ours.fisher)

@@ -49,6 +49,12 @@ def removed(pruner: AutoPruner, layers: nn.ModuleList) -> float:
     return 1 - kept / pruner.shape.weights(pruner.shape.dense)
 
 
+def groups_removed(pruner: AutoPruner, plan: Plan) -> int:
+    """How many KV groups a plan cuts, in all layers."""
+    dense, left = ([layer.num_key_value_heads for layer in p.layers] for p in (pruner.shape.dense, plan))
+    return sum(dense) - sum(left)
+
+
 class Ours:
     """Our method, part by part, on one calibration.
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from ours import CALIBRATION, FITNESS, SCHEDULE, Ours, texts
+from ours import CALIBRATION, FITNESS, SCHEDULE, Ours, groups_removed, texts
 from peers import Flap, taylor
 from protocol import Rows, write
 from quality import GRADIENT_WINDOWS
@@ -70,13 +70,11 @@ def main(work: Path, search_text: str, betas: list[float]) -> None:
                 continue
             plan = budget.project(rates)
             alone, (_, pruned) = loss_alone(ours.curves, plan), ours.cut(plan)
-            kept = sum(layer.num_key_value_heads for layer in plan.layers)
-            groups = sum(layer.num_key_value_heads for layer in pruner.shape.dense.layers) - kept
             losses = {text: divergence(pruned, *windows) for text, windows in read.items()}
             scores = {f"score_{text}": alone + REMAINS * (loss - alone) for text, loss in losses.items()}
             figures = {"predicted": alone, **{f"kl_{text}": loss for text, loss in losses.items()}, **scores}
             rows.keep(
-                {"start": name, "beta": beta, "kv_groups_removed": groups}
+                {"start": name, "beta": beta, "kv_groups_removed": groups_removed(pruner, plan)}
                 | {key: round(value, 4) for key, value in figures.items()}
             )
         write(
