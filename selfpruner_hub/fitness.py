@@ -22,8 +22,8 @@ BOUNDARY_MEMORY = 0.5
 """Memory for hidden states of earlier candidates on as many windows, as a multiple of the dense model's weights."""
 REMAINS = 0.3
 """How much counts, before a second repair, of the loss that the layers' errors add to one another: the repair fits each
-layer to the stream that the others have moved. Up to 0.7 put four plans of one model at one rate into the order in which
-they ended, 1 did not (`benchmarks/excess.py`)."""
+layer to the stream that the others have moved. Up to 0.7 put four plans of one model at one rate into the order in
+which they ended, 1 did not (`benchmarks/excess.py`)."""
 
 
 class Fitness:
