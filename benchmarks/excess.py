@@ -15,15 +15,14 @@ from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
-from ours import CALIBRATION, FITNESS, Ours, groups_removed, texts
+from ours import CALIBRATION, FITNESS, Ours, texts
 from protocol import Rows, write
 
 from selfpruner_hub.budget import Budget
 from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.compensation import compensate
 from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import divergence, teach
-from selfpruner_hub.losses import LossCurves, loss_alone
+from selfpruner_hub.evaluation import teach
+from selfpruner_hub.losses import LossCurves
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.search.seeds import knapsack
 
@@ -49,19 +48,8 @@ def main(work: Path, search_text: str) -> None:
     found = plans(Budget(pruner.shape, BETA), ours.curves)
     read = {name: (windows, teach(dense, windows)) for name, windows in (("search", held_out), ("other", other))}
     for name, plan in found.items():
-        if rows.have(plan=name):
-            continue
-        alone, (_, model) = loss_alone(ours.curves, plan), ours.cut(plan)
-        row: dict[str, Any] = {
-            "plan": name,
-            "kv_groups_removed": groups_removed(pruner, plan),
-            "predicted": round(alone, 4),
-        }
-        for repair in ("first", "second"):
-            if repair == "second":
-                compensate(dense, model, calibration, fisher=ours.fisher)
-            row |= {f"{repair}_{text}": round(divergence(model, *known), 4) for text, known in read.items()}
-        rows.keep(row)
+        if not rows.have(plan=name):
+            rows.keep({"plan": name} | ours.losses(plan, read, twice=True))
     write(
         "excess",
         f"SmolLM2-135M-Instruct, {dense.dtype}, β = {BETA}: {CALIBRATION} calibration tokens of "

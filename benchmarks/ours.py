@@ -17,10 +17,11 @@ from selfpruner_hub.compensation import compensate
 from selfpruner_hub.confidence import match_confidence
 from selfpruner_hub.corpus import load_corpus
 from selfpruner_hub.demo import NAME
+from selfpruner_hub.evaluation import Teacher, divergence
 from selfpruner_hub.fisher import output_fisher
 from selfpruner_hub.fitness import REMAINS, Fitness
 from selfpruner_hub.importance import Fisher, LayerOrder, rank
-from selfpruner_hub.losses import LossCurves
+from selfpruner_hub.losses import LossCurves, loss_alone
 from selfpruner_hub.plan import Plan
 from selfpruner_hub.presets import Method
 from selfpruner_hub.pruner import AutoPruner
@@ -161,6 +162,17 @@ class Ours:
         with self._ordered():
             pruned = slice_model(self._slicer, plan)
         return removed(self._pruner, pruned.get_decoder().layers), pruned
+
+    def losses(self, plan: Plan, read: dict[str, tuple[Tensor, Teacher]], twice: bool) -> dict[str, float]:
+        """What a plan is predicted to lose, and its KL to the dense model on texts, after one repair or both."""
+        row: dict[str, float] = {"kv_groups_removed": groups_removed(self._pruner, plan)}
+        row["predicted"] = round(loss_alone(self.curves, plan), 4)
+        _, model = self.cut(plan)
+        for repair in ("first", "second")[: 1 + twice]:
+            if repair == "second":
+                compensate(self._model, model, self._calibration, fisher=self.fisher)
+            row |= {f"{repair}_{text}": round(divergence(model, *known), 4) for text, known in read.items()}
+        return row
 
     def sure(self, beta: float) -> tuple[float, PreTrainedModel]:
         """With all parts: what was searched and repaired twice, as sure as its parent."""

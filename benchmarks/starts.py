@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from ours import CALIBRATION, FITNESS, SCHEDULE, Ours, groups_removed, texts
+from ours import CALIBRATION, FITNESS, SCHEDULE, Ours, texts
 from peers import Flap, taylor
 from protocol import Rows, write
 from quality import GRADIENT_WINDOWS
@@ -20,12 +20,14 @@ from torch import Tensor
 from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.calibration import calibrate
 from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import divergence, teach
-from selfpruner_hub.fitness import REMAINS
-from selfpruner_hub.losses import loss_alone
+from selfpruner_hub.evaluation import teach
 
 OTHER = 8_192
 """Tokens of the text on which no seed is measured."""
+FIRST_ORDER = "first-order threshold"
+HALFWAY = "{}, half-way to uniform"
+CONTENDERS = ("uniform", "sensitivity", FIRST_ORDER, HALFWAY.format(FIRST_ORDER))
+"""Starts that are repaired twice (5 minutes each): those that might be best by then, and the one that knows nothing."""
 
 
 def threshold(budget: Budget, scores: list[Tensor]) -> Rates:
@@ -48,7 +50,7 @@ def halfway(budget: Budget, one: Rates, other: Rates) -> Rates:
 
 
 def main(work: Path, search_text: str, betas: list[float]) -> None:
-    """Cut, repair once, and measure."""
+    """Cut, repair, and measure."""
     pruner, rows = load_embedded(), Rows(work / "starts.jsonl")
     model = pruner.model
     calibration, held_out, other = texts(pruner, search_text, OTHER)
@@ -62,29 +64,21 @@ def main(work: Path, search_text: str, betas: list[float]) -> None:
         found = ours.starts(budget)
         for name, rates in (
             ("FLAP's threshold", budget.rates(known.plan(beta))),
-            ("first-order threshold", threshold(budget, first_order)),
+            (FIRST_ORDER, threshold(budget, first_order)),
         ):
-            found |= {name: rates, f"{name}, half-way to uniform": halfway(budget, rates, found["uniform"])}
+            found |= {name: rates, HALFWAY.format(name): halfway(budget, rates, found["uniform"])}
         for name, rates in found.items():
-            if rows.have(start=name, beta=beta):
-                continue
-            plan = budget.project(rates)
-            alone, (_, pruned) = loss_alone(ours.curves, plan), ours.cut(plan)
-            losses = {text: divergence(pruned, *windows) for text, windows in read.items()}
-            scores = {f"score_{text}": alone + REMAINS * (loss - alone) for text, loss in losses.items()}
-            figures = {"predicted": alone, **{f"kl_{text}": loss for text, loss in losses.items()}, **scores}
-            rows.keep(
-                {"start": name, "beta": beta, "kv_groups_removed": groups_removed(pruner, plan)}
-                | {key: round(value, 4) for key, value in figures.items()}
-            )
+            if not rows.have(start=name, beta=beta):
+                losses = ours.losses(budget.project(rates), read, twice=name in CONTENDERS)
+                rows.keep({"start": name, "beta": beta} | losses)
         write(
             "starts",
             f"SmolLM2-135M-Instruct, {model.dtype}, {CALIBRATION} calibration tokens of {Path(search_text).name}, "
-            f"order of OBS, first repair; KL to the dense model on another {FITNESS}, those of the search, and on "
-            f"{OTHER} more; our seeds measure on {SCHEDULE.first_share:g} of those of the search; predicted: the sum "
-            f"of the losses of the layers alone; score: predicted + {REMAINS} · (KL - predicted); thresholds: units of "
-            "least score go, in all layers: FLAP's standardised scores of KV groups and channels; |w · gradient| of "
-            f"channels, on the first {GRADIENT_WINDOWS} windows",
+            f"order of OBS; KL to the dense model on another {FITNESS}, those of the search, and on {OTHER} more, "
+            f"after the first repair, and after the second of {', '.join(CONTENDERS)}; our seeds measure on "
+            f"{SCHEDULE.first_share:g} of those of the search; predicted: the sum of the losses of the layers alone; "
+            "thresholds: units of least score go, in all layers: FLAP's standardised scores of KV groups and channels; "
+            f"|w · gradient| of channels, on the first {GRADIENT_WINDOWS} windows",
             rows,
         )
 
