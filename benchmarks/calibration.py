@@ -19,7 +19,7 @@ from torch import Tensor
 
 from selfpruner_hub.budget import Budget
 from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.corpus import consecutive_windows, load_corpus, sample_windows
+from selfpruner_hub.corpus import consecutive_windows, load_corpus
 from selfpruner_hub.demo import load_embedded
 from selfpruner_hub.evaluation import divergence, perplexity, teach, with_layers
 from selfpruner_hub.fisher import output_fisher
@@ -27,6 +27,7 @@ from selfpruner_hub.fitness import Fitness
 from selfpruner_hub.importance import rank
 from selfpruner_hub.presets import Method
 from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.sampling import sample_windows
 from selfpruner_hub.search.seeds import seeds
 from selfpruner_hub.sensitivity import loss_curves
 from selfpruner_hub.slicing import Slicer, ordered

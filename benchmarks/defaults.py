@@ -41,10 +41,13 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
         write("defaults", protocol, sorted(rows, key=lambda row: row["beta"]))
 
 
-def pruned(dense: str, beta: float, search_text: str, output: Path, unseen: Unseen) -> dict[str, Any]:
+def pruned(
+    dense: str, beta: float, search_text: str, output: Path, unseen: Unseen, options: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Prune once, and measure."""
     started = time.perf_counter()
     what = ["prune", dense, "--base-model", NAME, "--beta", str(beta), "--data", search_text, "--output", str(output)]
+    what += options
     if status := selfpruner(what):
         sys.exit(status)
     minutes, record = (time.perf_counter() - started) / 60, read_record(output)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.checkpoints import Checkpoints
-from selfpruner_hub.corpus import Progress
+from selfpruner_hub.progress import Progress
 from selfpruner_hub.refit import RIDGE, choose_ridge
 from selfpruner_hub.shelf import Keep, in_memory
 from selfpruner_hub.streams import Stream, check_finite, exact_in_float32, held_out

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import Architecture, architecture_of, decoder_layers, linear
 from selfpruner_hub.checkpoints import Checkpoints
-from selfpruner_hub.corpus import Progress
 from selfpruner_hub.importance import Fisher, roots_of
 from selfpruner_hub.least_squares import Gated, LinearFit, fit_inputs
+from selfpruner_hub.progress import Progress
 from selfpruner_hub.refit import as_seen
 from selfpruner_hub.shelf import Keep, in_memory
 from selfpruner_hub.streams import Seen, Stream, exact_in_float32, held_out, watching

@@ -13,9 +13,9 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import architecture_of
-from selfpruner_hub.corpus import Progress
 from selfpruner_hub.evaluation import head_chunks, last_hidden_states
 from selfpruner_hub.least_squares import first_minimum
+from selfpruner_hub.progress import Progress
 
 SCALES = tuple(percent / 100 for percent in range(50, 101, 2))
 """Factors to choose from, smallest first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,19 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.architectures import shape_of
-from selfpruner_hub.attending import attending_by_group
 from selfpruner_hub.errors import DataError
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total) while long work goes on."""
+from selfpruner_hub.progress import Progress
+from selfpruner_hub.sampling import sample_windows
 
 _HUB_SOURCES = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"train": "train", "test": "test"}),
     "c4": ("allenai/c4", "en", {"train": "train", "test": "validation"}),
 }
-SAMPLE_BATCH = 64
-"""Most sequences that a model samples side by side for `data="self"`."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,23 @@ class Corpus:
     def of(cls, name: str, windows: Tensor) -> Corpus:
         """Wrap windows and hash them."""
         return cls(name, windows, hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest())
+
+    @classmethod
+    def mixed(cls, parts: Sequence[Corpus], seed: int = 0) -> Corpus:
+        """Windows of several texts in one order, so that the first of them stand for all.
+
+        Args:
+            parts: Texts in windows of one width.
+            seed: Of the order.
+
+        Returns:
+            All windows, called by the names of their texts; a single part as it is.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        windows = torch.cat([part.windows for part in parts])
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+        return cls.of(" and ".join(part.name for part in parts), windows[order])
 
     @property
     def tokens(self) -> int:
@@ -229,68 +241,3 @@ def _hub_texts(source: str, split: str) -> Iterator[str]:
     yield first["text"]
     for row in rows:
         yield row["text"]
-
-
-@torch.inference_mode()
-def sample_windows(
-    model: PreTrainedModel, count: int, window: int, seed: int, progress: Progress | None = None
-) -> Tensor:
-    """Let the model write `count` windows of `window` tokens, each from its start token (or a random token).
-
-    Sampling is ancestral (temperature 1, no truncation), so the text is drawn from the model's own distribution.
-
-    Args:
-        model: The dense model.
-        count: Windows wanted, at least 1.
-        window: Tokens per window, at least 1.
-        seed: Of the sampling.
-        progress: Told how many windows are done.
-
-    Returns:
-        Token ids, `[count, window]`.
-    """
-    config = model.config
-    special: set[int] = set()
-    for ids in (config.eos_token_id, config.pad_token_id, config.bos_token_id):  # one id, several, or None
-        special.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
-    generator = torch.Generator().manual_seed(seed)
-    start = model.config.bos_token_id
-    batch = _sample_batch(model, window)
-    parts = []
-    if progress:
-        progress("sampling text", 0, count)
-    with torch.random.fork_rng(), attending_by_group(model):
-        torch.manual_seed(seed)
-        for done in range(0, count, batch):
-            size = min(batch, count - done)
-            if start is None:
-                first = torch.randint(model.config.vocab_size, (size, 1), generator=generator)
-            else:
-                first = torch.full((size, 1), start)
-            first = first.to(model.device)
-            # The start token stands before the window; no end token, so that windows fill up.
-            out = model.generate(  # type: ignore[operator]
-                first,
-                attention_mask=torch.ones_like(first),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                min_new_tokens=window,
-                max_new_tokens=window,
-                suppress_tokens=sorted(special) or None,
-                pad_token_id=model.config.pad_token_id or 0,
-            )
-            parts.append(out[:, 1 : window + 1].cpu())
-            if progress:
-                progress("sampling text", done + size, count)
-    return torch.cat(parts)
-
-
-def _sample_batch(model: PreTrainedModel, window: int) -> int:
-    """As many sequences as keep the KV cache smaller than the weights."""
-    shape = shape_of(model.config)
-    groups = sum(layer.num_key_value_heads for layer in shape.dense.layers)
-    cached = 2 * groups * shape.head_dim * window  # keys and values of one sequence, in numbers
-    return max(1, min(SAMPLE_BATCH, model.num_parameters() // cached))

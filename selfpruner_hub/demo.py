@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from exporters.latency import CausalLMRunner, interleaved, timing
 from selfpruner_hub.cards import asset
-from selfpruner_hub.corpus import sample_windows
 from selfpruner_hub.errors import MissingExtraError, ModelError, SelfPrunerError
 from selfpruner_hub.evaluation import divergence, perplexity, teach
 from selfpruner_hub.provenance import count_parameters
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.records import read_record
+from selfpruner_hub.sampling import sample_windows
 from selfpruner_hub.storage import resolve_directory
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.checkpoints import Checkpoints
-from selfpruner_hub.corpus import Progress
 from selfpruner_hub.evaluation import Loss, frozen, head_gradient
+from selfpruner_hub.progress import Progress
 from selfpruner_hub.refit import damped_factor
 from selfpruner_hub.shelf import Keep, in_memory
 from selfpruner_hub.streams import Seen, Stream, check_finite

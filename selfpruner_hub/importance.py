@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from selfpruner_hub.architectures import architecture_of, decoder_layers, linear, shape_of
 from selfpruner_hub.calibration import LayerStatistics, Moments
 from selfpruner_hub.checkpoints import Checkpoints
-from selfpruner_hub.corpus import Progress
 from selfpruner_hub.errors import UserError
+from selfpruner_hub.progress import Progress
 from selfpruner_hub.refit import as_seen, damped_factor
 
 Fisher = Sequence[tuple[Tensor | None, Tensor | None]]

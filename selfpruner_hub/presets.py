@@ -37,6 +37,8 @@ class Method:
     """Tokens per window of calibration and fitness."""
     calibration_tokens: int = 163_840
     """Both repairs are fitted to them."""
+    own_text: float = 0.0
+    """Share of the text of calibration and fitness that the model writes itself, beside `data`."""
     fisher_tokens: int = 8_192
     """Of those, for the one backward pass behind the Fisher information of the layers' outputs."""
     fitness_tokens: int = 16_384
@@ -156,6 +158,7 @@ def resolve(preset: str, **changes: Any) -> Method:
         ("evaluations", 0, 1e9),
         ("window", 2, 1 << 20),
         ("calibration_tokens", 1, 1 << 40),
+        ("own_text", 0, 1),
         ("fisher_tokens", 1, 1 << 40),
         ("fitness_tokens", 1, 1 << 40),
         ("first_share", 1e-6, 1),

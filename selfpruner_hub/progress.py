@@ -1,10 +1,14 @@
-"""Progress bars on stderr: one per stage, with rate and time left."""
+"""How long work tells how far it is; bars on stderr: one per stage, with rate and time left."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 from tqdm import tqdm
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total) while long work goes on."""
 
 
 class Bars:

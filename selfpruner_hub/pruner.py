@@ -181,20 +181,27 @@ class AutoPruner:
         return PrunedModel(model, self.tokenizer, record, journal.text(), checkpoints)
 
     def _texts(self, data: str, method: Method, seed: int, report: Callable[..., None]) -> tuple[Corpus, Corpus]:
-        """Disjoint windows for calibration and for the fitness."""
+        """Disjoint windows for calibration and for the fitness: of `data`, and of the model itself."""
+        shares = {data: 1 - method.own_text, "self": 1.0 if data == "self" else method.own_text}
+        parts = [self._parts(source, share, method, seed, report) for source, share in shares.items() if share]
+        calibration, held_out = (Corpus.mixed(same, seed) for same in zip(*parts, strict=True))
+        return calibration, held_out
+
+    def _parts(
+        self, source: str, share: float, method: Method, seed: int, report: Callable[..., None]
+    ) -> tuple[Corpus, ...]:
+        """What one source gives to both; kept, so that the next rate is pruned on the same text."""
         longest = getattr(self.model.config, "max_position_embeddings", method.window)
         window = min(method.window, longest)
-        wanted = (method.calibration_tokens, method.fitness_tokens)
-        key = (data, seed, window, wanted)
+        wanted = [-(-int(share * n) // window) * window for n in (method.calibration_tokens, method.fitness_tokens)]
+        key = (source, seed, window, *wanted)
         if key not in self._corpora:
-            total = sum(-(-n // window) * window for n in wanted)
             self._corpora[key] = load_corpus(
-                data, self.tokenizer, tokens=total, window=window, seed=seed, model=self.model, progress=report
+                source, self.tokenizer, tokens=sum(wanted), window=window, seed=seed, model=self.model, progress=report
             )
         corpus = self._corpora[key]
-        share = min(1.0, corpus.tokens / sum(wanted))
-        calibration, held_out = corpus.split(*(int(n * share) for n in wanted), seed=seed)
-        return calibration, held_out
+        found = min(1.0, corpus.tokens / sum(wanted))
+        return corpus.split(*(int(n * found) for n in wanted), seed=seed)
 
     def _fisher(
         self, calibration: Corpus, method: Method, seed: int, report: Callable[..., None], checkpoints: Checkpoints

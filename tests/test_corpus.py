@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from selfpruner_hub.corpus import Corpus, consecutive_windows, load_corpus, sample_windows
+from selfpruner_hub.corpus import Corpus, consecutive_windows, load_corpus
 from selfpruner_hub.errors import DataError
 
 WINDOW = 8
@@ -107,6 +107,17 @@ def test_split_gives_each_part_a_stretch_of_the_text(text):
     assert [part.tokens for part in corpus.split(1, 17)] == [8, 16]  # whole windows, at least one each
 
 
+def test_mixed_texts_lose_no_window_and_the_first_stand_for_all(text):
+    first, second = draw(text).split(40, 40)
+    mixed = Corpus.mixed([first, second])
+    assert sorted(places(mixed)) == sorted(places(first) + places(second))
+    assert mixed.name == "text.txt and text.txt"
+    assert {place in places(first) for place in places(mixed)[:5]} == {True, False}
+    assert places(mixed) == places(Corpus.mixed([first, second]))
+    assert any(places(mixed) != places(Corpus.mixed([first, second], seed)) for seed in (1, 2))
+    assert Corpus.mixed([first]) is first
+
+
 def test_split_of_too_few_windows(text):
     with pytest.raises(DataError, match=r"80 tokens.* 88 are needed") as caught:
         draw(text).split(48, 40)
@@ -192,31 +203,6 @@ def test_the_model_samples_its_own_text():
     assert corpus.windows.shape == (70, WINDOW)
     assert not SPECIAL & set(corpus.windows.flatten().tolist())
     assert len(set(map(tuple, corpus.windows.tolist()))) > 60
-
-
-def test_sampling_is_seeded_and_leaves_the_global_random_state_alone():
-    model = tiny_model("llama")
-    before = torch.random.get_rng_state()
-    first, again, other = (sample_windows(model, 4, WINDOW, seed) for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_sampling_with_several_end_tokens_and_no_start_token():
-    model = tiny_model("llama")
-    ends = list(range(2, 100))  # so many that sampling would meet one
-    model.config.bos_token_id, model.config.eos_token_id = None, ends
-    model.generation_config.eos_token_id = list(range(2, 110))
-    windows = sample_windows(model, 3, WINDOW, seed=0)
-    assert windows.shape == (3, WINDOW)
-    assert not {0, *range(2, 110)} & set(windows.flatten().tolist())
-
-
-def test_sampling_tells_how_far_it_is():
-    told = []
-    sample_windows(tiny_model("llama"), 70, 2, seed=0, progress=lambda *what: told.append(what))
-    assert told == [("sampling text", done, 70) for done in (0, 64, 70)]
 
 
 def test_consecutive_windows_keep_their_order_and_leave_the_rest_out(tmp_path):

@@ -15,10 +15,11 @@ PACKAGE = "selfpruner_hub"
 # Bottom to top. A module imports from its own layer and from those below it; a package's name stands for all
 # of its modules. Names are those inside selfpruner_hub, save for `exporters`, which stands beside it.
 LAYERS = (
-    {"plan", "budget", "losses", "errors"},
+    {"plan", "budget", "losses", "errors", "progress"},
     {"architectures", "modeling_selfpruned"},
     {
         "corpus",
+        "sampling",
         "hub_errors",
         "loading",
         "licences",
@@ -38,7 +39,7 @@ LAYERS = (
     {"search"},
     {
         *("hub", "bundle", "privacy", "space", "cards", "plots"),
-        *("records", "presets", "proposer_choice", "progress", "storage", "provenance", "tasks", "exporters"),
+        *("records", "presets", "proposer_choice", "storage", "provenance", "tasks", "exporters"),
     },
     {"workers"},
     {"pruned_model", "plan_search"},
