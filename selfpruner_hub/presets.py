@@ -38,7 +38,7 @@ class Method:
     calibration_tokens: int = 163_840
     """Both repairs are fitted to them."""
     own_text: float = 0.0
-    """Share of the text of calibration and fitness that the model writes itself, beside `data`."""
+    """Share of the text of calibration and fitness that the model writes itself, in place of `data`, in [0, 1]."""
     fisher_tokens: int = 8_192
     """Of those, for the one backward pass behind the Fisher information of the layers' outputs."""
     fitness_tokens: int = 16_384
