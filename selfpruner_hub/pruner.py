@@ -120,8 +120,8 @@ class AutoPruner:
                 transformers model, the URL of an OpenAI-compatible endpoint, or an object with the `Proposer` protocol.
             proposer_model: Name of the model at the endpoint; its key comes from the environment
                 (SELFPRUNER_API_KEY).
-            data: `"wikitext2"`, `"c4"`, `"self"`, or a path to `.txt` or `.jsonl`; with the setting `own_text`, a share of
-                the text is the model's own instead.
+            data: `"wikitext2"`, `"c4"`, `"self"`, or a path to `.txt` or `.jsonl`; with the setting `own_text`, a
+                share of the text is the model's own instead.
             fitness: `"kl"` or `"perplexity"`; None takes the preset's.
             evaluations: Budget in full-evaluation equivalents; None takes the preset's, 0 keeps the best seed. A round
                 that has begun within it is finished.
