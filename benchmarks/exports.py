@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from protocol import Rows, write
 
-from exporters.base import export, read_export
 from exporters.benchmark import benchmark
-from exporters.benchmark_report import Phase
-from exporters.runtimes import RUNTIMES
+from exporters.benchmark.report import Phase
+from exporters.benchmark.runtimes import RUNTIMES
+from exporters.export import export, read_export
 from selfpruner_hub.demo import load_embedded
 from selfpruner_hub.progress import Bars
 

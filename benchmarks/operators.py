@@ -18,8 +18,8 @@ import torch
 from exports import BETAS, DENSE, NEW_TOKENS, PROMPTS
 from protocol import write
 
-from exporters.latency import CausalLMRunner
-from exporters.onnx_causal_lm import OnnxCausalLM, default_options
+from exporters.benchmark.latency import CausalLMRunner
+from exporters.to_onnx.causal_lm import OnnxCausalLM, default_options
 
 RUNS = 5
 PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")

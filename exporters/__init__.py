@@ -1,5 +1,5 @@
 """Out of PyTorch, and how fast it is there."""
 
-from exporters.onnx_causal_lm import OnnxCausalLM
+from exporters.to_onnx.causal_lm import OnnxCausalLM
 
 __all__ = ["OnnxCausalLM"]

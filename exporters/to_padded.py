@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import CONFIG_MAPPING
 
-from exporters.base import Written, one_of
+from exporters.export import Written, one_of
 from exporters.padding import padded_state
 from exporters.parity import Step, expected, logit_difference
 from selfpruner_hub.architectures import architecture_of, decoder_layers, shape_of

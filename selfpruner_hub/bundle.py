@@ -109,7 +109,7 @@ def check_export(directory: Path, name: str, record: Record) -> None:
     Raises:
         SavedModelError: The folder holds no export, one of another format, or one of another model.
     """
-    from exporters.base import read_export  # it imports this package
+    from exporters.export import read_export  # it imports this package
 
     read_export(directory / name, name)
     made_from = read_record(directory / name)

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> str:
         UserError: An option is wrong, or the model cannot be loaded.
         ExportError: The model cannot be exported, or what was written differs from it.
     """
-    from exporters.base import export, read_export
+    from exporters.export import export, read_export
     from selfpruner_hub.progress import Bars
 
     loading = {"revision": options.revision, "gguf_file": options.gguf_file}

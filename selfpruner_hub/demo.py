@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from exporters.latency import CausalLMRunner, interleaved, timing
+from exporters.benchmark.latency import CausalLMRunner, interleaved, timing
 from selfpruner_hub.cards import asset
 from selfpruner_hub.errors import MissingExtraError, ModelError, SelfPrunerError
 from selfpruner_hub.evaluation import divergence, perplexity, teach

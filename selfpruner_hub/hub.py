@@ -112,7 +112,7 @@ def publish(
 
 def _export(directory: Path, name: str) -> None:
     """Make an export, unless one of this model is there."""
-    from exporters.base import export, read_export  # they import this package
+    from exporters.export import export, read_export  # they import this package
 
     record, target = read_record(directory), directory / name
     if target.exists():

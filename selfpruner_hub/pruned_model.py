@@ -134,7 +134,7 @@ class PrunedModel:
             UserError: The format, an option or the output is wrong, or a library is missing.
             ExportError: The export differs from this model; nothing is left of it.
         """
-        from exporters.base import export_model  # it imports this package
+        from exporters.export import export_model  # it imports this package
 
         return export_model(
             self.model,

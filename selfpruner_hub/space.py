@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import SpaceCard
 
-import exporters
 from selfpruner_hub.cards import asset, is_repo_id
 from selfpruner_hub.records import Record
 
@@ -17,7 +17,7 @@ VENDORED = ("selfpruner_hub", "exporters")
 pip does not find, and the whole Space does not build."""
 SETTINGS = "model.json"
 """What the app reads: the model, its revision, its dense parent."""
-_CARRIED = ("*.py", "search/*.py", "search/templates/*.txt")
+_CARRIED = ("*.py", "templates/*.txt")
 
 
 def space_files(record: Record, repo_id: str, revision: str | None = None) -> dict[str, Path | bytes]:
@@ -36,10 +36,20 @@ def space_files(record: Record, repo_id: str, revision: str | None = None) -> di
     settings = {"pruned": repo_id, "revision": revision, "dense": record.base_model}
     files[SETTINGS] = f"{json.dumps(settings, indent=2)}\n".encode()
     files["README.md"] = _front_page(app / "README.md", record, repo_id).encode()
-    for package in (Path(__file__).parent, Path(str(exporters.__file__)).parent):
-        found = [path for pattern in _CARRIED for path in package.glob(pattern)]
-        files |= {f"{package.name}/{path.relative_to(package).as_posix()}": path for path in found}
+    for name in VENDORED:
+        package = _folder(name)
+        found = (path for pattern in _CARRIED for path in package.rglob(pattern))
+        found = (path for path in found if app not in path.parents)  # a wheel has the app inside the package
+        files |= {f"{name}/{path.relative_to(package).as_posix()}": path for path in found}
     return files
+
+
+def _folder(package: str) -> Path:
+    """Where a package lies; it is not imported for that."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No package named {package!r}.", name=package)
+    return Path(spec.origin).parent
 
 
 def _front_page(template: Path, record: Record, repo_id: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from exporters.attention_operator import OPSET, attending_by_operator, attention_operator
+from exporters.to_onnx.attention_operator import OPSET, attending_by_operator, attention_operator
 from exporters.tracing import quiet
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -16,13 +16,13 @@ import torch
 from tiny import save_tiny, tiny_model
 from trained import VOCABULARY, trained_tokenizer
 
-from exporters import benchmark as module
-from exporters.base import FILE_NAME, export
 from exporters.benchmark import benchmark
-from exporters.benchmark_report import Report
-from exporters.latency import Measured, timing
-from exporters.runtimes import RUNTIMES, Setting
-from exporters.worker import started
+from exporters.benchmark import compare as module
+from exporters.benchmark.latency import Measured, timing
+from exporters.benchmark.report import Report
+from exporters.benchmark.runtimes import RUNTIMES, Setting
+from exporters.benchmark.worker import started
+from exporters.export import FILE_NAME, export
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import ModelError, SavedModelError, UserError
 from selfpruner_hub.pruned_model import PrunedModel

@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 import pytest
 from hub_server import check_yaml
 
-from exporters.base import FILE_NAME as EXPORT_RECORD
-from exporters.base import SCHEMA_VERSION, ExportRecord
+from exporters.export import FILE_NAME as EXPORT_RECORD
+from exporters.export import SCHEMA_VERSION, ExportRecord
 from selfpruner_hub.bundle import collect, is_ours
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import SavedModelError

@@ -12,7 +12,7 @@ import torch
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from exporters import OnnxCausalLM
-from exporters.base import read_export
+from exporters.export import read_export
 from selfpruner_hub import AutoPruner, PrunedModel
 from selfpruner_hub.cli import main
 from selfpruner_hub.records import read_record

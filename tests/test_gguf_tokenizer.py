@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from trained import KINDS, trained_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from exporters.gguf_tokenizer import converted_fields, copied_fields
-from exporters.llama_cpp import PROBE, LlamaCpp
-from exporters.to_gguf import write
+from exporters.to_gguf.llama_cpp import PROBE, LlamaCpp
+from exporters.to_gguf.tokenizer import converted_fields, copied_fields
+from exporters.to_gguf.writer import write
 from selfpruner_hub.errors import ModelError, UserError
 
 TEXTS = (

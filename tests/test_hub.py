@@ -11,7 +11,7 @@ import sys
 import pytest
 from hub_client import environment
 
-from exporters.base import FORMATS
+from exporters.export import FORMATS
 from selfpruner_hub.records import read_record
 from selfpruner_hub.storage import EXPORTS
 

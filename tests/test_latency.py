@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_pruned
 
-from exporters.latency import CausalLMRunner, Measured, interleaved, timing
+from exporters.benchmark.latency import CausalLMRunner, Measured, interleaved, timing
 
 IDS = torch.arange(3, 23)[None]
 

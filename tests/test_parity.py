@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_pruned, tiny_tokenizer
 
-from exporters.base import export_model, read_export
+from exporters.export import export_model, read_export
 from exporters.parity import PROMPTS, STEPS, expected, logit_difference
 
 

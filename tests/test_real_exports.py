@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from exporters.base import export_model, read_export
 from exporters.benchmark import benchmark
-from exporters.llama_cpp import LlamaCpp
+from exporters.export import export_model, read_export
 from exporters.parity import expected, logit_difference
+from exporters.to_gguf.llama_cpp import LlamaCpp
 from selfpruner_hub.demo import embedded_model
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def test_onnx(beta, real_pruner, real_pruned, tmp_path):
     one minute: the bound here only notices what gets much worse.
     """
     pytest.importorskip("onnxruntime")
-    from exporters.onnx_causal_lm import OnnxCausalLM
+    from exporters.to_onnx.causal_lm import OnnxCausalLM
 
     pruned, output = real_pruned(beta), tmp_path / "out"
     pruned.save_pretrained(tmp_path / "pruned")
@@ -64,7 +64,7 @@ def test_onnx(beta, real_pruner, real_pruned, tmp_path):
 
 def test_openvino(real_pruner, real_pruned, tmp_path):
     pytest.importorskip("openvino")
-    from exporters.openvino_causal_lm import OpenVinoCausalLM
+    from exporters.to_openvino.causal_lm import OpenVinoCausalLM
 
     model = real_pruned(0.5).model
     export_model(model, real_pruner.tokenizer, "openvino", tmp_path / "out")

@@ -21,7 +21,7 @@ from selfpruner_hub.cards import asset
 from selfpruner_hub.plan import ModelShape, Plan
 from selfpruner_hub.records import read_record
 from selfpruner_hub.search.journal import read_journal
-from selfpruner_hub.space import space_files
+from selfpruner_hub.space import VENDORED, space_files
 
 MODULES = ("app", "answers", "facts", "live")
 
@@ -337,6 +337,10 @@ def test_every_module_of_the_app_is_published(saved_models):
     files = space_files(read_record(saved_models / "first"), "me/tiny")
     assert {f"{name}.py" for name in MODULES} <= set(files)
     assert not [name for name in files if "__pycache__" in name]
-    assert "exporters/base.py" in files
     assert "selfpruner_hub/search/templates/mutation.txt" in files
+    root = Path(__file__).parents[1]
+    ours = [path for package in VENDORED for path in (root / package).rglob("*.py")]
+    assert {path.relative_to(root).as_posix() for path in ours} == {
+        name for name in files if "/" in name and name.endswith(".py")
+    }
     assert all(Path(source).is_file() for source in files.values() if isinstance(source, Path))

@@ -13,9 +13,9 @@ from gguf import GGUFReader
 from tiny import CONFIGS, tiny_model, tiny_pruned
 from trained import VOCABULARY, trained_tokenizer
 
-from exporters.base import export, export_model, read_export
-from exporters.llama_cpp import LlamaCpp, answers, log_probability_difference
-from exporters.to_gguf import DTYPES, WRITABLE, write
+from exporters.export import export, export_model, read_export
+from exporters.to_gguf.llama_cpp import LlamaCpp, answers, log_probability_difference
+from exporters.to_gguf.writer import DTYPES, WRITABLE, write
 from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError, UnsupportedArchitectureError, UserError
 
@@ -149,7 +149,9 @@ def test_an_export_and_its_record(tmp_path):
 
 
 def test_nothing_is_left_of_an_export_that_differs(tmp_path, monkeypatch):
-    monkeypatch.setattr("exporters.to_gguf._rope_factors", lambda rotary, theta: torch.full_like(rotary.inv_freq, 3.0))
+    monkeypatch.setattr(
+        "exporters.to_gguf.writer._rope_factors", lambda rotary, theta: torch.full_like(rotary.inv_freq, 3.0)
+    )
     with pytest.raises(ExportError, match="differs from the PyTorch model"):
         export_model(built(tiny_pruned, "llama"), trained_tokenizer(), "gguf", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -185,7 +187,7 @@ def test_without_xllamacpp(tmp_path, monkeypatch):
 LOAD = """
 import sys
 from pathlib import Path
-from exporters.llama_cpp import LlamaCpp
+from exporters.to_gguf.llama_cpp import LlamaCpp
 from selfpruner_hub.errors import ModelError
 for path in sys.argv[1:]:
     try:

@@ -16,10 +16,11 @@ import torch
 from checks import check_cache, check_left_padding, logits
 from tiny import CONFIGS, tiny_model, tiny_pruned, tiny_tokenizer
 
-from exporters import OnnxCausalLM, to_onnx
-from exporters.base import export_model, read_export
+from exporters import OnnxCausalLM
+from exporters.export import export_model, read_export
 from exporters.parity import expected, logit_difference
-from exporters.tensorrt_profiles import tensorrt_provider
+from exporters.to_onnx import writer as to_onnx
+from exporters.to_tensorrt.profiles import tensorrt_provider
 from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import ExportError, MissingExtraError, SavedModelError, UserError
 

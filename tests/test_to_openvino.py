@@ -10,9 +10,9 @@ import torch
 from checks import check_cache, check_left_padding, logits
 from tiny import tiny_pruned, tiny_tokenizer
 
-from exporters.base import export_model, read_export
-from exporters.openvino_causal_lm import OpenVinoCausalLM
+from exporters.export import export_model, read_export
 from exporters.parity import expected, logit_difference
+from exporters.to_openvino.causal_lm import OpenVinoCausalLM
 from selfpruner_hub.errors import MissingExtraError, SavedModelError, UserError
 
 IDS = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from checks import check_cache, check_left_padding, logits
 from tiny import CONFIGS, save_tiny, tiny_model, tiny_pruned, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from exporters.base import export, export_model, read_export
+from exporters.export import export, export_model, read_export
 from exporters.to_padded import REMARK, padded_model
 from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import ExportError, UserError

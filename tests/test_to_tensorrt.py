@@ -12,13 +12,16 @@ import torch
 from checks import check_cache, check_left_padding
 from tiny import tiny_pruned, tiny_tokenizer
 
-from exporters import fixed_window, tensorrt_causal_lm, tensorrt_library, to_tensorrt
-from exporters.base import export_model, read_export
-from exporters.fixed_window import layer_names
-from exporters.onnx_causal_lm import default_options
+from exporters.export import export_model, read_export
 from exporters.parity import expected, logit_difference
-from exporters.tensorrt_causal_lm import TensorRtCausalLM
-from exporters.tensorrt_profiles import profiles
+from exporters.to_onnx.causal_lm import default_options
+from exporters.to_tensorrt import causal_lm as tensorrt_causal_lm
+from exporters.to_tensorrt import cuda_graphs as fixed_window
+from exporters.to_tensorrt import library as tensorrt_library
+from exporters.to_tensorrt import writer as to_tensorrt
+from exporters.to_tensorrt.causal_lm import TensorRtCausalLM
+from exporters.to_tensorrt.cuda_graphs import layer_names
+from exporters.to_tensorrt.profiles import profiles
 from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import ExportError, MissingExtraError, SavedModelError, UserError
 

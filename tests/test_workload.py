@@ -7,7 +7,7 @@ import torch
 from tiny import CONFIGS, tiny_model, tiny_pruned
 from torch.utils.flop_counter import FlopCounterMode
 
-from exporters.workload import workload_of
+from exporters.benchmark.workload import workload_of
 
 each = pytest.mark.parametrize("name", CONFIGS)
 makes = pytest.mark.parametrize("make", [tiny_model, tiny_pruned])

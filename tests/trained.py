@@ -9,7 +9,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, Split
 from transformers import PreTrainedTokenizerFast
 
-from exporters.gguf_tokenizer import PRE_TOKENIZERS
+from exporters.to_gguf.tokenizer import PRE_TOKENIZERS
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm sun. It's what they'd do; we'll see.",

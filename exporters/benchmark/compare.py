@@ -14,12 +14,12 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from exporters import machine
-from exporters.base import FILE_NAME, export, one_of
-from exporters.benchmark_report import Case, Phase, Report, Side
-from exporters.latency import interleaved, timing
-from exporters.runtimes import RUNTIMES, Runtime, Setting
-from exporters.worker import Worker, started
-from exporters.workload import workload_of
+from exporters.benchmark.latency import interleaved, timing
+from exporters.benchmark.report import Case, Phase, Report, Side
+from exporters.benchmark.runtimes import RUNTIMES, Runtime, Setting
+from exporters.benchmark.worker import Worker, started
+from exporters.benchmark.workload import workload_of
+from exporters.export import FILE_NAME, export, one_of
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.loading import explain
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedConfig
 
-from exporters.base import one_line, read_export, require
+from exporters.export import one_line, read_export, require
 from exporters.graph_causal_lm import GraphCausalLM
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.storage import resolve_directory

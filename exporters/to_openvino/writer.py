@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.base import Written, one_line, one_of, require
-from exporters.openvino_causal_lm import EXTRA, OpenVinoCausalLM
+from exporters.export import Written, one_line, one_of, require
 from exporters.parity import Step, expected, logit_difference
+from exporters.to_openvino.causal_lm import EXTRA, OpenVinoCausalLM
 from exporters.tracing import decode_step, tracing
 from selfpruner_hub.errors import ExportError
 

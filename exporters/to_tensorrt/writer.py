@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.base import Written, one_line, one_of, require
+from exporters.export import Written, one_line, one_of, require
 from exporters.parity import STEPS, Step, expected, logit_difference
-from exporters.tensorrt_causal_lm import ENGINE, TensorRtCausalLM
-from exporters.tensorrt_library import Library, find_library, gpu_here, parse_capability
-from exporters.tensorrt_profiles import Profile, profiles
-from exporters.to_onnx import trace
+from exporters.to_onnx.writer import trace
+from exporters.to_tensorrt.causal_lm import ENGINE, TensorRtCausalLM
+from exporters.to_tensorrt.library import Library, find_library, gpu_here, parse_capability
+from exporters.to_tensorrt.profiles import Profile, profiles
 from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import ExportError, UserError
 

@@ -1,6 +1,7 @@
 """One model in a process of its own: its memory is its own, and a runtime that crashes takes nothing with it.
 
-`started` runs `python -m exporters.worker`; a `Worker` speaks JSON with it, a line for each request and each reply.
+`started` runs `python -m exporters.benchmark.worker`; a `Worker` speaks JSON with it, a line for each request and each
+reply.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from exporters.latency import Measured, Runner
+from exporters.benchmark.latency import Measured, Runner
+from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.machine import forget_peak, peak_memory
-from exporters.runtimes import RUNTIMES, Setting
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UserError
 
 PAUSE = 0.01
@@ -95,7 +96,7 @@ def started(runtime: str, name: str, setting: Setting) -> Iterator[Worker]:
     Raises:
         UserError: The model cannot be loaded.
     """
-    command = [sys.executable, "-m", "exporters.worker"]
+    command = [sys.executable, "-m", "exporters.benchmark.worker"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # this package, from anywhere
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from exporters.latency import Timing
-from exporters.workload import Workload
+from exporters.benchmark.latency import Timing
+from exporters.benchmark.workload import Workload
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.records import Metric, parse_versioned
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from exporters.base import read_export
-from exporters.latency import CausalLMRunner, Measured, Runner
-from exporters.llama_cpp import LlamaCpp
+from exporters.benchmark.latency import CausalLMRunner, Measured, Runner
+from exporters.export import read_export
+from exporters.to_gguf.llama_cpp import LlamaCpp
 from selfpruner_hub.loading import load_model
 
 
@@ -55,7 +55,7 @@ def _torch(name: str, setting: Setting) -> Runner:
 
 
 def _onnx(name: str, setting: Setting) -> Runner:
-    from exporters.onnx_causal_lm import DEFAULT_PROVIDERS, OnnxCausalLM
+    from exporters.to_onnx.causal_lm import DEFAULT_PROVIDERS, OnnxCausalLM
 
     model = OnnxCausalLM.from_pretrained(
         name, providers=[DEFAULT_PROVIDERS[_onnx_options(setting)["fusions"]]], threads=setting.threads
@@ -68,7 +68,7 @@ def _onnx_options(setting: Setting) -> dict[str, Any]:
 
 
 def _tensorrt(name: str, setting: Setting) -> Runner:
-    from exporters.tensorrt_causal_lm import TensorRtCausalLM
+    from exporters.to_tensorrt.causal_lm import TensorRtCausalLM
 
     model = TensorRtCausalLM.from_pretrained(name)
     return CausalLMRunner(model, model.device)
@@ -79,7 +79,7 @@ def _tensorrt_options(setting: Setting) -> dict[str, Any]:
 
 
 def _openvino(name: str, setting: Setting) -> Runner:
-    from exporters.openvino_causal_lm import OpenVinoCausalLM
+    from exporters.to_openvino.causal_lm import OpenVinoCausalLM
 
     return CausalLMRunner(OpenVinoCausalLM.from_pretrained(name, threads=setting.threads))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters import machine
-from exporters.base import require
+from exporters.export import require
 from selfpruner_hub.errors import ExportError, ModelError
 from selfpruner_hub.sampling import sample_windows
 

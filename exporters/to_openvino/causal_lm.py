@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, Cache, DynamicCache, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from exporters.base import one_line, read_export, require
+from exporters.export import one_line, read_export, require
 from exporters.graph_causal_lm import GraphCausalLM
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.storage import resolve_directory

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, Cache, GenerationConfig, PreTrainedConfig
 
-from exporters.base import ExportRecord, read_export
-from exporters.fixed_window import FixedWindow, layer_names
+from exporters.export import ExportRecord, read_export
 from exporters.graph_causal_lm import GraphCausalLM
-from exporters.tensorrt_engine import Engine
-from exporters.tensorrt_library import find_library, gpu_here
+from exporters.to_tensorrt.cuda_graphs import FixedWindow, layer_names
+from exporters.to_tensorrt.engine import Engine
+from exporters.to_tensorrt.library import find_library, gpu_here
 from exporters.tracing import cache_of, states_of
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.storage import resolve_directory
