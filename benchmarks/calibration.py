@@ -17,20 +17,20 @@ from ours import groups_removed
 from protocol import Rows, write
 from torch import Tensor
 
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.corpus import consecutive_windows, load_corpus
-from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import divergence, perplexity, teach, with_layers
-from selfpruner_hub.fisher import output_fisher
-from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.importance import rank
-from selfpruner_hub.presets import Method
+from selfpruner_hub.calibration.corpus import consecutive_windows, load_corpus
+from selfpruner_hub.calibration.fisher import output_fisher
+from selfpruner_hub.calibration.generated_text import sample_windows
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach, with_layers
+from selfpruner_hub.evaluation.sensitivity import loss_curves
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.sampling import sample_windows
-from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves
-from selfpruner_hub.slicing import Slicer, ordered
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.slicing import Slicer, ordered
+from selfpruner_hub.settings import Method
 
 BETA, WINDOW, FEW = 0.3, 512, 32_768
 COUNTS = (8_192, 16_384, FEW, 65_536, 131_072)

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from protocol import write
 
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import divergence, teach, with_layers
-from selfpruner_hub.importance import rank
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.evaluation.metrics import divergence, teach, with_layers
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.slicing import Slicer, ordered
 from selfpruner_hub.search.proposers import random_rates
-from selfpruner_hub.slicing import Slicer, ordered
 
 TOKENS, WINDOW, PLANS, BETA = 16_384, 512, 7, 0.3
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from selfpruner_hub.cli import main as selfpruner
-from selfpruner_hub.records import FILE_NAME
+from selfpruner_hub.storage.model_record import FILE_NAME
 
 NAME = "smollm2-135m-instruct-b30"
 TASKS = "arc_easy,piqa,winogrande"

@@ -16,9 +16,9 @@ from huggingface_hub import metadata_save
 from protocol import Rows, Unseen, write
 
 from selfpruner_hub.cli import main as selfpruner
-from selfpruner_hub.demo import NAME, load_embedded
-from selfpruner_hub.loading import load_model
-from selfpruner_hub.records import read_record
+from selfpruner_hub.cli.demo import NAME, load_embedded
+from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.storage.model_record import read_record
 
 
 def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> None:

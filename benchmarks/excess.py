@@ -18,13 +18,13 @@ from typing import Any
 from ours import CALIBRATION, FITNESS, Ours, texts
 from protocol import Rows, write
 
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import teach
-from selfpruner_hub.losses import LossCurves
-from selfpruner_hub.plan import Plan
-from selfpruner_hub.search.seeds import knapsack
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.evaluation.metrics import teach
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.predicted_loss import LossCurves
+from selfpruner_hub.plans.seeds import knapsack
 
 OTHER = 32_768
 BETA = 0.3

@@ -19,7 +19,7 @@ from exporters.benchmark import benchmark
 from exporters.benchmark.report import Phase
 from exporters.benchmark.runtimes import RUNTIMES
 from exporters.export import export, read_export
-from selfpruner_hub.demo import load_embedded
+from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.progress import Bars
 
 RUNS = (("torch", "float32"), ("onnx", "float32"), ("gguf", "f16"))

@@ -20,14 +20,14 @@ from ours import CALIBRATION, FITNESS, Ours, texts
 from protocol import Rows, write
 from quality import ABLATED, ITEMS, TASKS
 
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import label_loss, mean_losses, teach, teacher_loss
-from selfpruner_hub.losses import LossCurves
-from selfpruner_hub.plan import Plan
-from selfpruner_hub.search.seeds import knapsack
-from selfpruner_hub.tasks import evaluate_tasks
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.evaluation.metrics import label_loss, mean_losses, teach, teacher_loss
+from selfpruner_hub.evaluation.tasks import evaluate_tasks
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.predicted_loss import LossCurves
+from selfpruner_hub.plans.seeds import knapsack
 
 PLANS, SPREAD = 48, 1.0
 """How many plans, and the standard deviation of the logarithms by which the predicted losses of their parts vary."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from selfpruner_hub.demo import load_embedded
+from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.pruner import AutoPruner
 

@@ -11,27 +11,27 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.budget import Budget, Rates
-from selfpruner_hub.calibration import LayerStatistics
-from selfpruner_hub.compensation import compensate
-from selfpruner_hub.confidence import match_confidence
-from selfpruner_hub.corpus import load_corpus
-from selfpruner_hub.demo import NAME
-from selfpruner_hub.evaluation import Teacher, divergence
-from selfpruner_hub.fisher import output_fisher
-from selfpruner_hub.fitness import REMAINS, Fitness
-from selfpruner_hub.importance import Fisher, LayerOrder, rank
-from selfpruner_hub.losses import LossCurves, loss_alone
-from selfpruner_hub.plan import Plan
-from selfpruner_hub.presets import Method
+from selfpruner_hub.calibration.corpus import load_corpus
+from selfpruner_hub.calibration.fisher import output_fisher
+from selfpruner_hub.calibration.statistics import LayerStatistics
+from selfpruner_hub.cli.demo import NAME
+from selfpruner_hub.evaluation.fitness import REMAINS, Fitness
+from selfpruner_hub.evaluation.metrics import Teacher, divergence
+from selfpruner_hub.evaluation.sensitivity import loss_curves
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.predicted_loss import LossCurves, loss_alone
+from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.pruning.importance import Fisher, LayerOrder, rank
+from selfpruner_hub.pruning.sequential_repair import compensate
+from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.loop import search
-from selfpruner_hub.search.model_proposer import ModelProposer
 from selfpruner_hub.search.schedule import Schedule
-from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves
-from selfpruner_hub.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.settings import Method
 
 WINDOW, CALIBRATION, FITNESS = 512, 32_768, 8_192
 SCHEDULE = Schedule(evaluations=16, population=4, crossover=8, mutation=8)

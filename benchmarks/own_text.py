@@ -16,11 +16,11 @@ from defaults import pruned
 from protocol import Rows, Unseen, write
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.corpus import consecutive_windows
-from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import divergence, perplexity, teach
-from selfpruner_hub.loading import load_model
-from selfpruner_hub.sampling import sample_windows
+from selfpruner_hub.calibration.corpus import consecutive_windows
+from selfpruner_hub.calibration.generated_text import sample_windows
+from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
+from selfpruner_hub.models.loading import load_model
 
 WINDOW, COUNT = 512, 32
 MODULES, CHARACTERS = 40, 3_000

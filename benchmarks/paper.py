@@ -12,10 +12,10 @@ from pathlib import Path
 
 from protocol import write
 
-from selfpruner_hub.corpus import consecutive_windows
-from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import perplexity
-from selfpruner_hub.presets import PRESETS
+from selfpruner_hub.calibration.corpus import consecutive_windows
+from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.evaluation.metrics import perplexity
+from selfpruner_hub.settings import PRESETS
 
 WINDOW, UNSEEN = 512, 32
 

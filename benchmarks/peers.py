@@ -14,11 +14,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.architectures import architecture_of, decoder_layers, linear, shape_of
-from selfpruner_hub.calibration import LayerStatistics, Moments
-from selfpruner_hub.importance import LayerOrder, expand, flap
-from selfpruner_hub.plan import LayerWidths, Plan
-from selfpruner_hub.slicing import Slicer
+from selfpruner_hub.calibration.statistics import LayerStatistics, Moments
+from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear, shape_of
+from selfpruner_hub.plans.plan import LayerWidths, Plan
+from selfpruner_hub.pruning.importance import LayerOrder, expand, flap
+from selfpruner_hub.pruning.slicing import Slicer
 
 
 def by_channels(model: PreTrainedModel, scores: Sequence[Tensor]) -> list[LayerOrder]:

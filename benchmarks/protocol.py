@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.machine import cores, processor
-from selfpruner_hub.corpus import consecutive_windows
-from selfpruner_hub.evaluation import perplexity
+from selfpruner_hub.calibration.corpus import consecutive_windows
+from selfpruner_hub.evaluation.metrics import perplexity
 
 
 class Rows(list[dict[str, Any]]):

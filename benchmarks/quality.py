@@ -21,15 +21,15 @@ from protocol import Rows, Unseen, write
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import LayerStatistics, calibrate
-from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import with_layers
-from selfpruner_hub.importance import LayerOrder, rank
+from selfpruner_hub.calibration.statistics import LayerStatistics, calibrate
+from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.evaluation.metrics import with_layers
+from selfpruner_hub.evaluation.tasks import evaluate_tasks
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.slicing import Slicer, ordered
-from selfpruner_hub.tasks import evaluate_tasks
+from selfpruner_hub.pruning.importance import LayerOrder, rank
+from selfpruner_hub.pruning.slicing import Slicer, ordered
 
 GRADIENT_WINDOWS = 16
 """Calibration windows behind first-order scores; LLM-Pruner takes ten short ones."""

@@ -24,14 +24,14 @@ from protocol import memory, peak_of_memory, write
 from scipy.optimize import nnls
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from selfpruner_hub.architectures import shape_of
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.compensation import compensate
-from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.importance import rank
-from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.seeds import seeds
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.sequential_repair import compensate
+from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
 
 BETA, WINDOW, VOCABULARY = 0.3, 256, 8192
 BASE = {"layers": 8, "width": 512, "ffn": 1024, "tokens": 4096, "candidates": 4}

@@ -19,24 +19,24 @@ import numpy as np
 from matplotlib.figure import Figure
 from protocol import write
 
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.corpus import consecutive_windows, load_corpus
-from selfpruner_hub.demo import NAME, load_embedded
-from selfpruner_hub.evaluation import label_loss, mean_losses, teach, teacher_loss, with_layers
-from selfpruner_hub.fisher import output_fisher
-from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.importance import rank
-from selfpruner_hub.plan import Plan
-from selfpruner_hub.presets import Method
+from selfpruner_hub.calibration.corpus import consecutive_windows, load_corpus
+from selfpruner_hub.calibration.fisher import output_fisher
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.cli.demo import NAME, load_embedded
+from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.metrics import label_loss, mean_losses, teach, teacher_loss, with_layers
+from selfpruner_hub.evaluation.sensitivity import loss_curves
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.seeds import seeds
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.slicing import Slicer, ordered
 from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.loop import search
-from selfpruner_hub.search.model_proposer import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
 from selfpruner_hub.search.schedule import Schedule
-from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves
-from selfpruner_hub.slicing import Slicer, ordered
+from selfpruner_hub.settings import Method
 
 WINDOW, CALIBRATION, FITNESS, UNSEEN = 512, 65_536, 8_192, 32
 EVALUATIONS, SEEDS = 18, (0, 1, 2)

@@ -16,23 +16,23 @@ from protocol import write
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.corpus import load_corpus
-from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import Loss, teach, teacher_loss
-from selfpruner_hub.fisher import output_fisher
-from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.importance import rank
-from selfpruner_hub.plan import Plan
-from selfpruner_hub.presets import Method
+from selfpruner_hub.calibration.corpus import load_corpus
+from selfpruner_hub.calibration.fisher import output_fisher
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.metrics import Loss, teach, teacher_loss
+from selfpruner_hub.evaluation.sensitivity import loss_curves
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.seeds import seeds
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.search.journal import Journal, Record
 from selfpruner_hub.search.loop import Score, search
 from selfpruner_hub.search.proposers import EvolutionProposer
 from selfpruner_hub.search.schedule import Schedule
-from selfpruner_hub.search.seeds import seeds
-from selfpruner_hub.sensitivity import loss_curves
-from selfpruner_hub.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.settings import Method
 
 WINDOW, CALIBRATION, FITNESS, BETA, ROUNDS, CHILDREN = 512, 16_384, 16_384, 0.3, 2, 8
 FIRST_SHARE = 1 / 16

@@ -17,10 +17,10 @@ from protocol import Rows, write
 from quality import GRADIENT_WINDOWS
 from torch import Tensor
 
-from selfpruner_hub.budget import Budget, Rates
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.evaluation import teach
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.evaluation.metrics import teach
+from selfpruner_hub.plans.budget import Budget, Rates
 
 OTHER = 8_192
 """Tokens of the text on which no seed is measured."""

@@ -15,16 +15,16 @@ import numpy as np
 import ray
 from protocol import write
 
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.corpus import load_corpus
-from selfpruner_hub.demo import load_embedded
-from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.importance import rank
-from selfpruner_hub.plan import Plan
+from selfpruner_hub.calibration.corpus import load_corpus
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.slicing import Slicer, ordered
 from selfpruner_hub.search.proposers import random_rates
-from selfpruner_hub.slicing import Slicer, ordered
-from selfpruner_hub.workers import THREADS, ray_workers
+from selfpruner_hub.search.ray_workers import THREADS, ray_workers
 
 BETA, WINDOW, CALIBRATION, FITNESS = 0.3, 512, 4_096, 2_048
 CANDIDATES, ROUNDS = 12, 3

@@ -21,12 +21,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.errors import ExportError, MissingExtraError, OutputError, SavedModelError, UserError
-from selfpruner_hub.loading import load_model
-from selfpruner_hub.modeling_selfpruned import MODEL_CLASSES
+from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
 from selfpruner_hub.provenance import count_parameters
-from selfpruner_hub.records import FILE_NAME as MODEL_RECORD
-from selfpruner_hub.records import Record, parse_versioned, read_record
-from selfpruner_hub.storage import check_writable, resolve_directory, save_directory
+from selfpruner_hub.storage.model_record import FILE_NAME as MODEL_RECORD
+from selfpruner_hub.storage.model_record import Record, parse_versioned, read_record
+from selfpruner_hub.storage.staging import check_writable, resolve_directory, save_directory
 
 FORMATS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
 """Each has a module `exporters.to_FORMAT` with a function `write` (a `Writer`), imported when it is asked for."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from selfpruner_hub.architectures import architecture_of, block_rows, shape_of
-from selfpruner_hub.plan import LayerWidths
+from selfpruner_hub.models.architectures import architecture_of, block_rows, shape_of
+from selfpruner_hub.plans.plan import LayerWidths
 
 
 def padded_state(

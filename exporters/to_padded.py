@@ -16,8 +16,8 @@ from transformers.models.auto import CONFIG_MAPPING
 from exporters.export import Written, one_of
 from exporters.padding import padded_state
 from exporters.parity import Step, expected, logit_difference
-from selfpruner_hub.architectures import architecture_of, decoder_layers, shape_of
-from selfpruner_hub.plan import LayerWidths
+from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
+from selfpruner_hub.plans.plan import LayerWidths
 
 WIDTHS = ("widest", "dense")
 TOLERANCES = {"float32": 1e-4, "float16": 0.1, "bfloat16": 1.0}

@@ -19,7 +19,7 @@ from torch.export import Dim
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from selfpruner_hub.architectures import shape_of
+from selfpruner_hub.models.architectures import shape_of
 
 BATCH, PAST, LENGTH, KEPT = 2, 5, 4, 3
 """Sizes of the sample. A batch of 1 would be frozen into the graph; equal sizes could be taken for one."""

@@ -11,15 +11,16 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.architectures import shape_of
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.corpus import Corpus
-from selfpruner_hub.plan import widths_of
-from selfpruner_hub.presets import Method
-from selfpruner_hub.records import Metric, Record
-from selfpruner_hub.search import prompts, replies
+from selfpruner_hub.calibration.corpus import Corpus
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.plan import widths_of
+from selfpruner_hub.search.llm import prompts
+from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.outcome import Outcome
 from selfpruner_hub.search.proposers import Proposer
+from selfpruner_hub.settings import Method
+from selfpruner_hub.storage.model_record import Metric, Record
 
 
 def fingerprint(

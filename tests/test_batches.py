@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from selfpruner_hub.batches import ON_ACCELERATORS, windows_at_once
 from selfpruner_hub.errors import ModelError
+from selfpruner_hub.models.forward import ON_ACCELERATORS, windows_at_once
 
 
 class Accelerator:

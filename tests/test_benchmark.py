@@ -27,7 +27,7 @@ from selfpruner_hub.cli import main
 from selfpruner_hub.errors import ModelError, SavedModelError, UserError
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.records import read_record
+from selfpruner_hub.storage.model_record import read_record
 
 SMALL = ("--prompt", "16,40", "--batch", "1,2", "--new", "4", "--runs", "3", "--threads", "1", "--quiet")
 SETTING = Setting(threads=1, device="cpu", dtype="float32", longest=64)

@@ -9,8 +9,8 @@ from fitness import disagreements
 from starts import halfway, threshold
 from tiny import tiny_model
 
-from selfpruner_hub.architectures import shape_of
-from selfpruner_hub.budget import Budget, Rates
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.plans.budget import Budget, Rates
 
 
 def test_pairs_on_which_two_fitnesses_are_most_at_odds():

@@ -8,15 +8,15 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny_model
 
-import selfpruner_hub.boundaries as boundaries
-import selfpruner_hub.evaluation as evaluation
-from selfpruner_hub.architectures import decoder_layers
-from selfpruner_hub.boundaries import KEPT, Boundaries
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.importance import rank
-from selfpruner_hub.plan import Plan
-from selfpruner_hub.slicing import Slicer, ordered
+import selfpruner_hub.evaluation.metrics as evaluation
+import selfpruner_hub.evaluation.prefix_cache as boundaries
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.prefix_cache import KEPT, Boundaries
+from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.slicing import Slicer, ordered
 
 WINDOWS = torch.randint(3, 128, (10, 24), generator=torch.Generator().manual_seed(0))
 ONE = Plan.of([30, 40, 20, 25], [2, 4, 3, 4])
@@ -52,12 +52,12 @@ def test_the_score_is_the_same_to_the_bit(name, metric, skipped, monkeypatch):
     order = rank(model, statistics)
     with ordered(model, order):
         slicer = Slicer(model, order, statistics)
-        monkeypatch.setattr("selfpruner_hub.fitness.BOUNDARY_MEMORY", 0)
+        monkeypatch.setattr("selfpruner_hub.evaluation.fitness.BOUNDARY_MEMORY", 0)
         plain = Fitness(slicer, WINDOWS, metric)
         expected = [plain(plan, share) for share in (0.3, 1.0) for plan in (ONE, *OTHERS)]
         assert set(skipped) == {0}
         skipped.clear()
-        monkeypatch.setattr("selfpruner_hub.fitness.BOUNDARY_MEMORY", 1e3)
+        monkeypatch.setattr("selfpruner_hub.evaluation.fitness.BOUNDARY_MEMORY", 1e3)
         sharing = Fitness(slicer, WINDOWS, metric)
         assert [sharing(plan, share) for share in (0.3, 1.0) for plan in (ONE, *OTHERS)] == expected
         assert skipped == [0, 3, 1, 0, 0, 3, 1, 0]  # nothing is shared between shares

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from selfpruner_hub.budget import Budget, Rates, _largest_remainder, _shift_to_sum
 from selfpruner_hub.errors import BudgetError
-from selfpruner_hub.plan import ModelShape, Plan
+from selfpruner_hub.plans.budget import Budget, Rates, _largest_remainder, _shift_to_sum
+from selfpruner_hub.plans.plan import ModelShape, Plan
 
 SMOLLM2 = ModelShape(hidden_size=576, head_dim=64, queries_per_group=3, dense=Plan.of([1536] * 30, [3] * 30))
 BOUNDS = [(0.0, 0.9), (0.1, 0.9)]  # ours, the paper's

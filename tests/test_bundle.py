@@ -10,10 +10,10 @@ from hub_server import check_yaml
 
 from exporters.export import FILE_NAME as EXPORT_RECORD
 from exporters.export import SCHEMA_VERSION, ExportRecord
-from selfpruner_hub.bundle import collect, is_ours
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.records import FILE_NAME, Metric, read_record
+from selfpruner_hub.hub.bundle import collect, is_ours
+from selfpruner_hub.storage.model_record import FILE_NAME, Metric, read_record
 
 
 def put_export(directory, name, record):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-import selfpruner_hub.streams as streams
-from selfpruner_hub.calibration import calibrate
+import selfpruner_hub.models.layer_stream as streams
+from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import ModelError
 
 WINDOWS = torch.randint(3, 128, (12, 16), generator=torch.Generator().manual_seed(0))

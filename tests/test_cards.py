@@ -10,8 +10,8 @@ import yaml
 from hub_server import check_yaml
 from huggingface_hub import ModelCard
 
-from selfpruner_hub.cards import render_card
-from selfpruner_hub.records import Metric, Record, read_record
+from selfpruner_hub.hub.card import render_card
+from selfpruner_hub.storage.model_record import Metric, Record, read_record
 
 MADE = Path(__file__).parents[1] / "model_cards"
 RECORD = Record(

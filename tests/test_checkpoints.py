@@ -7,9 +7,9 @@ import torch
 from tiny import tiny_model
 
 from selfpruner_hub import pruned_model
-from selfpruner_hub.checkpoints import Checkpoints
 from selfpruner_hub.errors import HubError, OutputError
 from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.storage.checkpoints import Checkpoints
 
 SETTINGS = {
     "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 1024, "fitness_tokens": 128,

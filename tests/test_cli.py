@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from selfpruner_hub import PrunedModel, licences
+from selfpruner_hub import PrunedModel
+from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.cli import main
-from selfpruner_hub.corpus import consecutive_windows
-from selfpruner_hub.evaluation import perplexity
-from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.records import Record, read_record
+from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.metrics import perplexity
+from selfpruner_hub.hub import licences
+from selfpruner_hub.storage.model_record import Record, read_record
 
 SMALL = [
     *("--set", "calibration_tokens=320", "--set", "fitness_tokens=128", "--set", "window=32"),

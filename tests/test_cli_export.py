@@ -15,7 +15,7 @@ from exporters import OnnxCausalLM
 from exporters.export import read_export
 from selfpruner_hub import AutoPruner, PrunedModel
 from selfpruner_hub.cli import main
-from selfpruner_hub.records import read_record
+from selfpruner_hub.storage.model_record import read_record
 
 RECORD = "selfpruner_export.json"
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny_model
 
-from selfpruner_hub.architectures import decoder_layers
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.compensation import RIDGES, compensate
-from selfpruner_hub.importance import rank
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.sequential_repair import RIDGES, compensate
+from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.search.proposers import random_rates
-from selfpruner_hub.slicing import Slicer, ordered, slice_model
 
 WINDOWS = torch.randint(3, 128, (70, 16), generator=torch.Generator().manual_seed(0))
 
@@ -136,7 +136,7 @@ def test_batches_do_not_matter(monkeypatch):
     model = tiny_model("gemma3")
     weights = []
     for tokens in (64, 1 << 20):
-        monkeypatch.setattr("selfpruner_hub.streams.BATCH_TOKENS", tokens)
+        monkeypatch.setattr("selfpruner_hub.models.layer_stream.BATCH_TOKENS", tokens)
         pruned = cut(model)
         compensate(model, pruned, WINDOWS)
         weights.append(torch.cat([p.flatten() for p in pruned.parameters()]))

@@ -9,8 +9,8 @@ import torch
 from checks import logits
 from tiny import CONFIGS, tiny_model
 
-from selfpruner_hub.architectures import architecture_of
-from selfpruner_hub.confidence import SCALES, match_confidence
+from selfpruner_hub.models.architectures import architecture_of
+from selfpruner_hub.pruning.temperature import SCALES, match_confidence
 
 WINDOWS = torch.randint(5, 60, (6, 32), generator=torch.Generator().manual_seed(0))
 

@@ -13,17 +13,17 @@ from safetensors import safe_open
 from tiny import CONFIGS, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from selfpruner_hub.architectures import ARCHITECTURES, shape_of
-from selfpruner_hub.budget import Budget, Rates
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.compensation import compensate
-from selfpruner_hub.confidence import match_confidence
-from selfpruner_hub.evaluation import with_layers
-from selfpruner_hub.importance import rank
-from selfpruner_hub.plan import Plan
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.evaluation.metrics import with_layers
+from selfpruner_hub.models.architectures import ARCHITECTURES, shape_of
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.sequential_repair import compensate
+from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.temperature import match_confidence
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
 WINDOWS = torch.randint(3, 128, (64, 32), generator=torch.Generator().manual_seed(1))
@@ -216,7 +216,7 @@ def test_the_search_scores_what_the_second_repair_leaves(metric, monkeypatch):
     pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
 
     def nats(remains, accumulate):
-        monkeypatch.setattr("selfpruner_hub.plan_search.REMAINS", remains)
+        monkeypatch.setattr("selfpruner_hub.search.find_plan.REMAINS", remains)
         found = pruner.prune(
             0.3, data="self", proposer="evolution", window=32, calibration_tokens=1024, fitness_tokens=256,
             evaluations=0, seeds=("uniform",), accumulate=accumulate, fitness=metric, progress=False,

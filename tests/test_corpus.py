@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from selfpruner_hub.corpus import Corpus, consecutive_windows, load_corpus
+from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows, load_corpus
 from selfpruner_hub.errors import DataError
 
 WINDOW = 8

@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 from tiny import save_tiny
 
-import selfpruner_hub.search.endpoint_proposer as module
-from selfpruner_hub.budget import Budget
+import selfpruner_hub.search.llm.endpoint as module
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.plan import ModelShape, Plan
-from selfpruner_hub.search.endpoint_proposer import EndpointProposer
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.proposers import Scored
 from selfpruner_hub.search.schedule import Schedule
-from selfpruner_hub.search.seeds import seeds
 
 SECRET = "sk-planted-secret"
 BUDGET = Budget(ModelShape(32, 4, 2, Plan.of([48] * 4, [4] * 4)), 0.3)

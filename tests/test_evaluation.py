@@ -8,17 +8,17 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny_model
 
-import selfpruner_hub.evaluation as evaluation
-from selfpruner_hub.budget import Budget, Rates
-from selfpruner_hub.calibration import calibrate
+import selfpruner_hub.evaluation.metrics as evaluation
+from selfpruner_hub.calibration.fisher import output_fisher
+from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.evaluation import cross_entropy, divergence, perplexity, teach
-from selfpruner_hub.fisher import output_fisher
-from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.importance import rank
-from selfpruner_hub.plan import Plan
-from selfpruner_hub.sensitivity import loss_curves
-from selfpruner_hub.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.metrics import cross_entropy, divergence, perplexity, teach
+from selfpruner_hub.evaluation.sensitivity import loss_curves
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
 
 WINDOWS = torch.randint(3, 128, (10, 24), generator=torch.Generator().manual_seed(0))
 

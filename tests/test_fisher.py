@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny_model, tiny_tokenizer
 
-from selfpruner_hub import fisher as module
-from selfpruner_hub.architectures import architecture_of, decoder_layers, linear
-from selfpruner_hub.checkpoints import Checkpoints
+from selfpruner_hub.calibration import fisher as module
+from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.errors import ModelError
-from selfpruner_hub.fisher import output_fisher
+from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.storage.checkpoints import Checkpoints
 
 WINDOWS = torch.randint(3, 128, (256, 16), generator=torch.Generator().manual_seed(0))
 
@@ -52,7 +52,7 @@ def test_it_predicts_the_divergence_of_small_noise_in_any_direction(index, part,
 def test_layer_by_layer_it_is_what_one_backward_pass_gives(architecture, monkeypatch):
     """With labels that do not depend on chance: those of the least logit."""
     monkeypatch.setattr(torch, "multinomial", lambda p, _n, generator: p.argmin(-1, keepdim=True))  # noqa: ARG005
-    monkeypatch.setattr("selfpruner_hub.streams.BATCH_TOKENS", 48)  # batches of unequal size
+    monkeypatch.setattr("selfpruner_hub.models.layer_stream.BATCH_TOKENS", 48)  # batches of unequal size
     model, windows = tiny_model(architecture), WINDOWS[:7]
     found = output_fisher(model, windows)
     seen = [each for index in range(len(decoder_layers(model))) for each in outputs(model, index)]

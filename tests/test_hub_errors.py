@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from selfpruner_hub.errors import HubError, OutputError, RepositoryError
-from selfpruner_hub.hub_errors import LONGEST_PAUSE, explain_hub, may_have_committed, pause
+from selfpruner_hub.models.hub_errors import LONGEST_PAUSE, explain_hub, may_have_committed, pause
 
 
 def answer(status, said="", path="", **headers):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from selfpruner_hub import importance
-from selfpruner_hub.calibration import Moments, calibrate
+from selfpruner_hub.calibration.statistics import Moments, calibrate
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.importance import ORDERS, energy, flap, obs, rank, wanda_sp
+from selfpruner_hub.pruning import importance
+from selfpruner_hub.pruning.importance import ORDERS, energy, flap, obs, rank, wanda_sp
 
 WINDOWS = torch.randint(3, 128, (16, 16), generator=torch.Generator().manual_seed(0))
 

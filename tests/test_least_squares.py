@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from selfpruner_hub import least_squares
-from selfpruner_hub.least_squares import Gated, LinearFit, fit_inputs
-from selfpruner_hub.streams import HELD_OUT
+from selfpruner_hub.models.layer_stream import HELD_OUT
+from selfpruner_hub.pruning import least_squares
+from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
 
 N, W, H, K, F = 80, 16, 5, 2, 7
 FITTED = [i for i in range(N) if (i + 1) % HELD_OUT]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from gguf import GGUFWriter
 
-from selfpruner_hub import licences
-from selfpruner_hub.licences import licence_of
+from selfpruner_hub.hub import licences
+from selfpruner_hub.hub.licences import licence_of
 
 
 def card(directory: Path, front: str) -> Path:

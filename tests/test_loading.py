@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-from selfpruner_hub.architectures import ARCHITECTURES
 from selfpruner_hub.errors import ModelError, UnsupportedArchitectureError
-from selfpruner_hub.loading import explain, load_model
+from selfpruner_hub.models.architectures import ARCHITECTURES
+from selfpruner_hub.models.loading import explain, load_model
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 

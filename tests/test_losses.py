@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from selfpruner_hub.losses import STEP, Slopes, paying_moves, step_channels
-from selfpruner_hub.plan import ModelShape, Plan
+from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.predicted_loss import STEP, Slopes, paying_moves, step_channels
 
 SHAPE = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([40] * 3, [3] * 3))
 """A KV group has 384 weights, a step of an FFN 96."""

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from selfpruner_hub.architectures import shape_of
-from selfpruner_hub.budget import Budget, Rates
-from selfpruner_hub.search.model_proposer import ModelProposer
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import Scored, random_rates
 
 

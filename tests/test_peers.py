@@ -7,10 +7,10 @@ import torch
 from peers import Flap, block_influence, by_channels, magnitude, taylor, without_blocks
 from tiny import tiny_model
 
-from selfpruner_hub.architectures import decoder_layers, shape_of
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.evaluation import with_layers
-from selfpruner_hub.slicing import ordered
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.evaluation.metrics import with_layers
+from selfpruner_hub.models.architectures import decoder_layers, shape_of
+from selfpruner_hub.pruning.slicing import ordered
 
 WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(0))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfpruner_hub.plan import LayerWidths, ModelShape, Plan
+from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
 
 SMOLLM2 = ModelShape(hidden_size=576, head_dim=64, queries_per_group=3, dense=Plan.of([1536] * 30, [3] * 30))
 

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from selfpruner_hub.budget import Budget
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.fitness import METRICS
-from selfpruner_hub.importance import ORDERS
-from selfpruner_hub.losses import LossCurves
-from selfpruner_hub.plan import ModelShape, Plan
-from selfpruner_hub.presets import CHOICES, PRESETS, Method, resolve
-from selfpruner_hub.search.seeds import seeds
+from selfpruner_hub.evaluation.fitness import METRICS
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.predicted_loss import LossCurves
+from selfpruner_hub.plans.seeds import seeds
+from selfpruner_hub.pruning.importance import ORDERS
+from selfpruner_hub.settings import CHOICES, PRESETS, Method, resolve
 
 
 def test_the_paper_preset_has_the_papers_numbers():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.privacy import check_private
+from selfpruner_hub.hub.privacy import check_private
 
 
 def refused(files, directory, tokens=()):

@@ -3,14 +3,14 @@
 import pytest
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
-from selfpruner_hub.architectures import shape_of
-from selfpruner_hub.budget import Budget
 from selfpruner_hub.errors import ModelError, UserError
-from selfpruner_hub.presets import resolve
-from selfpruner_hub.proposer_choice import choose_proposer
-from selfpruner_hub.search.endpoint_proposer import EndpointProposer
-from selfpruner_hub.search.model_proposer import ModelProposer
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.search.choose_proposer import choose_proposer
+from selfpruner_hub.search.llm.endpoint import EndpointProposer
+from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer
+from selfpruner_hub.settings import resolve
 
 
 @pytest.fixture(scope="module")

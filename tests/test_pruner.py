@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub import AutoPruner
-from selfpruner_hub.corpus import Corpus
+from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.provenance import describe
 

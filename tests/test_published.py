@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from tiny import tiny_model
 from trained import VOCABULARY, trained_tokenizer
 
-from selfpruner_hub.records import read_record
+from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.slow
 NAME = "me/whole-way"

@@ -13,12 +13,12 @@ from checks import check_cache, check_causality, check_left_padding, check_witho
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from selfpruner_hub.architectures import shape_of
-from selfpruner_hub.corpus import consecutive_windows
-from selfpruner_hub.demo import NAME
-from selfpruner_hub.evaluation import divergence, perplexity, teach
+from selfpruner_hub.calibration.corpus import consecutive_windows
+from selfpruner_hub.calibration.generated_text import sample_windows
+from selfpruner_hub.cli.demo import NAME
+from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
+from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.pruned_model import PrunedModel
-from selfpruner_hub.sampling import sample_windows
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"data": "self", "window": 128, "calibration_tokens": 2048, "fitness_tokens": 1024, "progress": False}

@@ -12,7 +12,7 @@ from exporters.benchmark import benchmark
 from exporters.export import export_model, read_export
 from exporters.parity import expected, logit_difference
 from exporters.to_gguf.llama_cpp import LlamaCpp
-from selfpruner_hub.demo import embedded_model
+from selfpruner_hub.cli.demo import embedded_model
 
 pytestmark = pytest.mark.slow
 PROMPTS = (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from selfpruner_hub.errors import ModelError
-from selfpruner_hub.refit import RIDGES, Repair, choose_ridge
+from selfpruner_hub.pruning.output_repair import RIDGES, Repair, choose_ridge
 
 D, OUT, TOKENS = 12, 5, 400
 

@@ -3,7 +3,7 @@
 import torch
 from tiny import tiny_model
 
-from selfpruner_hub.sampling import sample_windows
+from selfpruner_hub.calibration.generated_text import sample_windows
 
 WINDOW = 8
 

@@ -10,15 +10,15 @@ from typing import ClassVar
 
 import pytest
 
-from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.errors import ProposerError
-from selfpruner_hub.losses import Slopes
-from selfpruner_hub.plan import ModelShape, Plan, widths_of
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import ModelShape, Plan, widths_of
+from selfpruner_hub.plans.predicted_loss import Slopes
+from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import PROBE_COST, search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposal, RandomProposer
 from selfpruner_hub.search.schedule import Schedule
-from selfpruner_hub.search.seeds import seeds
 
 SHAPE = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64] * 6, [4] * 6))
 BUDGET = Budget(SHAPE, 0.3)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from solutions import SLOPES, TIED, UNTIED, history
 
-from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.plan import ModelShape, Plan
-from selfpruner_hub.search.prompts import SHOWN, promising, render, shown, solution
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.search.llm.prompts import SHOWN, promising, render, shown, solution
+from selfpruner_hub.search.llm.reply_schema import PARENTS
 from selfpruner_hub.search.proposers import Scored
-from selfpruner_hub.search.replies import PARENTS
 
 OPERATIONS = list(PARENTS)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from selfpruner_hub.budget import Budget, Rates
-from selfpruner_hub.plan import ModelShape, Plan
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer, Scored, random_rates
 
 SHAPE = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([32] * 6, [4, 2, 3, 1, 4, 4]))

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from solutions import LAYERS, SHAPE, SLOPES, TIED, UNTIED, history
 
-from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.errors import ProposerError
-from selfpruner_hub.plan import ModelShape, Plan
-from selfpruner_hub.search.prompts import SHOWN, shown, solution
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.search.llm.prompts import SHOWN, shown, solution
+from selfpruner_hub.search.llm.reply_schema import PARENTS, REACH, parse, schema
 from selfpruner_hub.search.proposers import Scored
-from selfpruner_hub.search.replies import PARENTS, REACH, parse, schema
 
 OPERATIONS = list(PARENTS)
 MANY = 5

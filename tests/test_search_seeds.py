@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.losses import LossCurves
-from selfpruner_hub.plan import ModelShape, Plan
-from selfpruner_hub.search.seeds import knapsack, seeds
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.predicted_loss import LossCurves
+from selfpruner_hub.plans.seeds import knapsack, seeds
 
 
 def shape(layers, width=32, groups=4):

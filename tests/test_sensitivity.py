@@ -10,16 +10,16 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny_model
 
-from selfpruner_hub.budget import Budget
-from selfpruner_hub.calibration import calibrate
-from selfpruner_hub.fisher import output_fisher
-from selfpruner_hub.fitness import Fitness
-from selfpruner_hub.importance import rank
-from selfpruner_hub.losses import STEP, Slopes
-from selfpruner_hub.plan import Plan
+from selfpruner_hub.calibration.fisher import output_fisher
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.sensitivity import loss_curves
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.predicted_loss import STEP, Slopes
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.slicing import Slicer, ordered
 from selfpruner_hub.search.proposers import random_rates
-from selfpruner_hub.sensitivity import loss_curves
-from selfpruner_hub.slicing import Slicer, ordered
 
 
 def changed(plan, layer, **widths):

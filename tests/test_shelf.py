@@ -13,11 +13,11 @@ import torch
 from tiny import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from selfpruner_hub import shelf as shelves
 from selfpruner_hub.errors import ModelError, OutputError, UserError
-from selfpruner_hub.loading import load_model
+from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.shelf import Shelf
+from selfpruner_hub.storage import offload as shelves
+from selfpruner_hub.storage.offload import Shelf
 
 SETTINGS = {
     "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 1024, "fitness_tokens": 128,
@@ -103,7 +103,7 @@ Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 pruner = AutoPruner.from_pretrained(sys.argv[1], offload_folder=sys.argv[2])
 tokens = torch.randint(3, 1000, (8, 32))
 AutoPruner._texts = lambda self, *rest: tuple(map(Text, (tokens, tokens[:2])))
-from selfpruner_hub.corpus import Corpus
+from selfpruner_hub.calibration.corpus import Corpus
 Text = lambda windows: Corpus.of("drawn", windows)
 pruned = pruner.prune(0.3, evaluations=0, seeds=("uniform",), importance="wanda-sp", progress=False)
 pruned.save_pretrained(sys.argv[3], max_shard_size="100MB")

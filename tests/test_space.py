@@ -17,11 +17,11 @@ from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from tiny import save_tiny
 
-from selfpruner_hub.cards import asset
-from selfpruner_hub.plan import ModelShape, Plan
-from selfpruner_hub.records import read_record
+from selfpruner_hub.hub.card import asset
+from selfpruner_hub.hub.space import VENDORED, space_files
+from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.search.journal import read_journal
-from selfpruner_hub.space import VENDORED, space_files
+from selfpruner_hub.storage.model_record import read_record
 
 MODULES = ("app", "answers", "facts", "live")
 
@@ -337,7 +337,7 @@ def test_every_module_of_the_app_is_published(saved_models):
     files = space_files(read_record(saved_models / "first"), "me/tiny")
     assert {f"{name}.py" for name in MODULES} <= set(files)
     assert not [name for name in files if "__pycache__" in name]
-    assert "selfpruner_hub/search/templates/mutation.txt" in files
+    assert "selfpruner_hub/search/llm/templates/mutation.txt" in files
     root = Path(__file__).parents[1]
     ours = [path for package in VENDORED for path in (root / package).rglob("*.py")]
     assert {path.relative_to(root).as_posix() for path in ours} == {

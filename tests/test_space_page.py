@@ -20,7 +20,7 @@ import pytest
 from space_load import visit
 from transformers import GenerationConfig
 
-from selfpruner_hub.records import read_record
+from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.slow
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from selfpruner_hub import storage
 from selfpruner_hub.errors import ModelError, OutputError
-from selfpruner_hub.storage import check_writable, resolve_directory, save_directory
+from selfpruner_hub.storage import staging as storage
+from selfpruner_hub.storage.staging import check_writable, resolve_directory, save_directory
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a /proc that nobody can write")
 

@@ -10,10 +10,10 @@ import torch
 from checks import logits
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
-from selfpruner_hub import tasks as module
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import DataError, MissingExtraError, UserError
-from selfpruner_hub.tasks import SEVEN, check_tasks, evaluate_tasks, named
+from selfpruner_hub.evaluation import tasks as module
+from selfpruner_hub.evaluation.tasks import SEVEN, check_tasks, evaluate_tasks, named
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason='not installed: pip install "selfpruner-hub[eval]"'

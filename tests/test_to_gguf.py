@@ -16,8 +16,8 @@ from trained import VOCABULARY, trained_tokenizer
 from exporters.export import export, export_model, read_export
 from exporters.to_gguf.llama_cpp import LlamaCpp, answers, log_probability_difference
 from exporters.to_gguf.writer import DTYPES, WRITABLE, write
-from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError, UnsupportedArchitectureError, UserError
+from selfpruner_hub.models.architectures import shape_of
 
 ROPE = {
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},

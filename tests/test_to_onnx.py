@@ -21,8 +21,8 @@ from exporters.export import export_model, read_export
 from exporters.parity import expected, logit_difference
 from exporters.to_onnx import writer as to_onnx
 from exporters.to_tensorrt.profiles import tensorrt_provider
-from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import ExportError, MissingExtraError, SavedModelError, UserError
+from selfpruner_hub.models.architectures import shape_of
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from exporters.export import export, export_model, read_export
 from exporters.to_padded import REMARK, padded_model
-from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import ExportError, UserError
+from selfpruner_hub.models.architectures import shape_of
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
 

@@ -22,8 +22,8 @@ from exporters.to_tensorrt import writer as to_tensorrt
 from exporters.to_tensorrt.causal_lm import TensorRtCausalLM
 from exporters.to_tensorrt.cuda_graphs import layer_names
 from exporters.to_tensorrt.profiles import profiles
-from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import ExportError, MissingExtraError, SavedModelError, UserError
+from selfpruner_hub.models.architectures import shape_of
 
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason='not installed: pip install "selfpruner-hub[tensorrt-rtx]"'

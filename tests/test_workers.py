@@ -16,7 +16,7 @@ from tiny import tiny_model
 
 from selfpruner_hub.errors import MissingExtraError, UserError, WorkerError
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.workers import MEMORY, check_executor, count_workers
+from selfpruner_hub.search.ray_workers import MEMORY, check_executor, count_workers
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 SETTINGS = {
@@ -55,7 +55,7 @@ def test_two_workers_one_of_them_killed_find_the_plan_of_one(cluster, tmp_path, 
     cluster(1)
     alone = prune(tmp_path, "one")
     cluster(2)
-    workers, killed = importlib.import_module("selfpruner_hub.workers"), []
+    workers, killed = importlib.import_module("selfpruner_hub.search.ray_workers"), []
     scores = workers._scores
 
     def watched(actors, plans, share):
@@ -75,7 +75,7 @@ def test_two_workers_one_of_them_killed_find_the_plan_of_one(cluster, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
 def test_workers_that_die_again_and_again_end_in_one_line(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfpruner_hub.workers.RESTARTS", 1)
+    monkeypatch.setattr("selfpruner_hub.search.ray_workers.RESTARTS", 1)
     cluster(1)
     done = threading.Event()
 
@@ -118,7 +118,7 @@ def test_as_many_workers_as_fit():
 def test_what_is_unknown_or_missing_is_refused_at_once(monkeypatch):
     with pytest.raises(UserError, match="Unknown executor 'dask'"):
         check_executor("dask")
-    monkeypatch.setattr("selfpruner_hub.workers.find_spec", lambda name: None)
+    monkeypatch.setattr("selfpruner_hub.search.ray_workers.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"selfpruner-hub\[ray\]"):
         AutoPruner(tiny_model("llama"), None, "tiny").prune(0.3, executor="ray", progress=False)
     check_executor(None)

@@ -24,10 +24,10 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from selfpruner_hub.architectures import shape_of
-from selfpruner_hub.budget import Budget, Rates
-from selfpruner_hub.importance import LayerOrder
-from selfpruner_hub.slicing import Slicer, slice_model
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.pruning.importance import LayerOrder
+from selfpruner_hub.pruning.slicing import Slicer, slice_model
 
 GQA = {
     "vocab_size": 128,

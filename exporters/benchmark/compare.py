@@ -21,7 +21,7 @@ from exporters.benchmark.worker import Worker, started
 from exporters.benchmark.workload import workload_of
 from exporters.export import FILE_NAME, export, one_of
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.loading import explain
+from selfpruner_hub.models.loading import explain
 
 WARMUP = 2
 """Passes of each model before those that count."""

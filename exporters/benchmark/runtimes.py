@@ -12,7 +12,7 @@ from torch import Tensor
 from exporters.benchmark.latency import CausalLMRunner, Measured, Runner
 from exporters.export import read_export
 from exporters.to_gguf.llama_cpp import LlamaCpp
-from selfpruner_hub.loading import load_model
+from selfpruner_hub.models.loading import load_model
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from selfpruner_hub.architectures import shape_of
+from selfpruner_hub.models.architectures import shape_of
 
 
 @dataclass(frozen=True)

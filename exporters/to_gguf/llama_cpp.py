@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters import machine
 from exporters.export import require
+from selfpruner_hub.calibration.generated_text import sample_windows
 from selfpruner_hub.errors import ExportError, ModelError
-from selfpruner_hub.sampling import sample_windows
 
 PROMPTS = (24, 9, 1)
 """Lengths of the prompts of a comparison, in tokens."""

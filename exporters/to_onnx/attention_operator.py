@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
-from selfpruner_hub.attending import attending_by
+from selfpruner_hub.models.patching import attending_by
 
 NAME = "selfpruner_operator"
 OPSET = 23

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from exporters.export import one_line, read_export, require
 from exporters.graph_causal_lm import GraphCausalLM
 from selfpruner_hub.errors import SavedModelError, UserError
-from selfpruner_hub.storage import resolve_directory
+from selfpruner_hub.storage.staging import resolve_directory
 
 GRAPH = "openvino_model.xml"
 EXTRA = "openvino"

@@ -18,7 +18,7 @@ from exporters.to_tensorrt.engine import Engine
 from exporters.to_tensorrt.library import find_library, gpu_here
 from exporters.tracing import cache_of, states_of
 from selfpruner_hub.errors import SavedModelError, UserError
-from selfpruner_hub.storage import resolve_directory
+from selfpruner_hub.storage.staging import resolve_directory
 
 ENGINE = "model.engine"
 PREFILL, DECODE = 0, 1

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.plan import ModelShape
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.plans.plan import ModelShape
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, usual and largest shape of an input."""

@@ -20,8 +20,8 @@ from exporters.to_onnx.writer import trace
 from exporters.to_tensorrt.causal_lm import ENGINE, TensorRtCausalLM
 from exporters.to_tensorrt.library import Library, find_library, gpu_here, parse_capability
 from exporters.to_tensorrt.profiles import Profile, profiles
-from selfpruner_hub.architectures import shape_of
 from selfpruner_hub.errors import ExportError, UserError
+from selfpruner_hub.models.architectures import shape_of
 
 DTYPES = {"float32": (torch.float32, 0.05), "float16": (torch.float16, 0.2), "bfloat16": (torch.bfloat16, 1.5)}
 """Of weights and arithmetic (networks are strongly typed), and the allowed distance of a logit. float32 may be TF32."""

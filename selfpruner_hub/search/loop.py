@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from selfpruner_hub.budget import Budget, Rates
 from selfpruner_hub.errors import ProposerError, SelfPrunerError
-from selfpruner_hub.losses import Slopes
-from selfpruner_hub.plan import Plan, plan_of, widths_of
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import Plan, plan_of, widths_of
+from selfpruner_hub.plans.predicted_loss import Slopes
 from selfpruner_hub.search.journal import Journal, Record
 from selfpruner_hub.search.outcome import Outcome, Standing
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Proposer, Scored

@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from selfpruner_hub.budget import Budget, Rates
-from selfpruner_hub.losses import Slopes
-from selfpruner_hub.plan import Plan
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.predicted_loss import Slopes
 
 Operation = Literal["initial", "crossover", "mutation"]
 """What a proposal should be: a fresh member of the population, a child of two parents, or a changed parent."""

@@ -1,0 +1,125 @@
+"""How much the loss minds an error of a layer's outputs: their Fisher information, one layer at a time."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import cast
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.evaluation.metrics import Loss, frozen, head_gradient
+from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
+from selfpruner_hub.models.layer_stream import Seen, Stream, check_finite
+from selfpruner_hub.progress import Progress
+from selfpruner_hub.pruning.output_repair import damped_factor
+from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.offload import Keep, in_memory
+
+DAMPING = 0.1
+"""Of the Fisher information, in units of its mean diagonal: what a few thousand tokens have not seen also counts."""
+
+
+def output_fisher(
+    model: PreTrainedModel,
+    windows: Tensor,
+    seed: int = 0,
+    progress: Progress | None = None,
+    keep: Keep = in_memory,
+    checkpoints: Checkpoints | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Take the Fisher information of what each layer's attention and FFN add to the stream.
+
+    Labels are drawn from the model's own distribution, so that F = E[g gᵀ], with g = ∂L/∂y of an output y, is its
+    Fisher information, and ½ E[δᵀ F δ] the second-order KL divergence that an error δ of y causes. The forward pass
+    keeps what each layer reads; the backward pass runs one layer again at a time.
+
+    Memory: 8 · H² bytes a layer, a hidden state a token and layer, and the activations of one layer.
+
+    Args:
+        model: The dense model.
+        windows: Token ids, `[N, W]`; a few thousand tokens are enough.
+        seed: Of the drawn labels.
+        progress: Told how many layers are done.
+        keep: Where the matrices and hidden states are put.
+        checkpoints: Where the matrices are kept, and taken from.
+
+    Returns:
+        Per layer, R of the attention's and of the FFN's output, `[H, H]`, float32: RᵀR = F + λ · mean(diag F) · I with
+        λ = `DAMPING`, so that ½ ‖R δ‖² is that divergence in nats per token.
+
+    Raises:
+        ModelError: The activations or their gradients are not finite, or no output counts.
+    """
+    architecture, layers = architecture_of(model.config), decoder_layers(model)
+    paths = (architecture.attention_output, architecture.ffn_output)
+    checkpoints = checkpoints or Checkpoints()
+    if known := _finished(layers, keep, checkpoints):
+        return known
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(logits: Tensor, _first: int) -> Tensor:
+        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        return nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+
+    roots: list[tuple[Tensor, Tensor]] = []
+    with frozen(model):
+        stream = Stream(model, windows, keep)
+        read = []
+        for index, layer in enumerate(layers):
+            read.append([keep(hidden.clone()) for hidden in stream.hidden])
+            with torch.no_grad():
+                stream.advance(index, layer)
+        check_finite(stream.hidden)
+        batches = windows.split(len(stream.hidden[0]))
+        gradients = [keep(_behind(model, *each, drawn)) for each in zip(batches, stream.hidden, strict=True)]
+        for index, layer in reversed(list(enumerate(layers))):
+            stream.hidden = read.pop()
+            sums = _products(stream, index, layer, [linear(layer, path) for path in paths], gradients)
+            first, second = (damped_factor(each.div_(windows.numel()), DAMPING).t().contiguous() for each in sums)
+            checkpoints.save(f"fisher-{index}", {"attention": first, "ffn": second})
+            roots.append((keep(first), keep(second)))
+            if progress:
+                progress("sensitivities", len(roots), len(layers))
+    return roots[::-1]
+
+
+def _finished(layers: nn.ModuleList, keep: Keep, checkpoints: Checkpoints) -> list[tuple[Tensor, Tensor]] | None:
+    """What a whole pass has kept; the first layer is its last."""
+    roots = []
+    for index, layer in enumerate(layers):
+        found, device = checkpoints.load(f"fisher-{index}"), next(layer.parameters()).device
+        if found is None:
+            return None
+        roots.append((keep(found["attention"].to(device)), keep(found["ffn"].to(device))))
+    return roots
+
+
+def _behind(model: PreTrainedModel, batch: Tensor, hidden: Tensor, loss: Loss) -> Tensor:
+    """The gradient of the loss by what comes out of the last layer, `[B, W, H]`; the head sees a window at a time."""
+    leaf = hidden.detach().requires_grad_()
+    with ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(patch.object(layer, "forward", lambda *_args, **_kwargs: leaf))
+        last = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
+    last.backward(torch.stack([head_gradient(model, each.detach(), loss) for each in last]))
+    return cast(Tensor, leaf.grad)
+
+
+def _products(
+    stream: Stream, index: int, layer: nn.Module, modules: list[nn.Linear], gradients: list[Tensor]
+) -> list[Tensor]:
+    """Σ g gᵀ of the modules' outputs; `gradients`, by what the layer gives, become those by what it reads."""
+    sums = [torch.zeros(2 * module.weight.shape[:1], device=module.weight.device) for module in modules]
+    for number, hidden in enumerate(stream.hidden):
+        leaf = stream.hidden[number] = hidden.detach().requires_grad_()
+        outputs = [Seen(module) for module in modules]
+        after = cast(Tensor, stream.run(index, layer, number, outputs))
+        back, *found = torch.autograd.grad(after, [leaf, *(each.output for each in outputs)], gradients[number])
+        for total, gradient in zip(sums, found, strict=True):
+            g = gradient.flatten(0, -2).float()
+            total.addmm_(g.t(), g)
+        gradients[number].copy_(back)  # last: what was found may be the same tensor
+    return sums

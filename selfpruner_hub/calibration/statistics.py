@@ -1,0 +1,161 @@
+"""Statistics of the inputs of o_proj and down_proj, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
+from selfpruner_hub.models.layer_stream import Stream, check_finite, exact_in_float32, held_out
+from selfpruner_hub.progress import Progress
+from selfpruner_hub.pruning.output_repair import RIDGE, choose_ridge
+from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.offload import Keep, in_memory
+
+
+@dataclass
+class Moments:
+    """First and second moments of a module's input x over tokens.
+
+    Attributes:
+        mean: E[x], `[D]`, float32.
+        gram: E[x xᵀ], `[D, D]`, float32.
+        ridge: λ for what is fitted to them, in units of mean(diag E[x xᵀ]).
+    """
+
+    mean: Tensor
+    gram: Tensor
+    ridge: float = RIDGE
+
+    @property
+    def energy(self) -> Tensor:
+        """E[x_j²], `[D]`."""
+        return self.gram.diagonal()
+
+    @property
+    def variance(self) -> Tensor:
+        """Var(x_j), `[D]`, not below 0."""
+        return (self.energy - self.mean.square()).clamp_min(0)
+
+
+@dataclass
+class LayerStatistics:
+    """What calibration knows of one decoder layer."""
+
+    attention: Moments
+    """Of the input of o_proj."""
+    ffn: Moments
+    """Of the input of down_proj."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it as named tensors."""
+        return {
+            f"{part}.{name}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            for part, moments in vars(self).items()
+            for name, value in vars(moments).items()
+        }
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], keep: Keep) -> LayerStatistics:
+        """The inverse of `tensors`, moments put where `keep` says."""
+        return cls(
+            *(
+                Moments(tensors[f"{part}.mean"], keep(tensors[f"{part}.gram"]), tensors[f"{part}.ridge"].item())
+                for part in ("attention", "ffn")
+            )
+        )
+
+
+@torch.inference_mode()
+def calibrate(
+    model: PreTrainedModel,
+    windows: Tensor,
+    progress: Progress | None = None,
+    keep: Keep = in_memory,
+    checkpoints: Checkpoints | None = None,
+) -> list[LayerStatistics]:
+    """Stream the windows through the dense model, layer by layer, and take the moments of every layer.
+
+    One window in `HELD_OUT` is held out to choose λ of each projection (`output_repair.choose_ridge`); then all count.
+
+    Memory: 4 · (D_ffn² + D_attention²) bytes a layer, whatever the number of tokens, and one hidden state a token.
+
+    Args:
+        model: The dense model.
+        windows: Token ids, `[N, W]`.
+        progress: Told how many layers are done.
+        keep: Where hidden states and moments are put.
+        checkpoints: Where finished layers are kept, and taken from.
+
+    Returns:
+        One `LayerStatistics` per layer.
+
+    Raises:
+        ModelError: The activations are not finite.
+    """
+    architecture = architecture_of(model.config)
+    layers = decoder_layers(model)
+    checkpoints = checkpoints or Checkpoints()
+    known: list[LayerStatistics] = []
+    with exact_in_float32(model.dtype):
+        while found := checkpoints.load(f"calibration-{len(known)}"):
+            known.append(LayerStatistics.of(found, keep))
+        stream = Stream(model, windows, keep) if len(known) < len(layers) else None
+        for index, layer in enumerate(layers):
+            if stream is None:
+                break
+            if index < len(known):
+                stream.advance(index, layer)
+                continue
+            modules = [linear(layer, path) for path in (architecture.attention_output, architecture.ffn_output)]
+            sums = [_Sums(module) for module in modules]
+            with _hooked(zip(modules, sums, strict=True)):
+                stream.advance(index, layer)
+            known.append(LayerStatistics(*(each.moments(keep) for each in sums)))
+            checkpoints.save(f"calibration-{index}", known[-1].tensors())
+            if progress:
+                progress("calibrating", index + 1, len(layers))
+    return known
+
+
+class _Sums:
+    """A forward pre-hook that sums x and x xᵀ in float32, of the windows that are held out and of the others."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self._weight = module.weight
+        size, device = module.weight.shape[1], module.weight.device
+        self._windows = 0
+        self._counts = [0, 0]
+        self._sum = torch.zeros(size, device=device)
+        self._products = [torch.zeros(size, size, device=device) for _ in self._counts]
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        held = held_out(self._windows, len(inputs[0]))
+        self._windows += len(held)
+        for which, rows in enumerate((~held, held)):
+            x = inputs[0][rows.to(inputs[0].device)].flatten(0, -2).float()
+            self._counts[which] += len(x)
+            self._sum += x.sum(0)
+            self._products[which].addmm_(x.t(), x)
+
+    def moments(self, keep: Keep) -> Moments:
+        fitted, held = self._products
+        total = sum(self._counts)
+        check_finite(self._products)
+        ridge = choose_ridge(self._weight, fitted, held) if self._counts[1] else RIDGE
+        return Moments(self._sum / total, keep(fitted.add_(held).div_(total)), ridge)
+
+
+@contextmanager
+def _hooked(pairs: Iterator[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

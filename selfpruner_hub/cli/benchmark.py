@@ -1,0 +1,94 @@
+"""The verb `selfpruner benchmark`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from selfpruner_hub.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the verb takes.
+
+    Args:
+        parser: Of the verb.
+    """
+    parser.add_argument("directory", metavar="DIR", help="a pruned model, or an export of it for the runtime")
+    parser.add_argument("--against", required=True, metavar="MODEL", help="its dense parent, or the parent's export")
+    parser.add_argument(
+        "--runtime", default="torch", help="torch, onnx, tensorrt, openvino or gguf (default: %(default)s)"
+    )
+    parser.add_argument("--batch", default="1", metavar="N,…", help="prompts at a time (default: %(default)s)")
+    parser.add_argument("--prompt", default="128,512", metavar="N,…", help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--new", default="32", metavar="N", help="tokens written after it (default: %(default)s)")
+    parser.add_argument("--runs", default="7", metavar="N", help="passes of each model (default: %(default)s)")
+    parser.add_argument("--threads", metavar="N", help="of the CPU (default: all)")
+    parser.add_argument("--dtype", help="of the weights, in the runtime's words (default: its own)")
+    parser.add_argument("--device", help="cpu or cuda (default: the runtime's own)")
+    parser.add_argument("--exports", type=Path, metavar="DIR", help="keep the exports that are made for it here")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here as well")
+    parser.add_argument("--save", action="store_true", help="write the figures into DIR's record and card as well")
+    parser.add_argument("--revision", help="branch, tag or commit of MODEL")
+    parser.add_argument("--gguf-file", metavar="FILE", help="load the weights of MODEL from this GGUF file of it")
+
+
+def run(options: argparse.Namespace) -> str:
+    """Run the benchmark.
+
+    Args:
+        options: The parsed command line.
+
+    Returns:
+        What is printed: the table, or the JSON.
+
+    Raises:
+        UserError: An option is wrong, or a model cannot be loaded or exported.
+    """
+    batches, prompts = (_numbers(name, getattr(options, name)) for name in ("batch", "prompt"))
+    (new,), (runs,) = (_numbers(name, getattr(options, name), 1) for name in ("new", "runs"))
+    threads = None if options.threads is None else _numbers("threads", options.threads, 1)[0]
+
+    from exporters.benchmark import benchmark
+    from selfpruner_hub.hub.card import save_metrics
+    from selfpruner_hub.progress import Bars
+    from selfpruner_hub.storage.model_record import read_record, write_atomically
+    from selfpruner_hub.storage.staging import check_writable
+
+    if options.output is not None:
+        check_writable(options.output.parent)
+    if options.save:
+        read_record(Path(options.directory))  # before the minutes that a benchmark takes
+    named = {"revision": options.revision, "gguf_file": options.gguf_file}
+    with Bars(not options.quiet) as progress:
+        report = benchmark(
+            options.directory,
+            options.against,
+            options.runtime,
+            batches=batches,
+            prompts=prompts,
+            new_tokens=new,
+            runs=runs,
+            threads=threads,
+            dtype=options.dtype,
+            device=options.device,
+            exports=options.exports,
+            loading={key: value for key, value in named.items() if value is not None},
+            progress=progress,
+        )
+    if options.output is not None:
+        write_atomically(options.output, report.to_json())
+    if options.save:
+        save_metrics(Path(options.directory), report.metrics())
+    return report.to_json().rstrip("\n") if options.json else report.table()
+
+
+def _numbers(name: str, text: str, most: int | None = None) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1 or (most is not None and len(numbers) > most):
+        what = "a whole number" if most == 1 else "whole numbers, such as 128,512"
+        raise UserError(f"--{name} expects {what}; got {text!r}.")
+    return numbers

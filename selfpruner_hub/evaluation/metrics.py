@@ -1,0 +1,221 @@
+"""Figures of a model on token windows: perplexity and divergence, without a tokens × vocabulary block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.models.forward import windows_at_once
+
+BATCH_TOKENS = 2048
+"""Tokens in one forward pass of the decoder on a CPU."""
+HEAD_TOKENS = 128
+"""Positions whose logits are held at once, in float32: 128 × vocabulary."""
+TOP_K = 64
+"""Teacher probabilities kept per position; the rest of the mass is one more outcome."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The most likely next tokens of the dense model at every predicted position.
+
+    Attributes:
+        ids: `[P, K]`, int32.
+        log_probs: `[P, K]`, float32; natural logarithms.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+
+
+@torch.inference_mode()
+def cross_entropy(model: PreTrainedModel, windows: Tensor) -> float:
+    """Mean negative log-likelihood per predicted token, in nats; `N · (W - 1)` predictions.
+
+    Args:
+        model: A causal language model.
+        windows: Token ids, `[N, W]`; each window is predicted on its own, from its second token on.
+
+    Returns:
+        Nats per token, at least 0.
+    """
+    return mean_losses(model, windows, label_loss(windows))[0]
+
+
+def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
+    """Exp of `cross_entropy`."""
+    return float(torch.tensor(cross_entropy(model, windows), dtype=torch.float64).exp())
+
+
+@torch.inference_mode()
+def teach(model: PreTrainedModel, windows: Tensor, top_k: int = TOP_K) -> Teacher:
+    """Keep what `divergence` needs of the dense model; 8 · K bytes per predicted token.
+
+    Args:
+        model: The dense model.
+        windows: Token ids, `[N, W]`.
+        top_k: Outcomes kept per position, at most the vocabulary.
+
+    Returns:
+        The teacher, on the CPU.
+    """
+    ids, log_probs = [], []
+    for _, logits in _logits(model, windows):
+        values, indices = logits.topk(min(top_k, logits.shape[1]), sorted=False)
+        ids.append(indices.int().cpu())
+        log_probs.append((values - logits.logsumexp(-1, keepdim=True)).cpu())
+    return Teacher(torch.cat(ids), torch.cat(log_probs))
+
+
+@torch.inference_mode()
+def divergence(model: PreTrainedModel, windows: Tensor, teacher: Teacher) -> float:
+    """Mean KL(teacher ‖ model) per predicted token, in nats, over the teacher's top outcomes and the rest as one.
+
+    A lower bound of the full divergence, and 0 only for the teacher's own distribution on these outcomes.
+
+    Args:
+        model: A causal language model with the teacher's vocabulary.
+        windows: Token ids, `[N, W]`: those that the teacher saw, or the first of them.
+        teacher: What `teach` returned.
+
+    Returns:
+        Nats per token, at least 0 up to rounding.
+    """
+    return mean_losses(model, windows, teacher_loss(teacher))[0]
+
+
+Loss = Callable[[Tensor, int], Tensor]
+"""(float32 logits `[P, V]`, index of the first of these predictions) → their summed loss in nats, a scalar."""
+
+
+def label_loss(windows: Tensor) -> Loss:
+    """The negative log-likelihood of the tokens that follow in `windows`, `[N, W]`."""
+    targets = windows[:, 1:].flatten()
+
+    def loss(logits: Tensor, first: int) -> Tensor:
+        wanted = targets[first : first + len(logits), None].to(logits.device)
+        return (logits.logsumexp(-1) - logits.gather(1, wanted)[:, 0]).sum()
+
+    return loss
+
+
+def teacher_loss(teacher: Teacher) -> Loss:
+    """The divergence from a teacher, over its top outcomes and the rest as one."""
+
+    def loss(logits: Tensor, first: int) -> Tensor:
+        rows = slice(first, first + len(logits))
+        p = teacher.log_probs[rows].to(logits.device)
+        q = logits.gather(1, teacher.ids[rows].long().to(logits.device)) - logits.logsumexp(-1, keepdim=True)
+        inside = (p.exp() * (p - q)).sum(1)
+        p_rest, q_rest = (1 - p.exp().sum(1)).clamp_min(1e-9), (1 - q.exp().sum(1)).clamp_min(1e-9)
+        return (inside + p_rest * (p_rest.log() - q_rest.log())).sum()
+
+    return loss
+
+
+@torch.inference_mode()
+def mean_losses(model: PreTrainedModel, windows: Tensor, *losses: Loss) -> list[float]:
+    """Several losses in one pass over the windows.
+
+    Args:
+        model: A causal language model.
+        windows: Token ids, `[N, W]`.
+        *losses: What to measure.
+
+    Returns:
+        The mean of each per predicted token, in nats.
+    """
+    totals, predicted = [0.0] * len(losses), 0
+    for first, logits in _logits(model, windows):
+        totals = [total + loss(logits, first).item() for total, loss in zip(totals, losses, strict=True)]
+        predicted += len(logits)
+    return [total / predicted for total in totals]
+
+
+def _logits(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index of the first prediction, float32 logits `[≤ HEAD_TOKENS, V]`) over all windows."""
+    done = 0
+    for predicting in last_hidden_states(model, windows):
+        for first, logits in head_chunks(model, predicting):
+            yield done + first, logits
+        done += len(predicting)
+
+
+def last_hidden_states(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
+    """Run the decoder on a few windows at a time.
+
+    Args:
+        model: A causal language model.
+        windows: Token ids, `[N, W]`.
+
+    Yields:
+        What the head reads, `[P, H]`, at every position but the last of each window.
+    """
+    for batch in windows.split(windows_at_once(model, windows.shape[1], BATCH_TOKENS)):
+        hidden = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
+        yield hidden[:, :-1].flatten(0, 1)
+
+
+def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Run the language-model head on `hidden`, `[P, H]`, a block of positions at a time.
+
+    Args:
+        model: A causal language model.
+        hidden: Last hidden states.
+
+    Yields:
+        The index of the first position, and the block's float32 logits `[≤ HEAD_TOKENS, V]`.
+    """
+    head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    for first in range(0, len(hidden), HEAD_TOKENS):
+        logits = head(hidden[first : first + HEAD_TOKENS]).float()
+        yield first, logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def head_gradient(model: PreTrainedModel, hidden: Tensor, loss: Loss, first: int = 0) -> Tensor:
+    """The gradient of a loss by last hidden states, `[P, H]`, the head a block of positions at a time.
+
+    Args:
+        model: A causal language model.
+        hidden: Last hidden states, `[P, H]`.
+        loss: Summed over positions.
+        first: The number of the first of them, for the loss.
+
+    Returns:
+        `[P, H]`.
+    """
+    leaf = hidden.requires_grad_()
+    for number, logits in head_chunks(model, leaf):
+        loss(logits, first + number).backward()
+    return cast(Tensor, leaf.grad)
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No gradients of the weights for a while: they would take as much memory as the weights do."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def with_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[PreTrainedModel]:
+    """Let `model` run with other decoder layers for a while."""
+    decoder = model.get_decoder()
+    dense = decoder.layers
+    decoder.layers = layers
+    try:
+        yield model
+    finally:
+        decoder.layers = dense

@@ -1,0 +1,125 @@
+"""Pictures of a search, drawn from its journal alone: the curve, the population, the final rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from selfpruner_hub.errors import OutputError, RunMismatchError
+from selfpruner_hub.plans.plan import ModelShape, plan_of
+from selfpruner_hub.search.journal import FILE_NAME, Record, read_journal
+
+FORMATS = ("png", "svg")
+
+
+def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+    """Draw `search`, `population` and `rates`.
+
+    Args:
+        directory: A run directory or a saved model: what holds `search.jsonl`.
+        output: Where the pictures go; created where it does not exist.
+        formats: Of the files.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        RunMismatchError: There is no journal, or nothing in it that could be drawn.
+        OutputError: They cannot be written.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise RunMismatchError(
+            f"{str(directory)!r} holds no {FILE_NAME}.", "Give a run directory, or a directory that prune wrote."
+        )
+    header, *records = read_journal(path)
+    scores = [r for r in records if r.get("kind") == "score"]
+    if not any(r["share"] == 1 for r in scores):
+        raise RunMismatchError(f"{path} holds no complete score yet.", "Let the search run on.")
+    settings = header["settings"]
+    shape = _shape(settings)
+    pictures = {
+        "search": _curve([r for r in records if "share" in r], settings),
+        "population": _population(scores, shape),
+        "rates": _rates(_best(scores), shape, settings),
+    }
+    written = []
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, figure in pictures.items():
+            for kind in formats:
+                FigureCanvasAgg(figure)
+                figure.savefig(output / f"{name}.{kind}", dpi=150, bbox_inches="tight")
+                written.append(output / f"{name}.{kind}")
+    except OSError as error:
+        raise OutputError(f"Cannot write {str(output)!r}: {error.strerror}.", "Choose another output.") from error
+    return written
+
+
+def _shape(settings: Record) -> ModelShape:
+    known = settings["shape"]
+    dense = plan_of(known)
+    return ModelShape(known["hidden_size"], known["head_dim"], known["queries_per_group"], dense)
+
+
+def _best(scores: Sequence[Record]) -> Record:
+    full = [s for s in scores if s["share"] == 1 and s["fitness"] is not None]
+    return min(full, key=lambda s: s["fitness"])
+
+
+def _curve(spending: Sequence[Record], settings: Record) -> Figure:
+    """Full scores and the best so far, against full-evaluation equivalents; probes cost some too."""
+    spent = np.cumsum([s["share"] for s in spending])
+    points = [(x, s) for x, s in zip(spent, spending, strict=True) if s["share"] == 1 and s.get("fitness") is not None]
+    x = [p[0] for p in points]
+    y = [p[1]["fitness"] for p in points]
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    for origin in sorted({p[1]["origin"].partition(":")[0] for p in points}):
+        chosen = np.array([(a, b["fitness"]) for a, b in points if b["origin"].partition(":")[0] == origin])
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=18, label=origin)
+    axes.step(x, np.minimum.accumulate(y), where="post", color="black", linewidth=1, label="best so far")
+    axes.set_xlabel("full-evaluation equivalents")
+    axes.set_ylabel(f"{settings['fitness']} on the search text")
+    axes.set_title(f"{settings['model']}, β = {settings['beta']}")
+    axes.legend()
+    return figure
+
+
+def _population(scores: Sequence[Record], shape: ModelShape) -> Figure:
+    """Rate of every layer in every plan, in the order in which plans were first scored."""
+    plans = list(dict.fromkeys(plan_of(s["widths"]) for s in scores))
+    rates = np.array([shape.rates(plan) for plan in plans]).T
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    image = axes.imshow(100 * rates, aspect="auto", origin="lower", cmap="viridis", vmin=0)
+    figure.colorbar(image, label="removed, %")
+    axes.set_xlabel("plan, in order of scoring")
+    axes.set_ylabel("layer")
+    return figure
+
+
+def _rates(best: Record, shape: ModelShape, settings: Record) -> Figure:
+    """What the best plan removes from each layer, as attention and FFN shares of the layer."""
+    plan = plan_of(best["widths"])
+    layers = np.arange(1, shape.num_layers + 1)
+    sizes = np.array([shape.layer_weights(w) for w in shape.dense.layers])
+    pairs = list(zip(shape.dense.layers, plan.layers, strict=True))
+    attention = np.array([(d.num_key_value_heads - k.num_key_value_heads) * shape.group_weights for d, k in pairs])
+    ffn = np.array([(d.intermediate_size - k.intermediate_size) * shape.channel_weights for d, k in pairs])
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    axes.bar(layers, 100 * ffn / sizes, label="FFN")
+    axes.bar(layers, 100 * attention / sizes, bottom=100 * ffn / sizes, label="attention")
+    axes.axhline(100 * settings["beta"], color="black", linestyle="--", linewidth=1, label="β")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("removed, % of the layer")
+    axes.set_ylim(0, min(100, 1.15 * math.ceil(100 * max(shape.rates(plan))) + 1))
+    axes.set_title(f"{settings['model']}: best plan, from {best['origin']}")
+    axes.legend()
+    return figure

@@ -1,0 +1,231 @@
+"""Publishing: one commit with the model, its record, pictures and card, made from saved files; and a Space beside it.
+
+Nothing is kept between two calls but the files themselves and what the Hub already has, so a call that was cut off is
+simply repeated: large files that arrived are not sent again, and a repository that is up to date gets no commit.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
+from selfpruner_hub.errors import HubError, SavedModelError, SelfPrunerError, UserError
+from selfpruner_hub.hub.bundle import CARD, Bundle, check_export, collect, is_ours
+from selfpruner_hub.hub.card import render_card
+from selfpruner_hub.hub.privacy import check_private
+from selfpruner_hub.hub.space import VENDORED, space_files
+from selfpruner_hub.models.hub_errors import explain_hub, may_have_committed, pause
+from selfpruner_hub.storage.model_record import read_record
+from selfpruner_hub.storage.staging import EXPORTS
+
+PAUSES = (2.0, 8.0)
+"""Seconds before the second and the third try: the Hub's client itself tries uploads again, but no commit."""
+Tree = dict[str, RepoFile]
+"""What a repository holds, by path."""
+Changes = tuple[dict[str, Path | bytes], list[str]]
+"""Files to write, by path, and paths to delete."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a model is now."""
+
+    url: str
+    """Of the model, or of the pull request."""
+    commit: str
+    changed: bool
+    """Whether a commit was needed: False where the Hub had all of it already."""
+    space: str | None = None
+    """Address of the demo Space."""
+
+
+def publish(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    space: bool = False,
+    exports: Sequence[str] = (),
+    token: str | None = None,
+    commit_message: str = "Publish the pruned model",
+) -> Published:
+    """Publish a saved model: all of it in one commit, or nothing.
+
+    Args:
+        directory: A saved model. Exports of it that stand in `directory/onnx` and the like are published too.
+        repo_id: Where it goes: `name`, or `namespace/name`; created where it does not exist.
+        private: Visibility of a new repository; None takes the account's default.
+        revision: Branch; created where it does not exist.
+        create_pr: Open a pull request instead.
+        space: Publish the demo Space `REPO_ID-demo` as well.
+        exports: Formats to export to first, where `directory` has no such export of this model yet.
+        token: Of the Hub; None takes the stored one, or HF_TOKEN.
+        commit_message: One line.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        SavedModelError: The directory holds no whole pruned model, or an export of another one.
+        UserError: An export is unknown, a file holds a secret, or the Hub refuses.
+        HubError: The Hub is out of reach, or fails.
+    """
+    directory = Path(directory)
+    if space and create_pr:
+        raise UserError("A Space shows a model that is there, not one in a pull request.", "Push it after the merge.")
+    if unknown := sorted(set(exports) - set(EXPORTS)):
+        raise UserError(f"Unknown export {unknown[0]!r}.", f"Choose from: {', '.join(EXPORTS)}.")
+    for name in exports:
+        _export(directory, name)
+    bundle = collect(directory)
+    check_private({**bundle.files, CARD: render_card(bundle.record, repo_id).encode()}, directory, [token])
+
+    api = HfApi(token=token, library_name="selfpruner-hub")
+    model = _Repository(api, repo_id, "model", revision)
+    model.create(private)
+    published = model.commit(lambda tree: _model_changes(bundle, model, tree), commit_message, create_pr)
+    if not space:
+        return published
+    demo = _Repository(api, f"{model.repo_id}-demo", "space")
+    files = space_files(bundle.record, model.repo_id, revision)
+    try:
+        demo.create(private)
+        shown = demo.commit(
+            lambda tree: (files, [n for n in _in(VENDORED, tree) if n not in files]), "Publish the demo"
+        )
+    except SelfPrunerError as error:
+        raise type(error)(f"The model is published, its Space is not: {error.message}", error.hint) from error
+    return replace(published, space=shown.url)
+
+
+def _export(directory: Path, name: str) -> None:
+    """Make an export, unless one of this model is there."""
+    from exporters.export import export, read_export  # they import this package
+
+    record, target = read_record(directory), directory / name
+    if target.exists():
+        try:
+            check_export(directory, name, record)
+            return
+        except SavedModelError:
+            read_export(target, name)  # what is not an export of ours is not ours to delete
+            shutil.rmtree(target)
+    export(directory, name, target)
+
+
+def _model_changes(bundle: Bundle, repo: _Repository, tree: Tree) -> Changes:
+    """What makes a repository hold this model, and no leftovers of an earlier one.
+
+    Exports that the repository has and this machine has not stay where they are made from the same weights.
+    """
+    kept = [name for name in EXPORTS if name not in bundle.exports and _in([name], tree)]
+    if kept and not all(name in tree and _same(path, tree[name]) for name, path in bundle.weights.items()):
+        kept = []
+    exports = [name for name in EXPORTS if name in (*bundle.exports, *kept)]
+    card = render_card(bundle.record, repo.repo_id, repo.revision, pictures=list(bundle.pictures), exports=exports)
+    files: dict[str, Path | bytes] = {**bundle.files, **bundle.pictures, CARD: card.encode()}
+    here = {*files, *_in(kept, tree)}
+    return files, [name for name in tree if is_ours(name) and name not in here]
+
+
+def _in(folders: Sequence[str], tree: Tree) -> list[str]:
+    """Paths of a repository that lie in one of its folders."""
+    return [name for name in tree if "/" in name and name.partition("/")[0] in folders]
+
+
+def _same(path: Path, there: RepoFile) -> bool:
+    """Whether a file is what a repository holds, by the hash that the Hub keeps of it."""
+    if there.lfs is None:
+        return git_hash(path.read_bytes()) == there.blob_id
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex() == there.lfs.sha256
+
+
+class _Repository:
+    """A repository on the Hub that is written to: what fails for a moment is tried again, all else is one error."""
+
+    def __init__(self, api: HfApi, repo_id: str, kind: str, revision: str | None = None) -> None:
+        self._api = api
+        self.repo_id = repo_id
+        self.kind = kind
+        self.revision = revision
+
+    def create(self, private: bool | None) -> None:
+        """Create it, unless it is there; and the branch."""
+        sdk = "gradio" if self.kind == "space" else None
+        self.repo_id = self._patiently(
+            lambda: (
+                self._api.create_repo(
+                    self.repo_id, repo_type=self.kind, private=private, space_sdk=sdk, exist_ok=True
+                ).repo_id
+            )
+        )
+
+    def commit(self, changes: Callable[[Tree], Changes], message: str, create_pr: bool = False) -> Published:
+        """Commit changes on what is there now; nothing where nothing changes."""
+        branch = self.revision
+        if branch and not create_pr and not branch.startswith("refs/"):
+            self._patiently(lambda: self._create_branch(branch))
+        return self._patiently(lambda: self._commit(changes, message, create_pr), once=create_pr)
+
+    def _create_branch(self, branch: str) -> None:
+        self._api.create_branch(self.repo_id, branch=branch, repo_type=self.kind, exist_ok=True)
+
+    def _commit(self, changes: Callable[[Tree], Changes], message: str, create_pr: bool) -> Published:
+        head = self._api.repo_info(self.repo_id, repo_type=self.kind, revision=self.revision).sha
+        listed = self._api.list_repo_tree(self.repo_id, repo_type=self.kind, revision=head, recursive=True)
+        files, stale = changes({entry.path: entry for entry in listed if isinstance(entry, RepoFile)})
+        done = self._api.create_commit(
+            self.repo_id,
+            [
+                *(CommitOperationAdd(name, source) for name, source in sorted(files.items())),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            repo_type=self.kind,
+            revision=self.revision,
+            commit_message=message,
+            create_pr=create_pr,
+            parent_commit=head,  # what was found unchanged must still be there when the rest arrives
+        )
+        prefix = "spaces/" if self.kind == "space" else ""
+        url = done.pr_url or f"{self._api.endpoint}/{prefix}{self.repo_id}"
+        return Published(url, done.oid, done.oid != head)
+
+    def _patiently(self, call: Callable[[], T], once: bool = False) -> T:
+        """Try again what may succeed then; `once` says that it must not happen twice."""
+        with self._explained(once):
+            for wait in PAUSES:
+                try:
+                    return call()
+                except Exception as error:  # the Hub's client raises many kinds
+                    asked = pause(error)
+                    if asked is None or (once and may_have_committed(error)):
+                        raise
+                time.sleep(max(wait, asked))
+            return call()
+
+    @contextmanager
+    def _explained(self, once: bool) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if once and may_have_committed(error):
+                raise HubError(
+                    "The Hub failed, or the connection dropped, while a pull request was opened.",
+                    "See whether it is there before you repeat.",
+                ) from error
+            if told := explain_hub(error, self.repo_id):
+                raise told from error
+            raise

@@ -1,0 +1,61 @@
+"""The files of a demo Space: the app of `spaces/`, told which model it shows, and this package for its live tab."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import SpaceCard
+
+from selfpruner_hub.hub.card import asset, is_repo_id
+from selfpruner_hub.storage.model_record import Record
+
+VENDORED = ("selfpruner_hub", "exporters")
+"""Folders of ours in a Space. Its `requirements.txt` cannot name this package before an index has it: one line that
+pip does not find, and the whole Space does not build."""
+SETTINGS = "model.json"
+"""What the app reads: the model, its revision, its dense parent."""
+_CARRIED = ("*.py", "templates/*.txt")
+
+
+def space_files(record: Record, repo_id: str, revision: str | None = None) -> dict[str, Path | bytes]:
+    """Put together what a Space needs to show one published model.
+
+    Args:
+        record: Of the model.
+        repo_id: Where it is published.
+        revision: The branch there; None is the main one.
+
+    Returns:
+        Files by their path in the Space.
+    """
+    app = asset("spaces")
+    files: dict[str, Path | bytes] = {path.name: path for path in app.iterdir() if path.suffix in (".py", ".txt")}
+    settings = {"pruned": repo_id, "revision": revision, "dense": record.base_model}
+    files[SETTINGS] = f"{json.dumps(settings, indent=2)}\n".encode()
+    files["README.md"] = _front_page(app / "README.md", record, repo_id).encode()
+    for name in VENDORED:
+        package = _folder(name)
+        found = (path for pattern in _CARRIED for path in package.rglob(pattern))
+        found = (path for path in found if app not in path.parents)  # a wheel has the app inside the package
+        files |= {f"{name}/{path.relative_to(package).as_posix()}": path for path in found}
+    return files
+
+
+def _folder(package: str) -> Path:
+    """Where a package lies; it is not imported for that."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No package named {package!r}.", name=package)
+    return Path(spec.origin).parent
+
+
+def _front_page(template: Path, record: Record, repo_id: str) -> str:
+    """The Space's README with its metadata filled in."""
+    card = SpaceCard(template.read_text(encoding="utf-8"))
+    data: Any = card.data  # its fields are made as they are set
+    data.title = f"{repo_id.rpartition('/')[2]} beside its parent"
+    data.models = [repo_id, *([record.base_model] if is_repo_id(record.base_model) else [])]
+    return str(card)

@@ -1,0 +1,133 @@
+"""Where each supported architecture keeps its prunable weights: data, one row per `model_type`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from selfpruner_hub.errors import UnsupportedArchitectureError
+from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
+from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
+
+Block = Literal["query", "key_value", "channel"]
+"""What a run of output rows belongs to: the query heads of the KV groups, their key (or value) heads, FFN channels."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module whose output rows are prunable."""
+
+    path: str
+    """Module path inside a decoder layer."""
+    blocks: tuple[Block, ...]
+    """Runs of rows, in order; a fused projection has several."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Module paths inside a decoder layer of one `model_type`."""
+
+    model_type: str
+    inputs: tuple[Projection, ...]
+    """Projections that read the residual stream: q, k, v and gate, up, fused or not."""
+    attention_output: str = "self_attn.o_proj"
+    ffn_output: str = "mlp.down_proj"
+    output_norms: bool = False
+    """The outputs of attention and FFN are normalised before they are added to the residual stream."""
+    norm_unit: float = 0.0
+    """What a norm adds to its weight before it multiplies by it."""
+
+    @property
+    def ffn_inputs(self) -> tuple[Projection, ...]:
+        """The projections whose rows are FFN channels: gate and up, fused or not."""
+        return tuple(p for p in self.inputs if p.blocks[0] == "channel")
+
+
+_SEPARATE = (
+    Projection("self_attn.q_proj", ("query",)),
+    Projection("self_attn.k_proj", ("key_value",)),
+    Projection("self_attn.v_proj", ("key_value",)),
+    Projection("mlp.gate_proj", ("channel",)),
+    Projection("mlp.up_proj", ("channel",)),
+)
+_FUSED = (
+    Projection("self_attn.qkv_proj", ("query", "key_value", "key_value")),
+    Projection("mlp.gate_up_proj", ("channel", "channel")),
+)
+
+ARCHITECTURES = {
+    row.model_type: row
+    for row in (
+        Architecture("llama", _SEPARATE),  # LLaMA-1/2/3, Vicuna, SmolLM2
+        Architecture("mistral", _SEPARATE),
+        Architecture("qwen2", _SEPARATE),
+        Architecture("qwen3", _SEPARATE),
+        Architecture("gemma", _SEPARATE, norm_unit=1.0),
+        Architecture("gemma2", _SEPARATE, output_norms=True, norm_unit=1.0),
+        Architecture("gemma3_text", _SEPARATE, output_norms=True, norm_unit=1.0),
+        Architecture("phi3", _FUSED),
+    )
+}
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Look up the row of a configuration.
+
+    Args:
+        config: Of a dense or a pruned model.
+
+    Returns:
+        Where that architecture keeps its prunable weights.
+
+    Raises:
+        UnsupportedArchitectureError: The table has no such `model_type`.
+    """
+    model_type = config.model_type.removeprefix("selfpruned_")
+    if model_type not in ARCHITECTURES:
+        raise UnsupportedArchitectureError(
+            f"Models of type {model_type!r} are not supported.",
+            f"Supported: {', '.join(sorted(ARCHITECTURES))} (text decoders only).",
+        )
+    return ARCHITECTURES[model_type]
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The heterogeneous model class that stands for `config`'s architecture."""
+    return MODEL_CLASSES[architecture_of(config).model_type]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The stack of decoder layers, first layer first."""
+    layers = model.get_decoder().layers
+    if not isinstance(layers, nn.ModuleList):
+        raise UnsupportedArchitectureError(f"{type(model).__name__} has no stack of decoder layers.")
+    return layers
+
+
+def linear(layer: nn.Module, path: str) -> nn.Linear:
+    """The linear module at `path` inside a decoder layer."""
+    return cast(nn.Linear, layer.get_submodule(path))
+
+
+def shape_of(config: PreTrainedConfig) -> ModelShape:
+    """Read the prunable geometry from a configuration, whose layers may differ already."""
+    layers = list(config.per_layer_config)
+    first = layers[0]
+    head_dim = getattr(first, "head_dim", None) or first.hidden_size // first.num_attention_heads
+    return ModelShape(
+        hidden_size=config.hidden_size,
+        head_dim=head_dim,
+        queries_per_group=first.num_attention_heads // first.num_key_value_heads,
+        dense=Plan(tuple(LayerWidths(c.intermediate_size, c.num_key_value_heads) for c in layers)),
+    )
+
+
+def block_rows(shape: ModelShape, kept: LayerWidths, block: Block) -> int:
+    """Count the output rows that a block of this kind has in a layer of widths `kept`."""
+    if block == "channel":
+        return kept.intermediate_size
+    heads = shape.queries_per_group if block == "query" else 1
+    return kept.num_key_value_heads * heads * shape.head_dim

@@ -1,0 +1,167 @@
+"""Hidden states that go through the decoder layers one layer at a time, so that one layer's work needs one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.errors import ModelError
+from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.storage.offload import Keep, in_memory
+
+BATCH_TOKENS = 4096
+"""Tokens in one forward pass of a layer."""
+HELD_OUT = 8
+"""One window in so many is held out to choose λ; the second repair fits it in no layer."""
+
+Call = Callable[[nn.Module, Tensor], Tensor]
+"""Runs a decoder layer on hidden states, with the masks and positions that the model gives it."""
+
+
+class Stream:
+    """The hidden states of some windows before one of the layers of a model, in batches.
+
+    Memory: one hidden state per token.
+
+    Args:
+        model: Whose embeddings and layers they go through.
+        windows: Token ids, `[N, W]`.
+        keep: Where they are put.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Tensor, keep: Keep = in_memory) -> None:
+        batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+        self.hidden = [keep(_embedded(model, batch)) for batch in batches]
+        """One `[B, W, H]` a batch."""
+        self._calls = {len(batch): _calls(model, batch) for batch in (batches[0], batches[-1])}
+
+    def run(self, index: int, layer: nn.Module, number: int, watched: Sequence[Seen] = ()) -> Tensor | None:
+        """Run a layer on one batch, which stays as it is.
+
+        Args:
+            index: Of the layer, in the model.
+            layer: It, or its pruned copy.
+            number: Of the batch.
+            watched: Keep what goes in and out of modules inside it; the last one may end the pass.
+
+        Returns:
+            What comes out, or None where the pass was ended.
+        """
+        hidden = self.hidden[number]
+        with watching(watched):
+            return self._calls[len(hidden)][index](layer, hidden)
+        return None
+
+    def advance(self, index: int, layer: nn.Module) -> None:
+        """Go on to what comes after a layer."""
+        for number in range(len(self.hidden)):
+            self.hidden[number].copy_(cast(Tensor, self.run(index, layer, number)))
+
+
+def check_finite(tensors: Iterable[Tensor]) -> None:
+    """Refuse a model whose activations are not finite.
+
+    Args:
+        tensors: Activations, or sums of them.
+
+    Raises:
+        ModelError: One of them is not.
+    """
+    if not all(each.isfinite().all() for each in tensors):
+        raise ModelError("The model's activations are not finite.", "Check its weights, or load it in float32.")
+
+
+class Stop(Exception):  # noqa: N818  (not an error)
+    """Nothing that comes after is needed."""
+
+
+class Seen:
+    """A forward hook that keeps the last input and output of a module; the last of several ends the pass."""
+
+    input: Tensor
+    output: Tensor
+
+    def __init__(self, module: nn.Module, last: bool = False) -> None:
+        self.module = module
+        self._last = last
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Be the hook."""
+        self.input, self.output = args[0], output
+        if self._last:
+            raise Stop
+
+
+@contextmanager
+def watching(seen: Sequence[Seen]) -> Iterator[None]:
+    """Hooks on, as long as it lasts; a pass that one of them ends is ended quietly."""
+    handles = [each.module.register_forward_hook(each) for each in seen]
+    try:
+        yield
+    except Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def held_out(first: int, count: int) -> Tensor:
+    """Which of the windows `first` to `first + count - 1` are held out: one in `HELD_OUT`, `[count]`, bool."""
+    return (torch.arange(first, first + count) + 1) % HELD_OUT == 0
+
+
+@contextmanager
+def exact_in_float32(dtype: torch.dtype) -> Iterator[None]:
+    """Multiply float32 copies of bfloat16 values in bfloat16 with float32 sums: exact, and several times faster."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    if dtype == torch.bfloat16:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _calls(model: PreTrainedModel, batch: Tensor) -> list[Call]:
+    """How the model calls each of its layers, for batches of this shape; no layer is run for it."""
+    kept: list[dict[str, Any]] = []
+
+    def keep(*args: Tensor, **kwargs: Any) -> Tensor:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        kept.append(kwargs)
+        return cast(Tensor, hidden)
+
+    with ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(patch.object(layer, "forward", keep))
+        model.get_decoder()(batch.to(model.device), use_cache=False)
+
+    def call(kwargs: dict[str, Any]) -> Call:
+        return lambda layer, hidden: layer(hidden, **kwargs)
+
+    return [call(kwargs) for kwargs in kept]
+
+
+def _embedded(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """What the first decoder layer reads."""
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        kept.append(args[0] if args else kwargs["hidden_states"])
+        raise Stop
+
+    handle = decoder_layers(model)[0].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        model.get_decoder()(batch.to(model.device), use_cache=False)
+    except Stop:
+        pass
+    finally:
+        handle.remove()
+    return kept[0]

@@ -1,0 +1,156 @@
+"""Models and tokenizers from a directory or the Hub, with one clear line for everything that can go wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchitectureError, UserError
+from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
+from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
+from selfpruner_hub.storage.offload import Keep, in_memory
+
+_FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
+"""The `from_pretrained` keywords that say where files are, and so hold for configuration and tokenizer too."""
+_WEIGHTS = ["*.safetensors", "*.json"]
+_GIVE = "Give a Hub repository, or a directory that `save_pretrained` wrote."
+
+
+def load_model(
+    name: str, *, any_architecture: bool = False, keep: Keep = in_memory, **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a causal language model, dense or pruned, and its tokenizer.
+
+    Weights of a GGUF file are dequantised: they are about to be cut.
+
+    Args:
+        name: A directory or a Hub repository.
+        any_architecture: Take models too that cannot be pruned, such as one that only proposes.
+        keep: Where the weights are put; but for memory, they come from safetensors one by one.
+        **kwargs: Keywords of transformers' `from_pretrained`.
+
+    Returns:
+        The model in eval mode, and its tokenizer or None where there is none.
+
+    Raises:
+        UnsupportedArchitectureError: The architecture is not in the table; found out before any weight is read.
+        ModelError: The model is missing, gated, out of reach, truncated, or has weights that are not finite.
+    """
+    where = {key: kwargs[key] for key in _FOR_FILES if key in kwargs}
+    where["trust_remote_code"] = kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
+    if kwargs.get("gguf_file"):
+        kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+    try:
+        config = AutoConfig.from_pretrained(name, **where)
+        if not any_architecture:
+            architecture_of(config)
+        if keep is in_memory:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
+            model, found = loaded
+        else:
+            model, found = _one_by_one(name, config, keep, **kwargs)
+    except SelfPrunerError:
+        raise
+    except Exception as error:  # transformers, the Hub client and safetensors share no base class
+        raise explain(name, error) from error
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        raise ModelError(f"The weights of {name!r} lack {missing[0]}.", "Download or save them again.")
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ModelError(f"The weights of {name!r} are not finite (first in {key}).", "Load an intact checkpoint.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except Exception:  # a model without a tokenizer can be pruned on data="self"
+        tokenizer = None
+    return model.eval(), tokenizer
+
+
+def _one_by_one(
+    name: str, config: PreTrainedConfig, keep: Keep, dtype: str | torch.dtype = "auto", **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Build a model around weights that are put away as they are read, so that they are never in memory together."""
+    if kwargs.get("gguf_file") or kwargs.get("device_map") or kwargs.get("quantization_config"):
+        raise UserError("Weights can be offloaded from safetensors to a CPU only.", "Leave out GGUF files and devices.")
+    where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    directory = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_WEIGHTS, **where))
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SAFE_WEIGHTS_NAME}
+    named: Any = config.dtype if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    for file in sorted(files):
+        with safe_open(directory / file, "pt") as opened:
+            keys = list(opened.keys())
+        for key in keys:
+            with safe_open(directory / file, "pt") as opened:  # anew for each, since what was read stays in memory
+                _put(model, key, opened.get_tensor(key), named, keep)
+    model.tie_weights()
+    missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+    return model, {"missing_keys": missing}
+
+
+def _put(model: PreTrainedModel, key: str, tensor: Tensor, dtype: torch.dtype | None, keep: Keep) -> None:
+    owner, _, leaf = key.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return  # of a part that the architecture has not, as in from_pretrained
+    if (expected := module._parameters.get(leaf)) is not None:
+        if expected.shape != tensor.shape:
+            raise ModelError(f"The weights of the model do not fit its configuration (first {key}).", _GIVE)
+        module._parameters[leaf] = nn.Parameter(keep(tensor.to(dtype or tensor.dtype)))
+
+
+def explain(name: str, error: Exception) -> SelfPrunerError:
+    """Turn what a library raised while loading `name` into one line with a remedy."""
+    chain = causes(error)
+    text = " ".join(str(e) for e in chain)
+    gated = any(isinstance(e, GatedRepoError) for e in chain)
+    missing = any(isinstance(e, (RepositoryNotFoundError, RevisionNotFoundError)) for e in chain)
+    if gated or ("gated repo" in text and not missing):  # what is missing may be gated, the Hub's client says
+        return ModelError(
+            f"{name!r} is gated.", "Accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN."
+        )
+    if missing:
+        return ModelError(
+            f"{name!r} (or this revision of it) is not on the Hub.",
+            "Check the name; a private repository needs HF_TOKEN.",
+        )
+    if (is_full_disk(error) or status_of(error)) and (told := explain_hub(error, name)):
+        return told
+    if Path(name).is_dir() and "Unrecognized model" in text and not (Path(name) / "config.json").is_file():
+        return ModelError(f"{name!r} holds no model: it has no config.json.", _GIVE)
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return UnsupportedArchitectureError(
+            f"{name!r} is of an architecture that this version does not know.",
+            f"Supported: {', '.join(sorted(ARCHITECTURES))}.",
+        )
+    if any(isinstance(e, SafetensorError) for e in chain):
+        return ModelError(f"The weights of {name!r} are damaged or cut off.", "Download or save them again.")
+    if isinstance(error, ImportError):
+        return ModelError(f"Cannot load {name!r}: {' '.join(str(error).split())}"[:400], "Install what is missing.")
+    if Path(name).exists():
+        reason = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        return ModelError(f"{name!r} cannot be loaded as a model: {reason}"[:400].rstrip(".") + ".", _GIVE)
+    return ModelError(
+        f"Cannot find {name!r}: no local directory, and the Hugging Face Hub has no such model or is out of reach.",
+        "Check the name, the network, and HF_ENDPOINT.",
+    )

@@ -1,0 +1,273 @@
+"""From rates to widths: every plan that leaves this module removes the fraction β of the prunable weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from selfpruner_hub.errors import BudgetError
+from selfpruner_hub.plans.plan import ModelShape, Plan
+
+TOLERANCE = 1e-3
+"""Largest distance between β asked for and β achieved, where the model's own granularity allows it."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A proposal: the fraction of its KV groups and of its FFN channels that each layer gives up.
+
+    Attributes:
+        attention: One rate per layer, in [0, 1).
+        ffn: One rate per layer, in [0, 1).
+    """
+
+    attention: tuple[float, ...]
+    ffn: tuple[float, ...]
+
+    @classmethod
+    def tied(cls, rates: Sequence[float]) -> Rates:
+        """One rate per layer for both parts, as in the paper."""
+        return cls(tuple(rates), tuple(rates))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The constraint of the search: mean rate β, bounds on each rate, granularity of the widths.
+
+    Args:
+        shape: Geometry of the dense model.
+        beta: Fraction of all prunable weights to remove, 0 < β < 1.
+        p_min: Least rate of any layer, in [0, β].
+        p_max: Greatest rate of any layer's attention or FFN (of the layer, where they are tied), in [β, 1).
+            No layer falls below one KV group.
+        tied: One rate for attention and FFN of a layer (arXiv 2502.14413) instead of two.
+        multiple_of: FFN widths are multiples of this many channels (hardware likes 32, 64 or 128); it must divide
+            the dense width. Coarser widths cost a little quality, and make β less exact in small models.
+
+    Raises:
+        BudgetError: A value is out of its range, or β cannot be reached within the bounds.
+    """
+
+    shape: ModelShape
+    beta: float
+    p_min: float = 0.0
+    p_max: float = 0.9
+    tied: bool = False
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every value, and that β can be reached."""
+        check_beta(self.beta)
+        if not 0 <= self.p_min < self.p_max < 1:
+            raise BudgetError(f"Rate bounds must satisfy 0 <= p_min < p_max < 1; got {self.p_min} and {self.p_max}.")
+        if self.multiple_of < 1 or any(w.intermediate_size % self.multiple_of for w in self.shape.dense.layers):
+            widths = sorted({w.intermediate_size for w in self.shape.dense.layers})
+            raise BudgetError(
+                f"multiple_of={self.multiple_of} does not divide the FFN width {widths}.",
+                "Choose a divisor of it, such as 1.",
+            )
+        least, most = self._reachable()
+        if not least - self.tolerance <= self.beta <= most + self.tolerance:
+            raise BudgetError(
+                f"beta={self.beta:g} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and at least "
+                f"one KV group a layer, this model can lose between {least:.3f} and {most:.3f}.",
+                "Change beta or the bounds.",
+            )
+        nearest = self.shape.beta(self.project(Rates.tied([self.beta] * self.shape.num_layers)))
+        if abs(nearest - self.beta) > self.tolerance + 1e-12:
+            raise BudgetError(
+                f"beta={self.beta:g} cannot be reached: it lies between two KV groups, where the FFN cannot reach; "
+                f"the nearest is {nearest:.3f}.",
+                "Change beta or the bounds.",
+            )
+
+    @property
+    def tolerance(self) -> float:
+        """Distance from β that counts as reached: 0.001, or half the model's smallest step if that is more."""
+        step = self.multiple_of * self.shape.channel_weights / self.shape.weights(self.shape.dense)
+        return max(TOLERANCE, step / 2 + 1e-9)
+
+    def rates(self, plan: Plan) -> Rates:
+        """The rates that `plan` stands for: its attention's and its FFN's own, or its layers' where they are tied."""
+        if self.tied:
+            return Rates.tied(self.shape.rates(plan))
+        pairs = tuple(zip(plan.layers, self.shape.dense.layers, strict=True))
+        return Rates(
+            tuple(1 - kept.num_key_value_heads / dense.num_key_value_heads for kept, dense in pairs),
+            tuple(1 - kept.intermediate_size / dense.intermediate_size for kept, dense in pairs),
+        )
+
+    def distance(self, rates: Rates, plan: Plan) -> float:
+        """How far the projection moved a proposal: mean absolute change over all its rates."""
+        own = self.rates(plan)
+        moved = [abs(a - b) for a, b in zip(rates.attention + rates.ffn, own.attention + own.ffn, strict=True)]
+        return sum(moved) / len(moved)
+
+    def project(self, rates: Rates, parent: Rates | None = None) -> Plan:
+        """Move a proposal to the nearest plan on the budget.
+
+        KV groups are rounded as proposed (one group is a large piece); FFN rates are then shifted by one constant,
+        within their bounds, until the total is met (the Euclidean projection onto the budget), and rounded by largest
+        remainder. Groups change only where the FFN alone cannot meet β.
+
+        Args:
+            rates: `L` attention and `L` FFN rates; any finite numbers.
+            parent: Of a plan that the proposal is a change of. The layers that differ then settle the total among
+                themselves, where their bounds allow it: the child stays near its parent, and its first layers are the
+                parent's up to the first that was changed.
+
+        Returns:
+            A plan whose β is within `tolerance` of the one asked for.
+
+        Raises:
+            BudgetError: The number of rates is not `L`, or a rate is not finite.
+        """
+        self._check(rates)
+        rates = Rates(_clipped(rates.attention), _clipped(rates.ffn))
+        dense = self.shape.dense.layers
+        free = [True] * len(dense) if parent is None else _differing(rates, parent)
+        if self.tied:
+            rates = self._project_tied(rates.ffn, free)
+        groups = self._round_groups(rates.attention)
+        removed = self.beta * self.shape.weights(self.shape.dense)
+        for_ffn = removed - sum(groups) * self.shape.group_weights
+        bounds = self._ffn_bounds(groups)
+        unit = self.multiple_of * self.shape.channel_weights
+        wanted = [rate * w.intermediate_size / self.multiple_of for rate, w in zip(rates.ffn, dense, strict=True)]
+        shifted = _shift_to_sum(wanted, _freed(bounds, wanted, free), for_ffn / unit)
+        units = _largest_remainder(shifted, bounds, for_ffn / unit)
+        return Plan.of(
+            [w.intermediate_size - u * self.multiple_of for w, u in zip(dense, units, strict=True)],
+            [w.num_key_value_heads - g for w, g in zip(dense, groups, strict=True)],
+        )
+
+    def _check(self, rates: Rates) -> None:
+        for name, values in (("attention", rates.attention), ("ffn", rates.ffn)):
+            if len(values) != self.shape.num_layers:
+                raise BudgetError(f"Expected {self.shape.num_layers} {name} rates, one per layer; got {len(values)}.")
+            if not all(math.isfinite(v) for v in values):
+                raise BudgetError(f"Every {name} rate must be a finite number.")
+
+    def _ffn_bounds(self, groups: Sequence[int]) -> list[tuple[int, int]]:
+        """Fewest and most units of `multiple_of` channels that each layer may lose beside its groups; one unit stays.
+
+        p_min bounds the layer's rate, and so does p_max where attention and FFN share one.
+        """
+        bounds = []
+        unit = self.multiple_of * self.shape.channel_weights
+        for w, removed_groups in zip(self.shape.dense.layers, groups, strict=True):
+            units, gone = w.intermediate_size // self.multiple_of, removed_groups * self.shape.group_weights
+            size = self.shape.layer_weights(w)
+            low = math.ceil((self.p_min * size - gone) / unit - 1e-9)
+            high = math.floor((self.p_max * size - gone) / unit + 1e-9 if self.tied else self.p_max * units + 1e-9)
+            bounds.append((min(max(low, 0), units - 1), min(high, units - 1)))
+        return bounds
+
+    def _group_limit(self, groups: int) -> int:
+        return min(math.floor(self.p_max * groups + 1e-9), groups - 1)
+
+    def _removed(self, groups: Sequence[int]) -> tuple[int, int]:
+        """Fewest and most weights that a plan which removes these groups can remove."""
+        bounds = self._ffn_bounds(groups)
+        unit = self.multiple_of * self.shape.channel_weights
+        gone = sum(groups) * self.shape.group_weights
+        return gone + unit * sum(low for low, _ in bounds), gone + unit * sum(high for _, high in bounds)
+
+    def _reachable(self) -> tuple[float, float]:
+        limits = [self._group_limit(w.num_key_value_heads) for w in self.shape.dense.layers]
+        total = self.shape.weights(self.shape.dense)
+        return self._removed([0] * len(limits))[0] / total, self._removed(limits)[1] / total
+
+    def _project_tied(self, rates: Sequence[float], free: Sequence[bool]) -> Rates:
+        """Shift the layers' single rates to mean β, then let the FFN of a layer pay for its rounded groups."""
+        dense = self.shape.dense.layers
+        weights = [self.shape.layer_weights(w) for w in dense]
+        bounds = [(self.p_min * n, self.p_max * n) for n in weights]
+        total = self.beta * sum(weights)
+        wanted = [r * n for r, n in zip(rates, weights, strict=True)]
+        shifted = _shift_to_sum(wanted, _freed(bounds, wanted, free), total)
+        attention = [removed / n for removed, n in zip(shifted, weights, strict=True)]
+        groups = self._round_groups(attention)
+        ffn = [
+            (removed - g * self.shape.group_weights) / (w.intermediate_size * self.shape.channel_weights)
+            for removed, g, w in zip(shifted, groups, dense, strict=True)
+        ]
+        return Rates(tuple(attention), tuple(ffn))
+
+    def _round_groups(self, rates: Sequence[float]) -> list[int]:
+        """Groups to remove per layer, corrected where the FFN alone could not meet β."""
+        dense = self.shape.dense.layers
+        limits = [self._group_limit(w.num_key_value_heads) for w in dense]
+        wanted = [r * w.num_key_value_heads for r, w in zip(rates, dense, strict=True)]
+        groups = [min(max(math.floor(x + 0.5), 0), limit) for x, limit in zip(wanted, limits, strict=True)]
+        target = self.beta * self.shape.weights(self.shape.dense)
+        slack = self.tolerance * self.shape.weights(self.shape.dense)
+        while self._removed(groups)[1] < target - slack:
+            layer = max((i for i, g in enumerate(groups) if g < limits[i]), key=lambda i: wanted[i] - groups[i])
+            groups[layer] += 1
+        while self._removed(groups)[0] > target + slack:
+            layer = min((i for i, g in enumerate(groups) if g > 0), key=lambda i: wanted[i] - groups[i])
+            groups[layer] -= 1
+        return groups
+
+
+def check_beta(beta: object) -> None:
+    """Raise `BudgetError` unless β is a number with 0 < β < 1."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise BudgetError(f"beta must be a number between 0 and 1; got {beta!r}.", "Pass for example beta=0.3.")
+    if not 0 < beta < 1:
+        raise BudgetError(
+            f"beta must satisfy 0 < beta < 1; got {beta:g}.", "It is the mean fraction of weights removed."
+        )
+
+
+def _clipped(rates: Sequence[float]) -> tuple[float, ...]:
+    """Rates far outside [0, 1] mean no more than one outside it."""
+    return tuple(min(max(rate, -1.0), 2.0) for rate in rates)
+
+
+def _differing(rates: Rates, parent: Rates) -> list[bool]:
+    """Which layers a change of a plan touches."""
+    pairs = zip(rates.attention, rates.ffn, parent.attention, parent.ffn, strict=True)
+    return [(a, f) != (old_a, old_f) for a, f, old_a, old_f in pairs]
+
+
+def _freed(
+    bounds: Sequence[tuple[float, float]], values: Sequence[float], free: Sequence[bool]
+) -> list[tuple[float, float]]:
+    """The bounds of the layers that are free to move; the others are held where they are."""
+    return [bound if moves else (value, value) for bound, value, moves in zip(bounds, values, free, strict=True)]
+
+
+def _shift_to_sum(values: Sequence[float], bounds: Sequence[tuple[float, float]], total: float) -> list[float]:
+    """Euclidean projection of `values` onto {x : low <= x <= high, Σ x = total}: clip(values + t) for one t."""
+
+    def clipped(shift: float) -> list[float]:
+        return [min(max(v + shift, low), high) for v, (low, high) in zip(values, bounds, strict=True)]
+
+    low = min(b[0] - v for v, b in zip(values, bounds, strict=True))
+    high = max(b[1] - v for v, b in zip(values, bounds, strict=True))
+    for _ in range(200):
+        middle = (low + high) / 2
+        if sum(clipped(middle)) < total:
+            low = middle
+        else:
+            high = middle
+    return clipped(high)
+
+
+def _largest_remainder(values: Sequence[float], bounds: Sequence[tuple[int, int]], total: float) -> list[int]:
+    """Round to integers within bounds whose sum is the nearest to `total`; the largest remainders round up."""
+    units = [min(max(math.floor(v + 1e-9), low), high) for v, (low, high) in zip(values, bounds, strict=True)]
+    missing = round(total) - sum(units)
+    while missing:
+        step = 1 if missing > 0 else -1
+        open_layers = [i for i, u in enumerate(units) if bounds[i][0] <= u + step <= bounds[i][1]]
+        if not open_layers:
+            break
+        by_remainder = sorted(open_layers, key=lambda i: step * (values[i] - units[i]), reverse=True)
+        for layer in by_remainder[: abs(missing)]:
+            units[layer] += step
+            missing -= step
+    return units

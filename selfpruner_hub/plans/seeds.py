@@ -1,0 +1,107 @@
+"""Where a search starts: uniform rates, a ramp over depth, and rates from each layer's predicted loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.predicted_loss import LossCurves
+
+RAMP = 0.5
+"""Slope of the ramp: the last layer loses (1 + RAMP) β, the first (1 - RAMP) β (arithmetic progression: ATP,
+arXiv 2502.10184)."""
+
+
+def seeds(
+    budget: Budget, curves: Sequence[LossCurves] | None = None, loss: Callable[[Plan], float] | None = None
+) -> dict[str, Rates]:
+    """Name the starting points, simplest first.
+
+    Args:
+        budget: That they keep to.
+        curves: Predicted losses of the layers alone; they add the knapsack over them, and its blend with uniform rates.
+        loss: Measures what a plan costs over the dense model, in nats per token; it puts the curves right first.
+
+    Returns:
+        Rates that `budget.project` takes.
+    """
+    layers = budget.shape.num_layers
+    depth = np.linspace(-1, 1, layers) if layers > 1 else np.zeros(1)
+    flat = np.full(layers, budget.beta)
+    found = {"uniform": _rates(budget, flat), "ramp": _rates(budget, flat * (1 + RAMP * depth))}
+    if curves is not None:
+        best = knapsack(budget, curves if loss is None else _as_measured(budget, curves, loss))
+        found["sensitivity"] = best
+        found["blend"] = _blend(best, budget.rates(budget.project(found["uniform"])))
+    return found
+
+
+def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[Plan], float]) -> list[LossCurves]:
+    """Scale the losses of attention, and those of the FFN, to what cutting that part alone costs in all layers at once.
+
+    One layer's prediction knows nothing of the others, and what they lose together need not be the sum.
+    """
+    dense, plan = budget.shape.dense.layers, budget.project(knapsack(budget, curves))
+
+    def factor(part: str, width: str) -> float:
+        kept = [getattr(w, width) for w in plan.layers]
+        predicted = sum(float(getattr(c, part)[k]) for c, k in zip(curves, kept, strict=True))
+        if predicted <= 0:  # nothing of it is cut
+            return 1.0
+        alone = Plan(tuple(replace(full, **{width: k}) for full, k in zip(dense, kept, strict=True)))
+        found = loss(alone) / predicted
+        return found if 0 < found < math.inf else 1.0
+
+    attention, ffn = factor("attention", "num_key_value_heads"), factor("ffn", "intermediate_size")
+    return [LossCurves(attention * c.attention, ffn * c.ffn) for c in curves]
+
+
+def _rates(budget: Budget, ffn: NDArray[np.float64]) -> Rates:
+    """Tied rates, or FFN rates alone: a KV group is too large a piece to lose everywhere."""
+    attention = ffn if budget.tied else np.zeros_like(ffn)
+    return Rates(tuple(attention.tolist()), tuple(ffn.tolist()))
+
+
+def _blend(a: Rates, b: Rates) -> Rates:
+    """FFN rates half-way between two proposals, with the attention of the first."""
+    return Rates(a.attention, tuple((x + y) / 2 for x, y in zip(a.ffn, b.ffn, strict=True)))
+
+
+def knapsack(budget: Budget, curves: Sequence[LossCurves]) -> Rates:
+    """Rates of least total predicted loss: each part keeps what minimises loss + μ · weights, μ found by bisection.
+
+    The layers' losses are taken to add up; how they interact is what a search has to find out.
+    """
+    shape = budget.shape
+    target = (1 - budget.beta) * shape.weights(shape.dense)
+    parts = [(c.attention, shape.group_weights) for c in curves] + [(c.ffn, shape.channel_weights) for c in curves]
+    floors = [1 + int((1 - budget.p_max) * (len(loss) - 1) - 1e-9) for loss, _ in parts]
+
+    def kept(price: float) -> list[int]:
+        return [
+            floor + int(np.argmin(loss[floor:] + price * cost * np.arange(floor, len(loss))))
+            for (loss, cost), floor in zip(parts, floors, strict=True)
+        ]
+
+    low, high = 0.0, max(float(loss.max()) / cost for loss, cost in parts) + 1e-12
+    for _ in range(100):
+        middle = (low + high) / 2
+        weights = sum(k * cost for k, (_, cost) in zip(kept(middle), parts, strict=True))
+        low, high = (middle, high) if weights > target else (low, middle)
+    rates = [1 - k / (len(loss) - 1) for k, (loss, _) in zip(kept(high), parts, strict=True)]
+    layers = shape.num_layers
+    if budget.tied:
+        sizes = [shape.layer_weights(w) for w in shape.dense.layers]
+        removed = [
+            rates[i] * w.num_key_value_heads * shape.group_weights
+            + rates[layers + i] * w.intermediate_size * shape.channel_weights
+            for i, w in enumerate(shape.dense.layers)
+        ]
+        return Rates.tied([r / n for r, n in zip(removed, sizes, strict=True)])
+    return Rates(tuple(rates[:layers]), tuple(rates[layers:]))

@@ -1,0 +1,1 @@
+"""Pruning: order the channels and groups, cut them, repair what is left."""

@@ -1,0 +1,230 @@
+"""The second repair: projections refitted on the stream of the pruned model, layer by layer.
+
+The first repair lets each layer approach its own dense output on dense inputs. Its errors add up: what reaches a layer
+is no longer what it was calibrated on. Here each output projection in turn is fitted to what brings the pruned residual
+stream back to the dense one, given all that was lost before it (error accumulation, as in SparseGPT and SliceGPT, with
+the residual stream as target), and with down_proj what feeds it, gate_proj and up_proj.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear
+from selfpruner_hub.models.layer_stream import Seen, Stream, exact_in_float32, held_out, watching
+from selfpruner_hub.progress import Progress
+from selfpruner_hub.pruning.importance import Fisher, roots_of
+from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
+from selfpruner_hub.pruning.output_repair import as_seen
+from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.offload import Keep, in_memory
+
+RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
+"""λ to choose from, in units of mean(diag E[x̂ x̂ᵀ]). Much more than a first repair needs: it keeps to what that gave,
+and only what much text agrees on moves it."""
+
+
+@torch.no_grad()
+def compensate(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    windows: Tensor,
+    ridges: Sequence[float] = RIDGES,
+    progress: Progress | None = None,
+    inputs: bool = True,
+    keep: Keep = in_memory,
+    checkpoints: Checkpoints | None = None,
+    fisher: Fisher | None = None,
+) -> None:
+    """Refit o_proj, gate_proj, up_proj and down_proj of every pruned layer, in place, first layer first.
+
+    W* = (E[t x̂ᵀ] + λ W) (E[x̂ x̂ᵀ] + λ I)⁻¹ for o_proj and down_proj, with x̂ the projection's input in the pruned model,
+    W its weight before, and the target t = (dense stream after the block) - (pruned stream before it). Where the
+    architecture normalises the output before it is added (Gemma 2 and 3), t is the dense output itself. λ is chosen for
+    each projection: fitted to the other windows, it brings those that are held out, in all layers the same, nearest to
+    their targets. gate_proj and up_proj then move toward the same target (`least_squares.fit_inputs`), and
+    down_proj is fitted again; where that does not help on the windows that are held out, they stay. How near an
+    output is to its target, ‖R δ‖² tells, with RᵀR its Fisher information in the dense model.
+
+    Memory: six hidden states per token, and twice the statistics of one projection.
+
+    Args:
+        dense: The dense model.
+        pruned: Its pruned copy, with the layers' first repair.
+        windows: Token ids of the calibration, `[N, W]`.
+        ridges: λ to choose from, smallest first, in units of mean(diag E[x̂ x̂ᵀ]); it pulls toward the weight before.
+            One alone is taken as it is; the greatest is where there are too few windows to hold one out.
+        progress: Told how many layers are done.
+        inputs: Refit gate_proj and up_proj too.
+        keep: Where hidden states are put.
+        checkpoints: Where finished layers are kept, and taken from.
+        fisher: What `fisher.output_fisher` returned; None takes all errors of an output alike.
+
+    Raises:
+        ModelError: The statistics are degenerate.
+    """
+    checkpoints = checkpoints or Checkpoints()
+    architecture = architecture_of(dense.config)
+    original, moved = Stream(dense, windows, keep), Stream(dense, windows, keep)
+    pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
+    roots = roots_of(fisher, len(pairs))
+    with exact_in_float32(dense.dtype):
+        for index, (whole, layer) in enumerate(pairs):
+            if done := checkpoints.load(f"repair-{index}"):
+                layer.load_state_dict(done)
+                original.advance(index, whole)
+                moved.advance(index, layer)
+                continue
+            wanted = _targets(architecture, index, whole, original, moved, keep)
+            _fit_attention(architecture, index, layer, moved, wanted, ridges, roots[index][0])
+            ffn = _Ffn(architecture, index, layer, moved, wanted, keep, roots[index][1])
+            ffn.fit_down(ridges)
+            if inputs and ffn.fit_inputs():
+                ffn.fit_down(ridges)
+            checkpoints.save(f"repair-{index}", layer.state_dict())
+            moved.advance(index, layer)
+            if progress:
+                progress("repairing", index + 1, len(pairs))
+
+
+Targets = list[list[Tensor]]
+"""For each batch, what the attention's and the FFN's output should be, `[B, W, H]` each."""
+
+
+def _targets(
+    architecture: Architecture, index: int, whole: nn.Module, original: Stream, moved: Stream, keep: Keep
+) -> Targets:
+    """Advance the dense stream by one layer; what its outputs and, but for normalised outputs, the drift ask for."""
+    wanted = []
+    for number, hidden in enumerate(original.hidden):
+        outputs = [Seen(linear(whole, path)) for path in (architecture.attention_output, architecture.ffn_output)]
+        after = original.run(index, whole, number, outputs)
+        first, second = (each.output for each in outputs)
+        if not architecture.output_norms:
+            first = _sum(first, hidden, -moved.hidden[number])
+        wanted.append([keep(first), keep(second)])
+        hidden.copy_(cast(Tensor, after))
+    return wanted
+
+
+def _fit_attention(
+    architecture: Architecture,
+    index: int,
+    layer: nn.Module,
+    moved: Stream,
+    wanted: Targets,
+    ridges: Sequence[float],
+    root: Tensor | None,
+) -> None:
+    module = linear(layer, architecture.attention_output)
+    fit = LinearFit(module, ridges, root)
+    for number, targets in enumerate(wanted):
+        seen = Seen(module, last=True)
+        moved.run(index, layer, number, [seen])
+        fit.add(seen.input, targets[0])
+    fit.apply()
+
+
+class _Ffn:
+    """The FFN of a pruned layer whose attention is done: what it reads and what should come of it, batch by batch."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        index: int,
+        layer: nn.Module,
+        moved: Stream,
+        wanted: Targets,
+        keep: Keep,
+        root: Tensor | None,
+    ) -> None:
+        self._keep, self._root = keep, root
+        owner, _, _ = architecture.ffn_output.rpartition(".")
+        self._run = layer.get_submodule(owner)
+        self._inputs = [linear(layer, p.path) for p in architecture.ffn_inputs]
+        self._down = linear(layer, architecture.ffn_output)
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        attention = linear(layer, architecture.attention_output)
+        for number, (first, target) in enumerate(wanted):
+            outputs = Seen(attention), Seen(self._inputs[0], last=True)
+            moved.run(index, layer, number, outputs)
+            if not architecture.output_norms:  # what the attention left of the drift
+                target = _sum(target, first, -outputs[0].output)
+            self._batches.append((keep(outputs[1].input), keep(target)))
+
+    def fit_down(self, ridges: Sequence[float]) -> None:
+        fit = LinearFit(self._down, ridges, self._root)
+        for h, target in self._batches:
+            seen = Seen(self._down, last=True)
+            with watching([seen]):
+                self._run(h)
+            fit.add(seen.input, target)
+        fit.apply()
+
+    def fit_inputs(self) -> bool:
+        """Move gate and up, where that helps on the windows that are held out; returns whether it does."""
+        rests = [self._keep(self._rest(h, target)) for h, target in self._batches]
+
+        def stream() -> Iterator[Gated]:
+            for (h, _), rest in zip(self._batches, rests, strict=True):
+                yield Gated(h, self._factors(h), rest)
+
+        rows = [module.weight for module in self._inputs]
+        before = [weight.clone() for weight in rows]
+        stacked = torch.cat(rows).view(-1, *self._down.weight.t().shape)
+        down = as_seen(self._down.weight, self._root).to(rows[0].dtype)
+        moved = (stacked.float() + fit_inputs(stream, stacked, down)).flatten(0, 1)
+        for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
+            weight.copy_(new)
+        helps = _held_error(self._rest(h, target) for h, target in self._batches) < _held_error(rests)
+        if not helps:  # the step was too long for what bends, or none was found
+            for weight, old in zip(rows, before, strict=True):
+                weight.copy_(old)
+        return helps
+
+    def _rest(self, h: Tensor, target: Tensor) -> Tensor:
+        """What is missing in the output, times R."""
+        rest = _sum(target, -self._run(h))
+        return rest if self._root is None else nn.functional.linear(rest, self._root.to(rest.dtype))
+
+    def _factors(self, h: Tensor) -> Tensor:
+        """The derivative of down's input by what gate and up give, `[N, W, K, F]`.
+
+        Down's input is an elementwise function of them, so it is the gradient of its sum.
+        """
+        given: list[Tensor] = []
+
+        def leaf(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            given.append(output.detach().requires_grad_())
+            return given[-1]
+
+        seen = Seen(self._down, last=True)
+        handles = [module.register_forward_hook(leaf) for module in self._inputs]
+        try:
+            with torch.enable_grad():
+                with watching([seen]):
+                    self._run(h)
+                gradients = torch.autograd.grad(seen.input.sum(), given)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.cat(gradients, -1).view(*h.shape[:-1], -1, seen.input.shape[-1])
+
+
+def _held_error(rests: Iterable[Tensor]) -> float:
+    """Σ ‖rest‖² over the windows that are held out; not-a-number where one is."""
+    windows, total = 0, 0.0
+    for rest in rests:
+        total += rest[held_out(windows, len(rest)).to(rest.device)].float().square().sum().item()
+        windows += len(rest)
+    return total
+
+
+def _sum(*parts: Tensor) -> Tensor:
+    """Add large numbers that nearly cancel, and only then round."""
+    return torch.stack([part.float() for part in parts]).sum(0).to(parts[0].dtype)

@@ -1,0 +1,282 @@
+"""Cutting layers: dense weights in order of importance, candidates as views of them, compact models for saving."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from selfpruner_hub.calibration.statistics import LayerStatistics
+from selfpruner_hub.models.architectures import (
+    Block,
+    architecture_of,
+    block_rows,
+    decoder_layers,
+    linear,
+    model_class,
+    shape_of,
+)
+from selfpruner_hub.models.modeling_selfpruned import WIDTHS, LayerConfig
+from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
+from selfpruner_hub.pruning.importance import Fisher, LayerOrder, expand, roots_of
+from selfpruner_hub.pruning.output_repair import Repair
+from selfpruner_hub.storage.offload import Keep, in_memory
+
+Part = Literal["attention", "ffn"]
+PARTS: tuple[Part, Part] = ("attention", "ffn")
+"""Of a decoder layer, each with an output projection of its own."""
+CACHED_REPAIRS = 1.0
+"""Memory for memoised repaired weights, as a multiple of the prunable output weights of the dense model."""
+
+
+class Slicer:
+    """Cuts the layers of one dense model, whose weights stand in order of importance (see `ordered`).
+
+    Args:
+        model: The dense model, permuted.
+        order: The permutation that was applied, one per layer.
+        statistics: Calibration statistics in dense order, for the repair, one layer at a time; None leaves weights as
+            they are.
+        keep: Where the repairs are put; repaired weights are memoised only where that is memory.
+        fisher: What `fisher.output_fisher` returned, for the errors; None takes all errors of an output alike.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        order: Sequence[LayerOrder],
+        statistics: Iterable[LayerStatistics] | None,
+        keep: Keep = in_memory,
+        fisher: Fisher | None = None,
+    ) -> None:
+        self.model = model
+        self.keep = keep
+        self.shape = shape_of(model.config)
+        self._architecture = architecture_of(model.config)
+        self._dense = decoder_layers(model)
+        self._paths = (self._architecture.attention_output, self._architecture.ffn_output)
+        self.repairs: list[tuple[Repair, Repair]] | None = None
+        if statistics is not None:
+            roots = roots_of(fisher, len(self._dense))
+            self.repairs = [self._repairs(*known) for known in zip(self._dense, order, statistics, roots, strict=True)]
+        self._cache: OrderedDict[tuple[int, Part, int], Tensor] = OrderedDict()
+        outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
+        self._free = int(CACHED_REPAIRS * outputs) if keep is in_memory else 0
+
+    def _repairs(
+        self, layer: nn.Module, order: LayerOrder, known: LayerStatistics, roots: tuple[Tensor | None, Tensor | None]
+    ) -> tuple[Repair, Repair]:
+        pairs = ((known.attention, expand(order.groups, self.unit("query"))), (known.ffn, order.channels))
+        return tuple(  # type: ignore[return-value]
+            Repair(linear(layer, path).weight, moments.gram[columns][:, columns], moments.ridge, self.keep, root)
+            for path, (moments, columns), root in zip(self._paths, pairs, roots, strict=True)
+        )
+
+    def errors(self) -> list[tuple[Tensor, Tensor]]:
+        """Expected squared output error of each layer after repair, by what it keeps, in the metric of `fisher`.
+
+        Returns:
+            Per layer, for 0 to G KV groups `[G + 1]`, and for 0 to F channels `[F + 1]`.
+
+        Raises:
+            ValueError: The slicer has no statistics.
+        """
+        if self.repairs is None:
+            raise ValueError("a slicer without statistics knows no errors")
+        return [(attention.errors()[:: self.unit("query")], ffn.errors()) for attention, ffn in self.repairs]
+
+    def unit(self, block: Block) -> int:
+        """Rows that one KV group (or one channel) has in a block of this kind."""
+        return _unit(self.shape, block)
+
+    def layer(self, index: int, kept: LayerWidths) -> nn.Module:
+        """Build layer `index` with the widths `kept`: views of the dense weights, repaired output projections."""
+        return _cut(self._dense[index], self.model, index, kept, self.shape, self._outputs(index, kept))
+
+    def layers(self, plan: Plan) -> nn.ModuleList:
+        """Build the decoder layers of a candidate."""
+        return nn.ModuleList(self.layer(index, kept) for index, kept in enumerate(plan.layers))
+
+    def output_weight(self, index: int, part: Part, kept: int) -> Tensor:
+        """Weight of a part's output projection when the part keeps its first `kept` units, repaired; not memoised.
+
+        Args:
+            index: The layer.
+            part: Its attention or its FFN.
+            kept: KV groups, or channels; at least 1.
+
+        Returns:
+            `[H, columns]`, a view of the dense weight where nothing is repaired.
+        """
+        which = PARTS.index(part)
+        columns = kept * self.unit("query" if part == "attention" else "channel")
+        weight = linear(self._dense[index], self._paths[which]).weight.detach()
+        if self.repairs is None or columns == weight.shape[1]:
+            return weight[:, :columns]
+        return self.repairs[index][which].weight(columns)
+
+    def _outputs(self, index: int, kept: LayerWidths) -> dict[str, Tensor]:
+        """Repaired weights of the output projections whose width changes, memoised by (layer, part, width)."""
+        if self.repairs is None:
+            return {}
+        dense = self.shape.dense.layers[index]
+        return {
+            path: self._memoised(index, part, units(kept, part))
+            for path, part in zip(self._paths, PARTS, strict=True)
+            if units(kept, part) < units(dense, part)
+        }
+
+    def _memoised(self, index: int, part: Part, kept: int) -> Tensor:
+        key = (index, part, kept)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        weight = self.output_weight(index, part, kept)
+        self._cache[key] = weight
+        self._free -= weight.numel()
+        while self._free < 0 and len(self._cache) > 1:
+            self._free += self._cache.popitem(last=False)[1].numel()
+        return weight
+
+
+@torch.no_grad()  # not inference_mode: what is returned can be fine-tuned
+def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
+    """Build the compact pruned model of `plan`: own copies of the sliced weights, nothing shared with the dense one.
+
+    Args:
+        slicer: Of the dense model.
+        plan: Widths to keep.
+
+    Returns:
+        A model of the matching `selfpruned_*` class, in eval mode, on the dense model's device.
+    """
+    dense = slicer.model
+    config = pruned_config(dense, plan)
+    with torch.device("meta"):
+        model = model_class(dense.config)(config)
+    state = {k: v for k, v in dense.state_dict().items() if ".layers." not in k}
+    prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
+    for index, kept in enumerate(plan.layers):
+        state.update({f"{prefix}.{index}.{k}": v for k, v in slicer.layer(index, kept).state_dict().items()})
+    model.load_state_dict({k: _own(v, slicer.keep) for k, v in state.items()}, assign=True, strict=True)
+    model.tie_weights()
+    for name, buffer in dense.named_buffers():  # rotary frequencies are not in the state dict
+        model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.clone()
+    model.generation_config = dense.generation_config
+    return model.eval()
+
+
+def _own(tensor: Tensor, keep: Keep) -> Tensor:
+    """A contiguous copy."""
+    if keep is in_memory:
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    return keep(tensor.detach().contiguous())
+
+
+def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
+    """The configuration of the pruned model: dense values at the top, `plan` in `per_layer_config`."""
+    shape = shape_of(dense.config)
+    values = dense.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
+        values.pop(key, None)
+    widths = (
+        (kept.num_key_value_heads * shape.queries_per_group, kept.num_key_value_heads, kept.intermediate_size)
+        for kept in plan.layers
+    )
+    per_layer = {index: dict(zip(WIDTHS, values_, strict=True)) for index, values_ in enumerate(widths)}
+    config_class: type[PreTrainedConfig] = model_class(dense.config).config_class  # type: ignore[assignment]
+    config = config_class(**{**values, "head_dim": shape.head_dim, "per_layer_config": per_layer})
+    config._attn_implementation_internal = dense.config._attn_implementation_internal
+    return config
+
+
+@contextmanager
+def ordered(model: PreTrainedModel, order: Sequence[LayerOrder]) -> Iterator[None]:
+    """Put the dense weights into order of importance, in place, and back at the end.
+
+    The model computes the same function meanwhile. One layer is copied at a time.
+    """
+    permute(model, order)
+    try:
+        yield
+    finally:
+        permute(model, [o.inverse() for o in order])
+
+
+@torch.no_grad()
+def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
+    """Reorder KV groups and FFN channels of every layer in place; the model's function does not change."""
+    architecture, shape = architecture_of(model.config), shape_of(model.config)
+    for layer, by in zip(decoder_layers(model), order, strict=True):
+        for projection in architecture.inputs:
+            module = linear(layer, projection.path)
+            indices, offset = [], 0
+            for block in projection.blocks:
+                rows = expand(_indices(by, block), _unit(shape, block))
+                indices.append(rows + offset)
+                offset += len(rows)
+            rows = torch.cat(indices).to(module.weight.device)
+            for tensor in (module.weight, module.bias):
+                if tensor is not None:
+                    tensor.data.copy_(tensor.data[rows])
+        for path, columns in (
+            (architecture.attention_output, expand(by.groups, _unit(shape, "query"))),
+            (architecture.ffn_output, by.channels),
+        ):
+            weight = linear(layer, path).weight
+            weight.data.copy_(weight.data[:, columns.to(weight.device)])
+
+
+def _cut(
+    dense: nn.Module,
+    model: PreTrainedModel,
+    index: int,
+    kept: LayerWidths,
+    shape: ModelShape,
+    outputs: dict[str, Tensor],
+) -> nn.Module:
+    """A stock layer of its own widths over prefix views of `dense`'s tensors."""
+    architecture = architecture_of(model.config)
+    widths = (kept.num_key_value_heads * shape.queries_per_group, kept.num_key_value_heads, kept.intermediate_size)
+    own = LayerConfig(model.config, head_dim=shape.head_dim, **dict(zip(WIDTHS, widths, strict=True)))
+    with torch.device("meta"):
+        layer = type(dense)(own, index)
+    tensors = {name: parameter.detach() for name, parameter in dense.named_parameters()}
+    full = shape.dense.layers[index]
+    for projection in architecture.inputs:
+        spans, offset = [], 0
+        for block in projection.blocks:
+            spans.append((offset, block_rows(shape, kept, block)))
+            offset += block_rows(shape, full, block)
+        for name in (f"{projection.path}.weight", f"{projection.path}.bias"):
+            if name in tensors:
+                views = [tensors[name].narrow(0, *span) for span in spans]
+                tensors[name] = views[0] if len(views) == 1 else torch.cat(views)
+    for path, columns in (
+        (architecture.attention_output, block_rows(shape, kept, "query")),
+        (architecture.ffn_output, kept.intermediate_size),
+    ):
+        name = f"{path}.weight"
+        tensors[name] = outputs.get(name.removesuffix(".weight"), tensors[name].narrow(1, 0, columns))
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    return layer.eval()
+
+
+def units(widths: LayerWidths, part: Part) -> int:
+    """KV groups, or channels, that a layer keeps."""
+    return widths.num_key_value_heads if part == "attention" else widths.intermediate_size
+
+
+def _unit(shape: ModelShape, block: Block) -> int:
+    return {"query": shape.queries_per_group * shape.head_dim, "key_value": shape.head_dim, "channel": 1}[block]
+
+
+def _indices(order: LayerOrder, block: Block) -> Tensor:
+    return order.channels if block == "channel" else order.groups

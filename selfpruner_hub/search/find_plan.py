@@ -1,0 +1,104 @@
+"""Slicer → plan: what scores candidates, where the search starts, and whether its gain holds on other text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+
+from selfpruner_hub.calibration.corpus import Corpus
+from selfpruner_hub.evaluation.fitness import REMAINS, Fitness
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.predicted_loss import LossCurves
+from selfpruner_hub.plans.seeds import seeds
+from selfpruner_hub.progress import Bars
+from selfpruner_hub.pruning.slicing import Slicer
+from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.loop import search
+from selfpruner_hub.search.outcome import Outcome, Standing
+from selfpruner_hub.search.proposers import Proposer
+from selfpruner_hub.search.ray_workers import ray_workers
+from selfpruner_hub.search.schedule import Schedule
+from selfpruner_hub.settings import Method
+
+
+def find_plan(
+    proposer: Proposer,
+    budget: Budget,
+    slicer: Slicer,
+    curves: Sequence[LossCurves] | None,
+    texts: tuple[Corpus, Corpus],
+    journal: Journal,
+    method: Method,
+    *,
+    seed: int,
+    executor: str | None,
+    report: Callable[..., None],
+) -> Outcome:
+    """Search, then compare what was found with the best seed on text that the search did not select on.
+
+    Args:
+        proposer: Asked for rates.
+        budget: Every plan is on it.
+        slicer: Cuts the candidates.
+        curves: Predicted losses of the layers alone; None where nothing asks for them.
+        texts: Of the calibration and of the fitness.
+        journal: Replayed first, then appended to.
+        method: The settings.
+        seed: Of all randomness.
+        executor: As for `AutoPruner.prune`.
+        report: Called with (what, done, total); bars also get a note.
+
+    Returns:
+        What was found.
+    """
+    calibration, held_out = (text.windows for text in texts)
+    judged = (method.fitness, curves, REMAINS if method.repairs_twice else 1.0)
+    fitness = Fitness(slicer, held_out, *judged)
+    measure = partial(fitness.loss, share=method.first_share)
+    starts = seeds(budget, curves if method.predicts_losses else None, measure)
+    with ray_workers(fitness) if executor == "ray" else nullcontext() as pool:
+        found = search(
+            proposer,
+            budget,
+            fitness,
+            journal,
+            schedule=_schedule(method),
+            seeds={name: rates for name, rates in starts.items() if name in method.seeds},
+            seed=seed,
+            probe=fitness.slopes if getattr(proposer, "reads_slopes", False) else None,
+            pool=pool,
+            report=_live(report, method),
+        )
+    if method.evaluations:
+        elsewhere = Fitness(slicer, calibration[: len(held_out)], *judged)
+        found.elsewhere = elsewhere(found.best_seed.plan), elsewhere(found.best.plan)
+    return found
+
+
+def _schedule(method: Method) -> Schedule:
+    return Schedule(
+        evaluations=method.evaluations,
+        population=method.population,
+        crossover=method.crossover,
+        mutation=method.mutation,
+        first_share=method.first_share,
+        survivors=method.survivors,
+        probe_share=method.probe_share,
+    )
+
+
+def _live(report: Callable[..., None], method: Method) -> Callable[[Standing], None]:
+    """Tell where the search stands; bars also show who is ahead, and what a language model has cost."""
+
+    def show(at: Standing) -> None:
+        note = [f"round {at.round}"]
+        if at.best is not None:
+            note.append(f"best {method.fitness} {at.best.fitness:.4f} ({at.best.origin})")
+        if at.tokens:
+            cost = f", ${at.tokens * method.token_price / 1e6:.2f}" if method.token_price else ""
+            note.append(f"{at.tokens / 1000:.1f}k tokens{cost}")
+        notes = [", ".join(note)] if isinstance(report, Bars) else []
+        report("searching", min(at.spent, method.evaluations), method.evaluations, *notes)
+
+    return show

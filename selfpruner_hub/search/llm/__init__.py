@@ -1,0 +1,1 @@
+"""A language model as proposer: what it is asked, what it may answer, and who answers."""

@@ -1,0 +1,193 @@
+"""A language model behind an OpenAI-compatible endpoint as proposer (OpenAI, HF Providers, vLLM, Ollama)."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from selfpruner_hub.errors import ProposerError, UserError
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.search.llm import prompts
+from selfpruner_hub.search.llm import reply_schema as replies
+from selfpruner_hub.search.proposers import Operation, Proposal, Scored
+
+KEY_VARIABLE = "SELFPRUNER_API_KEY"
+_KEYS_BY_HOST = {"api.openai.com": "OPENAI_API_KEY", "router.huggingface.co": "HF_TOKEN"}
+_AT_ONCE = 4
+"""Requests under way at the same time."""
+_RETRIES = 4
+_FIRST_PAUSE = 1.0
+"""Seconds before the first retry; doubled each time."""
+
+
+class EndpointProposer:
+    """Asks a chat model over HTTP, one request a child, replies held to the JSON schema where the server can.
+
+    The key comes from the environment alone (`SELFPRUNER_API_KEY`; `OPENAI_API_KEY` and `HF_TOKEN` only for their own
+    hosts), and stands in no log, journal or error.
+
+    Args:
+        url: Base URL, such as `http://127.0.0.1:8080/v1`.
+        model: Name of the model at the endpoint.
+        budget: The budget of the search.
+        subject: Name of the model that is being pruned, for the prompt.
+        temperature: Of sampling.
+        request_limit: Most requests of this process, retries included.
+        token_limit: Most tokens read and written, as the server counts them.
+        timeout: Seconds for one request.
+        templates: Directory with other prompt templates.
+        environment: Where the key is looked up; None uses the process's environment.
+
+    Raises:
+        UserError: The URL is not one, or no model is named.
+    """
+
+    reads_slopes = True
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None,
+        budget: Budget,
+        subject: str,
+        *,
+        temperature: float = 1.0,
+        request_limit: int = 2_000,
+        token_limit: int = 5_000_000,
+        timeout: float = 120.0,
+        templates: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.password:
+            raise UserError("The proposer's URL must be http(s)://HOST/… without a user name or password.")
+        if not model:
+            raise UserError(
+                "A proposer behind an endpoint needs the name of its model.", "Pass proposer_model (--proposer-model)."
+            )
+        self.name = f"{parts.scheme}://{parts.netloc}{parts.path} {model}"  # no query: it might hold a key
+        self._host = parts.netloc
+        self._model = model
+        self._budget = budget
+        self._subject = subject
+        self._temperature = temperature
+        self._request_limit = request_limit
+        self._token_limit = token_limit
+        self._templates = templates
+        self._requests = self._tokens = 0
+        variables = os.environ if environment is None else environment
+        key = variables.get(KEY_VARIABLE) or variables.get(_KEYS_BY_HOST.get(parts.hostname, ""), "")
+        # Without a key the client would send the user's Hub token to whatever host this is.
+        self._client = _Client(base_url=url, api_key=key or "none", timeout=timeout)
+
+    def ask(
+        self, operation: Operation, history: Sequence[Scored], count: int, rng: np.random.Generator
+    ) -> list[Proposal]:
+        """Ask for `count` proposals with one prompt.
+
+        Args:
+            operation: What kind of proposal is wanted.
+            history: Scored plans, best first.
+            count: Proposals wanted.
+            rng: Gives the seeds of the requests.
+
+        Returns:
+            One proposal per request; a request that failed for good is a refusal.
+
+        Raises:
+            UserError: The endpoint refuses the key, or has no such model.
+        """
+        prompt = prompts.render(operation, history, self._budget, self._subject, self._templates)
+        schema = replies.schema(operation, history, self._budget)
+        seeds = [int(seed) for seed in rng.integers(2**31, size=count)]
+
+        def one(seed: int) -> Proposal:
+            try:
+                reply, tokens = self._request(request(self._model, prompt, schema, self._temperature, seed))
+            except ProposerError as error:
+                return Proposal(None, prompt=prompt, error=str(error))
+            return replies.proposal(operation, prompt, reply, history, self._budget, tokens)
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(one, seeds))
+
+    def tell(self, scored: Sequence[Scored]) -> None:
+        """Learn nothing between asks: the history in the prompt says it all."""
+
+    def _request(self, arguments: dict[str, Any]) -> tuple[str, int]:
+        """Send one request, again after a pause where that may help."""
+        for attempt in range(_RETRIES):
+            if self._requests >= self._request_limit or self._tokens >= self._token_limit:
+                raise ProposerError("The limit of requests or tokens is reached.")
+            self._requests += 1
+            try:
+                answer = self._client.chat_completion(**arguments)
+                tokens = int(answer.usage.total_tokens or 0) if answer.usage else 0
+                self._tokens += tokens
+                return str(answer.choices[0].message.content or ""), tokens
+            except Exception as error:  # HTTP, time-out, connection, malformed answer: the client has many kinds
+                self._give_up_or_wait(error, attempt)
+        raise ProposerError(f"{self._host} did not answer after {_RETRIES} tries.")
+
+    def _give_up_or_wait(self, error: Exception, attempt: int) -> None:
+        if isinstance(error, OfflineModeIsEnabled):
+            raise UserError("HF_HUB_OFFLINE is set, and the client obeys it for endpoints too.", "Unset it.") from None
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise UserError(f"{self._host} refuses the key (HTTP {status}).", f"Set {KEY_VARIABLE}.") from None
+        if status == 404:
+            raise UserError(f"{self._host} has no model {self._model!r} at this address (HTTP 404).") from None
+        if status is not None and 400 <= status < 500 and status not in (408, 429):
+            raise ProposerError(f"{self._host} refuses the request (HTTP {status}).") from None
+        if attempt + 1 < _RETRIES:
+            time.sleep(_FIRST_PAUSE * 2**attempt)
+
+
+class _Client(InferenceClient):
+    """Sends the schema in the OpenAI form.
+
+    For a URL the base class rewrites it to the old form of text-generation-inference, which other servers ignore.
+    """
+
+    def _inner_post(self, request_parameters: Any, *, stream: bool = False) -> Any:
+        sent = request_parameters.json.get("response_format", {})
+        if "value" in sent:
+            schema = {"name": "pruning_rates", "schema": sent["value"], "strict": True}
+            request_parameters.json["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return super()._inner_post(request_parameters, stream=stream)
+
+
+def request(model: str, prompt: str, schema: Mapping[str, Any], temperature: float, seed: int) -> dict[str, Any]:
+    """Arguments of `InferenceClient.chat_completion` for one reply under a JSON schema.
+
+    Args:
+        model: Name of the model at the endpoint.
+        prompt: The user's message.
+        schema: JSON schema of the reply.
+        temperature: Of sampling.
+        seed: Of sampling, where the server takes one.
+
+    Returns:
+        Keyword arguments.
+    """
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": temperature,
+        "seed": seed,
+        "max_tokens": 2_048 + 2 * len(json.dumps(replies.example(schema))),
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "pruning_rates", "schema": schema, "strict": True},
+        },
+    }

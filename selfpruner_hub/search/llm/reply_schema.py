@@ -1,0 +1,226 @@
+"""How a language model answers: the schema it is held to, and how a reply is read, which is never trusted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from selfpruner_hub.errors import ProposerError
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.search.llm.prompts import LISTED, measured_number, part_names, percent, promising, shown
+from selfpruner_hub.search.proposers import Operation, Proposal, Scored
+
+PARENTS: dict[Operation, int] = {"initial": 0, "crossover": 2, "mutation": 1}
+"""Parents that the reply must name."""
+CHANGES = {"rates": (1, 4), "ffn": (1, 4), "attention": (0, 2)}
+"""Fewest and most layers of which a mutation removes more, and less, by part, where nothing was measured."""
+REACH = 15
+"""Most percentage points by which a mutation changes a rate; of attention it moves one KV group."""
+
+
+def schema(operation: Operation, history: Sequence[Scored], budget: Budget, *, narrow: bool = False) -> dict[str, Any]:
+    """JSON schema of a reply.
+
+    Args:
+        operation: `initial` and `crossover` want one whole percentage per layer and part; `mutation` lists of
+            layers of which more and less is removed. Replies to all but `initial` name their parents first.
+        history: Scored plans, best first; without any, every operation wants whole solutions.
+        budget: Gives bounds and geometry.
+        narrow: Offer the better half as parents (for a mutation the one that was measured), hold each value of a
+            crossover child to the range of the solutions shown, and each place in the lists of a mutation to a layer
+            that measured well or 0, for models that are too small to do so on their own. (A schema per position: not
+            every server takes one.)
+
+    Returns:
+        The schema, an object without other properties.
+    """
+    properties: dict[str, Any] = {}
+    if PARENTS[operation] and history:
+        listed, measured = len(shown(history)), measured_number(history)
+        number: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": -(-listed // 2) if narrow else listed}
+        if narrow and operation == "mutation" and measured:
+            number = {"enum": [measured]}
+        properties["parents"] = _list(number, PARENTS[operation], PARENTS[operation])
+    if operation == "mutation" and history:
+        return _object(properties | _changes(history, budget, narrow))
+    layers = budget.shape.num_layers
+    for part, rule in _parts(budget).items():
+        properties[part] = _list(rule, layers, layers)
+        if narrow and operation == "crossover" and history:
+            seen = zip(*(percent(budget, s.rates)[part] for s in shown(history)), strict=True)
+            places = [{"type": "integer", "minimum": min(v), "maximum": max(v)} for v in seen]
+            if "enum" in rule:
+                places = [
+                    {"enum": [s for s in rule["enum"] if p["minimum"] <= s <= p["maximum"]] or rule["enum"][:1]}
+                    for p in places
+                ]
+            properties[part] = {**_list(rule, layers, layers), "prefixItems": places}
+            del properties[part]["items"]
+    return _object(properties)
+
+
+def _parts(budget: Budget) -> dict[str, dict[str, Any]]:
+    """The lists of a whole solution, and the rule of their values."""
+    most = round(100 * budget.p_max)
+    percent = {"type": "integer", "minimum": 0, "maximum": most}
+    if budget.tied:
+        return {"rates": percent}
+    steps = [step for step in _steps(budget) if step <= most]
+    return {"attention": {"enum": steps} if len(steps) <= 8 else percent, "ffn": percent}
+
+
+def _steps(budget: Budget) -> list[int]:
+    """Attention rates that whole KV groups allow, in percent."""
+    groups = budget.shape.dense.layers[0].num_key_value_heads
+    return sorted({round(100 * g / groups) for g in range(groups)})
+
+
+def _changes(history: Sequence[Scored], budget: Budget, narrow: bool) -> dict[str, dict[str, Any]]:
+    """Per part, the layers that lose more and those that lose less; a narrow schema takes or leaves each that pays."""
+    layer: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": budget.shape.num_layers}
+    offered = promising(history, budget)
+    rules = {}
+    for part in part_names(budget):
+        least, most = (0, LISTED) if offered else CHANGES[part]
+        directions = {}
+        for way in ("more", "less"):
+            directions[way] = _list(layer, least, most)
+            if narrow and offered:
+                places = [{"enum": [number, 0]} for number in offered[part, way]]
+                directions[way] = {**_list(layer, len(places), len(places)), "prefixItems": places}
+                del directions[way]["items"]
+        points = {} if part == "attention" else {"points": {"type": "integer", "minimum": 1, "maximum": REACH}}
+        rules[part] = _object({**directions, **points})
+    return rules
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _list(items: dict[str, Any], least: int, most: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
+
+
+def example(rule: Mapping[str, Any]) -> Any:
+    """A long value under one of our schemas, from which the room for a reply is reckoned."""
+    if "properties" in rule:
+        return {name: example(inner) for name, inner in rule["properties"].items()}
+    if rule.get("type") == "array":
+        places = rule["prefixItems"] if "prefixItems" in rule else [rule["items"]] * rule["maxItems"]
+        return [example(place) for place in places]
+    return max(rule["enum"]) if "enum" in rule else rule["maximum"]
+
+
+def parse(operation: Operation, reply: str, history: Sequence[Scored], budget: Budget) -> tuple[Rates, tuple[int, ...]]:
+    """Read a reply, which is never trusted: it may be prose, truncated, or of any shape.
+
+    Args:
+        operation: What was asked for.
+        reply: What the language model wrote.
+        history: Behind the prompt, best first: changes count from the parent that the reply names.
+        budget: Says how many rates there must be.
+
+    Returns:
+        The proposed rates in [0, 1], and the indices into the history of the parents it named.
+
+    Raises:
+        ProposerError: It is not an object with the right lists of finite percentages, or changes nothing known.
+    """
+    try:
+        value = json.loads(reply[: reply.rindex("}") + 1][reply.index("{") :])
+    except (ValueError, RecursionError) as error:
+        raise ProposerError("The reply is not a JSON object.") from error
+    if not isinstance(value, dict):
+        raise ProposerError("The reply is not a JSON object.")
+    best = shown(history)[::-1]
+    named = value.get("parents")
+    numbers = [n for n in named if type(n) is int and 1 <= n <= len(best)] if isinstance(named, list) else []
+    parents = tuple(history.index(best[n - 1]) for n in numbers[:2])
+    if operation == "mutation" and any(isinstance(value.get(part), dict) for part in part_names(budget)):
+        if not parents:
+            raise ProposerError(f"The reply names no parent from 1 to {len(best)}.")
+        return _changed(history[parents[0]].rates, value, budget), parents
+    lists = [_percentages(value, name, budget.shape.num_layers) for name in part_names(budget)]
+    return Rates(lists[0], lists[-1]), parents
+
+
+def _changed(parent: Rates, value: dict[str, Any], budget: Budget) -> Rates:
+    """The parent's rates with less removed from some layers and more from others, within [0, 1].
+
+    Attention moves by whole KV groups and an FFN gets `points` back; the FFNs that lose more lose what pays for it.
+    """
+    shape, dense = budget.shape, budget.shape.dense.layers
+    attention, ffn = [*parent.attention], [*parent.ffn]
+    spare = 0.0  # weights to be removed for those that were given back
+    more, less, _ = ([], [], 0.0) if budget.tied else _change(value, "attention", budget)
+    for layer, sign in [(n, 1) for n in more] + [(n, -1) for n in less]:
+        before, groups = attention[layer], dense[layer].num_key_value_heads
+        attention[layer] = min(max(before + sign / groups, 0.0), 1.0)
+        spare -= (attention[layer] - before) * groups * shape.group_weights
+    sizes = [shape.layer_weights(w) if budget.tied else w.intermediate_size * shape.channel_weights for w in dense]
+    more, less, points = _change(value, "rates" if budget.tied else "ffn", budget)
+    for layer in less:
+        before, ffn[layer] = ffn[layer], max(ffn[layer] - points, 0.0)
+        spare += (before - ffn[layer]) * sizes[layer]
+    step = min(max(spare / sum(sizes[layer] for layer in more), 0.0), REACH / 100) if more else 0.0
+    for layer in more:
+        ffn[layer] = min(ffn[layer] + step, 1.0)
+    return Rates.tied(ffn) if budget.tied else Rates(tuple(attention), tuple(ffn))
+
+
+def _change(value: dict[str, Any], part: str, budget: Budget) -> tuple[list[int], list[int], float]:
+    """Read what a reply says of one part: layers (from 0) that lose more, those that lose less, and by how much."""
+    change = value.get(part, {})
+    if not isinstance(change, dict):
+        raise ProposerError(f"The reply's {part!r} is not an object.")
+    points = change.get("points", 0)
+    if type(points) not in (int, float) or not 0 <= points <= 100:
+        raise ProposerError(f"The change of {part!r} in the reply is not in percentage points.")
+    more, less = (_layers(change.get(way, []), budget.shape.num_layers) for way in ("more", "less"))
+    return more, [layer for layer in less if layer not in more], points / 100
+
+
+def _layers(numbers: Any, count: int) -> list[int]:
+    """Layers from 0, each once; 0 in a reply stands for none."""
+    if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n <= count for n in numbers):
+        raise ProposerError(f"The reply does not list layers from 1 to {count}.")
+    return [number - 1 for number in dict.fromkeys(numbers) if number]
+
+
+def proposal(
+    operation: Operation, prompt: str, reply: str, history: Sequence[Scored], budget: Budget, tokens: int
+) -> Proposal:
+    """Turn a reply into a proposal, or into a refusal that says what is wrong with it.
+
+    Args:
+        operation: What was asked for.
+        prompt: How it was asked.
+        reply: What the language model wrote.
+        history: Behind the prompt, best first.
+        budget: Says how many rates there must be.
+        tokens: Tokens read and written for this reply.
+
+    Returns:
+        A proposal whose parents are indices into the history.
+    """
+    try:
+        rates, parents = parse(operation, reply, history, budget)
+    except ProposerError as error:
+        return Proposal(None, prompt=prompt, reply=reply, error=str(error), tokens=tokens)
+    return Proposal(rates, parents, prompt, reply, tokens=tokens)
+
+
+def _percentages(value: Any, name: str, length: int) -> tuple[float, ...]:
+    numbers = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(numbers, list) or len(numbers) != length:
+        raise ProposerError(f"The reply has no list of {length} numbers under {name!r}.")
+    if not all(type(n) in (int, float) and 0 <= n <= 100 for n in numbers):
+        raise ProposerError(f"The reply's {name!r} are not percentages.")
+    return tuple(n / 100 for n in numbers)

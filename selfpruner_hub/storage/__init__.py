@@ -1,0 +1,1 @@
+"""What lies on disk: records, checkpoints, tensors in files; written whole or not at all."""

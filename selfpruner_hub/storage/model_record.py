@@ -1,0 +1,184 @@
+"""`selfpruner.json`: everything that is known of a pruned model, as a versioned record; and atomic writing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from selfpruner_hub.errors import OutputError, SavedModelError
+from selfpruner_hub.plans.plan import Plan, plan_of
+
+SCHEMA_VERSION = 1
+FILE_NAME = "selfpruner.json"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured figure and how it came about."""
+
+    value: float
+    dense: float | None
+    """The same of the dense parent, measured in the same run; None where it has no meaning."""
+    protocol: str
+    """Data, split, windows, tokens, threads where they matter: enough to measure it again."""
+    unit: str = ""
+    """Such as `ms` or `tokens/s`; empty where it has none."""
+    dataset: str = ""
+    """What it was measured on, by its name on the Hub where it has one; empty where there is none, as for latency."""
+    machine: str = ""
+    """CPU or GPU, where the figure depends on it."""
+    date: str = ""
+    """Day of the measurement, as in 2026-11-30; empty where it was not kept."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `selfpruner.json` holds; field names are its keys."""
+
+    base_model: str
+    beta: float
+    """Asked for."""
+    achieved_beta: float
+    """Fraction of the prunable weights (q, k, v, o, gate, up, down) removed, counted from the widths."""
+    rates: tuple[float, ...]
+    """Per layer, the fraction of its prunable weights removed."""
+    widths: dict[str, list[int]]
+    """`intermediate_size` and `num_key_value_heads`, one per layer."""
+    parameters: dict[str, int]
+    """`dense` and `pruned`: all parameters, counted from the tensors, shared ones once."""
+    method: dict[str, Any]
+    """Every setting of the method."""
+    seed: int
+    proposer: dict[str, Any]
+    """Who searched: name, model, evaluations, counts of replies, tokens; `gains`: fitness of the best seed and of what
+    was found, on the text that the search selected on, and elsewhere."""
+    data: dict[str, dict[str, Any]]
+    """`calibration` and `fitness`: name, tokens, window and hash of each text."""
+    versions: dict[str, str]
+    licence: dict[str, str] = field(default_factory=dict)
+    """Of the parent, as its model card says it: `license`, `license_name`, `license_link`; empty where unknown."""
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def plan(self) -> Plan:
+        """The widths as a plan."""
+        return plan_of(self.widths)
+
+    def to_json(self) -> str:
+        """Serialise, schema version first."""
+        values = asdict(self)
+        return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Record:
+        """Read strictly: all keys and no others, of a known version.
+
+        Args:
+            text: The file's content.
+            source: Its name, for the error.
+
+        Returns:
+            The record.
+
+        Raises:
+            SavedModelError: It is not such a record.
+        """
+        values = parse_versioned(text, source, SCHEMA_VERSION, {f.name for f in fields(cls)})
+        try:
+            metrics = {name: Metric(**metric) for name, metric in values.pop("metrics").items()}
+            record = cls(**{**values, "rates": tuple(values["rates"]), "metrics": metrics})
+            if not all(map(math.isfinite, record.rates)) or len(record.plan.layers) != len(record.rates):
+                raise SavedModelError(f"{source} is damaged: its rates do not match its widths.")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SavedModelError(f"{source} is damaged: {error}.", "Save or download the model again.") from error
+        return record
+
+
+def parse_versioned(text: str, source: str, version: int, keys: set[str]) -> dict[str, Any]:
+    """Read one of our JSON files strictly: all keys and no others, of a known version.
+
+    Args:
+        text: The file's content.
+        source: Its name, for the error.
+        version: The schema version that is read here.
+        keys: All keys, `schema_version` among them.
+
+    Returns:
+        The values by key.
+
+    Raises:
+        SavedModelError: It is not such a file.
+    """
+    try:
+        values: dict[str, Any] = json.loads(text)
+        found = values.get("schema_version")
+    except (ValueError, AttributeError) as error:
+        raise SavedModelError(f"{source} is damaged: {error}.", "Save or download the model again.") from error
+    if found != version:
+        raise SavedModelError(
+            f"{source} has schema version {found!r}; this version reads {version}.",
+            "Install a matching selfpruner-hub.",
+        )
+    if unknown := set(values) ^ keys:
+        raise SavedModelError(f"{source} has unknown or missing keys: {', '.join(sorted(unknown))}.")
+    return values
+
+
+def read_record(directory: Path) -> Record:
+    """Read the record of a saved model.
+
+    Args:
+        directory: Where `selfpruner.json` is.
+
+    Returns:
+        The record.
+
+    Raises:
+        SavedModelError: The directory holds no pruned model, or its record is damaged.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise SavedModelError(
+            f"{str(directory)!r} is not a model that selfpruner saved (it has no {FILE_NAME}).",
+            "Give a directory written by `selfpruner prune` or `save_pretrained`.",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SavedModelError(f"{path} cannot be read, or is damaged.", "Save or download the model again.") from error
+    return Record.from_json(text, str(path))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is either there whole or not at all: temporary file, fsync, rename.
+
+    Args:
+        path: The file; its folder is made where it does not exist.
+        text: Its new content.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(name).unlink()
+            raise
+    except OSError as error:
+        raise OutputError(f"Cannot write {str(path)!r}: {error.strerror}.", "Choose another output.") from error
