@@ -18,9 +18,10 @@ from protocol import Rows, write
 from exporters.benchmark import benchmark
 from exporters.benchmark.report import Phase
 from exporters.benchmark.runtimes import RUNTIMES
-from exporters.export import export, read_export
+from exporters.export import export
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.progress import Bars
+from selfpruner_hub.storage.export_record import read_export
 
 RUNS = (("torch", "float32"), ("onnx", "float32"), ("gguf", "f16"))
 BETAS = (0.3, 0.5)

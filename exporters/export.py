@@ -6,12 +6,11 @@ import copy
 import importlib
 import importlib.util
 import inspect
-import json
 import mmap
 import platform
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,19 +19,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.errors import ExportError, MissingExtraError, OutputError, SavedModelError, UserError
-from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.errors import ExportError, MissingExtraError, OutputError, UserError
+from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
 from selfpruner_hub.provenance import count_parameters
+from selfpruner_hub.storage.export_record import FILE_NAME, ExportRecord
 from selfpruner_hub.storage.model_record import FILE_NAME as MODEL_RECORD
-from selfpruner_hub.storage.model_record import Record, parse_versioned, read_record
-from selfpruner_hub.storage.staging import check_writable, resolve_directory, save_directory
+from selfpruner_hub.storage.model_record import Record, read_record
+from selfpruner_hub.storage.staging import check_writable, save_directory
 
 FORMATS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
 """Each has a module `exporters.to_FORMAT` with a function `write` (a `Writer`), imported when it is asked for."""
-FILE_NAME = "selfpruner_export.json"
-"""Not `export.json`: transformers' exporters write a manifest of that name."""
-SCHEMA_VERSION = 1
 
 EXPORTING, STAGES = "exporting", ("loading", "writing", "comparing with PyTorch")
 
@@ -66,30 +63,6 @@ class Writer(Protocol):
     ) -> Written:
         """Write the artefact of a float32 model on the CPU into `staging`, which holds tokenizer and records."""
         ...
-
-
-@dataclass(frozen=True)
-class ExportRecord:
-    """What `selfpruner_export.json` holds; field names are its keys."""
-
-    format: str
-    options: dict[str, Any]
-    source: dict[str, Any]
-    """`name`, `model_type` and `parameters` of the PyTorch model, counted from the tensors, shared ones once."""
-    versions: dict[str, str]
-    tolerance: float
-    max_difference: float | None
-    """Largest distance of a logit from PyTorch's float32, measured before the export was put in its place."""
-    unchecked: str
-    """Why `max_difference` is None; empty where it is not."""
-    remark: str
-    """What a user of the artefact should know; empty where there is nothing."""
-    schema_version: int = SCHEMA_VERSION
-
-    def to_json(self) -> str:
-        """Serialise, schema version first."""
-        values = asdict(self)
-        return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2, allow_nan=False) + "\n"
 
 
 def _silent(*_told: object) -> None:
@@ -238,36 +211,6 @@ def _consumed(model: nn.Module) -> Iterator[None]:
 def _aligned(size: int) -> int:
     """Bytes up to the next boundary of a cache line."""
     return -(-size // 64) * 64
-
-
-def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
-    """Read the record of an export, strictly.
-
-    Args:
-        directory: Where `selfpruner_export.json` is.
-        expected: The format that it must have; None takes any.
-
-    Returns:
-        The record.
-
-    Raises:
-        SavedModelError: The directory holds no export, one of another format, or a damaged record.
-    """
-    path = directory / FILE_NAME
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SavedModelError(
-            f"{str(directory)!r} holds no export (no readable {FILE_NAME}).",
-            "Give a directory written by `selfpruner export`.",
-        ) from error
-    values = parse_versioned(text, str(path), SCHEMA_VERSION, {f.name for f in fields(ExportRecord)})
-    if expected is not None and values["format"] != expected:
-        raise SavedModelError(
-            f"{str(directory)!r} holds an export to {values['format']}, not to {expected}.",
-            f"Export the model with --to {expected}.",
-        )
-    return ExportRecord(**values)
 
 
 def require(library: str, extra: str) -> None:

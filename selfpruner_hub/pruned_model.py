@@ -13,12 +13,12 @@ from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.hub.publish import Published, publish
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.model_record import FILE_NAME, Record, read_record
-from selfpruner_hub.storage.staging import resolve_directory, save_directory
+from selfpruner_hub.storage.staging import save_directory
 
 
 class PrunedModel:

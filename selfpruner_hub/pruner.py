@@ -15,10 +15,9 @@ from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.sensitivity import loss_curves
-from selfpruner_hub.hub.card import is_repo_id
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.models.loading import is_repo_id, load_model
 from selfpruner_hub.plans.budget import Budget, check_beta
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import describe, fingerprint

@@ -22,11 +22,12 @@ from exporters.benchmark.latency import Measured, timing
 from exporters.benchmark.report import Report
 from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.benchmark.worker import started
-from exporters.export import FILE_NAME, export
+from exporters.export import export
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import ModelError, SavedModelError, UserError
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.storage.export_record import FILE_NAME
 from selfpruner_hub.storage.model_record import read_record
 
 SMALL = ("--prompt", "16,40", "--batch", "1,2", "--new", "4", "--runs", "3", "--threads", "1", "--quiet")

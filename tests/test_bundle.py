@@ -8,11 +8,11 @@ from dataclasses import fields, replace
 import pytest
 from hub_server import check_yaml
 
-from exporters.export import FILE_NAME as EXPORT_RECORD
-from exporters.export import SCHEMA_VERSION, ExportRecord
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.bundle import collect, is_ours
+from selfpruner_hub.storage.export_record import FILE_NAME as EXPORT_RECORD
+from selfpruner_hub.storage.export_record import SCHEMA_VERSION, ExportRecord
 from selfpruner_hub.storage.model_record import FILE_NAME, Metric, read_record
 
 

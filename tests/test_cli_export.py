@@ -12,9 +12,9 @@ import torch
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from exporters import OnnxCausalLM
-from exporters.export import read_export
 from selfpruner_hub import AutoPruner, PrunedModel
 from selfpruner_hub.cli import main
+from selfpruner_hub.storage.export_record import read_export
 from selfpruner_hub.storage.model_record import read_record
 
 RECORD = "selfpruner_export.json"

@@ -22,7 +22,7 @@ LAYERS = (
         *("calibration", "calibration.corpus", "calibration.generated_text", "hub.licences"),
         *("models", "models.hub_errors", "models.loading", "models.layer_stream", "models.forward", "models.patching"),
         *("pruning", "pruning.importance", "pruning.output_repair", "pruning.sequential_repair"),
-        *("pruning.least_squares", "pruning.slicing", "storage.offload", "storage.checkpoints"),
+        *("pruning.least_squares", "pruning.slicing", "storage.offload", "storage.checkpoints", "storage.layout"),
     },
     {"evaluation", "calibration.fisher", "pruning.temperature"},
     {"search"},

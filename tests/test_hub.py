@@ -12,8 +12,8 @@ import pytest
 from hub_client import environment
 
 from exporters.export import FORMATS
+from selfpruner_hub.storage.layout import EXPORTS
 from selfpruner_hub.storage.model_record import read_record
-from selfpruner_hub.storage.staging import EXPORTS
 
 READ = "hf_read_token_of_me"
 PICTURES = {f"plots/{name}" for name in ("population.png", "rates.png", "search.png")}

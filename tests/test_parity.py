@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny import tiny_pruned, tiny_tokenizer
 
-from exporters.export import export_model, read_export
+from exporters.export import export_model
 from exporters.parity import PROMPTS, STEPS, expected, logit_difference
+from selfpruner_hub.storage.export_record import read_export
 
 
 def other(change):

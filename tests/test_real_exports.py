@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from exporters.benchmark import benchmark
-from exporters.export import export_model, read_export
+from exporters.export import export_model
 from exporters.parity import expected, logit_difference
 from exporters.to_gguf.llama_cpp import LlamaCpp
 from selfpruner_hub.cli.demo import embedded_model
+from selfpruner_hub.storage.export_record import read_export
 
 pytestmark = pytest.mark.slow
 PROMPTS = (

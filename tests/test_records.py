@@ -8,7 +8,8 @@ import pytest
 
 from selfpruner_hub.errors import OutputError, SavedModelError
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.storage.model_record import FILE_NAME, Metric, Record, read_record, write_atomically
+from selfpruner_hub.storage.model_record import FILE_NAME, Metric, Record, read_record
+from selfpruner_hub.storage.staging import write_atomically
 
 RECORD = Record(
     base_model="example/parent",

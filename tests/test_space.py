@@ -17,10 +17,10 @@ from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from tiny import save_tiny
 
-from selfpruner_hub.hub.card import asset
 from selfpruner_hub.hub.space import VENDORED, space_files
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.search.journal import read_journal
+from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import read_record
 
 MODULES = ("app", "answers", "facts", "live")

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from selfpruner_hub.errors import ModelError, OutputError
-from selfpruner_hub.storage import staging as storage
-from selfpruner_hub.storage.staging import check_writable, resolve_directory, save_directory
+from selfpruner_hub.models import loading
+from selfpruner_hub.models.loading import resolve_directory
+from selfpruner_hub.storage.staging import check_writable, save_directory
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a /proc that nobody can write")
 
@@ -113,7 +114,7 @@ def test_a_local_directory_is_itself(tmp_path):
 
 
 def test_a_repository_is_its_snapshot(monkeypatch):
-    monkeypatch.setattr(storage, "snapshot_download", lambda name, **kwargs: f"/cache/{name}/{sorted(kwargs.items())}")
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, **kwargs: f"/cache/{name}/{sorted(kwargs.items())}")
     found = resolve_directory("me/model", revision="main", dtype="auto")
     ignored = ["plots/*", "onnx/*", "tensorrt/*", "openvino/*", "gguf/*", "padded/*"]
     assert found == Path(f"/cache/me/model/[('ignore_patterns', {ignored}), ('revision', 'main')]")

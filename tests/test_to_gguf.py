@@ -13,11 +13,12 @@ from gguf import GGUFReader
 from tiny import CONFIGS, tiny_model, tiny_pruned
 from trained import VOCABULARY, trained_tokenizer
 
-from exporters.export import export, export_model, read_export
+from exporters.export import export, export_model
 from exporters.to_gguf.llama_cpp import LlamaCpp, answers, log_probability_difference
 from exporters.to_gguf.writer import DTYPES, WRITABLE, write
 from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.storage.export_record import read_export
 
 ROPE = {
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},

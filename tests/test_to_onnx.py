@@ -17,12 +17,13 @@ from checks import check_cache, check_left_padding, logits
 from tiny import CONFIGS, tiny_model, tiny_pruned, tiny_tokenizer
 
 from exporters import OnnxCausalLM
-from exporters.export import export_model, read_export
+from exporters.export import export_model
 from exporters.parity import expected, logit_difference
 from exporters.to_onnx import writer as to_onnx
 from exporters.to_tensorrt.profiles import tensorrt_provider
 from selfpruner_hub.errors import ExportError, MissingExtraError, SavedModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.storage.export_record import read_export
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
 

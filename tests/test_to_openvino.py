@@ -10,10 +10,11 @@ import torch
 from checks import check_cache, check_left_padding, logits
 from tiny import tiny_pruned, tiny_tokenizer
 
-from exporters.export import export_model, read_export
+from exporters.export import export_model
 from exporters.parity import expected, logit_difference
 from exporters.to_openvino.causal_lm import OpenVinoCausalLM
 from selfpruner_hub.errors import MissingExtraError, SavedModelError, UserError
+from selfpruner_hub.storage.export_record import read_export
 
 IDS = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0))
 installed = pytest.mark.skipif(

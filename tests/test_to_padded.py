@@ -12,10 +12,11 @@ from checks import check_cache, check_left_padding, logits
 from tiny import CONFIGS, save_tiny, tiny_model, tiny_pruned, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from exporters.export import export, export_model, read_export
+from exporters.export import export, export_model
 from exporters.to_padded import REMARK, padded_model
 from selfpruner_hub.errors import ExportError, UserError
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.storage.export_record import read_export
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
 

@@ -12,7 +12,7 @@ import torch
 from checks import check_cache, check_left_padding
 from tiny import tiny_pruned, tiny_tokenizer
 
-from exporters.export import export_model, read_export
+from exporters.export import export_model
 from exporters.parity import expected, logit_difference
 from exporters.to_onnx.causal_lm import default_options
 from exporters.to_tensorrt import causal_lm as tensorrt_causal_lm
@@ -24,6 +24,7 @@ from exporters.to_tensorrt.cuda_graphs import layer_names
 from exporters.to_tensorrt.profiles import profiles
 from selfpruner_hub.errors import ExportError, MissingExtraError, SavedModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.storage.export_record import read_export
 
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason='not installed: pip install "selfpruner-hub[tensorrt-rtx]"'

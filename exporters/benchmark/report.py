@@ -10,7 +10,8 @@ from typing import Any
 from exporters.benchmark.latency import Timing
 from exporters.benchmark.workload import Workload
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.storage.model_record import Metric, parse_versioned
+from selfpruner_hub.storage.model_record import Metric
+from selfpruner_hub.storage.versioned_json import parse_versioned
 
 SCHEMA_VERSION = 1
 

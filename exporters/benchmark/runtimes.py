@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from exporters.benchmark.latency import CausalLMRunner, Measured, Runner
-from exporters.export import read_export
 from exporters.to_gguf.llama_cpp import LlamaCpp
 from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.storage.export_record import read_export
 
 
 @dataclass(frozen=True)

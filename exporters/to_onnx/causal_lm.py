@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedConfig
 
-from exporters.export import one_line, read_export, require
+from exporters.export import one_line, require
 from exporters.graph_causal_lm import GraphCausalLM
 from selfpruner_hub.errors import SavedModelError, UserError
-from selfpruner_hub.storage.staging import resolve_directory
+from selfpruner_hub.models.loading import resolve_directory
+from selfpruner_hub.storage.export_record import read_export
 
 Provider = str | tuple[str, dict[str, Any]]
 """An execution provider of ONNX Runtime, with its options where it has any."""

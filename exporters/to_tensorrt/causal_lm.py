@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, Cache, GenerationConfig, PreTrainedConfig
 
-from exporters.export import ExportRecord, read_export
 from exporters.graph_causal_lm import GraphCausalLM
 from exporters.to_tensorrt.cuda_graphs import FixedWindow, layer_names
 from exporters.to_tensorrt.engine import Engine
 from exporters.to_tensorrt.library import find_library, gpu_here
 from exporters.tracing import cache_of, states_of
 from selfpruner_hub.errors import SavedModelError, UserError
-from selfpruner_hub.storage.staging import resolve_directory
+from selfpruner_hub.models.loading import resolve_directory
+from selfpruner_hub.storage.export_record import ExportRecord, read_export
 
 ENGINE = "model.engine"
 PREFILL, DECODE = 0, 1

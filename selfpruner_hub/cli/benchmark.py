@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> str:
     from exporters.benchmark import benchmark
     from selfpruner_hub.hub.card import save_metrics
     from selfpruner_hub.progress import Bars
-    from selfpruner_hub.storage.model_record import read_record, write_atomically
-    from selfpruner_hub.storage.staging import check_writable
+    from selfpruner_hub.storage.model_record import read_record
+    from selfpruner_hub.storage.staging import check_writable, write_atomically
 
     if options.output is not None:
         check_writable(options.output.parent)

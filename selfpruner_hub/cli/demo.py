@@ -19,12 +19,12 @@ from exporters.benchmark.latency import CausalLMRunner, interleaved, timing
 from selfpruner_hub.calibration.generated_text import sample_windows
 from selfpruner_hub.errors import MissingExtraError, ModelError, SelfPrunerError
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
-from selfpruner_hub.hub.card import asset
+from selfpruner_hub.models.loading import resolve_directory
 from selfpruner_hub.provenance import count_parameters
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import read_record
-from selfpruner_hub.storage.staging import resolve_directory
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -47,8 +47,9 @@ def run(options: argparse.Namespace) -> str:
         UserError: An option is wrong, or the model cannot be loaded.
         ExportError: The model cannot be exported, or what was written differs from it.
     """
-    from exporters.export import export, read_export
+    from exporters.export import export
     from selfpruner_hub.progress import Bars
+    from selfpruner_hub.storage.export_record import read_export
 
     loading = {"revision": options.revision, "gguf_file": options.gguf_file}
     with Bars(not options.quiet) as progress:

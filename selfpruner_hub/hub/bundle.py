@@ -16,8 +16,10 @@ from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
+from selfpruner_hub.storage.export_record import read_export
+from selfpruner_hub.storage.layout import EXPORTS, PLOTS
 from selfpruner_hub.storage.model_record import FILE_NAME, Record, read_record
-from selfpruner_hub.storage.staging import EXPORTS, PLOTS, save_directory
+from selfpruner_hub.storage.staging import save_directory
 
 CARD = "README.md"
 NEEDED = ("config.json", "modeling_selfpruned.py", FILE_NAME)
@@ -109,8 +111,6 @@ def check_export(directory: Path, name: str, record: Record) -> None:
     Raises:
         SavedModelError: The folder holds no export, one of another format, or one of another model.
     """
-    from exporters.export import read_export  # it imports this package
-
     read_export(directory / name, name)
     made_from = read_record(directory / name)
     if replace(made_from, metrics={}) != replace(record, metrics={}):  # what is measured later changes no weight

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from selfpruner_hub.storage.model_record import FILE_NAME, Metric, Record, read_record, write_atomically
+from selfpruner_hub.models.loading import is_repo_id
+from selfpruner_hub.storage.layout import asset
+from selfpruner_hub.storage.model_record import FILE_NAME, Metric, Record, read_record
+from selfpruner_hub.storage.staging import write_atomically
 
 
 def render_card(
@@ -92,21 +93,6 @@ def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
     write_atomically(directory / FILE_NAME, record.to_json())
     write_atomically(directory / "README.md", render_card(record))
     return record
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether a name can be that of a repository on the Hub, with its owner."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
-
-
-def asset(name: str) -> Path:
-    """A folder that a wheel carries inside the package, and a checkout beside it."""
-    inside = Path(__file__).parents[1] / name
-    return inside if inside.is_dir() else Path(__file__).parents[2] / name
 
 
 def _is_of_the_search(key: str) -> bool:

@@ -24,8 +24,9 @@ from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.hub.space import VENDORED, space_files
 from selfpruner_hub.models.hub_errors import explain_hub, may_have_committed, pause
+from selfpruner_hub.storage.export_record import read_export
+from selfpruner_hub.storage.layout import EXPORTS
 from selfpruner_hub.storage.model_record import read_record
-from selfpruner_hub.storage.staging import EXPORTS
 
 PAUSES = (2.0, 8.0)
 """Seconds before the second and the third try: the Hub's client itself tries uploads again, but no commit."""
@@ -112,7 +113,7 @@ def publish(
 
 def _export(directory: Path, name: str) -> None:
     """Make an export, unless one of this model is there."""
-    from exporters.export import export, read_export  # they import this package
+    from exporters.export import export  # it imports this package
 
     record, target = read_record(directory), directory / name
     if target.exists():

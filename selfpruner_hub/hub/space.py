@@ -9,7 +9,8 @@ from typing import Any
 
 from huggingface_hub import SpaceCard
 
-from selfpruner_hub.hub.card import asset, is_repo_id
+from selfpruner_hub.models.loading import is_repo_id
+from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import Record
 
 VENDORED = ("selfpruner_hub", "exporters")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -26,6 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
+from selfpruner_hub.storage.layout import EXPORTS, PLOTS
 from selfpruner_hub.storage.offload import Keep, in_memory
 
 _FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
@@ -154,3 +156,38 @@ def explain(name: str, error: Exception) -> SelfPrunerError:
         f"Cannot find {name!r}: no local directory, and the Hugging Face Hub has no such model or is out of reach.",
         "Check the name, the network, and HF_ENDPOINT.",
     )
+
+
+def resolve_directory(name: str, folder: str = "", **kwargs: Any) -> Path:
+    """The local directory of a saved model: itself, or the Hub repository's snapshot.
+
+    Args:
+        name: A directory or a Hub repository.
+        folder: A folder of it, such as that of an export; only this is fetched. Without one, all but these folders is.
+        **kwargs: `revision`, `token`, `cache_dir` and `local_files_only` are used.
+
+    Returns:
+        An existing directory.
+
+    Raises:
+        ModelError: It is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name) / folder
+    keys = ("revision", "token", "cache_dir", "local_files_only")
+    chosen: dict[str, Any] = {key: kwargs[key] for key in keys if key in kwargs}
+    aside = [f"{name}/*" for name in (PLOTS, *EXPORTS)]
+    chosen |= {"allow_patterns": f"{folder}/*"} if folder else {"ignore_patterns": aside}
+    try:
+        return Path(snapshot_download(name, **chosen)) / folder
+    except Exception as error:  # the Hub client raises many kinds
+        raise explain(name, error) from error
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub, with its owner."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name

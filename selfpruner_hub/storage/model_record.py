@@ -1,18 +1,16 @@
-"""`selfpruner.json`: everything that is known of a pruned model, as a versioned record; and atomic writing."""
+"""`selfpruner.json`: everything that is known of a pruned model, as a versioned record."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from selfpruner_hub.errors import OutputError, SavedModelError
+from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.plans.plan import Plan, plan_of
+from selfpruner_hub.storage.versioned_json import parse_versioned
 
 SCHEMA_VERSION = 1
 FILE_NAME = "selfpruner.json"
@@ -101,36 +99,6 @@ class Record:
         return record
 
 
-def parse_versioned(text: str, source: str, version: int, keys: set[str]) -> dict[str, Any]:
-    """Read one of our JSON files strictly: all keys and no others, of a known version.
-
-    Args:
-        text: The file's content.
-        source: Its name, for the error.
-        version: The schema version that is read here.
-        keys: All keys, `schema_version` among them.
-
-    Returns:
-        The values by key.
-
-    Raises:
-        SavedModelError: It is not such a file.
-    """
-    try:
-        values: dict[str, Any] = json.loads(text)
-        found = values.get("schema_version")
-    except (ValueError, AttributeError) as error:
-        raise SavedModelError(f"{source} is damaged: {error}.", "Save or download the model again.") from error
-    if found != version:
-        raise SavedModelError(
-            f"{source} has schema version {found!r}; this version reads {version}.",
-            "Install a matching selfpruner-hub.",
-        )
-    if unknown := set(values) ^ keys:
-        raise SavedModelError(f"{source} has unknown or missing keys: {', '.join(sorted(unknown))}.")
-    return values
-
-
 def read_record(directory: Path) -> Record:
     """Read the record of a saved model.
 
@@ -154,31 +122,3 @@ def read_record(directory: Path) -> Record:
     except (OSError, UnicodeDecodeError) as error:
         raise SavedModelError(f"{path} cannot be read, or is damaged.", "Save or download the model again.") from error
     return Record.from_json(text, str(path))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is either there whole or not at all: temporary file, fsync, rename.
-
-    Args:
-        path: The file; its folder is made where it does not exist.
-        text: Its new content.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(name).unlink()
-            raise
-    except OSError as error:
-        raise OutputError(f"Cannot write {str(path)!r}: {error.strerror}.", "Choose another output.") from error

@@ -1,24 +1,18 @@
-"""Where a saved model's files are, and how they get there: staged beside their place, then renamed into it."""
+"""How files get to their place, all or nothing: staged beside it, then renamed into it."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from selfpruner_hub.errors import OutputError
-from selfpruner_hub.models.loading import explain
-
-PLOTS = "plots"
-EXPORTS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
-"""Folders of a published model: pictures of its search, and exports, each named after its format."""
 
 
 @contextmanager
@@ -81,27 +75,29 @@ def check_writable(directory: Path) -> None:
         raise OutputError(f"Cannot write {str(directory)!r}: {error.strerror}.", "Choose another output.") from error
 
 
-def resolve_directory(name: str, folder: str = "", **kwargs: Any) -> Path:
-    """The local directory of a saved model: itself, or the Hub repository's snapshot.
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is either there whole or not at all: temporary file, fsync, rename.
 
     Args:
-        name: A directory or a Hub repository.
-        folder: A folder of it, such as that of an export; only this is fetched. Without one, all but these folders is.
-        **kwargs: `revision`, `token`, `cache_dir` and `local_files_only` are used.
-
-    Returns:
-        An existing directory.
+        path: The file; its folder is made where it does not exist.
+        text: Its new content.
 
     Raises:
-        ModelError: It is neither.
+        OutputError: It cannot be written.
     """
-    if Path(name).is_dir():
-        return Path(name) / folder
-    keys = ("revision", "token", "cache_dir", "local_files_only")
-    chosen: dict[str, Any] = {key: kwargs[key] for key in keys if key in kwargs}
-    aside = [f"{name}/*" for name in (PLOTS, *EXPORTS)]
-    chosen |= {"allow_patterns": f"{folder}/*"} if folder else {"ignore_patterns": aside}
     try:
-        return Path(snapshot_download(name, **chosen)) / folder
-    except Exception as error:  # the Hub client raises many kinds
-        raise explain(name, error) from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(name).unlink()
+            raise
+    except OSError as error:
+        raise OutputError(f"Cannot write {str(path)!r}: {error.strerror}.", "Choose another output.") from error

@@ -1,0 +1,69 @@
+"""`selfpruner_export.json`: how an export was made, and how far it is from PyTorch, as a versioned record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from selfpruner_hub.errors import SavedModelError
+from selfpruner_hub.storage.versioned_json import parse_versioned
+
+FILE_NAME = "selfpruner_export.json"
+"""Not `export.json`: transformers' exporters write a manifest of that name."""
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """What `selfpruner_export.json` holds; field names are its keys."""
+
+    format: str
+    options: dict[str, Any]
+    source: dict[str, Any]
+    """`name`, `model_type` and `parameters` of the PyTorch model, counted from the tensors, shared ones once."""
+    versions: dict[str, str]
+    tolerance: float
+    max_difference: float | None
+    """Largest distance of a logit from PyTorch's float32, measured before the export was put in its place."""
+    unchecked: str
+    """Why `max_difference` is None; empty where it is not."""
+    remark: str
+    """What a user of the artefact should know; empty where there is nothing."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """Serialise, schema version first."""
+        values = asdict(self)
+        return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2, allow_nan=False) + "\n"
+
+
+def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
+    """Read the record of an export, strictly.
+
+    Args:
+        directory: Where `selfpruner_export.json` is.
+        expected: The format that it must have; None takes any.
+
+    Returns:
+        The record.
+
+    Raises:
+        SavedModelError: The directory holds no export, one of another format, or a damaged record.
+    """
+    path = directory / FILE_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SavedModelError(
+            f"{str(directory)!r} holds no export (no readable {FILE_NAME}).",
+            "Give a directory written by `selfpruner export`.",
+        ) from error
+    values = parse_versioned(text, str(path), SCHEMA_VERSION, {f.name for f in fields(ExportRecord)})
+    if expected is not None and values["format"] != expected:
+        raise SavedModelError(
+            f"{str(directory)!r} holds an export to {values['format']}, not to {expected}.",
+            f"Export the model with --to {expected}.",
+        )
+    return ExportRecord(**values)
