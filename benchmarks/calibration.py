@@ -23,8 +23,9 @@ from selfpruner_hub.calibration.generated_text import sample_windows
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
-from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach, with_layers
+from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.evaluation.sensitivity import loss_curves
+from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner

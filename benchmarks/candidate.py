@@ -15,7 +15,8 @@ from protocol import write
 
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
-from selfpruner_hub.evaluation.metrics import divergence, teach, with_layers
+from selfpruner_hub.evaluation.metrics import divergence, teach
+from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.slicing import Slicer, ordered

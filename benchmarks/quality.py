@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.statistics import LayerStatistics, calibrate
 from selfpruner_hub.cli.demo import load_embedded
-from selfpruner_hub.evaluation.metrics import with_layers
 from selfpruner_hub.evaluation.tasks import evaluate_tasks
+from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner

@@ -21,8 +21,9 @@ from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
-from selfpruner_hub.evaluation.metrics import Loss, teach, teacher_loss
+from selfpruner_hub.evaluation.metrics import teach, teacher_loss
 from selfpruner_hub.evaluation.sensitivity import loss_curves
+from selfpruner_hub.models.forward import Loss
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.seeds import seeds

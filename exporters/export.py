@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.errors import ExportError, MissingExtraError, OutputError, UserError
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
-from selfpruner_hub.provenance import count_parameters
+from selfpruner_hub.models.weights import count_parameters
 from selfpruner_hub.storage.export_record import FILE_NAME, ExportRecord
 from selfpruner_hub.storage.model_record import FILE_NAME as MODEL_RECORD
 from selfpruner_hub.storage.model_record import Record, read_record

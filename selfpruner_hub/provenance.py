@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from importlib.metadata import version
 from math import isfinite
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.weights import count_parameters, weights_hash
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import widths_of
 from selfpruner_hub.search.llm import prompts
@@ -141,17 +140,3 @@ def _gains(found: Outcome) -> dict[str, list[float]]:
     return {
         text: [round(value, 6) for value in pair] for text, pair in pairs.items() if pair and all(map(isfinite, pair))
     }
-
-
-def count_parameters(model: nn.Module) -> int:
-    """All parameters, counted from the tensors; shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def weights_hash(model: PreTrainedModel) -> str:
-    """Tell checkpoints apart without reading them whole: shapes and some values of every parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{some.tolist()}".encode())
-    return digest.hexdigest()

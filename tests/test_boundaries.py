@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny_model
 
-import selfpruner_hub.evaluation.metrics as evaluation
 import selfpruner_hub.evaluation.prefix_cache as boundaries
+import selfpruner_hub.models.forward as forward
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.prefix_cache import KEPT, Boundaries
@@ -26,7 +26,7 @@ OTHERS = [Plan.of([30, 40, 20, 26], [2, 4, 3, 1]), Plan.of([30, 41, 20, 25], [2,
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 3 * 24)
+    monkeypatch.setattr(forward, "BATCH_TOKENS", 3 * 24)
 
 
 @pytest.fixture

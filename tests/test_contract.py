@@ -14,8 +14,8 @@ from tiny import CONFIGS, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfpruner_hub.calibration.statistics import calibrate
-from selfpruner_hub.evaluation.metrics import with_layers
 from selfpruner_hub.models.architectures import ARCHITECTURES, shape_of
+from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny_model
 
-import selfpruner_hub.evaluation.metrics as evaluation
+import selfpruner_hub.models.forward as forward
 from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import UserError
@@ -25,8 +25,8 @@ WINDOWS = torch.randint(3, 128, (10, 24), generator=torch.Generator().manual_see
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 3 * 24)
-    monkeypatch.setattr(evaluation, "HEAD_TOKENS", 7)
+    monkeypatch.setattr(forward, "BATCH_TOKENS", 3 * 24)
+    monkeypatch.setattr(forward, "HEAD_TOKENS", 7)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

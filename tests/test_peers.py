@@ -8,8 +8,8 @@ from peers import Flap, block_influence, by_channels, magnitude, taylor, without
 from tiny import tiny_model
 
 from selfpruner_hub.calibration.statistics import calibrate
-from selfpruner_hub.evaluation.metrics import with_layers
 from selfpruner_hub.models.architectures import decoder_layers, shape_of
+from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.pruning.slicing import ordered
 
 WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(0))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.evaluation.metrics import Loss, frozen, head_gradient
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
+from selfpruner_hub.models.forward import Loss, head_gradient
 from selfpruner_hub.models.layer_stream import Seen, Stream, check_finite
+from selfpruner_hub.models.patching import frozen
 from selfpruner_hub.progress import Progress
 from selfpruner_hub.pruning.output_repair import damped_factor
 from selfpruner_hub.storage.checkpoints import Checkpoints

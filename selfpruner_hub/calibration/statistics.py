@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
-from selfpruner_hub.models.layer_stream import Stream, check_finite, exact_in_float32, held_out
+from selfpruner_hub.models.layer_stream import Stream, check_finite, held_out
+from selfpruner_hub.models.patching import exact_in_float32
 from selfpruner_hub.progress import Progress
 from selfpruner_hub.pruning.output_repair import RIDGE, choose_ridge
 from selfpruner_hub.storage.checkpoints import Checkpoints

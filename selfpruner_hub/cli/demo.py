@@ -20,7 +20,7 @@ from selfpruner_hub.calibration.generated_text import sample_windows
 from selfpruner_hub.errors import MissingExtraError, ModelError, SelfPrunerError
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.models.loading import resolve_directory
-from selfpruner_hub.provenance import count_parameters
+from selfpruner_hub.models.weights import count_parameters
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.layout import asset

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.evaluation.metrics import divergence, label_loss, perplexity, teach, teacher_loss, with_layers
+from selfpruner_hub.evaluation.metrics import divergence, label_loss, perplexity, teach, teacher_loss
 from selfpruner_hub.evaluation.prefix_cache import Boundaries
 from selfpruner_hub.evaluation.sensitivity import slopes
+from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, Slopes, loss_alone
 from selfpruner_hub.pruning.slicing import Slicer

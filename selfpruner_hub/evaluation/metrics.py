@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfpruner_hub.models.forward import windows_at_once
+from selfpruner_hub.models.forward import Loss, head_chunks, last_hidden_states
 
-BATCH_TOKENS = 2048
-"""Tokens in one forward pass of the decoder on a CPU."""
-HEAD_TOKENS = 128
-"""Positions whose logits are held at once, in float32: 128 × vocabulary."""
 TOP_K = 64
 """Teacher probabilities kept per position; the rest of the mass is one more outcome."""
 
@@ -90,10 +84,6 @@ def divergence(model: PreTrainedModel, windows: Tensor, teacher: Teacher) -> flo
     return mean_losses(model, windows, teacher_loss(teacher))[0]
 
 
-Loss = Callable[[Tensor, int], Tensor]
-"""(float32 logits `[P, V]`, index of the first of these predictions) → their summed loss in nats, a scalar."""
-
-
 def label_loss(windows: Tensor) -> Loss:
     """The negative log-likelihood of the tokens that follow in `windows`, `[N, W]`."""
     targets = windows[:, 1:].flatten()
@@ -145,77 +135,3 @@ def _logits(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[int, Tens
         for first, logits in head_chunks(model, predicting):
             yield done + first, logits
         done += len(predicting)
-
-
-def last_hidden_states(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
-    """Run the decoder on a few windows at a time.
-
-    Args:
-        model: A causal language model.
-        windows: Token ids, `[N, W]`.
-
-    Yields:
-        What the head reads, `[P, H]`, at every position but the last of each window.
-    """
-    for batch in windows.split(windows_at_once(model, windows.shape[1], BATCH_TOKENS)):
-        hidden = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
-        yield hidden[:, :-1].flatten(0, 1)
-
-
-def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Run the language-model head on `hidden`, `[P, H]`, a block of positions at a time.
-
-    Args:
-        model: A causal language model.
-        hidden: Last hidden states.
-
-    Yields:
-        The index of the first position, and the block's float32 logits `[≤ HEAD_TOKENS, V]`.
-    """
-    head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-    for first in range(0, len(hidden), HEAD_TOKENS):
-        logits = head(hidden[first : first + HEAD_TOKENS]).float()
-        yield first, logits if softcap is None else (logits / softcap).tanh() * softcap
-
-
-def head_gradient(model: PreTrainedModel, hidden: Tensor, loss: Loss, first: int = 0) -> Tensor:
-    """The gradient of a loss by last hidden states, `[P, H]`, the head a block of positions at a time.
-
-    Args:
-        model: A causal language model.
-        hidden: Last hidden states, `[P, H]`.
-        loss: Summed over positions.
-        first: The number of the first of them, for the loss.
-
-    Returns:
-        `[P, H]`.
-    """
-    leaf = hidden.requires_grad_()
-    for number, logits in head_chunks(model, leaf):
-        loss(logits, first + number).backward()
-    return cast(Tensor, leaf.grad)
-
-
-@contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No gradients of the weights for a while: they would take as much memory as the weights do."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def with_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[PreTrainedModel]:
-    """Let `model` run with other decoder layers for a while."""
-    decoder = model.get_decoder()
-    dense = decoder.layers
-    decoder.layers = layers
-    try:
-        yield model
-    finally:
-        decoder.layers = dense

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.evaluation.metrics import Loss, frozen, head_gradient, with_layers
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
+from selfpruner_hub.models.forward import Loss, head_gradient
+from selfpruner_hub.models.patching import frozen, with_layers
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, Slopes, step_channels
 from selfpruner_hub.pruning.slicing import PARTS, Part, Slicer, units

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.errors import DataError, MissingExtraError, UserError
-from selfpruner_hub.provenance import weights_hash
+from selfpruner_hub.models.weights import weights_hash
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """Those of the paper (arXiv 2502.14413)."""

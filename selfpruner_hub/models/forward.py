@@ -1,14 +1,24 @@
-"""How many windows one forward pass takes: few on a CPU, which more do not make faster; what fits on an accelerator."""
+"""Forward passes in batches: how many windows at once, then decoder and head, a block of positions at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import find_executable_batch_size
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfpruner_hub.errors import ModelError
+
+BATCH_TOKENS = 2048
+"""Tokens in one forward pass of the decoder on a CPU."""
+HEAD_TOKENS = 128
+"""Positions whose logits are held at once, in float32: 128 × vocabulary."""
+Loss = Callable[[Tensor, int], Tensor]
+"""(float32 logits `[P, V]`, index of the first of these predictions) → their summed loss in nats, a scalar."""
 
 ON_ACCELERATORS = 16
 """Times as many tokens are tried first on an accelerator."""
@@ -53,3 +63,52 @@ def windows_at_once(model: PreTrainedModel, width: int, tokens: int) -> int:
                 "Use shorter windows, or a CPU with offload_folder.",
             ) from error
     return known[width]
+
+
+def last_hidden_states(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
+    """Run the decoder on a few windows at a time.
+
+    Args:
+        model: A causal language model.
+        windows: Token ids, `[N, W]`.
+
+    Yields:
+        What the head reads, `[P, H]`, at every position but the last of each window.
+    """
+    for batch in windows.split(windows_at_once(model, windows.shape[1], BATCH_TOKENS)):
+        hidden = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
+        yield hidden[:, :-1].flatten(0, 1)
+
+
+def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Run the language-model head on `hidden`, `[P, H]`, a block of positions at a time.
+
+    Args:
+        model: A causal language model.
+        hidden: Last hidden states.
+
+    Yields:
+        The index of the first position, and the block's float32 logits `[≤ HEAD_TOKENS, V]`.
+    """
+    head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    for first in range(0, len(hidden), HEAD_TOKENS):
+        logits = head(hidden[first : first + HEAD_TOKENS]).float()
+        yield first, logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
+def head_gradient(model: PreTrainedModel, hidden: Tensor, loss: Loss, first: int = 0) -> Tensor:
+    """The gradient of a loss by last hidden states, `[P, H]`, the head a block of positions at a time.
+
+    Args:
+        model: A causal language model.
+        hidden: Last hidden states, `[P, H]`.
+        loss: Summed over positions.
+        first: The number of the first of them, for the loss.
+
+    Returns:
+        `[P, H]`.
+    """
+    leaf = hidden.requires_grad_()
+    for number, logits in head_chunks(model, leaf):
+        loss(logits, first + number).backward()
+    return cast(Tensor, leaf.grad)

@@ -116,19 +116,6 @@ def held_out(first: int, count: int) -> Tensor:
     return (torch.arange(first, first + count) + 1) % HELD_OUT == 0
 
 
-@contextmanager
-def exact_in_float32(dtype: torch.dtype) -> Iterator[None]:
-    """Multiply float32 copies of bfloat16 values in bfloat16 with float32 sums: exact, and several times faster."""
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    if dtype == torch.bfloat16:
-        settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
 def _calls(model: PreTrainedModel, batch: Tensor) -> list[Call]:
     """How the model calls each of its layers, for batches of this shape; no layer is run for it."""
     kept: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Attention in another implementation for a while; one for steps of decoding on a CPU, by KV groups."""
+"""Models changed for a while: other attention, other layers, no gradients, another precision of products."""
 
 from __future__ import annotations
 
@@ -56,6 +56,44 @@ def attending_by_group(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let a model attend by `grouped_sdpa` while it writes, where it attends by `sdpa` on a CPU."""
     fits = model.config._attn_implementation == "sdpa" and model.device.type == "cpu"
     return attending_by(model, NAME) if fits else nullcontext()
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """No gradients of the weights for a while: they would take as much memory as the weights do."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def with_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[PreTrainedModel]:
+    """Let `model` run with other decoder layers for a while."""
+    decoder = model.get_decoder()
+    dense = decoder.layers
+    decoder.layers = layers
+    try:
+        yield model
+    finally:
+        decoder.layers = dense
+
+
+@contextmanager
+def exact_in_float32(dtype: torch.dtype) -> Iterator[None]:
+    """Multiply float32 copies of bfloat16 values in bfloat16 with float32 sums: exact, and several times faster."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    if dtype == torch.bfloat16:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 AttentionInterface.register(NAME, grouped_sdpa)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear
-from selfpruner_hub.models.layer_stream import Seen, Stream, exact_in_float32, held_out, watching
+from selfpruner_hub.models.layer_stream import Seen, Stream, held_out, watching
+from selfpruner_hub.models.patching import exact_in_float32
 from selfpruner_hub.progress import Progress
 from selfpruner_hub.pruning.importance import Fisher, roots_of
 from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs

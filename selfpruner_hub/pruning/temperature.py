@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
-from selfpruner_hub.evaluation.metrics import head_chunks, last_hidden_states
 from selfpruner_hub.models.architectures import architecture_of
+from selfpruner_hub.models.forward import head_chunks, last_hidden_states
 from selfpruner_hub.progress import Progress
 from selfpruner_hub.pruning.least_squares import first_minimum
 
