@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.corpus import load_corpus
-from selfpruner_hub.calibration.fisher import output_fisher
+from selfpruner_hub.calibration.fisher import Fisher, output_fisher
 from selfpruner_hub.calibration.statistics import LayerStatistics
 from selfpruner_hub.cli.demo import NAME
 from selfpruner_hub.evaluation.fitness import REMAINS, Fitness
@@ -23,7 +23,7 @@ from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, loss_alone
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.pruning.importance import Fisher, LayerOrder, rank
+from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.pruning.temperature import match_confidence

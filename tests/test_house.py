@@ -24,7 +24,7 @@ LAYERS = (
         *("pruning", "pruning.importance", "pruning.output_repair", "pruning.sequential_repair"),
         *("pruning.least_squares", "pruning.slicing", "storage.offload", "storage.checkpoints", "storage.layout"),
     },
-    {"evaluation", "calibration.fisher", "pruning.temperature"},
+    {"evaluation"},
     {"search"},
     {"hub", "storage", "settings", "search.choose_proposer", "provenance", "evaluation.tasks", "exporters"},
     {"search.ray_workers"},

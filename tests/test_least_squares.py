@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from selfpruner_hub.models.layer_stream import HELD_OUT
+from selfpruner_hub.calibration.ridge import HELD_OUT
 from selfpruner_hub.pruning import least_squares
 from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from selfpruner_hub.calibration.ridge import RIDGES, choose_ridge
 from selfpruner_hub.errors import ModelError
-from selfpruner_hub.pruning.output_repair import RIDGES, Repair, choose_ridge
+from selfpruner_hub.pruning.output_repair import Repair
 
 D, OUT, TOKENS = 12, 5, 400
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.generated_text import sample_windows
+from selfpruner_hub.calibration.text_sources import HUB_SOURCES, encode, file_texts, hub_texts
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
-
-_HUB_SOURCES = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"train": "train", "test": "test"}),
-    "c4": ("allenai/c4", "en", {"train": "train", "test": "validation"}),
-}
 
 
 @dataclass(frozen=True)
@@ -143,15 +138,15 @@ def load_corpus(
         return Corpus.of("self", sample_windows(model, count, window, seed, progress))
     if tokenizer is None:
         raise DataError(f"The text {source!r} needs a tokenizer, and the model came without one.", 'Use data="self".')
-    texts = _hub_texts(source, split) if source in _HUB_SOURCES else _file_texts(Path(source))
+    texts = hub_texts(source, split) if source in HUB_SOURCES else file_texts(Path(source))
     # Read up to four times what is asked for, so that the seed has windows to choose from.
-    ids = _encode(texts, tokenizer, limit=4 * count * window)
+    ids = encode(texts, tokenizer, limit=4 * count * window)
     found = len(ids) // window
     if 2 * found < count:
         raise too_little_text(source, len(ids), count * window)
     windows = torch.tensor(ids[: found * window], dtype=torch.int64).view(found, window)
     chosen = torch.randperm(found, generator=torch.Generator().manual_seed(seed))[:count]
-    name = source if source in _HUB_SOURCES else Path(source).name
+    name = source if source in HUB_SOURCES else Path(source).name
     return Corpus.of(name, windows[chosen.sort().values])
 
 
@@ -175,69 +170,16 @@ def consecutive_windows(
     if source == "self":
         raise DataError(
             "A measurement needs a text that the model did not write; got 'self'.",
-            f"Use {', '.join(_HUB_SOURCES)}, or a path to a .txt or .jsonl file.",
+            f"Use {', '.join(HUB_SOURCES)}, or a path to a .txt or .jsonl file.",
         )
     if tokenizer is None:
         raise DataError(f"The text {source!r} needs a tokenizer, and the model came without one.")
     if window < 2 or (count is not None and count < 1):
         raise DataError(f"A measurement needs windows of at least 2 tokens, and at least one; got {window}, {count}.")
-    texts = _hub_texts(source, "test") if source in _HUB_SOURCES else _file_texts(Path(source))
-    ids = _encode(texts, tokenizer, limit=1 << 40 if count is None else count * window)
+    texts = hub_texts(source, "test") if source in HUB_SOURCES else file_texts(Path(source))
+    ids = encode(texts, tokenizer, limit=1 << 40 if count is None else count * window)
     found = len(ids) // window
     if found < (count or 1):
         raise too_little_text(source, len(ids), (count or 1) * window)
-    name = f"{source} test split" if source in _HUB_SOURCES else Path(source).name
+    name = f"{source} test split" if source in HUB_SOURCES else Path(source).name
     return Corpus.of(name, torch.tensor(ids[: found * window], dtype=torch.int64).view(found, window))
-
-
-def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
-    ids: list[int] = []
-    for text in texts:
-        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if len(ids) >= limit:
-            break
-    return ids[:limit]
-
-
-def _file_texts(path: Path) -> Iterator[str]:
-    if path.suffix not in {".txt", ".jsonl"}:
-        raise DataError(
-            f"Unknown data {str(path)!r}.",
-            f"Use {', '.join(_HUB_SOURCES)}, self, or a path to a .txt or .jsonl file.",
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"Cannot read the text {str(path)!r}: {reason}.") from error
-    if path.suffix == ".txt":
-        yield text
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold other line breaks
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            entry = None
-        if not isinstance(entry, str):
-            raise DataError(f'{path}, line {number}: expected a JSON object with a text under the key "text".')
-        yield entry
-
-
-def _hub_texts(source: str, split: str) -> Iterator[str]:
-    import datasets  # imported here: it takes a second, and local data do not need it
-
-    repo, name, splits = _HUB_SOURCES[source]
-    try:
-        stream = datasets.load_dataset(repo, name, split=splits[split], streaming=True)
-        rows = iter(stream)
-        first = next(rows)
-    except Exception as error:  # the Hub client raises many kinds; all of them mean "no text"
-        raise DataError(
-            f"Cannot load {repo} from the Hugging Face Hub ({type(error).__name__}).",
-            'Check the network (or HF_ENDPOINT), or use data="self" or a path to a text file.',
-        ) from error
-    yield first["text"]
-    for row in rows:
-        yield row["text"]

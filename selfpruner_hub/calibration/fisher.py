@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import cast
 from unittest.mock import patch
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfpruner_hub.calibration.ridge import damped_factor
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.forward import Loss, head_gradient
 from selfpruner_hub.models.layer_stream import Seen, Stream, check_finite
 from selfpruner_hub.models.patching import frozen
 from selfpruner_hub.progress import Progress
-from selfpruner_hub.pruning.output_repair import damped_factor
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import Keep, in_memory
+
+Fisher = Sequence[tuple[Tensor | None, Tensor | None]]
+"""Per layer, R of the attention's and of the FFN's output, `[H, H]`, where RᵀR is its Fisher information; None: I."""
 
 DAMPING = 0.1
 """Of the Fisher information, in units of its mean diagonal: what a few thousand tokens have not seen also counts."""
@@ -124,3 +128,8 @@ def _products(
             total.addmm_(g.t(), g)
         gradients[number].copy_(back)  # last: what was found may be the same tensor
     return sums
+
+
+def roots_of(fisher: Fisher | None, layers: int) -> Fisher:
+    """R of every layer's outputs; None takes all errors alike."""
+    return fisher or [(None, None)] * layers

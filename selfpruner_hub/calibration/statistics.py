@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfpruner_hub.calibration.ridge import RIDGE, choose_ridge, held_out
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
-from selfpruner_hub.models.layer_stream import Stream, check_finite, held_out
+from selfpruner_hub.models.layer_stream import Stream, check_finite
 from selfpruner_hub.models.patching import exact_in_float32
 from selfpruner_hub.progress import Progress
-from selfpruner_hub.pruning.output_repair import RIDGE, choose_ridge
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import Keep, in_memory
 
@@ -82,7 +82,7 @@ def calibrate(
 ) -> list[LayerStatistics]:
     """Stream the windows through the dense model, layer by layer, and take the moments of every layer.
 
-    One window in `HELD_OUT` is held out to choose λ of each projection (`output_repair.choose_ridge`); then all count.
+    One window in `HELD_OUT` is held out to choose λ of each projection (`ridge.choose_ridge`); then all count.
 
     Memory: 4 · (D_ffn² + D_attention²) bytes a layer, whatever the number of tokens, and one hidden state a token.
 

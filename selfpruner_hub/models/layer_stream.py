@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from unittest.mock import patch
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,8 +16,6 @@ from selfpruner_hub.storage.offload import Keep, in_memory
 
 BATCH_TOKENS = 4096
 """Tokens in one forward pass of a layer."""
-HELD_OUT = 8
-"""One window in so many is held out to choose λ; the second repair fits it in no layer."""
 
 Call = Callable[[nn.Module, Tensor], Tensor]
 """Runs a decoder layer on hidden states, with the masks and positions that the model gives it."""
@@ -109,11 +106,6 @@ def watching(seen: Sequence[Seen]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def held_out(first: int, count: int) -> Tensor:
-    """Which of the windows `first` to `first + count - 1` are held out: one in `HELD_OUT`, `[count]`, bool."""
-    return (torch.arange(first, first + count) + 1) % HELD_OUT == 0
 
 
 def _calls(model: PreTrainedModel, batch: Tensor) -> list[Call]:

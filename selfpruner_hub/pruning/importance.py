@@ -9,23 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfpruner_hub.calibration.fisher import Fisher, roots_of
+from selfpruner_hub.calibration.ridge import as_seen, damped_factor
 from selfpruner_hub.calibration.statistics import LayerStatistics, Moments
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear, shape_of
 from selfpruner_hub.progress import Progress
-from selfpruner_hub.pruning.output_repair import as_seen, damped_factor
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
-Fisher = Sequence[tuple[Tensor | None, Tensor | None]]
-"""Per layer, R of the attention's and of the FFN's output, `[H, H]`, where RᵀR is its Fisher information; None: I."""
 Order = Callable[[Tensor, Moments, int, Tensor | None], Tensor]
 """Units, most important first `[in / unit]`, from the weight `[out, in]`, the moments of its input, the columns of a
 unit (those of a KV group's query heads, or one), and R of its output, which OBS alone reads."""
-
-
-def roots_of(fisher: Fisher | None, layers: int) -> Fisher:
-    """R of every layer's outputs; None takes all errors alike."""
-    return fisher or [(None, None)] * layers
 
 
 def wanda_sp(weight: Tensor, moments: Moments) -> Tensor:

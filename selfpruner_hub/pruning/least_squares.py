@@ -8,8 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from selfpruner_hub.models.layer_stream import held_out
-from selfpruner_hub.pruning.output_repair import as_seen, damped_factor
+from selfpruner_hub.calibration.ridge import as_seen, damped_factor, held_out
 
 T = TypeVar("T")
 ITERATIONS = 3

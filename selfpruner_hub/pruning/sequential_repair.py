@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfpruner_hub.calibration.fisher import Fisher, roots_of
+from selfpruner_hub.calibration.ridge import as_seen, held_out
 from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear
-from selfpruner_hub.models.layer_stream import Seen, Stream, held_out, watching
+from selfpruner_hub.models.layer_stream import Seen, Stream, watching
 from selfpruner_hub.models.patching import exact_in_float32
 from selfpruner_hub.progress import Progress
-from selfpruner_hub.pruning.importance import Fisher, roots_of
 from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
-from selfpruner_hub.pruning.output_repair import as_seen
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import Keep, in_memory
 

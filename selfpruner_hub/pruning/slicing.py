@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from selfpruner_hub.calibration.fisher import Fisher, roots_of
 from selfpruner_hub.calibration.statistics import LayerStatistics
 from selfpruner_hub.models.architectures import (
     Block,
@@ -23,7 +24,7 @@ from selfpruner_hub.models.architectures import (
 )
 from selfpruner_hub.models.modeling_selfpruned import WIDTHS, LayerConfig
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
-from selfpruner_hub.pruning.importance import Fisher, LayerOrder, expand, roots_of
+from selfpruner_hub.pruning.importance import LayerOrder, expand
 from selfpruner_hub.pruning.output_repair import Repair
 from selfpruner_hub.storage.offload import Keep, in_memory
 
