@@ -8,18 +8,18 @@ import importlib.util
 import inspect
 import mmap
 import platform
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.errors import ExportError, MissingExtraError, OutputError, UserError
+from exporters.writer import Writer, one_of
+from selfpruner_hub.errors import ExportError, OutputError, UserError
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
 from selfpruner_hub.models.weights import count_parameters
@@ -32,37 +32,6 @@ FORMATS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
 """Each has a module `exporters.to_FORMAT` with a function `write` (a `Writer`), imported when it is asked for."""
 
 EXPORTING, STAGES = "exporting", ("loading", "writing", "comparing with PyTorch")
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a writer tells of the files that it wrote."""
-
-    options: dict[str, Any]
-    """All options as they were taken, defaults filled in; JSON values."""
-    libraries: tuple[str, ...]
-    """Distributions whose versions the record keeps, beside torch and transformers."""
-    tolerance: float
-    """How far the artefact's logits may be from PyTorch's float32."""
-    measure: Callable[[], float] | None = None
-    """Runs the staged artefact and returns that distance; None where this machine cannot run it.
-
-    It has what the PyTorch model said, and not the model: the runtime is about to load the weights again.
-    """
-    unchecked: str = ""
-    """Why `measure` is None, in one sentence."""
-    remark: str = ""
-    """What a user of the artefact should know, in one sentence."""
-
-
-class Writer(Protocol):
-    """Writes one format; its keyword-only parameters are the options that a user may give."""
-
-    def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, staging: Path, **options: Any
-    ) -> Written:
-        """Write the artefact of a float32 model on the CPU into `staging`, which holds tokenizer and records."""
-        ...
 
 
 def _silent(*_told: object) -> None:
@@ -211,25 +180,6 @@ def _consumed(model: nn.Module) -> Iterator[None]:
 def _aligned(size: int) -> int:
     """Bytes up to the next boundary of a cache line."""
     return -(-size // 64) * 64
-
-
-def require(library: str, extra: str) -> None:
-    """Raise `MissingExtraError` unless a library is installed, of which an extra of this package tells the versions."""
-    if importlib.util.find_spec(library) is None:
-        raise MissingExtraError(library, extra)
-
-
-def one_line(said: object) -> str:
-    """The first line of what a library said, at most 300 characters of it."""
-    lines = str(said).strip().splitlines() or [type(said).__name__]
-    return lines[0][:300]
-
-
-def one_of(option: str, value: str, choices: Collection[str]) -> str:
-    """Return `value`, or raise `UserError` unless it is among the choices of an option."""
-    if value not in choices:
-        raise UserError(f"Unknown {option} {value!r}.", f"Choose {', '.join(choices)}.")
-    return value
 
 
 def _check(to: str, options: dict[str, Any], output: Path) -> Writer:

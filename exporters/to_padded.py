@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import CONFIG_MAPPING
 
-from exporters.export import Written, one_of
 from exporters.padding import padded_state
 from exporters.parity import Step, expected, logit_difference
+from exporters.writer import Written, one_of
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
 from selfpruner_hub.plans.plan import LayerWidths
 

@@ -19,7 +19,8 @@ from exporters.benchmark.report import Case, Phase, Report, Side
 from exporters.benchmark.runtimes import RUNTIMES, Runtime, Setting
 from exporters.benchmark.worker import Worker, started
 from exporters.benchmark.workload import workload_of
-from exporters.export import export, one_of
+from exporters.export import export
+from exporters.writer import one_of
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import explain
 from selfpruner_hub.storage.export_record import FILE_NAME

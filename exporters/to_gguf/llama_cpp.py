@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters import machine
-from exporters.export import require
+from exporters.writer import require
 from selfpruner_hub.calibration.generated_text import sample_windows
 from selfpruner_hub.errors import ExportError, ModelError
 

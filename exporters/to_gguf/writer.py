@@ -19,10 +19,10 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.export import Written, one_of
 from exporters.padding import padded_state
 from exporters.to_gguf.llama_cpp import answers, log_probability_difference
 from exporters.to_gguf.tokenizer import TokenizerFields, converted_fields, copied_fields
+from exporters.writer import Written, one_of
 from selfpruner_hub.errors import UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import architecture_of, block_rows, decoder_layers, shape_of
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape

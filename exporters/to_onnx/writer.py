@@ -14,12 +14,12 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.export import Written, one_line, one_of, require
 from exporters.parity import Step, expected, logit_difference
 from exporters.to_onnx.attention_operator import OPSET, attending_by_operator
 from exporters.to_onnx.causal_lm import DEFAULT_PROVIDERS, OnnxCausalLM, default_options
 from exporters.to_onnx.int8 import quantize
 from exporters.tracing import decode_step, tracing
+from exporters.writer import Written, one_line, one_of, require
 from selfpruner_hub.errors import ExportError
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "int8": 1.0}

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, Cache, DynamicCache, GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from exporters.export import one_line, require
 from exporters.graph_causal_lm import GraphCausalLM
+from exporters.writer import one_line, require
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.models.loading import resolve_directory
 from selfpruner_hub.storage.export_record import read_export

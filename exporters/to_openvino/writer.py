@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.export import Written, one_line, one_of, require
 from exporters.parity import Step, expected, logit_difference
 from exporters.to_openvino.causal_lm import EXTRA, OpenVinoCausalLM
 from exporters.tracing import decode_step, tracing
+from exporters.writer import Written, one_line, one_of, require
 from selfpruner_hub.errors import ExportError
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.2}

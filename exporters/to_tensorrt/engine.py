@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from exporters.export import one_line
 from exporters.to_tensorrt.library import Library
+from exporters.writer import one_line
 from selfpruner_hub.errors import SavedModelError
 
 _SMALLER = "Give it fewer sequences or tokens, or export the model with a larger batch or context."

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.export import Written, one_line, one_of, require
 from exporters.parity import STEPS, Step, expected, logit_difference
 from exporters.to_onnx.writer import trace
 from exporters.to_tensorrt.causal_lm import ENGINE, TensorRtCausalLM
 from exporters.to_tensorrt.library import Library, find_library, gpu_here, parse_capability
 from exporters.to_tensorrt.profiles import Profile, profiles
+from exporters.writer import Written, one_line, one_of, require
 from selfpruner_hub.errors import ExportError, UserError
 from selfpruner_hub.models.architectures import shape_of
 
