@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.card import render_card
-from selfpruner_hub.hub.publish import Published, publish
+from selfpruner_hub.hub.publish import Published, check_request, publish
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.plans.plan import Plan
@@ -85,7 +85,7 @@ class PrunedModel:
         exports: Sequence[str] = (),
         token: str | None = None,
     ) -> Published:
-        """Save into a temporary directory and publish that; `hub.publish` has the arguments.
+        """Save into a temporary directory and publish that; `hub.publish.publish` has the arguments.
 
         Args:
             repo_id: `name`, or `namespace/name`; created where it does not exist.
@@ -103,8 +103,10 @@ class PrunedModel:
             UserError: The Hub refuses.
             HubError: The Hub is out of reach, or fails.
         """
+        check_request(space=space, create_pr=create_pr, exports=exports)
         with tempfile.TemporaryDirectory() as temporary:
             self._write(directory := Path(temporary) / "model")
+            _export(directory, exports)
             published = publish(
                 directory,
                 repo_id,
@@ -112,7 +114,6 @@ class PrunedModel:
                 revision=revision,
                 create_pr=create_pr,
                 space=space,
-                exports=exports,
                 token=token,
             )
         self._checkpoints.clear()
@@ -169,3 +170,11 @@ class PrunedModel:
             raise SavedModelError(f"{str(name)!r} is damaged: {FILE_NAME} and config.json disagree on the widths.")
         journal = directory / JOURNAL_NAME
         return cls(model, tokenizer, report, journal.read_text(encoding="utf-8") if journal.is_file() else "")
+
+
+def _export(directory: Path, formats: Sequence[str]) -> None:
+    """Export a model that was just saved, each format into a folder of its name."""
+    from exporters.export import export  # it imports this package
+
+    for name in dict.fromkeys(formats):
+        export(directory, name, directory / name)

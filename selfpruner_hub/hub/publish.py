@@ -6,7 +6,6 @@ simply repeated: large files that arrived are not sent again, and a repository t
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +17,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from selfpruner_hub.errors import HubError, SavedModelError, SelfPrunerError, UserError
-from selfpruner_hub.hub.bundle import CARD, Bundle, check_export, collect, is_ours
+from selfpruner_hub.errors import HubError, SelfPrunerError, UserError
+from selfpruner_hub.hub.bundle import CARD, Bundle, collect, is_ours
 from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.hub.space import VENDORED, space_files
 from selfpruner_hub.models.hub_errors import explain_hub, may_have_committed, pause
-from selfpruner_hub.storage.export_record import read_export
 from selfpruner_hub.storage.layout import EXPORTS
-from selfpruner_hub.storage.model_record import read_record
 
 PAUSES = (2.0, 8.0)
 """Seconds before the second and the third try: the Hub's client itself tries uploads again, but no commit."""
@@ -50,6 +47,23 @@ class Published:
     """Address of the demo Space."""
 
 
+def check_request(*, space: bool, create_pr: bool, exports: Sequence[str] = ()) -> None:
+    """Refuse what cannot be published, before anything is exported for it.
+
+    Args:
+        space: Whether the demo Space is published as well.
+        create_pr: Whether a pull request is opened instead.
+        exports: Formats to export to first.
+
+    Raises:
+        UserError: A Space is asked for with a pull request, or an export is unknown.
+    """
+    if space and create_pr:
+        raise UserError("A Space shows a model that is there, not one in a pull request.", "Push it after the merge.")
+    if unknown := sorted(set(exports) - set(EXPORTS)):
+        raise UserError(f"Unknown export {unknown[0]!r}.", f"Choose from: {', '.join(EXPORTS)}.")
+
+
 def publish(
     directory: str | Path,
     repo_id: str,
@@ -58,7 +72,6 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
     space: bool = False,
-    exports: Sequence[str] = (),
     token: str | None = None,
     commit_message: str = "Publish the pruned model",
 ) -> Published:
@@ -71,7 +84,6 @@ def publish(
         revision: Branch; created where it does not exist.
         create_pr: Open a pull request instead.
         space: Publish the demo Space `REPO_ID-demo` as well.
-        exports: Formats to export to first, where `directory` has no such export of this model yet.
         token: Of the Hub; None takes the stored one, or HF_TOKEN.
         commit_message: One line.
 
@@ -80,16 +92,11 @@ def publish(
 
     Raises:
         SavedModelError: The directory holds no whole pruned model, or an export of another one.
-        UserError: An export is unknown, a file holds a secret, or the Hub refuses.
+        UserError: A Space is asked for with a pull request, a file holds a secret, or the Hub refuses.
         HubError: The Hub is out of reach, or fails.
     """
     directory = Path(directory)
-    if space and create_pr:
-        raise UserError("A Space shows a model that is there, not one in a pull request.", "Push it after the merge.")
-    if unknown := sorted(set(exports) - set(EXPORTS)):
-        raise UserError(f"Unknown export {unknown[0]!r}.", f"Choose from: {', '.join(EXPORTS)}.")
-    for name in exports:
-        _export(directory, name)
+    check_request(space=space, create_pr=create_pr)
     bundle = collect(directory)
     check_private({**bundle.files, CARD: render_card(bundle.record, repo_id).encode()}, directory, [token])
 
@@ -109,21 +116,6 @@ def publish(
     except SelfPrunerError as error:
         raise type(error)(f"The model is published, its Space is not: {error.message}", error.hint) from error
     return replace(published, space=shown.url)
-
-
-def _export(directory: Path, name: str) -> None:
-    """Make an export, unless one of this model is there."""
-    from exporters.export import export  # it imports this package
-
-    record, target = read_record(directory), directory / name
-    if target.exists():
-        try:
-            check_export(directory, name, record)
-            return
-        except SavedModelError:
-            read_export(target, name)  # what is not an export of ours is not ours to delete
-            shutil.rmtree(target)
-    export(directory, name, target)
 
 
 def _model_changes(bundle: Bundle, repo: _Repository, tree: Tree) -> Changes:

@@ -1,0 +1,36 @@
+"""What several verbs of the command line share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def verb(verbs: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    """Add a verb, with what all verbs take; `run` is called with the parsed command line."""
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def from_pretrained(parser: argparse.ArgumentParser) -> None:
+    """Declare how a model is loaded."""
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    parser.add_argument("--gguf-file", metavar="FILE", help="load the weights from this GGUF file of MODEL")
+
+
+def number(text: str) -> Any:
+    """A number, or the text itself for the package to refuse with its own message."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def loading(options: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of `from_pretrained`, as the options of that name say."""
+    named = {"dtype": options.dtype, "revision": options.revision, "gguf_file": options.gguf_file}
+    return {key: value for key, value in named.items() if value is not None}

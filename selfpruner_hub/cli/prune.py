@@ -1,0 +1,130 @@
+"""The verb `selfpruner prune`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from selfpruner_hub.cli.options import from_pretrained, loading, number
+from selfpruner_hub.errors import OutputError, UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the verb takes.
+
+    Args:
+        parser: Of the verb.
+    """
+    parser.add_argument("model", metavar="MODEL", help="a directory or a Hub repository")
+    parser.add_argument("--beta", required=True, type=number, help="mean fraction of weights to remove, 0 < β < 1")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the pruned model goes")
+    parser.add_argument(
+        "--base-model", metavar="REPO", help="the Hub repository that the directory MODEL is a copy of, for the record"
+    )
+    parser.add_argument("--preset", default="default", help="default, or paper (default: %(default)s)")
+    parser.add_argument("--data", default="wikitext2", help="wikitext2, c4, self, or a .txt or .jsonl file")
+    parser.add_argument("--proposer", default="self", help="self, evolution, random, or the URL of an endpoint")
+    parser.add_argument("--proposer-model", metavar="M", help="name of the model at the endpoint")
+    parser.add_argument("--fitness", help="kl or perplexity")
+    parser.add_argument("--evaluations", type=number, metavar="N", help="budget, in full-evaluation equivalents")
+    parser.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
+    parser.add_argument(
+        "--offload", action="store_true", help="keep weights and statistics in files, for a model larger than memory"
+    )
+    parser.add_argument("--executor", metavar="ray", help="score candidates on Ray workers (default: in this process)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the method"
+    )
+    from_pretrained(parser)
+
+
+def run(options: argparse.Namespace) -> str:
+    """Prune a model and save it.
+
+    Args:
+        options: The parsed command line; `kept` is set to what a user is told where the run is interrupted.
+
+    Returns:
+        What is printed: a few lines, or JSON.
+
+    Raises:
+        UserError: An option is wrong, or the model or the text cannot be loaded.
+        OutputError: The output cannot be written.
+    """
+    from selfpruner_hub.plans.budget import check_beta
+    from selfpruner_hub.settings import resolve
+    from selfpruner_hub.storage.staging import check_writable
+
+    settings = _settings(options.set)
+    check_beta(options.beta)  # before the seconds that torch and a model take
+    resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
+    check_writable(options.output)
+    if options.output.exists() and Path(options.model).exists() and options.output.samefile(options.model):
+        raise OutputError("The output would replace the model that is pruned.", "Choose another output.")
+    run_dir = options.run_dir or Path(f"{options.output.resolve()}.run")
+    options.kept = f"What was scored is in {run_dir}: the same command again goes on from there."
+
+    from selfpruner_hub.pruner import AutoPruner
+    from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
+
+    offload = {"offload_folder": run_dir} if options.offload else {}
+    pruner = AutoPruner.from_pretrained(options.model, base_model=options.base_model, **offload, **loading(options))
+    pruned = pruner.prune(
+        options.beta,
+        preset=options.preset,
+        proposer=options.proposer,
+        proposer_model=options.proposer_model,
+        data=options.data,
+        fitness=options.fitness,
+        evaluations=options.evaluations,
+        seed=options.seed,
+        run_dir=run_dir,
+        executor=options.executor,
+        progress=not options.quiet,
+        **settings,
+    )
+    pruned.save_pretrained(options.output)
+    if options.run_dir is None:
+        with contextlib.suppress(OSError):
+            (run_dir / JOURNAL_NAME).unlink()  # it is in the output now
+            run_dir.rmdir()  # where it is empty: what else is there is not ours
+    report = pruned.report
+    if options.json:
+        return json.dumps({"output": str(options.output), **asdict(report)})
+    dense, left = report.parameters["dense"], report.parameters["pruned"]
+    lines = [f"{options.output}: {left:,} of {dense:,} parameters, β = {report.achieved_beta:.4f}"]
+    if elsewhere := report.proposer["gains"].get("elsewhere"):
+        (seed, found), name = report.proposer["gains"]["selected_on"], report.method["fitness"]
+        lines.append(
+            f"search: {name} {seed:.4f} -> {found:.4f} from the best seed on; on text that it did not select on, "
+            f"{elsewhere[0]:.4f} -> {elsewhere[1]:.4f}"
+        )
+    replies = report.proposer["replies"]
+    if replies.get("replaced"):
+        lines.append(
+            f"{replies['replaced']} proposals were classical children in place of unusable or repeated replies of "
+            f"{report.proposer['name']}: {options.output / 'search.jsonl'} says why."
+        )
+    return "\n".join(lines)
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set expects NAME=VALUE; got {pair!r}.")
+        if name in ("preset", "fitness", "evaluations"):
+            raise UserError(f"{name} has an option of its own.", f"Use --{name} {value}.")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        settings[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+    return settings

@@ -1,0 +1,145 @@
+"""The verbs `selfpruner push`, `selfpruner card` and `selfpruner plot`: what a saved model shows to others."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+
+def add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the verb takes.
+
+    Args:
+        parser: Of the verb.
+    """
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a saved model")
+    parser.add_argument("repo", metavar="REPO", help="where it goes: NAME, or NAMESPACE/NAME")
+    parser.add_argument("--space", action="store_true", help="publish the demo Space REPO-demo too")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="push to this branch (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument(
+        "--with",
+        dest="exports",
+        nargs="+",
+        default=[],
+        metavar="FORMAT",
+        help="export to these first, into DIR, and publish them too: onnx, gguf, …",
+    )
+
+
+def push(options: argparse.Namespace) -> str:
+    """Publish a saved model, after the exports that are asked for.
+
+    Args:
+        options: The parsed command line.
+
+    Returns:
+        What is printed: the addresses, or JSON.
+
+    Raises:
+        UserError: An option is wrong, a file holds a secret, or the Hub refuses.
+        SavedModelError: The directory holds no whole pruned model, or an export of another one.
+        HubError: The Hub is out of reach, or fails.
+    """
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+
+    from selfpruner_hub.hub.publish import check_request, publish
+
+    if not options.quiet:
+        enable_progress_bars()
+    check_request(space=options.space, create_pr=options.create_pr, exports=options.exports)
+    for name in options.exports:
+        _export(options.directory, name)
+    done = publish(
+        options.directory,
+        options.repo,
+        private=True if options.private else None,
+        revision=options.revision,
+        create_pr=options.create_pr,
+        space=options.space,
+    )
+    if options.json:
+        return json.dumps(asdict(done))
+    where = done.url if done.changed else f"{done.url} (it was up to date)"
+    return f"{where}\n{done.space}" if done.space else where
+
+
+def _export(directory: Path, name: str) -> None:
+    """Make an export, unless one of this model is there."""
+    from exporters.export import export
+    from selfpruner_hub.errors import SavedModelError
+    from selfpruner_hub.hub.bundle import check_export
+    from selfpruner_hub.storage.export_record import read_export
+    from selfpruner_hub.storage.model_record import read_record
+
+    record, target = read_record(directory), directory / name
+    if target.exists():
+        try:
+            check_export(directory, name, record)
+            return
+        except SavedModelError:
+            read_export(target, name)  # what is not an export of ours is not ours to delete
+            shutil.rmtree(target)
+    export(directory, name, target)
+
+
+def add_card_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the verb takes.
+
+    Args:
+        parser: Of the verb.
+    """
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a saved model")
+    parser.add_argument("repo", metavar="REPO", help="where it is, or will be, published: NAMESPACE/NAME")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="such as model_cards/NAME")
+
+
+def card(options: argparse.Namespace) -> str:
+    """Write the card that `push` would publish.
+
+    Args:
+        options: The parsed command line.
+
+    Returns:
+        What is printed: where it is, or JSON.
+
+    Raises:
+        SavedModelError: The directory holds no whole pruned model.
+    """
+    from selfpruner_hub.hub.bundle import CARD, write_card
+
+    write_card(options.directory, options.repo, options.output)
+    written = str(options.output / CARD)
+    return json.dumps({"card": written}) if options.json else written
+
+
+def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the verb takes.
+
+    Args:
+        parser: Of the verb.
+    """
+    parser.add_argument("directory", metavar="RUN_OR_DIR", type=Path, help="what holds search.jsonl")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the pictures go (default: RUN_OR_DIR/plots)")
+
+
+def plot(options: argparse.Namespace) -> str:
+    """Draw the search.
+
+    Args:
+        options: The parsed command line.
+
+    Returns:
+        What is printed: the files, or JSON.
+
+    Raises:
+        RunMismatchError: The directory holds no journal of a search.
+    """
+    from selfpruner_hub.hub.plots import plot_search
+
+    written = [str(path) for path in plot_search(options.directory, options.output or options.directory / "plots")]
+    return json.dumps({"files": written}) if options.json else "\n".join(written)
