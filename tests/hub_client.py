@@ -21,7 +21,7 @@ from pathlib import Path
 def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
     """Of a process that takes `endpoint` for the Hub and writes below `home` only."""
     inherited = {
-        key: os.environ[key] for key in ("PATH", "LANG", "LD_LIBRARY_PATH", "COVERAGE_RCFILE") if key in os.environ
+        key: os.environ[key] for key in ("PATH", "PYTHONPATH", "LANG", "LD_LIBRARY_PATH", "COVERAGE_RCFILE") if key in os.environ
     }
     return {
         **inherited,
