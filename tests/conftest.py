@@ -70,7 +70,7 @@ def real_text() -> Path:
 @pytest.fixture(scope="session")
 def saved_models(tmp_path_factory) -> Path:
     """Two pruned tiny models, `first` and `second`, saved."""
-    from tiny import tiny_model, tiny_tokenizer
+    from support.tiny import tiny_model, tiny_tokenizer
 
     from selfpruner_hub.pruner import AutoPruner
 
@@ -87,7 +87,7 @@ def saved_models(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def hub():
     """A server that the Hub's client takes for the Hub."""
-    from hub_server import HubServer
+    from support.hub_server import HubServer
 
     with HubServer() as server:
         yield server
@@ -96,7 +96,7 @@ def hub():
 @pytest.fixture(scope="session")
 def hub_client(hub, tmp_path_factory):
     """Runs command lines against that server."""
-    from hub_client import Client
+    from support.hub_client import Client
 
     client = Client(hub.url, tmp_path_factory.mktemp("home"))
     yield client

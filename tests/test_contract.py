@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
-from checks import check_cache, check_causality, check_left_padding, check_without_package, logits
 from safetensors import safe_open
-from tiny import CONFIGS, tiny_model, tiny_tokenizer
+from support.checks import check_cache, check_causality, check_left_padding, check_without_package, logits
+from support.tiny import CONFIGS, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from selfpruner_hub.calibration.statistics import calibrate

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from tiny import save_tiny
+from support.tiny import save_tiny
 
 SETTINGS = ("window=32", "calibration_tokens=2048", "fitness_tokens=512", "population=3", "crossover=3", "mutation=3")
 

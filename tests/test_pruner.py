@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub import AutoPruner
 from selfpruner_hub.calibration.corpus import Corpus

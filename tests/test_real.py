@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from checks import check_cache, check_causality, check_left_padding, check_without_package, logits
 from safetensors import safe_open
+from support.checks import check_cache, check_causality, check_left_padding, check_without_package, logits
 from transformers import AutoModelForCausalLM
 
 from selfpruner_hub.calibration.corpus import consecutive_windows

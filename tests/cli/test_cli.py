@@ -1,0 +1,403 @@
+"""The command line: results on stdout, and for every mistake one line on stderr, status 2 and nothing half-written."""
+
+import errno
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import fields
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from support.tiny import save_tiny, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from selfpruner_hub import PrunedModel
+from selfpruner_hub.calibration.corpus import consecutive_windows
+from selfpruner_hub.cli import main
+from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.metrics import perplexity
+from selfpruner_hub.hub import licences
+from selfpruner_hub.storage.model_record import Record, read_record
+
+SMALL = [
+    *("--set", "calibration_tokens=320", "--set", "fitness_tokens=128", "--set", "window=32"),
+    *("--set", 'seeds=["uniform", "ramp"]', "--proposer", "evolution", "--evaluations", "3", "--quiet"),
+]
+FILES = {
+    *("model.safetensors", "config.json", "generation_config.json", "modeling_selfpruned.py"),
+    *("selfpruner.json", "search.jsonl", "README.md", "tokenizer.json", "tokenizer_config.json"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other take several times as long as the tiny models do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text("".join(random.Random(0).choices("abcdefgh ", k=4000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pruned(dense, text, tmp_path_factory):
+    output = tmp_path_factory.mktemp("models") / "pruned"
+    assert main(["prune", str(dense), "--beta", "0.3", "--output", str(output), "--data", str(text), *SMALL]) == 0
+    return output
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process and give back (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = main(list(map(str, arguments)))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def prune(dense, output, text, *more, beta=0.3):
+    """The words of a small `prune`; later words replace earlier ones."""
+    return ["prune", dense, f"--beta={beta}", "--output", output, "--data", text, *SMALL, *more]
+
+
+def names(directory):
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+def cut(directory, copy):
+    """A copy of a saved model whose weights end half-way."""
+    shutil.copytree(directory, copy)
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    return copy
+
+
+# -- what works -------------------------------------------------------------------------------------------------------
+
+
+def test_prune_writes_everything_and_leaves_no_run_directory(run, dense, text, tmp_path):
+    status, out, err = run(*prune(dense, tmp_path / "small", text))
+    record = read_record(tmp_path / "small")
+    assert (status, err) == (0, "")
+    first, second = out.splitlines()
+    assert first == f"{tmp_path / 'small'}: {record.parameters['pruned']:,} of 39,584 parameters, β = 0.3000"
+    selected, elsewhere = (
+        "{:.4f} -> {:.4f}".format(*record.proposer["gains"][t]) for t in ("selected_on", "elsewhere")
+    )
+    assert second == (f"search: kl {selected} from the best seed on; on text that it did not select on, {elsewhere}")
+    assert names(tmp_path) == {"small", *(f"small/{name}" for name in FILES)}
+
+
+def test_no_file_tells_a_path_of_this_host(pruned, dense):
+    for path in pruned.iterdir():
+        assert str(dense.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_a_directory_is_called_by_the_repository_that_it_is_a_copy_of(run, dense, text, tmp_path, monkeypatch):
+    small, theirs = tmp_path / "small", tmp_path / "theirs.md"
+    theirs.write_text("---\nlicense: mit\n---\n")
+    monkeypatch.setattr(licences, "hf_hub_download", lambda name, file: {"some/parent": theirs}[name])
+    assert run(*prune(dense, small, text, "--base-model", "some/parent"))[0] == 0
+    card = ModelCard.load(small / "README.md").data
+    assert (card.base_model, card.license) == ("some/parent", "mit")
+    assert read_record(small).base_model == "some/parent"
+
+
+@pytest.mark.parametrize("name", ["parent", "some/where/else", "/some/parent", "some parent/x"])
+def test_a_base_model_that_names_no_repository(name, run, dense, text, tmp_path):
+    status, _, err = run(*prune(dense, tmp_path / "small", text, "--base-model", name))
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert f"base_model must name a Hub repository, OWNER/NAME; got {name!r}" in err
+
+
+def test_prune_as_json_is_the_record(run, dense, text, tmp_path):
+    status, out, err = run(*prune(dense, tmp_path / "small", text, "--json"))
+    printed = json.loads(out)
+    assert (status, err) == (0, "")
+    assert printed.pop("output") == str(tmp_path / "small")
+    assert set(printed) == {f.name for f in fields(Record)}
+    assert Record.from_json(json.dumps(printed), "stdout") == read_record(tmp_path / "small")
+
+
+def test_evaluate_measures_the_saved_model(run, pruned, text):
+    status, out, err = run("evaluate", pruned, "--data", text, "--window", 32, "--json", "--quiet")
+    printed = json.loads(out)
+    again = PrunedModel.from_pretrained(pruned)
+    windows = consecutive_windows(str(text), again.tokenizer, 32).windows
+    assert (status, err) == (0, "")
+    (metric,) = printed["metrics"].values()
+    assert math.isclose(metric["value"], perplexity(again.model, windows), abs_tol=5e-4)
+    assert (metric["dataset"], metric["dense"]) == ("text.txt", None)
+    assert "125 consecutive windows of 32 tokens" in metric["protocol"]
+
+
+def test_evaluate_beside_the_parent_and_save(run, dense, pruned, text, tmp_path):
+    copy = shutil.copytree(pruned, tmp_path / "copy")
+    words = ["--data", text, "--window", 32, "--windows", 8, "--quiet"]
+    status, out, _ = run("evaluate", copy, *words, "--against", dense, "--save")
+    assert status == 0
+    metric = read_record(copy).metrics["perplexity (32)"]
+    windows = consecutive_windows(str(text), tiny_tokenizer(), 32, 8).windows
+    parent = AutoModelForCausalLM.from_pretrained(dense)
+    assert math.isclose(metric.dense, perplexity(parent, windows), abs_tol=5e-4)
+    assert f"{metric.value:g}, dense {metric.dense:g}" in out
+    assert f"| perplexity (32) | {metric.dense} | {metric.value} |" in (copy / "README.md").read_text()
+    assert run("evaluate", dense, *words, "--save")[0] == 2  # its parent has no record
+
+
+def test_evaluate_for_people(run, dense, text):
+    status, out, _ = run("evaluate", dense, "--data", text, "--window", 32, "--windows", 4, "--quiet")
+    assert status == 0
+    assert out.startswith("perplexity ")
+    assert "text.txt: 4 consecutive windows" in out
+
+
+def test_progress_goes_to_stderr(run, dense, text, tmp_path):
+    words = prune(dense, tmp_path / "small", text, "--json")
+    words.remove("--quiet")
+    status, out, err = run(*words)
+    assert status == 0
+    assert json.loads(out)["beta"] == 0.3
+    assert "searching" in err
+
+
+def test_a_run_directory_of_ones_own_stays_and_is_resumed(run, dense, text, tmp_path):
+    words = prune(dense, tmp_path / "small", text, "--run-dir", tmp_path / "run")
+    assert run(*words)[0] == 0
+    journal = (tmp_path / "run" / "search.jsonl").read_bytes()
+    assert journal == (tmp_path / "small" / "search.jsonl").read_bytes()
+    assert run(*words)[0] == 0
+    assert (tmp_path / "run" / "search.jsonl").read_bytes() == journal
+
+
+def test_only_our_own_file_of_the_default_run_directory_is_removed(run, dense, text, tmp_path):
+    (tmp_path / "small.run").mkdir()
+    (tmp_path / "small.run" / "notes.txt").write_text("mine")
+    assert run(*prune(dense, tmp_path / "small", text))[0] == 0
+    assert names(tmp_path / "small.run") == {"notes.txt"}
+
+
+def test_the_output_may_be_the_current_directory(run, dense, text, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(*prune(dense, ".", text))[0] == 0
+    assert names(tmp_path) == {"here", *(f"here/{name}" for name in FILES)}
+
+
+def test_help_in_a_process_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-m", "selfpruner_hub.cli", "--help"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(verb in done.stdout for verb in ("prune", "evaluate", "demo"))
+
+
+@pytest.mark.parametrize("verb", ["prune", "evaluate", "demo"])
+def test_help_of_each_verb(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: selfpruner {verb}" in capsys.readouterr().out
+
+
+# -- interruption -----------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_search_goes_on_to_the_same_result(run, dense, text, tmp_path, monkeypatch):
+    more = ("--evaluations", 7)  # more than the seeds and the first proposals take
+    calls = []
+    whole = Fitness.__call__
+
+    def counted(self, *arguments):
+        if len(calls) == allowed:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(Fitness, "__call__", counted)
+    allowed = None
+    assert run(*prune(dense, tmp_path / "undisturbed", text, *more))[0] == 0
+    total = len(calls)
+
+    calls.clear()
+    allowed = total - 3
+    status, out, err = run(*prune(dense, tmp_path / "disturbed", text, *more))
+    assert (status, out) == (130, "")
+    assert "the same command again goes on" in err
+    assert str(tmp_path / "disturbed.run") in err
+    assert names(tmp_path) >= {"disturbed.run", "disturbed.run/search.jsonl"}
+    assert "disturbed" not in names(tmp_path)
+
+    calls.clear()
+    allowed = None
+    assert run(*prune(dense, tmp_path / "disturbed", text, *more))[0] == 0
+    assert len(calls) == 3  # what was scored before is not scored again
+    assert "disturbed.run" not in names(tmp_path)
+    for name in ("selfpruner.json", "model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "disturbed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def assert_mistake(run, tmp_path):
+    """Check that a command is refused: status 2, one line on stderr that says `said`, and no file more or less."""
+
+    def check(said, *words):
+        before = names(tmp_path)
+        status, out, err = run(*words)
+        assert (status, out) == (2, "")
+        assert err.startswith("selfpruner: ")
+        assert err.index("\n") == len(err) - 1
+        assert said in err
+        assert names(tmp_path) == before
+
+    return check
+
+
+@pytest.mark.parametrize("beta", ["0", "1", "-0.1", "abc", "nan", "30"])
+def test_beta_out_of_range(beta, assert_mistake, dense, text, tmp_path):
+    assert_mistake("beta must ", *prune(dense, tmp_path / "small", text, beta=beta))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--preset", "papers"], "Unknown preset 'papers'. Choose one of: default, paper."),
+        (["--proposer", "oracle"], "Unknown proposer 'oracle'. Choose self, evolution, random"),
+        (["--fitness", "accuracy"], "Unknown fitness 'accuracy'. Choose from: kl, perplexity."),
+        (["--evaluations", "many"], "evaluations must be a number"),
+        (["--dtype", "float13"], "float13"),
+        (["--set", "windows=32"], "Unknown setting windows."),
+        (["--set", "window"], "NAME=VALUE"),
+        (["--set", "window=wide"], "window must be a whole number"),
+        (["--set", "repair=no"], "repair must be true or false"),
+        (["--set", "importance=magnitude"], "Unknown importance 'magnitude'."),
+        (["--set", 'seeds=["best"]'], "Unknown seeds"),
+        (["--set", "fitness=perplexity"], "Use --fitness perplexity."),
+        (["--set", "p_max=0.1", "--beta", "0.5"], "beta=0.5 cannot be reached"),
+        (["--set", "multiple_of=7"], "multiple_of=7 does not divide"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_settings(words, said, assert_mistake, dense, text, tmp_path):
+    assert_mistake(said, *prune(dense, tmp_path / "small", text, *words))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("ten.txt", "0123456789", "has only 10 tokens"),
+        ("empty.txt", "", "has only 0 tokens"),
+        ("empty.jsonl", "", "has only 0 tokens"),
+        ("bad.jsonl", '{"text": "a"}\n{\n', "line 2"),
+        ("text.pdf", "text", "Unknown data"),
+        ("missing.txt", None, "No such file"),
+        ("wikitext2", None, "Hugging Face Hub"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["prune", "evaluate"])
+def test_bad_data(verb, name, content, said, assert_mistake, dense, tmp_path):
+    data = name if name == "wikitext2" else tmp_path / name
+    if content is not None:
+        data.write_text(content)
+    evaluate = ["evaluate", dense, "--data", data, "--window", "32", "--quiet"]
+    assert_mistake(said, *(evaluate if verb == "evaluate" else prune(dense, tmp_path / "small", data)))
+
+
+@pytest.mark.parametrize("verb", ["prune", "evaluate"])
+@pytest.mark.parametrize("damage", ["nan", "cut", "no model", "nowhere"])
+def test_bad_models(damage, verb, assert_mistake, dense, text, tmp_path):
+    model = tmp_path / "damaged"
+    if damage == "nan":
+        shutil.copytree(dense, model)
+        weights = load_file(model / "model.safetensors")
+        weights["model.layers.2.self_attn.q_proj.weight"][0, 0] = float("nan")
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    elif damage == "cut":
+        cut(dense, model)
+    elif damage == "no model":
+        model.mkdir()
+    said = {"nan": "not finite", "cut": "cut off", "no model": "holds no model", "nowhere": "Cannot find"}[damage]
+    evaluate = ["evaluate", model, "--data", text, "--window", "32", "--quiet"]
+    assert_mistake(said, *(evaluate if verb == "evaluate" else prune(model, tmp_path / "small", text)))
+
+
+def test_a_pruned_model_that_is_cut_off(assert_mistake, pruned, text, tmp_path):
+    copy = cut(pruned, tmp_path / "copy")
+    assert_mistake("cut off", "evaluate", copy, "--data", text, "--window", "32", "--quiet")
+
+
+@pytest.mark.parametrize(("window", "said"), [("0", "at least 2"), ("5000", "5000 are needed")])
+def test_bad_windows_of_a_measurement(window, said, assert_mistake, dense, text):
+    assert_mistake(said, "evaluate", dense, "--data", text, "--window", window, "--quiet")
+
+
+@pytest.mark.parametrize("output", ["file", "file/small", "x" * 300])
+def test_an_output_that_cannot_be_written(output, assert_mistake, dense, text, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert_mistake("Choose another output.", *prune(dense, tmp_path / output, text))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_dense_model_is_not_overwritten(assert_mistake, dense, text, tmp_path):
+    model = shutil.copytree(dense, tmp_path / "model")
+    assert_mistake("Choose another output.", *prune(model, model, text))
+    assert (model / "model.safetensors").read_bytes() == (dense / "model.safetensors").read_bytes()
+
+
+def test_a_run_directory_that_cannot_be_used(assert_mistake, dense, text, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert_mistake("run directory", *prune(dense, tmp_path / "small", text, "--run-dir", tmp_path / "file"))
+
+
+@pytest.mark.parametrize(("words", "said"), [(["--seed", "1"], "seed: 0 there, 1 here"), (["--beta", "0.2"], "beta: ")])
+def test_the_run_directory_of_another_search(words, said, run, assert_mistake, dense, text, tmp_path):
+    run_dir = ("--run-dir", tmp_path / "run")
+    assert run(*prune(dense, tmp_path / "first", text, *run_dir))[0] == 0
+    journal = (tmp_path / "run" / "search.jsonl").read_bytes()
+    assert_mistake(said, *prune(dense, tmp_path / "second", text, *run_dir, *words))
+    assert (tmp_path / "run" / "search.jsonl").read_bytes() == journal
+
+
+def test_a_mistake_as_json(run, dense, text, tmp_path):
+    status, out, err = run(*prune(dense, tmp_path / "small", text, "--json", beta=1))
+    told = json.loads(out)
+    assert status == 2
+    assert err == f"selfpruner: {told['error']} {told['hint']}\n"
+
+
+def test_a_read_only_output_directory(assert_mistake, dense, text, tmp_path, monkeypatch):
+    """Whoever runs the tests may be root, whom no permission stops: the file system itself says no."""
+    (tmp_path / "out").mkdir()
+    create = tempfile.TemporaryFile
+
+    def refuse(*args, dir=None, **kwargs):
+        if str(dir) == str(tmp_path / "out"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return create(*args, dir=dir, **kwargs)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert_mistake("Read-only file system", *prune(dense, tmp_path / "out", text))
+    assert names(tmp_path) == {"out"}

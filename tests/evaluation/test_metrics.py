@@ -1,0 +1,115 @@
+"""Chunked losses equal the plain ones, and a candidate's score that of its sliced model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.tiny import CONFIGS, tiny_model
+
+import selfpruner_hub.models.forward as forward
+from selfpruner_hub.calibration.fisher import output_fisher
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.metrics import cross_entropy, divergence, perplexity, teach
+from selfpruner_hub.evaluation.sensitivity import loss_curves
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+
+WINDOWS = torch.randint(3, 128, (10, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(forward, "BATCH_TOKENS", 3 * 24)
+    monkeypatch.setattr(forward, "HEAD_TOKENS", 7)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_cross_entropy_equals_transformers_loss(name):
+    model = tiny_model(name)
+    with torch.no_grad():
+        expected = model(WINDOWS, labels=WINDOWS).loss.item()
+    assert cross_entropy(model, WINDOWS) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(model, WINDOWS) == pytest.approx(math.exp(expected), rel=1e-4)
+
+
+def test_divergence_with_all_outcomes_is_the_full_one():
+    dense, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    with torch.no_grad():
+        p, q = (m(WINDOWS).logits[:, :-1].log_softmax(-1) for m in (dense, other))
+    full = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert divergence(other, WINDOWS, teach(dense, WINDOWS, top_k=128)) == pytest.approx(full, rel=1e-3)
+    assert 0 < divergence(other, WINDOWS, teach(dense, WINDOWS, top_k=16)) < full
+    assert divergence(dense, WINDOWS, teach(dense, WINDOWS)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_fitness_is_the_figure_of_the_sliced_model(metric):
+    model = tiny_model("qwen2")
+    statistics = calibrate(model, WINDOWS)
+    order = rank(model, statistics)
+    teacher = teach(model, WINDOWS)
+    with ordered(model, order):
+        slicer = Slicer(model, order, statistics)
+        plan = Budget(slicer.shape, 0.3).project(Rates((0.3,) * 4, (0.1, 0.2, 0.3, 0.4)))
+        fitness = Fitness(slicer, WINDOWS, metric)
+        sliced = slice_model(slicer, plan)
+        scores = fitness(plan), fitness(plan, 0.3)
+    figures = [
+        divergence(sliced, w, teacher) if metric == "kl" else perplexity(sliced, w) for w in (WINDOWS, WINDOWS[:3])
+    ]
+    assert scores == pytest.approx(figures, rel=1e-4)
+    assert model.model.layers[0].mlp.up_proj.weight.shape[0] == 48  # the dense layers are back
+
+
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_the_loss_of_a_plan_is_in_nats_over_the_dense_model(metric):
+    model = tiny_model("qwen2")
+    order = rank(model, known := calibrate(model, WINDOWS))
+    with ordered(model, order):
+        slicer = Slicer(model, order, known)
+        cut, fitness = Plan.of([48, 40, 32, 48], [1, 2, 2, 2]), Fitness(slicer, WINDOWS, metric)
+        assert fitness.loss(slicer.shape.dense) == pytest.approx(0, abs=1e-5)
+        if metric == "kl":
+            assert fitness.loss(cut, 0.3) == fitness(cut, 0.3)
+        else:
+            assert fitness.loss(cut) == pytest.approx(math.log(fitness(cut) / perplexity(model, WINDOWS)))
+
+
+@pytest.mark.parametrize("metric", ["kl", "perplexity"])
+def test_what_the_second_repair_takes_away_is_left_out(metric):
+    """Of the loss in nats, what it is more than the sum of the layers' predicted ones counts as told."""
+    model = tiny_model("qwen2")
+    order = rank(model, known := calibrate(model, WINDOWS))
+    with ordered(model, order):
+        slicer = Slicer(model, order, known, fisher=output_fisher(model, WINDOWS))
+        curves = loss_curves(slicer)
+        cut = Plan.of([48, 40, 32, 48], [1, 4, 4, 4])
+        alone = curves[0].attention[1] + curves[1].ffn[40] + curves[2].ffn[32]
+        measured = Fitness(slicer, WINDOWS, metric).loss(cut, 0.5)
+        for remains in (0, 0.25, 1):
+            fitness = Fitness(slicer, WINDOWS, metric, curves, remains)
+            assert fitness.loss(cut, 0.5) == pytest.approx(alone + remains * (measured - alone), rel=1e-5)
+            assert fitness.loss(slicer.shape.dense) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_broken_candidate_scores_infinity():
+    model = tiny_model("llama")
+    statistics = calibrate(model, WINDOWS)
+    order = rank(model, statistics)
+    with ordered(model, order):
+        slicer = Slicer(model, order, statistics)
+        fitness = Fitness(slicer, WINDOWS, "perplexity")
+        model.model.norm.weight.data[0] = torch.nan
+        assert fitness(slicer.shape.dense) == math.inf
+
+
+def test_unknown_metric_is_refused():
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match="kl, perplexity"):
+        Fitness(Slicer(model, [], None), WINDOWS, "accuracy")

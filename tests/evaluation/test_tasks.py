@@ -1,0 +1,137 @@
+"""Zero-shot tasks from files, against likelihoods counted by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from support.checks import logits
+from support.tiny import save_tiny, tiny_model, tiny_tokenizer
+
+from selfpruner_hub.cli import main
+from selfpruner_hub.errors import DataError, MissingExtraError, UserError
+from selfpruner_hub.evaluation import tasks as module
+from selfpruner_hub.evaluation.tasks import SEVEN, check_tasks, evaluate_tasks, named
+
+needs_harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason='not installed: pip install "selfpruner-hub[eval]"'
+)
+ITEMS = [
+    {"query": f"Question: what is {word}?\n", "choices": [word, "a " + word * 2, "no"], "gold": number % 3}
+    for number, word in enumerate(("red", "green", "blue", "grey", "pink", "black", "white", "cyan"))
+]
+PAIRS = [
+    {"context_options": [f"the {a} met {b} so {a}", f"the {a} met {b} so {b}"], "continuation": "left.", "gold": gold}
+    for a, b, gold in (("fox", "hen", 0), ("cat", "dog", 1), ("ant", "bee", 1), ("owl", "elk", 0), ("cow", "pig", 1))
+]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    for name, items in (("colours", ITEMS), ("pairs", PAIRS)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    return tmp_path
+
+
+def likelihood(model, tokenizer, prompt, ending):
+    """Of the ending's tokens after the prompt's, in nats."""
+    before, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + ending))
+    rows = logits(model, torch.tensor([whole])).float().log_softmax(-1)[0]
+    return sum(rows[i - 1, whole[i]].item() for i in range(len(before), len(whole)))
+
+
+@needs_harness
+@pytest.mark.slow
+def test_against_hand_counted_likelihoods(directory):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    colours, pairs = evaluate_tasks(model, tokenizer, ["colours", "pairs"], directory=directory, progress=False)
+    hits = {"acc": 0, "acc_norm": 0}
+    for item in ITEMS:
+        own = [likelihood(model, tokenizer, f"{item['query'].strip()}\nAnswer:", f" {c}") for c in item["choices"]]
+        by_byte = [value / len(choice) for value, choice in zip(own, item["choices"], strict=True)]
+        hits["acc"] += max(range(3), key=own.__getitem__) == item["gold"]
+        hits["acc_norm"] += max(range(3), key=by_byte.__getitem__) == item["gold"]
+    assert colours.items == 8
+    assert colours.source == "colours.jsonl"
+    assert colours.figures == {name: count / 8 for name, count in hits.items()}
+    assert colours.errors["acc"] > 0
+    right = 0
+    for item in PAIRS:
+        own = [likelihood(model, tokenizer, context, f" {item['continuation']}") for context in item["context_options"]]
+        right += (own[1] > own[0]) == bool(item["gold"])
+    assert pairs.figures == {"acc": right / 5}
+
+
+@needs_harness
+@pytest.mark.slow
+def test_a_limit_and_a_cache(directory, tmp_path):
+    words = {"directory": directory, "limit": 3, "cache": tmp_path / "cache", "progress": False}
+    model = tiny_model("llama")
+    first = evaluate_tasks(model, tiny_tokenizer(), ["colours"], **words)
+    assert first[0].items == 3
+    kept = list((tmp_path / "cache").iterdir())
+    assert kept
+
+    class Broken(type(model)):
+        def forward(self, *args, **kwargs):
+            raise AssertionError("it was to be read from the cache")
+
+    model.__class__ = Broken
+    assert evaluate_tasks(model, tiny_tokenizer(), ["colours"], **words) == first
+    evaluate_tasks(tiny_model("llama", seed=1), tiny_tokenizer(), ["colours"], **words)
+    assert len(list((tmp_path / "cache").iterdir())) == 2 * len(kept)  # another model's are its own
+
+
+@needs_harness
+@pytest.mark.slow
+def test_command_line(directory, tmp_path, capsys):
+    dense = save_tiny("llama", tmp_path / "dense")
+    words = ["evaluate", str(dense), "--tasks", "colours,pairs", "--tasks-dir", str(directory), "--quiet", "--json"]
+    assert main(words) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert set(metrics) == {"acc (colours)", "acc_norm (colours)", "acc (pairs)"}
+    assert metrics["acc (pairs)"]["protocol"].startswith("zero-shot, 5 items, ± 0.")
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    ("tasks", "text", "said"),
+    [
+        ("nothing", None, "There is no"),
+        ("odd", "[1, 2]\n", "is no file of JSON objects"),
+        ("odd", '{"question": "x"}\n', "have the fields question"),
+        ("odd", "not json\n", "is no file of JSON objects"),
+        (",", None, "No task was named"),
+    ],
+)
+def test_mistakes(tasks, text, said, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / f"{tasks}.jsonl").write_text(text)
+    assert main(["evaluate", "no-model-is-loaded", "--tasks", tasks, "--tasks-dir", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+@needs_harness
+@pytest.mark.slow
+def test_tasks_of_the_hub():
+    """No Hub here: their names are known, their items cannot be had."""
+    check_tasks(SEVEN, None)
+    with pytest.raises(UserError, match="knows no task 'eight'"):
+        check_tasks(["eight"], None)
+    with pytest.raises(DataError, match=r"Cannot load the items of piqa.*--tasks-dir"):
+        evaluate_tasks(tiny_model("llama"), tiny_tokenizer(), ["piqa"], progress=False)
+
+
+def test_names():
+    assert named("seven") == list(SEVEN)
+    assert named("piqa, boolq,piqa") == ["piqa", "boolq"]
+
+
+def test_without_the_harness(monkeypatch, tmp_path):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'pip install "selfpruner-hub\[eval\]"'):
+        check_tasks(["piqa"], tmp_path)

@@ -1,0 +1,291 @@
+"""The benchmark, end to end: two models, each in its own process, figures that come from them, and an honest table."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from support.tiny import save_tiny, tiny_model
+from support.trained import VOCABULARY, trained_tokenizer
+
+from exporters.benchmark import benchmark
+from exporters.benchmark import compare as module
+from exporters.benchmark.latency import Measured, timing
+from exporters.benchmark.report import Report
+from exporters.benchmark.runtimes import RUNTIMES, Setting
+from exporters.benchmark.worker import started
+from exporters.export import export
+from selfpruner_hub.cli import main
+from selfpruner_hub.errors import ModelError, SavedModelError, UserError
+from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.storage.export_record import FILE_NAME
+from selfpruner_hub.storage.model_record import read_record
+
+SMALL = ("--prompt", "16,40", "--batch", "1,2", "--new", "4", "--runs", "3", "--threads", "1", "--quiet")
+SETTING = Setting(threads=1, device="cpu", dtype="float32", longest=64)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Directories of a dense model and of a pruned one, with a tokenizer that llama.cpp knows."""
+    directory = tmp_path_factory.mktemp("pair")
+    dense, tokenizer = tiny_model("llama", vocab_size=VOCABULARY), trained_tokenizer()
+    dense.save_pretrained(directory / "dense")
+    tokenizer.save_pretrained(directory / "dense")
+    pruned = AutoPruner(dense, tokenizer, "tests/llama").prune(
+        0.5, data="self", proposer="evolution", window=32, calibration_tokens=512, fitness_tokens=128, evaluations=0,
+        seeds=("ramp",), progress=False,
+    )  # fmt: skip
+    pruned.save_pretrained(directory / "pruned")
+    return directory / "dense", directory / "pruned"
+
+
+@pytest.fixture(scope="module")
+def report(pair, tmp_path_factory):
+    """What the command line wrote for PyTorch."""
+    output = tmp_path_factory.mktemp("reports") / "torch.json"
+    arguments = ["benchmark", str(pair[1]), "--against", str(pair[0]), *SMALL, "--output", str(output)]
+    assert main(arguments) == 0
+    return Report.from_json(output.read_text(), str(output))
+
+
+def test_every_case_is_measured(report):
+    assert [(c.batch, c.prompt, c.new_tokens) for c in report.cases] == [(1, 16, 4), (1, 40, 4), (2, 16, 4), (2, 40, 4)]
+    for case in report.cases:
+        for phase, tokens in ((case.prefill, case.batch * case.prompt), (case.decode, case.batch)):
+            assert phase.dense.runs == phase.pruned.runs == phase.speedup.runs == 3
+            assert 0 < phase.dense.median < 10_000
+            assert phase.dense_tokens_per_second == pytest.approx(1000 * tokens / phase.dense.median, rel=0.01)
+            assert phase.speedup.median > 0
+            assert 1 < phase.ideal < 2  # half of the layers is gone, the head is not
+    assert report.runtime == "torch"
+    assert report.threads == 1
+    assert report.machine["processor"]
+    assert {"torch", "transformers"} <= set(report.versions)
+
+
+def test_memory_is_that_of_each_process(report):
+    for side in (report.dense, report.pruned):
+        assert 100 < side.memory["peak_mb"] < 2000
+        assert side.memory["peak_mb"] <= side.memory["loading_mb"] * 1.5
+
+
+def test_the_work_of_both_sides(report, pair):
+    assert report.dense.name == "dense"
+    assert report.dense.workload.layer_weights > 1.9 * report.pruned.workload.layer_weights
+    pruned = PrunedModel.from_pretrained(pair[1]).model
+    weights = sum(p.numel() for n, p in pruned.named_parameters() if ".layers." in n and p.ndim == 2)
+    assert report.pruned.workload.layer_weights == weights
+
+
+def test_the_record_is_read_strictly(report):
+    assert Report.from_json(report.to_json(), "x") == report
+    values = json.loads(report.to_json())
+    for broken, says in (
+        ({**values, "schema_version": 9}, "schema version 9"),
+        ({**values, "more": 1}, "more"),
+        ({**values, "cases": [{"batch": 1}]}, "x is damaged"),
+        ({**values, "dense": {**values["dense"], "workload": {}}}, "x is damaged"),
+    ):
+        with pytest.raises(SavedModelError, match=says):
+            Report.from_json(json.dumps(broken), "x")
+    with pytest.raises(SavedModelError, match="x is damaged"):
+        Report.from_json("{", "x")
+
+
+def test_the_table_says_what_is_not_faster(report):
+    case, even = report.cases[0], timing([1.0, 1.0, 1.0])
+    quick = replace(case.prefill, speedup=timing([1.4, 1.5, 1.6]))
+    slow, unsure = replace(case.decode, speedup=timing([0.9, 0.95, 1.0])), replace(case.decode, speedup=even)
+    assert quick.faster
+    assert not slow.faster
+    assert not unsure.faster
+    table = replace(report, cases=(replace(case, prefill=quick, decode=slow),)).table()
+    assert "1.50 ± 0.10×" in table
+    assert table.endswith("The pruned model is not faster, or not by more than the spread: decode of 1 × 16 (0.95×).")
+    assert "peak memory" in table
+    assert "not faster" not in replace(report, cases=(replace(case, prefill=quick, decode=quick),)).table()
+
+
+class Drifting:
+    """A worker without a process: each pass of it takes twice as long as the one before."""
+
+    costs: ClassVar = {"dense": 3.0, "pruned": 2.0}
+
+    def __init__(self, name):
+        self.cost, self.passes = self.costs[Path(name).name], 0
+
+    def measure(self, _ids, _new):
+        self.passes += 1
+        return Measured(self.cost * 2**self.passes, self.cost)
+
+    def memory(self):
+        return {"peak_mb": 1.0, "loading_mb": 1.0}
+
+
+@pytest.fixture
+def drifting(monkeypatch):
+    """No process is started; what would have been is listed."""
+    listed = []
+
+    @contextmanager
+    def start(runtime, name, _setting):
+        listed.append((runtime, name))
+        yield Drifting(name)
+
+    monkeypatch.setattr(module, "started", start)
+    return listed
+
+
+def test_a_speed_up_is_that_of_neighbours(pair, drifting):
+    """The machine slows down while the benchmark runs; the ratio of the two models stays what it is."""
+    (case,) = benchmark(pair[1], pair[0], prompts=(8,), new_tokens=2, runs=5).cases
+    assert case.prefill.speedup == timing([1.5] * 5)
+    assert case.decode.speedup == timing([1.5] * 5)
+    assert drifting == [("torch", str(pair[0])), ("torch", str(pair[1]))]
+
+
+def test_progress_goes_to_the_end(pair, drifting):
+    seen = []
+    benchmark(pair[1], pair[0], prompts=(8,), new_tokens=1, runs=2, progress=lambda *at: seen.append(at))
+    assert seen == [("batch 1, prompt 8", step, 8) for step in range(1, 9)]
+
+
+def test_figures_go_into_the_record_and_the_card(pair, tmp_path, capsys):
+    pruned = shutil.copytree(pair[1], tmp_path / "pruned")
+    words = [str(pruned), "--against", str(pair[0]), "--prompt", "8", "--new", "2", "--runs", "2", "--quiet"]
+    assert main(["benchmark", *words, "--save"]) == 0
+    found, card = read_record(pruned).metrics, (pruned / "README.md").read_text()
+    assert set(found) == {"prefill in torch, 1 × 8 tokens", "decode in torch, 1 × 8 tokens"} | set(
+        read_record(pair[1]).metrics
+    )
+    for name, metric in found.items():
+        if metric.machine:
+            assert f"| {name} | {metric.dense} ms | {metric.value} ms |" in card
+    assert main(["benchmark", str(pair[0]), *words[1:], "--save"]) == 2
+    assert "is not a model that selfpruner saved" in capsys.readouterr().err
+
+
+def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
+    for side in pair:
+        shutil.copytree(side, tmp_path / side.name)
+        (tmp_path / side.name / FILE_NAME).touch()
+    benchmark(tmp_path / "pruned", tmp_path / "dense", "gguf", prompts=(8,), new_tokens=1, runs=2)
+    assert drifting == [("gguf", str(tmp_path / "dense")), ("gguf", str(tmp_path / "pruned"))]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "library", "dtype", "file"),
+    [
+        ("gguf", "xllamacpp", "q8_0", "model-q8_0.gguf"),
+        ("onnx", "onnxruntime", "float32", "model.onnx"),
+        ("openvino", "openvino", "float16", "openvino_model.xml"),
+    ],
+)
+def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
+    pytest.importorskip(library)
+    arguments = ["benchmark", str(pair[1]), "--against", str(pair[0]), "--runtime", runtime, "--dtype", dtype]
+    arguments += ["--prompt", "16", "--new", "4", "--runs", "2", "--threads", "1", "--exports", str(tmp_path)]
+    assert main([*arguments, "--quiet", "--json"]) == 0
+    found = Report.from_json(capsys.readouterr().out, "stdout")
+    assert (found.runtime, found.dtype) == (runtime, dtype)
+    assert library in found.versions
+    assert found.cases[0].decode.pruned.median > 0
+    for side in ("dense", "pruned"):
+        assert (tmp_path / side / file).is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--runtime", "caffe"), "Unknown runtime 'caffe'"),
+        (("--dtype", "q8_0"), "Unknown dtype 'q8_0'. Choose float32, bfloat16, float16."),
+        (("--runtime", "gguf", "--batch", "2"), "gguf is timed on one prompt at a time"),
+        (("--batch", "0"), "--batch expects whole numbers"),
+        (("--prompt", "1,x"), "--prompt expects whole numbers"),
+        (("--new", "1,2"), "--new expects a whole number"),
+        (("--runs", "1"), "runs at least 2"),
+    ],
+)
+def test_mistakes(arguments, says, pair, capsys):
+    assert main(["benchmark", str(pair[1]), "--against", str(pair[0]), *arguments, "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("selfpruner: ")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_without_a_gpu(pair, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="tensorrt cannot run on cuda: PyTorch sees no NVIDIA GPU"):
+        benchmark(pair[1], pair[0], "tensorrt")
+    with pytest.raises(UserError, match="torch cannot run on cuda:1"):
+        benchmark(pair[1], pair[0], device="cuda:1")
+
+
+def test_foreign_input(pair, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "no-weights").mkdir()
+    (tmp_path / "no-weights" / "config.json").write_text((pair[0] / "config.json").read_text())
+    other = save_tiny("llama", tmp_path / "other")
+    for name, says in (
+        (empty, "holds no model"),
+        (tmp_path / "no-weights", "no-weights"),
+        (tmp_path / "none", "no local directory"),
+        (other, "different vocabularies"),
+    ):
+        assert main(["benchmark", str(pair[1]), "--against", str(name), "--quiet"]) == 2
+        err = capsys.readouterr().err
+        assert says in err
+        assert err.count("\n") == 1
+    export(pair[0], "padded", tmp_path / "padded")
+    with pytest.raises(SavedModelError, match="export to padded, not to gguf"):
+        RUNTIMES["gguf"].load(str(tmp_path / "padded"), SETTING)
+
+
+def test_a_worker_says_what_is_wrong(tmp_path):
+    with pytest.raises(UserError, match="holds no model"), started("torch", str(tmp_path), SETTING):
+        pytest.fail("there is no model")
+
+
+def test_a_worker_that_dies_is_one_line(pair):
+    with started("torch", str(pair[0]), SETTING) as worker:
+        assert worker.measure(torch.ones(1, 8, dtype=torch.long), 1).prefill > 0
+        os.kill(worker._process.pid, signal.SIGKILL)
+        with pytest.raises(ModelError, match="ended with status -9"):
+            worker.measure(torch.ones(1, 8, dtype=torch.long), 1)
+
+
+def test_a_worker_that_fails_says_how(pair):
+    with started("torch", str(pair[0]), SETTING) as worker, pytest.raises(ModelError, match="index out of range"):
+        worker.measure(torch.full((1, 8), 10**6), 1)
+
+
+def test_no_process_is_left(pair):
+    with started("torch", str(pair[0]), SETTING) as worker:
+        process = worker._process
+    assert process.poll() is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runtime", ["torch", "tensorrt"])
+def test_on_a_gpu(runtime, pair):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    found = benchmark(pair[1], pair[0], runtime, prompts=(16,), batches=(2,), new_tokens=4, runs=2, device="cuda")
+    assert found.device == "cuda"
+    assert found.machine["gpu"]
+    assert found.cases[0].decode.pruned.median > 0
+    if runtime == "torch":
+        assert 0 < found.dense.memory["gpu_mb"] < 1000

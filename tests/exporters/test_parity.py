@@ -1,0 +1,72 @@
+"""The comparison that every export must pass: what it notices, what it overlooks, and what it leaves in memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.tiny import tiny_pruned, tiny_tokenizer
+
+from exporters.export import export_model
+from exporters.parity import PROMPTS, STEPS, expected, logit_difference
+from selfpruner_hub.storage.export_record import read_export
+
+
+def other(change):
+    """The tiny model with one weight of its third layer changed."""
+    model = tiny_pruned("llama")
+    weight = model.model.layers[2].mlp.down_proj.weight.data
+    weight[0, 0] = change(weight[0, 0])
+    return model
+
+
+def test_a_model_is_itself():
+    model = tiny_pruned("llama")
+    passes = expected(model)
+    assert [tuple(step.input_ids.shape) for step in passes] == [(len(PROMPTS), max(PROMPTS))] + [(3, 1)] * STEPS
+    assert passes[-1].attention_mask.sum(1).tolist() == [length + STEPS for length in PROMPTS]
+    assert logit_difference(passes, model) == 0
+
+
+@pytest.mark.parametrize("change", [0.5, 1e-2])
+def test_another_weight_is_noticed(change):
+    assert logit_difference(expected(tiny_pruned("llama")), other(lambda weight: weight + change)) > 1e-5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_a_number_is_not_near(value):
+    assert math.isnan(logit_difference(expected(tiny_pruned("llama")), other(lambda _: value)))
+
+
+def test_only_cached_steps_differ():
+    """A runtime that forgets its cache is found out."""
+    model = tiny_pruned("llama")
+
+    def forgetful(cache, **inputs):
+        return model(**inputs) if cache is None else model(**{**inputs, "attention_mask": None}, cache=None)
+
+    assert logit_difference(expected(model, steps=0), forgetful) == 0
+    assert logit_difference(expected(model), forgetful) > 1e-3
+
+
+def test_padding_is_overlooked():
+    model = tiny_pruned("llama")
+
+    def noisy(attention_mask, **inputs):
+        out = model(attention_mask=attention_mask, **inputs)
+        out.logits[attention_mask[:, -out.logits.shape[1] :] == 0] = 1e9
+        return out
+
+    assert logit_difference(expected(model), noisy) == 0
+
+
+@pytest.mark.parametrize("consume", [False, True])
+def test_weights_are_let_go_once_they_are_written(consume, tmp_path):
+    model = tiny_pruned("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_model(model, tiny_tokenizer(), "padded", tmp_path / "out", consume=consume)
+    assert read_export(tmp_path / "out").max_difference <= 1e-4
+    assert any(tensor.any() for tensor in model.parameters()) != consume  # pages that were given back are zeros
+    if not consume:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,210 @@
+"""GGUF files: what llama.cpp computes from them is what PyTorch computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tracemalloc
+
+import pytest
+import torch
+from gguf import GGUFReader
+from support.tiny import CONFIGS, tiny_model, tiny_pruned
+from support.trained import VOCABULARY, trained_tokenizer
+
+from exporters.export import export, export_model
+from exporters.to_gguf.llama_cpp import LlamaCpp, answers, log_probability_difference
+from exporters.to_gguf.writer import DTYPES, WRITABLE, write
+from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError, UnsupportedArchitectureError, UserError
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.storage.export_record import read_export
+
+ROPE = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"factor": 4.0},
+}
+CASES = {
+    **{name: {} for name, config in CONFIGS.items() if config.model_type in WRITABLE},
+    "llama llama3": {"mlp_bias": True, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **ROPE["llama3"]}},
+    "mistral linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, **ROPE["linear"]}},
+}
+EXPECTED = {"f32": 5e-5, "f16": 0.02, "q8_0": 0.5}
+"""Measured at most: 7e-6, 0.009 and 0.29."""
+
+
+def built(make, case: str):
+    return make(case.split()[0], vocab_size=VOCABULARY, **CASES[case])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runtime():
+    pytest.importorskip("xllamacpp")
+
+
+def test_every_writable_architecture_has_a_case():
+    assert {CONFIGS[case.split()[0]].model_type for case in CASES} == set(WRITABLE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [tiny_model, tiny_pruned])
+@pytest.mark.parametrize("case", CASES)
+def test_log_probabilities_are_those_of_pytorch(case, make, dtype, tmp_path):
+    model = built(make, case)
+    written = write(model, trained_tokenizer(), tmp_path, dtype=dtype)
+    assert written.measure() <= EXPECTED[dtype] <= written.tolerance
+    reader = GGUFReader(tmp_path / f"model-{dtype}.gguf")
+    arch = reader.fields["general.architecture"].contents()
+    assert arch == ("llama" if make is tiny_model else "deci")
+    if arch == "deci":
+        widths = [w.intermediate_size for w in shape_of(model.config).dense.layers]
+        written_widths = reader.fields["deci.feed_forward_length"].contents()
+        multiple = 32 if dtype == "q8_0" else 1
+        assert written_widths == [-(-width // multiple) * multiple for width in widths]
+        assert len(set(widths)) > 1
+
+
+def test_the_comparison_notices_a_wrong_file(tmp_path):
+    """A model with other weights, or another rotary base, is told apart."""
+    model = built(tiny_pruned, "llama")
+    write(model, trained_tokenizer(), tmp_path, dtype="f32")
+    path = tmp_path / "model-f32.gguf"
+    assert log_probability_difference(answers(model, 64), path) < 1e-4
+    other = built(tiny_pruned, "llama")
+    other.model.layers[2].mlp.down_proj.weight.data[0, 0] += 0.5
+    assert log_probability_difference(answers(other, 64), path) > 1e-3
+    turned = tiny_pruned("llama", vocab_size=VOCABULARY, rope_parameters={"rope_type": "default", "rope_theta": 2e4})
+    assert log_probability_difference(answers(turned, 64), path) > 1e-3
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    """What numpy holds while a file is written is a few times its largest tensor, not the model."""
+    model = tiny_pruned("llama", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=512)
+    sizes = [4 * parameter.numel() for parameter in model.parameters()]
+    assert sum(sizes) > 10 * max(sizes)
+    write(model, trained_tokenizer(), tmp_path)  # what is imported and cached, once
+    for dtype in DTYPES:
+        tracemalloc.start()
+        write(model, trained_tokenizer(), tmp_path, dtype=dtype)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 * max(sizes)
+
+
+def test_tied_embeddings_are_stored_once(tmp_path):
+    write(built(tiny_pruned, "llama-mha-tied"), trained_tokenizer(), tmp_path, dtype="f32")
+    names = {tensor.name for tensor in GGUFReader(tmp_path / "model-f32.gguf").tensors}
+    assert "token_embd.weight" in names
+    assert "output.weight" not in names
+    write(built(tiny_pruned, "llama"), trained_tokenizer(), tmp_path, dtype="f16")
+    assert "output.weight" in {tensor.name for tensor in GGUFReader(tmp_path / "model-f16.gguf").tensors}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma", "gemma2", "gemma3"])
+def test_other_architectures_are_refused(name, tmp_path):
+    with pytest.raises(UnsupportedArchitectureError, match="llama, mistral, qwen2, phi3"):
+        write(tiny_model(name), trained_tokenizer(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_act": "gelu"}, "not gelu"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn rotary"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "dynamic rotary"),
+    ],
+)
+def test_what_deci_computes_otherwise_is_refused(changes, says, tmp_path):
+    with pytest.raises(UnsupportedArchitectureError, match=says):
+        write(tiny_model("llama", **changes), trained_tokenizer(), tmp_path)
+
+
+def test_partial_rotation_is_refused(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    model = tiny_model("phi3", hidden_size=64, rope_parameters=rope)
+    with pytest.raises(UnsupportedArchitectureError, match="partial rotary"):
+        write(model, trained_tokenizer(), tmp_path)
+
+
+def test_mistakes(tmp_path):
+    model = built(tiny_pruned, "llama")
+    with pytest.raises(UserError, match="Unknown dtype 'q4_0'.*f32, f16, q8_0"):
+        write(model, trained_tokenizer(), tmp_path, dtype="q4_0")
+    with pytest.raises(UserError, match="tokenizer, and there is none"):
+        write(model, None, tmp_path)
+    with pytest.raises(ModelError, match="not a readable GGUF file"):
+        write(model, None, tmp_path, tokenizer_from=str(tmp_path))
+
+
+def test_an_export_and_its_record(tmp_path):
+    directory = tmp_path / "model"
+    built(tiny_model, "qwen2").save_pretrained(directory)
+    trained_tokenizer().save_pretrained(directory)
+    export(directory, "gguf", tmp_path / "out", dtype="q8_0")
+    record = read_export(tmp_path / "out", "gguf")
+    assert record.options == {"dtype": "q8_0", "tokenizer_from": None}
+    assert 1e-3 < record.max_difference <= record.tolerance
+    assert {"gguf", "xllamacpp"} <= set(record.versions)
+    assert (tmp_path / "out" / "model-q8_0.gguf").is_file()
+
+
+def test_nothing_is_left_of_an_export_that_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "exporters.to_gguf.writer._rope_factors", lambda rotary, theta: torch.full_like(rotary.inv_freq, 3.0)
+    )
+    with pytest.raises(ExportError, match="differs from the PyTorch model"):
+        export_model(built(tiny_pruned, "llama"), trained_tokenizer(), "gguf", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
+    def full(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        export_model(built(tiny_pruned, "llama"), trained_tokenizer(), "gguf", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_tokenizer_than_the_files_is_noticed(tmp_path):
+    model = built(tiny_pruned, "llama")
+    write(model, trained_tokenizer("gpt-2"), tmp_path, dtype="f32")
+    with pytest.raises(ExportError, match="reads text as other tokens"):
+        log_probability_difference(answers(model, 64), tmp_path / "model-f32.gguf", trained_tokenizer("qwen2"))
+
+
+def test_without_xllamacpp(tmp_path, monkeypatch):
+    """The file is written all the same, and the record says that nobody has run it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    written = write(built(tiny_pruned, "llama"), trained_tokenizer(), tmp_path)
+    assert written.measure is None
+    assert written.unchecked == "xllamacpp is not installed"
+    with pytest.raises(MissingExtraError, match="xllamacpp is not installed"):
+        LlamaCpp(tmp_path / "model-f16.gguf", 64)
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from exporters.to_gguf.llama_cpp import LlamaCpp
+from selfpruner_hub.errors import ModelError
+for path in sys.argv[1:]:
+    try:
+        LlamaCpp(Path(path), 64)
+    except ModelError as error:
+        print(error)
+"""
+
+
+def test_a_truncated_file_is_one_line(tmp_path):
+    """In a process of its own: llama.cpp is C++, and could take the test session with it."""
+    write(built(tiny_pruned, "llama"), trained_tokenizer(), tmp_path)
+    content = (tmp_path / "model-f16.gguf").read_bytes()
+    paths = [tmp_path / f"{index}.gguf" for index in range(4)]
+    for path, kept in zip(paths, (0, 40, 0.3 * len(content), 0.99 * len(content)), strict=True):
+        path.write_bytes(content[: int(kept)])
+    done = subprocess.run([sys.executable, "-c", LOAD, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.splitlines() == [f"llama.cpp cannot load {str(p)!r}. Export the model again." for p in paths]

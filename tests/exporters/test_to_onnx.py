@@ -1,0 +1,258 @@
+"""ONNX: one graph for prefill and steps, checked against PyTorch, that writes text by `generate()`."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from support.checks import check_cache, check_left_padding, logits
+from support.tiny import CONFIGS, tiny_model, tiny_pruned, tiny_tokenizer
+
+from exporters import OnnxCausalLM
+from exporters.export import export_model
+from exporters.parity import expected, logit_difference
+from exporters.to_onnx import writer as to_onnx
+from exporters.to_tensorrt.profiles import tensorrt_provider
+from selfpruner_hub.errors import ExportError, MissingExtraError, SavedModelError, UserError
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.storage.export_record import read_export
+
+IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A function: the directory of a tiny pruned model's export, made when it is asked for the first time."""
+    root, made = tmp_path_factory.mktemp("onnx"), {}
+
+    def get(name, **options):
+        key = (name, *sorted(options.items()))
+        if key not in made:
+            made[key] = export_model(tiny_pruned(name), tiny_tokenizer(), "onnx", root / str(len(made)), **options)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture(name, exported):
+    """Sliding windows (16) are shorter than the prompts: what the graph's mask does is compared too."""
+    directory = exported(name)
+    record = read_export(directory, "onnx")
+    assert record.max_difference <= 1e-4
+    assert record.source["parameters"] == sum(p.numel() for p in tiny_pruned(name).parameters())
+    model, graph = tiny_pruned(name), OnnxCausalLM.from_pretrained(directory)
+    assert logit_difference(expected(model, prompts=(30, 30), steps=12), graph) <= 1e-4
+    check_left_padding(graph, IDS[:, :30], pad=0)
+    check_cache(graph, IDS[:, :10])
+    ours, theirs = (m.generate(IDS[:, :20], max_new_tokens=16, do_sample=False) for m in (graph, model))
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_no_key_or_value_is_copied_for_the_query_heads_that_share_it(exported):
+    graph = onnx.load(exported("llama") / "model.onnx", load_external_data=False).graph
+    readers = {node.op_type for node in graph.node for name in node.input if name.startswith("output.cache.")}
+    assert readers - {"Shape"} == {"Attention"}
+
+
+def test_layers_have_caches_of_their_own_width(exported):
+    graph = onnx.load(exported("llama") / "model.onnx", load_external_data=False).graph
+    keys = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.input}
+    for index, layer in enumerate(shape_of(tiny_pruned("llama").config).dense.layers):
+        assert keys[f"input.cache.layers.{index}.keys"] == ["batch", layer.num_key_value_heads, "past", 4]
+    assert keys["input_ids"] == keys["position_ids"] == ["batch", "length"]
+    assert keys["attention_mask"] == ["batch", "total"]
+    assert [d.dim_param or d.dim_value for d in graph.output[0].type.tensor_type.shape.dim] == ["batch", "kept", 128]
+
+
+def test_weights_are_on_disk_once(exported):
+    """Of a tied head that is larger than this one's, too: `test_real_exports.py`."""
+    graph = onnx.load(exported("llama") / "model.onnx", load_external_data=False).graph
+    stored = sum(math.prod(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
+    parameters = sum(p.numel() for p in tiny_pruned("llama").parameters())
+    assert 0.99 * parameters < stored < 1.01 * parameters  # zeros of equal size are stored once; there are constants
+
+
+def test_only_the_logits_that_are_wanted(exported):
+    graph, model = OnnxCausalLM.from_pretrained(exported("llama")), tiny_pruned("llama")
+    whole = logits(model, IDS)
+    torch.testing.assert_close(logits(graph, IDS, logits_to_keep=1), whole[:, -1:], atol=1e-4, rtol=0)
+    wanted = torch.tensor([3, 0, 39])
+    torch.testing.assert_close(logits(graph, IDS, logits_to_keep=wanted), whole[:, wanted], atol=1e-4, rtol=0)
+    assert graph(IDS, use_cache=False).cache is None
+
+
+def test_a_conversation_goes_on_from_its_cache(exported):
+    """Several new tokens after a past, and a batch of more than one of them."""
+    graph, whole = OnnxCausalLM.from_pretrained(exported("llama")), logits(tiny_pruned("llama"), IDS)
+    first = graph(IDS[:, :15])
+    assert [layer.keys.shape[2] for layer in first.cache.layers] == [15] * 4
+    second = graph(IDS[:, 15:], cache=first.cache)
+    assert second.cache is first.cache
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "top_k": 8}, {"use_cache": False}])
+def test_other_ways_to_generate(how, exported):
+    written = []
+    for model in (OnnxCausalLM.from_pretrained(exported("gemma3")), tiny_pruned("gemma3")):
+        torch.manual_seed(0)
+        written.append(model.generate(IDS[:, :12], **{"do_sample": False, "max_new_tokens": 12, **how}).tolist())
+    assert written[0] == written[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "allowed", "size"),
+    [({"dtype": "float16"}, 0.02, 0.6), ({"dtype": "int8"}, 0.4, 0.6), ({"fusions": "none"}, 1e-4, 1.2)],
+)
+def test_other_weights_and_plain_graphs(options, allowed, size, exported):
+    directory = exported("llama-mha-tied", **options)
+    record = read_export(directory)
+    assert record.options == {"dtype": "float32", "fusions": "cpu", **options}
+    assert record.max_difference <= allowed
+    parameters = sum(p.numel() for p in tiny_pruned("llama-mha-tied").parameters())
+    assert (directory / "model.onnx.data").stat().st_size < 4 * size * parameters + 2**16
+    domains = {node.domain for node in onnx.load(directory / "model.onnx").graph.node}
+    assert ("com.microsoft" in domains) == (options != {"fusions": "none"})
+    graph = OnnxCausalLM.from_pretrained(directory)
+    assert graph.dtype == (torch.float16 if options.get("dtype") == "float16" else torch.float32)
+    check_cache(graph, IDS[:, :10], new_tokens=4)
+
+
+@pytest.mark.slow
+def test_a_dense_model_too(tmp_path):
+    export_model(tiny_model("qwen2"), tiny_tokenizer(), "onnx", tmp_path / "out")
+    assert read_export(tmp_path / "out").max_difference <= 1e-4
+
+
+def test_files_of_an_export(exported):
+    names = {path.name for path in exported("llama").iterdir()}
+    assert {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "tokenizer.json"} <= names
+    assert {"selfpruner_export.json", "export.json"} <= names
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def replaced(old, new):
+    return lambda path: path.write_text(path.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("model.onnx", cut, "damaged or cut off"),
+        ("model.onnx", Path.unlink, "damaged or cut off"),
+        ("model.onnx", lambda path: path.write_text("This is no graph."), "damaged or cut off"),
+        ("model.onnx.data", cut, "damaged or cut off"),
+        ("model.onnx.data", Path.unlink, "damaged or cut off"),
+        ("config.json", Path.unlink, "no config.json"),
+        ("export.json", Path.unlink, "damaged or cut off"),
+        ("selfpruner_export.json", cut, "damaged"),
+        ("selfpruner_export.json", Path.unlink, "holds no export"),
+        ("selfpruner_export.json", replaced('"onnx"', '"gguf"'), "an export to gguf, not to onnx"),
+        ("selfpruner_export.json", replaced('"schema_version": 1', '"schema_version": 99'), "schema version 99"),
+    ],
+)
+def test_damaged_and_foreign_exports(file, damage, said, exported, tmp_path):
+    directory = shutil.copytree(exported("llama"), tmp_path / "out")
+    damage(directory / file)
+    with pytest.raises(SavedModelError) as raised:
+        OnnxCausalLM.from_pretrained(directory)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_directory_that_holds_no_export(tmp_path):
+    with pytest.raises(SavedModelError, match="holds no export.*selfpruner export"):
+        OnnxCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider", "NoSuchProvider"])
+def test_a_provider_that_is_not_there(provider, exported):
+    """Never a silent fall-back to the CPU."""
+    import onnxruntime
+
+    if provider in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime has {provider}")
+    with pytest.raises(UserError, match=f"cannot run on {provider} here.*onnx-gpu"):
+        OnnxCausalLM.from_pretrained(exported("llama"), providers=[provider, "CPUExecutionProvider"])
+
+
+def test_tensorrt_as_a_provider_of_onnx_runtime(exported, tmp_path):
+    name, options = tensorrt_provider(exported("llama"), tmp_path / "cache", batch=2, context=64)
+    assert name == "TensorrtExecutionProvider"
+    assert options["trt_engine_cache_path"] == str(tmp_path / "cache")
+    longest = dict(item.split(":") for item in options["trt_profile_max_shapes"].split(","))
+    widths = [layer.num_key_value_heads for layer in shape_of(tiny_pruned("llama").config).dense.layers]
+    assert longest["input_ids"] == "2x64"
+    assert [longest[f"input.cache.layers.{i}.keys"] for i in range(4)] == [f"2x{w}x63x4" for w in widths]
+
+
+def test_without_onnxruntime(exported, monkeypatch, tmp_path):
+    directory, find = exported("llama"), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else find(name, *a))
+    with pytest.raises(MissingExtraError, match=r'pip install "selfpruner-hub\[onnx\]"'):
+        OnnxCausalLM.from_pretrained(directory)
+    with pytest.raises(MissingExtraError, match=r'pip install "selfpruner-hub\[onnx\]"'):
+        export_model(tiny_pruned("llama"), None, "onnx", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_options(tmp_path):
+    for options, said in (
+        ({"dtype": "int3"}, "Unknown dtype 'int3'.*float32, float16, int8"),
+        ({"fusions": "tpu"}, "Unknown fusions 'tpu'.*cuda, cpu, none"),
+        ({"width": 3}, "no option 'width'.*It takes dtype, fusions"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export_model(tiny_pruned("llama"), None, "onnx", tmp_path / "out", **options)
+    with pytest.raises(UserError, match="Unknown format 'onyx'.*onnx, tensorrt, openvino, gguf, padded"):
+        export_model(tiny_pruned("llama"), None, "onyx", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_graph_that_differs(tmp_path, monkeypatch):
+    trace = to_onnx.trace
+
+    def spoilt(model, *args):
+        model = copy.deepcopy(model)
+        model.lm_head.weight.data[7] *= 1.5
+        return trace(model, *args)
+
+    monkeypatch.setattr(to_onnx, "trace", spoilt)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("stays")
+    with pytest.raises(ExportError, match="The onnx export differs from the PyTorch model by .* in a logit"):
+        export_model(tiny_pruned("phi3"), tiny_tokenizer(), "onnx", tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_nothing_is_left_of_a_model_that_cannot_be_traced(tmp_path, monkeypatch):
+    model = tiny_pruned("llama")
+    monkeypatch.setattr(model, "forward", lambda **inputs: inputs["input_ids"].sum().item() + 1 / 0)
+    with pytest.raises(ExportError, match="SelfPrunedLlamaForCausalLM cannot be traced to ONNX") as raised:
+        export_model(model, None, "onnx", tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_class_is_imported_without_the_libraries():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime')))\n"
+        "from exporters import OnnxCausalLM"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

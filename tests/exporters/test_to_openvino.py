@@ -1,0 +1,103 @@
+"""OpenVINO: the cache is the runtime's own state; checked against PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from support.checks import check_cache, check_left_padding, logits
+from support.tiny import tiny_pruned, tiny_tokenizer
+
+from exporters.export import export_model
+from exporters.parity import expected, logit_difference
+from exporters.to_openvino.causal_lm import OpenVinoCausalLM
+from selfpruner_hub.errors import MissingExtraError, SavedModelError, UserError
+from selfpruner_hub.storage.export_record import read_export
+
+IDS = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0))
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("openvino") is None, reason='not installed: pip install "selfpruner-hub[openvino]"'
+)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return export_model(tiny_pruned("llama"), tiny_tokenizer(), "openvino", tmp_path_factory.mktemp("ov") / "out")
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "phi3"])
+def test_other_architectures(name, tmp_path):
+    export_model(tiny_pruned(name), tiny_tokenizer(), "openvino", tmp_path / "out")
+    assert read_export(tmp_path / "out", "openvino").max_difference <= 1e-4
+    graph, model = OpenVinoCausalLM.from_pretrained(tmp_path / "out"), tiny_pruned(name)
+    assert logit_difference(expected(model, prompts=(30, 30), steps=12), graph) <= 1e-4
+
+
+@installed
+@pytest.mark.slow
+def test_it_does_what_a_model_does(exported):
+    graph, model = OpenVinoCausalLM.from_pretrained(exported), tiny_pruned("llama")
+    assert read_export(exported).max_difference <= 1e-4
+    check_left_padding(graph, IDS, pad=0)
+    check_cache(graph, IDS[:, :10])
+    for how in ({}, {"num_beams": 3}):
+        texts = [m.generate(IDS, max_new_tokens=16, do_sample=False, **how).tolist() for m in (graph, model)]
+        assert texts[0] == texts[1]
+    torch.testing.assert_close(logits(graph, IDS, logits_to_keep=1), logits(model, IDS)[:, -1:], atol=1e-4, rtol=0)
+
+
+@installed
+@pytest.mark.slow
+def test_weights_in_half(tmp_path):
+    export_model(tiny_pruned("llama"), tiny_tokenizer(), "openvino", tmp_path / "out", dtype="float16")
+    assert 0 < read_export(tmp_path / "out").max_difference < 0.02
+    parameters = sum(p.numel() for p in tiny_pruned("llama").parameters())
+    assert (tmp_path / "out" / "openvino_model.bin").stat().st_size < 2.2 * parameters
+
+
+@installed
+@pytest.mark.slow
+def test_the_state_of_another_batch_is_refused(exported):
+    graph = OpenVinoCausalLM.from_pretrained(exported)
+    first = graph(IDS)
+    graph(IDS[:1])
+    with pytest.raises(UserError, match="state of one batch, and it is of another one by now"):
+        graph(IDS[:, :1], cache=first.cache)
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("openvino_model.xml", lambda path: path.write_text(path.read_text()[:5000])),
+        ("openvino_model.bin", lambda path: path.write_bytes(path.read_bytes()[:5000])),
+        ("openvino_model.bin", lambda path: path.unlink()),
+        ("openvino_model.xml", lambda path: path.unlink()),
+    ],
+)
+def test_damaged_exports(file, damage, exported, tmp_path):
+    directory = shutil.copytree(exported, tmp_path / "out")
+    damage(directory / file)
+    with pytest.raises(SavedModelError, match="damaged or cut off") as raised:
+        OpenVinoCausalLM.from_pretrained(directory)
+    assert "\n" not in str(raised.value)
+
+
+@installed
+@pytest.mark.slow
+def test_a_device_that_is_not_there(exported):
+    with pytest.raises(UserError, match="no device 'NPU' here.*CPU"):
+        OpenVinoCausalLM.from_pretrained(exported, device="NPU")
+
+
+def test_without_openvino(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else find(name, *a))
+    with pytest.raises(MissingExtraError, match=r'pip install "selfpruner-hub\[openvino\]"'):
+        export_model(tiny_pruned("llama"), None, "openvino", tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,110 @@
+"""What is published of a saved model, and what is not."""
+
+import json
+import re
+import shutil
+from dataclasses import fields, replace
+
+import pytest
+from support.hub_server import check_yaml
+
+from selfpruner_hub.cli import main
+from selfpruner_hub.errors import SavedModelError
+from selfpruner_hub.hub.bundle import collect, is_ours
+from selfpruner_hub.storage.export_record import FILE_NAME as EXPORT_RECORD
+from selfpruner_hub.storage.export_record import SCHEMA_VERSION, ExportRecord
+from selfpruner_hub.storage.model_record import FILE_NAME, Metric, read_record
+
+
+def put_export(directory, name, record):
+    """An export as `exporters` leaves it, as far as publishing looks at it."""
+    folder = directory / name
+    folder.mkdir()
+    (folder / FILE_NAME).write_text(record.to_json())
+    values = {**{f.name: None for f in fields(ExportRecord)}, "format": name, "schema_version": SCHEMA_VERSION}
+    (folder / EXPORT_RECORD).write_text(json.dumps(values))
+    (folder / "model.bin").write_bytes(b"graph")
+    return folder
+
+
+def test_everything_of_the_model_and_nothing_else(saved_model):
+    for name in ("notes.txt", ".env", "optimizer.pt", "NOTICE"):
+        (saved_model / name).write_text("mine")
+    (saved_model / "checkpoints").mkdir()
+    (saved_model / "checkpoints" / "model.safetensors").write_text("mine")
+    bundle = collect(saved_model)
+    assert set(bundle.files) == {
+        *("config.json", "generation_config.json", "model.safetensors", "modeling_selfpruned.py", "NOTICE"),
+        *("search.jsonl", "selfpruner.json", "tokenizer.json", "tokenizer_config.json"),
+    }
+    assert set(bundle.pictures) == {"plots/search.png", "plots/population.png", "plots/rates.png"}
+    assert all(content.startswith(b"\x89PNG") for content in bundle.pictures.values())
+    assert bundle.exports == ()
+
+
+def test_pictures_are_drawn_the_same_twice(saved_model):
+    assert collect(saved_model).pictures == collect(saved_model).pictures
+
+
+def test_a_model_without_a_journal_has_no_pictures(saved_model):
+    (saved_model / "search.jsonl").write_text("")
+    assert collect(saved_model).pictures == {}
+    (saved_model / "search.jsonl").unlink()
+    assert collect(saved_model).pictures == {}
+
+
+def test_exports_of_this_model(saved_model):
+    record = read_record(saved_model)
+    (put_export(saved_model, "gguf", record) / ".cache").write_text("mine")
+    measured = replace(record, metrics={"perplexity": Metric(12.5, 10.25, "later")})
+    (saved_model / FILE_NAME).write_text(measured.to_json())  # what is measured later changes no weight
+    bundle = collect(saved_model)
+    assert bundle.exports == ("gguf",)
+    assert {f"gguf/{name}" for name in (FILE_NAME, EXPORT_RECORD, "model.bin")} == {
+        name for name in bundle.files if "/" in name
+    }
+
+
+def test_an_export_of_another_model(saved_model, saved_models):
+    put_export(saved_model, "onnx", read_record(saved_models / "second"))
+    with pytest.raises(SavedModelError, match="an export of another model") as caught:
+        collect(saved_model)
+    assert "--with onnx" in caught.value.hint
+
+
+def test_an_export_to_another_format(saved_model):
+    put_export(saved_model, "onnx", read_record(saved_model))
+    shutil.move(saved_model / "onnx", saved_model / "gguf")
+    with pytest.raises(SavedModelError, match="an export to onnx, not to gguf"):
+        collect(saved_model)
+
+
+def test_the_card_alone(saved_model, tmp_path, capsys):
+    output = tmp_path / "cards" / "tiny"
+    assert main(["card", str(saved_model), "me/tiny", "--output", str(output)]) == 0
+    assert capsys.readouterr().out == f"{output / 'README.md'}\n"
+    card = (output / "README.md").read_text()
+    assert check_yaml(card) == []
+    pictures = {path.relative_to(output).as_posix() for path in (output / "plots").iterdir()}
+    assert set(re.findall(r"\]\((plots/[^)]+)\)", card)) == pictures - {"plots/population.png"}
+    assert 'from_pretrained("me/tiny"' in card
+    assert main(["card", str(saved_model), "me/tiny", "--output", str(output)]) == 0  # again, over the old one
+    assert (output / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("model.safetensors", True),
+        ("model-00001-of-00002.safetensors", True),
+        ("plots/anything.png", True),
+        ("onnx/decode.onnx", True),
+        ("README.md", False),  # always written anew
+        ("LICENSE", False),
+        ("onnx.md", False),
+        ("adapter_model.safetensors", False),
+        ("media/rates.png", False),
+    ],
+)
+def test_what_of_a_repository_is_ours(name, ours):
+    assert is_ours(name) is ours

@@ -1,0 +1,191 @@
+"""The model card: every number in it is one of the record's, and none is left out or made up."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from support.hub_server import check_yaml
+
+from selfpruner_hub.hub.card import render_card
+from selfpruner_hub.storage.model_record import Metric, Record, read_record
+
+MADE = Path(__file__).parents[2] / "model_cards"
+RECORD = Record(
+    base_model="example/parent",
+    beta=0.31,
+    achieved_beta=0.3098,
+    rates=(0.123, 0.456, 0.35),
+    widths={"intermediate_size": [421, 261, 312], "num_key_value_heads": [14, 13, 12]},
+    parameters={"dense": 1234567, "pruned": 876543},
+    method={"importance": "wanda-sp", "repair": True, "fitness": "kl"},
+    seed=77,
+    proposer={
+        "name": "evolution",
+        "evaluations": 48.25,
+        "best_from": "seed:ramp",
+        "tokens": 9876,
+        "gains": {"selected_on": [0.0711, 0.0639], "elsewhere": [0.0822, 0.0733]},
+    },
+    data={"calibration": {"name": "first.txt", "tokens": 5120}, "fitness": {"name": "second.txt", "tokens": 2560}},
+    versions={"torch": "8.13.0", "transformers": "9.24.0"},
+    metrics={
+        "perplexity": Metric(23.4567, 19.8765, "held-out.txt, 44 windows"),
+        "search_fitness": Metric(0.0639, None, "kl on 2560 tokens"),
+    },
+)
+PICTURES = ("plots/rates.png", "plots/search.png")
+BARE = replace(RECORD, metrics={})
+OWN_NUMBERS = (
+    *("31", "31.0"),  # achieved, in the title and the first line
+    *("20", "0", "20", "0"),  # the code: how many tokens to write, and the first of the batch
+    *("1,234,567", "876,543"),
+    *("1", "12.3", "14", "421", "2", "45.6", "13", "261", "3", "35.0", "12", "312"),
+    *("0.0711", "0.0639", "0.0822", "0.0733"),  # the gains of the search
+    *("0.31", "0.3098", "48.25", "9876", "77", "5120", "2560", "8.13.0", "9.24.0"),
+)
+FIGURES = ("19.8765", "23.4567", "0.0639", "44", "2560")
+SPEED = Metric(12.5, 20.125, "6 runs", unit="ms", machine="a CPU", date="2026-11-05")
+
+
+def parts(card):
+    """The YAML front matter, and the text of the card up to the citation."""
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), body.split("## Citation")[0]
+
+
+def numbers(card):
+    return Counter(re.findall(r"\d(?:[\d.,]*\d)?", parts(card)[1]))
+
+
+@pytest.mark.parametrize(("record", "expected"), [(RECORD, OWN_NUMBERS + FIGURES), (BARE, OWN_NUMBERS)])
+def test_the_numbers_are_exactly_those_of_the_record(record, expected):
+    assert numbers(render_card(record)) == Counter(expected)
+
+
+def test_no_figure_is_invented():
+    body = parts(render_card(BARE))[1]
+    tables = re.findall(r"\| \| dense parent \|.*?\n(?=\n)", body, re.DOTALL)
+    assert [table.splitlines()[2:] for table in tables] == [["| parameters | 1,234,567 | 876,543 |"]]
+    assert "Its quality was not measured." in body
+    assert "Its speed was not measured." in body
+    assert "plots/" not in body
+
+
+def test_figures_stand_beside_those_of_the_dense_parent_with_their_protocol():
+    card = render_card(RECORD)
+    assert "| perplexity | 19.8765 | 23.4567 |" in card
+    assert "* **perplexity**: held-out.txt, 44 windows." in card
+    assert "| search_fitness |" not in card  # no figure of quality
+    assert "* search_fitness: 0.0639 (kl on 2560 tokens)." in card
+
+
+def test_the_gain_of_the_search_is_told_where_it_selected_and_elsewhere():
+    told = " ".join(render_card(RECORD).split())
+    assert "kl went from 0.0711 to 0.0639 on the text that the search selected on, and from 0.0822 to 0.0733" in told
+    for gains in ({}, {"selected_on": [0.0711, 0.0639]}):  # of a record from before, or without a search
+        assert "went from" not in render_card(replace(RECORD, proposer={**RECORD.proposer, "gains": gains}))
+    older = {key: value for key, value in RECORD.proposer.items() if key != "gains"}
+    assert "went from" not in render_card(replace(RECORD, proposer=older))
+
+
+def test_speed_stands_apart_with_its_machine_and_date():
+    body = parts(render_card(replace(RECORD, metrics={**RECORD.metrics, "prefill": SPEED})))[1]
+    quality, speed = body.split("## Speed")
+    assert "prefill" not in quality
+    assert "| prefill | 20.125 ms | 12.5 ms |" in speed
+    assert "* **prefill**: 6 runs; machine: a CPU; measured on 2026-11-05." in speed
+
+
+def test_the_model_index_holds_what_was_measured_on_a_known_text():
+    measured = replace(RECORD.metrics["perplexity"], dataset="Salesforce/wikitext")
+    task = Metric(0.5, 0.75, "lm-evaluation-harness", dataset="ARC (easy)")
+    metrics = {**RECORD.metrics, "perplexity": measured, "acc_norm, arc_easy": task, "prefill": SPEED}
+    card = ModelCard(render_card(replace(RECORD, metrics=metrics)))
+    assert card.data.model_name == "parent, pruned by 31 %"
+    assert [(r.metric_type, r.metric_value, r.dataset_type, r.dataset_name) for r in card.data.eval_results] == [
+        ("perplexity", 23.4567, "Salesforce/wikitext", "Salesforce/wikitext"),
+        ("acc_norm", 0.5, "ARC-easy-", "ARC (easy)"),
+    ]
+    assert check_yaml(str(card)) == []
+
+
+@pytest.mark.parametrize(
+    ("licence", "front", "said"),
+    [
+        ({}, {}, "look it up"),
+        ({"license": "mit"}, {"license": "mit"}, "That of the parent: mit."),
+        (
+            {"license": "other", "license_name": "mine", "license_link": "https://example.org/l"},
+            {"license": "other", "license_name": "mine", "license_link": "https://example.org/l"},
+            "That of the parent: [mine](https://example.org/l).",
+        ),
+    ],
+)
+def test_the_licence_is_that_of_the_parent(licence, front, said):
+    card = render_card(replace(RECORD, licence=licence))
+    found, body = parts(card)
+    assert {key: value for key, value in found.items() if key.startswith("license")} == front
+    assert said in body
+    assert check_yaml(card) == []
+
+
+def test_pictures_and_exports_are_told_of_only_where_they_are():
+    bare, full = render_card(RECORD), render_card(RECORD, pictures=PICTURES, exports=["onnx", "gguf"])
+    for said in ("plots/rates.png", "plots/search.png", "OnnxCausalLM", "llama.cpp", "- onnx", "- gguf"):
+        assert said in full
+        assert said not in bare
+
+
+def test_the_address_of_a_server_is_not_published():
+    card = render_card(replace(RECORD, proposer={**RECORD.proposer, "name": "http://10.0.0.7:80/v1 qwen"}))
+    assert "proposals by `qwen` behind an OpenAI-compatible endpoint" in card
+    assert "10.0.0.7" not in card
+
+
+def test_the_front_matter_has_the_tags_and_the_parent():
+    front, body = parts(render_card(RECORD))
+    assert front == {
+        "base_model": "example/parent",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "structured-pruning", "selfpruner"],
+    }
+    assert "[example/parent](https://huggingface.co/example/parent)" in body
+
+
+@pytest.mark.parametrize("path", ["parent", "/home/someone/models/parent", "../models/parent"])
+def test_no_path_of_the_host_is_published(path):
+    card = render_card(replace(RECORD, base_model=path))
+    front, body = parts(card)
+    assert not {"base_model", "base_model_relation"} & set(front)
+    assert "# parent, pruned by 31 %" in body
+    assert "someone" not in card
+    assert "models/" not in card
+    assert "huggingface.co" not in card
+    assert check_yaml(card) == []
+
+
+@pytest.mark.parametrize(("repair", "said"), [(True, "repair on"), (False, "repair off")])
+def test_settings_are_told(repair, said):
+    card = render_card(replace(RECORD, method={**RECORD.method, "repair": repair}))
+    assert said in card
+    assert "Importance `wanda-sp`" in card
+
+
+def test_the_code_loads_the_repository():
+    assert parts(render_card(RECORD, "me/small"))[1].count('from_pretrained("me/small"') == 3
+    assert parts(render_card(RECORD, "me/small", "b"))[1].count('from_pretrained("me/small", revision="b"') == 3
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in MADE.glob("*/selfpruner.json")))
+def test_cards_of_models_that_we_made_are_those_of_their_records(name):
+    directory = MADE / name
+    pictures = [path.relative_to(directory).as_posix() for path in directory.glob("plots/*.png")]
+    card = render_card(read_record(directory), f"me/{name}", pictures=pictures)
+    assert (directory / "README.md").read_text(encoding="utf-8") == card
+    assert len(pictures) == 3

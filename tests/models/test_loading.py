@@ -1,0 +1,185 @@
+"""Loading: whatever is wrong with a model is one clear line with a remedy, and found out as early as it can be."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
+from support.tiny import CONFIGS, save_tiny
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+
+from selfpruner_hub.errors import ModelError, UnsupportedArchitectureError
+from selfpruner_hub.models.architectures import ARCHITECTURES
+from selfpruner_hub.models.loading import explain, load_model
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("models") / "intact")
+
+
+@pytest.fixture
+def model(intact, tmp_path):
+    """A copy of an intact model, to be damaged."""
+    return shutil.copytree(intact, tmp_path / "model")
+
+
+def refusal(name, error=ModelError, **kwargs):
+    """The message of the refusal to load `name`: one line that ends with a remedy."""
+    with pytest.raises(error) as caught:
+        load_model(str(name), **kwargs)
+    assert_clear(caught.value)
+    return str(caught.value)
+
+
+def assert_clear(error):
+    assert "\n" not in error.message + error.hint
+    assert error.message.endswith(".")
+    assert error.hint
+
+
+def change_config(directory, **values):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_weights(directory, change):
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_an_intact_model_comes_ready_for_use(intact):
+    model, tokenizer = load_model(str(intact), dtype=torch.bfloat16)
+    assert not model.training
+    assert model.dtype == torch.bfloat16
+    assert tokenizer("ab")["input_ids"] == [97, 98]
+
+
+def test_a_model_without_a_tokenizer(model):
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    assert load_model(str(model))[1] is None
+
+
+def test_an_unsupported_architecture_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    message = refusal(tmp_path / "gpt2", UnsupportedArchitectureError)
+    assert "'gpt2'" in message
+    assert all(model_type in message for model_type in ARCHITECTURES)
+
+
+def test_an_unknown_architecture_names_the_known_ones(model):
+    change_config(model, model_type="brandnew")
+    message = refusal(model, UnsupportedArchitectureError)
+    assert all(model_type in message for model_type in ARCHITECTURES)
+
+
+def test_custom_code_is_neither_run_nor_asked_for(model, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    (model / "custom.py").write_text("raise SystemExit('custom code was run')")
+    change_config(model, model_type="brandnew", auto_map={"AutoConfig": "custom.Config"})
+    assert "custom code" in refusal(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value, model):
+    def spoil(weights):
+        weights[WEIGHT][3, 5] = value
+
+    change_weights(model, spoil)
+    assert f"not finite (first in {WEIGHT})" in refusal(model)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
+def test_truncated_weights(share, model):
+    path = model / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    assert "damaged or cut off" in refusal(model)
+
+
+def test_a_missing_tensor_is_not_made_up(model):
+    change_weights(model, lambda weights: weights.pop(WEIGHT))
+    assert f"lack {WEIGHT}" in refusal(model)
+
+
+def test_a_tensor_of_another_shape(model):
+    change_weights(model, lambda weights: weights.update({WEIGHT: weights[WEIGHT][:40].clone()}))
+    refusal(model)
+
+
+def test_a_directory_without_weights(tmp_path):
+    CONFIGS["llama"].save_pretrained(tmp_path / "bare")
+    assert "model.safetensors" in refusal(tmp_path / "bare")
+
+
+def test_a_directory_without_a_model(tmp_path):
+    assert "no config.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00"])
+def test_a_damaged_configuration(text, model):
+    (model / "config.json").write_text(text)
+    assert "config" in refusal(model)
+
+
+def test_a_dtype_that_torch_does_not_know(intact):
+    assert "float13" in refusal(intact, dtype="float13")
+
+
+@pytest.mark.parametrize("name", ["/no/such/directory", "no-such-directory", "example/no-such-model"])
+def test_a_model_that_is_nowhere_or_out_of_reach(name):
+    assert "Cannot find" in refusal(name)
+
+
+def hub_error(kind, status):
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    return kind(f"{status} Client Error.\n\nAccess is restricted.", response=response)
+
+
+HUB_ERRORS = [
+    (hub_error(GatedRepoError, 403), "is gated", "HF_TOKEN"),
+    (hub_error(RepositoryNotFoundError, 401), "not on the Hub", "HF_TOKEN"),
+    (hub_error(RevisionNotFoundError, 404), "not on the Hub", "Check the name"),
+]
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapped"])
+@pytest.mark.parametrize(("error", "said", "remedy"), HUB_ERRORS, ids=lambda value: type(value).__name__)
+def test_errors_of_the_hub(error, said, remedy, wrapped, monkeypatch):
+    def fail(*_, **__):
+        if wrapped:
+            raise OSError("You are trying to access\nsomething.") from error
+        raise error
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    message = refusal("example/model")
+    assert said in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("\nLlama requires the PyTorch library.\nInstall it.\n"), "Llama requires the PyTorch library."),
+        (OSError("We couldn't connect to 'https://huggingface.co'\nCheck your connection."), "out of reach"),
+        (RuntimeError(), "Cannot find"),
+    ],
+    ids=repr,
+)
+def test_other_errors_are_one_line(error, said):
+    explained = explain("example/model", error)
+    assert_clear(explained)
+    assert said in explained.message
+
+
+def test_a_local_error_without_words_is_called_by_its_kind(tmp_path):
+    assert "RuntimeError" in explain(str(tmp_path), RuntimeError()).message

@@ -1,0 +1,143 @@
+"""The second repair brings the pruned stream back to the dense one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.tiny import CONFIGS, tiny_model
+
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.sequential_repair import RIDGES, compensate
+from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.search.proposers import random_rates
+
+WINDOWS = torch.randint(3, 128, (70, 16), generator=torch.Generator().manual_seed(0))
+
+
+def cut(model, plan=None):
+    """A pruned copy with the first repair, of a random plan on β = 0.3 unless one is given."""
+    statistics = calibrate(model, WINDOWS)
+    order = rank(model, statistics)
+    with ordered(model, order):
+        slicer = Slicer(model, order, statistics)
+        if plan is None:
+            budget = Budget(slicer.shape, 0.3)
+            plan = budget.project(random_rates(budget, np.random.default_rng(0)))
+        return slice_model(slicer, plan)
+
+
+@torch.no_grad()
+def error(dense, pruned, windows=WINDOWS):
+    """Mean squared distance of the last hidden states."""
+    a, b = (m.get_decoder()(windows, use_cache=False).last_hidden_state for m in (dense, pruned))
+    return (a - b).square().mean().item()
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_streams_come_closer(architecture):
+    model = tiny_model(architecture)
+    pruned = cut(model)
+    before, widths = error(model, pruned), [p.shape for p in pruned.parameters()]
+    told = []
+    compensate(model, pruned, WINDOWS, ridges=(1e-4,), progress=lambda *what: told.append(what))
+    assert error(model, pruned) < before
+    assert [p.shape for p in pruned.parameters()] == widths
+    assert all(p.requires_grad for p in pruned.parameters())
+    assert told[-1] == ("repairing", len(decoder_layers(model)), len(decoder_layers(model)))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for x in (model, pruned) for m in x.modules())
+
+
+def test_no_change_of_an_output_projection_brings_the_stream_closer():
+    """The last down_proj is optimal for the stream behind it: its gradient vanishes where λ is nothing."""
+    model = tiny_model("llama")
+    pruned = cut(model)
+    compensate(model, pruned, WINDOWS, ridges=(1e-9,))
+    states = []
+    for m in (model, pruned):
+        handle = decoder_layers(m)[-1].register_forward_hook(lambda _m, _a, out: states.append(out))
+        m.get_decoder()(WINDOWS, use_cache=False)
+        handle.remove()
+    loss = (states[0].detach() - states[1]).square().mean()
+    weight = decoder_layers(pruned)[-1].mlp.down_proj.weight
+    gradient = torch.autograd.grad(loss, weight)[0]
+    scale = states[0].detach().square().mean() / weight.detach().square().mean().sqrt()
+    assert gradient.abs().max() < 1e-4 * scale
+    with torch.no_grad():
+        for seed in range(5):
+            noise = 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+            weight += noise
+            moved = []
+            handle = decoder_layers(pruned)[-1].register_forward_hook(lambda _m, _a, out, to=moved: to.append(out))
+            pruned.get_decoder()(WINDOWS, use_cache=False)
+            handle.remove()
+            weight -= noise
+            assert (states[0] - moved[0]).square().mean() > loss
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_the_ridge_is_chosen_on_windows_that_are_held_out(architecture):
+    """Of a little text, what other text does not bear out is not fitted; of much, nearly all is."""
+    unseen = torch.randint(3, 128, (40, 16), generator=torch.Generator().manual_seed(1))
+    model = tiny_model(architecture)
+    errors = {}
+    for windows in (WINDOWS[:8], WINDOWS):
+        for ridges in (RIDGES, RIDGES[:1], RIDGES[-1:]):
+            pruned = cut(model)
+            compensate(model, pruned, windows, ridges)
+            errors[len(windows), ridges] = error(model, pruned, unseen)
+    assert errors[8, RIDGES] < 0.9 * errors[8, RIDGES[:1]]
+    assert errors[70, RIDGES] < 1.02 * min(errors[70, RIDGES[:1]], errors[70, RIDGES[-1:]])
+    assert errors[70, RIDGES] < errors[8, RIDGES]
+
+
+def test_gate_and_up_move_toward_what_the_loss_minds():
+    """Where it minds two of the outputs alone, those come nearer than where all are alike, and the others less so."""
+    model = tiny_model("llama")
+    size = model.config.hidden_size
+    minded = torch.cat([torch.full((2,), 10.0), torch.full((size - 2,), 0.1)])
+    distances = []
+    for fisher in (None, [(minded.diag(), minded.diag())] * len(decoder_layers(model))):
+        pruned = cut(model)
+        compensate(model, pruned, WINDOWS, fisher=fisher)
+        states = []
+        for m in (model, pruned):
+            handle = decoder_layers(m)[-1].register_forward_hook(lambda _m, _a, out, to=states: to.append(out))
+            with torch.no_grad():
+                m.get_decoder()(WINDOWS, use_cache=False)
+            handle.remove()
+        distances.append((states[0] - states[1]).square().mean((0, 1)))
+    assert distances[1][:2].sum() < 0.97 * distances[0][:2].sum()
+    assert distances[1][2:].sum() > distances[0][2:].sum()
+
+
+def test_too_few_windows_to_hold_one_out():
+    model = tiny_model("llama")
+    two, greatest = cut(model), cut(model)
+    compensate(model, two, WINDOWS[:2])
+    compensate(model, greatest, WINDOWS[:2], RIDGES[-1:])
+    for a, b in zip(two.parameters(), greatest.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_model_that_lost_nothing_stays_as_it_is():
+    model = tiny_model("llama")
+    whole = cut(model, Slicer(model, [], None).shape.dense)
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    compensate(model, whole, WINDOWS)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(value, before[name], atol=1e-5, rtol=1e-3)
+
+
+def test_batches_do_not_matter(monkeypatch):
+    model = tiny_model("gemma3")
+    weights = []
+    for tokens in (64, 1 << 20):
+        monkeypatch.setattr("selfpruner_hub.models.layer_stream.BATCH_TOKENS", tokens)
+        pruned = cut(model)
+        compensate(model, pruned, WINDOWS)
+        weights.append(torch.cat([p.flatten() for p in pruned.parameters()]))
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-3)

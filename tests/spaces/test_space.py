@@ -1,0 +1,346 @@
+"""The Space's modules on a tiny model: what they say, count and refuse."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import re
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from huggingface_hub import SpaceCard
+from packaging.requirements import Requirement
+from support.hub_server import check_yaml
+from support.tiny import save_tiny
+
+from selfpruner_hub.hub.space import VENDORED, space_files
+from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.search.journal import read_journal
+from selfpruner_hub.storage.layout import asset
+from selfpruner_hub.storage.model_record import read_record
+
+MODULES = ("app", "answers", "facts", "live")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("space") / "dense")
+
+
+@pytest.fixture
+def space(saved_models, dense, monkeypatch):
+    """Import the Space's modules anew, for the model `first`; gives back one by its name."""
+    pytest.importorskip("gradio", reason='needs pip install -e ".[space]"')
+    monkeypatch.setenv("PRUNED_MODEL", str(saved_models / "first"))
+    monkeypatch.setenv("DENSE_MODEL", str(dense))
+    monkeypatch.syspath_prepend(str(asset("spaces")))
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["pruned", "dense"])
+def test_an_answer_streams_and_is_counted(which, space):
+    answers = space("answers")
+    seen = [(a.text, a.tokens, a.done) for a in answers.answer(which, "a b c d", 12)]
+    model, tokenizer = answers.load(which)
+    inputs = tokenizer("a b c d", return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    text, tokens, done = seen[-1]
+    assert (tokens, done) == (len(expected), True)
+    assert text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert all(later[0].startswith(earlier[0]) for earlier, later in itertools.pairwise(seen))
+
+
+def test_speed_is_that_of_the_tokens_after_the_first(space):
+    answer = space("answers").Answer("text", tokens=11, first=0.5, seconds=2.5)
+    assert answer.rate == 5.0
+    assert answer.took() == "**5.0** tokens/s · first token after **0.50 s** · 11 tokens"
+    assert space("answers").Answer(tokens=1, first=0.5, seconds=0.5).rate is None
+
+
+def test_a_visitor_who_leaves_stops_the_model(space):
+    answers = space("answers")
+    stream = answers.answer("pruned", "a b c d", 100)
+    next(stream)
+    answer = next(stream)
+    stream.close()  # joins the thread that writes
+    written = answer.tokens
+    assert written < 100
+    assert answer.tokens == written
+
+
+def test_a_prompt_that_the_model_cannot_read(space):
+    answers = space("answers")
+    with pytest.raises(answers.UnavailableError, match="longer than the model can read"):
+        list(answers.answer("pruned", "a" * 200, 8))  # the tiny model reads 128 tokens
+
+
+def test_an_answer_ends_where_the_model_ends(space):
+    answers = space("answers")
+    *_, last = answers.answer("pruned", "a" * 120, 100)
+    assert last.tokens == 8
+
+
+def test_a_missing_parent(space, monkeypatch):
+    monkeypatch.setenv("DENSE_MODEL", "nobody/nothing")
+    answers = space("answers")
+    with pytest.raises(answers.UnavailableError, match=r"The model nobody/nothing cannot be loaded: it is missing"):
+        answers.load("dense")
+
+
+def test_a_model_that_is_too_large(space, monkeypatch):
+    answers = space("answers")
+    monkeypatch.setattr(answers, "_memory_left", lambda: 50_000.0)
+    with pytest.raises(answers.UnavailableError, match="The dense model is too large for this machine"):
+        answers.load("dense")
+
+
+def test_no_path_of_the_machine_is_told(space, saved_model, monkeypatch):
+    (saved_model / "model.safetensors").unlink()
+    monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
+    answers = space("answers")
+    with pytest.raises(answers.UnavailableError) as caught:
+        answers.load("pruned")
+    assert str(caught.value) == "The model model cannot be loaded: it is missing, damaged or out of reach."
+
+
+def test_a_model_that_fails_while_it_writes(space, monkeypatch):
+    answers = space("answers")
+    model, _ = answers.load("pruned")
+    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(answers.UnavailableError, match=r"The pruned model failed \(ZeroDivisionError\)"):
+        list(answers.answer("pruned", "abc", 8))
+
+
+# -- facts ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_removed_is_what_the_record_says(space, saved_models):
+    record = read_record(saved_models / "first")
+    header = read_journal(saved_models / "first" / "search.jsonl")[0]
+    facts = space("facts")
+    shape = header["settings"]["shape"]
+    table = facts.removed(record.widths, record.rates, shape)
+    whole = table.groupby("layer", sort=False)["removed"].sum().tolist()
+    assert whole == pytest.approx([100 * rate for rate in record.rates], abs=1e-3)
+    dense = Plan.of(shape["intermediate_size"], shape["num_key_value_heads"])
+    model = ModelShape(shape["hidden_size"], shape["head_dim"], shape["queries_per_group"], dense)
+    assert whole == pytest.approx([100 * rate for rate in model.rates(record.plan)])
+    assert facts.removed(record.widths, record.rates, None)["removed"].tolist() == pytest.approx(whole, abs=1e-3)
+
+
+def test_the_curve_of_a_search(space):
+    facts = space("facts")
+    journal = [
+        {"kind": "header"},
+        *({"kind": "score", "share": share, "fitness": f, "origin": o} for share, f, o in SCORES),
+    ]
+    plans = facts.scored(journal)
+    assert plans.to_numpy().tolist() == [[1.5, 0.5, "seed"], [2.5, 0.7, "seed"], [4.5, 0.4, "evolution"]]
+    assert facts.best_so_far(plans).to_numpy().tolist() == [[1.5, 0.5], [2.5, 0.5], [4.5, 0.5], [4.5, 0.4]]
+    assert len(facts.best_so_far(facts.scored([]))) == 0
+
+
+SCORES = [
+    (0.5, 9.0, "seed:ramp"),
+    (1, 0.5, "seed:ramp"),
+    (1, 0.7, "seed:uniform"),
+    (1, None, "self"),
+    (1, 0.4, "evolution"),
+]
+
+
+def test_a_line_that_is_still_being_written_is_passed_over(space):
+    assert space("facts").lines('{"a": 1}\n{"b": ') == [{"a": 1}]
+
+
+def test_figures_are_those_of_the_record(space, saved_model, monkeypatch):
+    record = json.loads((saved_model / "selfpruner.json").read_text())
+    record["metrics"] = {
+        "perplexity": {
+            "value": 12.5,
+            "dense": 10.25,
+            "protocol": "44 windows",
+            "dataset": "wikitext",
+            "date": "2026-11-05",
+        },
+        "prefill": {"value": 7.5, "dense": None, "protocol": "6 runs", "unit": "ms"},
+    }
+    (saved_model / "selfpruner.json").write_text(json.dumps(record))
+    monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
+    said = space("facts").figures()
+    assert f"| parameters | {record['parameters']['dense']:,} | {record['parameters']['pruned']:,} |" in said
+    assert "| perplexity | 10.25 | 12.5 |" in said
+    assert "| prefill | – | 7.5 ms |" in said
+    assert "* **perplexity**: 44 windows; wikitext; 2026-11-05." in said
+
+
+def test_who_searched_is_told_as_it_was(space, saved_model, monkeypatch):
+    assert "A search found" in space("facts").title()[1]
+    path = saved_model / "selfpruner.json"
+    path.write_text(path.read_text().replace('"name": "evolution"', '"name": "self"'))
+    monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    assert "The model itself proposed" in space("facts").title()[1]
+
+
+# -- live -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def live(space, monkeypatch):
+    module = space("live")
+    monkeypatch.setattr(module, "TEXT", {**module.TEXT, "window": 32, "calibration_tokens": 256, "fitness_tokens": 64})
+    return module
+
+
+def test_pruning_live(live, dense):
+    runs = [(run.stage, len(run.journal)) for run in live.prune(0.3, 8, "evolution")]
+    assert runs[0] == ("loading the model", 0)
+    (run,) = itertools.islice((r for r in live.prune(0.3, 8, "evolution") if r.pruned), 1)
+    assert run.pruned.report.achieved_beta == pytest.approx(0.3, abs=0.01)
+    widths, fitness = live.best(run)
+    assert widths == run.pruned.report.widths
+    assert fitness == pytest.approx(run.pruned.report.metrics["search_fitness"].value, abs=1e-5)
+    assert live.removed_by_best(run)["removed"].sum() > 0
+    assert isinstance(live.sample(run), str)
+    assert not live.busy.locked()
+
+
+def test_one_at_a_time(live):
+    first = live.prune(0.3, 8, "evolution")
+    next(first)
+    assert live.busy.locked()
+    with pytest.raises(live.UnavailableError, match="Someone else is pruning"):
+        next(live.prune(0.3, 8, "evolution"))
+    first.close()
+    assert not live.busy.locked()
+
+
+def test_pruning_that_takes_too_long(live, monkeypatch):
+    class Endless:
+        def prune(self, beta, progress, **_):
+            while True:
+                progress("searching", 1, 2)
+                time.sleep(0.01)
+
+    monkeypatch.setattr(live, "SECONDS", 0)
+    monkeypatch.setattr(live, "_pruner", Endless)
+    with pytest.raises(live.UnavailableError, match="Stopped after 0 s"):
+        list(live.prune(0.3, 16, "evolution"))
+
+
+def test_a_large_parent_has_a_stand_in(live, monkeypatch):
+    assert live.name().endswith("dense")
+    monkeypatch.setattr(live, "SMALL", 1_000)
+    assert live.name() == live.STAND_IN
+
+
+def test_without_the_package(live, monkeypatch):
+    monkeypatch.setitem(sys.modules, "selfpruner_hub", None)
+    with pytest.raises(live.UnavailableError, match="needs the package selfpruner-hub"):
+        list(live.prune(0.3, 8, "evolution"))
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wrong"),
+    [
+        ("", "Type a prompt first."),
+        (" \n", "Type a prompt first."),
+        ("x" * 2001, "The prompt has 2,001 characters; at most 2,000 are taken. Shorten it."),
+        ("x" * 2000, ""),
+    ],
+    ids=["empty", "blank", "too long", "just right"],
+)
+def test_prompts_are_bounded(prompt, wrong, space):
+    app = space("app")
+    assert [found["message"] for found in app.check(prompt, 64)] == [wrong, ""]
+    if wrong:  # whoever passes by the page meets the same bound
+        with pytest.raises(Exception, match=re.escape(wrong)):
+            next(app.compare(prompt, 64))
+
+
+def test_both_answers_then_the_verdict(space):
+    seen = list(space("app").compare("abc", 8))
+    assert seen[0] == ("", "loading the model …", "", "waiting for the pruned model to finish …", "")
+    pruned, pruned_took, dense, dense_took, verdict = seen[-1]
+    assert pruned
+    assert dense
+    assert "8 tokens" in pruned_took
+    assert "8 tokens" in dense_took
+    assert re.fullmatch(r"The pruned model wrote at \*\*\d+\.\d\d ×\*\* the speed of its parent, .*", verdict)
+    first_dense = next(i for i, out in enumerate(seen) if out[2])
+    assert all(out[0] == pruned for out in seen[first_dense:])  # one after the other
+
+
+def test_the_pruned_model_answers_where_the_parent_is_missing(space, monkeypatch):
+    monkeypatch.setenv("DENSE_MODEL", "nobody/nothing")
+    pruned, _, dense, said, verdict = list(space("app").compare("abc", 8))[-1]
+    assert pruned
+    assert (dense, verdict) == ("", "")
+    assert said.startswith("⚠️ The model nobody/nothing cannot be loaded")
+
+
+def test_a_page_without_a_model(space, monkeypatch):
+    for name in ("nobody/nothing", ""):
+        monkeypatch.setenv("PRUNED_MODEL", name)
+        for module in MODULES:
+            sys.modules.pop(module, None)
+        page = space("app").build()
+        (said,) = [block.value for block in page.blocks.values() if getattr(block, "value", None)]
+        assert said.startswith("# There is no model to show yet")
+
+
+# -- the files --------------------------------------------------------------------------------------------------------
+
+
+def test_the_requirements_are_those_of_the_package():
+    """The Space carries the package itself, so it needs what the package needs."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ours = {str(Requirement(line)) for line in project["dependencies"]}
+    lines = (asset("spaces") / "requirements.txt").read_text().split("\n")
+    assert {str(Requirement(line)) for line in lines if line} == ours
+
+
+def test_the_front_page_is_valid(saved_models):
+    record = read_record(saved_models / "first")
+    page = space_files(record, "me/tiny-b30")["README.md"].decode()
+    card = SpaceCard(page)
+    assert check_yaml(page) == []
+    assert (card.data.sdk, card.data.app_file) == ("gradio", "app.py")
+    assert card.data.models == ["me/tiny-b30", "tests/llama"]
+    assert card.data.python_version == "3.12"  # what ZeroGPU has; the default is too old for transformers 5
+    assert card.data.title == "tiny-b30 beside its parent"
+
+
+def test_the_front_page_names_the_gradio_that_was_tested():
+    gradio = pytest.importorskip("gradio", reason='needs pip install -e ".[space]"')
+    card = SpaceCard((asset("spaces") / "README.md").read_text())
+    assert card.data.sdk_version.split(".")[:2] == gradio.__version__.split(".")[:2]
+
+
+def test_every_module_of_the_app_is_published(saved_models):
+    files = space_files(read_record(saved_models / "first"), "me/tiny")
+    assert {f"{name}.py" for name in MODULES} <= set(files)
+    assert not [name for name in files if "__pycache__" in name]
+    assert "selfpruner_hub/search/llm/templates/mutation.txt" in files
+    root = Path(__file__).parents[2]
+    ours = [path for package in VENDORED for path in (root / package).rglob("*.py")]
+    assert {path.relative_to(root).as_posix() for path in ours} == {
+        name for name in files if "/" in name and name.endswith(".py")
+    }
+    assert all(Path(source).is_file() for source in files.values() if isinstance(source, Path))

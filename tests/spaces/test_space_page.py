@@ -1,0 +1,318 @@
+"""The demo Space in a browser, with the real model: what a visitor does, on a desktop and on a phone.
+
+SCREENSHOTS=directory keeps pictures of every step, to be looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from support.space_load import visit
+from transformers import GenerationConfig
+
+from selfpruner_hub.storage.model_record import read_record
+
+pytestmark = pytest.mark.slow
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += [f"--disable-{what}" for what in ("background-networking", "component-update", "sync")]
+SECRET = "a walrus called Bartholomew"
+"""Typed by a visitor; nothing that the app writes may hold it."""
+REFUSED = "422 (Unprocessable"
+"""What Chromium says of a prompt that is refused: the page tells the visitor."""
+PATIENCE = 600_000
+"""Milliseconds: tests share their machine."""
+SHORTEST = 16
+"""Tokens that a model here writes at least: one that was pruned by little text may have nothing more to say."""
+
+
+class Served:
+    """A running page."""
+
+    def __init__(self, directory: Path, dense: Path, home: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.directory, self.log = directory, home / "log.txt"
+        variables = {
+            **{key: os.environ[key] for key in ("PATH", "LANG") if key in os.environ},
+            **{"HOME": str(home), "DENSE_MODEL": str(dense), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin take a busy machine's last core
+            **{"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(home / "gradio")},
+        }
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "selfpruner_hub.cli", "demo", str(directory)],
+                env=variables,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + PATIENCE / 1000
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(self.url, timeout=5).close()
+                return
+            except (urllib.error.URLError, TimeoutError):
+                time.sleep(0.5)
+        pytest.fail(f"the page did not come up:\n{self.log.read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def serve(pruner, home, **settings):
+    """Save a model and its pruned copy, and open the page on them."""
+    pruner.model.save_pretrained(home / "dense")
+    pruner.tokenizer.save_pretrained(home / "dense")
+    pruned = pruner.prune(0.3, data="self", proposer="evolution", progress=False, **settings)
+    pruned.save_pretrained(home / "pruned")
+    for name in ("dense", "pruned"):
+        GenerationConfig.from_pretrained(home / name, min_new_tokens=SHORTEST).save_pretrained(home / name)
+    served = Served(home / "pruned", home / "dense", home)
+    served.wait()
+    return served
+
+
+@pytest.fixture(scope="module")
+def served(real_pruner, tmp_path_factory):
+    pytest.importorskip("gradio", reason='needs pip install -e ".[space]"')
+    small = {"window": 32, "calibration_tokens": 1024, "fitness_tokens": 256, "accumulate": False}
+    served = serve(real_pruner, tmp_path_factory.mktemp("page"), evaluations=0, seeds=("uniform", "ramp"), **small)
+    yield served
+    served.stop()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit_page(served, browser, request):
+    """Open the page in a window of some kind; complains of whatever the browser complains of."""
+    opened = []
+
+    def visit_page(width=1280, height=900, scheme="light"):
+        phone = width < 500
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme=scheme, is_mobile=phone, has_touch=phone
+        )
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        complaints = []
+        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" and REFUSED not in m.text else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "request", lambda r: None if r.url.startswith((served.url, "data:", "blob:")) else complaints.append(r.url)
+        )
+        page.goto(served.url)
+        page.get_by_role("button", name="Compare").wait_for()
+        opened.append((context, complaints))
+        return page
+
+    yield visit_page
+    for context, complaints in opened:
+        context.close()
+        assert not complaints
+
+
+def picture(page, name):
+    if directory := os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(1000)
+        page.screenshot(path=Path(directory) / f"{name}.png", full_page=True)
+
+
+def text_of(page, name):
+    return page.locator(f"#{name} textarea").input_value()
+
+
+def watch_answers(page):
+    """Lengths of both answers as they grow, until the verdict stands there."""
+    lengths = []
+    deadline = time.monotonic() + PATIENCE / 1000
+    while "speed of its parent" not in page.locator("#verdict").inner_text():
+        assert time.monotonic() < deadline
+        now = (len(text_of(page, "pruned")), len(text_of(page, "dense")))
+        if not lengths or now != lengths[-1]:
+            lengths.append(now)
+        page.wait_for_timeout(50)
+    return lengths
+
+
+def tab(page, name):
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def test_both_answers_stream_one_after_the_other(visit_page):
+    page = visit_page()
+    page.get_by_label("Prompt").fill(f"Tell me about {SECRET}.")
+    slider = page.get_by_label("number input for Longest answer, in tokens")
+    slider.fill("40")
+    slider.press("Tab")
+    page.get_by_role("button", name="Compare").click()
+    lengths = watch_answers(page)
+    picture(page, "answers")
+    pruned, dense = ([length for length, _ in lengths], [length for _, length in lengths])
+    assert len(set(pruned)) > 4
+    assert len(set(dense)) > 4
+    assert all(first == max(pruned) for first, second in lengths if second)  # neither slows the other
+    for name in ("pruned", "dense"):
+        took = page.locator(f"#{name}-took").inner_text()
+        assert "tokens/s" in took
+        assert "first token after" in took
+        assert int(took.split("· ")[-1].split()[0]) <= 40
+
+
+def test_the_length_of_the_answer(visit_page):
+    page = visit_page()
+    number = page.get_by_label("number input for Longest answer, in tokens")
+    number.fill(str(SHORTEST))
+    number.press("Tab")
+    page.get_by_label("Prompt").press("Shift+Enter")  # no mouse needed
+    watch_answers(page)
+    assert page.locator("#pruned-took").inner_text().endswith(f" {SHORTEST} tokens")
+    assert page.locator("#dense-took").inner_text().endswith(f" {SHORTEST} tokens")
+
+
+def test_an_example_fills_the_prompt(visit_page):
+    page = visit_page()
+    page.get_by_role("button", name="Write a short poem about the sea.").click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('poem')")
+
+
+def test_stop(visit_page):
+    page = visit_page()
+    page.get_by_label("number input for Longest answer, in tokens").fill("256")
+    page.get_by_label("Prompt").fill("Write a very long story about the sea.")
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_function("document.querySelector('#pruned textarea').value.length > 20")
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_timeout(1500)
+    length = len(text_of(page, "pruned"))
+    page.wait_for_timeout(2000)
+    assert len(text_of(page, "pruned")) == length
+
+
+@pytest.mark.parametrize(("width", "name"), [(1280, "desktop"), (390, "phone")])
+def test_a_prompt_that_is_too_long(width, name, visit_page):
+    page = visit_page(width)
+    page.get_by_label("Prompt").fill("word " * 500)
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_text("The prompt has 2,500 characters; at most 2,000 are taken. Shorten it.").wait_for()
+    picture(page, f"too-long-{name}")
+    assert text_of(page, "pruned") == ""
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme", "name"),
+    [(1280, "light", "desktop"), (390, "light", "phone"), (1280, "dark", "dark"), (390, "dark", "phone-dark")],
+)
+def test_the_plots(width, scheme, name, visit_page, served):
+    page = visit_page(width, scheme=scheme)
+    picture(page, f"compare-{name}")
+    tab(page, "What was cut")
+    said = page.get_by_role("table").inner_text().split()
+    left = read_record(served.directory).parameters["pruned"]
+    assert said[:5] == ["dense", "pruned", "parameters", "134,515,008", f"{left:,}"]
+    for plot in ("rates", "search", "plans"):
+        page.locator(f"#{plot} canvas, #{plot} svg.marks").first.wait_for()
+    chart = page.locator("#rates canvas, #rates svg.marks").first
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * 0.7)  # interactive: it tells what it shows
+    if width > 500:
+        page.locator("#vg-tooltip-element").get_by_text("removed").first.wait_for()
+    picture(page, f"plots-{name}")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+    tab(page, "Prune")
+    page.get_by_role("button", name="Prune").wait_for()
+    picture(page, f"prune-{name}")
+
+
+def test_every_control_has_a_name(visit_page):
+    page = visit_page()
+    for name in ("Compare", "What was cut", "Prune"):
+        tab(page, name)
+        page.wait_for_timeout(300)
+        unnamed = page.evaluate(UNNAMED)
+        assert not unnamed, unnamed
+
+
+UNNAMED = """() => [...document.querySelectorAll('main input, main textarea, main button, main select')]
+  .filter(e => e.offsetParent && !(e.labels?.length || e.ariaLabel || e.title || e.innerText?.trim() || e.alt
+                                   || e.getAttribute('aria-labelledby')))
+  .map(e => e.outerHTML.slice(0, 200))"""
+
+
+def test_pruning_live(visit_page):
+    page = visit_page()
+    tab(page, "Prune")
+    page.get_by_label("number input for β: mean fraction of weights to remove").fill("0.2")
+    number = page.get_by_label("number input for Length of the search, in evaluations")
+    number.fill("8")
+    number.press("Tab")
+    page.get_by_role("button", name="Prune").click()
+    page.wait_for_function("document.querySelector('#standing').innerText.includes('best so far')")
+    picture(page, "prune-during")
+    page.locator("#live-search").wait_for()  # shown while it goes on
+    page.wait_for_function("document.querySelector('#standing').innerText.includes('Done in')")
+    picture(page, "prune-done")
+    assert "134,515,008 → 113," in page.locator("#standing").inner_text()
+    page.locator("#live-rates canvas, #live-rates svg.marks").first.wait_for()
+
+
+def test_what_a_visitor_types_is_kept_nowhere(served, visit_page):
+    page = visit_page()
+    page.get_by_label("Prompt").fill(f"{SECRET} " * 100)
+    page.get_by_role("button", name="Compare").click()
+    page.get_by_text("are taken. Shorten it.").wait_for()
+    assert SECRET not in served.log.read_text()
+    for path in served.log.parent.rglob("*"):
+        if path.is_file() and path.suffix != ".safetensors":
+            assert SECRET.encode() not in path.read_bytes(), path
+    assert "Traceback" not in served.log.read_text()
+
+
+def test_ten_visitors_at_once(tmp_path):
+    """A short one, on a tiny model; `python tests/support/space_load.py` does the same for as long as one likes."""
+    pytest.importorskip("gradio_client", reason='needs pip install -e ".[space]"')
+    from support.tiny import tiny_model, tiny_tokenizer
+
+    from selfpruner_hub.pruner import AutoPruner
+
+    pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
+    small = {"window": 32, "calibration_tokens": 256, "fitness_tokens": 64, "evaluations": 0}
+    served = serve(pruner, tmp_path, **small)
+    try:
+        visit(served.url, served.process.pid, users=10, seconds=1, tokens=16)  # warms up
+        load = visit(served.url, served.process.pid, users=10, seconds=8, tokens=16)
+    finally:
+        served.stop()
+    assert load.errors == []
+    assert load.answers >= 10
+    assert load.growth() < 20e6

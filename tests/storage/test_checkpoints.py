@@ -1,0 +1,102 @@
+"""A run that ends anywhere goes on from there, to the same model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.tiny import tiny_model
+
+from selfpruner_hub import pruned_model
+from selfpruner_hub.errors import HubError, OutputError
+from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.storage.checkpoints import Checkpoints
+
+SETTINGS = {
+    "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 1024, "fitness_tokens": 128,
+    "evaluations": 6,
+}  # fmt: skip
+
+
+class Ended(BaseException):
+    """The process ends here."""
+
+
+def test_what_is_not_there_or_damaged_is_none(tmp_path):
+    kept = Checkpoints(tmp_path / "new")
+    assert kept.load("a") is None
+    kept.save("a", {"x": torch.arange(6).view(2, 3).t()})
+    assert torch.equal(kept.load("a")["x"], torch.arange(6).view(2, 3).t())
+    file = tmp_path / "new" / "a.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    assert kept.load("a") is None
+    kept.clear()
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_kept_without_a_directory():
+    kept = Checkpoints()
+    kept.save("a", {"x": torch.zeros(1)})
+    assert kept.load("a") is None
+    kept.clear()
+
+
+def test_a_directory_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="Cannot write"):
+        Checkpoints(tmp_path / "file").save("a", {"x": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("stage", ["sensitivities", "calibrating", "ordering", "searching", "repairing"])
+def test_a_run_goes_on_where_it_ended(stage, tmp_path):
+    pruner = AutoPruner(tiny_model("llama"), None, "tiny")
+    undisturbed = pruner.prune(0.3, progress=False, **SETTINGS)
+    told = []
+
+    def end(what, done, total, *_):
+        told.append((what, done))
+        if what == stage and done >= min(2, total):
+            raise Ended
+
+    with pytest.raises(Ended):
+        pruner.prune(0.3, run_dir=tmp_path, progress=end, **SETTINGS)
+    assert all(
+        torch.equal(a, b) for a, b in zip(pruner.model.parameters(), tiny_model("llama").parameters(), strict=True)
+    )
+    first, told = told, []
+
+    def tell(what, done, _total, *_):
+        told.append((what, done))
+
+    again = AutoPruner(tiny_model("llama"), None, "tiny").prune(0.3, run_dir=tmp_path, progress=tell, **SETTINGS)
+    layerwise = [event for event in first if event[0] in ("calibrating", "ordering", "repairing")]
+    assert not set(layerwise) & set(told)  # no layer is done twice
+    assert again.plan == undisturbed.plan
+    for a, b in zip(again.model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["search.jsonl"]
+
+
+def test_what_a_run_finished_is_kept_until_its_model_is_saved(tmp_path):
+    pruned = AutoPruner(tiny_model("llama"), None, "tiny").prune(0.3, run_dir=tmp_path, progress=False, **SETTINGS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        pruned.save_pretrained(tmp_path / "file" / "model")
+    layers = {f"repair-{index}.safetensors" for index in range(pruned.model.config.num_hidden_layers)}
+    assert layers <= {path.name for path in (tmp_path / "stages").iterdir()}
+    pruned.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "stages").exists()
+
+
+def test_and_until_it_is_published(tmp_path, monkeypatch):
+    pruned = AutoPruner(tiny_model("llama"), None, "tiny").prune(0.3, run_dir=tmp_path, progress=False, **SETTINGS)
+
+    def refuse(*_args, **_more):
+        raise HubError("The Hub is out of reach.")
+
+    monkeypatch.setattr(pruned_model, "publish", refuse)
+    with pytest.raises(HubError):
+        pruned.push_to_hub("me/model")
+    assert (tmp_path / "stages").is_dir()
+    monkeypatch.setattr(pruned_model, "publish", lambda *_args, **_more: "published")
+    assert pruned.push_to_hub("me/model") == "published"
+    assert not (tmp_path / "stages").exists()

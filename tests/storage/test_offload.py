@@ -1,0 +1,134 @@
+"""Tensors in files: the same values, the same pruned model to the bit, and little of them in memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.tiny import save_tiny, tiny_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from selfpruner_hub.errors import ModelError, OutputError, UserError
+from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.storage import offload as shelves
+from selfpruner_hub.storage.offload import Shelf
+
+SETTINGS = {
+    "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 1024, "fitness_tokens": 128,
+    "evaluations": 6, "progress": False,
+}  # fmt: skip
+
+
+def test_values_survive_their_release(tmp_path):
+    shelf = Shelf(tmp_path / "new")
+    tensors = [torch.randn(3, 5), torch.arange(7), torch.randn(4, 4).bfloat16().t(), torch.zeros(0)]
+    kept = [shelf(tensor) for tensor in tensors]
+    kept[0][1] = 9  # written to the file
+    tensors[0][1] = 9
+    shelf.release()
+    for tensor, same in zip(tensors, kept, strict=True):
+        assert torch.equal(tensor, same)
+    assert not list((tmp_path / "new").iterdir())  # files without names
+
+
+def test_files_end_with_their_tensors(tmp_path, monkeypatch):
+    monkeypatch.setattr(shelves, "ARENA", 4096)
+    shelf = Shelf(tmp_path)
+    kept = [shelf(torch.full((1024,), i)) for i in range(10)]
+    held = kept[3].narrow(0, 1, 4)
+    del kept
+    gc.collect()
+    assert len(shelf._arenas) == 2  # that of the view, and the last
+    assert held.tolist() == [3, 3, 3, 3]
+
+
+def test_a_directory_that_cannot_be_written_is_told_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="Cannot keep tensors"):
+        Shelf(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])  # apart, with normalised outputs, fused
+def test_the_pruned_model_is_the_same_to_the_bit(architecture, tmp_path):
+    saved = str(save_tiny(architecture, tmp_path / "dense"))
+    plans, weights = [], []
+    for keywords in ({}, {"offload_folder": tmp_path / "scratch"}):
+        pruned = AutoPruner.from_pretrained(saved, **keywords).prune(0.3, **SETTINGS)
+        plans.append(pruned.plan)
+        weights.append(pruned.model.state_dict())
+    assert plans[0] == plans[1]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_what_cannot_be_offloaded_is_refused(tmp_path):
+    saved = str(save_tiny("llama", tmp_path / "dense"))
+    with pytest.raises(UserError, match="offloaded"):
+        load_model(saved, keep=Shelf(tmp_path), device_map="auto")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
+    with pytest.raises(ModelError, match="do not fit"):
+        load_model(saved, keep=Shelf(tmp_path))
+    (tmp_path / "dense" / "model.safetensors").unlink()
+    with pytest.raises(ModelError):
+        load_model(saved, keep=Shelf(tmp_path))
+
+
+def test_missing_weights_are_told(tmp_path):
+    model = tiny_model("llama")
+    state = {k: v for k, v in model.state_dict().items() if "layers.1.mlp.up_proj" not in k}
+    model.save_pretrained(tmp_path / "dense", state_dict=state)
+    with pytest.raises(ModelError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(str(tmp_path / "dense"), keep=Shelf(tmp_path))
+
+
+PROGRAM = """
+import sys, threading, time
+import torch
+from pathlib import Path
+from selfpruner_hub import shelf
+from selfpruner_hub.pruner import AutoPruner
+
+torch.set_num_threads(1)
+status = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
+shelf.ARENA = shelf.RESIDENT = 2**26
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+pruner = AutoPruner.from_pretrained(sys.argv[1], offload_folder=sys.argv[2])
+tokens = torch.randint(3, 1000, (8, 32))
+AutoPruner._texts = lambda self, *rest: tuple(map(Text, (tokens, tokens[:2])))
+from selfpruner_hub.calibration.corpus import Corpus
+Text = lambda windows: Corpus.of("drawn", windows)
+pruned = pruner.prune(0.3, evaluations=0, seeds=("uniform",), importance="wanda-sp", progress=False)
+pruned.save_pretrained(sys.argv[3], max_shard_size="100MB")
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read from Linux's /proc")
+def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=48, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=1000, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = model.to_empty(device="cpu")
+    model.init_weights()
+    model.save_pretrained(tmp_path / "dense", max_shard_size="100MB")
+    size = sum(p.nbytes for p in model.parameters())
+    assert size > 0.4e9
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
+    del model
+    words = [sys.executable, "-c", PROGRAM, *(str(tmp_path / name) for name in ("dense", "scratch", "pruned"))]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 0.75 * size  # about a third, and what the reader of a loaded machine gets ahead
+    assert len(list((tmp_path / "pruned").glob("*.safetensors"))) > 1
