@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,9 @@ from support.tiny import CONFIGS, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from selfpruner_hub.errors import ModelError, UnsupportedArchitectureError
+from selfpruner_hub.models import loading
 from selfpruner_hub.models.architectures import ARCHITECTURES
-from selfpruner_hub.models.loading import explain, load_model
+from selfpruner_hub.models.loading import explain, load_model, resolve_directory
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -183,3 +185,24 @@ def test_other_errors_are_one_line(error, said):
 
 def test_a_local_error_without_words_is_called_by_its_kind(tmp_path):
     assert "RuntimeError" in explain(str(tmp_path), RuntimeError()).message
+
+
+def test_a_local_directory_is_itself(tmp_path):
+    assert resolve_directory(str(tmp_path), revision="ignored") == tmp_path
+
+
+def test_a_repository_is_its_snapshot(monkeypatch):
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, **kwargs: f"/cache/{name}/{sorted(kwargs.items())}")
+    found = resolve_directory("me/model", revision="main", dtype="auto")
+    ignored = ["plots/*", "onnx/*", "tensorrt/*", "openvino/*", "gguf/*", "padded/*"]
+    assert found == Path(f"/cache/me/model/[('ignore_patterns', {ignored}), ('revision', 'main')]")
+    found = resolve_directory("me/model", "onnx", revision="main")
+    assert found == Path("/cache/me/model/[('allow_patterns', 'onnx/*'), ('revision', 'main')]/onnx")
+
+
+def test_neither_a_directory_nor_a_repository(tmp_path):
+    for name in ("me/no-such-model", str(tmp_path / "nothing")):
+        with pytest.raises(ModelError, match="Cannot find") as caught:
+            resolve_directory(name)
+        assert caught.value.hint
+        assert "\n" not in str(caught.value)

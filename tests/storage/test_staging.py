@@ -1,13 +1,12 @@
-"""Storage: a saved directory is there whole or not at all, and a place that cannot be written is found out first."""
+"""What is saved is there whole or not at all, and a place that cannot be written is found out first."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from selfpruner_hub.errors import ModelError, OutputError
-from selfpruner_hub.models import loading
-from selfpruner_hub.models.loading import resolve_directory
-from selfpruner_hub.storage.staging import check_writable, save_directory
+from selfpruner_hub.errors import OutputError
+from selfpruner_hub.storage.staging import check_writable, save_directory, write_atomically
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a /proc that nobody can write")
 
@@ -109,22 +108,34 @@ def test_check_writable_leaves_nothing_behind(name, tmp_path):
     assert tree(tmp_path) == {}
 
 
-def test_a_local_directory_is_itself(tmp_path):
-    assert resolve_directory(str(tmp_path), revision="ignored") == tmp_path
+def test_write_atomically_creates_and_replaces(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    for text in ("old", "β"):
+        write_atomically(path, text)
+        assert path.read_text(encoding="utf-8") == text
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
-def test_a_repository_is_its_snapshot(monkeypatch):
-    monkeypatch.setattr(loading, "snapshot_download", lambda name, **kwargs: f"/cache/{name}/{sorted(kwargs.items())}")
-    found = resolve_directory("me/model", revision="main", dtype="auto")
-    ignored = ["plots/*", "onnx/*", "tensorrt/*", "openvino/*", "gguf/*", "padded/*"]
-    assert found == Path(f"/cache/me/model/[('ignore_patterns', {ignored}), ('revision', 'main')]")
-    found = resolve_directory("me/model", "onnx", revision="main")
-    assert found == Path("/cache/me/model/[('allow_patterns', 'onnx/*'), ('revision', 'main')]/onnx")
+@pytest.mark.parametrize(
+    ("failure", "raised"), [(OSError(28, "No space left"), OutputError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_a_failure_in_the_middle_leaves_the_old_file_alone(failure, raised, tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_atomically(path, "old")
+
+    def fail(_):
+        raise failure
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(raised):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_neither_a_directory_nor_a_repository(tmp_path):
-    for name in ("me/no-such-model", str(tmp_path / "nothing")):
-        with pytest.raises(ModelError, match="Cannot find") as caught:
-            resolve_directory(name)
-        assert caught.value.hint
-        assert "\n" not in str(caught.value)
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="Cannot write") as caught:
+        write_atomically(tmp_path / "file" / "a.json", "text")
+    assert caught.value.hint
