@@ -1,62 +1,64 @@
-"""The house stands: imports point down, modules stay small, the README is complete, the wheel too."""
+"""The layout: imports point down, packages and modules stay small, the architecture page is complete, the wheel too."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "selfpruner_hub"
+ARCHITECTURE = "docs/architecture.md"
 
-# Bottom to top. A module imports from its own layer and from those below it; a package's name stands for those of its
-# modules that are not named themselves. Names are those inside selfpruner_hub, save for `exporters`, which stands
-# beside it.
+# Bottom to top. A module imports from its own package and from the layers below it; packages of one layer do not import
+# each other. Names are those inside selfpruner_hub, save for `exporters`, which stands beside it.
 LAYERS = (
-    {"plans", "errors", "progress"},
-    {"models.architectures", "models.modeling_selfpruned"},
-    {
-        *("calibration", "calibration.corpus", "calibration.generated_text", "hub.licences"),
-        *("models", "models.hub_errors", "models.loading", "models.layer_stream", "models.forward", "models.patching"),
-        *("pruning", "pruning.importance", "pruning.output_repair", "pruning.sequential_repair"),
-        *("pruning.least_squares", "pruning.slicing", "storage.offload", "storage.checkpoints", "storage.layout"),
-    },
+    {"errors", "progress"},
+    {"plans", "settings"},
+    {"storage"},
+    {"models"},
+    {"calibration"},
+    {"pruning", "exporters"},
     {"evaluation"},
     {"search"},
-    {"hub", "storage", "settings", "search.choose_proposer", "provenance", "evaluation.tasks", "exporters"},
-    {"search.ray_workers"},
-    {"pruned_model", "search.find_plan"},
+    {"hub", "provenance"},
+    {"pruned_model"},
     {"pruner"},
-    {"cli.demo"},
     {"cli"},
     {PACKAGE},  # selfpruner_hub/__init__.py
 )
-PURE = LAYERS[0]
+PURE = LAYERS[0] | LAYERS[1]
 HEAVY_OR_NETWORK = {
     *("torch", "transformers", "optimum", "accelerate", "datasets", "huggingface_hub"),
     *("requests", "httpx", "aiohttp", "urllib", "http", "socket", "ssl"),
 }
 WITHOUT_TORCH = {"search.loop", "search.llm.prompts", "search.journal"}
 MAX_LINES = 330
+MAX_MODULES = 12
 
 # Written as patterns, so that this file does not find itself.
 PRIVATE_ADDRESSES = re.compile(r"index[-_]url|find[-_]links|pypi\.org[/]simple|(?<![\w.])/(work|root)[/]", re.I)
 
 
-def room(module: str) -> str:
-    """The short name of one of our modules: `selfpruner_hub.search.loop` is `search.loop`."""
+def inside(module: str) -> str:
+    """The name of one of our modules inside the package: `selfpruner_hub.search.loop` is `search.loop`."""
     return module.removeprefix(f"{PACKAGE}.")
 
 
+def unit(module: str) -> str:
+    """The package or top-level module that a module belongs to: of `selfpruner_hub.search.llm.prompts`, `search`."""
+    return inside(module).split(".")[0]
+
+
 def layer(module: str) -> int:
-    parts = room(module).split(".")
-    for length in range(len(parts), 0, -1):
-        for level, rooms in enumerate(LAYERS):
-            if ".".join(parts[:length]) in rooms:
-                return level
+    for level, units in enumerate(LAYERS):
+        if unit(module) in units:
+            return level
     pytest.fail(f"{module} has no layer: give it one in LAYERS of {Path(__file__).name}")
 
 
@@ -74,12 +76,16 @@ MODULES = find_modules()
 each_module = pytest.mark.parametrize("module", MODULES)
 
 
-def imports(module: str) -> set[str]:
-    """Dotted names of all that a module imports, anywhere in it, relative imports resolved."""
+def imports(module: str, anywhere: bool = True) -> set[str]:
+    """Dotted names of all that a module imports, relative imports resolved.
+
+    With `anywhere`, imports inside of functions count too.
+    """
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -89,6 +95,11 @@ def imports(module: str) -> set[str]:
             submodules = members & MODULES.keys()
             found |= submodules | ({source} if members - submodules else set())
     return found
+
+
+def ours(names: set[str]) -> set[str]:
+    """Those names that are of our two packages."""
+    return {name for name in names if name.split(".")[0] in (PACKAGE, "exporters")}
 
 
 def distributions(module: str) -> set[str]:
@@ -107,15 +118,33 @@ def tracked_files() -> list[Path]:
 
 @each_module
 def test_imports_point_down(module):
-    ours = {name for name in imports(module) if name.split(".")[0] in (PACKAGE, "exporters")}
-    upward = sorted(name for name in ours if layer(name) > layer(module))
-    assert not upward, f"{module} (layer {layer(module)}) imports from above: {', '.join(upward)}"
+    others = {name for name in ours(imports(module)) if unit(name) != unit(module)}
+    wrong = sorted(name for name in others if layer(name) >= layer(module))
+    assert not wrong, f"{module} (layer {layer(module)}) imports from its own layer or above: {', '.join(wrong)}"
+
+
+def test_no_two_modules_import_each_other():
+    """Directly or through others; what a function imports when it is called does not count."""
+    graph = {module: ours(imports(module, anywhere=False)) - {module} for module in MODULES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
 
 
 @each_module
-def test_modules_import_only_what_their_room_allows(module):
-    name, imported = room(module), distributions(module)
-    if name in PURE or name.split(".")[0] in PURE:
+def test_pruning_needs_no_exporters(module):
+    """Only the command line imports them, and PrunedModel where it exports or pushes."""
+    if unit(module) in ("cli", "exporters"):
+        return
+    found = {name for name in imports(module, anywhere=inside(module) != "pruned_model") if unit(name) == "exporters"}
+    assert not found, f"{module} imports {', '.join(sorted(found))}"
+
+
+@each_module
+def test_modules_import_only_what_their_layer_allows(module):
+    name, imported = inside(module), distributions(module)
+    if unit(module) in PURE:
         assert not imported & HEAVY_OR_NETWORK
     if name in WITHOUT_TORCH:
         assert "torch" not in imported
@@ -129,7 +158,13 @@ def test_modules_are_short(module):
     assert lines <= MAX_LINES, f"{module} has {lines} lines; split it by what it does"
 
 
-def test_names_tell_their_room():
+def test_packages_are_small():
+    modules = Counter(path.parent.relative_to(ROOT) for path in MODULES.values())
+    large = {str(folder): count for folder, count in modules.items() if count > MAX_MODULES}
+    assert not large, f"more than {MAX_MODULES} modules; split by what they do: {large}"
+
+
+def test_names_say_what_modules_do():
     assert not [str(path) for path in tracked_files() if path.name == "utils.py"]
 
 
@@ -137,13 +172,37 @@ def test_the_package_is_typed():
     assert (ROOT / PACKAGE / "py.typed").is_file()
 
 
-def test_the_readme_names_every_file_and_folder():
-    named = set(re.findall(r"[\w.-]+/?", (ROOT / "README.md").read_text(encoding="utf-8")))
-    tracked = [path for path in tracked_files() if len(path.parts) > 1 and path.parts[0][0] != "."]
-    files = {path.name for path in tracked if path.parts[0] in (PACKAGE, "exporters")} - {"__init__.py"}
-    folders = {f"{path.parts[0]}/" for path in tracked}
-    missing = sorted((files | folders) - named)
-    assert not missing, f"the tree in README.md does not name {', '.join(missing)}"
+def described() -> dict[str, str]:
+    """The tree of the architecture page: what it says of each path; folders end with a slash."""
+    text = (ROOT / ARCHITECTURE).read_text(encoding="utf-8")
+    found, above = {}, []
+    for line in text.split("```")[1].strip().splitlines():
+        indent, name, said = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()
+        above[len(indent) // 2 :] = [name]
+        found["".join(above)] = said
+    return found
+
+
+def test_the_tree_has_a_line_for_every_file():
+    tracked = [PurePosixPath(path) for path in tracked_files() if len(path.parts) > 1 and path.parts[0][0] != "."]
+    files = {path for path in tracked if path.parts[0] in (PACKAGE, "exporters") and path.name != "__init__.py"}
+    folders = {parent for path in files for parent in path.parents} | {PurePosixPath(path.parts[0]) for path in tracked}
+    there = {str(path) for path in files} | {f"{path}/" for path in folders - {PurePosixPath(".")}}
+    tree = described()
+    assert not sorted(there - tree.keys()), f"missing in the tree of {ARCHITECTURE}"
+    assert not sorted(tree.keys() - there), f"the tree of {ARCHITECTURE} names what is not there"
+    assert not [path for path, said in tree.items() if not said and not path.endswith("/")], "say what each file is"
+
+
+def test_the_table_of_layers_is_the_one_that_is_enforced():
+    text = (ROOT / ARCHITECTURE).read_text(encoding="utf-8")
+    rows = [set(re.findall(r"`(\w+)/?`", row)) for row in re.findall(r"^\| (`.*?) \|", text, re.M)]
+    assert rows == list(reversed(LAYERS[:-1]))
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_pages_link_to_the_architecture(page):
+    assert f"]({ARCHITECTURE})" in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_no_private_address_is_tracked():
@@ -164,7 +223,7 @@ def wheel_names(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("source", "inside"),
+    ("source", "place"),
     [
         (PACKAGE, PACKAGE),
         ("exporters", "exporters"),
@@ -173,10 +232,10 @@ def wheel_names(tmp_path_factory):
         ("optimum", "optimum"),
     ],
 )
-def test_the_wheel_carries(source, inside, wheel_names):
+def test_the_wheel_carries(source, place, wheel_names):
     files = [path.relative_to(source) for path in tracked_files() if path.is_relative_to(source)]
     assert files, f"{source}/ is empty"
-    missing = sorted(str(path) for path in files if str(inside / path) not in wheel_names)
+    missing = sorted(str(path) for path in files if str(place / path) not in wheel_names)
     assert not missing, f"the wheel lacks {', '.join(missing)} of {source}/"
 
 
