@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.calibration.corpus import Corpus, load_corpus
+from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.sensitivity import loss_curves
 from selfpruner_hub.hub.licences import licence_of
@@ -61,7 +62,7 @@ class AutoPruner:
         self.name = name
         self.licence = licence or {}
         self.shape = shape_of(model.config)
-        self._corpora: dict[tuple[Any, ...], Corpus] = {}
+        self._texts = Texts(model, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -101,7 +102,7 @@ class AutoPruner:
         preset: str = "default",
         proposer: str | Proposer = "self",
         proposer_model: str | None = None,
-        data: str = "wikitext2",
+        data: Any = None,
         fitness: str | None = None,
         evaluations: float | None = None,
         seed: int = 0,
@@ -119,8 +120,12 @@ class AutoPruner:
                 transformers model, the URL of an OpenAI-compatible endpoint, or an object with the `Proposer` protocol.
             proposer_model: Name of the model at the endpoint; its key comes from the environment
                 (SELFPRUNER_API_KEY).
-            data: `"wikitext2"`, `"c4"`, `"self"`, or a path to `.txt` or `.jsonl`; with the setting `own_text`, a
-                share of the text is the model's own instead.
+            data: Text for calibration and search. `"chat"` (conversations that the model writes through its chat
+                template), `"self"` (plain text that it writes), `"wikitext2"` or `"c4"` (from the Hub), a path to a
+                `.txt` or `.jsonl` (an object a line, with a text under `text` or a conversation under `messages`),
+                several of them with `+` between them, or an iterable of texts or conversations, such as a list or a
+                `datasets.Dataset`. None: `"chat+wikitext2"` for a model with a chat template, else `"wikitext2"`, as
+                for the paper's preset.
             fitness: `"kl"` or `"perplexity"`; None takes the preset's.
             evaluations: Budget in full-evaluation equivalents; None takes the preset's, 0 keeps the best seed. A round
                 that has begun within it is finished.
@@ -146,10 +151,11 @@ class AutoPruner:
         asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
-            texts = calibration, held_out = self._texts(data, method, seed, report)
+            checkpoints = Checkpoints(None if run_dir is None else Path(run_dir) / "stages")
+            data = PLAIN_DATA if data is None and preset == "paper" else data
+            texts = calibration, held_out = self._texts.read(data, method, seed, report, checkpoints)
             search_id = fingerprint(self.model, self.name, beta, method, seed, asked, texts)
             journal = Journal(None if run_dir is None else Path(run_dir), search_id)
-            checkpoints = Checkpoints(None if run_dir is None else Path(run_dir) / "stages")
 
             fisher = self._fisher(calibration, method, seed, report, checkpoints)
             statistics = calibrate(self.model, calibration.windows, report, self._keep, checkpoints)
@@ -179,29 +185,6 @@ class AutoPruner:
                 found.logit_scale = match_confidence(self.model, model, held_out.windows, report)
         record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
         return PrunedModel(model, self.tokenizer, record, journal.text(), checkpoints)
-
-    def _texts(self, data: str, method: Method, seed: int, report: Callable[..., None]) -> tuple[Corpus, Corpus]:
-        """Disjoint windows for calibration and for the fitness: of `data`, and of the model itself."""
-        shares = {data: 1 - method.own_text, "self": 1.0 if data == "self" else method.own_text}
-        parts = [self._parts(source, share, method, seed, report) for source, share in shares.items() if share]
-        calibration, held_out = (Corpus.mixed(same, seed) for same in zip(*parts, strict=True))
-        return calibration, held_out
-
-    def _parts(
-        self, source: str, share: float, method: Method, seed: int, report: Callable[..., None]
-    ) -> tuple[Corpus, ...]:
-        """What one source gives to both; kept, so that the next rate is pruned on the same text."""
-        longest = getattr(self.model.config, "max_position_embeddings", method.window)
-        window = min(method.window, longest)
-        wanted = [-(-int(share * n) // window) * window for n in (method.calibration_tokens, method.fitness_tokens)]
-        key = (source, seed, window, *wanted)
-        if key not in self._corpora:
-            self._corpora[key] = load_corpus(
-                source, self.tokenizer, tokens=sum(wanted), window=window, seed=seed, model=self.model, progress=report
-            )
-        corpus = self._corpora[key]
-        found = min(1.0, corpus.tokens / sum(wanted))
-        return corpus.split(*(int(n * found) for n in wanted), seed=seed)
 
     def _fisher(
         self, calibration: Corpus, method: Method, seed: int, report: Callable[..., None], checkpoints: Checkpoints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ class Method:
     """Tokens per window of calibration and fitness."""
     calibration_tokens: int = 163_840
     """Both repairs are fitted to them."""
-    own_text: float = 0.0
-    """Share of the text of calibration and fitness that the model writes itself, in place of `data`, in [0, 1]."""
+    shares: tuple[float, ...] = ()
+    """Shares of the sources of `data`, in their order; they need not sum to 1. Empty: all sources have as much."""
     fisher_tokens: int = 8_192
     """Of those, for the one backward pass behind the Fisher information of the layers' outputs."""
     fitness_tokens: int = 16_384
@@ -72,7 +73,7 @@ class Method:
 
     def record(self) -> dict[str, Any]:
         """All settings, JSON-serialisable; not the place of the prompts, which is this machine's business."""
-        values = {**asdict(self), "seeds": list(self.seeds)}
+        values = {**asdict(self), "seeds": list(self.seeds), "shares": list(self.shares)}
         del values["templates"]
         return values
 
@@ -122,6 +123,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "int": (int, "a whole number"),
     "float": ((int, float), "a number"),
     "tuple[str, ...]": ((list, tuple), "a list of names"),
+    "tuple[float, ...]": ((list, tuple), "a list of numbers"),
 }
 """By the annotation of a field: the types of its values, and their name in errors."""
 CHOICES = {
@@ -158,7 +160,6 @@ def resolve(preset: str, **changes: Any) -> Method:
         ("evaluations", 0, 1e9),
         ("window", 2, 1 << 20),
         ("calibration_tokens", 1, 1 << 40),
-        ("own_text", 0, 1),
         ("fisher_tokens", 1, 1 << 40),
         ("fitness_tokens", 1, 1 << 40),
         ("first_share", 1e-6, 1),
@@ -172,6 +173,8 @@ def resolve(preset: str, **changes: Any) -> Method:
         value = getattr(method, name)
         if not low <= value <= high:
             raise UserError(f"{name} must be a number from {low:g} to {high:g}; got {value!r}.")
+    if not all(isinstance(share, (int, float)) and 0 < share < math.inf for share in method.shares):
+        raise UserError(f"shares must be numbers above 0; got {list(method.shares)!r}.")
     if any(getattr(method, name) < 0 for name in ("population", "crossover", "mutation")):
         raise UserError("population, crossover and mutation must not be negative.")
     if method.evaluations and not method.crossover + method.mutation:

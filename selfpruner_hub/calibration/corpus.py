@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfpruner_hub.calibration.chat_template import Conversation, conversation, has_chat_template
+from selfpruner_hub.calibration.conversations import Distinct, packed, write_conversations
 from selfpruner_hub.calibration.generated_text import sample_windows
-from selfpruner_hub.calibration.text_sources import HUB_SOURCES, encode, file_texts, hub_texts
+from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, Entry, encode, entries, name_of
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
+
+T = TypeVar("T")
+ATTEMPTS = 4
+"""Largest number of times that a model writes more conversations, where those before did not fill the windows."""
 
 
 @dataclass(frozen=True)
@@ -101,29 +109,41 @@ def too_little_text(name: str, found: int, needed: int) -> DataError:
     )
 
 
+def sources_of(data: Any) -> list[Any]:
+    """The sources of a text: words with `+` between them are several, unless a file is called so.
+
+    Args:
+        data: As `AutoPruner.prune` takes it.
+
+    Returns:
+        Sources as `load_corpus` takes them, each once.
+    """
+    if isinstance(data, str) and not Path(data).exists():
+        return list(dict.fromkeys(data.split("+")))
+    return [data]
+
+
 def load_corpus(
-    source: str,
+    source: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     tokens: int,
     window: int,
     seed: int = 0,
     model: PreTrainedModel | None = None,
-    split: str = "train",
     progress: Progress | None = None,
 ) -> Corpus:
     """Draw windows of `window` tokens without overlap, in the order of the text.
 
     Args:
-        source: `"wikitext2"` or `"c4"` (from the Hub), `"self"` (sampled by `model`), or a path to `.txt` (one text)
-            or `.jsonl` (a text per line under the key `text`).
+        source: `"self"` (plain text that `model` writes), `"chat"` (conversations that it writes through the chat
+            template), or what `text_sources.entries` takes.
         tokenizer: The model's tokenizer; not needed for `"self"`.
-        tokens: Tokens wanted; rounded up to whole windows. A text file with at least half of them gives what it has.
+        tokens: Tokens wanted; rounded up to whole windows. A text with at least half of them gives what it has.
         window: Tokens per window, at least 2.
-        seed: Decides which windows of a long text are drawn, or what the model samples.
-        model: The dense model, for `"self"`.
-        split: `"train"` or `"test"`, for sources on the Hub.
-        progress: Told how many windows have been sampled or tokens read.
+        seed: Random seed: which windows of a long text are drawn, or what the model writes.
+        model: The dense model, for `"self"` and `"chat"`.
+        progress: Called with the number of windows or turns that are written.
 
     Returns:
         The drawn windows.
@@ -131,23 +151,65 @@ def load_corpus(
     Raises:
         DataError: The source is unknown, unreadable or too short.
     """
-    count = max(1, -(-tokens // window))
-    if source == "self":
-        if model is None:
-            raise DataError('data="self" needs the model that samples the text.')
-        return Corpus.of("self", sample_windows(model, count, window, seed, progress))
+    count, name = max(1, -(-tokens // window)), name_of(source)
+    if name in GENERATED and model is None:
+        raise DataError(f'data="{name}" needs the model that writes the text.')
+    if name == "self" and model is not None:
+        return Corpus.of(name, sample_windows(model, count, window, seed, progress))
     if tokenizer is None:
-        raise DataError(f"The text {source!r} needs a tokenizer, and the model came without one.", 'Use data="self".')
-    texts = hub_texts(source, split) if source in HUB_SOURCES else file_texts(Path(source))
+        raise DataError(f"The text {name!r} needs a tokenizer, and the model came without one.", 'Use data="self".')
+    if name == "chat" and model is not None:
+        return Corpus.of(name, _written_conversations(model, tokenizer, count, window, seed, progress))
     # Read up to four times what is asked for, so that the seed has windows to choose from.
-    ids = encode(texts, tokenizer, limit=4 * count * window)
-    found = len(ids) // window
-    if 2 * found < count:
-        raise too_little_text(source, len(ids), count * window)
-    windows = torch.tensor(ids[: found * window], dtype=torch.int64).view(found, window)
-    chosen = torch.randperm(found, generator=torch.Generator().manual_seed(seed))[:count]
-    name = source if source in HUB_SOURCES else Path(source).name
+    windows = _windows(entries(source), tokenizer, window, 4 * count)
+    if 2 * len(windows) < count:
+        raise too_little_text(name, windows.numel(), count * window)
+    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]
     return Corpus.of(name, windows[chosen.sort().values])
+
+
+def _written_conversations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    window: int,
+    seed: int,
+    progress: Progress | None,
+) -> Tensor:
+    """Let the model write conversations until they fill `count` windows."""
+    if not has_chat_template(tokenizer):
+        raise DataError('data="chat" needs a tokenizer with a chat template.', 'Use data="self", or plain text.')
+    distinct, windows = Distinct(), torch.empty(0, window, dtype=torch.int64)
+    written: list[Conversation] = []
+    for attempt in range(ATTEMPTS):
+        length = max(64, windows.numel() // max(1, len(written)))  # of a conversation, as those before were
+        some = 1 + round(1.1 * (count - len(windows)) * window / length)
+        seeded = ATTEMPTS * seed + attempt
+        written += write_conversations(model, tokenizer, some, seeded, distinct=distinct, progress=progress)
+        windows = packed(written, window)
+        if len(windows) >= count:
+            return windows[:count]
+    raise too_little_text("chat", windows.numel(), count * window)
+
+
+def _windows(items: Iterable[Entry], tokenizer: PreTrainedTokenizerBase, window: int, most: int) -> Tensor:
+    """At most `most` windows of plain text, one after another, or of conversations, as they stand in `items`."""
+    rest = iter(items)
+    first = next(rest, "")
+    talks = not isinstance(first, str)
+    if talks and not has_chat_template(tokenizer):
+        raise DataError("Conversations need a tokenizer with a chat template.", "Give plain text instead.")
+
+    def same(kind: type[T]) -> Iterator[T]:
+        for each in chain([first], rest):
+            if not isinstance(each, kind):
+                raise DataError("Texts and conversations are mixed in one source.", "Give two files.")
+            yield each
+
+    if talks:
+        return packed((conversation(tokenizer, messages) for messages in same(list)), window, most)
+    ids = encode(same(str), tokenizer, limit=most * window)
+    return torch.tensor(ids[: len(ids) // window * window], dtype=torch.int64).view(-1, window)
 
 
 def consecutive_windows(
@@ -167,19 +229,16 @@ def consecutive_windows(
     Raises:
         DataError: The text is unreadable, or shorter than a window (or than `count` windows).
     """
-    if source == "self":
+    if source in GENERATED:
         raise DataError(
-            "A measurement needs a text that the model did not write; got 'self'.",
+            f"A measurement needs a text that the model did not write; got {source!r}.",
             f"Use {', '.join(HUB_SOURCES)}, or a path to a .txt or .jsonl file.",
         )
     if tokenizer is None:
         raise DataError(f"The text {source!r} needs a tokenizer, and the model came without one.")
     if window < 2 or (count is not None and count < 1):
         raise DataError(f"A measurement needs windows of at least 2 tokens, and at least one; got {window}, {count}.")
-    texts = hub_texts(source, "test") if source in HUB_SOURCES else file_texts(Path(source))
-    ids = encode(texts, tokenizer, limit=1 << 40 if count is None else count * window)
-    found = len(ids) // window
-    if found < (count or 1):
-        raise too_little_text(source, len(ids), (count or 1) * window)
-    name = f"{source} test split" if source in HUB_SOURCES else Path(source).name
-    return Corpus.of(name, torch.tensor(ids[: found * window], dtype=torch.int64).view(found, window))
+    windows = _windows(entries(source, "test"), tokenizer, window, count or 1 << 40 // window)
+    if len(windows) < (count or 1):
+        raise too_little_text(source, windows.numel(), (count or 1) * window)
+    return Corpus.of(f"{source} test split" if source in HUB_SOURCES else Path(source).name, windows)

@@ -1,17 +1,106 @@
-"""Text that a model writes itself, as windows of tokens."""
+"""Text that a model writes itself: continuations of prompts in batches, and plain text as windows of tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.forward import head_chunks
 from selfpruner_hub.models.patching import attending_by_group
 from selfpruner_hub.progress import Progress
 
-SAMPLE_BATCH = 64
-"""Most sequences that a model samples side by side."""
+SAMPLE_BATCH = 128
+"""Largest number of sequences that a model writes side by side."""
+ENDED = 0.2
+"""Share of a batch that has ended before the rest goes on without it; each time, the rest of the cache is copied."""
+ROOM = 64
+"""Tokens by which a cache grows at a time."""
+
+
+@torch.inference_mode()
+def continuations(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    *,
+    ends: Collection[int] = (),
+    banned: Collection[int] = (),
+    temperature: float = 1.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+    what: str = "writing text",
+) -> list[list[int]]:
+    """Let the model continue each prompt; prompts of about one length share a batch, and ended sequences leave it.
+
+    Each step is bound by the matrix products of the layers and of the head for as many rows as the batch has; the
+    cache grows in place, so keys and values are not copied.
+
+    Args:
+        model: A causal language model.
+        prompts: Token ids, at least one each.
+        most: Largest number of new tokens of one prompt, at least 1.
+        ends: Token ids that end a continuation; they belong to it.
+        banned: Token ids that are never written.
+        temperature: Of ancestral sampling without truncation; 0 takes the likeliest token.
+        seed: Random seed.
+        progress: Called with the number of prompts that are done.
+        what: Name of the work, for `progress`.
+
+    Returns:
+        New token ids of each prompt, in the order of the prompts.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the first needs most memory
+    written: list[list[int]] = [[] for _ in prompts]
+    batch = _batch_size(model, max(map(len, prompts), default=0) + most)
+    stops, never = (torch.tensor(sorted(ids), dtype=torch.long, device=model.device) for ids in (ends, banned))
+    if progress:
+        progress(what, 0, len(prompts))
+    with attending_by_group(model):
+        for done in range(0, len(prompts), batch):
+            chosen = longest_first[done : done + batch]
+            rows = _Rows(model, [prompts[index] for index in chosen])
+            live = torch.tensor(chosen)
+            for step in range(most):
+                logits = rows.logits().index_fill(1, never, -torch.inf)
+                new = draw(logits, temperature, generator)
+                for index, token in zip(live.tolist(), new.tolist(), strict=True):
+                    if not (written[index] and written[index][-1] in ends):
+                        written[index].append(token)
+                ended = rows.end(torch.isin(new, stops))
+                if ended.all() or step == most - 1:
+                    break
+                left = (~ended).nonzero()[:, 0] if ended.float().mean() > ENDED else None
+                if left is not None:
+                    live, new = live[left.cpu()], new[left]
+                rows.step(new, left)
+            if progress:
+                progress(what, done + len(chosen), len(prompts))
+    return written
+
+
+def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Draw one outcome a row, by the inverse of the cumulative distribution; `torch.multinomial` runs on one core.
+
+    Args:
+        logits: `[N, V]`, float32.
+        temperature: At least 0; 0 takes the likeliest.
+        generator: Source of randomness, on the device of the logits.
+
+    Returns:
+        `[N]`, int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulated = (logits / temperature).softmax(-1).cumsum(-1)
+    point = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, point, right=True)[:, 0].clamp_max(logits.shape[1] - 1)
 
 
 @torch.inference_mode()
@@ -20,14 +109,15 @@ def sample_windows(
 ) -> Tensor:
     """Let the model write `count` windows of `window` tokens, each from its start token (or a random token).
 
-    Sampling is ancestral (temperature 1, no truncation), so the text is drawn from the model's own distribution.
+    Sampling is ancestral (temperature 1, no truncation), so the text is drawn from the model's own distribution. No
+    window has an end token, so that windows fill up.
 
     Args:
         model: The dense model.
-        count: Windows wanted, at least 1.
+        count: Number of windows, at least 1.
         window: Tokens per window, at least 1.
-        seed: Of the sampling.
-        progress: Told how many windows are done.
+        seed: Random seed.
+        progress: Called with the number of windows that are done.
 
     Returns:
         Token ids, `[count, window]`.
@@ -37,43 +127,89 @@ def sample_windows(
     for ids in (config.eos_token_id, config.pad_token_id, config.bos_token_id):  # one id, several, or None
         special.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
     generator = torch.Generator().manual_seed(seed)
-    start = model.config.bos_token_id
-    batch = _sample_batch(model, window)
-    parts = []
-    if progress:
-        progress("sampling text", 0, count)
-    with torch.random.fork_rng(), attending_by_group(model):
-        torch.manual_seed(seed)
-        for done in range(0, count, batch):
-            size = min(batch, count - done)
-            if start is None:
-                first = torch.randint(model.config.vocab_size, (size, 1), generator=generator)
-            else:
-                first = torch.full((size, 1), start)
-            first = first.to(model.device)
-            # The start token stands before the window; no end token, so that windows fill up.
-            out = model.generate(  # type: ignore[operator]
-                first,
-                attention_mask=torch.ones_like(first),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                min_new_tokens=window,
-                max_new_tokens=window,
-                suppress_tokens=sorted(special) or None,
-                pad_token_id=model.config.pad_token_id or 0,
-            )
-            parts.append(out[:, 1 : window + 1].cpu())
-            if progress:
-                progress("sampling text", done + size, count)
-    return torch.cat(parts)
+    first = torch.randint(config.vocab_size, (count, 1), generator=generator).tolist()
+    prompts = first if config.bos_token_id is None else [[config.bos_token_id]] * count
+    written = continuations(
+        model, prompts, window, banned=special, seed=seed, progress=progress, what="sampling text"
+    )  # fmt: skip
+    return torch.tensor(written)
 
 
-def _sample_batch(model: PreTrainedModel, window: int) -> int:
-    """As many sequences as keep the KV cache smaller than the weights."""
+class _Rows:
+    """The sequences of one batch: left-padded, with a cache that grows in place.
+
+    Args:
+        model: Which continues them.
+        prompts: Token ids.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+        self._model = model
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+        lengths = torch.tensor([len(p) for p in prompts], device=model.device)
+        self._mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
+        self._ended = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
+        self._cache = DynamicCache(config=model.config)
+        layers = self._cache.layers
+        layers[:] = [_GrowingLayer() if type(each) is DynamicLayer else each for each in layers]  # type: ignore[no-untyped-call]
+        self._run(ids, (self._mask.cumsum(1) - 1).clamp_min(0))
+
+    def _run(self, ids: Tensor, positions: Tensor) -> None:
+        out = self._model.get_decoder()(
+            ids, attention_mask=self._mask, position_ids=positions, cache=self._cache, use_cache=True
+        )
+        self._hidden = out.last_hidden_state[:, -1:]
+
+    def logits(self) -> Tensor:
+        """Logits of the next token, `[N, V]`, float32."""
+        return torch.cat([logits for _, logits in head_chunks(self._model, self._hidden[:, 0])])
+
+    def end(self, now: Tensor) -> Tensor:
+        """Mark the rows that end now; returns all that have ended, `[N]`, bool."""
+        self._ended |= now
+        return self._ended
+
+    def step(self, new: Tensor, left: Tensor | None) -> None:
+        """Append a token to each row; `left` has the indices of the rows that stay, where others leave."""
+        if left is not None:
+            self._cache.batch_select_indices(left)
+            self._mask, self._ended = self._mask[left], self._ended[left]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(new), 1)], 1)
+        self._run(new[:, None], self._mask.sum(1, keepdim=True) - 1)
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values in buffers with room for more: a step writes its own, and copies no others."""
+
+    _buffers: tuple[Tensor, ...] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values `[B, G, S, D]`, and return views of all."""
+        before, new = self.get_seq_length(), (key_states, value_states)
+        length = before + key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self._buffers is None or self._buffers[0].shape[-2] < length:
+            self._buffers = tuple(x.new_empty(*x.shape[:-2], length + ROOM, x.shape[-1]) for x in new)
+            if before and self.keys is not None and self.values is not None:
+                for buffer, old in zip(self._buffers, (self.keys, self.values), strict=True):
+                    buffer[..., :before, :] = old
+        for buffer, x in zip(self._buffers, new, strict=True):
+            buffer[..., before:length, :] = x
+        keys, values = (buffer[..., :length, :] for buffer in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows alone."""
+        super().batch_select_indices(indices)
+        self._buffers = None
+
+
+def _batch_size(model: PreTrainedModel, length: int) -> int:
+    """As many sequences as keep the cache no larger than the weights."""
     shape = shape_of(model.config)
     groups = sum(layer.num_key_value_heads for layer in shape.dense.layers)
-    cached = 2 * groups * shape.head_dim * window  # keys and values of one sequence, in numbers
+    cached = 2 * groups * shape.head_dim * length  # keys and values of one sequence, in numbers
     return max(1, min(SAMPLE_BATCH, model.num_parameters() // cached))

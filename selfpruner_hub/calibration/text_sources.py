@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from selfpruner_hub.calibration.chat_template import Message
 from selfpruner_hub.errors import DataError
 
+GENERATED = ("chat", "self")
+"""Text that the dense model writes: conversations through its chat template, or plain text from its start token."""
 HUB_SOURCES = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"train": "train", "test": "test"}),
     "c4": ("allenai/c4", "en", {"train": "train", "test": "validation"}),
@@ -27,12 +31,60 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int)
     return ids[:limit]
 
 
-def file_texts(path: Path) -> Iterator[str]:
-    """Texts of a file: one of a `.txt`, one a line of a `.jsonl`; raises `DataError` where it cannot be read."""
+Entry = str | list[Message]
+"""A text, or a conversation."""
+
+
+def entries(source: Any, split: str = "train") -> Iterator[Entry]:
+    """Texts and conversations of a source.
+
+    Args:
+        source: A key of `HUB_SOURCES`; a path to a `.txt` (one text) or a `.jsonl` (an object a line, with a text under
+            `text` or a conversation under `messages`); or an iterable of texts, conversations or such objects, which a
+            `datasets.Dataset` is too.
+        split: `"train"` or `"test"`, for sources on the Hub.
+
+    Yields:
+        A text, or the messages of a conversation.
+
+    Raises:
+        DataError: The source cannot be read, or holds something else.
+    """
+    if isinstance(source, str) and source in HUB_SOURCES:
+        yield from _hub_texts(source, split)
+    elif isinstance(source, (str, Path)):
+        yield from _file_entries(Path(source))
+    else:
+        for number, value in enumerate(source, 1):
+            yield _entry(value, f"data, entry {number}")
+
+
+def name_of(source: Any) -> str:
+    """What a record calls a source; it says nothing of where a file is."""
+    if isinstance(source, str) and source in (*HUB_SOURCES, *GENERATED):
+        return source
+    return Path(source).name if isinstance(source, (str, Path)) else type(source).__name__
+
+
+def _entry(value: Any, where: str) -> Entry:
+    if isinstance(value, Mapping):
+        value = value.get("messages", value.get("text"))
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and value and all(isinstance(each, Mapping) for each in value):
+        return list(value)
+    raise DataError(
+        f'{where}: expected a text, or an object with a text under "text" or a conversation under "messages".',
+        'A conversation is a list of objects with a "role" and a "content".',
+    )
+
+
+def _file_entries(path: Path) -> Iterator[Entry]:
     if path.suffix not in {".txt", ".jsonl"}:
         raise DataError(
             f"Unknown data {str(path)!r}.",
-            f"Use {', '.join(HUB_SOURCES)}, self, or a path to a .txt or .jsonl file.",
+            f"Use {', '.join((*HUB_SOURCES, *GENERATED))}, several with + between them, or a path to a .txt or .jsonl "
+            "file.",
         )
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
@@ -43,18 +95,15 @@ def file_texts(path: Path) -> Iterator[str]:
         yield text
         return
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold other line breaks
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            entry = None
-        if not isinstance(entry, str):
-            raise DataError(f'{path}, line {number}: expected a JSON object with a text under the key "text".')
-        yield entry
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            yield _entry(value if isinstance(value, Mapping) else None, f"{path}, line {number}")
 
 
-def hub_texts(source: str, split: str) -> Iterator[str]:
+def _hub_texts(source: str, split: str) -> Iterator[str]:
     """Texts of one of `HUB_SOURCES`, streamed; raises `DataError` where it cannot be loaded."""
     import datasets  # imported here: it takes a second, and local data do not need it
 

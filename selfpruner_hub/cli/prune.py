@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-model", metavar="REPO", help="the Hub repository that the directory MODEL is a copy of, for the record"
     )
     parser.add_argument("--preset", default="default", help="default, or paper (default: %(default)s)")
-    parser.add_argument("--data", default="wikitext2", help="wikitext2, c4, self, or a .txt or .jsonl file")
+    parser.add_argument(
+        "--data",
+        help="chat, self, wikitext2, c4, or a .txt or .jsonl file; several with + between them (default: "
+        "chat+wikitext2 for a chat model, else wikitext2)",
+    )
     parser.add_argument("--proposer", default="self", help="self, evolution, random, or the URL of an endpoint")
     parser.add_argument("--proposer-model", metavar="M", help="name of the model at the endpoint")
     parser.add_argument("--fitness", help="kl or perplexity")

@@ -48,19 +48,20 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
 
 
 @torch.inference_mode()
-def teach(model: PreTrainedModel, windows: Tensor, top_k: int = TOP_K) -> Teacher:
+def teach(model: PreTrainedModel, windows: Tensor, top_k: int = TOP_K, counted: Tensor | None = None) -> Teacher:
     """Keep what `divergence` needs of the dense model; 8 · K bytes per predicted token.
 
     Args:
         model: The dense model.
         windows: Token ids, `[N, W]`.
         top_k: Outcomes kept per position, at most the vocabulary.
+        counted: Predictions that count, `[N, W - 1]`, bool; None counts all.
 
     Returns:
         The teacher, on the CPU.
     """
     ids, log_probs = [], []
-    for _, logits in _logits(model, windows):
+    for _, logits in _logits(model, windows, counted):
         values, indices = logits.topk(min(top_k, logits.shape[1]), sorted=False)
         ids.append(indices.int().cpu())
         log_probs.append((values - logits.logsumexp(-1, keepdim=True)).cpu())
@@ -84,15 +85,30 @@ def divergence(model: PreTrainedModel, windows: Tensor, teacher: Teacher) -> flo
     return mean_losses(model, windows, teacher_loss(teacher))[0]
 
 
-def label_loss(windows: Tensor) -> Loss:
-    """The negative log-likelihood of the tokens that follow in `windows`, `[N, W]`."""
-    targets = windows[:, 1:].flatten()
+def label_loss(windows: Tensor, counted: Tensor | None = None) -> Loss:
+    """The negative log-likelihood of the tokens that follow in `windows`, `[N, W]`, where they count."""
+    targets = following(windows, counted)
 
     def loss(logits: Tensor, first: int) -> Tensor:
         wanted = targets[first : first + len(logits), None].to(logits.device)
         return (logits.logsumexp(-1) - logits.gather(1, wanted)[:, 0]).sum()
 
     return loss
+
+
+def miss_loss(windows: Tensor, counted: Tensor | None = None) -> Loss:
+    """The number of tokens that follow in `windows`, `[N, W]`, count, and are not the model's first choice."""
+    targets = following(windows, counted)
+
+    def loss(logits: Tensor, first: int) -> Tensor:
+        return (logits.argmax(-1) != targets[first : first + len(logits)].to(logits.device)).sum()
+
+    return loss
+
+
+def following(windows: Tensor, counted: Tensor | None = None) -> Tensor:
+    """The tokens that are predicted in `windows`, `[N, W]`, where they count, `[P]`."""
+    return windows[:, 1:].flatten() if counted is None else windows[:, 1:][counted]
 
 
 def teacher_loss(teacher: Teacher) -> Loss:
@@ -110,28 +126,29 @@ def teacher_loss(teacher: Teacher) -> Loss:
 
 
 @torch.inference_mode()
-def mean_losses(model: PreTrainedModel, windows: Tensor, *losses: Loss) -> list[float]:
+def mean_losses(model: PreTrainedModel, windows: Tensor, *losses: Loss, counted: Tensor | None = None) -> list[float]:
     """Several losses in one pass over the windows.
 
     Args:
         model: A causal language model.
         windows: Token ids, `[N, W]`.
         *losses: What to measure.
+        counted: Predictions that count, `[N, W - 1]`, bool, as the losses know them; None counts all.
 
     Returns:
         The mean of each per predicted token, in nats.
     """
     totals, predicted = [0.0] * len(losses), 0
-    for first, logits in _logits(model, windows):
+    for first, logits in _logits(model, windows, counted):
         totals = [total + loss(logits, first).item() for total, loss in zip(totals, losses, strict=True)]
         predicted += len(logits)
     return [total / predicted for total in totals]
 
 
-def _logits(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _logits(model: PreTrainedModel, windows: Tensor, counted: Tensor | None) -> Iterator[tuple[int, Tensor]]:
     """Yield (index of the first prediction, float32 logits `[≤ HEAD_TOKENS, V]`) over all windows."""
     done = 0
-    for predicting in last_hidden_states(model, windows):
+    for predicting in last_hidden_states(model, windows, counted):
         for first, logits in head_chunks(model, predicting):
             yield done + first, logits
         done += len(predicting)

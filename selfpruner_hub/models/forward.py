@@ -65,19 +65,22 @@ def windows_at_once(model: PreTrainedModel, width: int, tokens: int) -> int:
     return known[width]
 
 
-def last_hidden_states(model: PreTrainedModel, windows: Tensor) -> Iterator[Tensor]:
+def last_hidden_states(model: PreTrainedModel, windows: Tensor, counted: Tensor | None = None) -> Iterator[Tensor]:
     """Run the decoder on a few windows at a time.
 
     Args:
         model: A causal language model.
         windows: Token ids, `[N, W]`.
+        counted: Predictions that count, `[N, W - 1]`, bool; None counts all.
 
     Yields:
-        What the head reads, `[P, H]`, at every position but the last of each window.
+        What the head reads, `[P, H]`, at every position that predicts a token of its window and counts.
     """
-    for batch in windows.split(windows_at_once(model, windows.shape[1], BATCH_TOKENS)):
-        hidden = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
-        yield hidden[:, :-1].flatten(0, 1)
+    size = windows_at_once(model, windows.shape[1], BATCH_TOKENS)
+    for first in range(0, len(windows), size):
+        batch = windows[first : first + size].to(model.device)
+        hidden = model.get_decoder()(batch, use_cache=False).last_hidden_state[:, :-1]
+        yield hidden.flatten(0, 1) if counted is None else hidden[counted[first : first + size].to(hidden.device)]
 
 
 def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -1,0 +1,171 @@
+"""Conversations that a chat model holds with itself, and those of a user, packed into windows of tokens.
+
+An instruction-tuned model that is given the beginning of a user's turn writes one, and then answers it (Magpie,
+arXiv 2406.08464). Such text is what a chat model reads and writes in use, and it needs no data.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selfpruner_hub.calibration.chat_template import Conversation, conversation, decoded, prompt_ids, user_turn
+from selfpruner_hub.calibration.generated_text import continuations
+from selfpruner_hub.errors import DataError
+from selfpruner_hub.progress import Progress
+
+SYSTEM_PROMPTS = (
+    None,
+    None,
+    "You answer questions in one or two short sentences.",
+    "You answer short factual questions about the world: people, places, nature, science and everyday things.",
+    "You are a patient teacher. Children ask you simple questions.",
+    "You explain things in simple words.",
+)
+"""In turn; None leaves it to the template. They decide what the user of a conversation asks about."""
+USER_TOKENS, ANSWER_TOKENS = 96, 160
+"""Largest length of a user's turn and of an answer; longer user's turns are dropped, longer answers cut."""
+ANSWER_TEMPERATURE = 0.7
+"""Temperature of the answers; user's turns are drawn at 1."""
+ROUNDS = 8
+"""Largest number of attempts to get enough user's turns."""
+SIMILAR = 0.5
+"""Jaccard similarity of word trigrams from which on two user's turns are near-duplicates."""
+
+
+def write_conversations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seed: int,
+    *,
+    temperature: float = ANSWER_TEMPERATURE,
+    distinct: Distinct | None = None,
+    progress: Progress | None = None,
+) -> list[Conversation]:
+    """Let a chat model write both turns of `count` conversations; of near-duplicate user's turns, one is kept.
+
+    Args:
+        model: The dense model.
+        tokenizer: Its tokenizer, with a chat template.
+        count: Number of conversations, at least 1.
+        seed: Random seed.
+        temperature: Of the answers; 0 takes the likeliest tokens.
+        distinct: User's turns that were written before; the new ones join them.
+        progress: Called with the number of turns that are written.
+
+    Returns:
+        At most `count` conversations; fewer only where the model keeps repeating itself.
+
+    Raises:
+        DataError: The template has no user's turn, or the model writes none that ends.
+    """
+    turns = [(system, user_turn(tokenizer, system)) for system in SYSTEM_PROMPTS]
+    usable = [(system, turn) for system, turn in turns if turn is not None]
+    if not usable:
+        raise DataError("The tokenizer's chat template has no user's turn that a model can write.", _OTHER_TEXT)
+    ends = end_tokens(model, tokenizer)
+    distinct = distinct or Distinct()
+    kept: list[list[dict[str, str]]] = []
+    for attempt in range(ROUNDS):
+        if len(kept) >= count:
+            break
+        wanted = [usable[i % len(usable)] for i in range(8 + int(1.3 * (count - len(kept))))]
+        stops = ends | {turn.after[0] for _, turn in wanted}
+        written = continuations(
+            model,
+            [turn.before for _, turn in wanted],
+            USER_TOKENS,
+            ends=stops,
+            seed=ROUNDS * seed + attempt,
+            progress=progress,
+            what="writing questions",
+        )
+        for (system, _), ids in zip(wanted, written, strict=True):
+            text = decoded(tokenizer, ids[:-1])
+            if ids[-1] in stops and text and distinct.add(text):
+                kept.append([*([{"role": "system", "content": system}] if system else []), _said("user", text)])
+    if not kept:
+        raise DataError("The model wrote no user's turn that ends.", _OTHER_TEXT)
+    asked = kept[:count]
+    answers = continuations(
+        model,
+        [prompt_ids(tokenizer, messages) for messages in asked],
+        ANSWER_TOKENS,
+        ends=ends,
+        temperature=temperature,
+        seed=seed,
+        progress=progress,
+        what="writing answers",
+    )
+    texts = [decoded(tokenizer, ids) for ids in answers]
+    return [
+        conversation(tokenizer, [*messages, _said("assistant", text)])
+        for messages, text in zip(asked, texts, strict=True)
+        if text
+    ]
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids that end a turn: those of the model's configurations and of its tokenizer."""
+    found: set[int] = set()
+    configs = (model.config, getattr(model, "generation_config", None), tokenizer)
+    for ids in (getattr(config, "eos_token_id", None) for config in configs):
+        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    return found
+
+
+class Distinct:
+    """Texts that are no near-duplicates of one another, by the Jaccard similarity of their word trigrams."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._having: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+
+    def add(self, text: str) -> bool:
+        """Take a text, unless a similar one was taken; returns whether it was."""
+        words = text.lower().split()
+        grams = {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+        shared = Counter(number for gram in grams for number in self._having[gram])
+        if any(n / (len(grams) + self._sizes[number] - n) >= SIMILAR for number, n in shared.items()):
+            return False
+        for gram in grams:
+            self._having[gram].append(len(self._sizes))
+        self._sizes.append(len(grams))
+        return True
+
+
+def packed(conversations: Iterable[Conversation], window: int, most: int | None = None) -> Tensor:
+    """Fill windows with conversations, one after another; each window begins with a new one.
+
+    Only the last conversation of a window is cut, where the window ends.
+
+    Args:
+        conversations: In their order.
+        window: Tokens per window, at least 2.
+        most: Largest number of windows; None takes all conversations.
+
+    Returns:
+        Token ids, `[N, W]`; a last window that is not full is left out.
+    """
+    windows: list[list[int]] = []
+    filling: list[int] = []
+    for each in conversations:
+        if len(windows) == most:
+            break
+        filling += each.ids[: window - len(filling)]
+        if len(filling) == window:
+            windows.append(filling)
+            filling = []
+    return torch.tensor(windows, dtype=torch.int64).view(-1, window)
+
+
+def _said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+_OTHER_TEXT = "Use data=PATH with conversations (.jsonl with messages), or plain text such as data='wikitext2'."
