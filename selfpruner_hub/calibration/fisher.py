@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.ridge import damped_factor
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
-from selfpruner_hub.models.forward import Loss, head_gradient
+from selfpruner_hub.models.forward import Loss, draw, head_gradient
 from selfpruner_hub.models.layer_stream import Seen, Stream, check_finite
 from selfpruner_hub.models.patching import frozen
 from selfpruner_hub.progress import Progress
@@ -63,11 +63,10 @@ def output_fisher(
     checkpoints = checkpoints or Checkpoints()
     if known := _finished(layers, keep, checkpoints):
         return known
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
 
     def drawn(logits: Tensor, _first: int) -> Tensor:
-        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        return nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+        return nn.functional.cross_entropy(logits, draw(logits.detach(), 1.0, generator), reduction="sum")
 
     roots: list[tuple[Tensor, Tensor]] = []
     with frozen(model):

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.models.forward import head_chunks
+from selfpruner_hub.models.forward import draw, head_chunks
 from selfpruner_hub.models.patching import attending_by_group
 from selfpruner_hub.progress import Progress
 
@@ -83,24 +83,6 @@ def continuations(
             if progress:
                 progress(what, done + len(chosen), len(prompts))
     return written
-
-
-def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Draw one outcome a row, by the inverse of the cumulative distribution; `torch.multinomial` runs on one core.
-
-    Args:
-        logits: `[N, V]`, float32.
-        temperature: At least 0; 0 takes the likeliest.
-        generator: Source of randomness, on the device of the logits.
-
-    Returns:
-        `[N]`, int64.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    cumulated = (logits / temperature).softmax(-1).cumsum(-1)
-    point = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, point, right=True)[:, 0].clamp_max(logits.shape[1] - 1)
 
 
 @torch.inference_mode()

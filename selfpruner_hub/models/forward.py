@@ -99,6 +99,24 @@ def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, T
         yield first, logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
+def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Draw one outcome a row, by the inverse of the cumulative distribution; `torch.multinomial` runs on one core.
+
+    Args:
+        logits: `[N, V]`, float32.
+        temperature: At least 0; 0 takes the likeliest.
+        generator: Source of randomness, on the device of the logits.
+
+    Returns:
+        `[N]`, int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulated = (logits / temperature).softmax(-1).cumsum(-1)
+    point = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, point, right=True)[:, 0].clamp_max(logits.shape[1] - 1)
+
+
 def head_gradient(model: PreTrainedModel, hidden: Tensor, loss: Loss, first: int = 0) -> Tensor:
     """The gradient of a loss by last hidden states, `[P, H]`, the head a block of positions at a time.
 

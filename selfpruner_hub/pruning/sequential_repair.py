@@ -182,7 +182,9 @@ class _Ffn:
         moved = (stacked.float() + fit_inputs(stream, stacked, down)).flatten(0, 1)
         for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
             weight.copy_(new)
-        helps = _held_error(self._rest(h, target) for h, target in self._batches) < _held_error(rests)
+        helps = _squared(self._rest(*pair) for pair in _held(self._batches)) < _squared(
+            rest for (rest,) in _held(zip(rests, strict=True))
+        )
         if not helps:  # the step was too long for what bends, or none was found
             for weight, old in zip(rows, before, strict=True):
                 weight.copy_(old)
@@ -217,13 +219,19 @@ class _Ffn:
         return torch.cat(gradients, -1).view(*h.shape[:-1], -1, seen.input.shape[-1])
 
 
-def _held_error(rests: Iterable[Tensor]) -> float:
-    """Σ ‖rest‖² over the windows that are held out; not-a-number where one is."""
-    windows, total = 0, 0.0
-    for rest in rests:
-        total += rest[held_out(windows, len(rest)).to(rest.device)].float().square().sum().item()
-        windows += len(rest)
-    return total
+def _held(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """The windows that are held out, batch by batch."""
+    windows = 0
+    for batch in batches:
+        rows = held_out(windows, len(batch[0])).to(batch[0].device)
+        windows += len(rows)
+        if rows.any():
+            yield tuple(each[rows] for each in batch)
+
+
+def _squared(rests: Iterable[Tensor]) -> float:
+    """Σ ‖rest‖²; not-a-number where one is."""
+    return sum(rest.float().square().sum().item() for rest in rests)
 
 
 def _sum(*parts: Tensor) -> Tensor:
