@@ -5,13 +5,16 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 COMPILE = PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 TYPED  := $(wildcard selfpruner_hub exporters)
 
-.PHONY: demo test lint fix clean
+.PHONY: demo test test-fast lint fix clean
 
 demo: .venv/.core  ## prune the small real model, and show what it gained and lost
 	$(BIN)/selfpruner demo
 
 test: lint  ## everything that CI checks
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
+
+test-fast: .venv/.dev  ## for work: no real model, no browser, no server; under two minutes on two cores
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow and not heavy and not gpu"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -134,7 +134,7 @@ class AutoPruner:
             executor: None: candidates are scored in this process; `"ray"`: side by side on Ray workers
                 (`ray_workers.ray_workers`).
             progress: True for bars on stderr, or a function called with (what, done, total).
-            **settings: Other fields of `presets.Method`.
+            **settings: Other fields of `settings.Method`.
 
         Returns:
             The pruned model with its record; the dense model is left as it was.

@@ -178,6 +178,7 @@ def test_saved_and_reloaded_by_the_auto_class(saved, name):
     assert PrunedModel.from_pretrained(directory).report == pruned.report
 
 
+@pytest.mark.heavy
 def test_loaded_without_the_package(saved, tmp_path):
     found = check_without_package({directory: IDS for directory, _ in saved.values()}, tmp_path)
     for directory, pruned in saved.values():

@@ -30,6 +30,7 @@ from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.export_record import FILE_NAME
 from selfpruner_hub.storage.model_record import read_record
 
+pytestmark = pytest.mark.heavy
 SMALL = ("--prompt", "16,40", "--batch", "1,2", "--new", "4", "--runs", "3", "--threads", "1", "--quiet")
 SETTING = Setting(threads=1, device="cpu", dtype="float32", longest=64)
 

@@ -25,6 +25,8 @@ from selfpruner_hub.errors import ExportError, MissingExtraError, SavedModelErro
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.storage.export_record import read_export
 
+pytestmark = pytest.mark.heavy
+
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
 
 

@@ -16,6 +16,7 @@ from exporters.to_openvino.causal_lm import OpenVinoCausalLM
 from selfpruner_hub.errors import MissingExtraError, SavedModelError, UserError
 from selfpruner_hub.storage.export_record import read_export
 
+pytestmark = pytest.mark.heavy
 IDS = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0))
 installed = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason='not installed: pip install "selfpruner-hub[openvino]"'

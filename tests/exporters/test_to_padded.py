@@ -101,6 +101,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.heavy
 def test_loaded_without_the_package_and_without_remote_code(tmp_path):
     model = tiny_pruned("qwen3")
     export_model(model, tiny_tokenizer(), "padded", tmp_path / "out")

@@ -26,6 +26,7 @@ from selfpruner_hub.errors import ExportError, MissingExtraError, SavedModelErro
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.storage.export_record import read_export
 
+pytestmark = pytest.mark.heavy
 rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason='not installed: pip install "selfpruner-hub[tensorrt-rtx]"'
 )

@@ -15,6 +15,7 @@ from exporters.export import FORMATS
 from selfpruner_hub.storage.layout import EXPORTS
 from selfpruner_hub.storage.model_record import read_record
 
+pytestmark = pytest.mark.heavy
 READ = "hf_read_token_of_me"
 PICTURES = {f"plots/{name}" for name in ("population.png", "rates.png", "search.png")}
 

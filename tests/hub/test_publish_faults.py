@@ -11,6 +11,7 @@ import time
 import pytest
 from support.hub_client import environment
 
+pytestmark = pytest.mark.heavy
 LFS = "PUT /lfs/"
 COMMIT = "POST /api/models/.*/commit/"
 

@@ -30,6 +30,7 @@ from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.proposers import Scored
 from selfpruner_hub.search.schedule import Schedule
 
+pytestmark = pytest.mark.heavy
 SECRET = "sk-planted-secret"
 BUDGET = Budget(ModelShape(32, 4, 2, Plan.of([48] * 4, [4] * 4)), 0.3)
 GOOD = json.dumps({"attention": [0, 25, 0, 25], "ffn": [30, 20, 40, 25]})

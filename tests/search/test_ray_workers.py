@@ -18,6 +18,7 @@ from selfpruner_hub.errors import MissingExtraError, UserError, WorkerError
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.search.ray_workers import MEMORY, check_executor, count_workers
 
+pytestmark = pytest.mark.heavy
 ray = pytest.importorskip("ray", reason="ray is not installed")
 SETTINGS = {
     "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 512, "fitness_tokens": 256,

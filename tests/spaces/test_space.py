@@ -23,6 +23,7 @@ from selfpruner_hub.search.journal import read_journal
 from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import read_record
 
+pytestmark = pytest.mark.heavy
 MODULES = ("app", "answers", "facts", "live")
 
 
