@@ -56,15 +56,15 @@ def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
             through = rendered(tokenizer, messages[: index + 1])
             if text.startswith(before) and text.startswith(through.rstrip()):
                 spans.append((len(before), len(through.rstrip())))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = tokens["offset_mapping"]
     answered = tuple(any(a <= start and end <= b and end > start for a, b in spans) for start, end in offsets)
-    return Conversation(tuple(encoded["input_ids"]), answered)
+    return Conversation(tuple(tokens["input_ids"]), answered)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of the messages and of the beginning of the assistant's turn; raises as `conversation` does."""
-    return _encoded(tokenizer, rendered(tokenizer, messages, prompt=True))
+    return encoded(tokenizer, rendered(tokenizer, messages, prompt=True))
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: bool = False) -> str:
@@ -123,7 +123,13 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, system: str | None) -> UserTur
     before, found, after = text.partition(MARK)
     if not found or not after or (system and system not in before):
         return None
-    return UserTurn(tuple(_encoded(tokenizer, before)), tuple(_encoded(tokenizer, after)))
+    return UserTurn(tuple(encoded(tokenizer, before)), tuple(encoded(tokenizer, after)))
+
+
+def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of what the template writes after an answer; empty where it does not write the answer as it is."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+    return encoded(tokenizer, rendered(tokenizer, messages).partition(MARK)[2])
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -131,5 +137,6 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, special tokens in it read as such, and none added."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

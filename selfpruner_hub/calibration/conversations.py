@@ -13,23 +13,46 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.calibration.chat_template import Conversation, conversation, decoded, prompt_ids, user_turn
+from selfpruner_hub.calibration.chat_template import (
+    Conversation,
+    closing_ids,
+    decoded,
+    encoded,
+    prompt_ids,
+    user_turn,
+)
 from selfpruner_hub.calibration.generated_text import continuations
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
 
 SYSTEM_PROMPTS = (
     None,
-    None,
     "You answer questions in one or two short sentences.",
-    "You answer short factual questions about the world: people, places, nature, science and everyday things.",
     "You are a patient teacher. Children ask you simple questions.",
-    "You explain things in simple words.",
 )
 """In turn; None leaves it to the template. They decide what the user of a conversation asks about."""
-USER_TOKENS, ANSWER_TOKENS = 96, 160
+OPENINGS = (
+    "",
+    "What is",
+    "",
+    "Who",
+    "Where",
+    "",
+    "Which",
+    "How many",
+    "",
+    "What",
+    "How",
+    "",
+    "Why",
+    "When",
+    "",
+    "Name",
+)
+"""First words of the user's turns, in turn: plain questions beside whatever the model would ask for by itself."""
+USER_TOKENS, ANSWER_TOKENS = 64, 96
 """Largest length of a user's turn and of an answer; longer user's turns are dropped, longer answers cut."""
-ANSWER_TEMPERATURE = 0.7
+ANSWER_TEMPERATURE = 0.3
 """Temperature of the answers; user's turns are drawn at 1."""
 ROUNDS = 8
 """Largest number of attempts to get enough user's turns."""
@@ -64,37 +87,40 @@ def write_conversations(
     Raises:
         DataError: The template has no user's turn, or the model writes none that ends.
     """
-    turns = [(system, user_turn(tokenizer, system)) for system in SYSTEM_PROMPTS]
-    usable = [(system, turn) for system, turn in turns if turn is not None]
+    frames = [(system, user_turn(tokenizer, system)) for system in SYSTEM_PROMPTS]
+    usable = [(system, frame) for system, frame in frames if frame is not None]
     if not usable:
         raise DataError("The tokenizer's chat template has no user's turn that a model can write.", _OTHER_TEXT)
+    opened = [
+        (system, frame, encoded(tokenizer, opening)) for opening in OPENINGS for system, frame in usable
+    ]  # fmt: skip
     ends = end_tokens(model, tokenizer)
     distinct = distinct or Distinct()
     kept: list[list[dict[str, str]]] = []
     for attempt in range(ROUNDS):
         if len(kept) >= count:
             break
-        wanted = [usable[i % len(usable)] for i in range(8 + int(1.3 * (count - len(kept))))]
-        stops = ends | {turn.after[0] for _, turn in wanted}
+        wanted = [opened[i % len(opened)] for i in range(8 + int(1.3 * (count - len(kept))))]
+        stops = ends | {frame.after[0] for _, frame, _ in wanted}
         written = continuations(
             model,
-            [turn.before for _, turn in wanted],
+            [[*frame.before, *opening] for _, frame, opening in wanted],
             USER_TOKENS,
             ends=stops,
             seed=ROUNDS * seed + attempt,
             progress=progress,
             what="writing questions",
         )
-        for (system, _), ids in zip(wanted, written, strict=True):
-            text = decoded(tokenizer, ids[:-1])
+        for (system, _, opening), ids in zip(wanted, written, strict=True):
+            text = decoded(tokenizer, [*opening, *ids[:-1]])
             if ids[-1] in stops and text and distinct.add(text):
                 kept.append([*([{"role": "system", "content": system}] if system else []), _said("user", text)])
     if not kept:
         raise DataError("The model wrote no user's turn that ends.", _OTHER_TEXT)
-    asked = kept[:count]
+    prompts = [prompt_ids(tokenizer, messages) for messages in kept[:count]]
     answers = continuations(
         model,
-        [prompt_ids(tokenizer, messages) for messages in asked],
+        prompts,
         ANSWER_TOKENS,
         ends=ends,
         temperature=temperature,
@@ -102,12 +128,15 @@ def write_conversations(
         progress=progress,
         what="writing answers",
     )
-    texts = [decoded(tokenizer, ids) for ids in answers]
-    return [
-        conversation(tokenizer, [*messages, _said("assistant", text)])
-        for messages, text in zip(asked, texts, strict=True)
-        if text
-    ]
+    closing = closing_ids(tokenizer)
+    return [_answered(*pair, closing) for pair in zip(prompts, answers, strict=True)]
+
+
+def _answered(prompt: list[int], answer: list[int], closing: list[int]) -> Conversation:
+    """A conversation of the model's own tokens; an answer that ended is closed as the template closes it."""
+    rest = closing[1:] if answer[-1:] == closing[:1] else []
+    answered = (False,) * len(prompt) + (True,) * len(answer) + (False,) * len(rest)
+    return Conversation((*prompt, *answer, *rest), answered)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
