@@ -36,7 +36,7 @@ class Method:
     """FFN widths are multiples of this."""
     window: int = 512
     """Tokens per window of calibration and fitness."""
-    calibration_tokens: int = 163_840
+    calibration_tokens: int = 131_072
     """Both repairs are fitted to them."""
     shares: tuple[float, ...] = ()
     """Shares of the sources of `data`, in their order; they need not sum to 1. Empty: all sources have as much."""
@@ -45,7 +45,7 @@ class Method:
     fitness_tokens: int = 16_384
     seeds: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "blend")
     """Starting points of the search."""
-    evaluations: float = 32
+    evaluations: float = 10
     """Budget of the search, in full-evaluation equivalents."""
     population: int = 4
     """Initial proposals."""

@@ -27,28 +27,12 @@ from selfpruner_hub.progress import Progress
 
 SYSTEM_PROMPTS = (
     None,
+    None,
     "You answer questions in one or two short sentences.",
     "You are a patient teacher. Children ask you simple questions.",
 )
 """In turn; None leaves it to the template. They decide what the user of a conversation asks about."""
-OPENINGS = (
-    "",
-    "What is",
-    "",
-    "Who",
-    "Where",
-    "",
-    "Which",
-    "How many",
-    "",
-    "What",
-    "How",
-    "",
-    "Why",
-    "When",
-    "",
-    "Name",
-)
+OPENINGS = ("", "What is", "Who", "Where", "", "Which", "How many", "What", "How", "", "Why", "When", "Name")
 """First words of the user's turns, in turn: plain questions beside whatever the model would ask for by itself."""
 USER_TOKENS, ANSWER_TOKENS = 64, 96
 """Largest length of a user's turn and of an answer; longer user's turns are dropped, longer answers cut."""

@@ -21,6 +21,8 @@ from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
 
 T = TypeVar("T")
+CONVERSATION_TOKENS = 100
+"""Length of a conversation, expected before the first are written."""
 ATTEMPTS = 4
 """Largest number of times that a model writes more conversations, where those before did not fill the windows."""
 
@@ -182,8 +184,8 @@ def _written_conversations(
     distinct, windows = Distinct(), torch.empty(0, window, dtype=torch.int64)
     written: list[Conversation] = []
     for attempt in range(ATTEMPTS):
-        length = max(64, windows.numel() // max(1, len(written)))  # of a conversation, as those before were
-        some = 1 + round(1.1 * (count - len(windows)) * window / length)
+        length = windows.numel() / len(written) if len(windows) else CONVERSATION_TOKENS
+        some = 1 + round(1.05 * (count - len(windows)) * window / length)
         seeded = ATTEMPTS * seed + attempt
         written += write_conversations(model, tokenizer, some, seeded, distinct=distinct, progress=progress)
         windows = packed(written, window)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from selfpruner_hub.calibration.ridge import as_seen, damped_factor, held_out
 
 T = TypeVar("T")
-ITERATIONS = 3
+ITERATIONS = 2
 """Most steps of conjugate gradients for gate and up."""
 DAMPING = 0.1
 """Of each factor of their preconditioner, in units of its mean diagonal."""

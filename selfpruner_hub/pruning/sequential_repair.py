@@ -52,7 +52,7 @@ def compensate(
     down_proj is fitted again; where that does not help on the windows that are held out, they stay. How near an
     output is to its target, ‖R δ‖² tells, with RᵀR its Fisher information in the dense model.
 
-    Memory: six hidden states per token, and twice the statistics of one projection.
+    Memory: six hidden states and two inputs of an FFN per token, and twice the statistics of one projection.
 
     Args:
         dense: The dense model.
@@ -170,10 +170,11 @@ class _Ffn:
     def fit_inputs(self) -> bool:
         """Move gate and up, where that helps on the windows that are held out; returns whether it does."""
         rests = [self._keep(self._rest(h, target)) for h, target in self._batches]
+        factors = [self._keep(self._factors(h)) for h, _ in self._batches]
 
         def stream() -> Iterator[Gated]:
-            for (h, _), rest in zip(self._batches, rests, strict=True):
-                yield Gated(h, self._factors(h), rest)
+            for (h, _), factor, rest in zip(self._batches, factors, rests, strict=True):
+                yield Gated(h, factor, rest)
 
         rows = [module.weight for module in self._inputs]
         before = [weight.clone() for weight in rows]
