@@ -25,7 +25,7 @@ def main(work: Path, unseen_text: str, tasks: str) -> None:
     items = ["--tasks", TASKS, "--tasks-dir", tasks, "--limit", "200", "--cache", str(work / "cache")]
     for command in (
         ["evaluate", model, "--data", unseen_text, "--window", "512", "--windows", "32", *figures],
-        ["evaluate", model, *items, *figures],
+        ["evaluate", model, *items, "--no-chat", *figures],
         ["benchmark", model, "--runtime", "torch", "--dtype", "float32", *figures],
         ["benchmark", model, "--runtime", "gguf", "--dtype", "q8_0", "--exports", str(work / "gguf"), *figures],
         ["card", model, f"me/{NAME}", "--output", str(card)],

@@ -1,7 +1,7 @@
-"""The whole command line with its defaults: how long it takes, and what is left of the model.
+"""The whole command line with its defaults: how long it takes, and what is left of the model and of its answers.
 
 Run: python benchmarks/defaults.py WORK SEARCH_TEXT UNSEEN_TEXT BETA …
-(here: WikiText-2 raw, articles a for calibration and search, articles b for the figures)
+(here: WikiText-2 raw, articles a beside conversations for calibration and search, articles b for the figures)
 Rows that are in the directory WORK already are taken from there.
 """
 
@@ -9,45 +9,53 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import metadata_save
-from protocol import Rows, Unseen, write
+from protocol import Chat, Rows, Unseen, write
+from transformers import PreTrainedModel
 
 from selfpruner_hub.cli import main as selfpruner
 from selfpruner_hub.cli.demo import NAME, load_embedded
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.storage.model_record import read_record
 
+DATA = "chat+"
+"""Before the text: the default of a model with a chat template."""
+
 
 def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> None:
     """Prune the real model at every β, and measure."""
     rows, dense, pruner = Rows(work / "rows.jsonl"), str(work / "dense"), load_embedded()
-    unseen = Unseen(unseen_text, pruner.tokenizer)
+    unseen, chat = Unseen(unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
     protocol = (
-        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults on {Path(search_text).name}; minutes "
-        f"of it; perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: "
-        f"{Unseen.WORDS}"
+        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults on {DATA}{Path(search_text).name} "
+        f"(the default's wikitext2, from a file); minutes of it; perplexity on the first windows of "
+        f"{Path(unseen_text).name}, on which nothing was chosen: {Unseen.WORDS}; {chat.words}"
     )
+
+    def measured(model: PreTrainedModel) -> dict[str, float]:
+        return {**unseen.perplexities(model), **chat.figures(model)}
+
     pruner.model.save_pretrained(dense)
     pruner.tokenizer.save_pretrained(dense)
     metadata_save(work / "dense" / "README.md", pruner.licence)
     if not rows.have(beta=0.0):
-        rows.keep({"beta": 0.0, **unseen.perplexities(pruner.model)})
+        rows.keep({"beta": 0.0, **measured(pruner.model)})
     for beta in betas:
         if not rows.have(beta=beta):
-            rows.keep(pruned(dense, beta, search_text, work / f"b{100 * beta:.0f}", unseen))
+            rows.keep(pruned(dense, beta, DATA + search_text, work / f"b{100 * beta:.0f}", measured))
         write("defaults", protocol, sorted(rows, key=lambda row: row["beta"]))
 
 
 def pruned(
-    dense: str, beta: float, search_text: str, output: Path, unseen: Unseen, options: tuple[str, ...] = ()
+    dense: str, beta: float, data: str, output: Path, measured: Callable[[PreTrainedModel], dict[str, float]]
 ) -> dict[str, Any]:
     """Prune once, and measure."""
     started = time.perf_counter()
-    what = ["prune", dense, "--base-model", NAME, "--beta", str(beta), "--data", search_text, "--output", str(output)]
-    what += options
+    what = ["prune", dense, "--base-model", NAME, "--beta", str(beta), "--data", data, "--output", str(output)]
     if status := selfpruner(what):
         sys.exit(status)
     minutes, record = (time.perf_counter() - started) / 60, read_record(output)
@@ -58,7 +66,7 @@ def pruned(
         "search": record.proposer["gains"],
     }
     model, _ = load_model(str(output), dtype="auto")
-    return {"beta": beta, **found, **unseen.perplexities(model)}
+    return {"beta": beta, **found, **measured(model)}
 
 
 if __name__ == "__main__":

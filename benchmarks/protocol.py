@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import platform
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -17,7 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.machine import cores, processor
 from selfpruner_hub.calibration.corpus import consecutive_windows
-from selfpruner_hub.evaluation.metrics import perplexity
+from selfpruner_hub.evaluation.chat import SEED, ChatMeasure
+from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
+from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
 
 
 class Rows(list[dict[str, Any]]):
@@ -64,6 +69,56 @@ class Unseen:
         """Perplexities of a model, by `NAMES`, in the dtype that it has."""
         found = (round(perplexity(model, windows), 2) for windows in self.windows.values())
         return dict(zip(self.NAMES, found, strict=True))
+
+
+class Chat:
+    """What is left of a chat model beside the dense one: conversations, plain questions, and code.
+
+    Args:
+        dense: The dense model, which writes the conversations.
+        tokenizer: Of the models.
+        work: Directory of the code's text.
+        half: Of the plain questions: `"report"` for figures; `"develop"` to choose on, with other conversations.
+    """
+
+    NAMES = ("kl_chat", "agreement", "answered", "kept", "kl_code")
+    MODULES, CHARACTERS = 40, 3_000
+    WINDOW, COUNT = 512, 32
+
+    def __init__(
+        self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Path, half: str = "report"
+    ) -> None:
+        self._tokenizer, self._questions = tokenizer, load_questions(half)
+        self._conversations = ChatMeasure(dense, tokenizer, seed=SEED - (half != "report"))
+        self._right = rightly_answered(dense, tokenizer, self._questions)
+        self._code = consecutive_windows(self._source(work), tokenizer, self.WINDOW, self.COUNT).windows
+        self._teacher = teach(dense, self._code)
+        self.words = (
+            f"KL to the dense model and agreement with it (share of its tokens that are the first choice) over the "
+            f"{self._conversations.tokens} tokens that it answers, by its likeliest tokens, in "
+            f"{self._conversations.conversations} conversations of its own; share of the {len(self._questions)} plain "
+            f"questions (half {half!r}) that are answered, and of the {sum(self._right)} that the dense model answers; "
+            f"KL to the dense model on code: {self.COUNT} windows of {self.WINDOW} tokens, the first {self.CHARACTERS} "
+            f"characters each of the last {self.MODULES} modules of the standard library of Python "
+            f"{platform.python_version()}"
+        )
+
+    def figures(self, model: PreTrainedModel) -> dict[str, float]:
+        """Figures of a model, by `NAMES`."""
+        chat = self._conversations(model)
+        right = rightly_answered(model, self._tokenizer, self._questions)
+        kept = [own for own, dense in zip(right, self._right, strict=True) if dense]
+        code = divergence(model, self._code, self._teacher)
+        found = (chat.kl, chat.agreement, mean(right), mean(kept) if kept else 1.0, code)
+        return {name: round(value, 4) for name, value in zip(self.NAMES, found, strict=True)}
+
+    def _source(self, work: Path) -> str:
+        """Write the text of the code, and return its path."""
+        modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"))[-self.MODULES :]
+        texts = [path.read_text(encoding="utf-8", errors="ignore")[: self.CHARACTERS] for path in modules]
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "code.txt").write_text("\n".join(texts), encoding="utf-8")
+        return str(work / "code.txt")
 
 
 def memory(key: str = "VmRSS") -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfpruner_hub.calibration.chat_template import has_chat_template
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.hub.publish import Published, check_request, publish
@@ -72,7 +73,8 @@ class PrunedModel:
                 self.tokenizer.save_pretrained(staging)
             (staging / FILE_NAME).write_text(self.report.to_json(), encoding="utf-8")
             (staging / JOURNAL_NAME).write_text(self._journal, encoding="utf-8")
-            (staging / "README.md").write_text(render_card(self.report), encoding="utf-8")
+            card = render_card(self.report, chat=has_chat_template(self.tokenizer))
+            (staging / "README.md").write_text(card, encoding="utf-8")
 
     def push_to_hub(
         self,

@@ -115,7 +115,8 @@ def _load(which: str) -> tuple[Any, Any]:
     _check_size(which, int(record()["parameters"][which]) * dtype.itemsize * _GROWTH)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=which == "pruned", dtype=dtype, **where)
-        tokenizer = AutoTokenizer.from_pretrained(at.pruned, revision=at.revision)
+        # transformers reads config.json first, and would ask on the terminal whether it may
+        tokenizer = AutoTokenizer.from_pretrained(at.pruned, revision=at.revision, trust_remote_code=True)
     except Exception as error:  # transformers and the Hub's client share no base class
         raise UnavailableError(_why(name, error)) from error
     if gpu:

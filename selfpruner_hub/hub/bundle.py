@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.hub.card import render_card
+from selfpruner_hub.hub.card import CHAT_TEMPLATE, render_card
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
@@ -44,6 +44,11 @@ class Bundle:
     pictures: dict[str, bytes]
     exports: tuple[str, ...]
     """Formats, each a folder of `files`."""
+
+    @property
+    def chat(self) -> bool:
+        """Whether the model came with a chat template."""
+        return CHAT_TEMPLATE in self.files
 
     @property
     def weights(self) -> dict[str, Path]:
@@ -91,7 +96,7 @@ def write_card(directory: Path, repo_id: str, output: Path) -> None:
         OutputError: It cannot be written.
     """
     bundle = collect(directory)
-    card = render_card(bundle.record, repo_id, pictures=list(bundle.pictures), exports=bundle.exports)
+    card = render_card(bundle.record, repo_id, pictures=list(bundle.pictures), exports=bundle.exports, chat=bundle.chat)
     files = {CARD: card.encode(), **bundle.pictures}
     check_private(files, directory)
     with save_directory(output) as staging:

@@ -10,10 +10,14 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from selfpruner_hub.evaluation.figures import ANSWERED, CHAT_FIGURES, KEPT
 from selfpruner_hub.models.loading import is_repo_id
 from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import FILE_NAME, Metric, Record, read_record
 from selfpruner_hub.storage.staging import write_atomically
+
+CHAT_TEMPLATE = "chat_template.jinja"
+"""The file beside a saved model that makes it a chat model."""
 
 
 def render_card(
@@ -23,6 +27,7 @@ def render_card(
     *,
     pictures: Collection[str] = (),
     exports: Collection[str] = (),
+    chat: bool = False,
 ) -> str:
     """Render `model_cards/template.md`.
 
@@ -32,6 +37,7 @@ def render_card(
         revision: Branch of it that the code blocks name.
         pictures: Those of the search that stand beside the card, by their path.
         exports: Formats that stand beside it, each in a folder of its name.
+        chat: Whether the tokenizer has a chat template: the code blocks use it, and the card says what is left of chat.
 
     Returns:
         Markdown with YAML front matter.
@@ -62,7 +68,10 @@ def render_card(
         base_model=record.base_model if on_hub else name,
         base_link=f"https://huggingface.co/{record.base_model}" if on_hub else "",
         record=record,
-        quality={key: metric for key, metric in figures.items() if not metric.machine},
+        chat=chat,
+        answers={key: figures[key] for key in CHAT_FIGURES if key in figures},
+        answered=_answered(figures),
+        quality={key: metric for key, metric in figures.items() if not metric.machine and key not in CHAT_FIGURES},
         speed={key: metric for key, metric in figures.items() if metric.machine},
         search={key: metric for key, metric in record.metrics.items() if _is_of_the_search(key)},
         proposer=_called(str(record.proposer["name"])),
@@ -91,8 +100,17 @@ def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
     record = read_record(directory)
     record = replace(record, metrics={**record.metrics, **metrics})
     write_atomically(directory / FILE_NAME, record.to_json())
-    write_atomically(directory / "README.md", render_card(record))
+    write_atomically(directory / "README.md", render_card(record, chat=(directory / CHAT_TEMPLATE).is_file()))
     return record
+
+
+def _answered(figures: Mapping[str, Metric]) -> str:
+    """What is left of chat in one sentence; empty where no question was asked."""
+    if (kept := figures.get(KEPT)) is not None:
+        return f"Of the plain questions that its parent answers, it answers {100 * kept.value:.0f} %."
+    if (found := figures.get(ANSWERED)) is not None:
+        return f"It answers {100 * found.value:.0f} % of the plain questions."
+    return ""
 
 
 def _is_of_the_search(key: str) -> bool:
@@ -106,7 +124,7 @@ def _eval_result(key: str, metric: Metric) -> EvalResult:
         task_type="text-generation",
         dataset_type=metric.dataset if on_hub else re.sub(r"[^\w.-]+", "-", metric.dataset),
         dataset_name=metric.dataset,
-        metric_type=re.split(r"[^\w-]", key)[0],
+        metric_type=re.sub(r"[^\w-]+", "_", re.split(r"\s*[,(]", key)[0]),
         metric_name=key,
         metric_value=metric.value,
     )

@@ -127,7 +127,14 @@ def _model_changes(bundle: Bundle, repo: _Repository, tree: Tree) -> Changes:
     if kept and not all(name in tree and _same(path, tree[name]) for name, path in bundle.weights.items()):
         kept = []
     exports = [name for name in EXPORTS if name in (*bundle.exports, *kept)]
-    card = render_card(bundle.record, repo.repo_id, repo.revision, pictures=list(bundle.pictures), exports=exports)
+    card = render_card(
+        bundle.record,
+        repo.repo_id,
+        repo.revision,
+        pictures=list(bundle.pictures),
+        exports=exports,
+        chat=bundle.chat,
+    )
     files: dict[str, Path | bytes] = {**bundle.files, **bundle.pictures, CARD: card.encode()}
     here = {*files, *_in(kept, tree)}
     return files, [name for name in tree if is_ours(name) and name not in here]

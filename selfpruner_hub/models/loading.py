@@ -56,14 +56,12 @@ def load_model(
         UnsupportedArchitectureError: The architecture is not in the table; found out before any weight is read.
         ModelError: The model is missing, gated, out of reach, truncated, or has weights that are not finite.
     """
-    where = {key: kwargs[key] for key in _FOR_FILES if key in kwargs}
-    where["trust_remote_code"] = kwargs.setdefault("trust_remote_code", False)  # None would ask on the terminal
+    where = _for_files(kwargs)
+    kwargs["trust_remote_code"] = where["trust_remote_code"]
     if kwargs.get("gguf_file"):
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
+    config = load_config(name, any_architecture=any_architecture, **kwargs)
     try:
-        config = AutoConfig.from_pretrained(name, **where)
-        if not any_architecture:
-            architecture_of(config)
         if keep is in_memory:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
             model, found = loaded
@@ -83,6 +81,38 @@ def load_model(
     except Exception:  # a model without a tokenizer can be pruned on data="self"
         tokenizer = None
     return model.eval(), tokenizer
+
+
+def load_config(name: str, *, any_architecture: bool = False, **kwargs: Any) -> PreTrainedConfig:
+    """Load a model's configuration alone, and refuse what `load_model` would refuse by it.
+
+    Args:
+        name: A directory or a Hub repository.
+        any_architecture: Take models too that cannot be pruned.
+        **kwargs: Keywords of transformers' `from_pretrained`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UnsupportedArchitectureError: The architecture is not in the table.
+        ModelError: The model is missing, gated, or out of reach.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **_for_files(kwargs))
+        if not any_architecture:
+            architecture_of(config)
+    except SelfPrunerError:
+        raise
+    except Exception as error:  # transformers and the Hub client share no base class
+        raise explain(name, error) from error
+    return config
+
+
+def _for_files(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords for configuration and tokenizer."""
+    where = {key: kwargs[key] for key in _FOR_FILES if key in kwargs}
+    return {**where, "trust_remote_code": kwargs.get("trust_remote_code", False)}  # None would ask on the terminal
 
 
 def _one_by_one(

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from protocol import Rows
+import pytest
+from protocol import Chat, Rows
+from support.chatting import chat_tokenizer
+from support.tiny import tiny_model
+
+from selfpruner_hub.evaluation import chat as conversations
+from selfpruner_hub.evaluation.questions import load_questions
 
 
 def test_rows_are_there_again(tmp_path):
@@ -14,3 +20,20 @@ def test_rows_are_there_again(tmp_path):
     assert again == rows == [{"runtime": "onnx", "beta": 0.3}]
     assert again.have(runtime="onnx")
     assert not again.have(runtime="onnx", beta=0.5)
+
+
+def test_what_is_left_of_chat(tmp_path, monkeypatch):
+    few = {half: load_questions(half)[:4] for half in ("develop", "report")}
+    monkeypatch.setattr("protocol.load_questions", few.__getitem__)
+    monkeypatch.setattr(conversations.ChatMeasure.__init__, "__defaults__", (4, conversations.SEED, None))
+    monkeypatch.setattr(Chat, "WINDOW", 64)
+    monkeypatch.setattr(Chat, "COUNT", 4)
+    dense = tiny_model("llama", max_position_embeddings=1024)
+    chat = Chat(dense, chat_tokenizer(), tmp_path / "work")
+    same, other = chat.figures(dense), chat.figures(tiny_model("llama", seed=1, max_position_embeddings=1024))
+    assert set(same) == set(other) == set(Chat.NAMES)
+    assert (same["kl_chat"], same["kl_code"], same["kept"]) == pytest.approx((0, 0, 1), abs=1e-3)
+    assert other["kl_chat"] > 0 < other["kl_code"]
+    assert "4 conversations" in chat.words
+    assert "half 'report'" in chat.words
+    assert (tmp_path / "work" / "code.txt").stat().st_size > 10_000

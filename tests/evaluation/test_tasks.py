@@ -126,6 +126,31 @@ def test_tasks_of_the_hub():
         evaluate_tasks(tiny_model("llama"), tiny_tokenizer(), ["piqa"], progress=False)
 
 
+@needs_harness
+def test_figures_of_what_is_written():
+    """As the harness gives them: by the filter of the replies, some without an error."""
+    results = {
+        "alias": "gsm8k",
+        "exact_match,strict-match": 0.25,
+        "exact_match_stderr,strict-match": 0.1,
+        "exact_match,flexible-extract": 0.5,
+        "exact_match_stderr,flexible-extract": "N/A",
+        "prompt_level_strict_acc,none": 0.75,
+        "prompt_level_strict_acc_stderr,none": 0.2,
+        "other,none": 1.0,
+    }
+    found = {
+        "results": {"gsm8k": results},
+        "configs": {"gsm8k": {"dataset_path": "openai/gsm8k"}},
+        "n-samples": {"gsm8k": {"effective": 4}},
+    }
+    score = module._score("gsm8k", found, None, chat=True)
+    names = ("exact_match, strict-match", "exact_match, flexible-extract", "prompt_level_strict_acc")
+    assert score.figures == dict(zip(names, (0.25, 0.5, 0.75), strict=True))
+    assert score.errors == dict(zip(names, (0.1, 0.0, 0.2), strict=True))
+    assert (score.items, score.source, score.chat) == (4, "openai/gsm8k", True)
+
+
 def test_names():
     assert named("seven") == list(SEVEN)
     assert named("piqa, boolq,piqa") == ["piqa", "boolq"]

@@ -83,6 +83,43 @@ def test_figures_stand_beside_those_of_the_dense_parent_with_their_protocol():
     assert "* search_fitness: 0.0639 (kl on 2560 tokens)." in card
 
 
+def test_what_is_left_of_chat_stands_first():
+    chat = {
+        "agreement (conversations)": Metric(0.8125, 0.9875, "16 conversations", dataset="conversations"),
+        "plain questions answered": Metric(0.61, 0.84, "200 questions", dataset="plain questions"),
+        "plain questions kept": Metric(0.714, None, "168 questions", dataset="plain questions"),
+    }
+    for given, said in (
+        (chat, "Of the plain questions that its parent answers, it answers 71 %."),
+        ({"plain questions answered": chat["plain questions answered"]}, "It answers 61 % of the plain questions."),
+    ):
+        card = render_card(replace(RECORD, metrics={**RECORD.metrics, **given, "prefill": SPEED}), chat=True)
+        body = parts(card)[1]
+        headings = ["## Chat", said, "| plain questions answered | 0.84 | 0.61 |", "## Quality", "| perplexity |"]
+        places = [body.index(text) for text in [*headings, "## Speed", "## How to load it", "search_fitness"]]
+        assert places == sorted(places)
+        assert check_yaml(card) == []
+    types = [result.metric_type for result in ModelCard(render_card(replace(RECORD, metrics=chat))).data.eval_results]
+    assert types == ["agreement", "plain_questions_answered", "plain_questions_kept"]
+
+
+def test_a_chat_model_whose_answers_were_not_measured_says_so():
+    assert "What is left of its answers was not measured." in render_card(RECORD, chat=True)
+    assert "## Chat" not in render_card(RECORD)
+
+
+def test_the_code_of_a_chat_model_uses_its_template():
+    base, chat = (render_card(RECORD, exports=["onnx", "gguf"], chat=chat) for chat in (False, True))
+    assert (base.count("apply_chat_template("), base.count("handle_chat_completions(")) == (0, 0)
+    assert (chat.count("apply_chat_template("), chat.count("handle_chat_completions(")) == (3, 1)
+    for card in (base, chat):
+        blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        assert len(blocks) == 4
+        for block in blocks:
+            compile(block, "card", "exec")
+            assert block == block.strip() + "\n"
+
+
 def test_the_gain_of_the_search_is_told_where_it_selected_and_elsewhere():
     told = " ".join(render_card(RECORD).split())
     assert "kl went from 0.0711 to 0.0639 on the text that the search selected on, and from 0.0822 to 0.0733" in told
@@ -186,6 +223,6 @@ def test_the_code_loads_the_repository():
 def test_cards_of_models_that_we_made_are_those_of_their_records(name):
     directory = MADE / name
     pictures = [path.relative_to(directory).as_posix() for path in directory.glob("plots/*.png")]
-    card = render_card(read_record(directory), f"me/{name}", pictures=pictures)
+    card = render_card(read_record(directory), f"me/{name}", pictures=pictures, chat="instruct" in name)
     assert (directory / "README.md").read_text(encoding="utf-8") == card
     assert len(pictures) == 3

@@ -126,8 +126,12 @@ for block in re.findall(r"```python\\n(.*?)```", card, re.DOTALL):
 
 def test_the_code_of_the_card_runs(files, hub, tmp_path):
     command = [sys.executable, "-c", RUN_BLOCKS, NAME]
-    done = subprocess.run(command, env=environment(hub.url, tmp_path), capture_output=True, text=True, check=False)
+    env = environment(hub.url, tmp_path)
+    done = subprocess.run(
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "[y/N]" not in done.stdout
     plain, package, onnx, gguf = done.stdout.split("--- end of block\n")[:-1]
     assert plain == package == onnx  # the same model, so the same greedy text
     assert "The capital of France is" in plain

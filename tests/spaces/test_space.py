@@ -176,6 +176,9 @@ def test_figures_are_those_of_the_record(space, saved_model, monkeypatch):
             "date": "2026-11-05",
         },
         "prefill": {"value": 7.5, "dense": None, "protocol": "6 runs", "unit": "ms"},
+        "agreement (conversations)": {"value": 0.814, "dense": 0.99, "protocol": "16 conversations"},
+        "plain questions kept": {"value": 0.71, "dense": None, "protocol": "150 questions"},
+        **record["metrics"],
     }
     (saved_model / "selfpruner.json").write_text(json.dumps(record))
     monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
@@ -184,6 +187,13 @@ def test_figures_are_those_of_the_record(space, saved_model, monkeypatch):
     assert "| perplexity | 10.25 | 12.5 |" in said
     assert "| prefill | – | 7.5 ms |" in said
     assert "* **perplexity**: 44 windows; wikitext; 2026-11-05." in said
+    names = ("agreement (conv", "plain questions kept", "perplexity", "prefill", "search fitness", "search logit scale")
+    places = [said.index(f"| {name}") for name in names]
+    assert places == sorted(places)  # answers, other quality, speed, figures of the search
+    assert space("facts").answered() == (
+        "Of the plain questions that its parent answers, it answers **71 %**. "
+        "On **81 %** of the tokens of its parent's answers it chooses the same."
+    )
 
 
 def test_who_searched_is_told_as_it_was(space, saved_model, monkeypatch):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REMOTE = """
 import sys, json, torch
@@ -21,6 +21,15 @@ for directory, ids in json.load(open(sys.argv[1])).items():
     with torch.no_grad():
         torch.save(model(torch.tensor(ids)).logits, directory + "/remote.pt")
 """
+
+TOKENIZER = """
+import sys, json
+sys.modules["selfpruner_hub"] = None
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+json.dump([tokenizer(json.load(open(sys.argv[2])))["input_ids"], tokenizer.chat_template], open(sys.argv[3], "w"))
+"""
+TEXTS = ["What is the capital of France?", "  def f(x):\n    return x ** 1024", "It's 3.14\t(or so)!"]
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
@@ -63,3 +72,17 @@ def check_without_package(directories: dict[Path, torch.Tensor], tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", REMOTE, job], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return {directory: torch.load(directory / "remote.pt") for directory in directories}
+
+
+def check_tokenizer_without_package(directory: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Load a saved tokenizer, as the card does, where selfpruner_hub is not: it is equal, and nothing is asked."""
+    texts, found = tmp_path / "texts.json", tmp_path / "found.json"
+    texts.write_text(json.dumps(TEXTS))
+    env = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": ""}
+    command = [sys.executable, "-c", TOKENIZER, str(directory), str(texts), str(found)]
+    done = subprocess.run(
+        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == ""  # a question would stand here
+    assert json.loads(found.read_text()) == [tokenizer(TEXTS)["input_ids"], tokenizer.chat_template]

@@ -1,0 +1,145 @@
+"""Figures of a model, each with the protocol that lets someone measure it again: what the record and the card hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from statistics import mean
+
+import torch
+from transformers import PreTrainedModel
+
+from selfpruner_hub.calibration.corpus import Corpus
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.evaluation.chat import SEED, ChatFigures, ChatMeasure
+from selfpruner_hub.evaluation.metrics import TOP_K, Teacher, label_loss, mean_losses, teacher_loss
+from selfpruner_hub.evaluation.questions import REPLY_TOKENS
+from selfpruner_hub.evaluation.tasks import TaskScore
+from selfpruner_hub.storage.model_record import Metric
+
+ANSWERED, KEPT = "plain questions answered", "plain questions kept"
+AGREEMENT, DIVERGENCE = "agreement (conversations)", "KL (conversations)"
+CHAT_FIGURES = (ANSWERED, KEPT, AGREEMENT, DIVERGENCE)
+"""Names of what is measured of a chat model, the plainest first."""
+_KL = f"KL from the dense model over its {TOP_K} likeliest tokens and the rest as one"
+
+
+def text_figures(model: PreTrainedModel, corpus: Corpus, teacher: Teacher | None = None) -> dict[str, Metric]:
+    """Perplexity on a text and, beside it, the divergence from the dense model.
+
+    Args:
+        model: A causal language model.
+        corpus: The text in consecutive windows.
+        teacher: What `teach` returned for the dense model on these windows; None leaves the divergence out.
+
+    Returns:
+        Figures by name; the names end in the width of the windows.
+
+    Raises:
+        UserError: The perplexity is not finite.
+    """
+    count, window = corpus.windows.shape
+    losses = [label_loss(corpus.windows)] + ([] if teacher is None else [teacher_loss(teacher)])
+    nats, *divergences = mean_losses(model, corpus.windows, *losses)
+    protocol = (
+        f"{count} consecutive windows of {window} tokens, no overlap, {_dtype(model)}; sha256 of the text "
+        f"{corpus.sha256[:12]}"
+    )
+    found = {f"perplexity ({window})": _metric(_finite(nats), protocol, corpus.name)}
+    for divergence in divergences:
+        found[f"KL ({window})"] = _metric(round(divergence, 4), f"{_KL}; {protocol}", corpus.name)
+    return found
+
+
+def conversation_figures(model: PreTrainedModel, measure: ChatMeasure) -> dict[str, Metric]:
+    """Agreement with the dense model, and divergence from it, where it answers.
+
+    Args:
+        model: The dense model itself, or a pruned one with its tokenizer.
+        measure: Of the dense model.
+
+    Returns:
+        Figures by name.
+    """
+    found: ChatFigures = measure(model)
+    protocol = (
+        f"the {measure.tokens} tokens that the dense model answers in {measure.conversations} conversations: user's "
+        f"turns that it samples by selfpruner-hub {version('selfpruner-hub')} with seed {SEED}, answers of its "
+        f"likeliest tokens; {_dtype(model)}"
+    )
+    first_choice = "share of the tokens that are the model's first choice too, given all before them"
+    where = "conversations of the dense model"
+    return {
+        AGREEMENT: _metric(round(found.agreement, 4), f"{first_choice}; {protocol}", where),
+        DIVERGENCE: _metric(round(found.kl, 4), f"{_KL}; {protocol}", where),
+    }
+
+
+def question_figures(
+    model: PreTrainedModel, right: Sequence[bool], half: str, dense: Sequence[bool] | None = None
+) -> dict[str, Metric]:
+    """How many plain questions are answered rightly, and how many of those that the dense model answers.
+
+    Args:
+        model: Which was asked.
+        right: For each question, whether its answer is right.
+        half: Of the questions.
+        dense: The same of the dense model; None leaves out the questions that are kept.
+
+    Returns:
+        Figures by name.
+    """
+    asked = (
+        f"half {half!r} of the questions of selfpruner-hub {version('selfpruner-hub')}, through the chat template, "
+        f"likeliest tokens, at most {REPLY_TOKENS}; right where an answer is in the reply; {_dtype(model)}"
+    )
+    kept = [own for own, theirs in zip(right, dense, strict=True) if theirs] if dense is not None else []
+    found = {}
+    for name, those, which in ((ANSWERED, right, ""), (KEPT, kept, " that the dense model answers rightly")):
+        if those:
+            share = mean(those)
+            error = math.sqrt(share * (1 - share) / len(those))
+            protocol = f"{len(those)} questions{which}, ± {error:.4f}; {asked}"
+            found[name] = _metric(round(share, 4), protocol, "plain questions")
+    return found
+
+
+def task_figures(scores: Sequence[TaskScore], limited: bool) -> dict[str, Metric]:
+    """Figures of tasks.
+
+    Args:
+        scores: As `evaluate_tasks` returned them.
+        limited: Whether only the first items were taken.
+
+    Returns:
+        Figures by name.
+    """
+    return {
+        f"{figure} ({score.task})": _metric(
+            round(value, 4),
+            f"zero-shot, {'first ' if limited else ''}{score.items} items, ± {score.errors[figure]:.4f}, "
+            f"{'through the chat template, ' if score.chat else ''}lm-evaluation-harness {score.version}",
+            score.source,
+        )
+        for score in scores
+        for figure, value in score.figures.items()
+    }
+
+
+def _metric(value: float, protocol: str, dataset: str) -> Metric:
+    today = datetime.now(UTC).date().isoformat()
+    return Metric(value=value, dense=None, protocol=protocol, dataset=dataset, date=today)
+
+
+def _dtype(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _finite(nats: float) -> float:
+    """The perplexity to three decimals; one without bound is said as such, since JSON has no infinity."""
+    found = float(torch.tensor(nats, dtype=torch.float64).exp())
+    if not math.isfinite(found):
+        raise UserError("The model's perplexity on this text is not a number.", "Its weights may be damaged.")
+    return round(found, 3)
