@@ -7,6 +7,7 @@ Rows that are in the directory WORK already are taken from there.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -53,14 +54,16 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
 def pruned(
     dense: str, beta: float, data: str, output: Path, measured: Callable[[PreTrainedModel], dict[str, float]]
 ) -> dict[str, Any]:
-    """Prune once, and measure."""
-    started = time.perf_counter()
-    what = ["prune", dense, "--base-model", NAME, "--beta", str(beta), "--data", data, "--output", str(output)]
-    if status := selfpruner(what):
-        sys.exit(status)
-    minutes, record = (time.perf_counter() - started) / 60, read_record(output)
+    """Prune once, and measure; a model that was pruned but not measured before is taken as it is."""
+    timed, started = output.with_suffix(".json"), time.perf_counter()
+    if not timed.exists():
+        what = ["prune", dense, "--base-model", NAME, "--beta", str(beta), "--data", data, "--output", str(output)]
+        if status := selfpruner(what):
+            sys.exit(status)
+        timed.write_text(json.dumps({"minutes": round((time.perf_counter() - started) / 60, 1)}))
+    record = read_record(output)
     found = {
-        "minutes": round(minutes, 1),
+        **json.loads(timed.read_text()),
         "achieved_beta": round(record.achieved_beta, 4),
         "logit_scale": record.metrics["search_logit_scale"].value,
         "search": record.proposer["gains"],

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.patching import replaced
 
 BATCH, PAST, LENGTH, KEPT = 2, 5, 4, 3
 """Sizes of the sample. A batch of 1 would be frozen into the graph; equal sizes could be taken for one."""
@@ -122,7 +122,7 @@ def tracing(model: PreTrainedModel) -> Iterator[None]:
             module = sys.modules[cls.__module__]
             if hasattr(module, "slice_logits_to_keep"):
                 # `hidden[:, indices]` would become two transposes around a GatherND; this is one Gather.
-                stack.enter_context(patch.object(module, "slice_logits_to_keep", _select))
+                stack.enter_context(replaced(module, "slice_logits_to_keep", _select))
         stack.enter_context(_quadratic_rewrites_left_out())
         stack.enter_context(quiet())
         stack.enter_context(_no_collections())
@@ -142,7 +142,7 @@ def quiet() -> Iterator[None]:
         with (
             contextlib.redirect_stdout(io.StringIO()),
             warnings.catch_warnings(),
-            patch.object(logging, "basicConfig"),
+            replaced(logging, "basicConfig", lambda **_kwargs: None),
         ):
             warnings.simplefilter("ignore")
             yield
@@ -179,5 +179,5 @@ def _quadratic_rewrites_left_out() -> Iterator[None]:
         yield
         return
     kept = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit")
-    with patch.object(rewriter, "_DEFAULT_REWRITE_RULES", kept):
+    with replaced(rewriter, "_DEFAULT_REWRITE_RULES", kept):
         yield

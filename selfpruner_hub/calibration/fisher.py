@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import cast
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from selfpruner_hub.calibration.ridge import damped_factor
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.forward import Loss, draw, head_gradient
 from selfpruner_hub.models.layer_stream import Seen, Stream, check_finite
-from selfpruner_hub.models.patching import frozen
+from selfpruner_hub.models.patching import frozen, replaced
 from selfpruner_hub.progress import Progress
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import Keep, in_memory
@@ -106,7 +105,7 @@ def _behind(model: PreTrainedModel, batch: Tensor, hidden: Tensor, loss: Loss) -
     leaf = hidden.detach().requires_grad_()
     with ExitStack() as stack:
         for layer in decoder_layers(model):
-            stack.enter_context(patch.object(layer, "forward", lambda *_args, **_kwargs: leaf))
+            stack.enter_context(replaced(layer, "forward", lambda *_args, **_kwargs: leaf))
         last = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
     last.backward(torch.stack([head_gradient(model, each.detach(), loss) for each in last]))
     return cast(Tensor, leaf.grad)

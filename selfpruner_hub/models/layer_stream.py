@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
-from unittest.mock import patch
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.errors import ModelError
 from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.models.patching import replaced
 from selfpruner_hub.storage.offload import Keep, in_memory
 
 BATCH_TOKENS = 4096
@@ -119,7 +119,7 @@ def _calls(model: PreTrainedModel, batch: Tensor) -> list[Call]:
 
     with ExitStack() as stack:
         for layer in decoder_layers(model):
-            stack.enter_context(patch.object(layer, "forward", keep))
+            stack.enter_context(replaced(layer, "forward", keep))
         model.get_decoder()(batch.to(model.device), use_cache=False)
 
     def call(kwargs: dict[str, Any]) -> Call:

@@ -42,6 +42,21 @@ def grouped_sdpa(
 
 
 @contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a module or an object another attribute for a while; one that its class has shows again at the end."""
+    own = vars(owner)
+    before, had = own.get(name), name in own
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
 def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Let a model attend by a registered function for a while."""
     before = model.config._attn_implementation
