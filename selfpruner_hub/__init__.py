@@ -1,7 +1,33 @@
 """selfpruner_hub: language models that find out by themselves how much each of their layers can lose."""
 
-from selfpruner_hub.pruned_model import PrunedModel
-from selfpruner_hub.pruner import AutoPruner
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from selfpruner_hub.import_hook import after_import
+
+if TYPE_CHECKING:
+    from selfpruner_hub.pruned_model import PrunedModel
+    from selfpruner_hub.pruner import AutoPruner
 
 __all__ = ["AutoPruner", "PrunedModel"]
 __version__ = "0.1.0"
+
+# The Auto classes know pruned models once this package is imported. That takes torch, which takes seconds: so it is
+# done as soon as somebody has transformers, and `selfpruner --help` does without.
+after_import("transformers", lambda: import_module("selfpruner_hub.models.modeling_selfpruned"))
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of this package's
+    _MODULES = {"AutoPruner": "selfpruner_hub.pruner", "PrunedModel": "selfpruner_hub.pruned_model"}
+
+    def __getattr__(name: str) -> object:
+        """Import a public class when it is first asked for."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        """Name the public classes too, whether or not they were imported."""
+        return sorted({*globals(), *__all__})

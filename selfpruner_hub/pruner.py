@@ -32,7 +32,7 @@ from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import check_executor
-from selfpruner_hub.settings import Method, resolve
+from selfpruner_hub.settings import Method, check_seed, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import Keep, Shelf, in_memory
 
@@ -143,8 +143,7 @@ class AutoPruner:
             UserError: An argument is wrong, the text too short, or `run_dir` belongs to another search.
         """
         check_beta(beta)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise UserError(f"seed must be a whole number from 0 to {2**31 - 1}; got {seed!r}.")
+        check_seed(seed)
         check_executor(executor)
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
         budget = Budget(self.shape, beta, method.p_min, method.p_max, method.tied, method.multiple_of)

@@ -182,6 +182,19 @@ def resolve(preset: str, **changes: Any) -> Method:
     return method
 
 
+def check_seed(seed: Any) -> None:
+    """Refuse what is no random seed.
+
+    Args:
+        seed: A whole number from 0 to 2³¹ - 1.
+
+    Raises:
+        UserError: It is not.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise UserError(f"seed must be a whole number from 0 to {2**31 - 1}; got {seed!r}.")
+
+
 def _check_kinds(method: Method) -> None:
     for f in fields(Method):
         value = getattr(method, f.name)

@@ -69,6 +69,9 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
     Raises:
         UserError: An option is wrong, or the model, the text or the items cannot be loaded.
     """
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit expects a whole number above 0; got {options.limit}.")
+
     from selfpruner_hub.evaluation.tasks import check_tasks, named
     from selfpruner_hub.hub.card import save_metrics
     from selfpruner_hub.models.loading import load_config, load_model
@@ -76,8 +79,6 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
     from selfpruner_hub.storage.model_record import read_record
 
     tasks = named(options.tasks) if options.tasks is not None else []
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"--limit expects a whole number above 0; got {options.limit}.")
     if tasks:
         check_tasks(tasks, options.tasks_dir)
     if options.save:

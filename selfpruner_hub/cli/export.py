@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from selfpruner_hub.errors import UserError
+
 OPTIONS = ("dtype", "fusions", "compute_capability", "batch", "context", "width", "tokenizer_from")
 """Of the formats; each refuses those of another."""
 
@@ -47,6 +49,11 @@ def run(options: argparse.Namespace) -> str:
         UserError: An option is wrong, or the model cannot be loaded.
         ExportError: The model cannot be exported, or what was written differs from it.
     """
+    from selfpruner_hub.storage.layout import EXPORTS
+
+    if options.to not in EXPORTS:  # before the seconds that torch takes
+        raise UserError(f"Unknown format {options.to!r}.", f"Choose {', '.join(EXPORTS)}.")
+
     from exporters.export import export
     from selfpruner_hub.progress import Bars
     from selfpruner_hub.storage.export_record import read_export

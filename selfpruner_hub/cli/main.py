@@ -19,6 +19,7 @@ from selfpruner_hub.cli import prune as cli_prune
 from selfpruner_hub.cli import publish as cli_publish
 from selfpruner_hub.cli.options import from_pretrained, loading, number, verb
 from selfpruner_hub.errors import SelfPrunerError, UserError
+from selfpruner_hub.import_hook import after_import
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        _quieten(options)
+        after_import("transformers", lambda: _quieten(options))  # which takes seconds, and mistakes need none of it
         options.run(options)
     except UserError as error:
         return _complain(error, options, 2)

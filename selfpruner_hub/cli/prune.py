@@ -62,11 +62,12 @@ def run(options: argparse.Namespace) -> str:
         OutputError: The output cannot be written.
     """
     from selfpruner_hub.plans.budget import check_beta
-    from selfpruner_hub.settings import resolve
+    from selfpruner_hub.settings import check_seed, resolve
     from selfpruner_hub.storage.staging import check_writable
 
     settings = _settings(options.set)
     check_beta(options.beta)  # before the seconds that torch and a model take
+    check_seed(options.seed)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
     check_writable(options.output)
     if options.output.exists() and Path(options.model).exists() and options.output.samefile(options.model):

@@ -204,10 +204,49 @@ def test_the_output_may_be_the_current_directory(run, dense, text, tmp_path, mon
     assert names(tmp_path) == {"here", *(f"here/{name}" for name in FILES)}
 
 
-def test_help_in_a_process_of_its_own():
+QUICK = """
+import sys, time
+from selfpruner_hub.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as stopped:  # argparse, after its help or a mistake that it finds
+    status = stopped.code
+assert not {"torch", "transformers"} & set(sys.modules), "slow"
+assert time.process_time() < 0.5, time.process_time()
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--help"], 0, "search the rates of a model's layers"),
+        (["prune", "--help"], 0, "usage: selfpruner prune"),
+        (["demo", "--help"], 0, "usage: selfpruner demo"),
+        (["prune"], 2, "the following arguments are required: MODEL, --beta, --output"),
+        (["prune", "model", "--output", "out", "--beta", "2"], 2, "beta must satisfy 0 < beta < 1; got 2."),
+        (["prune", "model", "--output", "out", "--beta", "0.3", "--set", "windows=3"], 2, "Unknown setting windows."),
+        (["prune", "model", "--output", "out", "--beta", "0.3", "--seed", "-1"], 2, "seed must be a whole number"),
+        (["evaluate", "model", "--limit", "0"], 2, "--limit expects a whole number above 0; got 0."),
+        (["export", "model", "--to", "onyx", "--output", "out"], 2, "Unknown format 'onyx'. Choose onnx, tensorrt"),
+        (["benchmark", "model", "--against", "dense", "--runs", "0"], 2, "--runs expects a whole number; got '0'."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_mistakes_take_no_time(words, status, said, tmp_path):
+    """In a process of its own: without torch, and in under half a second of processor time."""
     done = subprocess.run(
-        [sys.executable, "-m", "selfpruner_hub.cli", "--help"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", QUICK, *words], capture_output=True, text=True, check=False, cwd=tmp_path
     )
+    assert done.returncode == status, done.stderr
+    assert said in (done.stderr if status else done.stdout)
+    assert (done.stdout if status else done.stderr) == ""
+    assert not names(tmp_path)
+
+
+def test_help_by_the_module():
+    command = [sys.executable, "-m", "selfpruner_hub.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert all(verb in done.stdout for verb in ("prune", "evaluate", "demo"))
 
