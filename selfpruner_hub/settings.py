@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ class Method:
     fisher_tokens: int = 8_192
     """Of those, for the one backward pass behind the Fisher information of the layers' outputs."""
     fitness_tokens: int = 16_384
+    """Tokens of the fitness text, on which the search selects plans. It is disjoint from the calibration text."""
     seeds: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "blend")
     """Starting points of the search."""
     evaluations: float = 10
@@ -134,6 +138,48 @@ CHOICES = {
 """Known names, checked before a model is loaded; a test holds them to the modules that define them."""
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A field of `Method`, as users are told of it."""
+
+    name: str
+    kind: str
+    """What its values are, such as `a whole number`."""
+    default: Any
+    """JSON value."""
+    meaning: str
+    """Its docstring, in one line."""
+
+
+def explained(preset: str = "default") -> list[Setting]:
+    """List all settings with their meaning, which is read from the source of `Method`.
+
+    Args:
+        preset: A key of `PRESETS`, whose values are given as defaults.
+
+    Returns:
+        The settings, in the order of the fields.
+
+    Raises:
+        UserError: The preset is unknown.
+    """
+    method = _of_preset(preset)
+    defaults = {**method.record(), "templates": method.templates}
+    (defined,) = ast.parse(inspect.getsource(Method)).body
+    meanings = {
+        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for field, text in pairwise(getattr(defined, "body", []))
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    return [Setting(f.name, _KINDS[str(f.type)][1], defaults[f.name], meanings.get(f.name, "")) for f in fields(Method)]
+
+
+def _of_preset(preset: str) -> Method:
+    if preset not in PRESETS:
+        raise UserError(f"Unknown preset {preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
+    return PRESETS[preset]
+
+
 def resolve(preset: str, **changes: Any) -> Method:
     """Take a preset and change some of its settings.
 
@@ -147,14 +193,13 @@ def resolve(preset: str, **changes: Any) -> Method:
     Raises:
         UserError: The preset or a setting is unknown, or a value is out of its range.
     """
-    if preset not in PRESETS:
-        raise UserError(f"Unknown preset {preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
+    base = _of_preset(preset)
     changes = {key: value for key, value in changes.items() if value is not None}
     if unknown := set(changes) - {f.name for f in fields(Method)}:
         raise UserError(
             f"Unknown setting {', '.join(sorted(unknown))}.", f"Known: {', '.join(f.name for f in fields(Method))}."
         )
-    method = replace(PRESETS[preset], **changes)
+    method = replace(base, **changes)
     _check_kinds(method)
     for name, low, high in (
         ("evaluations", 0, 1e9),

@@ -1,6 +1,7 @@
 """Presets: the paper's numbers, and every setting that is refused."""
 
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.importance import ORDERS
-from selfpruner_hub.settings import CHOICES, PRESETS, Method, resolve
+from selfpruner_hub.settings import CHOICES, PRESETS, Method, explained, resolve
 
 
 def test_the_paper_preset_has_the_papers_numbers():
@@ -103,3 +104,26 @@ def test_what_is_refused(changes, said):
     with pytest.raises(UserError, match=said) as caught:
         resolve(**{"preset": "default", **changes})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_setting_is_explained(preset):
+    told = explained(preset)
+    assert [setting.name for setting in told] == [f.name for f in fields(Method)]
+    assert all(setting.meaning.endswith(".") or ";" in setting.meaning for setting in told)
+    assert all(setting.kind for setting in told)
+    json.dumps([setting.default for setting in told])
+    values = {setting.name: setting.default for setting in told}
+    assert resolve(preset, **{**values, "seeds": tuple(values["seeds"])}) == PRESETS[preset]
+
+
+def test_a_meaning_is_the_docstring_in_one_line():
+    (share,) = (setting for setting in explained() if setting.name == "probe_share")
+    assert (share.kind, share.default) == ("a number", 0.25)
+    assert share.meaning.startswith("Share of the fitness windows on which small changes")
+    assert share.meaning.endswith("for a language model that proposes; 0 measures none.")
+
+
+def test_a_preset_that_is_unknown_is_not_explained():
+    with pytest.raises(UserError, match="Unknown preset 'papers'.*default, paper"):
+        explained("papers")

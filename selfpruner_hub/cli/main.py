@@ -17,6 +17,7 @@ from selfpruner_hub.cli import evaluate as cli_evaluate
 from selfpruner_hub.cli import export as cli_export
 from selfpruner_hub.cli import prune as cli_prune
 from selfpruner_hub.cli import publish as cli_publish
+from selfpruner_hub.cli import settings as cli_settings
 from selfpruner_hub.cli.options import from_pretrained, loading, number, verb
 from selfpruner_hub.errors import SelfPrunerError, UserError
 from selfpruner_hub.import_hook import after_import
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     prune = verb(verbs, "prune", _prune, "search the rates of a model's layers, cut it, save it")
     cli_prune.add_arguments(prune)
 
+    settings = verb(verbs, "settings", _settings, "list the settings that prune takes by --set, with their defaults")
+    cli_settings.add_arguments(settings)
+
     evaluate = verb(verbs, "evaluate", _evaluate, "measure perplexity, answers and tasks of a dense or pruned model")
     cli_evaluate.add_arguments(evaluate)
     from_pretrained(evaluate)
@@ -101,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prune(options: argparse.Namespace) -> None:
     print(cli_prune.run(options))
+
+
+def _settings(options: argparse.Namespace) -> None:
+    print(cli_settings.run(options))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

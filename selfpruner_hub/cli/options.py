@@ -15,8 +15,8 @@ def verb(verbs: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
     return parser
 
 
-def from_pretrained(parser: argparse.ArgumentParser) -> None:
-    """Declare how a model is loaded."""
+def from_pretrained(parser: argparse._ActionsContainer) -> None:
+    """Declare how a model is loaded, in a parser or a group of it."""
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument("--gguf-file", metavar="FILE", help="load the weights from this GGUF file of MODEL")

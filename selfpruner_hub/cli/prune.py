@@ -12,6 +12,10 @@ from typing import Any
 
 from selfpruner_hub.cli.options import from_pretrained, loading, number
 from selfpruner_hub.errors import OutputError, UserError
+from selfpruner_hub.settings import PRESETS, check_seed, resolve
+
+OWN_OPTIONS = ("fitness", "evaluations")
+"""Settings that have an option of their own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,31 +25,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: Of the verb.
     """
     parser.add_argument("model", metavar="MODEL", help="a directory or a Hub repository")
-    parser.add_argument("--beta", required=True, type=number, help="mean fraction of weights to remove, 0 < β < 1")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the pruned model goes")
-    parser.add_argument(
+    made = parser.add_argument_group("what is made")
+    made.add_argument("--beta", required=True, type=number, help="mean fraction of weights to remove, 0 < β < 1")
+    made.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the pruned model goes")
+    model = parser.add_argument_group("the model")
+    model.add_argument(
         "--base-model", metavar="REPO", help="the Hub repository that the directory MODEL is a copy of, for the record"
     )
-    parser.add_argument("--preset", default="default", help="default, or paper (default: %(default)s)")
-    parser.add_argument(
+    from_pretrained(model)
+    model.add_argument(
+        "--offload", action="store_true", help="keep weights and statistics in files, for a model larger than memory"
+    )
+    text = parser.add_argument_group("the text of calibration and search")
+    text.add_argument(
         "--data",
         help="chat, self, wikitext2, c4, or a .txt or .jsonl file; several with + between them (default: "
         "chat+wikitext2 for a chat model, else wikitext2)",
     )
-    parser.add_argument("--proposer", default="self", help="self, evolution, random, or the URL of an endpoint")
-    parser.add_argument("--proposer-model", metavar="M", help="name of the model at the endpoint")
-    parser.add_argument("--fitness", help="kl or perplexity")
-    parser.add_argument("--evaluations", type=number, metavar="N", help="budget, in full-evaluation equivalents")
-    parser.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
-    parser.add_argument(
-        "--offload", action="store_true", help="keep weights and statistics in files, for a model larger than memory"
+    searching = parser.add_argument_group("the search")
+    searching.add_argument(
+        "--evaluations", type=number, metavar="N",
+        help=f"length, in evaluations on the whole text; 0 takes the best starting point ({_defaults('evaluations')})",
+    )  # fmt: skip
+    searching.add_argument("--fitness", help=f"kl or perplexity ({_defaults('fitness')})")
+    searching.add_argument(
+        "--proposer", default="self",
+        help="self (the model), evolution, random, another model, or the URL of an endpoint (default: %(default)s)",
+    )  # fmt: skip
+    searching.add_argument("--proposer-model", metavar="M", help="name of the model at the endpoint")
+    searching.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    searching.add_argument("--run-dir", type=Path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
+    searching.add_argument(
+        "--executor", metavar="ray", help="score candidates on Ray workers (default: in this process)"
     )
-    parser.add_argument("--executor", metavar="ray", help="score candidates on Ray workers (default: in this process)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the method"
-    )
-    from_pretrained(parser)
+    method = parser.add_argument_group("the method")
+    method.add_argument("--preset", default="default", help=f"{', '.join(PRESETS)} (default: %(default)s)")
+    method.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="any other setting; `selfpruner settings` lists them with their defaults",
+    )  # fmt: skip
+
+
+def _defaults(name: str) -> str:
+    """The values of a setting in all presets, for its help."""
+    return "; ".join(f"{preset}: {getattr(method, name)}" for preset, method in PRESETS.items())
 
 
 def run(options: argparse.Namespace) -> str:
@@ -62,7 +85,6 @@ def run(options: argparse.Namespace) -> str:
         OutputError: The output cannot be written.
     """
     from selfpruner_hub.plans.budget import check_beta
-    from selfpruner_hub.settings import check_seed, resolve
     from selfpruner_hub.storage.staging import check_writable
 
     settings = _settings(options.set)
@@ -125,7 +147,7 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--set expects NAME=VALUE; got {pair!r}.")
-        if name in ("preset", "fitness", "evaluations"):
+        if name in ("preset", *OWN_OPTIONS):
             raise UserError(f"{name} has an option of its own.", f"Use --{name} {value}.")
         try:
             parsed = json.loads(value)

@@ -23,6 +23,7 @@ from selfpruner_hub.cli import main
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import perplexity
 from selfpruner_hub.hub import licences
+from selfpruner_hub.settings import PRESETS, Method
 from selfpruner_hub.storage.model_record import Record, read_record
 
 SMALL = [
@@ -223,6 +224,7 @@ sys.exit(status)
         (["--help"], 0, "search the rates of a model's layers"),
         (["prune", "--help"], 0, "usage: selfpruner prune"),
         (["demo", "--help"], 0, "usage: selfpruner demo"),
+        (["settings"], 0, "calibration_tokens=131072"),
         (["prune"], 2, "the following arguments are required: MODEL, --beta, --output"),
         (["prune", "model", "--output", "out", "--beta", "2"], 2, "beta must satisfy 0 < beta < 1; got 2."),
         (["prune", "model", "--output", "out", "--beta", "0.3", "--set", "windows=3"], 2, "Unknown setting windows."),
@@ -257,6 +259,48 @@ def test_help_of_each_verb(verb, capsys):
         main([verb, "--help"])
     assert caught.value.code == 0
     assert f"usage: selfpruner {verb}" in capsys.readouterr().out
+
+
+def test_help_of_prune_is_in_groups_with_the_defaults_that_matter(capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    groups = ["what is made:", "the model:", "the text of calibration and search:", "the search:", "the method:"]
+    places = [told.index(group) for group in groups]
+    assert places == sorted(places)
+    default, paper = (PRESETS[name].evaluations for name in ("default", "paper"))
+    assert f"(default: {default}; paper: {paper})" in told
+    assert "kl or perplexity (default: kl; paper: perplexity)" in told
+    assert "(default: chat+wikitext2 for a chat model, else wikitext2)" in told
+
+
+def test_settings_lists_what_set_takes(run, dense, text, tmp_path):
+    status, out, err = run("settings", "--json")
+    listed = {setting["name"]: setting for setting in json.loads(out)}
+    assert (status, err) == (0, "")
+    assert set(listed) == {f.name for f in fields(Method)} - {"fitness", "evaluations"}
+    assert listed["window"] == {
+        "name": "window", "kind": "a whole number", "default": Method().window, "meaning": listed["window"]["meaning"]
+    }  # fmt: skip
+    changes = [word for name, setting in listed.items() for word in ("--set", f"{name}={value(setting['default'])}")]
+    small = prune(dense, tmp_path / "small", text)  # after those, since later words win
+    assert run(*small[:5], *changes, *small[5:])[0] == 0
+
+
+def value(default):
+    """A default as `--set` takes it."""
+    return default if isinstance(default, str) else json.dumps(default)
+
+
+def test_settings_for_people(run):
+    status, out, _ = run("settings", "--preset", "paper")
+    assert status == 0
+    assert out.startswith("Settings of the preset paper. `selfpruner prune` changes one by --set NAME=VALUE.\n")
+    assert "\n\nimportance=wanda-sp\n    " in out
+    assert '\n\nseeds=["uniform"]\n    ' in out
+    assert "evaluations=" not in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert run("settings", "--preset", "papers")[0] == 2
 
 
 # -- interruption -----------------------------------------------------------------------------------------------------
