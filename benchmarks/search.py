@@ -25,7 +25,6 @@ from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import NAME, load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import label_loss, mean_losses, teach, teacher_loss
-from selfpruner_hub.evaluation.sensitivity import loss_curves
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
@@ -114,7 +113,7 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
     with ordered(model, order):
         slicer = Slicer(model, order, known, fisher=fisher)
         del known
-        curves = loss_curves(slicer)
+        curves = slicer.loss_curves()
         fitness = Fitness(slicer, held_out.windows, "kl", curves)
         score, slopes = (
             cache(fitness),

@@ -22,7 +22,6 @@ from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import teach, teacher_loss
-from selfpruner_hub.evaluation.sensitivity import loss_curves
 from selfpruner_hub.models.forward import Loss
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
@@ -85,7 +84,7 @@ def main(text: str) -> None:
             return plain_loss(slice_model(slicer, plan), held_out.windows, loss)
 
         fitness = Fitness(slicer, held_out.windows)
-        starts = seeds(budget, loss_curves(slicer), fitness.loss)
+        starts = seeds(budget, slicer.loss_curves(), fitness.loss)
         ways: dict[str, tuple[Score, float]] = {"staged": (fitness, FIRST_SHARE), "plain": (plain, 1.0)}
         for name, (score, first_share) in ways.items():
             # As many rounds for both: a round costs children × share, and one survivor on all windows where staged.
