@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.calibration.fisher import Fisher, output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.plans.predicted_loss import LossCurves
-from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.slicing import Slicer, ordered
 from selfpruner_hub.settings import Method
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
@@ -23,6 +23,8 @@ from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 class Prepared:
     """What cutting needs."""
 
+    order: Sequence[LayerOrder]
+    """Of every layer's units, most important first, in which the weights stand."""
     slicer: Slicer
     """Cuts the layers; its factors take more memory than the model."""
     curves: Sequence[LossCurves] | None
@@ -69,7 +71,7 @@ def prepared(
     with ordered(model, order):
         slicer = Slicer(model, order, _drained(statistics), run.store, fisher)
         curves = slicer.loss_curves() if fisher else None
-        yield Prepared(slicer if method.repair else Slicer(model, order, None, run.store), curves)
+        yield Prepared(order, slicer if method.repair else Slicer(model, order, None, run.store), curves)
 
 
 def _drained(items: list[Any]) -> Iterator[Any]:
