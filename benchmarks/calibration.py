@@ -24,7 +24,6 @@ from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
-from selfpruner_hub.evaluation.sensitivity import loss_curves
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.seeds import seeds
@@ -94,7 +93,7 @@ def run(pruner: AutoPruner, windows: Tensor, measure: Measure) -> dict[str, Any]
         slicer.layers(budget.project(seeds(budget)["uniform"]))
         found["ordering_and_repair_seconds"] = round(time.perf_counter() - started, 1)
         score = Fitness(slicer, windows[: max(1, SEED_TOKENS // windows.shape[1])])
-        starts = seeds(budget, loss_curves(slicer), score.loss)
+        starts = seeds(budget, slicer.loss_curves(), score.loss)
         for name in ("uniform", "sensitivity"):
             plan = budget.project(starts[name])
             with with_layers(model, slicer.layers(plan)):

@@ -17,7 +17,6 @@ from selfpruner_hub.calibration.statistics import LayerStatistics
 from selfpruner_hub.cli.demo import NAME
 from selfpruner_hub.evaluation.fitness import REMAINS, Fitness
 from selfpruner_hub.evaluation.metrics import Teacher, divergence
-from selfpruner_hub.evaluation.sensitivity import loss_curves
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, loss_alone
@@ -94,7 +93,7 @@ class Ours:
     @cached_property
     def curves(self) -> list[LossCurves]:
         """What the layers cost alone."""
-        return loss_curves(self._slicer)
+        return self._slicer.loss_curves()
 
     @contextmanager
     def _ordered(self) -> Iterator[None]:

@@ -20,24 +20,22 @@ from matplotlib.figure import Figure
 from protocol import write
 
 from selfpruner_hub.calibration.corpus import consecutive_windows, load_corpus
-from selfpruner_hub.calibration.fisher import output_fisher
-from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import NAME, load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import label_loss, mean_losses, teach, teacher_loss
-from selfpruner_hub.evaluation.sensitivity import loss_curves
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.seeds import seeds
-from selfpruner_hub.pruning.importance import rank
-from selfpruner_hub.pruning.slicing import Slicer, ordered
+from selfpruner_hub.pruning.prepare import fisher_information, prepared
+from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.settings import Method
+from selfpruner_hub.storage.run import DEFAULT_RUN
 
 WINDOW, CALIBRATION, FITNESS, UNSEEN = 512, 65_536, 8_192, 32
 EVALUATIONS, SEEDS = 18, (0, 1, 2)
@@ -102,19 +100,15 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
     model, tokenizer = pruner.model, pruner.tokenizer
     corpus = load_corpus(search_text, tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, held_out = corpus.split(CALIBRATION, FITNESS)
-    fisher = output_fisher(model, calibration.windows[: Method.fisher_tokens // WINDOW])
-    known = calibrate(model, calibration.windows)
-    order = rank(model, known, fisher=fisher)
+    fisher = fisher_information(model, calibration.windows, Method(), DEFAULT_RUN)
     rows: list[dict[str, Any]] = []
 
     def add(**row: Any) -> None:
         rows.append(row)
         print({key: value for key, value in row.items() if key != "curve"}, flush=True)
 
-    with ordered(model, order):
-        slicer = Slicer(model, order, known, fisher=fisher)
-        del known
-        curves = loss_curves(slicer)
+    with prepared(model, calibration.windows, Method(), fisher) as ready:
+        slicer, curves = ready.slicer, ready.curves
         fitness = Fitness(slicer, held_out.windows, "kl", curves)
         score, slopes = (
             cache(fitness),
@@ -125,7 +119,7 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
         starts = seeds(budget, curves, fitness.loss)
         uniform = budget.project(starts["uniform"])
         add(method="dense", kl=0.0, **unseen.of(model.get_decoder().layers))
-        add(method="uniform, no repair", **unseen.of(Slicer(model, order, None).layers(uniform)))
+        add(method="uniform, no repair", **unseen.of(Slicer(model, ready.order, None).layers(uniform)))
         for name, rates in starts.items():
             plan = budget.project(rates)
             add(method=f"seed: {name}", kl=round(score(plan, 1.0), 4), **unseen(plan))

@@ -17,23 +17,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.corpus import load_corpus
-from selfpruner_hub.calibration.fisher import output_fisher
-from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import teach, teacher_loss
-from selfpruner_hub.evaluation.sensitivity import loss_curves
 from selfpruner_hub.models.forward import Loss
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.seeds import seeds
-from selfpruner_hub.pruning.importance import rank
-from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.prepare import fisher_information, prepared
+from selfpruner_hub.pruning.slicing import slice_model
 from selfpruner_hub.search.journal import Journal, Record
 from selfpruner_hub.search.loop import Score, search
 from selfpruner_hub.search.proposers import EvolutionProposer
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.settings import Method
+from selfpruner_hub.storage.run import DEFAULT_RUN
 
 WINDOW, CALIBRATION, FITNESS, BETA, ROUNDS, CHILDREN = 512, 16_384, 16_384, 0.3, 2, 8
 FIRST_SHARE = 1 / 16
@@ -72,20 +70,18 @@ def main(text: str) -> None:
     model = pruner.model
     corpus = load_corpus(text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, held_out = corpus.split(CALIBRATION, FITNESS)
-    fisher = output_fisher(model, calibration.windows[: Method.fisher_tokens // WINDOW])
-    known = calibrate(model, calibration.windows)
-    order = rank(model, known, fisher=fisher)
+    fisher = fisher_information(model, calibration.windows, Method(), DEFAULT_RUN)
     budget = Budget(pruner.shape, BETA)
     results: dict[str, Any] = {}
-    with ordered(model, order):
-        slicer = Slicer(model, order, known, fisher=fisher)
+    with prepared(model, calibration.windows, Method(), fisher) as ready:
+        slicer = ready.slicer
         loss = teacher_loss(teach(model, held_out.windows))
 
         def plain(plan: Plan, _share: float) -> float:
             return plain_loss(slice_model(slicer, plan), held_out.windows, loss)
 
         fitness = Fitness(slicer, held_out.windows)
-        starts = seeds(budget, loss_curves(slicer), fitness.loss)
+        starts = seeds(budget, ready.curves, fitness.loss)
         ways: dict[str, tuple[Score, float]] = {"staged": (fitness, FIRST_SHARE), "plain": (plain, 1.0)}
         for name, (score, first_share) in ways.items():
             # As many rounds for both: a round costs children × share, and one survivor on all windows where staged.

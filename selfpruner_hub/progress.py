@@ -11,6 +11,10 @@ Progress = Callable[[str, int, int], None]
 """Called with (what, done, total) while long work goes on."""
 
 
+def silent(what: str, done: float, total: float) -> None:
+    """Tell nobody."""
+
+
 class Bars:
     """Called with (what, done, total[, note]); a new `what` starts a new bar.
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.calibration.corpus import Corpus
-from selfpruner_hub.calibration.fisher import output_fisher
-from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.evaluation.sensitivity import loss_curves
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import is_repo_id, load_model
@@ -23,18 +18,19 @@ from selfpruner_hub.plans.budget import Budget, check_beta
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import describe, fingerprint
 from selfpruner_hub.pruned_model import PrunedModel
-from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
-from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.slicing import slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.choose_proposer import choose_proposer
 from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import check_executor
-from selfpruner_hub.settings import Method, check_seed, resolve
+from selfpruner_hub.settings import check_seed, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
-from selfpruner_hub.storage.offload import Keep, Shelf, in_memory
+from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
+from selfpruner_hub.storage.run import Run
 
 
 class AutoPruner:
@@ -45,7 +41,7 @@ class AutoPruner:
         tokenizer: Its tokenizer; without one, only `data="self"` and classical proposers work.
         name: How records and cards call the model: its Hub id, where it has one.
         licence: Of the model, as `licences.licence_of` gives it.
-        keep: Where statistics, hidden states and the pruned model are put.
+        store: Where statistics, hidden states and the pruned model are put.
     """
 
     def __init__(
@@ -54,9 +50,9 @@ class AutoPruner:
         tokenizer: PreTrainedTokenizerBase | None,
         name: str,
         licence: dict[str, str] | None = None,
-        keep: Keep = in_memory,
+        store: TensorStore = MEMORY,
     ) -> None:
-        self._keep = keep
+        self._store = store
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -89,11 +85,11 @@ class AutoPruner:
         """
         if base_model is not None and not is_repo_id(base_model):
             raise UserError(f"base_model must name a Hub repository, OWNER/NAME; got {base_model!r}.")
-        keep = in_memory if offload_folder is None else Shelf(offload_folder)
-        model, tokenizer = load_model(name, keep=keep, **kwargs)
+        store = MEMORY if offload_folder is None else DiskStore(offload_folder)
+        model, tokenizer = load_model(name, store=store, **kwargs)
         called = base_model or (Path(name).name if Path(name).exists() else name)
         licence = licence_of(name, **kwargs) or (licence_of(base_model) if base_model else {})
-        return cls(model, tokenizer, called, licence, keep)
+        return cls(model, tokenizer, called, licence, store)
 
     def prune(
         self,
@@ -148,54 +144,25 @@ class AutoPruner:
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
         budget = Budget(self.shape, beta, method.p_min, method.p_max, method.tied, method.multiple_of)
         asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
+        folder = None if run_dir is None else Path(run_dir)
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
-            checkpoints = Checkpoints(None if run_dir is None else Path(run_dir) / "stages")
+            run = Run(self._store, Checkpoints(folder and folder / "stages"), report, seed)
             data = PLAIN_DATA if data is None and preset == "paper" else data
-            texts = calibration, held_out = self._texts.read(data, method, seed, report, checkpoints)
+            texts = calibration, search_text = self._texts.read(data, method, run)
             search_id = fingerprint(self.model, self.name, beta, method, seed, asked, texts)
-            journal = Journal(None if run_dir is None else Path(run_dir), search_id)
+            journal = Journal(folder, search_id)
 
-            fisher = self._fisher(calibration, method, seed, report, checkpoints)
-            statistics = calibrate(self.model, calibration.windows, report, self._keep, checkpoints)
-            order = rank(self.model, statistics, method.importance, report, checkpoints, fisher)
-            with ordered(self.model, order):
-                slicer = Slicer(self.model, order, _drained(statistics), self._keep, fisher)
-                curves = loss_curves(slicer) if fisher else None
-                if not method.repair:
-                    slicer = Slicer(self.model, order, None, self._keep)
-                found = find_plan(
-                    asked, budget, slicer, curves, texts, journal, method, seed=seed, executor=executor, report=report
-                )
-                model = slice_model(slicer, found.best.plan)
-                del slicer  # its factors take more memory than the model
+            fisher = fisher_information(self.model, calibration.windows, method, run)
+            with prepared(self.model, calibration.windows, method, fisher, run) as ready:
+                found = find_plan(asked, budget, ready, texts, journal, method, run, executor=executor)
+                model = slice_model(ready.slicer, found.best.plan)
+                del ready  # its factors take more memory than the model
             if method.repairs_twice:
                 compensate(
-                    self.model,
-                    model,
-                    calibration.windows,
-                    progress=report,
-                    inputs=method.refit_inputs,
-                    keep=self._keep,
-                    checkpoints=checkpoints,
-                    fisher=fisher,
-                )
+                    self.model, model, calibration.windows, inputs=method.refit_inputs, fisher=fisher, run=run
+                )  # fmt: skip
             if method.confidence:
-                found.logit_scale = match_confidence(self.model, model, held_out.windows, report)
+                found.logit_scale = match_confidence(self.model, model, search_text.windows, report)
         record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
-        return PrunedModel(model, self.tokenizer, record, journal.text(), checkpoints)
-
-    def _fisher(
-        self, calibration: Corpus, method: Method, seed: int, report: Callable[..., None], checkpoints: Checkpoints
-    ) -> list[tuple[Tensor, Tensor]] | None:
-        """Where something reads it; before anything else is in memory, since a backward pass takes much."""
-        if not (method.predicts_losses or method.importance == "obs" or method.repairs_twice):
-            return None
-        few = calibration.windows[: max(1, method.fisher_tokens // calibration.windows.shape[1])]
-        return output_fisher(self.model, few, seed, report, self._keep, checkpoints)
-
-
-def _drained(items: list[Any]) -> Iterator[Any]:
-    """Yield the items and let go of each, so that a layer's statistics end where its repair begins."""
-    while items:
-        yield items.pop(0)
+        return PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints)

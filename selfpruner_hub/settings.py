@@ -51,8 +51,8 @@ class Method:
     """Starting points of the search."""
     evaluations: float = 10
     """Budget of the search, in full-evaluation equivalents."""
-    population: int = 4
-    """Initial proposals."""
+    population: int = 0
+    """Initial proposals, beside the seeds."""
     crossover: int = 8
     """Crossover children per round."""
     mutation: int = 8

@@ -15,9 +15,7 @@ from selfpruner_hub.models.architectures import architecture_of, decoder_layers,
 from selfpruner_hub.models.forward import Loss, draw, head_gradient
 from selfpruner_hub.models.layer_stream import Seen, Stream, check_finite
 from selfpruner_hub.models.patching import frozen, replaced
-from selfpruner_hub.progress import Progress
-from selfpruner_hub.storage.checkpoints import Checkpoints
-from selfpruner_hub.storage.offload import Keep, in_memory
+from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 Fisher = Sequence[tuple[Tensor | None, Tensor | None]]
 """Per layer, R of the attention's and of the FFN's output, `[H, H]`, where RᵀR is its Fisher information; None: I."""
@@ -29,10 +27,7 @@ DAMPING = 0.1
 def output_fisher(
     model: PreTrainedModel,
     windows: Tensor,
-    seed: int = 0,
-    progress: Progress | None = None,
-    keep: Keep = in_memory,
-    checkpoints: Checkpoints | None = None,
+    run: Run = DEFAULT_RUN,
 ) -> list[tuple[Tensor, Tensor]]:
     """Take the Fisher information of what each layer's attention and FFN add to the stream.
 
@@ -45,10 +40,7 @@ def output_fisher(
     Args:
         model: The dense model.
         windows: Token ids, `[N, W]`; a few thousand tokens are enough.
-        seed: Of the drawn labels.
-        progress: Told how many layers are done.
-        keep: Where the matrices and hidden states are put.
-        checkpoints: Where the matrices are kept, and taken from.
+        run: Surroundings: its seed draws the labels, its checkpoints keep the matrices.
 
     Returns:
         Per layer, R of the attention's and of the FFN's output, `[H, H]`, float32: RᵀR = F + λ · mean(diag F) · I with
@@ -59,44 +51,43 @@ def output_fisher(
     """
     architecture, layers = architecture_of(model.config), decoder_layers(model)
     paths = (architecture.attention_output, architecture.ffn_output)
-    checkpoints = checkpoints or Checkpoints()
-    if known := _finished(layers, keep, checkpoints):
+    store, checkpoints = run.store, run.checkpoints
+    if known := _finished(layers, run):
         return known
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(run.seed)
 
     def drawn(logits: Tensor, _first: int) -> Tensor:
         return nn.functional.cross_entropy(logits, draw(logits.detach(), 1.0, generator), reduction="sum")
 
     roots: list[tuple[Tensor, Tensor]] = []
     with frozen(model):
-        stream = Stream(model, windows, keep)
+        stream = Stream(model, windows, store)
         read = []
         for index, layer in enumerate(layers):
-            read.append([keep(hidden.clone()) for hidden in stream.hidden])
+            read.append([store(hidden.clone()) for hidden in stream.hidden])
             with torch.no_grad():
                 stream.advance(index, layer)
         check_finite(stream.hidden)
         batches = windows.split(len(stream.hidden[0]))
-        gradients = [keep(_behind(model, *each, drawn)) for each in zip(batches, stream.hidden, strict=True)]
+        gradients = [store(_behind(model, *each, drawn)) for each in zip(batches, stream.hidden, strict=True)]
         for index, layer in reversed(list(enumerate(layers))):
             stream.hidden = read.pop()
             sums = _products(stream, index, layer, [linear(layer, path) for path in paths], gradients)
             first, second = (damped_factor(each.div_(windows.numel()), DAMPING).t().contiguous() for each in sums)
             checkpoints.save(f"fisher-{index}", {"attention": first, "ffn": second})
-            roots.append((keep(first), keep(second)))
-            if progress:
-                progress("sensitivities", len(roots), len(layers))
+            roots.append((store(first), store(second)))
+            run.progress("sensitivities", len(roots), len(layers))
     return roots[::-1]
 
 
-def _finished(layers: nn.ModuleList, keep: Keep, checkpoints: Checkpoints) -> list[tuple[Tensor, Tensor]] | None:
+def _finished(layers: nn.ModuleList, run: Run) -> list[tuple[Tensor, Tensor]] | None:
     """What a whole pass has kept; the first layer is its last."""
     roots = []
     for index, layer in enumerate(layers):
-        found, device = checkpoints.load(f"fisher-{index}"), next(layer.parameters()).device
+        found, device = run.checkpoints.load(f"fisher-{index}"), next(layer.parameters()).device
         if found is None:
             return None
-        roots.append((keep(found["attention"].to(device)), keep(found["ffn"].to(device))))
+        roots.append((run.store(found["attention"].to(device)), run.store(found["ffn"].to(device))))
     return roots
 
 

@@ -14,9 +14,8 @@ from selfpruner_hub.calibration.ridge import RIDGE, choose_ridge, held_out
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.layer_stream import Stream, check_finite
 from selfpruner_hub.models.patching import exact_in_float32
-from selfpruner_hub.progress import Progress
-from selfpruner_hub.storage.checkpoints import Checkpoints
-from selfpruner_hub.storage.offload import Keep, in_memory
+from selfpruner_hub.storage.offload import TensorStore
+from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 
 @dataclass
@@ -62,11 +61,11 @@ class LayerStatistics:
         }
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], keep: Keep) -> LayerStatistics:
-        """The inverse of `tensors`, moments put where `keep` says."""
+    def of(cls, tensors: dict[str, Tensor], store: TensorStore) -> LayerStatistics:
+        """The inverse of `tensors`, moments put into `store`."""
         return cls(
             *(
-                Moments(tensors[f"{part}.mean"], keep(tensors[f"{part}.gram"]), tensors[f"{part}.ridge"].item())
+                Moments(tensors[f"{part}.mean"], store(tensors[f"{part}.gram"]), tensors[f"{part}.ridge"].item())
                 for part in ("attention", "ffn")
             )
         )
@@ -76,9 +75,7 @@ class LayerStatistics:
 def calibrate(
     model: PreTrainedModel,
     windows: Tensor,
-    progress: Progress | None = None,
-    keep: Keep = in_memory,
-    checkpoints: Checkpoints | None = None,
+    run: Run = DEFAULT_RUN,
 ) -> list[LayerStatistics]:
     """Stream the windows through the dense model, layer by layer, and take the moments of every layer.
 
@@ -89,9 +86,7 @@ def calibrate(
     Args:
         model: The dense model.
         windows: Token ids, `[N, W]`.
-        progress: Told how many layers are done.
-        keep: Where hidden states and moments are put.
-        checkpoints: Where finished layers are kept, and taken from.
+        run: Surroundings; its checkpoints keep finished layers.
 
     Returns:
         One `LayerStatistics` per layer.
@@ -101,12 +96,12 @@ def calibrate(
     """
     architecture = architecture_of(model.config)
     layers = decoder_layers(model)
-    checkpoints = checkpoints or Checkpoints()
+    store, checkpoints = run.store, run.checkpoints
     known: list[LayerStatistics] = []
     with exact_in_float32(model.dtype):
         while found := checkpoints.load(f"calibration-{len(known)}"):
-            known.append(LayerStatistics.of(found, keep))
-        stream = Stream(model, windows, keep) if len(known) < len(layers) else None
+            known.append(LayerStatistics.of(found, store))
+        stream = Stream(model, windows, store) if len(known) < len(layers) else None
         for index, layer in enumerate(layers):
             if stream is None:
                 break
@@ -117,10 +112,9 @@ def calibrate(
             sums = [_Sums(module) for module in modules]
             with _hooked(zip(modules, sums, strict=True)):
                 stream.advance(index, layer)
-            known.append(LayerStatistics(*(each.moments(keep) for each in sums)))
+            known.append(LayerStatistics(*(each.moments(store) for each in sums)))
             checkpoints.save(f"calibration-{index}", known[-1].tensors())
-            if progress:
-                progress("calibrating", index + 1, len(layers))
+            run.progress("calibrating", index + 1, len(layers))
     return known
 
 
@@ -144,12 +138,12 @@ class _Sums:
             self._sum += x.sum(0)
             self._products[which].addmm_(x.t(), x)
 
-    def moments(self, keep: Keep) -> Moments:
+    def moments(self, store: TensorStore) -> Moments:
         fitted, held = self._products
         total = sum(self._counts)
         check_finite(self._products)
         ridge = choose_ridge(self._weight, fitted, held) if self._counts[1] else RIDGE
-        return Moments(self._sum / total, keep(fitted.add_(held).div_(total)), ridge)
+        return Moments(self._sum / total, store(fitted.add_(held).div_(total)), ridge)
 
 
 @contextmanager

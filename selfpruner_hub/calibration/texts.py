@@ -13,9 +13,8 @@ from selfpruner_hub.calibration.corpus import Corpus, load_corpus, sources_of
 from selfpruner_hub.calibration.text_sources import GENERATED
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.weights import weights_hash
-from selfpruner_hub.progress import Progress
 from selfpruner_hub.settings import Method
-from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.run import Run
 
 CHAT_DATA, PLAIN_DATA = "chat+wikitext2", "wikitext2"
 """Default text of a model with a chat template, and of one without."""
@@ -34,17 +33,13 @@ class Texts:
         self._model, self._tokenizer = model, tokenizer
         self._known: dict[tuple[Any, ...], tuple[Any, Corpus]] = {}
 
-    def read(
-        self, data: Any, method: Method, seed: int, progress: Progress, checkpoints: Checkpoints
-    ) -> tuple[Corpus, Corpus]:
+    def read(self, data: Any, method: Method, run: Run) -> tuple[Corpus, Corpus]:
         """Give the texts of one run.
 
         Args:
             data: As for `AutoPruner.prune`; None is the default.
             method: The settings: tokens, window, shares.
-            seed: Random seed.
-            progress: Called while text is written.
-            checkpoints: Store of text that the model has written.
+            run: Surroundings; its checkpoints keep what the model wrote.
 
         Returns:
             Disjoint windows for calibration and for the search, those of all sources in one order.
@@ -67,44 +62,38 @@ class Texts:
         if len(shares) != len(sources):
             raise UserError(f"{len(shares)} shares do not fit {len(sources)} sources of text.", "Give one for each.")
         parts = [
-            self._parts(source, share / sum(shares), method, seed, progress, checkpoints)
-            for source, share in zip(sources, shares, strict=True)
+            self._parts(source, share / sum(shares), method, run) for source, share in zip(sources, shares, strict=True)
         ]
-        calibration, held_out = (Corpus.mixed(same, seed) for same in zip(*parts, strict=True))
+        calibration, held_out = (Corpus.mixed(same, run.seed) for same in zip(*parts, strict=True))
         return calibration, held_out
 
-    def _parts(
-        self, source: Any, share: float, method: Method, seed: int, progress: Progress, checkpoints: Checkpoints
-    ) -> tuple[Corpus, ...]:
+    def _parts(self, source: Any, share: float, method: Method, run: Run) -> tuple[Corpus, ...]:
         """What one source gives to both."""
         window = min(method.window, getattr(self._model.config, "max_position_embeddings", method.window))
         wanted = [-(-int(share * n) // window) * window for n in (method.calibration_tokens, method.fitness_tokens)]
-        key = (source if isinstance(source, str) else id(source), seed, window, *wanted)
+        key = (source if isinstance(source, str) else id(source), run.seed, window, *wanted)
         if key not in self._known:
-            corpus = self._load(source, key, sum(wanted), window, seed, progress, checkpoints)
+            corpus = self._load(source, key, sum(wanted), window, run)
             self._known[key] = source, corpus  # the source is held, so that no other gets its identity
         corpus = self._known[key][1]
         found = min(1.0, corpus.tokens / sum(wanted))
-        return corpus.split(*(int(n * found) for n in wanted), seed=seed)
+        return corpus.split(*(int(n * found) for n in wanted), seed=run.seed)
 
-    def _load(
-        self,
-        source: Any,
-        key: tuple[Any, ...],
-        tokens: int,
-        window: int,
-        seed: int,
-        progress: Progress,
-        checkpoints: Checkpoints,
-    ) -> Corpus:
+    def _load(self, source: Any, key: tuple[Any, ...], tokens: int, window: int, run: Run) -> Corpus:
         """Read a source, or take what the model wrote before."""
         written = isinstance(source, str) and source in GENERATED
         name = f"text-{sha256(repr((weights_hash(self._model), key)).encode()).hexdigest()[:16]}" if written else ""
-        if written and (found := checkpoints.load(name)):
+        if written and (found := run.checkpoints.load(name)):
             return Corpus.of(source, found["windows"])
         corpus = load_corpus(
-            source, self._tokenizer, tokens=tokens, window=window, seed=seed, model=self._model, progress=progress
+            source,
+            self._tokenizer,
+            tokens=tokens,
+            window=window,
+            seed=run.seed,
+            model=self._model,
+            progress=run.progress,
         )
         if written:
-            checkpoints.save(name, {"windows": corpus.windows})
+            run.checkpoints.save(name, {"windows": corpus.windows})
         return corpus

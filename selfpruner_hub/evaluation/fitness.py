@@ -16,7 +16,6 @@ from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, Slopes, loss_alone
 from selfpruner_hub.pruning.slicing import Slicer
-from selfpruner_hub.storage.offload import in_memory
 
 METRICS = ("kl", "perplexity")
 BOUNDARY_MEMORY = 0.5
@@ -70,8 +69,7 @@ class Fitness:
         self.metric = metric
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
         # A model in files does not fit in memory, so hidden states may not take half of it.
-        in_files = slicer.keep is not in_memory
-        self._boundaries = Boundaries(0 if in_files else BOUNDARY_MEMORY * self.nbytes)
+        self._boundaries = Boundaries(0 if slicer.store.on_disk else BOUNDARY_MEMORY * self.nbytes)
         self._token_size = slicer.shape.hidden_size * slicer.model.dtype.itemsize
 
     @property

@@ -21,21 +21,6 @@ BATCH_TOKENS = 1024
 """Tokens in one forward and backward pass."""
 
 
-def loss_curves(slicer: Slicer) -> list[LossCurves]:
-    """Predict the loss of each layer alone: half the expected error of its outputs, as the Fisher information has it.
-
-    Args:
-        slicer: With statistics and Fisher information, for the errors after repair.
-
-    Returns:
-        One pair of curves per layer.
-    """
-    return [
-        LossCurves((attention / 2).double().cpu().numpy(), (ffn / 2).double().cpu().numpy())
-        for attention, ffn in slicer.errors()
-    ]
-
-
 def slopes(
     slicer: Slicer,
     plan: Plan,

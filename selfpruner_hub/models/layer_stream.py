@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.errors import ModelError
 from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.models.patching import replaced
-from selfpruner_hub.storage.offload import Keep, in_memory
+from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 BATCH_TOKENS = 4096
 """Tokens in one forward pass of a layer."""
@@ -29,12 +29,12 @@ class Stream:
     Args:
         model: Whose embeddings and layers they go through.
         windows: Token ids, `[N, W]`.
-        keep: Where they are put.
+        store: Where they are put.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor, keep: Keep = in_memory) -> None:
+    def __init__(self, model: PreTrainedModel, windows: Tensor, store: TensorStore = MEMORY) -> None:
         batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
-        self.hidden = [keep(_embedded(model, batch)) for batch in batches]
+        self.hidden = [store(_embedded(model, batch)) for batch in batches]
         """One `[B, W, H]` a batch."""
         self._calls = {len(batch): _calls(model, batch) for batch in (batches[0], batches[-1])}
 

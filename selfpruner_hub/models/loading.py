@@ -28,7 +28,7 @@ from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchit
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS
-from selfpruner_hub.storage.offload import Keep, in_memory
+from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 _FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
 """The `from_pretrained` keywords that say where files are, and so hold for configuration and tokenizer too."""
@@ -37,7 +37,7 @@ _GIVE = "Give a Hub repository, or a directory that `save_pretrained` wrote."
 
 
 def load_model(
-    name: str, *, any_architecture: bool = False, keep: Keep = in_memory, **kwargs: Any
+    name: str, *, any_architecture: bool = False, store: TensorStore = MEMORY, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model, dense or pruned, and its tokenizer.
 
@@ -46,7 +46,7 @@ def load_model(
     Args:
         name: A directory or a Hub repository.
         any_architecture: Take models too that cannot be pruned, such as one that only proposes.
-        keep: Where the weights are put; but for memory, they come from safetensors one by one.
+        store: Where the weights are put; but for memory, they come from safetensors one by one.
         **kwargs: Keywords of transformers' `from_pretrained`.
 
     Returns:
@@ -62,11 +62,11 @@ def load_model(
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
     config = load_config(name, any_architecture=any_architecture, **kwargs)
     try:
-        if keep is in_memory:
+        if not store.on_disk:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
             model, found = loaded
         else:
-            model, found = _one_by_one(name, config, keep, **kwargs)
+            model, found = _one_by_one(name, config, store, **kwargs)
     except SelfPrunerError:
         raise
     except Exception as error:  # transformers, the Hub client and safetensors share no base class
@@ -116,7 +116,7 @@ def _for_files(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_by_one(
-    name: str, config: PreTrainedConfig, keep: Keep, dtype: str | torch.dtype = "auto", **kwargs: Any
+    name: str, config: PreTrainedConfig, store: TensorStore, dtype: str | torch.dtype = "auto", **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Build a model around weights that are put away as they are read, so that they are never in memory together."""
     if kwargs.get("gguf_file") or kwargs.get("device_map") or kwargs.get("quantization_config"):
@@ -133,13 +133,13 @@ def _one_by_one(
             keys = list(opened.keys())
         for key in keys:
             with safe_open(directory / file, "pt") as opened:  # anew for each, since what was read stays in memory
-                _put(model, key, opened.get_tensor(key), named, keep)
+                _put(model, key, opened.get_tensor(key), named, store)
     model.tie_weights()
     missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
     return model, {"missing_keys": missing}
 
 
-def _put(model: PreTrainedModel, key: str, tensor: Tensor, dtype: torch.dtype | None, keep: Keep) -> None:
+def _put(model: PreTrainedModel, key: str, tensor: Tensor, dtype: torch.dtype | None, store: TensorStore) -> None:
     owner, _, leaf = key.rpartition(".")
     try:
         module = model.get_submodule(owner)
@@ -148,7 +148,7 @@ def _put(model: PreTrainedModel, key: str, tensor: Tensor, dtype: torch.dtype | 
     if (expected := module._parameters.get(leaf)) is not None:
         if expected.shape != tensor.shape:
             raise ModelError(f"The weights of the model do not fit its configuration (first {key}).", _GIVE)
-        module._parameters[leaf] = nn.Parameter(keep(tensor.to(dtype or tensor.dtype)))
+        module._parameters[leaf] = nn.Parameter(store(tensor.to(dtype or tensor.dtype)))
 
 
 def explain(name: str, error: Exception) -> SelfPrunerError:

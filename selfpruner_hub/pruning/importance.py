@@ -14,8 +14,7 @@ from selfpruner_hub.calibration.ridge import as_seen, damped_factor
 from selfpruner_hub.calibration.statistics import LayerStatistics, Moments
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear, shape_of
-from selfpruner_hub.progress import Progress
-from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 Order = Callable[[Tensor, Moments, int, Tensor | None], Tensor]
 """Units, most important first `[in / unit]`, from the weight `[out, in]`, the moments of its input, the columns of a
@@ -125,9 +124,8 @@ def rank(
     model: PreTrainedModel,
     statistics: Sequence[LayerStatistics],
     importance: str = "obs",
-    progress: Progress | None = None,
-    checkpoints: Checkpoints | None = None,
     fisher: Fisher | None = None,
+    run: Run = DEFAULT_RUN,
 ) -> list[LayerOrder]:
     """Order every layer's KV groups and FFN channels by importance.
 
@@ -135,9 +133,8 @@ def rank(
         model: The dense model.
         statistics: What `calibrate` returned for it.
         importance: A key of `ORDERS`.
-        progress: Told how many layers are done.
-        checkpoints: Where finished layers are kept, and taken from.
         fisher: What `fisher.output_fisher` returned; None takes all errors of an output alike.
+        run: Surroundings; its checkpoints keep finished layers.
 
     Returns:
         One `LayerOrder` per layer.
@@ -148,11 +145,10 @@ def rank(
     if importance not in ORDERS:
         raise UserError(f"Unknown importance {importance!r}.", f"Choose one of: {', '.join(ORDERS)}.")
     architecture, shape = architecture_of(model.config), shape_of(model.config)
-    checkpoints = checkpoints or Checkpoints()
     orders: list[LayerOrder] = []
     roots = roots_of(fisher, shape.num_layers)
     for layer, known, (attention, ffn) in zip(decoder_layers(model), statistics, roots, strict=True):
-        if done := checkpoints.load(f"order-{len(orders)}"):
+        if done := run.checkpoints.load(f"order-{len(orders)}"):
             orders.append(LayerOrder(**done))
             continue
         groups, channels = (
@@ -162,8 +158,7 @@ def rank(
                 (architecture.ffn_output, known.ffn, 1, ffn),
             )
         )
-        checkpoints.save(f"order-{len(orders)}", {"groups": groups, "channels": channels})
+        run.checkpoints.save(f"order-{len(orders)}", {"groups": groups, "channels": channels})
         orders.append(LayerOrder(groups, channels))
-        if progress:
-            progress("ordering", len(orders), len(statistics))
+        run.progress("ordering", len(orders), len(statistics))
     return orders

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from selfpruner_hub.calibration.ridge import RIDGE, as_seen, damped_factor
-from selfpruner_hub.storage.offload import Keep, in_memory
+from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 
 class Repair:
@@ -21,7 +21,7 @@ class Repair:
         weight: W, `[out, in]`, columns in order of importance; kept by reference, and must stay as it is.
         gram: H = E[x xᵀ], `[in, in]`, in the same order.
         ridge: λ, at least 0.
-        keep: Where the factor is put.
+        store: Where the factor is put.
         root: R, `[out, out]`: errors are ‖R (W x - W*_K x_K)‖² (`fisher.output_fisher`). The weights do not depend
             on it; None takes all errors alike.
 
@@ -34,10 +34,10 @@ class Repair:
         weight: Tensor,
         gram: Tensor,
         ridge: float = RIDGE,
-        keep: Keep = in_memory,
+        store: TensorStore = MEMORY,
         root: Tensor | None = None,
     ) -> None:
-        self._factor = keep(damped_factor(gram, ridge))
+        self._factor = store(damped_factor(gram, ridge))
         self._weight = weight.detach()
         # W L itself is not kept: it would take half as much memory as all factors do.
         self._norms = (as_seen(self._weight, root) @ self._factor).square().sum(0)

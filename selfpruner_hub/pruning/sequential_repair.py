@@ -20,14 +20,15 @@ from selfpruner_hub.calibration.ridge import as_seen, held_out
 from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear
 from selfpruner_hub.models.layer_stream import Seen, Stream, watching
 from selfpruner_hub.models.patching import exact_in_float32
-from selfpruner_hub.progress import Progress
 from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
-from selfpruner_hub.storage.checkpoints import Checkpoints
-from selfpruner_hub.storage.offload import Keep, in_memory
+from selfpruner_hub.storage.offload import TensorStore
+from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
 """λ to choose from, in units of mean(diag E[x̂ x̂ᵀ]). Much more than a first repair needs: it keeps to what that gave,
 and only what much text agrees on moves it."""
+INPUT_TOKENS = 65_536
+"""Most tokens that gate and up are refitted on, evenly from all: their passes are half of a second repair's time."""
 
 
 @torch.no_grad()
@@ -36,11 +37,10 @@ def compensate(
     pruned: PreTrainedModel,
     windows: Tensor,
     ridges: Sequence[float] = RIDGES,
-    progress: Progress | None = None,
+    *,
     inputs: bool = True,
-    keep: Keep = in_memory,
-    checkpoints: Checkpoints | None = None,
     fisher: Fisher | None = None,
+    run: Run = DEFAULT_RUN,
 ) -> None:
     """Refit o_proj, gate_proj, up_proj and down_proj of every pruned layer, in place, first layer first.
 
@@ -60,18 +60,16 @@ def compensate(
         windows: Token ids of the calibration, `[N, W]`.
         ridges: λ to choose from, smallest first, in units of mean(diag E[x̂ x̂ᵀ]); it pulls toward the weight before.
             One alone is taken as it is; the greatest is where there are too few windows to hold one out.
-        progress: Told how many layers are done.
         inputs: Refit gate_proj and up_proj too.
-        keep: Where hidden states are put.
-        checkpoints: Where finished layers are kept, and taken from.
         fisher: What `fisher.output_fisher` returned; None takes all errors of an output alike.
+        run: Surroundings; its checkpoints keep finished layers.
 
     Raises:
         ModelError: The statistics are degenerate.
     """
-    checkpoints = checkpoints or Checkpoints()
+    store, checkpoints = run.store, run.checkpoints
     architecture = architecture_of(dense.config)
-    original, moved = Stream(dense, windows, keep), Stream(dense, windows, keep)
+    original, moved = Stream(dense, windows, store), Stream(dense, windows, store)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
     roots = roots_of(fisher, len(pairs))
     with exact_in_float32(dense.dtype):
@@ -81,16 +79,15 @@ def compensate(
                 original.advance(index, whole)
                 moved.advance(index, layer)
                 continue
-            wanted = _targets(architecture, index, whole, original, moved, keep)
+            wanted = _targets(architecture, index, whole, original, moved, store)
             _fit_attention(architecture, index, layer, moved, wanted, ridges, roots[index][0])
-            ffn = _Ffn(architecture, index, layer, moved, wanted, keep, roots[index][1])
+            ffn = _Ffn(architecture, index, layer, moved, wanted, store, roots[index][1])
             ffn.fit_down(ridges)
             if inputs and ffn.fit_inputs():
                 ffn.fit_down(ridges)
             checkpoints.save(f"repair-{index}", layer.state_dict())
             moved.advance(index, layer)
-            if progress:
-                progress("repairing", index + 1, len(pairs))
+            run.progress("repairing", index + 1, len(pairs))
 
 
 Targets = list[list[Tensor]]
@@ -98,7 +95,7 @@ Targets = list[list[Tensor]]
 
 
 def _targets(
-    architecture: Architecture, index: int, whole: nn.Module, original: Stream, moved: Stream, keep: Keep
+    architecture: Architecture, index: int, whole: nn.Module, original: Stream, moved: Stream, store: TensorStore
 ) -> Targets:
     """Advance the dense stream by one layer; what its outputs and, but for normalised outputs, the drift ask for."""
     wanted = []
@@ -108,7 +105,7 @@ def _targets(
         first, second = (each.output for each in outputs)
         if not architecture.output_norms:
             first = _sum(first, hidden, -moved.hidden[number])
-        wanted.append([keep(first), keep(second)])
+        wanted.append([store(first), store(second)])
         hidden.copy_(cast(Tensor, after))
     return wanted
 
@@ -141,10 +138,10 @@ class _Ffn:
         layer: nn.Module,
         moved: Stream,
         wanted: Targets,
-        keep: Keep,
+        store: TensorStore,
         root: Tensor | None,
     ) -> None:
-        self._keep, self._root = keep, root
+        self._store, self._root = store, root
         owner, _, _ = architecture.ffn_output.rpartition(".")
         self._run = layer.get_submodule(owner)
         self._inputs = [linear(layer, p.path) for p in architecture.ffn_inputs]
@@ -156,7 +153,7 @@ class _Ffn:
             moved.run(index, layer, number, outputs)
             if not architecture.output_norms:  # what the attention left of the drift
                 target = _sum(target, first, -outputs[0].output)
-            self._batches.append((keep(outputs[1].input), keep(target)))
+            self._batches.append((store(outputs[1].input), store(target)))
 
     def fit_down(self, ridges: Sequence[float]) -> None:
         fit = LinearFit(self._down, ridges, self._root)
@@ -169,11 +166,13 @@ class _Ffn:
 
     def fit_inputs(self) -> bool:
         """Move gate and up, where that helps on the windows that are held out; returns whether it does."""
-        rests = [self._keep(self._rest(h, target)) for h, target in self._batches]
-        factors = [self._keep(self._factors(h)) for h, _ in self._batches]
+        tokens = sum(h.shape[:-1].numel() for h, _ in self._batches)
+        some = self._batches[:: -(-tokens // INPUT_TOKENS)]
+        rests = [self._store(self._rest(h, target)) for h, target in some]
+        factors = [self._store(self._factors(h)) for h, _ in some]
 
         def stream() -> Iterator[Gated]:
-            for (h, _), factor, rest in zip(self._batches, factors, rests, strict=True):
+            for (h, _), factor, rest in zip(some, factors, rests, strict=True):
                 yield Gated(h, factor, rest)
 
         rows = [module.weight for module in self._inputs]
@@ -183,7 +182,7 @@ class _Ffn:
         moved = (stacked.float() + fit_inputs(stream, stacked, down)).flatten(0, 1)
         for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
             weight.copy_(new)
-        helps = _squared(self._rest(*pair) for pair in _held(self._batches)) < _squared(
+        helps = _squared(self._rest(*pair) for pair in _held(some)) < _squared(
             rest for (rest,) in _held(zip(rests, strict=True))
         )
         if not helps:  # the step was too long for what bends, or none was found

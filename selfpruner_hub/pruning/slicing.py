@@ -24,9 +24,10 @@ from selfpruner_hub.models.architectures import (
 )
 from selfpruner_hub.models.modeling_selfpruned import WIDTHS, LayerConfig
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
+from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.importance import LayerOrder, expand
 from selfpruner_hub.pruning.output_repair import Repair
-from selfpruner_hub.storage.offload import Keep, in_memory
+from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 Part = Literal["attention", "ffn"]
 PARTS: tuple[Part, Part] = ("attention", "ffn")
@@ -43,7 +44,7 @@ class Slicer:
         order: The permutation that was applied, one per layer.
         statistics: Calibration statistics in dense order, for the repair, one layer at a time; None leaves weights as
             they are.
-        keep: Where the repairs are put; repaired weights are memoised only where that is memory.
+        store: Where the repairs are put; repaired weights are memoised only where that is memory.
         fisher: What `fisher.output_fisher` returned, for the errors; None takes all errors of an output alike.
     """
 
@@ -52,11 +53,11 @@ class Slicer:
         model: PreTrainedModel,
         order: Sequence[LayerOrder],
         statistics: Iterable[LayerStatistics] | None,
-        keep: Keep = in_memory,
+        store: TensorStore = MEMORY,
         fisher: Fisher | None = None,
     ) -> None:
         self.model = model
-        self.keep = keep
+        self.store = store
         self.shape = shape_of(model.config)
         self._architecture = architecture_of(model.config)
         self._dense = decoder_layers(model)
@@ -67,14 +68,14 @@ class Slicer:
             self.repairs = [self._repairs(*known) for known in zip(self._dense, order, statistics, roots, strict=True)]
         self._cache: OrderedDict[tuple[int, Part, int], Tensor] = OrderedDict()
         outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
-        self._free = int(CACHED_REPAIRS * outputs) if keep is in_memory else 0
+        self._free = int(CACHED_REPAIRS * outputs) if not store.on_disk else 0
 
     def _repairs(
         self, layer: nn.Module, order: LayerOrder, known: LayerStatistics, roots: tuple[Tensor | None, Tensor | None]
     ) -> tuple[Repair, Repair]:
         pairs = ((known.attention, expand(order.groups, self.unit("query"))), (known.ffn, order.channels))
         return tuple(  # type: ignore[return-value]
-            Repair(linear(layer, path).weight, moments.gram[columns][:, columns], moments.ridge, self.keep, root)
+            Repair(linear(layer, path).weight, moments.gram[columns][:, columns], moments.ridge, self.store, root)
             for path, (moments, columns), root in zip(self._paths, pairs, roots, strict=True)
         )
 
@@ -90,6 +91,20 @@ class Slicer:
         if self.repairs is None:
             raise ValueError("a slicer without statistics knows no errors")
         return [(attention.errors()[:: self.unit("query")], ffn.errors()) for attention, ffn in self.repairs]
+
+    def loss_curves(self) -> list[LossCurves]:
+        """Predict the loss of each layer alone: half the expected error of its outputs after repair.
+
+        Returns:
+            One pair of curves per layer, in nats per token where the slicer knows the Fisher information.
+
+        Raises:
+            ValueError: The slicer has no statistics.
+        """
+        return [
+            LossCurves((attention / 2).double().cpu().numpy(), (ffn / 2).double().cpu().numpy())
+            for attention, ffn in self.errors()
+        ]
 
     def unit(self, block: Block) -> int:
         """Rows that one KV group (or one channel) has in a block of this kind."""
@@ -164,7 +179,7 @@ def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
     prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
     for index, kept in enumerate(plan.layers):
         state.update({f"{prefix}.{index}.{k}": v for k, v in slicer.layer(index, kept).state_dict().items()})
-    model.load_state_dict({k: _own(v, slicer.keep) for k, v in state.items()}, assign=True, strict=True)
+    model.load_state_dict({k: _own(v, slicer.store) for k, v in state.items()}, assign=True, strict=True)
     model.tie_weights()
     for name, buffer in dense.named_buffers():  # rotary frequencies are not in the state dict
         model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.clone()
@@ -172,11 +187,11 @@ def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
     return model.eval()
 
 
-def _own(tensor: Tensor, keep: Keep) -> Tensor:
+def _own(tensor: Tensor, store: TensorStore) -> Tensor:
     """A contiguous copy."""
-    if keep is in_memory:
+    if not store.on_disk:
         return tensor.detach().clone(memory_format=torch.contiguous_format)
-    return keep(tensor.detach().contiguous())
+    return store(tensor.detach().contiguous())
 
 
 def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
 from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.evaluation.fitness import REMAINS, Fitness
 from selfpruner_hub.plans.budget import Budget
-from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.progress import Bars
-from selfpruner_hub.pruning.slicing import Slicer
+from selfpruner_hub.pruning.prepare import Prepared
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.outcome import Outcome, Standing
@@ -20,38 +19,36 @@ from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import ray_workers
 from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.settings import Method
+from selfpruner_hub.storage.run import Run
 
 
 def find_plan(
     proposer: Proposer,
     budget: Budget,
-    slicer: Slicer,
-    curves: Sequence[LossCurves] | None,
+    ready: Prepared,
     texts: tuple[Corpus, Corpus],
     journal: Journal,
     method: Method,
+    run: Run,
     *,
-    seed: int,
-    executor: str | None,
-    report: Callable[..., None],
+    executor: str | None = None,
 ) -> Outcome:
     """Search, then compare what was found with the best seed on text that the search did not select on.
 
     Args:
         proposer: Asked for rates.
         budget: Every plan is on it.
-        slicer: Cuts the candidates.
-        curves: Predicted losses of the layers alone; None where nothing asks for them.
+        ready: What cuts the candidates, and the predicted losses of the layers alone.
         texts: Of the calibration and of the fitness.
         journal: Replayed first, then appended to.
         method: The settings.
-        seed: Of all randomness.
+        run: Surroundings; bars also get a note.
         executor: As for `AutoPruner.prune`.
-        report: Called with (what, done, total); bars also get a note.
 
     Returns:
         What was found.
     """
+    slicer, curves = ready.slicer, ready.curves
     calibration, held_out = (text.windows for text in texts)
     judged = (method.fitness, curves, REMAINS if method.repairs_twice else 1.0)
     fitness = Fitness(slicer, held_out, *judged)
@@ -65,10 +62,10 @@ def find_plan(
             journal,
             schedule=_schedule(method),
             seeds={name: rates for name, rates in starts.items() if name in method.seeds},
-            seed=seed,
+            seed=run.seed,
             probe=fitness.slopes if getattr(proposer, "reads_slopes", False) else None,
             pool=pool,
-            report=_live(report, method),
+            report=_live(run.progress, method),
         )
     if method.evaluations:
         elsewhere = Fitness(slicer, calibration[: len(held_out)], *judged)

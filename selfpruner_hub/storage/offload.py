@@ -7,16 +7,24 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from selfpruner_hub.errors import OutputError
 
-Keep = Callable[[Tensor], Tensor]
-"""Where large tensors are put: takes one, and returns the one to use instead."""
+
+class TensorStore(Protocol):
+    """Where large tensors are put: called with one, it returns the one to use instead."""
+
+    on_disk: bool
+    """Whether they leave memory."""
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Put a tensor away."""
+
 
 ARENA = 2**28
 """Bytes of a file, but for tensors that are larger."""
@@ -27,12 +35,20 @@ PAUSE = 0.005
 ALIGNMENT = 64
 
 
-def in_memory(tensor: Tensor) -> Tensor:
-    """Keep a tensor as it is."""
-    return tensor
+class Memory:
+    """Keeps tensors as they are."""
+
+    on_disk = False
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the tensor itself."""
+        return tensor
 
 
-class Shelf:
+MEMORY = Memory()
+
+
+class DiskStore:
     """Puts tensors into files that are mapped into memory, so that the system brings their pages in as they are read.
 
     They are used, and changed, like any others. Before each new tensor, and now and then by a thread, pages are given
@@ -45,6 +61,8 @@ class Shelf:
     Raises:
         OutputError: It cannot be written.
     """
+
+    on_disk = True
 
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
@@ -111,10 +129,10 @@ def _allocate(file: int, size: int) -> None:
         os.truncate(file, size)
 
 
-def _watch(shelf: weakref.ref[Shelf]) -> None:
+def _watch(store: weakref.ref[DiskStore]) -> None:
     pause = threading.Event()
     while not pause.wait(PAUSE):
-        alive = shelf()
+        alive = store()
         if alive is None:
             return
         alive.trim()

@@ -12,6 +12,7 @@ from selfpruner_hub.errors import ModelError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.run import Run
 
 WINDOWS = torch.randint(3, 128, (256, 16), generator=torch.Generator().manual_seed(0))
 
@@ -79,12 +80,12 @@ def test_layer_by_layer_it_is_what_one_backward_pass_gives(architecture, monkeyp
 
 def test_it_is_taken_from_its_checkpoints(tmp_path):
     model = tiny_model("llama")
-    first = output_fisher(model, WINDOWS[:8], checkpoints=Checkpoints(tmp_path))
-    again = output_fisher(model, WINDOWS[8:16], checkpoints=Checkpoints(tmp_path))  # these windows are not looked at
+    first = output_fisher(model, WINDOWS[:8], Run(checkpoints=Checkpoints(tmp_path)))
+    again = output_fisher(model, WINDOWS[8:16], Run(checkpoints=Checkpoints(tmp_path)))  # windows are not looked at
     for one, two in zip(first, again, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     (tmp_path / "fisher-1.safetensors").unlink()
-    other = output_fisher(model, WINDOWS[8:16], checkpoints=Checkpoints(tmp_path))
+    other = output_fisher(model, WINDOWS[8:16], Run(checkpoints=Checkpoints(tmp_path)))
     assert not torch.equal(other[0][0], first[0][0])
 
 
@@ -103,7 +104,7 @@ def test_a_setting_says_how_much_text_it_reads(tokens, windows, monkeypatch):
         read.append(found)
         return output_fisher(model, found, *args)
 
-    monkeypatch.setattr("selfpruner_hub.pruner.output_fisher", spy)
+    monkeypatch.setattr("selfpruner_hub.pruning.prepare.output_fisher", spy)
     AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama").prune(
         0.3, data="self", proposer="evolution", window=32, calibration_tokens=512, fisher_tokens=int(tokens),
         fitness_tokens=128, evaluations=0, progress=False,

@@ -9,6 +9,7 @@ from support.tiny import tiny_model
 import selfpruner_hub.models.layer_stream as streams
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import ModelError
+from selfpruner_hub.storage.run import Run
 
 WINDOWS = torch.randint(3, 128, (12, 16), generator=torch.Generator().manual_seed(0))
 
@@ -21,7 +22,7 @@ def test_moments_equal_those_of_all_inputs(name, monkeypatch):
         for part, module in (("attention", layer.self_attn.o_proj), ("ffn", layer.mlp.down_proj)):
             module.register_forward_pre_hook(lambda _m, x, key=(index, part): seen.setdefault(key, []).append(x[0]))
     told = []
-    statistics = calibrate(model, WINDOWS, lambda *args: told.append(args))
+    statistics = calibrate(model, WINDOWS, Run(progress=lambda *args: told.append(args)))
     assert told[-1] == ("calibrating", 4, 4)
     for (index, part), inputs in seen.items():
         x = torch.cat([i.flatten(0, 1) for i in inputs]).double()

@@ -14,7 +14,6 @@ from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import cross_entropy, divergence, perplexity, teach
-from selfpruner_hub.evaluation.sensitivity import loss_curves
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruning.importance import rank
@@ -88,7 +87,7 @@ def test_what_the_second_repair_takes_away_is_left_out(metric):
     order = rank(model, known := calibrate(model, WINDOWS))
     with ordered(model, order):
         slicer = Slicer(model, order, known, fisher=output_fisher(model, WINDOWS))
-        curves = loss_curves(slicer)
+        curves = slicer.loss_curves()
         cut = Plan.of([48, 40, 32, 48], [1, 4, 4, 4])
         alone = curves[0].attention[1] + curves[1].ffn[40] + curves[2].ffn[32]
         measured = Fitness(slicer, WINDOWS, metric).loss(cut, 0.5)

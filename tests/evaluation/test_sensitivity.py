@@ -13,7 +13,6 @@ from support.tiny import CONFIGS, tiny_model
 from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.evaluation.fitness import Fitness
-from selfpruner_hub.evaluation.sensitivity import loss_curves
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import STEP, Slopes
@@ -53,7 +52,7 @@ def test_slopes_predict_what_small_changes_do(architecture):
         slicer = Slicer(model, order, statistics, fisher=output_fisher(model, windows))
         budget = Budget(slicer.shape, 0.3)
         plan = budget.project(random_rates(budget, np.random.default_rng(0)))
-        curves = loss_curves(slicer)
+        curves = slicer.loss_curves()
         fitness = Fitness(slicer, windows, "perplexity")
         found = fitness.slopes(plan)
         second = Fitness(slicer, windows, "perplexity", curves).slopes(plan)

@@ -14,6 +14,7 @@ from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.sequential_repair import RIDGES, compensate
 from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.search.proposers import random_rates
+from selfpruner_hub.storage.run import Run
 
 WINDOWS = torch.randint(3, 128, (70, 16), generator=torch.Generator().manual_seed(0))
 
@@ -43,7 +44,7 @@ def test_the_streams_come_closer(architecture):
     pruned = cut(model)
     before, widths = error(model, pruned), [p.shape for p in pruned.parameters()]
     told = []
-    compensate(model, pruned, WINDOWS, ridges=(1e-4,), progress=lambda *what: told.append(what))
+    compensate(model, pruned, WINDOWS, ridges=(1e-4,), run=Run(progress=lambda *what: told.append(what)))
     assert error(model, pruned) < before
     assert [p.shape for p in pruned.parameters()] == widths
     assert all(p.requires_grad for p in pruned.parameters())

@@ -17,7 +17,7 @@ from selfpruner_hub.errors import ModelError, OutputError, UserError
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage import offload as shelves
-from selfpruner_hub.storage.offload import Shelf
+from selfpruner_hub.storage.offload import DiskStore
 
 SETTINGS = {
     "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 1024, "fitness_tokens": 128,
@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 def test_values_survive_their_release(tmp_path):
-    shelf = Shelf(tmp_path / "new")
+    shelf = DiskStore(tmp_path / "new")
     tensors = [torch.randn(3, 5), torch.arange(7), torch.randn(4, 4).bfloat16().t(), torch.zeros(0)]
     kept = [shelf(tensor) for tensor in tensors]
     kept[0][1] = 9  # written to the file
@@ -39,7 +39,7 @@ def test_values_survive_their_release(tmp_path):
 
 def test_files_end_with_their_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(shelves, "ARENA", 4096)
-    shelf = Shelf(tmp_path)
+    shelf = DiskStore(tmp_path)
     kept = [shelf(torch.full((1024,), i)) for i in range(10)]
     held = kept[3].narrow(0, 1, 4)
     del kept
@@ -51,7 +51,7 @@ def test_files_end_with_their_tensors(tmp_path, monkeypatch):
 def test_a_directory_that_cannot_be_written_is_told_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="Cannot keep tensors"):
-        Shelf(tmp_path / "file" / "below")
+        DiskStore(tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])  # apart, with normalised outputs, fused
@@ -70,14 +70,14 @@ def test_the_pruned_model_is_the_same_to_the_bit(architecture, tmp_path):
 def test_what_cannot_be_offloaded_is_refused(tmp_path):
     saved = str(save_tiny("llama", tmp_path / "dense"))
     with pytest.raises(UserError, match="offloaded"):
-        load_model(saved, keep=Shelf(tmp_path), device_map="auto")
+        load_model(saved, store=DiskStore(tmp_path), device_map="auto")
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
     with pytest.raises(ModelError, match="do not fit"):
-        load_model(saved, keep=Shelf(tmp_path))
+        load_model(saved, store=DiskStore(tmp_path))
     (tmp_path / "dense" / "model.safetensors").unlink()
     with pytest.raises(ModelError):
-        load_model(saved, keep=Shelf(tmp_path))
+        load_model(saved, store=DiskStore(tmp_path))
 
 
 def test_missing_weights_are_told(tmp_path):
@@ -85,7 +85,7 @@ def test_missing_weights_are_told(tmp_path):
     state = {k: v for k, v in model.state_dict().items() if "layers.1.mlp.up_proj" not in k}
     model.save_pretrained(tmp_path / "dense", state_dict=state)
     with pytest.raises(ModelError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight"):
-        load_model(str(tmp_path / "dense"), keep=Shelf(tmp_path))
+        load_model(str(tmp_path / "dense"), store=DiskStore(tmp_path))
 
 
 PROGRAM = """
