@@ -1,12 +1,16 @@
 """What `AutoPruner` decides itself: which text goes into calibration and fitness."""
 
+import shutil
+
 import pytest
 import torch
+from support.chat import chat_tokenizer
 from support.tiny import tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer
 
 from selfpruner_hub import AutoPruner
 from selfpruner_hub.calibration.corpus import Corpus
-from selfpruner_hub.errors import DataError
+from selfpruner_hub.errors import DataError, RunMismatchError
 from selfpruner_hub.provenance import describe
 
 WINDOW, CALIBRATION, FITNESS = 32, 20, 8
@@ -47,28 +51,31 @@ def of_article(windows):
 
 @pytest.mark.parametrize(("share", "own"), [(0, (0, 0)), (0.25, (5, 2)), (1, (20, 8))])
 def test_a_share_of_both_texts_is_the_models_own(share, own, article, texts):
-    record, found = texts(article, own_text=share)
+    parts = {article: 1 - share, "self": share}
+    data = "+".join(source for source, part in parts.items() if part)
+    shares = tuple(part for part in parts.values() if part)
+    record, found = texts(data, shares=shares)
     assert [len(windows) for windows in found] == [CALIBRATION, FITNESS]
     assert tuple(of_article(windows).count(False) for windows in found) == own
     names = [name for name, part in (("article.txt", 1 - share), ("self", share)) if part]
     assert record.data["calibration"]["name"] == " and ".join(names)
-    assert record.method["own_text"] == share
+    assert record.method["shares"] == list(shares)
 
 
 def test_the_first_windows_are_of_both(article, texts):
-    _, (calibration, _) = texts(article, own_text=0.5)
+    _, (calibration, _) = texts(f"{article}+self")
     assert set(of_article(calibration[: CALIBRATION // 2])) == {True, False}
 
 
 def test_no_window_that_the_model_wrote_is_in_both_texts(article, texts):
-    _, found = texts(article, own_text=0.5)
+    _, found = texts(f"{article}+self")
     own = [{tuple(row) for row in windows.tolist() if set(row) != {ord("A")}} for windows in found]
     assert not own[0] & own[1]
 
 
 def test_a_model_alone_needs_no_share(texts):
     record, (first, _) = texts("self")
-    _, (again, _) = texts("self", own_text=0.25)
+    _, (again, _) = texts("self", shares=(0.25,))
     assert torch.equal(first, again)
     assert record.data["calibration"]["name"] == "self"
 
@@ -76,4 +83,83 @@ def test_a_model_alone_needs_no_share(texts):
 def test_a_text_too_short_is_too_short_with_a_share_too(tmp_path, texts):
     (tmp_path / "short.txt").write_text("A" * WINDOW * 5)
     with pytest.raises(DataError, match="are needed"):
-        texts(str(tmp_path / "short.txt"), own_text=0.25)
+        texts(f"{tmp_path / 'short.txt'}+self", shares=(0.75, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "preset", "sources"),
+    [
+        (chat_tokenizer, "default", ["chat", "wikitext2"]),
+        (tiny_tokenizer, "default", ["wikitext2"]),
+        (chat_tokenizer, "paper", ["wikitext2"]),
+        (tiny_tokenizer, "paper", ["wikitext2"]),
+    ],
+)
+def test_the_default_text(tokenizer, preset, sources, monkeypatch):
+    asked = []
+
+    def load(source, _tokenizer, *, tokens, window, **_):
+        asked.append(source)
+        return Corpus.of(source, torch.arange(tokens).view(-1, window) % 100 + 3)
+
+    monkeypatch.setattr("selfpruner_hub.calibration.texts.load_corpus", load)
+    made = AutoPruner(tiny_model("llama"), tokenizer(), "tests/llama").prune(
+        0.3, preset=preset, proposer="evolution", window=WINDOW, calibration_tokens=WINDOW * 4,
+        fitness_tokens=WINDOW * 2, evaluations=0, progress=False,
+    )  # fmt: skip
+    assert asked == sources
+    assert made.report.data["calibration"]["name"] == " and ".join(sources)
+
+
+class KilledError(Exception):
+    """The process is killed."""
+
+
+@pytest.fixture
+def prune_chat(tmp_path):
+    """Prune a tiny chat model on its own conversations and text in one run directory; tells what was done."""
+
+    def prune(end_at=None, **settings):
+        told = []
+
+        def tell(what, done, *_):
+            told.append(what)
+            if what == end_at and done:
+                raise KilledError
+
+        pruner = AutoPruner(tiny_model("llama"), chat_tokenizer(), "tests/llama")
+        try:
+            made = pruner.prune(
+                0.3, data="chat+self", proposer="evolution", window=WINDOW, calibration_tokens=512,
+                fitness_tokens=128, evaluations=4, run_dir=tmp_path / "run", progress=tell, **settings,
+            )  # fmt: skip
+        except KilledError:
+            made = None
+        return made, set(told)
+
+    return prune
+
+
+def test_a_chat_model_is_pruned_on_what_it_writes_and_a_run_goes_on(prune_chat, tmp_path):
+    ended, told = prune_chat("repairing")
+    assert ended is None
+    assert {"writing questions", "writing answers", "sampling text"} <= told
+    made, told = prune_chat()
+    assert not {"writing questions", "writing answers", "sampling text"} & told
+    assert made.report.data["calibration"]["name"] == made.report.data["fitness"]["name"] == "chat and self"
+    shutil.rmtree(tmp_path / "run")
+    undisturbed, told = prune_chat()
+    assert "writing answers" in told
+    assert made.report.data == undisturbed.report.data
+    assert made.plan == undisturbed.plan
+    for a, b in zip(made.model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    made.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "run" / "stages").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == chat_tokenizer().chat_template
+
+
+def test_another_share_is_another_search(prune_chat):
+    prune_chat()
+    with pytest.raises(RunMismatchError):
+        prune_chat(shares=(3, 1))

@@ -43,7 +43,8 @@ def test_changes_replace_settings_and_none_leaves_them_alone():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_record_is_json_with_every_setting(preset):
     values = json.loads(json.dumps(PRESETS[preset].record()))
-    assert resolve(preset, **{**values, "seeds": tuple(values["seeds"])}) == PRESETS[preset]
+    lists = {key: tuple(values[key]) for key in ("seeds", "shares")}
+    assert resolve(preset, **{**values, **lists}) == PRESETS[preset]
 
 
 def test_the_choices_are_those_of_the_modules_that_define_them():
@@ -52,6 +53,11 @@ def test_the_choices_are_those_of_the_modules_that_define_them():
     budget = Budget(ModelShape(8, 4, 1, Plan.of([16], [2])), 0.3)
     curves = [LossCurves(np.linspace(1, 0, 3), np.linspace(1, 0, 17))]
     assert set(CHOICES["seeds"]) == set(seeds(budget, curves))
+
+
+def test_shares_are_kept_as_they_are():
+    assert resolve("default", shares=(3, 0.5)).record()["shares"] == [3, 0.5]
+    assert resolve("default").shares == ()
 
 
 @pytest.mark.parametrize("first_share", [1e-6, 1])
@@ -97,6 +103,14 @@ def test_a_search_without_evaluations_needs_no_children():
         ({"fitness": "accuracy"}, "Unknown fitness 'accuracy'.*kl, perplexity"),
         ({"importance": "magnitude"}, "Unknown importance 'magnitude'.*wanda-sp"),
         ({"importance": 5}, "importance must be a name"),
+        ({"shares": 0.5}, "shares must be a list of numbers"),
+        ({"shares": "half"}, "shares must be a list of numbers"),
+        ({"shares": (1, 0)}, r"shares must be numbers above 0; got \[1, 0\]"),
+        ({"shares": (-1, 2)}, "shares must be numbers above 0"),
+        ({"shares": (float("nan"),)}, "shares must be numbers above 0"),
+        ({"shares": (float("inf"), 1)}, "shares must be numbers above 0"),
+        ({"shares": ("1", 1)}, "shares must be numbers above 0"),
+        ({"own_text": 0.5}, "Unknown setting own_text"),
     ],
     ids=str,
 )
@@ -114,7 +128,10 @@ def test_every_setting_is_explained(preset):
     assert all(setting.kind for setting in told)
     json.dumps([setting.default for setting in told])
     values = {setting.name: setting.default for setting in told}
-    assert resolve(preset, **{**values, "seeds": tuple(values["seeds"])}) == PRESETS[preset]
+    assert (
+        resolve(preset, **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        == PRESETS[preset]
+    )
 
 
 def test_a_meaning_is_the_docstring_in_one_line():

@@ -43,7 +43,8 @@ def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
         messages: Turns in their order; at least one.
 
     Returns:
-        The conversation. Where a template rewrites earlier turns, only the last answer counts as the assistant's.
+        The conversation. Where a template rewrites earlier turns, only the last answer counts as the assistant's; a
+        first turn of the assistant, which answers nothing, does not count.
 
     Raises:
         DataError: The template refuses these messages.
@@ -51,7 +52,7 @@ def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     text = rendered(tokenizer, messages)
     spans = []
     for index, message in enumerate(messages):
-        if message.get("role") == "assistant":
+        if index and message.get("role") == "assistant":
             before = rendered(tokenizer, messages[:index], prompt=True)
             through = rendered(tokenizer, messages[: index + 1])
             if text.startswith(before) and text.startswith(through.rstrip()):

@@ -69,7 +69,7 @@ def write_conversations(
         At most `count` conversations; fewer only where the model keeps repeating itself.
 
     Raises:
-        DataError: The template has no user's turn, or the model writes none that ends.
+        DataError: The template has no user's turn, or the model writes none that ends and is new.
     """
     frames = [(system, user_turn(tokenizer, system)) for system in SYSTEM_PROMPTS]
     usable = [(system, frame) for system, frame in frames if frame is not None]
@@ -100,7 +100,7 @@ def write_conversations(
             if ids[-1] in stops and text and distinct.add(text):
                 kept.append([*([{"role": "system", "content": system}] if system else []), _said("user", text)])
     if not kept:
-        raise DataError("The model wrote no user's turn that ends.", _OTHER_TEXT)
+        raise DataError("The model wrote no user's turn that ends, or none that is new.", _OTHER_TEXT)
     prompts = [prompt_ids(tokenizer, messages) for messages in kept[:count]]
     answers = continuations(
         model,
@@ -113,7 +113,11 @@ def write_conversations(
         what="writing answers",
     )
     closing = closing_ids(tokenizer)
-    return [_answered(*pair, closing) for pair in zip(prompts, answers, strict=True)]
+    return [
+        _answered(prompt, answer, closing)
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if decoded(tokenizer, answer)
+    ]
 
 
 def _answered(prompt: list[int], answer: list[int], closing: list[int]) -> Conversation:

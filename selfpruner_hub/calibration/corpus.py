@@ -120,9 +120,14 @@ def sources_of(data: Any) -> list[Any]:
     Returns:
         Sources as `load_corpus` takes them, each once.
     """
-    if isinstance(data, str) and not Path(data).exists():
-        return list(dict.fromkeys(data.split("+")))
-    return [data]
+    return list(dict.fromkeys(data.split("+"))) if isinstance(data, str) and not _exists(data) else [data]
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name too long: a text itself, say
+        return False
 
 
 def load_corpus(
@@ -154,18 +159,19 @@ def load_corpus(
         DataError: The source is unknown, unreadable or too short.
     """
     count, name = max(1, -(-tokens // window)), name_of(source)
-    if name in GENERATED and model is None:
+    written = source if isinstance(source, str) and source in GENERATED else None
+    if written and model is None:
         raise DataError(f'data="{name}" needs the model that writes the text.')
-    if name == "self" and model is not None:
+    if written == "self" and model is not None:
         return Corpus.of(name, sample_windows(model, count, window, seed, progress))
     if tokenizer is None:
         raise DataError(f"The text {name!r} needs a tokenizer, and the model came without one.", 'Use data="self".')
-    if name == "chat" and model is not None:
+    if written == "chat" and model is not None:
         return Corpus.of(name, _written_conversations(model, tokenizer, count, window, seed, progress))
     # Read up to four times what is asked for, so that the seed has windows to choose from.
-    windows = _windows(entries(source), tokenizer, window, 4 * count)
+    windows, found = _windows(entries(source), tokenizer, window, 4 * count)
     if 2 * len(windows) < count:
-        raise too_little_text(name, windows.numel(), count * window)
+        raise too_little_text(name, found, count * window)
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]
     return Corpus.of(name, windows[chosen.sort().values])
 
@@ -184,8 +190,8 @@ def _written_conversations(
     distinct, windows = Distinct(), torch.empty(0, window, dtype=torch.int64)
     written: list[Conversation] = []
     for attempt in range(ATTEMPTS):
-        length = windows.numel() / len(written) if len(windows) else CONVERSATION_TOKENS
-        some = 1 + round(1.05 * (count - len(windows)) * window / length)
+        length = windows.numel() / len(written) if len(windows) else min(CONVERSATION_TOKENS, window)
+        some = 1 + round(1.1 * (count - len(windows)) * window / length)
         seeded = ATTEMPTS * seed + attempt
         written += write_conversations(model, tokenizer, some, seeded, distinct=distinct, progress=progress)
         windows = packed(written, window)
@@ -194,8 +200,8 @@ def _written_conversations(
     raise too_little_text("chat", windows.numel(), count * window)
 
 
-def _windows(items: Iterable[Entry], tokenizer: PreTrainedTokenizerBase, window: int, most: int) -> Tensor:
-    """At most `most` windows of plain text, one after another, or of conversations, as they stand in `items`."""
+def _windows(items: Iterable[Entry], tokenizer: PreTrainedTokenizerBase, window: int, most: int) -> tuple[Tensor, int]:
+    """At most `most` windows of plain text or of conversations, in the order of `items`, and the tokens found."""
     rest = iter(items)
     first = next(rest, "")
     talks = not isinstance(first, str)
@@ -209,9 +215,10 @@ def _windows(items: Iterable[Entry], tokenizer: PreTrainedTokenizerBase, window:
             yield each
 
     if talks:
-        return packed((conversation(tokenizer, messages) for messages in same(list)), window, most)
+        windows = packed((conversation(tokenizer, messages) for messages in same(list)), window, most)
+        return windows, windows.numel()
     ids = encode(same(str), tokenizer, limit=most * window)
-    return torch.tensor(ids[: len(ids) // window * window], dtype=torch.int64).view(-1, window)
+    return torch.tensor(ids[: len(ids) // window * window], dtype=torch.int64).view(-1, window), len(ids)
 
 
 def consecutive_windows(
@@ -240,7 +247,7 @@ def consecutive_windows(
         raise DataError(f"The text {source!r} needs a tokenizer, and the model came without one.")
     if window < 2 or (count is not None and count < 1):
         raise DataError(f"A measurement needs windows of at least 2 tokens, and at least one; got {window}, {count}.")
-    windows = _windows(entries(source, "test"), tokenizer, window, count or 1 << 40 // window)
+    windows, found = _windows(entries(source, "test"), tokenizer, window, count or (1 << 40) // window)
     if len(windows) < (count or 1):
-        raise too_little_text(source, windows.numel(), (count or 1) * window)
+        raise too_little_text(source, found, (count or 1) * window)
     return Corpus.of(f"{source} test split" if source in HUB_SOURCES else Path(source).name, windows)

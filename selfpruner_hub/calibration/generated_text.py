@@ -106,7 +106,8 @@ def sample_windows(
     """
     config = model.config
     special: set[int] = set()
-    for ids in (config.eos_token_id, config.pad_token_id, config.bos_token_id):  # one id, several, or None
+    ends = config.eos_token_id, getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    for ids in (*ends, config.pad_token_id, config.bos_token_id):  # one id, several, or None
         special.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(config.vocab_size, (count, 1), generator=generator).tolist()

@@ -71,12 +71,16 @@ def _entry(value: Any, where: str) -> Entry:
         value = value.get("messages", value.get("text"))
     if isinstance(value, str):
         return value
-    if isinstance(value, Sequence) and value and all(isinstance(each, Mapping) for each in value):
+    if isinstance(value, Sequence) and value and all(map(_is_message, value)):
         return list(value)
     raise DataError(
         f'{where}: expected a text, or an object with a text under "text" or a conversation under "messages".',
         'A conversation is a list of objects with a "role" and a "content".',
     )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
 
 
 def _file_entries(path: Path) -> Iterator[Entry]:

@@ -70,7 +70,8 @@ class Texts:
     def _parts(self, source: Any, share: float, method: Method, run: Run) -> tuple[Corpus, ...]:
         """What one source gives to both."""
         window = min(method.window, getattr(self._model.config, "max_position_embeddings", method.window))
-        wanted = [-(-int(share * n) // window) * window for n in (method.calibration_tokens, method.fitness_tokens)]
+        tokens = method.calibration_tokens, method.fitness_tokens
+        wanted = [max(1, -(-int(share * n) // window)) * window for n in tokens]
         key = (source if isinstance(source, str) else id(source), run.seed, window, *wanted)
         if key not in self._known:
             corpus = self._load(source, key, sum(wanted), window, run)

@@ -6,9 +6,13 @@ import json
 import datasets
 import pytest
 import torch
+from support.chat import Writer, assistant, chat_tokenizer, user
 from support.tiny import tiny_model, tiny_tokenizer
 
-from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows, load_corpus
+from selfpruner_hub.calibration import conversations, generated_text
+from selfpruner_hub.calibration.chat_template import conversation
+from selfpruner_hub.calibration.conversations import packed
+from selfpruner_hub.calibration.corpus import ATTEMPTS, Corpus, consecutive_windows, load_corpus, sources_of
 from selfpruner_hub.errors import DataError
 
 WINDOW = 8
@@ -137,9 +141,10 @@ def test_too_little_text_says_what_there_is_and_what_is_needed(content, asked, t
     assert_one_line_with_remedy(caught.value)
 
 
-@pytest.mark.parametrize("source", ["wikitext3", "text.pdf", ""])
+@pytest.mark.parametrize("source", ["wikitext3", "text.pdf", "", "in/self", "in/chat", "It was so. " * 500])
 def test_an_unknown_source_names_the_known_ones(source):
-    with pytest.raises(DataError, match=r"wikitext2, c4, self, or a path to a \.txt or \.jsonl") as caught:
+    known = r"wikitext2, c4, chat, self, several with \+ between them, or a path to a \.txt or \.jsonl"
+    with pytest.raises(DataError, match=known) as caught:
         draw(source)
     assert_one_line_with_remedy(caught.value)
 
@@ -171,8 +176,9 @@ def test_a_bad_jsonl_line_is_named(line, tmp_path):
 def test_text_needs_a_tokenizer_and_self_needs_the_model(text):
     with pytest.raises(DataError, match="tokenizer"):
         load_corpus(text, None, tokens=8, window=WINDOW)
-    with pytest.raises(DataError, match="model"):
-        load_corpus("self", None, tokens=8, window=WINDOW)
+    for source in ("self", "chat"):
+        with pytest.raises(DataError, match="model"):
+            load_corpus(source, None, tokens=8, window=WINDOW)
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4"])
@@ -196,7 +202,8 @@ def test_pruning_reads_the_train_split_and_measuring_the_test_split(monkeypatch)
     assert asked == [("Salesforce/wikitext", "train"), ("Salesforce/wikitext", "test"), ("allenai/c4", "validation")]
 
 
-def test_the_model_samples_its_own_text():
+def test_the_model_samples_its_own_text(monkeypatch):
+    monkeypatch.setattr(generated_text, "SAMPLE_BATCH", 64)
     model = tiny_model("llama")
     corpus = load_corpus("self", None, tokens=70 * WINDOW, window=WINDOW, model=model)  # two batches of sampling
     assert corpus.name == "self"
@@ -211,6 +218,12 @@ def test_consecutive_windows_keep_their_order_and_leave_the_rest_out(tmp_path):
     assert places(corpus) == list(range(6))
     assert corpus.name == "a.txt"
     assert places(consecutive_windows(path, TOKENIZER, WINDOW, count=2)) == [0, 1]
+
+
+def test_consecutive_windows_of_any_width_are_all_there_are(tmp_path):
+    path = written(tmp_path / "a.txt", numbered(8 * 50))
+    assert consecutive_windows(path, TOKENIZER, 64).windows.shape == (50, 64)
+    assert consecutive_windows(path, TOKENIZER, 1600).windows.shape == (2, 1600)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +244,129 @@ def test_consecutive_windows_of_too_little_text(window, count, said, tmp_path):
 def test_a_measurement_needs_a_tokenizer_and_a_text_of_others(text):
     with pytest.raises(DataError, match="tokenizer"):
         consecutive_windows(text, None, WINDOW)
-    with pytest.raises(DataError, match="did not write") as caught:
-        consecutive_windows("self", TOKENIZER, WINDOW)
-    assert "self" not in caught.value.hint
+    for source in ("self", "chat"):
+        with pytest.raises(DataError, match="did not write") as caught:
+            consecutive_windows(source, TOKENIZER, WINDOW)
+        assert source not in caught.value.hint
+
+
+CHAT = chat_tokenizer("gemma")
+TALKS = [[user(f"What is {i}?"), assistant(f"A number, {i * i}.")] for i in range(60)]
+WRITTEN = [conversation(CHAT, talk) for talk in TALKS]
+
+
+def chat_windows(source, tokens=20 * 24, **more):
+    return load_corpus(source, CHAT, tokens=tokens, window=24, **more).windows.tolist()
+
+
+@pytest.mark.parametrize("kind", ["list", "objects", "data set", "file"])
+def test_conversations_of_a_user_are_packed_as_the_template_writes_them(kind, tmp_path):
+    objects = [{"messages": talk} for talk in TALKS]
+    source = {
+        "list": TALKS,
+        "objects": objects,
+        "data set": datasets.Dataset.from_list(objects),
+        "file": written(tmp_path / "mine.jsonl", "\n".join(map(json.dumps, objects))),
+    }[kind]
+    whole = packed(WRITTEN, 24).tolist()
+    assert len(whole) == 60  # a conversation is longer than a window
+    found = chat_windows(source)
+    assert len(found) == 20
+    assert [row for row in whole if row in found] == found  # in their order
+    assert chat_windows(source, seed=1) != found
+    assert consecutive_windows(source, CHAT, 24).windows.tolist() == whole if kind == "file" else True
+
+
+def test_texts_of_a_list():
+    items = [numbered(100), {"text": "".join(f"{i:08d}" for i in range(100, 200))}]
+    corpus = draw(items)
+    assert corpus.name == "list"
+    assert set(places(corpus)) <= set(range(40))
+    assert len(corpus.windows) == 10
+
+
+@pytest.mark.parametrize("items", [["A text.", *TALKS], [*TALKS, "A text."]], ids=["text first", "text last"])
+def test_texts_and_conversations_do_not_mix(items):
+    with pytest.raises(DataError, match="mixed in one source") as caught:
+        chat_windows(items, tokens=10_000)
+    assert_one_line_with_remedy(caught.value)
+
+
+def test_conversations_need_a_template():
+    with pytest.raises(DataError, match="chat template") as caught:
+        draw(TALKS)
+    assert_one_line_with_remedy(caught.value)
+    with pytest.raises(DataError, match="chat template") as caught:
+        draw("chat", model=tiny_model("llama"))
+    assert_one_line_with_remedy(caught.value)
+
+
+def test_too_few_conversations():
+    with pytest.raises(DataError, match="'list' has only 72 tokens in whole windows; 240 are needed"):
+        chat_windows(TALKS[:3], tokens=240)
+    with pytest.raises(DataError, match="only 0 tokens"):
+        chat_windows([], tokens=240)
+
+
+@pytest.fixture
+def write(monkeypatch):
+    """Let a script write `chat`; gives the corpus and the writer."""
+
+    def write(questions, tokens, window, *, style="gemma", answer="Yes.", **more):
+        tokenizer = chat_tokenizer(style)
+        writer = Writer(tokenizer, questions, lambda _: answer)
+        monkeypatch.setattr(conversations, "continuations", writer)
+        monkeypatch.setattr(conversations, "OPENINGS", ("",))
+        model = tiny_model("llama")
+        return load_corpus("chat", tokenizer, tokens=tokens, window=window, model=model, **more), writer
+
+    return write
+
+
+@pytest.mark.parametrize("window", [16, 32, 128, 512])
+@pytest.mark.parametrize("style", ["gemma", "chatml"])
+def test_written_conversations_fill_windows_of_any_width(window, style, write):
+    """Those of Gemma's style have 40 tokens or so here, those of ChatML's up to 150."""
+    corpus, _ = write((f"Is {i} even?" for i in range(100_000)), 40 * window, window, style=style)
+    assert corpus.name == "chat"
+    assert corpus.windows.shape == (40, window)
+    begins = {"gemma": "<s><start_of_turn>user\nIs ", "chatml": "<|im_start|>system\nYou "}[style]
+    tokenizer = chat_tokenizer(style)
+    assert all(tokenizer.decode(row).startswith(begins) for row in corpus.windows)
+    assert len(set(map(tuple, corpus.windows.tolist()))) == 40 or window < 64
+
+
+def test_no_conversation_is_written_twice(write):
+    questions = [f"Is {i // 3} even?" for i in range(1000)]  # each three times
+    corpus, _ = write(questions, 20 * 64, 64)
+    text = "".join(CHAT.decode(row) for row in corpus.windows)
+    assert all(text.count(f"Is {i} even?") <= 1 for i in range(400))
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_each_attempt_has_a_seed_of_its_own(seed, write):
+    questions = (f"Is {i} even?" if i % 9 == 0 else None for i in range(100_000))
+    _, writer = write(questions, 40 * 64, 64, seed=seed)
+    seeds = [call["seed"] for call in writer.of("answers")]
+    assert len(set(seeds)) == len(seeds) > 1
+    assert seeds == list(range(ATTEMPTS * seed, ATTEMPTS * seed + len(seeds)))
+
+
+def test_a_model_that_repeats_itself_writes_too_little(write):
+    with pytest.raises(DataError, match=r"none that is new") as caught:
+        write(["Who are you?"] * 100_000, 64 * 64, 64)
+    assert_one_line_with_remedy(caught.value)
+
+
+def test_what_is_a_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "a+b.txt", "text")
+    assert sources_of("chat") == ["chat"]
+    assert sources_of("chat+wikitext2") == ["chat", "wikitext2"]
+    assert sources_of("self+chat+self") == ["self", "chat"]
+    assert sources_of("a+b.txt") == ["a+b.txt"]
+    assert sources_of("chat+mine.jsonl") == ["chat", "mine.jsonl"]
+    assert sources_of(tmp_path) == [tmp_path]
+    assert sources_of(TALKS) == [TALKS]
+    long = "Once upon a time, " * 300
+    assert sources_of(long) == [long]

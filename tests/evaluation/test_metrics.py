@@ -10,10 +10,21 @@ from support.tiny import CONFIGS, tiny_model
 
 import selfpruner_hub.models.forward as forward
 from selfpruner_hub.calibration.fisher import output_fisher
+from selfpruner_hub.calibration.generated_text import continuations
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.fitness import Fitness
-from selfpruner_hub.evaluation.metrics import cross_entropy, divergence, perplexity, teach
+from selfpruner_hub.evaluation.metrics import (
+    cross_entropy,
+    divergence,
+    following,
+    label_loss,
+    mean_losses,
+    miss_loss,
+    perplexity,
+    teach,
+    teacher_loss,
+)
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruning.importance import rank
@@ -112,3 +123,71 @@ def test_unknown_metric_is_refused():
     model = tiny_model("llama")
     with pytest.raises(UserError, match="kl, perplexity"):
         Fitness(Slicer(model, [], None), WINDOWS, "accuracy")
+
+
+LENGTHS = [24, 5, 17, 2, 9, 24, 12, 3, 20, 7]
+
+
+def counted_of(lengths, start=1):
+    """Predictions from the token `start` on, without those of what pads a window."""
+    places = torch.arange(1, WINDOWS.shape[1])
+    return torch.stack([(places >= start) & (places < length) for length in lengths])
+
+
+def test_what_follows_is_what_counts():
+    assert torch.equal(following(WINDOWS), WINDOWS[:, 1:].flatten())
+    few = following(WINDOWS, counted_of(LENGTHS))
+    assert torch.equal(few, torch.cat([row[1:n] for row, n in zip(WINDOWS, LENGTHS, strict=True)]))
+
+
+@pytest.mark.parametrize("start", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral"])
+def test_padded_windows_give_the_figures_of_each_on_its_own(name, start):
+    dense, other = tiny_model(name), tiny_model(name, seed=1)
+    counted = counted_of(LENGTHS, start)
+    losses = (
+        label_loss(WINDOWS, counted), miss_loss(WINDOWS, counted),
+        teacher_loss(teach(dense, WINDOWS, counted=counted)),
+    )  # fmt: skip
+    found = mean_losses(other, WINDOWS, *losses, counted=counted)
+    totals = torch.zeros(3)
+    for row, length in zip(WINDOWS, LENGTHS, strict=True):
+        if length > start:
+            alone = row[None, :length]
+            with torch.no_grad():
+                p, q = (m(alone).logits[0, start - 1 : -1].log_softmax(-1) for m in (dense, other))
+            top = p.topk(64).indices
+            inside = [(x.gather(1, top), (1 - x.gather(1, top).exp().sum(1)).log()) for x in (p, q)]
+            (p_top, p_rest), (q_top, q_rest) = inside
+            kl = (p_top.exp() * (p_top - q_top)).sum(1) + p_rest.exp() * (p_rest - q_rest)
+            wanted = alone[0, start:]
+            likely = q.gather(1, wanted[:, None])
+            totals += torch.stack([-likely.sum(), (q.argmax(1) != wanted).sum().float(), kl.sum()])
+    assert found == pytest.approx((totals / counted.sum()).tolist(), rel=1e-3)
+    assert 0.5 < found[1] <= 1
+
+
+def test_all_that_counts_is_all():
+    model = tiny_model("llama")
+    everything = torch.ones(10, 23, dtype=torch.bool)
+    with_all, without = (
+        mean_losses(model, WINDOWS, label_loss(WINDOWS, c), miss_loss(WINDOWS, c), counted=c)
+        for c in (everything, None)
+    )
+    assert with_all == without
+    assert without[0] == pytest.approx(cross_entropy(model, WINDOWS))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_model_misses_none_of_its_own_likeliest_tokens(name):
+    model, other = tiny_model(name), tiny_model(name, seed=1)
+    answers = continuations(model, WINDOWS[:, :8].tolist(), 16, temperature=0)
+    windows = torch.cat([WINDOWS[:, :8], torch.tensor(answers)], 1)
+    counted = torch.zeros(10, 23, dtype=torch.bool)
+    counted[:, 7:] = True
+    for measured, least, most in ((model, 0, 0), (other, 0.5, 1)):
+        (found,) = mean_losses(measured, windows, miss_loss(windows, counted), counted=counted)
+        assert least <= found <= most
+    counted[:, 6] = True  # the last token of the prompt is not the model's
+    (found,) = mean_losses(model, windows, miss_loss(windows, counted), counted=counted)
+    assert 0 < found <= 1 / 17

@@ -1,0 +1,142 @@
+"""Chat templates: the same tokens as transformers writes, and which of them are the assistant's."""
+
+from itertools import groupby
+
+import pytest
+from support.chat import END, MARKS, STYLES, TEMPLATES, assistant, chat_tokenizer, system, user
+from support.tiny import tiny_tokenizer
+
+from selfpruner_hub.calibration.chat_template import conversation, decoded, has_chat_template, prompt_ids, user_turn
+from selfpruner_hub.errors import DataError
+
+ONE = [user("What is the capital of France?"), assistant("Paris.\nIt is on the Seine.")]
+TWO = [*ONE, user("And of Italy?"), assistant("Rome")]
+each_style = pytest.mark.parametrize("style", STYLES)
+takes_system = pytest.mark.parametrize("style", ["chatml", "llama3"])
+
+
+def answers(tokenizer, written):
+    """Texts of the stretches that the assistant wrote."""
+    marked = groupby(zip(written.ids, written.answered, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([i for i, _ in stretch]) for theirs, stretch in marked if theirs]
+
+
+def test_a_tokenizer_has_a_template_or_not():
+    assert has_chat_template(chat_tokenizer())
+    assert not has_chat_template(tiny_tokenizer())
+    assert not has_chat_template(None)
+
+
+def test_special_tokens_of_the_tiny_tokenizer_are_single_tokens():
+    tokenizer = chat_tokenizer()
+    assert [tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in MARKS] == [[i] for i in MARKS.values()]
+    assert decoded(tokenizer, [3, *b" Hi\n", 4]) == "Hi"
+
+
+@each_style
+@pytest.mark.parametrize("messages", [ONE, TWO, ONE[:1], TWO[:3]], ids=len)
+def test_tokens_are_those_of_transformers(style, messages):
+    tokenizer = chat_tokenizer(style)
+    made = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert list(conversation(tokenizer, messages).ids) == made
+
+
+@each_style
+@pytest.mark.parametrize("messages", [ONE[:1], TWO[:3]], ids=len)
+def test_prompts_are_those_of_transformers(style, messages):
+    tokenizer = chat_tokenizer(style)
+    made = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, add_generation_prompt=True)
+    assert prompt_ids(tokenizer, messages) == made
+
+
+@each_style
+@pytest.mark.parametrize("messages", [ONE, TWO], ids=len)
+def test_the_assistants_tokens_are_its_texts_and_their_ends(style, messages):
+    tokenizer = chat_tokenizer(style)
+    written = conversation(tokenizer, messages)
+    assert len(written.ids) == len(written.answered)
+    said = [each["content"] + END[style] for each in messages if each["role"] == "assistant"]
+    assert answers(tokenizer, written) == said
+
+
+@takes_system
+def test_a_system_prompt_is_not_the_assistants(style):
+    tokenizer = chat_tokenizer(style)
+    written = conversation(tokenizer, [system("Be brief."), *ONE])
+    assert "Be brief." in tokenizer.decode(written.ids)
+    assert answers(tokenizer, written) == [ONE[1]["content"] + END[style]]
+
+
+@each_style
+def test_a_conversation_without_an_answer_has_none(style):
+    assert not any(conversation(chat_tokenizer(style), ONE[:1]).answered)
+
+
+def test_only_the_last_answer_counts_where_the_template_rewrites_earlier_ones():
+    """As templates of models that think do: a note goes into the last answer alone."""
+    noted = TEMPLATES["chatml"].replace(
+        "+ message['content']",
+        "+ ('(note) ' if loop.last and message['role'] == 'assistant' else '') + message['content']",
+    )
+    assert noted != TEMPLATES["chatml"]
+    tokenizer = chat_tokenizer(template=noted)
+    assert answers(tokenizer, conversation(tokenizer, TWO)) == ["(note) Rome<|im_end|>"]
+
+
+def test_a_conversation_may_begin_with_the_assistant():
+    tokenizer = chat_tokenizer()
+    written = conversation(tokenizer, [assistant("Hello!"), *ONE])
+    assert answers(tokenizer, written) == [ONE[1]["content"] + "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("style", "messages", "said"),
+    [
+        ("gemma", [system("Be brief."), *ONE], "System role not supported"),
+        ("mistral", ONE[1:], "must alternate"),
+        ("gemma", [*ONE, ONE[1]], "must alternate"),
+        ("chatml", [{"role": "user"}], "no attribute 'content'"),
+        ("chatml", [{"from": "human", "value": "Hi"}], "cannot write"),
+        ("chatml", [{"role": "user", "content": 5}], "cannot write"),
+        ("chatml", [], "at least one message"),
+    ],
+    ids=str,
+)
+def test_what_a_template_refuses_is_one_line_with_a_remedy(style, messages, said):
+    with pytest.raises(DataError, match=said) as caught:
+        conversation(chat_tokenizer(style), messages)
+    assert "\n" not in str(caught.value)
+    assert '"role"' in caught.value.hint
+
+
+@each_style
+def test_around_a_users_turn_is_all_that_the_template_writes(style):
+    tokenizer = chat_tokenizer(style)
+    turn = user_turn(tokenizer, None)
+    question = tokenizer("Why?", add_special_tokens=False)["input_ids"]
+    assert [*turn.before, *question, *turn.after] == prompt_ids(tokenizer, [user("Why?")])
+    assert tokenizer.decode(turn.after[0]) == {"mistral": " "}.get(style, END[style])
+
+
+@takes_system
+def test_and_the_system_prompt_before_it(style):
+    tokenizer = chat_tokenizer(style)
+    turn = user_turn(tokenizer, "Be brief.")
+    question = tokenizer("Why?", add_special_tokens=False)["input_ids"]
+    assert [*turn.before, *question, *turn.after] == prompt_ids(tokenizer, [system("Be brief."), user("Why?")])
+    assert turn.before != user_turn(tokenizer, None).before
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (TEMPLATES["gemma"], "Be brief."),  # refuses it
+        (TEMPLATES["chatml"].replace("for message in messages", "for message in messages[-1:]"), "Be brief."),
+        ("{{ raise_exception('No.') }}", None),
+        ("Nothing of what was said.", None),
+        ("{% for message in messages %}{{ message['content'] | length }}; {% endfor %}", None),
+        ("{% for message in messages %}User: {{ message['content'] }}{% endfor %}", None),  # no beginning of an answer
+    ],
+)
+def test_no_users_turn_to_write(template, prompt):
+    assert user_turn(chat_tokenizer(template=template), prompt) is None

@@ -1,0 +1,94 @@
+"""Divergence and agreement on conversations: none and all for the model itself, more and less for a damaged one."""
+
+import copy
+
+import pytest
+import torch
+from support.chat import assistant, chat_tokenizer, user
+from support.tiny import tiny_model
+from torch import nn
+
+from selfpruner_hub.calibration import conversations
+from selfpruner_hub.calibration.chat_template import Conversation, conversation
+from selfpruner_hub.evaluation.chat import ChatMeasure, padded
+from selfpruner_hub.evaluation.metrics import following
+
+TOKENIZER = chat_tokenizer()
+END = TOKENIZER.eos_token_id
+
+
+def talking_model():
+    """A tiny model that writes letters and, now and then, the end of a turn: what it says is read as it was written."""
+    model = tiny_model("llama")
+    head = nn.Linear(32, 128)
+    head.weight.data = model.lm_head.weight.data
+    head.bias.data.fill_(-1e4)
+    head.bias.data[33:127] = 0
+    head.bias.data[END] = 1.5
+    model.lm_head = head
+    return model
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return talking_model()
+
+
+@pytest.fixture
+def measure(dense, monkeypatch):
+    monkeypatch.setattr(conversations, "ANSWER_TOKENS", 24)
+    return ChatMeasure(dense, TOKENIZER, count=8, seed=5)
+
+
+def test_the_dense_model_agrees_with_itself(dense, measure):
+    figures = measure(dense)
+    assert figures.agreement >= 0.99
+    assert figures.kl == pytest.approx(0, abs=1e-4)
+
+
+def test_answers_are_long_enough_to_measure(measure):
+    assert measure.conversations == 8
+    assert 8 * 2 < measure.tokens <= 8 * 25
+
+
+def test_a_damaged_model_agrees_less_and_diverges_more(dense, measure):
+    figures = []
+    for damage in (0.02, 0.2):
+        damaged = copy.deepcopy(dense)
+        torch.manual_seed(0)
+        for layer in damaged.model.layers:
+            layer.mlp.down_proj.weight.data += damage * torch.randn_like(layer.mlp.down_proj.weight)
+        figures.append(measure(damaged))
+    slight, grave = figures
+    assert 0 <= grave.agreement < slight.agreement < 1.0 or grave.agreement < slight.agreement == 1.0
+    assert 0 < slight.kl < grave.kl
+    assert grave.agreement < 0.8
+
+
+def test_the_seed_decides_the_conversations(dense, measure):
+    same, other = (ChatMeasure(dense, TOKENIZER, count=8, seed=seed) for seed in (5, 6))
+    assert torch.equal(same._windows, measure._windows)
+    assert not torch.equal(other._windows[0], measure._windows[0])
+
+
+def test_progress_tells_the_writing(dense, monkeypatch):
+    monkeypatch.setattr(conversations, "ANSWER_TOKENS", 4)
+    told = []
+    ChatMeasure(dense, TOKENIZER, count=2, progress=lambda *what: told.append(what))
+    assert {what for what, *_ in told} == {"writing questions", "writing answers"}
+
+
+def test_padded_conversations_count_the_assistants_tokens():
+    talks = [
+        conversation(TOKENIZER, [user("What do bees make?"), assistant("Honey.")]),
+        conversation(TOKENIZER, [user("And cows?"), assistant("Milk, and more of it than bees.")]),
+        Conversation((5, 6), (True, True)),
+    ]
+    windows, counted = padded(talks)
+    assert windows.shape == (3, max(len(talk.ids) for talk in talks))
+    assert counted.shape == (3, windows.shape[1] - 1)
+    for row, talk in zip(windows, talks, strict=True):
+        assert row[: len(talk.ids)].tolist() == list(talk.ids)
+    said = TOKENIZER.decode(following(windows, counted)[:-1])
+    assert said == "Honey.<|im_end|>Milk, and more of it than bees.<|im_end|>"
+    assert following(windows, counted)[-1] == 6  # nothing predicts the first token of all
