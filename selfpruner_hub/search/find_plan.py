@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
+from torch import Tensor
+
 from selfpruner_hub.calibration.texts import RunTexts
-from selfpruner_hub.evaluation.fitness import REMAINS, Fitness
+from selfpruner_hub.evaluation.fitness import REMAINS, Fitness, SecondRepairScore
 from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.pruning.prepare import Prepared
+from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, Found, Standing
@@ -49,8 +53,9 @@ def find_plan(
         What was found; without a search (`evaluations=0`), or without unseen text, nothing is measured on that.
     """
     slicer, curves = ready.slicer, ready.curves
-    judged = (method.fitness, curves, REMAINS if method.repairs_twice else 1.0)
-    fitness = Fitness(slicer, texts.search.windows, *judged)
+    scoring = curves if method.repairs_twice else None
+    fitness = _fitness(slicer, texts.search.windows, method, scoring)
+    probe = fitness.slopes if isinstance(fitness, SecondRepairScore) else partial(fitness.slopes, curves=curves)
     measure = partial(fitness.loss, share=method.first_share)
     starts = seeds(budget, curves if method.predicts_losses else None, measure)
     with ray_workers(fitness) if executor == "ray" else nullcontext() as pool:
@@ -62,15 +67,23 @@ def find_plan(
             schedule=_schedule(method),
             seeds={name: rates for name, rates in starts.items() if name in method.seeds},
             seed=run.seed,
-            probe=fitness.slopes if getattr(proposer, "reads_slopes", False) else None,
+            probe=probe if getattr(proposer, "reads_slopes", False) else None,
             pool=pool,
             report=_live(run.progress, method),
         )
     gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
     if method.evaluations and texts.unseen is not None:
-        unseen = Fitness(slicer, texts.unseen.windows, *judged)
+        unseen = _fitness(slicer, texts.unseen.windows, method, scoring)
         gains[UNSEEN_TEXT] = unseen(outcome.best_seed.plan), unseen(outcome.best.plan)
     return Found(outcome, gains)
+
+
+def _fitness(
+    slicer: Slicer, windows: Tensor, method: Method, curves: Sequence[LossCurves] | None
+) -> Fitness | SecondRepairScore:
+    """What is minimised; with the curves, for the second repair."""
+    fitness = Fitness(slicer, windows, method.fitness)
+    return fitness if curves is None else SecondRepairScore(fitness, curves, REMAINS)
 
 
 def _schedule(method: Method) -> Schedule:
