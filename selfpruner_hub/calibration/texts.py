@@ -98,13 +98,13 @@ class Texts:
         corpus = self._known[key][2]
         found = min(1.0, corpus.tokens / sum(wanted))
         calibration, search = (max(1, int(n * found) // window) for n in wanted)
-        if not method.evaluations:
-            return RunTexts(*corpus.split(calibration * window, search * window, seed=run.seed), None)
-        left = len(corpus.windows) - calibration - search
-        taken = max(0, min(search - 1, max(1, (search + left) // 3) - left))
-        sizes = (calibration, search - taken, left + taken)
-        parts = corpus.split(*(n * window for n in sizes if n), seed=run.seed)
-        return RunTexts(parts[0], parts[1], parts[2] if sizes[2] else None)
+        unseen = 0
+        if method.evaluations:
+            left = len(corpus.windows) - calibration - search
+            taken = max(0, min(search - 1, max(1, (search + left) // 3) - left))  # of the search's share
+            search, unseen = search - taken, left + taken
+        parts = corpus.split(*(n * window for n in (calibration, search, unseen) if n > 0), seed=run.seed)
+        return RunTexts(parts[0], parts[1], parts[2] if unseen > 0 else None)
 
     def _load(self, source: Any, key: tuple[Any, ...], tokens: int, spare: int, window: int, run: Run) -> Corpus:
         """Read a source, or take what the model wrote before."""

@@ -136,6 +136,7 @@ def test_no_question_of_a_conversation_is_asked_in_it_again(ends, model, monkeyp
         return [Conversation((len(asked),) * WINDOW, (True,) * WINDOW)] * count
 
     monkeypatch.setattr(corpora, "write_conversations", write)
+    monkeypatch.setattr(corpora, "CONVERSATION_TOKENS", WINDOW)
     corpus = load_corpus("chat", chat_tokenizer(), tokens=WINDOW * 6, spare=WINDOW * 2, window=WINDOW, model=model)
     assert corpus.windows[:, 0].tolist() == [1] * 6 + ([] if ends else [2] * 2)
     assert len({seed for seed, _ in asked}) == len(asked) == 2 - ends
@@ -157,7 +158,7 @@ def test_the_gain_is_measured_on_it(model, monkeypatch):
 
     monkeypatch.setattr(find_plan, "Fitness", Spy)
     small = {"data": "self", "proposer": "evolution", "window": 32, "seeds": ("uniform",), "progress": False}
-    small |= {"calibration_tokens": 1024, "fitness_tokens": 256}
+    small |= {"calibration_tokens": 1024, "fitness_tokens": 256, "accumulate": False}  # scores are measurements
     report = AutoPruner(model, tiny_tokenizer(), "tests/llama").prune(0.3, evaluations=4, **small).report
     (searched, on_own), (unseen, on_unseen) = scored
     assert Corpus.of("", searched).sha256 == report.data["fitness"]["sha256"]
