@@ -15,7 +15,7 @@ from selfpruner_hub.calibration.corpus import load_corpus
 from selfpruner_hub.calibration.fisher import Fisher, output_fisher
 from selfpruner_hub.calibration.statistics import LayerStatistics
 from selfpruner_hub.cli.demo import NAME
-from selfpruner_hub.evaluation.fitness import REMAINS, Fitness
+from selfpruner_hub.evaluation.fitness import REMAINS, Fitness, SecondRepairScore
 from selfpruner_hub.evaluation.metrics import Teacher, divergence
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
@@ -106,7 +106,7 @@ class Ours:
         Args:
             beta: The mean rate.
             how: `"uniform"`, `"seed"`, or the fitness of a search.
-            remains: As for `Fitness`.
+            remains: As for `SecondRepairScore`.
         """
         if (beta, how, remains) not in self._plans:
             budget = Budget(self._pruner.shape, beta)
@@ -115,7 +115,7 @@ class Ours:
                     plan = budget.project(seeds(budget)["uniform"])
                 else:
                     metric = how if how == "perplexity" else "kl"
-                    fitness = Fitness(self._slicer, self._held_out, metric, self.curves, remains)
+                    fitness = self._score(metric, remains)
                     starts = self._starts(budget, fitness)
                     if how == "seed":
                         plan = min(map(budget.project, starts.values()), key=fitness)
@@ -127,12 +127,15 @@ class Ours:
     def starts(self, budget: Budget) -> dict[str, Rates]:
         """Our seeds, for the second repair, by KL."""
         with self._ordered():
-            return self._starts(budget, Fitness(self._slicer, self._held_out, "kl", self.curves, REMAINS))
+            return self._starts(budget, self._score("kl", REMAINS))
 
-    def _starts(self, budget: Budget, fitness: Fitness) -> dict[str, Rates]:
+    def _score(self, metric: str, remains: float) -> SecondRepairScore:
+        return SecondRepairScore(Fitness(self._slicer, self._held_out, metric), self.curves, remains)
+
+    def _starts(self, budget: Budget, fitness: SecondRepairScore) -> dict[str, Rates]:
         return seeds(budget, self.curves, partial(fitness.loss, share=SCHEDULE.first_share))
 
-    def _searched(self, budget: Budget, name: str, fitness: Fitness, starts: dict[str, Rates]) -> Plan:
+    def _searched(self, budget: Budget, name: str, fitness: SecondRepairScore, starts: dict[str, Rates]) -> Plan:
         asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME)
         journal = Journal(self._work / f"search-{budget.beta}-{name}", {"beta": budget.beta, "fitness": name})
         found = search(asked, budget, fitness, journal, schedule=SCHEDULE, seeds=starts, probe=fitness.slopes)

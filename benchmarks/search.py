@@ -11,7 +11,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,10 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
 
     with prepared(model, calibration.windows, Method(), fisher) as ready:
         slicer, curves = ready.slicer, ready.curves
-        fitness = Fitness(slicer, held_out.windows, "kl", curves)
+        fitness = Fitness(slicer, held_out.windows, "kl")
         score, slopes = (
             cache(fitness),
-            cache(fitness.slopes),
+            cache(partial(fitness.slopes, curves=curves)),
         )  # runs share plans; each pays for what it asks all the same
         unseen = Unseen(slicer, consecutive_windows(unseen_text, tokenizer, WINDOW, UNSEEN).windows)
         budget = Budget(pruner.shape, beta)

@@ -9,14 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from selfpruner_hub.calibration.corpus import Corpus
+from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.weights import count_parameters, weights_hash
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import widths_of
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
-from selfpruner_hub.search.outcome import Outcome
+from selfpruner_hub.search.outcome import Found
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.settings import Method
 from selfpruner_hub.storage.model_record import Metric, Record
@@ -29,7 +29,7 @@ def fingerprint(
     method: Method,
     seed: int,
     proposer: Proposer,
-    texts: tuple[Corpus, Corpus],
+    texts: RunTexts,
 ) -> dict[str, Any]:
     """Collect all that decides the course of a search; a run directory belongs to one of these.
 
@@ -40,7 +40,7 @@ def fingerprint(
         method: All settings.
         seed: Of all randomness.
         proposer: Who is asked.
-        texts: Of calibration and fitness.
+        texts: Texts of the run; the unseen one decides nothing, and is left out.
 
     Returns:
         JSON-serialisable settings for the journal's header.
@@ -61,7 +61,7 @@ def fingerprint(
         "proposer": proposer.name,
         **method.record(),
         "prompts": [prompts.template(operation, method.template_directory) for operation in replies.PARENTS],
-        "data": [text.sha256 for text in texts],
+        "data": [texts.calibration.sha256, texts.search.sha256],
     }
 
 
@@ -73,8 +73,9 @@ def describe(
     method: Method,
     seed: int,
     proposer: Proposer,
-    texts: tuple[Corpus, Corpus],
-    found: Outcome,
+    texts: RunTexts,
+    found: Found,
+    logit_scale: float,
     licence: dict[str, str],
 ) -> Record:
     """Write the record of a model that was just made.
@@ -87,14 +88,16 @@ def describe(
         method: All settings.
         seed: Of all randomness.
         proposer: Who was asked.
-        texts: Of calibration and fitness.
-        found: What the search found.
+        texts: Texts of the run.
+        found: What the search found, and its gains.
+        logit_scale: Factor of the logits of the pruned model.
         licence: Of the parent.
 
     Returns:
         The record, with parameters counted from the tensors.
     """
-    plan, searched = found.best.plan, texts[1]
+    outcome, searched = found.outcome, texts.search
+    plan = outcome.best.plan
     weighed = ", weighed for the second repair," if method.repairs_twice else ""
     protocol = (
         f"{method.fitness}{weighed} on the {searched.tokens} tokens of {searched.name} that the search selected on, "
@@ -111,22 +114,26 @@ def describe(
         seed=seed,
         proposer={
             "name": proposer.name,
-            "evaluations": round(found.spent, 4),
-            "best_from": found.best.origin,
-            "replies": found.counts,
-            "tokens": found.tokens,
-            "gains": _gains(found),
+            "evaluations": round(outcome.spent, 4),
+            "best_from": outcome.best.origin,
+            "replies": outcome.counts,
+            "tokens": outcome.tokens,
+            "gains": _gains(found.gains),
         },
-        data={"calibration": texts[0].record(), "fitness": searched.record()},
+        data={
+            "calibration": texts.calibration.record(),
+            "fitness": searched.record(),
+            **({"unseen": texts.unseen.record()} if texts.unseen is not None else {}),
+        },
         versions={
             "python": platform.python_version(),
             **{library: version(library) for library in ("selfpruner-hub", "torch", "transformers")},
         },
         licence=licence,
         metrics={
-            "search_fitness": Metric(round(found.best.fitness, 6), None, protocol),
+            "search_fitness": Metric(round(outcome.best.fitness, 6), None, protocol),
             "search_logit_scale": Metric(
-                found.logit_scale,
+                logit_scale,
                 1.0,
                 "all logits times this, by the gain of the last norm: least KL to the parent on the fitness text",
             ),
@@ -134,9 +141,6 @@ def describe(
     )
 
 
-def _gains(found: Outcome) -> dict[str, list[float]]:
-    """Fitness of the best seed and of the best plan: where the search selected, and elsewhere."""
-    pairs = {"selected_on": (found.best_seed.fitness, found.best.fitness), "elsewhere": found.elsewhere}
-    return {
-        text: [round(value, 6) for value in pair] for text, pair in pairs.items() if pair and all(map(isfinite, pair))
-    }
+def _gains(measured: dict[str, tuple[float, float]]) -> dict[str, list[float]]:
+    """Gains as JSON: a text on which a plan has no finite fitness is left out."""
+    return {text: [round(value, 6) for value in pair] for text, pair in measured.items() if all(map(isfinite, pair))}

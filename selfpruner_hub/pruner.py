@@ -149,20 +149,18 @@ class AutoPruner:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             run = Run(self._store, Checkpoints(folder and folder / "stages"), report, seed)
             data = PLAIN_DATA if data is None and preset == "paper" else data
-            texts = calibration, search_text = self._texts.read(data, method, run)
+            texts = self._texts.read(data, method, run)
             search_id = fingerprint(self.model, self.name, beta, method, seed, asked, texts)
             journal = Journal(folder, search_id)
 
-            fisher = fisher_information(self.model, calibration.windows, method, run)
-            with prepared(self.model, calibration.windows, method, fisher, run) as ready:
+            calibration = texts.calibration.windows
+            fisher = fisher_information(self.model, calibration, method, run)
+            with prepared(self.model, calibration, method, fisher, run) as ready:
                 found = find_plan(asked, budget, ready, texts, journal, method, run, executor=executor)
-                model = slice_model(ready.slicer, found.best.plan)
+                model = slice_model(ready.slicer, found.outcome.best.plan)
                 del ready  # its factors take more memory than the model
             if method.repairs_twice:
-                compensate(
-                    self.model, model, calibration.windows, inputs=method.refit_inputs, fisher=fisher, run=run
-                )  # fmt: skip
-            if method.confidence:
-                found.logit_scale = match_confidence(self.model, model, search_text.windows, report)
-        record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, self.licence)
+                compensate(self.model, model, calibration, inputs=method.refit_inputs, fisher=fisher, run=run)
+            scale = match_confidence(self.model, model, texts.search.windows, report) if method.confidence else 1.0
+        record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, scale, self.licence)
         return PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints)

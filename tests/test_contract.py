@@ -200,15 +200,17 @@ def test_files_counts_and_rates_agree_with_the_record(saved, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_gain_of_the_search_is_checked_on_other_text(saved, name):
-    """On the first windows of the calibration, with both plans as the search had them."""
+def test_the_gain_of_the_search_is_checked_on_unseen_text(saved, name):
+    """With both plans as the search had them."""
     _, pruned = saved[name]
-    gains = pruned.report.proposer["gains"]
-    assert gains["selected_on"][1] == pruned.report.metrics["search_fitness"].value <= gains["selected_on"][0]
-    assert all(0 < value < 10 for value in gains["elsewhere"])
-    assert gains["elsewhere"] != gains["selected_on"]
+    gains, data = pruned.report.proposer["gains"], pruned.report.data
+    assert gains["search_text"][1] == pruned.report.metrics["search_fitness"].value <= gains["search_text"][0]
+    assert all(0 < value < 10 for value in gains["unseen_text"])
+    assert gains["unseen_text"] != gains["search_text"]
     same_plan = pruned.report.proposer["best_from"].startswith("seed:")
-    assert (gains["elsewhere"][0] == gains["elsewhere"][1]) == same_plan
+    assert (gains["unseen_text"][0] == gains["unseen_text"][1]) == same_plan
+    assert len({text["sha256"] for text in data.values()}) == len(data) == 3
+    assert data["unseen"]["tokens"] == data["fitness"]["tokens"]
 
 
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])

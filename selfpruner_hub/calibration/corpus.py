@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +27,8 @@ CONVERSATION_TOKENS = 100
 """Length of a conversation, expected before the first are written."""
 ATTEMPTS = 4
 """Largest number of times that a model writes more conversations, where those before did not fill the windows."""
+SPARE_SEED = 2**31
+"""Added to the random seed of spare text that a model writes; a run's own seed is less."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +140,15 @@ def load_corpus(
     *,
     tokens: int,
     window: int,
+    spare: int = 0,
     seed: int = 0,
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
     """Draw windows of `window` tokens without overlap, in the order of the text.
+
+    Spare windows come last, from a stretch of the text behind all others, or written by another seed. Those before them
+    are the same with and without them, unless a text is too short for both.
 
     Args:
         source: `"self"` (plain text that `model` writes), `"chat"` (conversations that it writes through the chat
@@ -148,6 +156,7 @@ def load_corpus(
         tokenizer: The model's tokenizer; not needed for `"self"`.
         tokens: Tokens wanted; rounded up to whole windows. A text with at least half of them gives what it has.
         window: Tokens per window, at least 2.
+        spare: Further tokens, as many of them as there are.
         seed: Random seed: which windows of a long text are drawn, or what the model writes.
         model: The dense model, for `"self"` and `"chat"`.
         progress: Called with the number of windows or turns that are written.
@@ -158,36 +167,49 @@ def load_corpus(
     Raises:
         DataError: The source is unknown, unreadable or too short.
     """
-    count, name = max(1, -(-tokens // window)), name_of(source)
-    written = source if isinstance(source, str) and source in GENERATED else None
-    if written and model is None:
+    count, more, name = max(1, -(-tokens // window)), -(-spare // window), name_of(source)
+    generated = source if isinstance(source, str) and source in GENERATED else None
+    if generated and model is None:
         raise DataError(f'data="{name}" needs the model that writes the text.')
-    if written == "self" and model is not None:
-        return Corpus.of(name, sample_windows(model, count, window, seed, progress))
-    if tokenizer is None:
+    if generated == "self" and model is not None:
+        write = partial(sample_windows, model, window=window, progress=progress)
+    elif tokenizer is None:
         raise DataError(f"The text {name!r} needs a tokenizer, and the model came without one.", 'Use data="self".')
-    if written == "chat" and model is not None:
-        return Corpus.of(name, _written_conversations(model, tokenizer, count, window, seed, progress))
+    elif generated == "chat" and model is not None:
+        write = partial(_written_conversations, model, tokenizer, window=window, distinct=Distinct(), progress=progress)
+    else:
+        return Corpus.of(name, _drawn(source, tokenizer, window, count, more, seed))
+    windows = [write(count=count, seed=seed)]
+    with suppress(DataError):  # of a model that only repeats itself by now
+        windows += [write(count=more, seed=seed + SPARE_SEED)] if more else []
+    return Corpus.of(name, torch.cat(windows))
+
+
+def _drawn(source: Any, tokenizer: PreTrainedTokenizerBase, window: int, count: int, more: int, seed: int) -> Tensor:
+    """Draw `count` windows of a text, and take up to `more` behind those that were drawn from."""
     # Read up to four times what is asked for, so that the seed has windows to choose from.
-    windows, found = _windows(entries(source), tokenizer, window, 4 * count)
+    windows, found = _windows(entries(source), tokenizer, window, 4 * count + more)
     if 2 * len(windows) < count:
-        raise too_little_text(name, found, count * window)
-    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]
-    return Corpus.of(name, windows[chosen.sort().values])
+        raise too_little_text(name_of(source), found, count * window)
+    first = min(4 * count, max(count, len(windows) - more), len(windows))
+    chosen = torch.randperm(first, generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.cat([windows[chosen.sort().values], windows[first : first + more]])
 
 
 def _written_conversations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     count: int,
     window: int,
     seed: int,
+    distinct: Distinct,
     progress: Progress | None,
 ) -> Tensor:
-    """Let the model write conversations until they fill `count` windows."""
+    """Let the model write conversations until they fill `count` windows; none is like one of `distinct`."""
     if not has_chat_template(tokenizer):
         raise DataError('data="chat" needs a tokenizer with a chat template.', 'Use data="self", or plain text.')
-    distinct, windows = Distinct(), torch.empty(0, window, dtype=torch.int64)
+    windows = torch.empty(0, window, dtype=torch.int64)
     written: list[Conversation] = []
     for attempt in range(ATTEMPTS):
         length = windows.numel() / len(written) if len(windows) else min(CONVERSATION_TOKENS, window)

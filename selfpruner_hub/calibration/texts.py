@@ -1,10 +1,10 @@
-"""The texts of a run: each source gives its share to calibration and to the text that the search selects on."""
+"""The texts of a run, each of its own stretches: for the calibration, for the search, and one that neither sees."""
 
 from __future__ import annotations
 
 import logging
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +21,18 @@ CHAT_DATA, PLAIN_DATA = "chat+wikitext2", "wikitext2"
 logger = logging.getLogger(__name__)
 
 
+class RunTexts(NamedTuple):
+    """Texts without a common window; those of all sources are mixed in one order."""
+
+    calibration: Corpus
+    """Text that statistics are taken on and both repairs are fitted to."""
+    search: Corpus
+    """Text that the search selects on, and that the temperature is matched on."""
+    unseen: Corpus | None
+    """Text on which the gain of the search is measured, and that nothing else reads; None where nothing is searched, or
+    where there is one window for the search alone."""
+
+
 class Texts:
     """Reads or writes the texts of runs with one model; what was read is kept, so that the next rate has the same.
 
@@ -31,9 +43,9 @@ class Texts:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._known: dict[tuple[Any, ...], tuple[Any, Corpus]] = {}
+        self._known: dict[tuple[Any, ...], tuple[Any, int, Corpus]] = {}
 
-    def read(self, data: Any, method: Method, run: Run) -> tuple[Corpus, Corpus]:
+    def read(self, data: Any, method: Method, run: Run) -> RunTexts:
         """Give the texts of one run.
 
         Args:
@@ -42,7 +54,8 @@ class Texts:
             run: Surroundings; its checkpoints keep what the model wrote.
 
         Returns:
-            Disjoint windows for calibration and for the search, those of all sources in one order.
+            The texts. The unseen one has as many tokens as that of the search; of a source that is too short for that,
+            at least a third of what calibration leaves.
 
         Raises:
             UserError: The shares do not fit the sources, or a source is unknown, unreadable or too short.
@@ -64,26 +77,41 @@ class Texts:
         parts = [
             self._parts(source, share / sum(shares), method, run) for source, share in zip(sources, shares, strict=True)
         ]
-        calibration, held_out = (Corpus.mixed(same, run.seed) for same in zip(*parts, strict=True))
-        return calibration, held_out
+        unseen = [part.unseen for part in parts if part.unseen is not None]
+        return RunTexts(
+            Corpus.mixed([part.calibration for part in parts], run.seed),
+            Corpus.mixed([part.search for part in parts], run.seed),
+            Corpus.mixed(unseen, run.seed) if unseen else None,
+        )
 
-    def _parts(self, source: Any, share: float, method: Method, run: Run) -> tuple[Corpus, ...]:
-        """What one source gives to both."""
+    def _parts(self, source: Any, share: float, method: Method, run: Run) -> RunTexts:
+        """What one source gives to each."""
         window = min(method.window, getattr(self._model.config, "max_position_embeddings", method.window))
         tokens = method.calibration_tokens, method.fitness_tokens
         wanted = [max(1, -(-int(share * n) // window)) * window for n in tokens]
         key = (source if isinstance(source, str) else id(source), run.seed, window, *wanted)
-        if key not in self._known:
-            corpus = self._load(source, key, sum(wanted), window, run)
-            self._known[key] = source, corpus  # the source is held, so that no other gets its identity
-        corpus = self._known[key][1]
+        # What is read is read with spare text, so that rates are found on one calibration with and without a search;
+        # to write it would take minutes for nothing.
+        spare = wanted[1] if method.evaluations or not _is_written(source) else 0
+        if key not in self._known or self._known[key][1] < spare:
+            corpus = self._load(source, key, sum(wanted), spare, window, run)
+            self._known[key] = source, spare, corpus  # the source is held, so that no other gets its identity
+        corpus = self._known[key][2]
         found = min(1.0, corpus.tokens / sum(wanted))
-        return corpus.split(*(int(n * found) for n in wanted), seed=run.seed)
+        calibration, search = (max(1, int(n * found) // window) for n in wanted)
+        unseen = 0
+        if method.evaluations:
+            left = len(corpus.windows) - calibration - search
+            taken = max(0, min(search - 1, max(1, (search + left) // 3) - left))  # of the search's share
+            search, unseen = search - taken, left + taken
+        parts = corpus.split(*(n * window for n in (calibration, search, unseen) if n > 0), seed=run.seed)
+        return RunTexts(parts[0], parts[1], parts[2] if unseen > 0 else None)
 
-    def _load(self, source: Any, key: tuple[Any, ...], tokens: int, window: int, run: Run) -> Corpus:
+    def _load(self, source: Any, key: tuple[Any, ...], tokens: int, spare: int, window: int, run: Run) -> Corpus:
         """Read a source, or take what the model wrote before."""
-        written = isinstance(source, str) and source in GENERATED
-        name = f"text-{sha256(repr((weights_hash(self._model), key)).encode()).hexdigest()[:16]}" if written else ""
+        written = _is_written(source)
+        identity = (weights_hash(self._model), key, spare) if written else ()
+        name = f"text-{sha256(repr(identity).encode()).hexdigest()[:16]}"
         if written and (found := run.checkpoints.load(name)):
             return Corpus.of(source, found["windows"])
         corpus = load_corpus(
@@ -91,6 +119,7 @@ class Texts:
             self._tokenizer,
             tokens=tokens,
             window=window,
+            spare=spare,
             seed=run.seed,
             model=self._model,
             progress=run.progress,
@@ -98,3 +127,8 @@ class Texts:
         if written:
             run.checkpoints.save(name, {"windows": corpus.windows})
         return corpus
+
+
+def _is_written(source: Any) -> bool:
+    """Whether the model writes this text."""
+    return isinstance(source, str) and source in GENERATED

@@ -126,12 +126,10 @@ def run(options: argparse.Namespace) -> str:
         return json.dumps({"output": str(options.output), **asdict(report)})
     dense, left = report.parameters["dense"], report.parameters["pruned"]
     lines = [f"{options.output}: {left:,} of {dense:,} parameters, β = {report.achieved_beta:.4f}"]
-    if elsewhere := report.proposer["gains"].get("elsewhere"):
-        (seed, found), name = report.proposer["gains"]["selected_on"], report.method["fitness"]
-        lines.append(
-            f"search: {name} {seed:.4f} -> {found:.4f} from the best seed on; on text that it did not select on, "
-            f"{elsewhere[0]:.4f} -> {elsewhere[1]:.4f}"
-        )
+    gains, name = report.proposer["gains"], report.method["fitness"]
+    if "search_text" in gains and "unseen_text" in gains:
+        own, unseen = ("{:.4f} -> {:.4f}".format(*gains[text]) for text in ("search_text", "unseen_text"))
+        lines.append(f"search: {name} {own} from the best seed on; on unseen text, {unseen}")
     replies = report.proposer["replies"]
     if replies.get("replaced"):
         lines.append(

@@ -27,11 +27,7 @@ which they ended, 1 did not (`benchmarks/excess.py`)."""
 
 
 class Fitness:
-    """Scores plans on held-out calibration windows; lower is better.
-
-    A candidate has its first repair alone, in which the errors of the layers add to one another: its loss is more than
-    the sum of what each costs alone. Where a second repair follows, part of that excess goes. A search that minimised
-    it as it stands would pay for it with losses that stay, so it counts `remains` times only.
+    """Measures plans, with their first repair, on windows that the calibration has not read; lower is better.
 
     Args:
         slicer: Cuts the candidates.
@@ -39,32 +35,16 @@ class Fitness:
         metric: `"perplexity"` (the paper), or `"kl"` to the dense model's top-k next-token distribution, which needs no
             labels. Týr-the-Pruner (NeurIPS 2025, table 5) found that it guards accuracy better; here plans on which
             the two disagree are equally accurate (`benchmarks/fitness.py`).
-        curves: Predicted losses of the layers alone, for `remains` and for the second order of `slopes`.
-        remains: How much of the loss in excess of their sum counts, in [0, 1]: all of it, or `REMAINS` where a second
-            repair follows. Scores then order plans for it, but are no measurement: the curves were predicted on another
-            text. Below 1 it needs curves.
 
     Raises:
         UserError: The metric is unknown.
-        ValueError: There are no curves where they are needed.
     """
 
-    def __init__(
-        self,
-        slicer: Slicer,
-        windows: Tensor,
-        metric: str = "kl",
-        curves: Sequence[LossCurves] | None = None,
-        remains: float = 1.0,
-    ) -> None:
+    def __init__(self, slicer: Slicer, windows: Tensor, metric: str = "kl") -> None:
         if metric not in METRICS:
             raise UserError(f"Unknown fitness {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
-        if remains < 1 and curves is None:
-            raise ValueError("without curves, nothing tells how much is in excess")
         self._slicer = slicer
         self._windows = windows
-        self._curves = curves
-        self._remains = remains
         self._dense_perplexities: dict[int, float] = {}  # by the number of windows
         self.metric = metric
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
@@ -94,25 +74,20 @@ class Fitness:
                 value = divergence(model, windows, self._teacher)
         if not math.isfinite(value):
             value = math.inf
-        elif self._remains < 1 and self._curves is not None:
-            value = self._weighed(self._curves, plan, value, share)
         self._boundaries.keep(start, len(windows), value)
         return value
 
-    def _weighed(self, curves: Sequence[LossCurves], plan: Plan, measured: float, share: float) -> float:
-        """The score by which plans are ordered for the second repair."""
-        alone = loss_alone(curves, plan)
-        excess = self._nats(measured, share) - alone
-        if self.metric == "kl":
-            return alone + self._remains * excess
-        return math.exp(alone + self._remains * excess) * self._perplexity(share)
-
     def loss(self, plan: Plan, share: float = 1.0) -> float:
         """Measure what `plan` costs over the dense model on the first `share` of the windows, in nats per token."""
-        return self._nats(self(plan, share), share)
+        return self.nats(self(plan, share), share)
 
-    def _nats(self, score: float, share: float) -> float:
+    def nats(self, score: float, share: float = 1.0) -> float:
+        """Turn a score on the first `share` of the windows into the loss over the dense model, in nats per token."""
         return score if self.metric == "kl" else math.log(score) - math.log(self._perplexity(share))
+
+    def score(self, nats: float, share: float = 1.0) -> float:
+        """Turn such a loss into a score."""
+        return nats if self.metric == "kl" else math.exp(nats) * self._perplexity(share)
 
     def _perplexity(self, share: float) -> float:
         """Of the dense model."""
@@ -121,11 +96,67 @@ class Fitness:
             known[len(windows)] = perplexity(self._slicer.model, windows)
         return known[len(windows)]
 
-    def slopes(self, plan: Plan, share: float = 1.0) -> Slopes:
-        """Predict on the first `share` of the windows what small changes of `plan` do to the loss."""
+    def slopes(
+        self, plan: Plan, share: float = 1.0, curves: Sequence[LossCurves] | None = None, remains: float = 1.0
+    ) -> Slopes:
+        """Predict what small changes of a plan do to the loss.
+
+        Args:
+            plan: Plan around which they are predicted.
+            share: Share of the windows that they are predicted on.
+            curves: Predicted losses of the layers alone, for the second order; None leaves it out.
+            remains: Share of the loss in excess of their sum that counts, in [0, 1].
+
+        Returns:
+            The predicted changes of the mean loss per predicted token.
+        """
         windows = self._first(share)
         loss = label_loss(windows) if self._teacher is None else teacher_loss(self._teacher)
-        return slopes(self._slicer, plan, windows, loss, self._curves, self._remains)
+        return slopes(self._slicer, plan, windows, loss, curves, remains)
 
     def _first(self, share: float) -> Tensor:
         return self._windows[: max(1, round(share * len(self._windows)))]
+
+
+class SecondRepairScore:
+    """Orders plans for a second repair; lower is better, but no measurement: the curves are of another text.
+
+    A candidate has its first repair alone, in which the errors of the layers add to one another: its loss is more than
+    the sum of what each costs alone. The second repair takes part of that excess away. A search that minimised it as it
+    stands would pay for it with losses that stay, so that it counts `remains` times only.
+
+    Args:
+        fitness: Measures the plans.
+        curves: Predicted losses of the layers alone.
+        remains: Share of the loss in excess of their sum that counts, in [0, 1].
+    """
+
+    def __init__(self, fitness: Fitness, curves: Sequence[LossCurves], remains: float = REMAINS) -> None:
+        self._fitness, self._curves, self._remains = fitness, curves, remains
+
+    @property
+    def device(self) -> torch.device:
+        """Where candidates are scored."""
+        return self._fitness.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense model's weights."""
+        return self._fitness.nbytes
+
+    def __call__(self, plan: Plan, share: float = 1.0) -> float:
+        """Score `plan` on the first `share` of the windows (at least one)."""
+        measured = self._fitness(plan, share)
+        if math.isinf(measured):
+            return measured
+        alone = loss_alone(self._curves, plan)
+        excess = self._fitness.nats(measured, share) - alone
+        return self._fitness.score(alone + self._remains * excess, share)
+
+    def loss(self, plan: Plan, share: float = 1.0) -> float:
+        """Score a plan in nats per token over the dense model."""
+        return self._fitness.nats(self(plan, share), share)
+
+    def slopes(self, plan: Plan, share: float = 1.0) -> Slopes:
+        """Predict what small changes of a plan do to its score in nats."""
+        return self._fitness.slopes(plan, share, self._curves, self._remains)

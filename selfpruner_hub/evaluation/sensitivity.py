@@ -41,7 +41,7 @@ def slopes(
         windows: Token ids, `[N, W]`.
         loss: What the search minimises, summed over positions.
         curves: For the second order; None leaves it out.
-        remains: How much of the loss in excess of the sum of the curves counts (`fitness.Fitness`).
+        remains: How much of the loss in excess of the sum of the curves counts (`fitness.SecondRepairScore`).
 
     Returns:
         The predicted changes of the mean loss per predicted token.

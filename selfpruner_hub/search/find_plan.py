@@ -1,20 +1,24 @@
-"""Slicer → plan: what scores candidates, where the search starts, and whether its gain holds on other text."""
+"""Slicer → plan: what scores candidates, where the search starts, and whether its gain holds on unseen text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
-from selfpruner_hub.calibration.corpus import Corpus
-from selfpruner_hub.evaluation.fitness import REMAINS, Fitness
+from torch import Tensor
+
+from selfpruner_hub.calibration.texts import RunTexts
+from selfpruner_hub.evaluation.fitness import REMAINS, Fitness, SecondRepairScore
 from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.pruning.prepare import Prepared
+from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
-from selfpruner_hub.search.outcome import Outcome, Standing
+from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, Found, Standing
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import ray_workers
 from selfpruner_hub.search.schedule import Schedule
@@ -26,36 +30,36 @@ def find_plan(
     proposer: Proposer,
     budget: Budget,
     ready: Prepared,
-    texts: tuple[Corpus, Corpus],
+    texts: RunTexts,
     journal: Journal,
     method: Method,
     run: Run,
     *,
     executor: str | None = None,
-) -> Outcome:
-    """Search, then compare what was found with the best seed on text that the search did not select on.
+) -> Found:
+    """Search, then compare what was found with the best seed on text that nothing has seen.
 
     Args:
         proposer: Asked for rates.
         budget: Every plan is on it.
         ready: What cuts the candidates, and the predicted losses of the layers alone.
-        texts: Of the calibration and of the fitness.
+        texts: The one that the search selects on, and the unseen one.
         journal: Replayed first, then appended to.
         method: The settings.
         run: Surroundings; bars also get a note.
         executor: As for `AutoPruner.prune`.
 
     Returns:
-        What was found.
+        What was found; without a search (`evaluations=0`), or without unseen text, nothing is measured on that.
     """
     slicer, curves = ready.slicer, ready.curves
-    calibration, held_out = (text.windows for text in texts)
-    judged = (method.fitness, curves, REMAINS if method.repairs_twice else 1.0)
-    fitness = Fitness(slicer, held_out, *judged)
+    scoring = curves if method.repairs_twice else None
+    fitness = _fitness(slicer, texts.search.windows, method, scoring)
+    probe = fitness.slopes if isinstance(fitness, SecondRepairScore) else partial(fitness.slopes, curves=curves)
     measure = partial(fitness.loss, share=method.first_share)
     starts = seeds(budget, curves if method.predicts_losses else None, measure)
     with ray_workers(fitness) if executor == "ray" else nullcontext() as pool:
-        found = search(
+        outcome = search(
             proposer,
             budget,
             fitness,
@@ -63,14 +67,23 @@ def find_plan(
             schedule=_schedule(method),
             seeds={name: rates for name, rates in starts.items() if name in method.seeds},
             seed=run.seed,
-            probe=fitness.slopes if getattr(proposer, "reads_slopes", False) else None,
+            probe=probe if getattr(proposer, "reads_slopes", False) else None,
             pool=pool,
             report=_live(run.progress, method),
         )
-    if method.evaluations:
-        elsewhere = Fitness(slicer, calibration[: len(held_out)], *judged)
-        found.elsewhere = elsewhere(found.best_seed.plan), elsewhere(found.best.plan)
-    return found
+    gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
+    if method.evaluations and texts.unseen is not None:
+        unseen = _fitness(slicer, texts.unseen.windows, method, scoring)
+        gains[UNSEEN_TEXT] = unseen(outcome.best_seed.plan), unseen(outcome.best.plan)
+    return Found(outcome, gains)
+
+
+def _fitness(
+    slicer: Slicer, windows: Tensor, method: Method, curves: Sequence[LossCurves] | None
+) -> Fitness | SecondRepairScore:
+    """What is minimised; with the curves, for the second repair."""
+    fitness = Fitness(slicer, windows, method.fitness)
+    return fitness if curves is None else SecondRepairScore(fitness, curves, REMAINS)
 
 
 def _schedule(method: Method) -> Schedule:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from selfpruner_hub.search.proposers import Scored
 
+SEARCH_TEXT, UNSEEN_TEXT = "search_text", "unseen_text"
+"""Texts of a gain: that of the search, and one that neither calibration, nor repairs, nor search have seen."""
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -20,7 +23,7 @@ class Standing:
     """Tokens that a language model read and wrote."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
     """What a search found."""
 
@@ -34,7 +37,12 @@ class Outcome:
     """Proposals by origin and fate: accepted, refused, duplicate, replaced."""
     tokens: int
     """Tokens that a language model read and wrote."""
-    elsewhere: tuple[float, float] | None = None
-    """Fitness of the best seed and of the best plan on text that the search did not select on; None: not measured."""
-    logit_scale: float = 1.0
-    """By what the logits of the model that was made of the best plan were scaled (`confidence`)."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found, and whether its gain holds."""
+
+    outcome: Outcome
+    gains: dict[str, tuple[float, float]]
+    """By text, fitness of the best seed and of the best plan: on `SEARCH_TEXT` and, where measured, `UNSEEN_TEXT`."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from selfpruner_hub.errors import MissingExtraError, UserError, WorkerError
-from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.fitness import Fitness, SecondRepairScore
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.search.loop import Pool
 
@@ -41,7 +41,7 @@ def check_executor(executor: str | None) -> None:
 
 
 @contextmanager
-def ray_workers(fitness: Fitness) -> Iterator[Pool]:
+def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
     """Start the workers; they end with the context.
 
     There are as many as Ray has processors for (`ray.init(num_cpus=…)` before, or RAY_ADDRESS of a cluster), graphics
@@ -79,7 +79,7 @@ def ray_workers(fitness: Fitness) -> Iterator[Pool]:
             ray.shutdown()
 
 
-def count_workers(resources: dict[str, float], fitness: Fitness) -> int:
+def count_workers(resources: dict[str, float], fitness: Fitness | SecondRepairScore) -> int:
     """How many copies of a model fit in what Ray says there is, at least one."""
     fitting = [resources.get("CPU", 1) // THREADS, resources.get("memory", 0) // (MEMORY * fitness.nbytes)]
     if fitness.device.type == "cuda":
@@ -99,7 +99,7 @@ class Worker:
         import ray
 
         torch.set_num_threads(THREADS)
-        self._fitness: Fitness = ray.get(shared[0])
+        self._fitness: Fitness | SecondRepairScore = ray.get(shared[0])
 
     def process(self) -> int:
         """Its process id."""

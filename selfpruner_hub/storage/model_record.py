@@ -55,9 +55,12 @@ class Record:
     seed: int
     proposer: dict[str, Any]
     """Who searched: name, model, evaluations, counts of replies, tokens; `gains`: fitness of the best seed and of what
-    was found, on the text that the search selected on, and elsewhere."""
+    was found, on the `search_text` that the search selected on and on `unseen_text`, which neither calibration, nor
+    repairs, nor search have read. Older records have `selected_on` for the first and, not for the second, `elsewhere`:
+    on the calibration text, which the repairs were fitted to."""
     data: dict[str, dict[str, Any]]
-    """`calibration` and `fitness`: name, tokens, window and hash of each text."""
+    """`calibration`, `fitness` and, where the gain was measured on it, `unseen`: name, tokens, window and hash of each
+    text."""
     versions: dict[str, str]
     licence: dict[str, str] = field(default_factory=dict)
     """Of the parent, as its model card says it: `license`, `license_name`, `license_link`; empty where unknown."""

@@ -102,10 +102,8 @@ def test_prune_writes_everything_and_leaves_no_run_directory(run, dense, text, t
     assert (status, err) == (0, "")
     first, second = out.splitlines()
     assert first == f"{tmp_path / 'small'}: {record.parameters['pruned']:,} of 39,584 parameters, β = 0.3000"
-    selected, elsewhere = (
-        "{:.4f} -> {:.4f}".format(*record.proposer["gains"][t]) for t in ("selected_on", "elsewhere")
-    )
-    assert second == (f"search: kl {selected} from the best seed on; on text that it did not select on, {elsewhere}")
+    own, unseen = ("{:.4f} -> {:.4f}".format(*record.proposer["gains"][t]) for t in ("search_text", "unseen_text"))
+    assert second == f"search: kl {own} from the best seed on; on unseen text, {unseen}"
     assert names(tmp_path) == {"small", *(f"small/{name}" for name in FILES)}
 
 

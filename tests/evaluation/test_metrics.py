@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from support.tiny import CONFIGS, tiny_model
@@ -13,7 +14,7 @@ from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.generated_text import continuations
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.fitness import Fitness, SecondRepairScore
 from selfpruner_hub.evaluation.metrics import (
     cross_entropy,
     divergence,
@@ -27,6 +28,7 @@ from selfpruner_hub.evaluation.metrics import (
 )
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
 
@@ -103,7 +105,7 @@ def test_what_the_second_repair_takes_away_is_left_out(metric):
         alone = curves[0].attention[1] + curves[1].ffn[40] + curves[2].ffn[32]
         measured = Fitness(slicer, WINDOWS, metric).loss(cut, 0.5)
         for remains in (0, 0.25, 1):
-            fitness = Fitness(slicer, WINDOWS, metric, curves, remains)
+            fitness = SecondRepairScore(Fitness(slicer, WINDOWS, metric), curves, remains)
             assert fitness.loss(cut, 0.5) == pytest.approx(alone + remains * (measured - alone), rel=1e-5)
             assert fitness.loss(slicer.shape.dense) == pytest.approx(0, abs=1e-5)
 
@@ -115,8 +117,10 @@ def test_a_broken_candidate_scores_infinity():
     with ordered(model, order):
         slicer = Slicer(model, order, statistics)
         fitness = Fitness(slicer, WINDOWS, "perplexity")
+        free = [LossCurves(np.zeros(5), np.zeros(49))] * 4  # no width costs anything
+        score = SecondRepairScore(fitness, free)
         model.model.norm.weight.data[0] = torch.nan
-        assert fitness(slicer.shape.dense) == math.inf
+        assert fitness(slicer.shape.dense) == score(slicer.shape.dense) == math.inf
 
 
 def test_unknown_metric_is_refused():

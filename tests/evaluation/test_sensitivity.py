@@ -12,7 +12,7 @@ from support.tiny import CONFIGS, tiny_model
 
 from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
-from selfpruner_hub.evaluation.fitness import Fitness
+from selfpruner_hub.evaluation.fitness import Fitness, SecondRepairScore
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import STEP, Slopes
@@ -55,8 +55,8 @@ def test_slopes_predict_what_small_changes_do(architecture):
         curves = slicer.loss_curves()
         fitness = Fitness(slicer, windows, "perplexity")
         found = fitness.slopes(plan)
-        second = Fitness(slicer, windows, "perplexity", curves).slopes(plan)
-        lessened = Fitness(slicer, windows, "perplexity", curves, 0.25).slopes(plan)
+        second = fitness.slopes(plan, curves=curves)
+        lessened = SecondRepairScore(fitness, curves, 0.25).slopes(plan)
         base, predicted, measured = math.log(fitness(plan)), [], []
         for layer, (kept, dense) in enumerate(zip(plan.layers, slicer.shape.dense.layers, strict=True)):
             step = max(1, round(STEP * dense.intermediate_size))

@@ -28,7 +28,7 @@ RECORD = Record(
         "evaluations": 48.25,
         "best_from": "seed:ramp",
         "tokens": 9876,
-        "gains": {"selected_on": [0.0711, 0.0639], "elsewhere": [0.0822, 0.0733]},
+        "gains": {"search_text": [0.0711, 0.0639], "unseen_text": [0.0822, 0.0733]},
     },
     data={"calibration": {"name": "first.txt", "tokens": 5120}, "fitness": {"name": "second.txt", "tokens": 2560}},
     versions={"torch": "8.13.0", "transformers": "9.24.0"},
@@ -120,10 +120,24 @@ def test_the_code_of_a_chat_model_uses_its_template():
             assert block == block.strip() + "\n"
 
 
-def test_the_gain_of_the_search_is_told_where_it_selected_and_elsewhere():
-    told = " ".join(render_card(RECORD).split())
-    assert "kl went from 0.0711 to 0.0639 on the text that the search selected on, and from 0.0822 to 0.0733" in told
-    for gains in ({}, {"selected_on": [0.0711, 0.0639]}):  # of a record from before, or without a search
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("search_text", "unseen_text"), "text that neither calibration, nor repairs, nor search have seen."),
+        (("selected_on", "elsewhere"), "the calibration text, which the repairs were fitted to."),  # an older record
+    ],
+)
+def test_the_gain_of_the_search_is_told_with_the_texts_that_it_was_measured_on(names, said):
+    gains = dict(zip(names, ([0.0711, 0.0639], [0.0822, 0.0733]), strict=True))
+    record = Record.from_json(replace(RECORD, proposer={**RECORD.proposer, "gains": gains}).to_json(), "record")
+    told = " ".join(render_card(record).split())
+    assert (
+        "kl went from 0.0711 to 0.0639 on the text that the search selected on, and from 0.0822 to 0.0733 on " + said
+    ) in told
+
+
+def test_a_gain_that_was_not_measured_is_not_told():
+    for gains in ({}, {"selected_on": [0.0711, 0.0639]}, {"search_text": [0.0711, 0.0639]}):  # without a search
         assert "went from" not in render_card(replace(RECORD, proposer={**RECORD.proposer, "gains": gains}))
     older = {key: value for key, value in RECORD.proposer.items() if key != "gains"}
     assert "went from" not in render_card(replace(RECORD, proposer=older))
