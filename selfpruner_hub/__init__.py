@@ -4,4 +4,4 @@ from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 
 __all__ = ["AutoPruner", "PrunedModel"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
