@@ -19,6 +19,9 @@ from exporters.machine import cores, processor
 from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.evaluation.metrics import perplexity
 
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
+"""Where the pictures of docs/results.md are."""
+
 
 class Rows(list[dict[str, Any]]):
     """Rows of figures in a file, a line each, so that a benchmark goes on where it stopped.
