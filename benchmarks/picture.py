@@ -58,7 +58,7 @@ def draw(shown: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(6.4 * len(shown), 4), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(shown), 4.4), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for panel, (quality, series) in zip(panels, shown.items(), strict=True):
         for number, (name, rows) in enumerate(series.items()):
@@ -73,7 +73,7 @@ def draw(shown: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
         panel.grid(alpha=0.3)
         if quality == "kept":
             panel.yaxis.set_major_formatter(PercentFormatter(1))
-    panels[0].legend(fontsize="small", loc="upper left")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.suptitle("SmolLM2-135M-Instruct on two CPU cores")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Description": json.dumps(shown)})
