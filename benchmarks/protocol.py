@@ -24,6 +24,9 @@ from selfpruner_hub.evaluation.chat import SEED, ChatMeasure
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
 
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
+"""Where the pictures of docs/results.md are."""
+
 
 class Rows(list[dict[str, Any]]):
     """Rows of figures in a file, a line each, so that a benchmark goes on where it stopped.

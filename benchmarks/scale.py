@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from protocol import memory, peak_of_memory, write
+from protocol import PICTURES, memory, peak_of_memory, write
 from scipy.optimize import nnls
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -202,7 +202,7 @@ def main(largest: float) -> None:
         for what, rows in table.items()
         if len(rows) > 1
     }
-    draw(table, Path(__file__).with_name("scale.png"))
+    draw(table, PICTURES / "scale.png")
     write(
         "scale",
         f"random Llamas in bfloat16, windows of {WINDOW}, β = {BETA}, vocabulary {VOCABULARY}; base {BASE}; each "

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from protocol import write
+from protocol import PICTURES, write
 
 from selfpruner_hub.calibration.corpus import consecutive_windows, load_corpus
 from selfpruner_hub.cli.demo import NAME, load_embedded
@@ -144,7 +144,7 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
         runs = [row for row in rows if row["method"] == method]
         figures = ("kl", "unseen_kl", "unseen_perplexity")
         add(method=f"{method}, median of {len(runs)}", **{f: statistics.median(r[f] for r in runs) for f in figures})
-    draw(rows, beta, Path(__file__).with_name(f"search-{beta:g}.png"))
+    draw(rows, beta, PICTURES / f"search-{beta:g}.png")
     write(
         f"search-{beta:g}",
         f"SmolLM2-135M-Instruct, {str(model.dtype)}, β = {beta:g}; {calibration.tokens} calibration and "

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from selfpruner_hub.pruner import AutoPruner
 
 __all__ = ["AutoPruner", "PrunedModel"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The Auto classes know pruned models once this package is imported. That takes torch, which takes seconds: so it is
 # done as soon as somebody has transformers, and `selfpruner --help` does without.

@@ -18,60 +18,61 @@ class Method:
     """Every setting of `prune` that is not about where things come from; all of them go into the record."""
 
     importance: str = "obs"
-    """Order of channels and groups: obs, wanda-sp, flap or energy."""
+    """Order in which FFN channels and KV groups are removed: obs, wanda-sp, flap or energy."""
     repair: bool = True
-    """Refit o_proj and down_proj by least squares."""
+    """Refit o_proj and down_proj by least squares after the cut (the first repair)."""
     accumulate: bool = True
-    """Refit them once more on the stream of the pruned model, where they are repaired at all."""
+    """Refit them again, layer by layer, on the activations of the pruned model (the second repair). Needs `repair`."""
     refit_inputs: bool = True
-    """And with them, there, gate_proj and up_proj."""
+    """Let the second repair change gate_proj and up_proj as well."""
     confidence: bool = True
-    """Scale the logits until the pruned model is as sure as its parent on the fitness text."""
+    """Scale all logits by one factor, so that the pruned model is as confident as its parent on the fitness text."""
     fitness: str = "kl"
-    """What the search minimises: kl or perplexity."""
+    """What the search minimises: kl (divergence from the dense model) or perplexity."""
     tied: bool = False
-    """One rate for attention and FFN of a layer."""
+    """Give attention and FFN of a layer one common rate."""
     p_min: float = 0.0
-    """Least rate, in [0, β]."""
+    """Smallest rate of a layer, in [0, β]."""
     p_max: float = 0.9
-    """Greatest rate, in [β, 1)."""
+    """Largest rate of the attention or the FFN of a layer, in [β, 1)."""
     multiple_of: int = 1
-    """FFN widths are multiples of this."""
+    """FFN widths are multiples of this number. It must divide the dense width."""
     window: int = 512
-    """Tokens per window of calibration and fitness."""
+    """Tokens of a window of calibration and fitness text."""
     calibration_tokens: int = 131_072
-    """Both repairs are fitted to them."""
+    """Tokens of the calibration text, to which both repairs are fitted."""
     shares: tuple[float, ...] = ()
-    """Shares of the sources of `data`, in their order; they need not sum to 1. Empty: all sources have as much."""
+    """Shares of the sources of `data`, in their order; they need not sum to 1. Empty: equal shares."""
     fisher_tokens: int = 8_192
-    """Of those, for the one backward pass behind the Fisher information of the layers' outputs."""
+    """Calibration tokens of the one backward pass that measures the Fisher information of the layers' outputs."""
     fitness_tokens: int = 16_384
     """Tokens of the fitness text, on which the search selects plans. It is disjoint from the calibration text."""
     seeds: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "blend")
-    """Starting points of the search."""
+    """Plans that the search starts from: uniform rates, a ramp over depth, a knapsack over predicted losses
+    (sensitivity), and the mean of that and uniform rates (blend)."""
     evaluations: float = 10
-    """Budget of the search, in full-evaluation equivalents."""
+    """Length of the search, in evaluations on the whole fitness text; 0 takes the best seed."""
     population: int = 0
-    """Initial proposals, beside the seeds."""
+    """New plans in the first round of the search."""
     crossover: int = 8
-    """Crossover children per round."""
+    """Children of two plans in each later round."""
     mutation: int = 8
-    """Mutation children per round."""
+    """Changes of one plan in each later round."""
     first_share: float = 0.25
     """Share of the fitness windows on which every candidate is scored first."""
     survivors: float = 0.125
-    """Share of a round's candidates that is scored on all windows."""
+    """Share of a round's candidates that is scored on all fitness windows."""
     probe_share: float = 0.25
     """Share of the fitness windows on which small changes of the best plan are measured, for a language model that
     proposes; 0 measures none."""
     temperature: float = 1.0
-    """Of a language model's proposals."""
+    """Sampling temperature of a language model that proposes."""
     templates: str = ""
     """Directory with `initial.txt`, `crossover.txt` and `mutation.txt` in place of the built-in prompts."""
     request_limit: int = 2_000
-    """Most requests to an endpoint, retries included."""
+    """Largest number of requests to an endpoint, retries included."""
     token_limit: int = 5_000_000
-    """Most tokens that an endpoint reads and writes."""
+    """Largest number of tokens that an endpoint reads and writes."""
     token_price: float = 0.0
     """Price of a million tokens at the endpoint, in dollars, for the progress line; 0 shows none."""
 

@@ -1,0 +1,141 @@
+"""Fill the generated tables of the pages: figures from defaults.json, settings from the settings' docstrings.
+
+Run: python benchmarks/tables.py
+It imports no torch. `tests/test_docs.py` holds the pages equal to what is made here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selfpruner_hub.settings import explained
+
+ROOT = Path(__file__).parents[1]
+DEFAULTS = ROOT / "benchmarks" / "defaults.json"
+CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
+UNKNOWN = "–"
+"""Stands where a row has no such figure."""
+TEXTS = {
+    "search_text": "search text",
+    "unseen_text": "unseen text",
+    "selected_on": "search text",  # so called before 0.2.0
+    "elsewhere": "calibration text",
+}
+"""Keys of a search's gains, and the texts that they were measured on."""
+
+
+def defaults_table() -> str:
+    """What is left of the model at each β, as a Markdown table, what that means for chat, and how it was measured."""
+    rows = _defaults()
+    columns = (
+        ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense"),
+        ("parameters", lambda row: f"{_parameters(row) / 1e6:.1f} M"),
+        ("perplexity, 512", lambda row: _figure(row, "perplexity_512", "{:.1f}")),
+        ("perplexity, 2048", lambda row: _figure(row, "perplexity_2048", "{:.1f}")),
+        ("agreement", lambda row: _share(row, "agreement")),
+        ("questions kept", lambda row: _share(row, "kept")),
+        ("KL, code", lambda row: _figure(row, "kl_code", "{:.2f}")),
+        ("minutes", lambda row: _figure(row, "minutes", "{:.0f}")),
+    )
+    table = _table([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows], numbers=True)
+    return f"{table}\n\n{_kept(rows)}\n\n{_protocol()}"
+
+
+def search_table() -> str:
+    """What the search gained at each β, on every text that it was measured on."""
+    rows = [row for row in _defaults() if row.get("search")]
+    texts = list(dict.fromkeys(text for row in rows for text in row["search"]))
+    names = [f"{TEXTS.get(text, text)}: {which}" for text in texts for which in ("best seed", "found")]
+    found = [[value for text in texts for value in row["search"].get(text) or (None, None)] for row in rows]
+    cells = [[UNKNOWN if value is None else f"{value:.3f}" for value in values] for values in found]
+    betas = [f"{row['beta']:g}" for row in rows]
+    return _table(["β", *names], [[beta, *those] for beta, those in zip(betas, cells, strict=True)], numbers=True)
+
+
+def _protocol() -> str:
+    found = json.loads(DEFAULTS.read_text(encoding="utf-8"))
+    return f"Protocol ({found['date']}): {found['protocol']}."
+
+
+def _defaults() -> list[dict[str, Any]]:
+    found = json.loads(DEFAULTS.read_text(encoding="utf-8"))["results"]
+    return sorted(found, key=lambda row: row["beta"])
+
+
+def _kept(rows: Sequence[Mapping[str, Any]]) -> str:
+    shares = [f"{_share(row, 'kept')} at β = {row['beta']:g}" for row in rows if row["beta"] and "kept" in row]
+    if not shares:
+        return "Agreement, plain questions and code have not been measured for these models yet."
+    listed = " and ".join(filter(None, (", ".join(shares[:-1]), shares[-1])))
+    return f"Of the plain questions that the dense model answers rightly, the pruned one still answers {listed}."
+
+
+def _figure(row: Mapping[str, Any], key: str, form: str) -> str:
+    return form.format(row[key]) if row.get(key) is not None else UNKNOWN
+
+
+def _share(row: Mapping[str, Any], key: str) -> str:
+    if not row["beta"]:
+        return "100 %"  # the dense model agrees with itself
+    return f"{100 * row[key]:.0f} %" if row.get(key) is not None else UNKNOWN
+
+
+def _parameters(row: Mapping[str, Any]) -> float:
+    """Of the row; where it has none, from β and the counts in the record of the published card."""
+    if "parameters" in row:
+        return float(row["parameters"])
+    record = json.loads(CARD_RECORD.read_text(encoding="utf-8"))
+    dense, pruned = record["parameters"]["dense"], record["parameters"]["pruned"]
+    prunable = (dense - pruned) / record["achieved_beta"]
+    return float(dense - row.get("achieved_beta", row["beta"]) * prunable)
+
+
+def settings_table() -> str:
+    """Every setting: its name, its default, that of the paper's preset where it differs, and its meaning."""
+    rows = [
+        [
+            f"`{default.name}`",
+            f"`{json.dumps(default.default)}`",
+            "" if paper.default == default.default else f"`{json.dumps(paper.default)}`",
+            default.meaning.replace("|", "\\|"),
+        ]
+        for default, paper in zip(explained(), explained("paper"), strict=True)
+    ]
+    return _table(["setting", "default", "paper", "meaning"], rows)
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
+    rule = ["---:" if numbers else "---"] * len(names)
+    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (names, rule, *rows))
+
+
+GENERATED = (
+    ("README.md", "defaults", defaults_table),
+    ("docs/results.md", "search", search_table),
+    ("docs/settings.md", "settings", settings_table),
+)
+"""Pages, the name of the markers in them, and what makes the text between these."""
+
+
+def filled(page: str, marker: str, text: str) -> str:
+    """Put a text between the two markers of a page."""
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise SystemExit(f"the page needs {start} and {end}, once each")
+    return re.sub(f"{start}.*{end}", lambda _: f"{start}\n{text}\n{end}", page, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Fill all tables."""
+    for name, marker, make in GENERATED:
+        page = ROOT / name
+        page.write_text(filled(page.read_text(encoding="utf-8"), marker, make()), encoding="utf-8")
+        print(f"filled {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The pages: generated tables are current, links lead somewhere, every error has its remedy, README stays short."""
+
+import json
+import re
+from pathlib import Path
+
+import picture
+import pytest
+import tables
+import yaml
+from PIL import Image
+
+from selfpruner_hub import __version__, errors
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    path
+    for folder in (".", "docs", "benchmarks", "model_cards")
+    for path in (ROOT / folder).glob("*.md")
+    if path.name != "template.md"
+)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+WORDS_OF_THE_PLAN = re.compile(r"\b(?:house|wing|room|floor)s?\b", re.I)
+
+
+def without_code(text):
+    return re.sub(r"```.*?```", "", text, flags=re.S)
+
+
+def anchors(page):
+    """Of the headings, as GitHub and MkDocs write them."""
+    headings = re.findall(r"^#+ (.+)$", without_code(page.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize(("name", "marker", "make"), tables.GENERATED, ids=lambda value: value if str(value) else "")
+def test_generated_tables_are_current(name, marker, make):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert page == tables.filled(page, marker, make()), "run: python benchmarks/tables.py"
+
+
+def test_tables_take_rows_with_more_and_fewer_keys(monkeypatch):
+    rows = [
+        {"beta": 0.5, "minutes": 31.4},
+        {"beta": 0.0, "perplexity_512": 26.71, "answered": 0.6},
+        {"beta": 0.2, "achieved_beta": 0.2, "minutes": 47.3, "perplexity_512": 35.16, "perplexity_2048": 28.26}
+        | {"kl_chat": 0.11, "agreement": 0.873, "answered": 0.55, "kept": 0.914, "kl_code": 0.428},
+    ]
+    monkeypatch.setattr(tables, "_defaults", lambda: sorted(rows, key=lambda row: row["beta"]))
+    lines = tables.defaults_table().splitlines()
+    assert lines[2] == "| dense | 134.5 M | 26.7 | – | 100 % | 100 % | – | – |"
+    assert lines[3] == "| 0.2 | 113.3 M | 35.2 | 28.3 | 87 % | 91 % | 0.43 | 47 |"
+    assert lines[4] == "| 0.5 | 81.4 M | – | – | – | – | – | 31 |"
+    assert "still answers 91 % at β = 0.2." in tables.defaults_table()
+    assert tables.search_table().splitlines()[2:] == []
+
+
+def test_a_page_without_markers_is_refused():
+    with pytest.raises(SystemExit, match="<!-- x -->"):
+        tables.filled("no markers", "x", "text")
+
+
+def test_the_picture_shows_what_the_json_says():
+    with Image.open(picture.PICTURE) as image:
+        assert json.loads(image.info["Description"]) == picture.points(), "run: python benchmarks/picture.py"
+
+
+def test_the_picture_shows_questions_where_they_were_measured(monkeypatch, tmp_path):
+    rows = [{"beta": 0.0, "perplexity_512": 20.0}, {"beta": 0.3, "perplexity_512": 30.0, "kept": 0.8}]
+    read = picture._results
+    monkeypatch.setattr(picture, "_results", lambda name: rows if name == "defaults" else read(name))
+    shown = picture.points()
+    assert set(shown) == {"perplexity_512", "kept"}
+    assert all(points[0] == [0.0, 1.0, 1.0] and points[1][2] == 0.8 for points in shown["kept"].values())
+    picture.draw(shown, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8"))):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (page.parent / name).resolve() if name else page
+        assert found.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(found), f"{page.name} links to {target}"
+        if page.parent == DOCS:
+            assert found.is_relative_to(DOCS), f"{target} is not on the site"
+
+
+def test_every_page_is_in_the_menu_of_the_site_and_on_its_first_page():
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    listed = set(re.findall(r"'(\w+\.md)'", str(menu)))
+    assert listed == {path.name for path in DOCS.glob("*.md")}
+    first = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert not [name for name in listed - {"index.md"} if f"]({name})" not in first]
+
+
+def test_every_error_has_its_remedy():
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+Error)` \| (.+?) \| (.+?) \|$", page, re.M)
+    assert {name for name, _, _ in rows} == classes
+    assert len(rows) == len(classes)
+
+
+def test_every_extra_is_on_the_page_of_installation():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = set(re.findall(r"^([\w-]+) = \[", section, re.M))
+    page = (DOCS / "install.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.M)) == extras
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## [{__version__}]\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@each_page
+def test_no_page_speaks_of_the_plan(page):
+    """Its words for packages and layers are not those of the project."""
+    assert not WORDS_OF_THE_PLAN.findall(page.read_text(encoding="utf-8"))

@@ -1,0 +1,134 @@
+"""Every example runs, as a user would start it, on a tiny chat model and with a small default of everything."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from support.endpoint_server import Server
+from support.tiny import tiny_model
+from support.trained import TEXT, VOCABULARY, trained_tokenizer
+
+from selfpruner_hub import PrunedModel, settings
+from selfpruner_hub.calibration import text_sources
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LONGEST = 40
+"""Lines of an example."""
+SMALL = {
+    "window": 32,
+    "calibration_tokens": 1024,
+    "fisher_tokens": 256,
+    "fitness_tokens": 256,
+    "evaluations": 2,
+    "population": 2,
+    "crossover": 1,
+    "mutation": 1,
+}
+TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "tiny-chat"
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=512).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Small defaults, a text in place of WikiText-2, and a directory for what examples write."""
+    monkeypatch.setitem(settings.PRESETS, "default", replace(settings.Method(), **SMALL))
+    monkeypatch.setattr(text_sources, "_hub_texts", lambda source, split: cycle(TEXT))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run an example and give back what it printed."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_example_is_run_here():
+    tests = Path(__file__).read_text()
+    assert [path.name for path in EXAMPLES.iterdir() if f'"{path.name}"' not in tests and path.is_file()] == []
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(path):
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+def test_prune(run, model):
+    said = run("01_prune.py", model)
+    report = PrunedModel.from_pretrained("pruned-b30").report
+    assert f"{report.parameters['pruned']:,} of {report.parameters['dense']:,} parameters are left." in said
+    assert "The capital of France is" in said
+    assert report.data["calibration"]["name"] == "chat and wikitext2"
+
+
+def test_prune_on_own_text(run, model, tmp_path):
+    talk = [{"role": "user", "content": TEXT[0]}, {"role": "assistant", "content": TEXT[1]}]
+    own = tmp_path / "conversations.jsonl"
+    own.write_text("\n".join(json.dumps({"messages": talk}) for _ in range(40)))
+    said = run("02_prune_on_own_text.py", model, own)
+    assert "calibration: 1024 tokens of conversations.jsonl and wikitext2" in said
+    assert PrunedModel.from_pretrained("pruned-own-text").report.method["shares"] == [3, 1]
+
+
+@pytest.mark.heavy
+def test_export_and_generate(run, model):
+    for library in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(library)
+    assert "The capital of France is" in run("03_export_and_generate.py", model)
+    assert Path("pruned-gguf/model-f16.gguf").is_file()
+
+
+@pytest.mark.heavy
+def test_endpoint_proposer(run, model, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    server = Server(json.dumps({"attention": [0, 25, 0, 25], "ffn": [30, 20, 40, 25]}))
+    said = run("04_endpoint_proposer.py", model, server.url, "m")
+    assert f"{100 * len(server.bodies)} tokens were read and written." in said
+    assert PrunedModel.from_pretrained("pruned-by-endpoint").report.proposer["name"] == f"{server.url} m"
+
+
+def test_custom_proposer(run, model):
+    assert "The best plan came from " in run("05_custom_proposer.py", model)
+    assert PrunedModel.from_pretrained("pruned-by-noisy-copies").report.proposer["name"] == "noisy copies"
+
+
+def test_pipeline_by_hand(run, model):
+    assert "parameters are left." in run("06_pipeline_by_hand.py", model, 1024)
+    assert Path("pruned-by-hand/model.safetensors").is_file()
+
+
+def test_notebook(model, monkeypatch, capsys):
+    monkeypatch.setenv("MODEL", model)
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]
+    values = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "clear the outputs before a commit"
+            exec("".join(cell["source"]), values)
+    said = capsys.readouterr().out
+    assert said.count("The capital of France is") == 2
+    assert "layer  4:" in said
+    assert values["again"].num_parameters() == PrunedModel.from_pretrained("pruned-b30").report.parameters["pruned"]
