@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.time_limit import time_limit
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1
@@ -24,6 +25,14 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 def pytest_collection_modifyitems(items):
     """Files that are slow as a whole come first: where files run side by side, none is left to the end alone."""
     items.sort(key=lambda item: getattr(item.module, "pytestmark", None) != pytest.mark.slow)
+
+
+def _limited():
+    with time_limit():
+        return (yield)
+
+
+pytest_runtest_setup = pytest_runtest_call = pytest_runtest_teardown = pytest.hookimpl(wrapper=True)(_limited)
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,7 @@ class LlamaCpp:
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads or machine.threads()
         parameters.cache_prompt, parameters.cache_ram_mib = False, 0
         parameters.verbosity = -1
+        parameters.endpoint_metrics = True
         if exact:
             parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -62,6 +63,9 @@ class LlamaCpp:
             self._server = xllamacpp.Server(parameters)
         except Exception as error:  # xllamacpp raises bare RuntimeErrors
             raise ModelError(f"llama.cpp cannot load {str(path)!r}.", "Export the model again.") from error
+        # The server's thread enters its loop after the constructor has returned. A server that is destroyed before that
+        # waits for ever for the loop to end. What the loop answers tells that it is running.
+        self._server.handle_metrics()
 
     def complete(self, prompt: Sequence[int], new_tokens: int, **options: Any) -> dict[str, Any]:
         """Write greedy tokens after a prompt.

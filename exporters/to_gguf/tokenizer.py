@@ -204,8 +204,9 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> TokenizerFields:
     ids = tokenizer("a")["input_ids"]  # whatever its post-processor is called, this is what it does
     fields.append((Keys.Tokenizer.ADD_BOS, ids[0] == tokenizer.bos_token_id, GGUFValueType.BOOL, None))
     fields.append((Keys.Tokenizer.ADD_EOS, ids[-1] == tokenizer.eos_token_id, GGUFValueType.BOOL, None))
-    if isinstance(tokenizer.chat_template, str):
-        fields.append((Keys.Tokenizer.CHAT_TEMPLATE, tokenizer.chat_template, GGUFValueType.STRING, None))
+    named = tokenizer.chat_template
+    if template := named.get("default") if isinstance(named, dict) else named:
+        fields.append((Keys.Tokenizer.CHAT_TEMPLATE, template, GGUFValueType.STRING, None))
     return fields
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 from huggingface_hub import get_token
 
@@ -56,7 +58,14 @@ def check_private(files: Mapping[str, Path | bytes], directory: Path, tokens: It
 def _secrets(tokens: Iterable[str | None]) -> dict[bytes, str]:
     known = {value: f"the value of {name}" for name, value in os.environ.items() if _SECRET_NAMES.search(name)}
     known |= {token: "your Hub token" for token in (*tokens, get_token()) if token}
-    return {value.encode(): what for value, what in known.items() if len(value) >= _SHORTEST_SECRET}
+    return {form: what for value, what in known.items() if len(value) >= _SHORTEST_SECRET for form in _written(value)}
+
+
+def _written(value: str) -> set[bytes]:
+    """A value as it may stand in a file: as it is, escaped in JSON with and without other letters, or in an address."""
+    escaped = (json.dumps(value, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (True, False))
+    quoted = (quote(value, safe, errors="surrogateescape") for safe in ("", "/"))
+    return {form.encode(errors="surrogateescape") for form in (value, *escaped, *quoted)}
 
 
 def _paths(directory: Path) -> dict[bytes, str]:
@@ -64,9 +73,10 @@ def _paths(directory: Path) -> dict[bytes, str]:
     place = directory.resolve()
     folders = {place, place.parent, Path.cwd(), Path.home()} | ({Path(sys.prefix)} - {Path(sys.base_prefix)})
     return {
-        (str(folder) if len(folder.parts) > 2 else f"{folder}{os.sep}").encode(): "a path of this machine"
+        form: "a path of this machine"
         for folder in folders
         if len(folder.parts) > 1
+        for form in _written(str(folder) if len(folder.parts) > 2 else f"{folder}{os.sep}")
     }
 
 

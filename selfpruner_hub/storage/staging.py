@@ -43,11 +43,7 @@ def save_directory(directory: Path) -> Iterator[Path]:
         if not directory.exists():
             staging.rename(directory)
             return
-        for path in sorted(staging.iterdir()):
-            target = directory / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            path.replace(target)
+        _replace(directory, staging)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(f"Cannot write {str(directory)!r}: {reason}.", "Choose another output.") from error
@@ -55,6 +51,32 @@ def save_directory(directory: Path) -> Iterator[Path]:
         if staging is not None and staging.exists():
             with contextlib.suppress(OSError):
                 shutil.rmtree(staging)
+
+
+def _replace(directory: Path, staging: Path) -> None:
+    """Move staged files to their place: first all old files of their names leave, then all new ones come.
+
+    Old and new files are never side by side, not even when the process is killed. On any exception the old ones come
+    back, and the new ones are in the staging directory again.
+    """
+    names = sorted(path.name for path in staging.iterdir())
+    retired = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        for name in names:
+            if os.path.lexists(directory / name):
+                (directory / name).rename(retired / name)
+        for name in names:
+            (staging / name).rename(directory / name)
+    except BaseException:
+        # The file system says what was done: an interrupt may come between a rename and the next statement.
+        for name in names:
+            if not os.path.lexists(staging / name):
+                (directory / name).rename(staging / name)
+            if os.path.lexists(retired / name):
+                (retired / name).rename(directory / name)
+        retired.rmdir()
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def check_writable(directory: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import pytest
 from gguf import GGUFReader
 from support.tiny import tiny_model
-from support.trained import KINDS, trained_tokenizer
+from support.trained import KINDS, VOCABULARY, trained_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -49,6 +49,28 @@ def test_llama_cpp_reads_the_same_tokens(case):
     texts = [t for t in TEXTS if kind != "sentencepiece-metaspace" or t not in (" leading", "</s> <s>")]
     assert [run.tokenize(text) for text in texts] == [tokenizer(text)["input_ids"] for text in texts]
     assert len(texts) > 7
+
+
+def test_special_tokens_are_the_tokenizers_own(case):
+    """Each by its own name: llama.cpp ends a text at EOS, and puts BOS before it."""
+    _, tokenizer, path = case
+    fields = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+    tokens = fields["tokenizer.ggml.tokens"]
+    for name, token in (("bos", "<s>"), ("eos", "</s>"), ("unknown", "<unk>"), ("padding", "</s>")):
+        assert tokens[fields[f"tokenizer.ggml.{name}_token_id"]] == token
+    assert fields["tokenizer.ggml.add_bos_token"]
+    assert not fields["tokenizer.ggml.add_eos_token"]
+
+
+def test_a_chat_template_goes_along():
+    tokenizer = trained_tokenizer()
+    key = "tokenizer.chat_template"
+    assert key not in {name for name, *_ in converted_fields(tokenizer, VOCABULARY)}
+    template = "{{ messages[0]['content'] }}"
+    for one_or_more in (template, {"default": template, "tool_use": "another"}):
+        tokenizer.chat_template = one_or_more
+        fields = {name: value for name, value, *_ in converted_fields(tokenizer, VOCABULARY)}
+        assert fields[key] == template
 
 
 def test_a_copy_equals_its_source(case):

@@ -50,6 +50,43 @@ def test_only_cached_steps_differ():
     assert logit_difference(expected(model), forgetful) > 1e-3
 
 
+def wrong(model, at, row, position, by):
+    """The model, but for one logit of one pass."""
+    calls = iter(range(STEPS + 1))
+
+    def call(**inputs):
+        out = model(**inputs)
+        if next(calls) == at:
+            out.logits[row, position, 7] += by
+        return out
+
+    return call
+
+
+@pytest.mark.parametrize("by", [1.0, -1.0])
+@pytest.mark.parametrize(
+    ("at", "row", "position"),
+    [(0, 0, 0), (0, 0, -2), (0, 1, -PROMPTS[1]), (0, 2, -1), *((step, 1, -1) for step in range(1, STEPS + 1))],
+)
+def test_one_logit_of_a_real_token_is_noticed_wherever_it_is(at, row, position, by):
+    """In any pass, at any position, too great or too small."""
+    model = tiny_pruned("llama")
+    assert logit_difference(expected(model), wrong(model, at, row, position, by)) == pytest.approx(1, abs=1e-4)
+
+
+def test_an_export_that_does_not_look_at_the_mask_is_noticed():
+    """The prompts are of unequal lengths, so that there is something to mask, in every pass."""
+    model = tiny_pruned("llama")
+    passes = expected(model)
+    assert all((step.attention_mask == 0).any() for step in passes)
+
+    def unmasked(attention_mask, **inputs):
+        return model(attention_mask=torch.ones_like(attention_mask), **inputs)
+
+    for step in range(len(passes)):
+        assert logit_difference(passes[: step + 1], unmasked) > 1e-3
+
+
 def test_padding_is_overlooked():
     model = tiny_pruned("llama")
 

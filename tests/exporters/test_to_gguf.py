@@ -10,6 +10,7 @@ import tracemalloc
 import pytest
 import torch
 from gguf import GGUFReader
+from support.chatting import TEMPLATE
 from support.tiny import CONFIGS, tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 
@@ -89,6 +90,23 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 4 * max(sizes)
+
+
+@pytest.mark.parametrize(("case", "longest"), [("llama", 128), ("mistral", 16)])
+@pytest.mark.parametrize("make", [tiny_model, tiny_pruned])
+def test_the_context_ends_where_the_file_is_exact(make, case, longest, tmp_path):
+    """llama.cpp's architectures know no sliding window: beyond Mistral's, they compute something else."""
+    write(built(make, case), trained_tokenizer(), tmp_path)
+    fields = GGUFReader(tmp_path / "model-f16.gguf").fields
+    architecture = fields["general.architecture"].contents()
+    assert fields[f"{architecture}.context_length"].contents() == longest
+
+
+def test_a_file_brings_its_chat_template(tmp_path):
+    tokenizer = trained_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    write(built(tiny_pruned, "llama"), tokenizer, tmp_path)
+    assert GGUFReader(tmp_path / "model-f16.gguf").fields["tokenizer.chat_template"].contents() == TEMPLATE
 
 
 def test_tied_embeddings_are_stored_once(tmp_path):
@@ -196,6 +214,42 @@ for path in sys.argv[1:]:
     except ModelError as error:
         print(error)
 """
+
+
+UNUSED = """
+import sys
+from pathlib import Path
+from exporters.to_gguf.llama_cpp import LlamaCpp
+for _ in range(50):
+    LlamaCpp(Path(sys.argv[1]), 64, 1)
+print("done")
+"""
+
+
+def test_a_model_that_was_never_asked_ends(tmp_path):
+    """In a process of its own, which can be ended where it hangs: a server whose thread had not begun never stopped."""
+    write(built(tiny_pruned, "llama"), trained_tokenizer(), tmp_path)
+    command = [sys.executable, "-c", UNUSED, tmp_path / "model-f16.gguf"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.stdout == "done\n", done.stderr[-500:]
+
+
+def test_a_model_is_given_out_once_its_thread_answers(tmp_path, monkeypatch):
+    """Whatever the timing: the last call of the constructor is one that the server's own thread answers."""
+    import xllamacpp
+
+    called = []
+
+    class Server:
+        def __init__(self, parameters):
+            called.append(parameters.endpoint_metrics)
+
+        def __getattr__(self, name):
+            return lambda: called.append(name)
+
+    monkeypatch.setattr(xllamacpp, "Server", Server)
+    LlamaCpp(tmp_path / "none.gguf", 64)
+    assert called == [True, "handle_metrics"]
 
 
 def test_a_truncated_file_is_one_line(tmp_path):

@@ -6,11 +6,12 @@ import shutil
 from dataclasses import fields, replace
 
 import pytest
+from support.chatting import TEMPLATE, chat_tokenizer
 from support.hub_server import check_yaml
 
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.hub.bundle import collect, is_ours
+from selfpruner_hub.hub.bundle import collect, is_ours, write_card
 from selfpruner_hub.storage.export_record import FILE_NAME as EXPORT_RECORD
 from selfpruner_hub.storage.export_record import SCHEMA_VERSION, ExportRecord
 from selfpruner_hub.storage.model_record import FILE_NAME, Metric, read_record
@@ -40,6 +41,21 @@ def test_everything_of_the_model_and_nothing_else(saved_model):
     assert set(bundle.pictures) == {"plots/search.png", "plots/population.png", "plots/rates.png"}
     assert all(content.startswith(b"\x89PNG") for content in bundle.pictures.values())
     assert bundle.exports == ()
+
+
+def test_a_chat_template_is_published(saved_model, tmp_path):
+    """Without it, what is loaded from the Hub cannot chat; the card says whether it can."""
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": TEMPLATE}
+    tokenizer.save_pretrained(saved_model)
+    templates = {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
+    assert all((saved_model / name).is_file() for name in templates)
+    bundle = collect(saved_model)
+    assert templates <= set(bundle.files)
+    assert all(map(is_ours, templates))
+    assert bundle.chat
+    write_card(saved_model, "me/tiny", tmp_path / "card")
+    assert "apply_chat_template" in (tmp_path / "card" / "README.md").read_text()
 
 
 def test_pictures_are_drawn_the_same_twice(saved_model):
@@ -90,6 +106,22 @@ def test_the_card_alone(saved_model, tmp_path, capsys):
     assert 'from_pretrained("me/tiny"' in card
     assert main(["card", str(saved_model), "me/tiny", "--output", str(output)]) == 0  # again, over the old one
     assert (output / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize("verb", ["card", "push"])
+def test_a_secret_in_the_record_stays_at_home(verb, saved_model, tmp_path, monkeypatch, capsys):
+    """The card is looked through where it is written alone, too."""
+    monkeypatch.setenv("MY_API_KEY", "planted-in-a-protocol")
+    record = read_record(saved_model)
+    metrics = {"perplexity": Metric(12.5, 10.25, "at planted-in-a-protocol")}
+    (saved_model / FILE_NAME).write_text(replace(record, metrics=metrics).to_json())
+    output = tmp_path / "card"
+    words = ["card", str(saved_model), "me/tiny", "--output", str(output)]
+    assert main(words if verb == "card" else ["push", str(saved_model), "me/tiny", "--quiet"]) == 2
+    said = capsys.readouterr()
+    assert "holds the value of MY_API_KEY; nothing was published" in said.err
+    assert "planted-in-a-protocol" not in said.err
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What tells a secret or a place on this machine is not published: planted ones are found, wherever they stand."""
 
+import json
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -29,6 +31,30 @@ def test_what_looks_like_a_secret(text, tmp_path):
     assert text not in said
 
 
+@pytest.mark.parametrize(
+    "token", ["hf_" + "x4" * 17, "sk-" + "x4" * 10], ids=["34 characters, as the Hub's have", "20 characters"]
+)
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("README.md", "config.json", "modeling_selfpruned.py", "search.jsonl", "chat_template.jinja", "LICENSE"),
+        *("merges.txt", "onnx/selfpruner_export.json", "openvino/model.xml", "requirements.txt", "space.yaml"),
+    ],
+)
+def test_what_looks_like_a_token_in_any_text(file, token, tmp_path):
+    assert refused({file: f"a {token} b".encode()}, tmp_path).startswith(f"{file} holds what looks like a token")
+
+
+def test_chance_in_weights_is_no_token(tmp_path):
+    check_private({"model.safetensors": b"hf_" + b"x4" * 17}, tmp_path)
+
+
+@pytest.mark.parametrize("secret", ["12345678", "twelve-chars"])
+def test_a_short_secret(secret, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", secret)
+    assert "the value of MY_SECRET" in refused({"a.json": f'"{secret}"'.encode()}, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["SELFPRUNER_API_KEY", "HF_TOKEN", "AWS_SECRET", "DB_PASSWORD"])
 @pytest.mark.parametrize("file", ["README.md", "model.safetensors", "onnx/model.onnx", "tokenizer.json"])
 def test_a_secret_of_the_environment(name, file, tmp_path, monkeypatch):
@@ -42,6 +68,42 @@ def test_a_secret_of_the_environment(name, file, tmp_path, monkeypatch):
 
 def test_a_token_that_was_passed(tmp_path):
     assert "your Hub token" in refused({"a.json": b"planted-token"}, tmp_path, ["planted-token", None])
+
+
+def test_the_token_of_a_login(tmp_path, monkeypatch):
+    """Stored by the Hub's client, in no variable and passed by nobody."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    stored = tmp_path / "token"
+    stored.write_text("planted-login\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(stored))
+    assert "your Hub token" in refused({"a.json": b"planted-login"}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [lambda text: json.dumps(text), lambda text: json.dumps(text, ensure_ascii=False), lambda text: quote(text, "")],
+    ids=["json", "json of other letters", "address"],
+)
+@pytest.mark.parametrize("file", ["selfpruner.json", "search.jsonl", "README.md"])
+def test_what_is_written_in_another_form(file, written, tmp_path, monkeypatch):
+    """JSON escapes quotes and what is not ASCII, an address nearly everything."""
+    secret, home = 'pl"nted\\p\u00e4ssword/1', "/Z\u00fcrich, \u6771\u4eac/m\u00fcller"
+    monkeypatch.setenv("MY_PASSWORD", secret)
+    monkeypatch.setenv("HOME", home)
+    assert "the value of MY_PASSWORD" in refused({file: f"a {written(secret)} b".encode()}, tmp_path)
+    assert "a path of this machine" in refused({file: f"a {written(home)} b".encode()}, tmp_path)
+
+
+def test_a_virtual_environment(tmp_path, monkeypatch):
+    """Its folder is the user's; that of the Python that it was made from may be on any machine."""
+    here, base = tmp_path / "venv", tmp_path / "python3.11"
+    monkeypatch.setattr("sys.prefix", str(here))
+    monkeypatch.setattr("sys.base_prefix", str(base))
+    assert "a path of this machine" in refused({"a.json": f"{here}/bin/python".encode()}, Path("/elsewhere/model"))
+    check_private({"a.json": f"{base}/bin/python".encode()}, Path("/elsewhere/model"))
+    monkeypatch.setattr("sys.prefix", str(base))
+    check_private({"a.json": f"{base}/bin/python".encode()}, Path("/elsewhere/model"))
 
 
 def test_paths_of_this_machine(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -57,6 +59,24 @@ def test_of_all_ridges_it_takes_that_of_least_error_on_what_is_held_out(noise, s
     torch.testing.assert_close(module.weight.data, solved(FITTED, best), atol=1e-3, rtol=1e-3)
 
 
+@torch.no_grad()
+def test_what_is_held_out_is_not_fitted():
+    """Targets of windows that are held out choose λ, and change nothing else."""
+    x, module, ridge = normal(N, 2, F), nn.Linear(F, H, bias=False), 0.1
+    target = x @ normal(H, F, seed=2).t() + normal(N, 2, H, seed=1)
+    other = target.clone()
+    other[[i for i in range(N) if i not in FITTED]] *= -3
+    before, weights = module.weight.clone(), []
+    for wanted in (target, other):
+        module.weight.copy_(before)
+        fit = LinearFit(module, (ridge, ridge))  # more than one, so that windows are held out; alike, so that it is
+        fit.add(x, wanted)
+        fit.apply()
+        weights.append(module.weight.clone())
+    assert torch.equal(*weights)
+    assert not torch.allclose(weights[0], before, atol=0.1)
+
+
 def gated(noise, seed=0):
     """Windows whose outputs another gate and up would give, but for some noise; and the change to those; and down."""
     h, factors, down = normal(N, W, H, seed=seed), normal(N, W, K, F, seed=seed + 1).relu(), normal(H, F, seed=9)
@@ -89,6 +109,58 @@ def test_it_equals_the_direct_solution(monkeypatch):
     design = torch.einsum("tkf,ti,of->tokfi", factors, h, down).flatten(2).flatten(0, 1)
     direct = torch.linalg.lstsq(design, rest.flatten()[:, None]).solution.view(K, F, H)
     torch.testing.assert_close(found, direct, atol=2e-2, rtol=2e-2)  # early stopping ends a little before
+
+
+def steps_of(windows, change, down, steps):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(least_squares, "ITERATIONS", steps)
+        return fit_inputs(lambda: windows, change, down)
+
+
+def held_out_as(windows, change):
+    """The same windows, those that are held out with another target."""
+    rest = torch.cat([each.rest for each in windows])
+    held = [i for i in range(N) if i not in FITTED]
+    rest[held] = change(rest[held])
+    return [each._replace(rest=part) for each, part in zip(windows, rest.split(8), strict=True)]
+
+
+def test_what_is_held_out_moves_no_step():
+    """It says where the steps end, and nothing of where they lead."""
+    windows, change, down = gated(noise=0.5)
+    found = steps_of(windows, change, down, 1)
+    assert found.any()
+    assert torch.equal(steps_of(held_out_as(windows, lambda rest: 2 * rest), change, down, 1), found)
+    assert not steps_of(held_out_as(windows, lambda rest: -rest), change, down, 1).any()
+
+
+def gradient(windows, down, change):
+    """Of half the squared error on the windows to fit, by V, `[K, F, H]`."""
+    h, factors, rest = (torch.cat(parts)[FITTED] for parts in zip(*windows, strict=True))
+    left = rest - moved(h, factors, down, change)
+    return -torch.einsum("nwo,of,nwkf,nwi->kfi", left, down, factors, h)
+
+
+def test_its_steps_are_those_of_conjugate_gradients():
+    """After each, no step that was taken can be taken further: the gradient is orthogonal to all of them."""
+    windows, change, down = gated(noise=0.5)
+    reached = [torch.zeros_like(change)]
+    for steps in range(1, 4):
+        reached.append(steps_of(windows, change, down, steps))
+        slope = gradient(windows, down, reached[-1])
+        for before, after in itertools.pairwise(reached):
+            step = after - before
+            assert step.any()
+            assert abs((slope * step).sum()) < 1e-2 * slope.norm() * step.norm()
+
+
+def test_it_takes_two_steps():
+    """The second takes away much of what the first leaves, on the windows to fit; a third would cost as much again."""
+    assert least_squares.ITERATIONS == 2
+    windows, change, down = gated(noise=0.0)
+    start, first, second = 0 * change, *(steps_of(windows, change, down, steps) for steps in (1, 2))
+    assert torch.equal(fit_inputs(lambda: windows, change, down), second)
+    assert error(windows, down, second) < 0.8 * error(windows, down, first) < 0.64 * error(windows, down, start)
 
 
 def test_a_few_steps_already_help_on_other_windows():

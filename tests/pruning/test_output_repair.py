@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfpruner_hub.calibration.ridge import RIDGES, choose_ridge
 from selfpruner_hub.errors import ModelError
@@ -98,10 +99,36 @@ def test_a_ridge_is_found_where_half_of_the_inputs_are_dead():
     assert choose_ridge(torch.zeros(3, 16), alive.diag(), alive.diag()) in RIDGES
 
 
+class Products(TorchDispatchMode):
+    """Sees where the factors of every product lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.storages |= {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
 def test_where_a_weight_lies_does_not_show_in_its_repair():
-    """Loaded weights lie anywhere in memory; those of an offloaded model do not lie where others do."""
+    """Loaded weights lie anywhere in memory, and the last bits of a product may depend on it: none is of those."""
     generator = torch.Generator().manual_seed(0)
     x, values = torch.randn(96, 48, generator=generator), torch.randn(32 * 48 + 1, generator=generator)
-    first = values[1:].view(32, 48)
-    there, here = (Repair(weight, x.t() @ x) for weight in (first, first.clone()))
-    assert all(torch.equal(there.weight(kept), here.weight(kept)) for kept in range(1, 48))
+    weight = values[1:].view(32, 48)
+    repair = Repair(weight, x.t() @ x)
+    for kept in range(1, 48):
+        with Products() as seen:
+            found = repair.weight(kept)
+        assert seen.storages
+        assert weight.untyped_storage().data_ptr() not in seen.storages
+        assert torch.equal(found, Repair(weight.clone(), x.t() @ x).weight(kept))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_repaired_weight_lies_as_a_linear_layer_reads_it(problem, dtype):
+    """The solver returns columns; candidates run with what it returns, and nothing copies it for them."""
+    weight, _, gram = problem
+    repair = Repair(weight.to(dtype), gram)
+    assert all(repair.weight(kept).is_contiguous() for kept in range(1, D + 1))

@@ -16,13 +16,14 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 from support.endpoint_server import SECRET, Server
-from support.tiny import save_tiny
+from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 import selfpruner_hub.search.llm.endpoint as module
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.seeds import seeds
+from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.loop import search
@@ -84,6 +85,32 @@ def test_what_a_retry_cannot_mend_is_said_at_once(status, says):
         ask(server)
     assert len(server.bodies) == 1
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_is_refused_is_not_sent_again(status):
+    """It would be refused again: of the limit of requests, one is spent."""
+    server = Server(status, GOOD)
+    (reply,) = ask(server)
+    assert reply.rates is None
+    assert reply.error == f"127.0.0.1:{server.server_port} refuses the request (HTTP {status})."
+    assert len(server.bodies) == 1
+
+
+def test_a_key_in_the_address_is_in_nothing_that_is_kept(tmp_path):
+    """Neither in the journal, which the record and the card are made from, nor in those."""
+    server = Server(GOOD)
+    pruned = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama").prune(
+        0.3, data="self", proposer=f"{server.url}?api_key={SECRET}", proposer_model="m", window=32,
+        calibration_tokens=512, fitness_tokens=128, evaluations=3, seeds=("uniform",), run_dir=tmp_path / "run",
+        progress=False,
+    )  # fmt: skip
+    pruned.save_pretrained(tmp_path / "model")
+    assert server.bodies
+    assert pruned.report.proposer["name"] == f"{server.url} m"
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"search.jsonl", "selfpruner.json", "README.md"} <= {path.name for path in kept}
+    assert not [path for path in kept if SECRET.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize(

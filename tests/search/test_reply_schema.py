@@ -88,6 +88,40 @@ def test_the_ffn_that_loses_more_pays_for_a_group_that_comes_back():
     assert child.layers[2].intermediate_size == pytest.approx(plan.layers[2].intermediate_size, abs=1)
 
 
+def changed(budget, parent, **parts):
+    """Rates after a mutation of a plan with those rates."""
+    past = [Scored(budget.project(parent), parent, 1.0, 1.0, "random", 1)]
+    return parse("mutation", json.dumps({"parents": [1], **parts}), past, budget)[0]
+
+
+def test_a_layer_in_both_lists_loses_more():
+    """What a reply asks for twice is not given and taken at once: the layer is only in the first list."""
+    parent = Rates((1 / 3,) * 3, (0.3, 0.3, 0.3))
+    rates = changed(UNTIED, parent, ffn={"more": [1, 2], "less": [1], "points": 10})
+    assert rates.ffn == pytest.approx(parent.ffn)  # nothing came back, so there is nothing to pay
+    rates = changed(UNTIED, parent, ffn={"more": [1, 2], "less": [1, 3], "points": 10})
+    assert rates.ffn == pytest.approx((0.35, 0.35, 0.2))
+    rates = changed(UNTIED, parent, attention={"more": [1], "less": [1, 2]})
+    assert rates.attention == pytest.approx((2 / 3, 0, 1 / 3))
+
+
+def test_no_layer_loses_more_at_once_than_the_reach():
+    parent = Rates((0.0,) * 3, (0.1, 0.5, 0.5))
+    rates = changed(UNTIED, parent, ffn={"more": [1], "less": [2, 3], "points": 20})
+    assert rates.ffn == pytest.approx((0.1 + REACH / 100, 0.3, 0.3))  # 0.5 would pay for all of it
+
+
+@pytest.mark.parametrize(("payer", "paid"), [(1, 3), (3, 1), (2, 3)])
+def test_a_layer_pays_by_its_own_size(payer, paid):
+    """The number of weights that come back is the number that goes, in whatever layers."""
+    budget = Budget(ModelShape(16, 4, 2, Plan.of([32, 64, 96], [3, 3, 3])), 0.3)
+    parent = Rates((0.0,) * 3, (0.3, 0.3, 0.3))
+    rates = changed(budget, parent, ffn={"more": [payer], "less": [paid], "points": 4})
+    sizes = [layer.intermediate_size for layer in budget.shape.dense.layers]
+    assert rates.ffn[payer - 1] == pytest.approx(0.3 + 0.04 * sizes[paid - 1] / sizes[payer - 1])
+    assert sum(r * n for r, n in zip(rates.ffn, sizes, strict=True)) == pytest.approx(0.3 * sum(sizes))
+
+
 def test_a_mutation_may_also_be_a_whole_solution():
     assert read(GOOD, operation="mutation")[0] == read(GOOD)[0]
     assert parse("mutation", GOOD, [], UNTIED)[0] == read(GOOD)[0]

@@ -1,5 +1,6 @@
 """What is saved is there whole or not at all, and a place that cannot be written is found out first."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -74,6 +75,90 @@ def test_files_of_the_same_names_are_replaced_and_others_stay(tmp_path):
         (staging / "d" / "y").write_text("new")
     assert tree(tmp_path / "model") == {"a": "new", "b": "new", "c": "mine", "d": None, "d/y": "new"}
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+OLD = {"a": "old", "b": None, "b/x": "old", "c": "mine", "e": "old"}
+NEW = {"a": "new", "b": None, "b/y": "new", "c": "mine", "d": "new", "e": "old"}
+RENAMES = 5
+"""Of an overwrite: two old entries leave, three new ones come."""
+
+
+def overwrite(directory):
+    """Save `a`, `b` and `d` over a directory that has `a`, `b` and others."""
+    (directory / "b").mkdir(parents=True)
+    for name, content in OLD.items():
+        if content:
+            (directory / name).write_text(content)
+    with save_directory(directory) as staging:
+        (staging / "b").mkdir()
+        for name in ("a", "b/y", "d"):
+            (staging / name).write_text("new")
+
+
+def at_rename(monkeypatch, number, act, after):
+    """Do something before or after a rename, counted from 1; the list that is given back holds all renames."""
+    rename, renamed = Path.rename, []
+
+    def counted(path, target):
+        renamed.append(path)
+        if len(renamed) != number:
+            return rename(path, target)
+        if not after:
+            act()
+        found = rename(path, target)
+        act()
+        return found
+
+    monkeypatch.setattr(Path, "rename", counted)
+    return renamed
+
+
+def raising(failure):
+    def act():
+        raise failure
+
+    return act
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("failure", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(5, "Input/output error"), OutputError)]
+)
+@pytest.mark.parametrize("number", range(1, RENAMES + 1))
+def test_an_overwrite_that_is_interrupted_between_renames_changes_nothing(
+    number, failure, raised, after, tmp_path, monkeypatch
+):
+    at_rename(monkeypatch, number, raising(failure), after)
+    with pytest.raises(raised):
+        overwrite(tmp_path / "model")
+    assert tree(tmp_path / "model") == OLD
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("number", range(1, RENAMES + 1))
+def test_an_overwrite_that_is_killed_leaves_no_old_file_beside_a_new_one(number, tmp_path, monkeypatch):
+    """What it leaves may be incomplete; the old files are whole in a hidden folder beside it."""
+    renamed = at_rename(monkeypatch, number, lambda: os._exit(9), after=True)
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            overwrite(tmp_path / "model")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not renamed  # of this process
+    left = tree(tmp_path / "model")
+    replaced = {left[name] for name in ("a", "b/x", "b/y", "d") if name in left}
+    assert replaced in (set(), {"old"}, {"new"})
+    (retired,) = [tree(p) for p in tmp_path.iterdir() if p.name != "model" and "old" in tree(p).values()]
+    assert {**{name: left[name] for name in OLD if name in left}, **retired} == OLD
+
+
+def test_an_overwrite_takes_as_many_renames_as_are_tried(tmp_path, monkeypatch):
+    renamed = at_rename(monkeypatch, 0, raising(AssertionError()), after=False)
+    overwrite(tmp_path / "model")
+    assert tree(tmp_path / "model") == NEW
+    assert len(renamed) == RENAMES
 
 
 @pytest.mark.parametrize("name", ["file", "file/model", "file/deep/model"])

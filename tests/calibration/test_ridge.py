@@ -1,0 +1,68 @@
+"""The ridge: raised where it is lost in rounding, as far as it goes, and chosen on text that is held out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from selfpruner_hub.calibration.ridge import HELD_OUT, RIDGES, STRONGEST, damped_factor, held_out
+from selfpruner_hub.errors import ModelError
+
+D = 12
+
+
+def gram(least):
+    """A symmetric matrix of mean diagonal 1, whose least eigenvalue is below zero, as after rounding."""
+    values = torch.cat([torch.tensor([least]), torch.full((D - 1,), (D - least) / (D - 1))])
+    turn = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0)))[0]
+    return turn @ values.diag() @ turn.t()
+
+
+def ridge_of(factor, matrix):
+    """λ, in units of the mean diagonal: what the factor's product has more than the matrix."""
+    more = factor @ factor.t() - matrix
+    ridge = (more.diagonal().mean() / matrix.diagonal().mean()).item()
+    torch.testing.assert_close(more, ridge * matrix.diagonal().mean() * torch.eye(D), atol=1e-4, rtol=1e-3)
+    return ridge
+
+
+@pytest.mark.parametrize(
+    ("least", "asked", "taken"),
+    [
+        (0.5, 0.0, 0.0),
+        (0.5, 1e-3, 1e-3),
+        (-5e-4, 0.0, RIDGES[0]),
+        (-5e-4, 1e-3, 1e-3),
+        (-5e-3, 1e-3, 1e-2),
+        (-5e-2, 1e-3, 0.1),
+        (-0.5, 1e-3, STRONGEST),
+        (-0.5, 0.0, STRONGEST),
+    ],
+)
+def test_a_ridge_that_is_too_weak_is_raised_by_tens(least, asked, taken):
+    matrix = gram(least)
+    before = matrix.clone()
+    assert ridge_of(damped_factor(matrix, asked), matrix) == pytest.approx(taken, abs=1e-5, rel=1e-3)
+    assert torch.equal(matrix, before)
+
+
+def test_its_unit_may_be_that_of_a_greater_matrix():
+    matrix = gram(-5e-3)
+    factor = damped_factor(matrix, 1e-3, unit=torch.tensor(10.0))
+    assert ridge_of(factor, matrix) == pytest.approx(1e-2, rel=1e-3)
+
+
+@pytest.mark.parametrize("least", [-1.5, -100.0])
+def test_where_the_strongest_does_not_help_it_is_an_error(least):
+    with pytest.raises(ModelError, match="degenerate"):
+        damped_factor(gram(least), 1e-3)
+
+
+@pytest.mark.parametrize("batches", [[40], [1] * 40, [7, 1, 20, 12]])
+def test_one_window_in_so_many_is_held_out_however_they_come(batches):
+    first, held = 0, []
+    for count in batches:
+        held += held_out(first, count).tolist()
+        first += count
+    assert held == [(index + 1) % HELD_OUT == 0 for index in range(40)]
+    assert sum(held) == 40 // HELD_OUT
