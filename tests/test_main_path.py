@@ -99,7 +99,7 @@ def test_the_predicted_losses_are_those_of_the_fisher_information(default):
 
 def test_the_plan_that_was_found_is_cut(default):
     made, _, calls, _ = default
-    assert calls["slice_model"]["plan"] == calls["find_plan"].result.best.plan == made.plan
+    assert calls["slice_model"]["plan"] == calls["find_plan"].result.outcome.best.plan == made.plan
 
 
 def test_each_stage_reads_its_text(default):
