@@ -15,7 +15,7 @@ from selfpruner_hub.errors import MissingExtraError, UserError
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer reports about the files that it wrote."""
+    """A writer's report on the files that it wrote."""
 
     options: dict[str, Any]
     """Values of all options, with defaults filled in, as JSON values."""

@@ -17,7 +17,7 @@ from selfpruner_hub.storage.export_record import read_export
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is loaded; a runtime ignores the fields that it has no use for."""
+    """Settings for loading a model; a runtime ignores those that it has no use for."""
 
     threads: int
     device: str
@@ -96,7 +96,7 @@ class Runtime:
 
     load: Callable[[str, Setting], Runner]
     dtypes: dict[str, tuple[float, float]]
-    """For each dtype, the bytes of a weight and of a KV-cache element; the first dtype is the default."""
+    """Bytes of a weight and of a KV-cache element, by dtype; the first dtype is the default."""
     options: Callable[[Setting], dict[str, Any]] | None = lambda setting: {"dtype": setting.dtype}
     """Options of an export to the format with this runtime's name; None for a runtime that loads PyTorch's files."""
     device: str = "cpu"
