@@ -1,8 +1,8 @@
-"""What the calibration text decides: how many tokens, in which windows, of which text.
+"""Effect of the calibration text on the pruned model: number of tokens, window length, kind of text.
 
 Run: python benchmarks/calibration.py WORK SEARCH_TEXT PASSAGES UNSEEN_TEXT
 (here: WikiText-2 raw, articles a; short passages of Wikipedia; articles b for the figures)
-Rows that are in WORK already are taken from there.
+Rows that exist in WORK are reused.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ BETA, WINDOW, FEW = 0.3, 512, 32_768
 COUNTS = (8_192, 16_384, FEW, 65_536, 131_072)
 WINDOWS = (128, 256, 2048)
 MEASURED = ((512, 32), (2048, 8))
-"""Lengths and counts of the first windows of the unseen text."""
+"""Lengths, in tokens, and numbers of the first windows of the unseen text."""
 SEED_TOKENS = 4096
-"""Of the calibration text, on which the seed measures what a part alone costs."""
+"""Number of calibration tokens on which the seed plan measures the loss of each part alone."""
 OWN = 16
-"""Windows that the model writes with another seed, 256 tokens each: what another distribution of text loses."""
+"""Number of 256-token windows that the dense model generates with another random seed, to measure on other text."""
 
 
 def texts(pruner: AutoPruner, search_text: str, passages: str) -> dict[str, Tensor]:
-    """Windows by what is particular about them."""
+    """Windows of every calibration text, by its description."""
 
     def real(path: str, tokens: int, window: int = WINDOW) -> Tensor:
         return load_corpus(path, pruner.tokenizer, tokens=tokens, window=window).windows[: tokens // window]
@@ -62,7 +62,7 @@ def texts(pruner: AutoPruner, search_text: str, passages: str) -> dict[str, Tens
 
 
 class Measure:
-    """The same figures of every model, on text that nothing was chosen on."""
+    """Measures every model on text that was not used for any choice."""
 
     def __init__(self, pruner: AutoPruner, unseen_text: str) -> None:
         self._model = pruner.model
@@ -73,13 +73,13 @@ class Measure:
         self._teacher = teach(pruner.model, self._own)
 
     def __call__(self) -> dict[str, float]:
-        """Perplexity by length of window, and KL on what the dense model wrote."""
+        """Perplexity by window length, and KL on text that the dense model generated."""
         found = {f"perplexity_{n}": round(perplexity(self._model, windows), 2) for n, windows in self._unseen.items()}
         return found | {"kl_on_its_own_text": round(divergence(self._model, self._own, self._teacher), 4)}
 
 
 def run(pruner: AutoPruner, windows: Tensor, measure: Measure) -> dict[str, Any]:
-    """Calibrate, and measure uniform rates and those of least predicted loss."""
+    """Calibrate, then measure the plans of uniform rates and of least predicted loss."""
     model, budget = pruner.model, Budget(pruner.shape, BETA)
     started = time.perf_counter()
     fisher = output_fisher(model, windows[: max(1, Method.fisher_tokens // windows.shape[1])])
@@ -102,7 +102,7 @@ def run(pruner: AutoPruner, windows: Tensor, measure: Measure) -> dict[str, Any]
 
 
 def protocol(pruner: AutoPruner, search_text: str, unseen_text: str) -> str:
-    """How the figures were made."""
+    """Describe how the figures were made."""
     measured = ", ".join(f"{count} of {length}" for length, count in MEASURED)
     return (
         f"SmolLM2-135M-Instruct, {pruner.model.dtype}, β = {BETA}, order of OBS, first repair, windows of {WINDOW} "
@@ -116,7 +116,7 @@ def protocol(pruner: AutoPruner, search_text: str, unseen_text: str) -> str:
 
 
 def main(work: Path, search_text: str, passages: str, unseen_text: str) -> None:
-    """Measure every text."""
+    """Measure every calibration text."""
     rows = Rows(work / "calibration.jsonl")
     pruner = load_embedded()
     measure = Measure(pruner, unseen_text)

@@ -1,4 +1,4 @@
-"""What a candidate costs beyond its own forward pass, and the peak memory of a search on SmolLM2-135M-Instruct.
+"""Time of a candidate in addition to its forward pass, and peak memory of a search on SmolLM2-135M-Instruct.
 
 Run: python benchmarks/candidate.py
 """
@@ -31,11 +31,11 @@ def peak_mb() -> float:
 
 
 def main() -> None:
-    """Time preparing and scoring random plans, all of whose repairs are new, and repeat ones."""
+    """Time the preparation and scoring of random plans, first with new repairs, then with memoised ones."""
     imported = peak_mb()
     pruner = load_embedded()
     model = pruner.model
-    # A whole prune first, for its peak memory: the model proposes, repairs are on, all of the fitness text is used.
+    # A complete prune first, for its peak memory: the model proposes, with repairs and the whole fitness text.
     settings = {"data": "self", "window": WINDOW, "calibration_tokens": TOKENS // 2, "fitness_tokens": TOKENS // 2}
     pruner.prune(BETA, proposer="self", evaluations=6, progress=False, **settings)
     peak = peak_mb()

@@ -1,7 +1,7 @@
-"""Measure the model that `defaults.py` made at β = 0.3, and write the card that lies in `model_cards/`.
+"""Measure the model that `defaults.py` made at β = 0.3, and write its card to `model_cards/`.
 
 Run, after defaults.py: python benchmarks/card.py WORK UNSEEN_TEXT TASKS_DIR
-(here: its directory; WikiText-2 raw, articles b, and the task items)
+(here: the WORK of defaults.py; WikiText-2 raw, articles b; the task items)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TASKS = "arc_easy,piqa,winogrande"
 
 
 def main(work: Path, unseen_text: str, tasks: str) -> None:
-    """Measure, describe."""
+    """Measure the model and write its card."""
     saved, card = work / "b30", Path(__file__).parents[1] / "model_cards" / NAME
     model = str(saved)
     figures = ["--save", "--against", str(work / "dense")]

@@ -1,8 +1,8 @@
-"""The whole command line with its defaults: how long it takes, and what is left of the model and of its answers.
+"""Pruning from the command line with default settings: time, and quality of the pruned model and its answers.
 
 Run: python benchmarks/defaults.py WORK SEARCH_TEXT UNSEEN_TEXT BETA …
-(here: WikiText-2 raw, articles a beside conversations for calibration and search, articles b for the figures)
-Rows that are in the directory WORK already are taken from there.
+(here: WikiText-2 raw, articles a and conversations for calibration and search, articles b for the figures)
+Rows that exist in the directory WORK are reused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.storage.model_record import read_record
 
 DATA = "chat+"
-"""Before the text: the default of a model with a chat template."""
+"""Prefix of the search text: the default of a model with a chat template."""
 
 
 def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> None:
-    """Prune the real model at every β, and measure."""
+    """Prune the real model at every β, and measure it."""
     rows, dense, pruner = Rows(work / "rows.jsonl"), str(work / "dense"), load_embedded()
     unseen, chat = Unseen(unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
     protocol = (
@@ -54,7 +54,7 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
 def pruned(
     dense: str, beta: float, data: str, output: Path, measured: Callable[[PreTrainedModel], dict[str, float]]
 ) -> dict[str, Any]:
-    """Prune once, and measure; a model that was pruned but not measured before is taken as it is."""
+    """Prune and measure one model; a model that was saved before is only measured."""
     timed, started = output.with_suffix(".json"), time.perf_counter()
     if not timed.exists():
         what = ["prune", dense, "--base-model", NAME, "--beta", str(beta), "--data", data, "--output", str(output)]

@@ -1,10 +1,11 @@
-"""How much of what a plan costs beyond its layers' losses alone should count before the second repair.
+"""Share of the excess (a plan's loss beyond the sum of its layers' predicted losses) to count before the second repair.
 
-It is `fitness.REMAINS`: what the repair leaves of it, and with which of it scores order plans as they end.
+Measures `fitness.REMAINS`: the share of the excess that the second repair leaves, and the share with which scores order
+plans as their losses after the second repair do.
 
 Run: python benchmarks/excess.py WORK SEARCH_TEXT
 (here: WikiText-2 raw, articles a; nothing is reported on them)
-Rows that are in WORK already are taken from there.
+Rows that exist in WORK are reused.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ OTHER = 32_768
 BETA = 0.3
 SHARES = (0.0, 0.3, 0.5, 0.7, 0.8, 1.0)
 WEIGHTS = (1.0, 1.35, 1.75, 4.0)
-"""Of the predicted losses of attention beside those of the FFN: plans that cut many KV groups, some, few and none."""
+"""Factors of attention's predicted losses relative to the FFN's: plans that cut many, some, few and no KV groups."""
 
 
 def plans(budget: Budget, curves: list[LossCurves]) -> dict[str, Plan]:
-    """Of least predicted loss, with that of attention times so much."""
+    """Plans of least predicted loss, with attention's losses multiplied by each of `WEIGHTS`."""
     weighted = {w: [LossCurves(w * known.attention, known.ffn) for known in curves] for w in WEIGHTS}
     return {f"attention × {w:g}": budget.project(knapsack(budget, those)) for w, those in weighted.items()}
 
 
 def main(work: Path, search_text: str) -> None:
-    """Repair the plans twice, and see what each repair leaves."""
+    """Repair the plans twice, and measure the loss after each repair."""
     pruner, rows = load_embedded(), Rows(work / "excess.jsonl")
     dense = pruner.model
     calibration, held_out, other = texts(pruner, search_text, OTHER)
@@ -67,13 +68,13 @@ def main(work: Path, search_text: str) -> None:
 
 
 def remains(rows: list[dict[str, Any]], text: str) -> float:
-    """How much of what plans cost beyond the sum of their predicted losses is left between them."""
+    """Slope of the excess after the second repair against the excess after the first, over all plans."""
     first, second = ([row[f"{repair}_{text}"] - row["predicted"] for row in rows] for repair in ("first", "second"))
     return round(linear_regression(first, second).slope, 3)
 
 
 def in_order(rows: list[dict[str, Any]], text: str, share: float) -> str:
-    """How many pairs of plans are scored in the order in which they end."""
+    """Count the pairs of plans whose scores have the order of their losses after the second repair."""
 
     def score(row: dict[str, Any]) -> float:
         return row["predicted"] + share * (row[f"first_{text}"] - row["predicted"])

@@ -1,8 +1,8 @@
-"""How fast pruned models are where they are served: PyTorch, ONNX Runtime and llama.cpp, beside the ideal.
+"""Speed of pruned models in PyTorch, ONNX Runtime and llama.cpp, and the ideal speed-up.
 
 Run: python benchmarks/exports.py WORK [RUNTIME:DTYPE …]
-Models, exports and rows are kept in the directory WORK and taken from there the next time; naming runtimes (such as
-`gguf:f16`) measures those alone.
+Models, exports and rows are kept in the directory WORK and reused. If runtimes are named (such as `gguf:f16`), only
+those are measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "m32": {"multiple_of": 32, "tied": False},
     "t32": {"multiple_of": 32, "tied": True},
 }
-"""What is cut: channels of the FFN, or, tied, as large a share of the attention's heads."""
+"""Kinds of pruning: FFN channels only, or (tied) the same share of the attention heads too."""
 PROMPTS, NEW_TOKENS, PASSES = (128, 512), 32, 9
 SETTINGS: dict[str, Any] = {
     "data": "self",
@@ -39,12 +39,12 @@ SETTINGS: dict[str, Any] = {
     "fitness_tokens": 512,
     "accumulate": False,
 }
-"""Speed depends on widths alone."""
+"""Cheap settings: speed depends on the widths only."""
 DENSE = "dense"
 
 
 def make_models(work: Path) -> dict[str, dict[str, Any]]:
-    """Save the dense model and its uniform twins."""
+    """Save the dense model and the uniformly pruned ones."""
     cases = {f"b{100 * beta:.0f}-{name}": {"beta": beta, **widths} for beta in BETAS for name, widths in WIDTHS.items()}
     missing = [name for name in (*cases, DENSE) if not (work / name / "config.json").is_file()]
     if not missing:
@@ -59,7 +59,7 @@ def make_models(work: Path) -> dict[str, dict[str, Any]]:
 
 
 def exported(work: Path, name: str, runtime: str, dtype: str) -> tuple[Path, dict[str, Any]]:
-    """The directory that a runtime loads; how far its logits are from PyTorch's, and, if made now, in how long."""
+    """Directory that a runtime loads, distance of its logits from PyTorch's, and, if exported now, the seconds."""
     if RUNTIMES[runtime].options is None:
         return work / name, {}
     directory, found = work / f"{runtime}-{dtype}" / name, dict[str, Any]()
@@ -71,7 +71,7 @@ def exported(work: Path, name: str, runtime: str, dtype: str) -> tuple[Path, dic
 
 
 def phase_row(name: str, phase: Phase) -> dict[str, float]:
-    """The figures of reading a prompt or writing a token."""
+    """Figures of prefill or decode."""
     return {
         f"{name}_speedup": round(phase.speedup.median, 3),
         f"{name}_speedup_spread": round(phase.speedup.spread, 3),
@@ -83,7 +83,7 @@ def phase_row(name: str, phase: Phase) -> dict[str, float]:
 
 
 def case_rows(work: Path, name: str, case: dict[str, Any], runtime: str, dtype: str) -> list[dict[str, Any]]:
-    """One pruned model beside the dense one in a runtime, a row a prompt."""
+    """Compare a pruned model with the dense one in a runtime, in one row per prompt length."""
     dense, _ = exported(work, DENSE, runtime, dtype)
     directory, made = exported(work, name, runtime, dtype)
     with Bars() as progress:
@@ -114,7 +114,7 @@ def case_rows(work: Path, name: str, case: dict[str, Any], runtime: str, dtype: 
 
 
 def main(work: Path, only: list[str]) -> None:
-    """Time every pruned model against the dense one, in every runtime."""
+    """Time every pruned model and the dense one in every runtime."""
     cases, rows = make_models(work), Rows(work / "rows.jsonl")
     for runtime, dtype in RUNS:
         for name, case in cases.items():

@@ -1,8 +1,8 @@
-"""Which fitness keeps zero-shot accuracy: pairs of plans of which KL prefers the one, and perplexity the other.
+"""Zero-shot accuracy by fitness: pairs of plans in which KL prefers one plan and perplexity the other.
 
 Run: python benchmarks/fitness.py WORK SEARCH_TEXT TASKS_DIR
-(here: WikiText-2 raw, articles a; the task items, but those that the table of methods reports)
-Rows that are in WORK already are taken from there.
+(here: WikiText-2 raw, articles a; the task items, without those that the table of methods reports)
+Rows that exist in WORK are reused.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import knapsack
 
 PLANS, SPREAD = 48, 1.0
-"""How many plans, and the standard deviation of the logarithms by which the predicted losses of their parts vary."""
+"""Number of plans, and standard deviation of the logarithm of the random factors of their predicted losses."""
 PAIRS = 8
 MORE = 1000
-"""Items of each task, behind the first ones, which the table of methods reports: these are to choose by."""
+"""Number of items of each task to choose a fitness by; they follow the items that the table of methods reports."""
 
 
 def some_plans(budget: Budget, curves: list[LossCurves]) -> list[Plan]:
-    """Of least predicted loss, if every part of every layer cost some times more or less than predicted."""
+    """Plans of least predicted loss after the loss of each part of each layer is multiplied by a random factor."""
     random = Random(0)
 
     def times() -> float:
@@ -48,9 +48,10 @@ def some_plans(budget: Budget, curves: list[LossCurves]) -> list[Plan]:
 
 
 def disagreements(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    """Pairs (the plan that KL prefers, the one that perplexity prefers), most at odds first, each plan in one of them.
+    """Pairs (plan that KL prefers, plan that perplexity prefers), largest disagreement first.
 
-    How much a pair is at odds: the smaller of the two preferences, each in standard deviations of its loss.
+    The disagreement is the smaller of the two differences in loss, each in standard deviations of its loss. A plan is
+    in at most one pair.
     """
     losses = [[row[name] for row in rows] for name in ("kl", "nats")]
     scales = [stdev(loss) for loss in losses]
@@ -67,13 +68,13 @@ def disagreements(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
 
 
 def later_items(directory: Path, task: str) -> str:
-    """Lines of a task file that no other benchmark reads."""
+    """The lines of a task file that no other benchmark reads."""
     lines = (directory / f"{task}.jsonl").read_text().splitlines(keepends=True)
     return "".join(lines[ITEMS : ITEMS + MORE])
 
 
 def score(work: Path, search_text: str, tasks: Path) -> tuple[Rows, Rows]:
-    """Losses of all plans by both, and accuracies of those where they disagree most."""
+    """Score all plans by both losses, and measure the accuracy of the pairs with the largest disagreement."""
     pruner, losses, accuracies = load_embedded(), Rows(work / "losses.jsonl"), Rows(work / "accuracies.jsonl")
     windows = texts(pruner, search_text)
     ours = Ours.of(pruner, calibrate(pruner.model, windows[0]), windows, work)
@@ -96,7 +97,7 @@ def score(work: Path, search_text: str, tasks: Path) -> tuple[Rows, Rows]:
 
 
 def main(work: Path, search_text: str, tasks: Path) -> None:
-    """Measure, and say what is gained by the one fitness over the other."""
+    """Measure, and report the gain in accuracy of one fitness over the other."""
     losses, accuracies = score(work, search_text, tasks)
     known = {row["plan"]: losses[row["plan"]] | row for row in accuracies}
     pairs = [{"kl": known[mine], "perplexity": known[other]} for mine, other in disagreements(losses)]

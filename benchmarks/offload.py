@@ -1,8 +1,8 @@
-"""A random Llama of 3 B parameters, pruned and repaired in less memory than its weights take.
+"""Pruning and repair of a random Llama of 3 B parameters in less memory than its weights take.
 
 Run: python benchmarks/offload.py WORK TEXT
 (here: WikiText-2 raw, articles a)
-WORK: a directory on a disk with 30 GB of room; the model that is in it already is taken from there.
+WORK: a directory on a disk with 30 GB free; a model that exists in it is reused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BETA, SHARD, LAYERS_A_SHARD = 0.3, "1GB", 12
 
 
 def build(directory: Path) -> None:
-    """Write the weights, a shard at a time, and the tokenizer of SmolLM2."""
+    """Write the weights, one shard at a time, and SmolLM2's tokenizer."""
     if (directory / "tokenizer.json").is_file():
         return
     config = LlamaConfig(**SHAPE, tie_word_embeddings=True, dtype="bfloat16")
@@ -60,12 +60,12 @@ def build(directory: Path) -> None:
 
 
 def drawn(shape: tuple[int, ...]) -> Tensor:
-    """Gains of one, and weights that neither swell nor fade from layer to layer."""
+    """Initial tensor: ones for norms, normal with standard deviation 0.02 for matrices, to keep activations stable."""
     return torch.ones(shape).bfloat16() if len(shape) == 1 else (0.02 * torch.randn(shape)).bfloat16()
 
 
 def main(work: Path, text: str) -> None:
-    """Build, prune, save; and how long, and in how much memory."""
+    """Build, prune and save the model; report the time and memory of each."""
     build(work / "dense")
     before = memory()
     started, stages = time.perf_counter(), dict[str, float]()

@@ -1,7 +1,7 @@
-"""Why ONNX Runtime gains less than the ideal: which operators take the time that pruning leaves alone.
+"""Why ONNX Runtime's speed-up is below the ideal: time by operator, dense and pruned.
 
 Run: python benchmarks/operators.py WORK
-WORK: the directory of benchmarks/exports.py, whose models and exports it takes.
+WORK: the directory of benchmarks/exports.py, whose models and exports are used.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ATTENTION = ("Attention", "Concat")
 
 
 def profiled(directory: Path, prefix: str) -> OnnxCausalLM:
-    """An export whose session writes down the time of every operator."""
+    """Load an export with ONNX Runtime's profiler on."""
     options = default_options()
     options.enable_profiling, options.profile_file_prefix = True, prefix
     return OnnxCausalLM.from_pretrained(directory, session_options=options)
 
 
 def passes(file: str, heads: int) -> list[list[Counter[str]]]:
-    """Milliseconds by kind of operator of every call of the graph, `1 + NEW_TOKENS` calls a pass; the first is left."""
+    """Milliseconds by kind of operator for every call, `1 + NEW_TOKENS` calls per pass, without the first pass."""
     events = json.loads(Path(file).read_text())
     ends = [event["ts"] + event["dur"] for event in events if event["name"] == "model_run"]
     calls = [Counter[str]() for _ in ends]
@@ -49,7 +49,7 @@ def passes(file: str, heads: int) -> list[list[Counter[str]]]:
 
 
 def kind(event: dict[str, Any], heads: int) -> str:
-    """What an operator is: a product with weights, the head's, attention and its cache, or everything else."""
+    """Classify an operator: layer weights, output head, attention with its cache, or the rest."""
     name = event["args"]["op_name"]
     if name in PRODUCTS:
         shapes = [shape for tensor in event["args"].get("input_type_shape", []) for shape in tensor.values()]
@@ -58,7 +58,7 @@ def kind(event: dict[str, Any], heads: int) -> str:
 
 
 def medians(taken: list[list[Counter[str]]]) -> dict[str, dict[str, float]]:
-    """Of the first call of each pass, and of the mean of the others."""
+    """Medians over passes of the first call (prefill) and of the mean of the others (decode), in milliseconds."""
     kinds = sorted({each for one in taken for call in one for each in call})
     return {
         "prefill": {each: round(statistics.median(one[0][each] for one in taken), 3) for each in kinds},
@@ -70,7 +70,7 @@ def medians(taken: list[list[Counter[str]]]) -> dict[str, dict[str, float]]:
 
 
 def main(work: Path) -> None:
-    """Time the operators of the dense model and of each pruned one, pass by pass in turn."""
+    """Time the operators of the dense model and of each pruned one, in alternating passes."""
     exports = work / "onnx-float32"
     rows = []
     for name in [f"b{100 * beta:.0f}-m1" for beta in BETAS]:

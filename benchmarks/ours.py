@@ -1,4 +1,4 @@
-"""Our method taken apart, so that each part can be measured beside the others on one calibration."""
+"""The parts of our method, so that benchmarks can measure each of them with the same calibration."""
 
 from __future__ import annotations
 
@@ -37,34 +37,34 @@ SCHEDULE = Schedule(evaluations=16, population=4, crossover=8, mutation=8)
 
 
 def texts(pruner: AutoPruner, search_text: str, *others: int) -> list[Tensor]:
-    """Windows of the calibration, of the search, and of parts of so many tokens after them."""
+    """Windows of the calibration text, of the fitness text, and of `others`: further parts with these token counts."""
     sizes = (CALIBRATION, FITNESS, *others)
     corpus = load_corpus(search_text, pruner.tokenizer, tokens=sum(sizes), window=WINDOW)
     return [part.windows for part in corpus.split(*sizes)]
 
 
 def removed(pruner: AutoPruner, layers: nn.ModuleList) -> float:
-    """Fraction of the prunable weights that these layers lack, counted from their tensors."""
+    """Share of the prunable weights that was removed, counted from the layers' tensors."""
     kept = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
     return 1 - kept / pruner.shape.weights(pruner.shape.dense)
 
 
 def groups_removed(pruner: AutoPruner, plan: Plan) -> int:
-    """How many KV groups a plan cuts, in all layers."""
+    """Number of KV groups that a plan removes, over all layers."""
     dense, left = ([layer.num_key_value_heads for layer in p.layers] for p in (pruner.shape.dense, plan))
     return sum(dense) - sum(left)
 
 
 class Ours:
-    """Our method, part by part, on one calibration.
+    """The parts of our method, with one calibration.
 
     Args:
-        pruner: Of the dense model.
-        statistics: Of the calibration.
-        windows: Of the calibration, and of the search.
-        fisher: Of the dense model's outputs.
-        order: Of channels and groups.
-        work: Directory of the journals of its searches, and of models.
+        pruner: Pruner of the dense model.
+        statistics: Calibration statistics, one for each layer.
+        windows: Windows of the calibration text and of the fitness text, each `[N, 512]`.
+        fisher: Fisher information of the dense layers' outputs.
+        order: Order of channels and KV groups, one for each layer.
+        work: Directory of the search journals and of models.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class Ours:
 
     @classmethod
     def of(cls, pruner: AutoPruner, statistics: list[LayerStatistics], windows: list[Tensor], work: Path) -> Ours:
-        """In the default's order."""
+        """Make an instance with the default order."""
         fisher = output_fisher(pruner.model, windows[0][: Method.fisher_tokens // WINDOW])
         order = rank(pruner.model, statistics, "obs", fisher=fisher)
         return cls(pruner, statistics, windows, fisher, order, work)
 
     @cached_property
     def curves(self) -> list[LossCurves]:
-        """What the layers cost alone."""
+        """Predicted loss of each layer alone, by its widths."""
         return self._slicer.loss_curves()
 
     @contextmanager
@@ -101,12 +101,12 @@ class Ours:
             yield
 
     def plan(self, beta: float, how: str, remains: float = 1.0) -> Plan:
-        """Uniform rates of the FFN, the best seed by KL, or what the model finds by itself.
+        """Make a plan: uniform FFN rates, the best seed plan by KL, or the best plan of a search by the model itself.
 
         Args:
-            beta: The mean rate.
-            how: `"uniform"`, `"seed"`, or the fitness of a search.
-            remains: As for `SecondRepairScore`.
+            beta: Mean share of the prunable weights to remove.
+            how: Kind of plan: `"uniform"`, `"seed"`, or the fitness of a search.
+            remains: Share of the excess that counts, 0 to 1; see `SecondRepairScore`.
         """
         if (beta, how, remains) not in self._plans:
             budget = Budget(self._pruner.shape, beta)
@@ -125,7 +125,7 @@ class Ours:
         return self._plans[beta, how, remains]
 
     def starts(self, budget: Budget) -> dict[str, Rates]:
-        """Our seeds, for the second repair, by KL."""
+        """Our seed plans, measured by KL with the score for the second repair."""
         with self._ordered():
             return self._starts(budget, self._score("kl", REMAINS))
 
@@ -142,11 +142,11 @@ class Ours:
         return found.best.plan
 
     def once(self, beta: float, how: str) -> tuple[float, PreTrainedModel]:
-        """A plan, chosen for the first repair, with it."""
+        """Make a plan and cut it with the first repair."""
         return self.cut(self.plan(beta, how))
 
     def under(self, order: list[LayerOrder], beta: float, how: str) -> tuple[float, PreTrainedModel]:
-        """The same plan and repair, but channels or groups in another order."""
+        """Cut the same plan with the same repair, but another order of channels or KV groups."""
         other = Ours(self._pruner, self._statistics, self._windows, self.fisher, order, self._work)
         return other.cut(self.plan(beta, how))
 
@@ -154,19 +154,19 @@ class Ours:
     def twice(
         self, beta: float, how: str, remains: float = REMAINS, inputs: bool = True, alike: bool = False
     ) -> tuple[float, PreTrainedModel]:
-        """A plan with both repairs; the second of gate and up too, in the metric of the Fisher information, or not."""
+        """Cut a plan with both repairs. `inputs`: the second moves gate and up too; `alike`: without Fisher weights."""
         share, pruned = self.cut(self.plan(beta, how, remains))
         compensate(self._model, pruned, self._calibration, inputs=inputs, fisher=None if alike else self.fisher)
         return share, pruned
 
     def cut(self, plan: Plan) -> tuple[float, PreTrainedModel]:
-        """A plan with its first repair."""
+        """Cut a plan with the first repair; return the share of removed weights and the model."""
         with self._ordered():
             pruned = slice_model(self._slicer, plan)
         return removed(self._pruner, pruned.get_decoder().layers), pruned
 
     def losses(self, plan: Plan, read: dict[str, tuple[Tensor, Teacher]], twice: bool) -> dict[str, float]:
-        """What a plan is predicted to lose, and its KL to the dense model on texts, after one repair or both."""
+        """Predicted loss of a plan, and its KL to the dense model on each text, after one repair or both."""
         row: dict[str, float] = {"kv_groups_removed": groups_removed(self._pruner, plan)}
         row["predicted"] = round(loss_alone(self.curves, plan), 4)
         _, model = self.cut(plan)
@@ -177,7 +177,7 @@ class Ours:
         return row
 
     def sure(self, beta: float) -> tuple[float, PreTrainedModel]:
-        """With all parts: what was searched and repaired twice, as sure as its parent."""
+        """Cut a searched plan with all parts: both repairs and the scaling of the logits."""
         share, repaired = self.twice(beta, "kl")
         pruned = copy.deepcopy(repaired)
         match_confidence(self._model, pruned, self._held_out)

@@ -1,4 +1,4 @@
-"""The paper's own settings at their full budget: how long they take, and what they find.
+"""Time and result of a search with the paper's settings and its full number of evaluations.
 
 Run: python benchmarks/paper.py SEARCH_TEXT UNSEEN_TEXT [BETA]
 (here: WikiText-2 raw, articles a for calibration and search, articles b as the unseen text)
@@ -21,7 +21,7 @@ WINDOW, UNSEEN = 512, 32
 
 
 def main(search_text: str, unseen_text: str, beta: float) -> None:
-    """Search as the paper does, and measure the best plan and the uniform one on unseen text."""
+    """Search with the paper's settings, and measure the best plan and the uniform one on unseen text."""
     pruner = load_embedded()
     settings = {"preset": "paper", "data": search_text}
     uniform = pruner.prune(beta, evaluations=0, **settings)

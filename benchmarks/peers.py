@@ -1,6 +1,6 @@
-"""Other training-free structured methods, from their papers' formulas: the baselines of `quality.py`.
+"""Other training-free structured methods, by their papers' formulas: the baselines of `quality.py`.
 
-All of them cut the same units as we do (FFN channels, KV groups, or whole layers) and refit no weight.
+They remove FFN channels, KV groups or whole layers, and refit no weight.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from selfpruner_hub.pruning.slicing import Slicer
 
 
 def by_channels(model: PreTrainedModel, scores: Sequence[Tensor]) -> list[LayerOrder]:
-    """The order of FFN channels that scores give, the greatest first; KV groups stay as they are."""
+    """Order the FFN channels by score, the highest first; KV groups keep their order."""
     groups = [torch.arange(widths.num_key_value_heads) for widths in shape_of(model.config).dense.layers]
     return [LayerOrder(of, each.argsort(descending=True, stable=True)) for of, each in zip(groups, scores, strict=True)]
 
 
 def magnitude(model: PreTrainedModel) -> list[Tensor]:
-    """‖w‖₂² of all weights of each FFN channel (rows of gate and up, column of down), a vector `[F]` a layer.
+    """‖w‖₂² of the weights of each FFN channel (rows of gate and up, column of down), `[F]` for each layer.
 
-    By Torch-Pruning: the mean over the three projections.
+    Torch-Pruning computes it, as the mean over the three projections.
     """
     return _scores(model, tp.importance.GroupMagnitudeImportance(p=2, normalizer=None))
 
 
 def taylor(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
-    """Σ |w · ∂L/∂w| over the weights of each FFN channel, `[F]` a layer (LLM-Pruner, arXiv 2305.11627, equation 5).
+    """Σ |w · ∂L/∂w| over the weights of each FFN channel, `[F]` for each layer.
 
-    First order and element by element, by Torch-Pruning; L is the sum of the windows' language-model losses.
+    This is LLM-Pruner's first-order, element-wise score (arXiv 2305.11627, equation 5), computed by Torch-Pruning. L is
+    the sum of the windows' language-model losses.
     """
     model.requires_grad_(False)
     modules = [m for layer in decoder_layers(model) for m in _projections(model, layer)]
@@ -54,11 +55,11 @@ def taylor(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:
 
 
 def _scores(model: PreTrainedModel, importance: Callable[[Any], Tensor]) -> list[Tensor]:
-    """What Torch-Pruning gives each FFN channel of each layer; it finds for itself what hangs together."""
-    model.requires_grad_(True)  # it follows the graph of a backward pass
+    """Torch-Pruning's score of each FFN channel of each layer; its dependency graph finds the coupled weights."""
+    model.requires_grad_(True)  # Torch-Pruning traces the graph of a backward pass
     ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # weights of norms are not of a module that it knows; they stay
+        warnings.simplefilter("ignore")  # it does not know the norms' modules; they are not pruned
         graph = tp.DependencyGraph().build_dependency(
             model, ids, forward_fn=lambda model, ids: model(ids, use_cache=False).logits
         )
@@ -72,7 +73,7 @@ def _scores(model: PreTrainedModel, importance: Callable[[Any], Tensor]) -> list
 
 @torch.inference_mode()
 def block_influence(model: PreTrainedModel, windows: Tensor) -> list[float]:
-    """1 - E[cos(input, output)] of each decoder layer, over tokens (ShortGPT, arXiv 2403.03853, equation 1)."""
+    """1 - E[cos(input, output)] of each decoder layer, mean over tokens (ShortGPT, arXiv 2403.03853, equation 1)."""
     sums = [0.0] * len(decoder_layers(model))
 
     def watch(index: int) -> object:
@@ -95,18 +96,18 @@ def block_influence(model: PreTrainedModel, windows: Tensor) -> list[float]:
 
 
 def without_blocks(model: PreTrainedModel, influence: Sequence[float], beta: float) -> nn.ModuleList:
-    """The decoder layers without the share β of them that matters least."""
+    """The decoder layers without the share β of them with the lowest influence."""
     layers = decoder_layers(model)
     least = sorted(range(len(layers)), key=lambda index: influence[index])[: round(beta * len(layers))]
     return nn.ModuleList(layer for index, layer in enumerate(layers) if index not in least)
 
 
 class Flap:
-    """FLAP (arXiv 2312.11983): one threshold over the standardised scores of all layers, and biases for what is lost.
+    """FLAP (arXiv 2312.11983): one threshold for the standardised scores of all layers, and bias compensation.
 
     Args:
         model: The dense model.
-        statistics: Of its calibration.
+        statistics: Calibration statistics, one for each layer.
     """
 
     def __init__(self, model: PreTrainedModel, statistics: Sequence[LayerStatistics]) -> None:
@@ -128,13 +129,13 @@ class Flap:
         ]
 
     def plan(self, beta: float) -> Plan:
-        """What stays when the units of least score go, until the fraction β of the weights is gone."""
+        """Plan that removes the units with the lowest scores, until the share β of the weights is removed."""
         costs = (self._shape.group_weights, self._shape.channel_weights)
         units = []
         for index, pair in enumerate(self._scores):
             for part, (scores, cost) in enumerate(zip(pair, costs, strict=True)):
                 ranked = scores.sort(descending=True).values.tolist()
-                units += [(score, index, part, cost) for score in ranked[1:]]  # one of each kind stays
+                units += [(score, index, part, cost) for score in ranked[1:]]  # keep at least one group and one channel
         kept = [[len(groups), len(channels)] for groups, channels in self._scores]
         left = beta * self._shape.weights(self._shape.dense)
         for _score, index, part, cost in sorted(units):
@@ -146,14 +147,14 @@ class Flap:
 
     @torch.no_grad()
     def layers(self, model: PreTrainedModel, plan: Plan) -> nn.ModuleList:
-        """The decoder layers of a plan, with the bias W_R E[x_R] in each output projection.
+        """Cut a plan's decoder layers, and add the bias W_R E[x_R] of the removed columns R to each output projection.
 
         Args:
-            model: The dense model, in this order of importance (`slicing.ordered`).
-            plan: What stays.
+            model: Dense model, in this order of importance (`slicing.ordered`).
+            plan: Widths to keep.
 
         Returns:
-            The layers.
+            The decoder layers.
         """
         slicer = Slicer(model, self.order, None)
         cut = slicer.layers(plan)

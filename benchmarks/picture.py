@@ -1,8 +1,8 @@
-"""README's picture: quality against speed, dense beside pruned, from defaults.json and exports.json.
+"""README's picture: quality against speed of the dense and pruned models, from defaults.json and exports.json.
 
 Run: python benchmarks/picture.py
-The quality is that of models with the default settings, the speed that of models with the same β and uniform rates of
-the FFN. The file keeps what it shows as text, and `tests/test_docs.py` compares that with the JSON.
+The quality is that of models with the default settings, the speed that of models with the same β and uniform FFN rates.
+The file holds its figures as text, and `tests/test_docs.py` compares them with the JSON.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ QUALITY = {
     "perplexity_512": "perplexity on articles b (lower is better)",
     "kept": "plain questions kept (higher is better)",
 }
-"""Keys of defaults.json; one that a row lacks is left out."""
+"""Axis labels by key of defaults.json; a key that is missing in the rows is left out."""
 SERIES = {
     "ONNX Runtime float32, prompt of 512": ("onnx", "prefill_speedup", 512),
     "ONNX Runtime float32, a token after 128": ("onnx", "decode_speedup", 128),
     "llama.cpp f16, prompt of 512": ("gguf", "prefill_speedup", 512),
     "llama.cpp f16, a token after 128": ("gguf", "decode_speedup", 128),
 }
-"""Runtime, key of exports.json and length of the prompt."""
+"""Runtime, key of exports.json and prompt length, in tokens, of each series."""
 
 
 def points() -> dict[str, dict[str, list[list[float]]]]:
-    """By quality and series: β, speed-up and quality of each model, the dense one first."""
+    """(β, speed-up, quality) of each model, the dense one first, by quality key and series."""
     defaults, exports = (_results(name) for name in ("defaults", "exports"))
     found: dict[str, dict[str, list[list[float]]]] = {}
     for quality in QUALITY:
@@ -54,7 +54,7 @@ def _results(name: str) -> list[dict[str, Any]]:
 
 
 def draw(shown: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
-    """A panel for each quality, a line for each series."""
+    """Draw a panel for each quality, with a line for each series."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 

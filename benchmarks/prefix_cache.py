@@ -1,4 +1,4 @@
-"""What the cache of layer prefixes saves of a search's scoring: one search from the same seeds, with it and without.
+"""Time that the cache of layer prefixes saves in scoring: the same search, from the same seeds, with and without it.
 
 Run: python benchmarks/prefix_cache.py TEXT
 (here: WikiText-2 raw, articles a)
@@ -34,7 +34,7 @@ MEMORY = fitness_module.BOUNDARY_MEMORY
 
 
 def main(text: str) -> None:
-    """Search twice."""
+    """Search with and without the cache, and compare the times."""
     pruner = load_embedded()
     corpus = load_corpus(text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, search_text = (part.windows for part in corpus.split(CALIBRATION, FITNESS))

@@ -1,4 +1,4 @@
-"""What benchmarks share: rows kept as they are made, text that is only read, JSON that says how it was made."""
+"""Shared parts of the benchmarks: rows that are saved at once, measures on unseen text and chats, JSON results."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
 
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
-"""Where the pictures of docs/results.md are."""
+"""Directory of the pictures of docs/results.md."""
 
 
 class Rows(list[dict[str, Any]]):
-    """Rows of figures in a file, a line each, so that a benchmark goes on where it stopped.
+    """Rows of figures in a file, one JSON object per line, so that a stopped benchmark can continue.
 
     Args:
-        file: Read where it exists.
+        file: Path of the file; its rows are read if it exists.
     """
 
     def __init__(self, file: Path) -> None:
@@ -40,11 +40,11 @@ class Rows(list[dict[str, Any]]):
         self._file = file
 
     def have(self, **wanted: Any) -> bool:
-        """Whether there is a row with these values."""
+        """Whether a row with these values exists."""
         return any(wanted.items() <= row.items() for row in self)
 
     def keep(self, row: dict[str, Any]) -> None:
-        """Add a row, write it, and show it."""
+        """Add a row, append it to the file, and print it."""
         self.append(row)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as file:
@@ -53,11 +53,11 @@ class Rows(list[dict[str, Any]]):
 
 
 class Unseen:
-    """The first windows of a text on which nothing is chosen.
+    """The first windows of a text that is not used for any choice.
 
     Args:
-        text: Its file.
-        tokenizer: Of the models.
+        text: Path of the text.
+        tokenizer: Tokenizer of the models.
     """
 
     COUNTS = {512: 32, 2048: 8}  # noqa: RUF012
@@ -69,19 +69,19 @@ class Unseen:
         self.windows = {length: consecutive_windows(text, tokenizer, length, count).windows for length, count in cases}
 
     def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
-        """Perplexities of a model, by `NAMES`, in the dtype that it has."""
+        """Perplexities of a model in its own dtype, by `NAMES`."""
         found = (round(perplexity(model, windows), 2) for windows in self.windows.values())
         return dict(zip(self.NAMES, found, strict=True))
 
 
 class Chat:
-    """What is left of a chat model beside the dense one: conversations, plain questions, and code.
+    """Measures a pruned chat model against the dense one: on conversations, plain questions, and code.
 
     Args:
-        dense: The dense model, which writes the conversations.
-        tokenizer: Of the models.
-        work: Directory of the code's text.
-        half: Of the plain questions: `"report"` for figures; `"develop"` to choose on, with other conversations.
+        dense: Dense model, which generates the conversations.
+        tokenizer: Tokenizer of the models.
+        work: Directory for the text of the code.
+        half: Half of the plain questions: `"report"` for figures; `"develop"`, with other conversations, for choices.
     """
 
     NAMES = ("kl_chat", "agreement", "answered", "kept", "kl_code")
@@ -107,7 +107,7 @@ class Chat:
         )
 
     def figures(self, model: PreTrainedModel) -> dict[str, float]:
-        """Figures of a model, by `NAMES`."""
+        """Measure a model; figures by `NAMES`."""
         chat = self._conversations(model)
         right = rightly_answered(model, self._tokenizer, self._questions)
         kept = [own for own, dense in zip(right, self._right, strict=True) if dense]
@@ -116,7 +116,7 @@ class Chat:
         return {name: round(value, 4) for name, value in zip(self.NAMES, found, strict=True)}
 
     def _source(self, work: Path) -> str:
-        """Write the text of the code, and return its path."""
+        """Write the text of Python code, and return its path."""
         modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"))[-self.MODULES :]
         texts = [path.read_text(encoding="utf-8", errors="ignore")[: self.CHARACTERS] for path in modules]
         work.mkdir(parents=True, exist_ok=True)
@@ -125,22 +125,22 @@ class Chat:
 
 
 def memory(key: str = "VmRSS") -> float:
-    """Resident memory of this process, in MB; with `VmHWM`, its peak."""
+    """Resident memory of this process, in MB; its peak with `VmHWM`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
 @contextmanager
 def peak_of_memory() -> Iterator[Callable[[], float]]:
-    """Give a function that tells the peak of resident memory since then, in MB."""
+    """Yield a function that returns the peak resident memory since the start of the context, in MB."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free but still resident would hide what is taken next
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    ctypes.CDLL(None).malloc_trim(0)  # free memory that is still resident would hide new allocations
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     yield lambda: memory("VmHWM")
 
 
 def write(name: str, protocol: str, results: Any) -> None:
-    """Write `benchmarks/NAME.json` and say so."""
+    """Write `benchmarks/NAME.json` and print its path."""
     path = Path(__file__).with_name(f"{name}.json")
     content = {
         "protocol": protocol,

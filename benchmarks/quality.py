@@ -1,9 +1,9 @@
-"""What is left of a model after our pruning and after other training-free methods, at equal removed parameters.
+"""Quality of a model after our pruning and after other training-free methods, at equal removed parameters.
 
 Run: python benchmarks/quality.py WORK SEARCH_TEXT UNSEEN_TEXT BETAS [TASKS_DIR]
 (here: WikiText-2 raw, articles a for calibration and search, articles b and the task items for the figures;
 0.3,0.2,0.5)
-Rows that are in WORK already are taken from there.
+Rows that exist in WORK are reused.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.slicing import Slicer, ordered
 
 GRADIENT_WINDOWS = 16
-"""Calibration windows behind first-order scores; LLM-Pruner takes ten short ones."""
+"""Number of calibration windows for first-order scores; LLM-Pruner takes ten short ones."""
 TASKS, ITEMS = ("arc_easy", "piqa", "winogrande"), 100
 ABLATED = 0.3
-"""Where each part of ours is measured, not only the whole."""
+"""β at which each part of our method is also measured alone."""
 
 Measured = Callable[[], tuple[float, PreTrainedModel]]
-"""Makes a model, and says which fraction of the prunable weights is gone."""
+"""Function that makes a model, and returns the removed share of the prunable weights and the model."""
 
 
 class Table:
-    """Rows of figures, all on the same text and items, each kept as soon as it is there.
+    """Rows of figures, all on the same text and items; each is saved at once.
 
     Args:
         work: Directory of the rows.
-        pruner: Of the dense model.
-        unseen_text: On which nothing is chosen.
-        tasks: Directory of the items; None leaves the tasks out.
-        protocol: How they are made.
+        pruner: Pruner of the dense model.
+        unseen_text: Path of a text that is not used for any choice.
+        tasks: Directory of the task items; None leaves the tasks out.
+        protocol: Description of how the figures are made.
     """
 
     def __init__(self, work: Path, pruner: AutoPruner, unseen_text: str, tasks: Path | None, protocol: str) -> None:
@@ -59,7 +59,7 @@ class Table:
         self._unseen = Unseen(unseen_text, pruner.tokenizer)
 
     def add(self, method: str, beta: float, made: Measured) -> None:
-        """Make and measure a model, where its row is missing."""
+        """Make and measure a model, if its row is missing."""
         if self.rows.have(method=method, beta=beta):
             return
         started = time.perf_counter()
@@ -70,11 +70,11 @@ class Table:
         self.write()
 
     def write(self) -> None:
-        """Write what is there."""
+        """Write the rows so far to quality.json."""
         write("quality", self._protocol, sorted(self.rows, key=lambda row: row["beta"]))
 
     def show(self) -> None:
-        """Print it, a line for each method: perplexity in short and long windows and mean accuracy, at every β."""
+        """Print a line for each method: perplexity in short and long windows and mean accuracy, at every β."""
         betas = sorted({row["beta"] for row in self.rows} - {0.0})
 
         def figure(row: dict[str, Any], name: str) -> str:
@@ -102,7 +102,7 @@ class Table:
 
 
 def protocol(search_text: str, unseen_text: str, dtype: Any) -> str:
-    """How the figures were made."""
+    """Describe how the figures were made."""
     return (
         f"SmolLM2-135M-Instruct, {dtype}; {CALIBRATION} calibration tokens of {Path(search_text).name} "
         f"for all (the first {GRADIENT_WINDOWS} windows of {WINDOW} for Taylor, block influence "
@@ -143,7 +143,7 @@ def add_peers(
 
 
 def orders(model: PreTrainedModel, statistics: list[LayerStatistics], few: Tensor) -> dict[str, list[LayerOrder]]:
-    """What stands beside OBS with Fisher information; first-order scores know channels alone."""
+    """Orders to compare with that of OBS with Fisher information; first-order scores order channels only."""
     found = {name: rank(model, statistics, name) for name in ("wanda-sp", "flap", "energy")}
     found["obs, all errors alike"] = rank(model, statistics, "obs")
     first = by_channels(model, taylor(model, few))
@@ -154,7 +154,7 @@ def orders(model: PreTrainedModel, statistics: list[LayerStatistics], few: Tenso
 
 
 def add_orders(table: Table, ours: Ours, others: dict[str, list[LayerOrder]]) -> None:
-    """Measure them after the repair: for channels at uniform rates, for KV groups in the plan of the best seed."""
+    """Measure the orders after the first repair: of channels at uniform rates, of KV groups in the best seed plan."""
     for name, order in others.items():
         table.add(
             f"uniform, repaired, channels by {name}",

@@ -1,7 +1,7 @@
-"""Time and peak memory of every stage against depth, width, tokens and candidates, on random models.
+"""Time and peak memory of every stage by depth, width, tokens and candidates, on random models.
 
 Run: python benchmarks/scale.py [LARGEST]
-LARGEST: most parameters of a model in the series of whole models, in millions (default 150).
+LARGEST: parameters of the largest model in the series of whole models, in millions (default 150).
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ SERIES: dict[str, list[dict[str, int]]] = {
     "tokens": [{"tokens": n} for n in (2048, 4096, 8192, 16384)],
     "candidates": [{"candidates": n} for n in (2, 4, 8, 16)],
 }
-"""Each changes one thing of `BASE`."""
+"""Series of sizes; each changes one size of `BASE`."""
 LLAMA_2_70B = {"layers": 80, "width": 8192, "ffn": 28672, "tokens": 131_072, "candidates": 32}
-"""With a search of as many full evaluations as the default's, each on a quarter of them."""
+"""Sizes of LLaMA-2-70B; the search has as many full evaluations as the default's, each on a quarter of the tokens."""
 ATTENTION_70B = 2 * 8192 * (8192 + 1024)
 WHOLE = [(256, 8), (512, 12), (768, 16), (1024, 24), (1536, 28), (2048, 28)]
-"""Width and depth of whole models, 10 M to 1.5 B parameters; FFN three times the width."""
+"""Width and depth of whole models, 10 M to 1.5 B parameters; the FFN width is three times the width."""
 
 
 def build(layers: int, width: int, ffn: int) -> PreTrainedModel:
-    """A random Llama in bfloat16."""
+    """Build a random Llama in bfloat16."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=width,
@@ -66,7 +66,7 @@ def build(layers: int, width: int, ffn: int) -> PreTrainedModel:
 
 @contextmanager
 def measured(stage: str, into: dict[str, Any]) -> Iterator[None]:
-    """Seconds, and what the peak of resident memory adds to what was there before, in MB."""
+    """Record the seconds of a stage, and by how much its peak of resident memory exceeds that at its start, in MB."""
     with peak_of_memory() as peak:
         before, started = memory(), time.perf_counter()
         yield
@@ -75,7 +75,7 @@ def measured(stage: str, into: dict[str, Any]) -> Iterator[None]:
 
 
 def run(layers: int, width: int, ffn: int, tokens: int, candidates: int) -> dict[str, Any]:
-    """Prune one model, stage by stage."""
+    """Prune one model stage by stage, and measure each stage."""
     model, found = build(layers, width, ffn), dict[str, Any]()
     windows = torch.randint(3, VOCABULARY, (tokens // WINDOW, WINDOW), generator=torch.Generator().manual_seed(0))
     budget = Budget(shape_of(model.config), BETA)
@@ -103,7 +103,7 @@ def run(layers: int, width: int, ffn: int, tokens: int, candidates: int) -> dict
 
 
 def _varied(budget: Budget, number: int) -> Any:
-    """One plan a number, each with repairs of its own."""
+    """Make a different plan for each number, so that each needs new repairs."""
     starts = seeds(budget)
     rates = starts["ramp"] if number % 2 else starts["uniform"]
     shifted = tuple(max(0.0, rate + 0.02 * math.sin(number + index)) for index, rate in enumerate(rates.ffn))
@@ -111,7 +111,7 @@ def _varied(budget: Budget, number: int) -> Any:
 
 
 def growth(rows: list[dict[str, Any]], what: str, figure: str) -> dict[str, float]:
-    """The exponent of each stage: slope of log(figure) against log(what), by least squares."""
+    """Growth exponent of each stage: the least-squares slope of log(figure) against log(what)."""
     found = {}
     for stage in rows[0]["stages"]:
         points = [(math.log(r[what]), math.log(max(r["stages"][stage][figure], 1e-3))) for r in rows]
@@ -124,7 +124,7 @@ Sizes = dict[str, int]
 
 
 def seconds(stage: str, sizes: Sizes, attention: int) -> list[float]:
-    """What the time of a stage is made of: passes, products of the statistics, solves, and work for each layer."""
+    """Terms of a stage's time: forward passes, products of the statistics, solves, and a constant for each layer."""
     layers, width, ffn, tokens = (sizes[name] for name in ("layers", "width", "ffn", "tokens"))
     models = sizes["candidates"] if stage == "scoring" else 1
     read = tokens / 4 if stage == "scoring" else tokens
@@ -133,16 +133,16 @@ def seconds(stage: str, sizes: Sizes, attention: int) -> list[float]:
 
 
 def megabytes(_stage: str, sizes: Sizes, attention: int) -> list[float]:
-    """What its memory is made of: matrices of all layers, of one, weights, hidden states, and the rest."""
+    """Terms of a stage's memory: statistics of all layers and of one, weights, hidden states, and a constant."""
     layers, width, ffn, tokens = (sizes[name] for name in ("layers", "width", "ffn", "tokens"))
     return [layers * ffn**2, ffn**2, layers * (attention + 3 * width * ffn), tokens * width, 1]
 
 
 def estimate(rows: list[dict[str, Any]], figure: str) -> dict[str, dict[str, float]]:
-    """Fit the parts of each stage to all rows, by non-negative least squares of relative errors.
+    """Fit the terms of each stage to all rows, by non-negative least squares of relative errors.
 
     Returns:
-        For each stage, what LLaMA-2-70B takes by that, and the median relative error of the fit.
+        For each stage, the fit's prediction for LLaMA-2-70B, and the median relative error of the fit.
     """
     found = {}
     parts = {"seconds": seconds, "megabytes": megabytes}[figure]
@@ -159,7 +159,7 @@ def estimate(rows: list[dict[str, Any]], figure: str) -> dict[str, dict[str, flo
 
 
 def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Seconds above, megabytes below, a column a series, both axes logarithmic."""
+    """Plot seconds (upper row) and megabytes (lower row), with a column for each series and logarithmic axes."""
     figure = Figure(figsize=(3.2 * len(table), 6.4), layout="constrained")
     axes = figure.subplots(2, len(table), sharey="row")
     for column, (what, rows) in enumerate(table.items()):
@@ -175,7 +175,7 @@ def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def series(largest: float) -> Iterator[tuple[str, dict[str, int]]]:
-    """What is measured: one thing changed at a time, then whole models."""
+    """Yield the sizes to measure: first one size changed at a time, then whole models."""
     for what, changes in SERIES.items():
         for change in changes:
             yield what, {**BASE, **change}
@@ -185,13 +185,13 @@ def series(largest: float) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def warm(sizes: dict[str, int]) -> dict[str, Any]:
-    """Prune a model in a process that has pruned a small one: libraries are loaded then."""
+    """Prune a small model first, to load the libraries, then measure the pruning of a model."""
     run(**{**BASE, "layers": 2, "tokens": 1024})
     return {**sizes, **run(**sizes)}
 
 
 def main(largest: float) -> None:
-    """Measure, fit, draw."""
+    """Measure all sizes, fit the terms, and draw."""
     table: dict[str, list[dict[str, Any]]] = {}
     for what, sizes in series(largest):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:

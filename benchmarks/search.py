@@ -1,4 +1,4 @@
-"""Who searches better: the model itself, evolution or random, from the same seeds with equal evaluations.
+"""Comparison of proposers (the model itself, evolution, random), from the same seeds with equal evaluations.
 
 Run: python benchmarks/search.py SEARCH_TEXT UNSEEN_TEXT BETA [METHODS]
 (here: WikiText-2 raw, articles a for calibration and search, articles b as the unseen text; β = 0.3 with all methods,
@@ -41,11 +41,11 @@ WINDOW, CALIBRATION, FITNESS, UNSEEN = 512, 65_536, 8_192, 32
 EVALUATIONS, SEEDS = 18, (0, 1, 2)
 SCHEDULE = Schedule(EVALUATIONS, population=4, crossover=8, mutation=8, probe_share=0.5)
 CHANCE = 50.0
-"""Temperature at which the model's choice among what the schema allows is all but even."""
+"""Temperature at which the model's choice among what the schema allows is almost uniform."""
 
 
 def proposers(pruner: Any, budget: Budget) -> dict[str, Proposer]:
-    """All who search; "chance" has the same prompts, measurements and schema as the model, and no preference."""
+    """All proposers; "chance" has the model's prompts, measurements and schema, but an almost uniform choice."""
     model, tokenizer = pruner.model, pruner.tokenizer
     return {
         "self": ModelProposer(model, tokenizer, budget, NAME),
@@ -56,7 +56,7 @@ def proposers(pruner: Any, budget: Budget) -> dict[str, Proposer]:
 
 
 class Unseen:
-    """Figures of candidates on text that nothing was chosen on; each plan is measured once."""
+    """Measures candidates on text that was not used for any choice; each plan is measured once."""
 
     def __init__(self, slicer: Slicer, windows: Any) -> None:
         self._slicer = slicer
@@ -65,7 +65,7 @@ class Unseen:
         self._known: dict[Plan, dict[str, float]] = {}
 
     def __call__(self, plan: Plan) -> dict[str, float]:
-        """KL and perplexity of a repaired plan."""
+        """KL and perplexity of a plan after the first repair."""
         if plan not in self._known:
             self._known[plan] = self.of(self._slicer.layers(plan))
         return self._known[plan]
@@ -78,12 +78,12 @@ class Unseen:
 
 
 def draw(rows: Sequence[dict[str, Any]], beta: float, path: Path) -> None:
-    """The best fitness so far against the evaluations spent, a line a run."""
+    """Plot the best fitness so far against the evaluations spent, with a line for each run."""
     figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot()
     colours = dict(zip(("self", "chance", "evolution", "random"), ("C0", "C2", "C1", "C7"), strict=True))
     for method, colour in colours.items():
-        runs = [row["curve"] for row in rows if row["method"] == method]  # none where the method was left out
+        runs = [row["curve"] for row in rows if row["method"] == method]  # empty if the method was left out
         for number, curve in enumerate(runs):
             x, y = np.array(curve).T
             axes.step(x, y, where="post", color=colour, alpha=0.8, label=method if number == 0 else None)
@@ -95,7 +95,7 @@ def draw(rows: Sequence[dict[str, Any]], beta: float, path: Path) -> None:
 
 
 def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]) -> None:
-    """Run every proposer with every seed, and measure what it found on unseen text."""
+    """Run every proposer with every random seed, and measure its best plan on unseen text."""
     pruner = load_embedded()
     model, tokenizer = pruner.model, pruner.tokenizer
     corpus = load_corpus(search_text, tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
@@ -113,7 +113,7 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
         score, slopes = (
             cache(fitness),
             cache(partial(fitness.slopes, curves=curves)),
-        )  # runs share plans; each pays for what it asks all the same
+        )  # runs share scores of plans; each still pays for all plans that it asks for
         unseen = Unseen(slicer, consecutive_windows(unseen_text, tokenizer, WINDOW, UNSEEN).windows)
         budget = Budget(pruner.shape, beta)
         starts = seeds(budget, curves, fitness.loss)

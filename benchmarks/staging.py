@@ -1,4 +1,4 @@
-"""What staged scores of views save beside the plain way: a copy of the model per candidate, scored on all tokens.
+"""Time that staged scoring of views saves, against plain scoring of a model copy per candidate on all tokens.
 
 Run: python benchmarks/staging.py SEARCH_TEXT
 (here: WikiText-2 raw, articles a)
@@ -36,12 +36,12 @@ from selfpruner_hub.storage.run import DEFAULT_RUN
 WINDOW, CALIBRATION, FITNESS, BETA, ROUNDS, CHILDREN = 512, 16_384, 16_384, 0.3, 2, 8
 FIRST_SHARE = 1 / 16
 AT_ONCE = 4
-"""Windows in one forward pass of the plain way, which holds all of their logits."""
+"""Number of windows in one forward pass of plain scoring, which holds all of their logits."""
 
 
 @torch.inference_mode()
 def plain_loss(model: PreTrainedModel, windows: Tensor, loss: Loss) -> float:
-    """The same divergence from whole blocks of logits, as one would write it."""
+    """The same KL divergence, computed simply from whole blocks of logits."""
     total, predicted = 0.0, 0
     for batch in windows.split(AT_ONCE):
         logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
@@ -51,7 +51,7 @@ def plain_loss(model: PreTrainedModel, windows: Tensor, loss: Loss) -> float:
 
 
 def shared_layers(records: list[Record]) -> list[int]:
-    """For each child, how many first layers it has in common with the nearest plan that was scored before it."""
+    """Largest number of first layers that each child shares with a plan scored before it."""
     plans = [
         list(zip(r["widths"]["intermediate_size"], r["widths"]["num_key_value_heads"], strict=True))
         for r in records
@@ -65,7 +65,7 @@ def shared_layers(records: list[Record]) -> list[int]:
 
 
 def main(text: str) -> None:
-    """Search twice from the same seeds with as many children, and compare time and result."""
+    """Search with both kinds of scoring, from the same seeds with as many children; compare time and result."""
     pruner = load_embedded()
     model = pruner.model
     corpus = load_corpus(text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
@@ -84,7 +84,7 @@ def main(text: str) -> None:
         starts = seeds(budget, ready.curves, fitness.loss)
         ways: dict[str, tuple[Score, float]] = {"staged": (fitness, FIRST_SHARE), "plain": (plain, 1.0)}
         for name, (score, first_share) in ways.items():
-            # As many rounds for both: a round costs children × share, and one survivor on all windows where staged.
+            # Equal numbers of rounds: a round costs children × share, plus one survivor on all windows if staged.
             seeds_cost = len(starts) * (1 if first_share == 1 else 1 + first_share)
             round_cost = CHILDREN if first_share == 1 else CHILDREN * first_share + 1
             schedule = Schedule(

@@ -1,8 +1,8 @@
-"""Where a search could start: our seeds, and global thresholds of other methods, all with our order and repair.
+"""Plans that a search could start from: our seeds, and other methods' global thresholds, with our order and repair.
 
 Run: python benchmarks/starts.py WORK SEARCH_TEXT BETAS
 (here: WikiText-2 raw, articles a; nothing is reported on them; 0.3,0.5)
-Rows that are in WORK already are taken from there.
+Rows that exist in WORK are reused.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from selfpruner_hub.evaluation.metrics import teach
 from selfpruner_hub.plans.budget import Budget, Rates
 
 OTHER = 8_192
-"""Tokens of the text on which no seed is measured."""
+"""Number of tokens of a further text, on which no seed plan measures anything."""
 FIRST_ORDER = "first-order threshold"
 HALFWAY = "{}, half-way to uniform"
 CONTENDERS = ("uniform", "sensitivity", FIRST_ORDER, HALFWAY.format(FIRST_ORDER))
-"""Starts that are repaired twice (5 minutes each): those that might be best by then, and the one that knows nothing."""
+"""Plans that are repaired twice (5 minutes each): the likely best ones, and `uniform` as the baseline."""
 
 
 def threshold(budget: Budget, scores: list[Tensor]) -> Rates:
-    """FFN rates that cut the channels of least score in all layers, until the budget is met."""
+    """FFN rates that remove the channels with the lowest scores over all layers, until the budget is met."""
     every = torch.cat(scores).sort().values
     shape = budget.shape
     cut = round(budget.beta * shape.weights(shape.dense) / shape.channel_weights)
@@ -40,7 +40,7 @@ def threshold(budget: Budget, scores: list[Tensor]) -> Rates:
 
 
 def halfway(budget: Budget, one: Rates, other: Rates) -> Rates:
-    """Between two plans on the budget."""
+    """Mean of the rates of two plans on the budget."""
     a, b = (budget.rates(budget.project(rates)) for rates in (one, other))
 
     def mean(x: tuple[float, ...], y: tuple[float, ...]) -> tuple[float, ...]:
@@ -50,7 +50,7 @@ def halfway(budget: Budget, one: Rates, other: Rates) -> Rates:
 
 
 def main(work: Path, search_text: str, betas: list[float]) -> None:
-    """Cut, repair, and measure."""
+    """Cut, repair and measure every plan."""
     pruner, rows = load_embedded(), Rows(work / "starts.jsonl")
     model = pruner.model
     calibration, held_out, other = texts(pruner, search_text, OTHER)

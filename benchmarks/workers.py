@@ -1,4 +1,4 @@
-"""How much faster candidates are scored by two Ray workers than by one.
+"""Speed-up of scoring candidates with two Ray workers instead of one.
 
 Run: python benchmarks/workers.py SEARCH_TEXT [WORKERS …]
 (here: WikiText-2 raw, articles a; 1 2)
@@ -31,7 +31,7 @@ CANDIDATES, ROUNDS = 12, 3
 
 
 def timed(fitness: Fitness, plans: list[Plan], others: list[Plan], processors: int) -> tuple[float, list[float]]:
-    """Seconds for all plans once the workers are there and warm with the others, and the scores of the plans."""
+    """Score all plans after a warm-up of the workers on `others`; return the seconds and the scores."""
     ray.init(num_cpus=processors, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         with ray_workers(fitness) as pool:
@@ -44,7 +44,7 @@ def timed(fitness: Fitness, plans: list[Plan], others: list[Plan], processors: i
 
 
 def main(search_text: str, counts: list[int]) -> None:
-    """Score the same plans by one number of workers after the other, several times."""
+    """Score the same plans with each number of workers in turn, several times."""
     pruner = load_embedded()
     corpus = load_corpus(search_text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, held_out = corpus.split(CALIBRATION, FITNESS)

@@ -1,4 +1,4 @@
-"""Out of PyTorch, and how fast it is there."""
+"""Export to other formats, and benchmarks of models in their runtimes."""
 
 from exporters.to_onnx.causal_lm import OnnxCausalLM
 

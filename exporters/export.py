@@ -1,4 +1,4 @@
-"""What an export is: a model written in another format, checked against PyTorch, with a record of how."""
+"""Export of a model to another format, compared with PyTorch and described by a record."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from selfpruner_hub.storage.model_record import Record, read_record
 from selfpruner_hub.storage.staging import check_writable, save_directory
 
 FORMATS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
-"""Each has a module `exporters.to_FORMAT` with a function `write` (a `Writer`), imported when it is asked for."""
+"""Export formats. Each has a module `exporters.to_FORMAT` with a `Writer` named `write`, imported on first use."""
 
 EXPORTING, STAGES = "exporting", ("loading", "writing", "comparing with PyTorch")
 
@@ -51,13 +51,13 @@ def export(
     """Load a model, dense or pruned, and write it in another format.
 
     Args:
-        name: A directory or a Hub repository.
-        to: One of `FORMATS`.
-        output: The directory of the export; files of the same names are replaced.
-        tolerance: Largest distance of a logit from PyTorch's float32; None takes the format's own.
-        loading: Keywords of transformers' `from_pretrained`: revision, token, gguf_file, …
-        progress: Called with (what, done, total, note).
-        **options: Of the format.
+        name: Directory or Hub repository of the model.
+        to: Format, one of `FORMATS`.
+        output: Directory of the export; files with the same names are replaced.
+        tolerance: Largest allowed distance of a logit from PyTorch's in float32; None takes the format's default.
+        loading: Keyword arguments of transformers' `from_pretrained`: revision, token, gguf_file, …
+        progress: Callback, called with (what, done, total, note).
+        **options: Options of the format.
 
     Returns:
         `output`, which now holds the export, tokenizer, generation configuration, `selfpruner_export.json`, and the
@@ -65,10 +65,10 @@ def export(
 
     Raises:
         UserError: The format, an option, the model or the output is wrong, or a library is missing.
-        ExportError: The export differs from the PyTorch model; nothing is left of it.
+        ExportError: The export differs from the PyTorch model; its files are deleted.
     """
     name, keywords = str(name), {"dtype": torch.float32, **(loading or {})}
-    _check(to, options, Path(output))  # before the seconds that a model takes
+    _check(to, options, Path(output))  # before the slow loading of the model
     if Path(name).is_dir() and Path(output).exists() and Path(output).samefile(name):
         raise OutputError("The output would replace the model that is exported.", "Choose another output.")
     progress(EXPORTING, 0, len(STAGES), STAGES[0])
@@ -96,23 +96,23 @@ def export_model(
     """Write a model that is in memory in another format; `export` has the arguments.
 
     Args:
-        model: Any dtype and device; it is left as it is, unless it may be consumed.
-        tokenizer: Written beside it, where there is one.
-        to: One of `FORMATS`.
-        output: The directory of the export.
-        name: What the model is called.
-        record: Of a pruned model, written beside it.
-        tolerance: Largest distance of a logit from PyTorch's float32; None takes the format's own.
-        progress: Called with (what, done, total, note).
-        consume: Let go of the model's weights once they are written: the runtime loads them again for the comparison.
-        **options: Of the format.
+        model: Model of any dtype on any device; it is not changed unless `consume` is set.
+        tokenizer: Tokenizer to save with the export; None saves none.
+        to: Format, one of `FORMATS`.
+        output: Directory of the export.
+        name: Name of the model, for the record.
+        record: Record of a pruned model, saved with the export.
+        tolerance: Largest allowed distance of a logit from PyTorch's in float32; None takes the format's default.
+        progress: Callback, called with (what, done, total, note).
+        consume: Flag to free the model's weights once they are written, before the runtime loads them again.
+        **options: Options of the format.
 
     Returns:
         `output`.
 
     Raises:
         UserError: The format, an option or the output is wrong, or a library is missing.
-        ExportError: The export differs from the PyTorch model; nothing is left of it.
+        ExportError: The export differs from the PyTorch model; its files are deleted.
     """
     output = Path(output)
     write = _check(to, options, output)
@@ -156,11 +156,11 @@ def export_model(
 
 @contextmanager
 def _consumed(model: nn.Module) -> Iterator[None]:
-    """Let go of a model's weights at the end: the runtime is about to load its own.
+    """Free the memory of a model's weights at the end, because the runtime is about to load them again.
 
-    torch's traces never let go of the parameters that they saw, nor of their aliases, and what NumPy has seen cannot be
-    resized. So the weights are put into pages of our own, which are given back while the tensors stay; they are zeros
-    then.
+    torch's traces keep references to the parameters and their aliases, and tensors shared with NumPy cannot be resized.
+    So the weights are moved into one memory mapping, whose pages are released at the end. The tensors stay, filled with
+    zeros.
     """
     if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
         yield
@@ -178,12 +178,12 @@ def _consumed(model: nn.Module) -> Iterator[None]:
 
 
 def _aligned(size: int) -> int:
-    """Bytes up to the next boundary of a cache line."""
+    """Round a size up to whole cache lines, in bytes."""
     return -(-size // 64) * 64
 
 
 def _check(to: str, options: dict[str, Any], output: Path) -> Writer:
-    """Find the writer of a format, and refuse options that it does not take and places that cannot be written."""
+    """Return the writer of a format; refuse options that it does not take, and an output that cannot be written."""
     writer: Writer = importlib.import_module(f"exporters.to_{one_of('format', to, FORMATS)}").write
     parameters = inspect.signature(writer).parameters.values()
     known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -1,4 +1,4 @@
-"""An exported decode graph as a causal language model of transformers: `generate()` by any runtime."""
+"""transformers' `generate()` for an exported decode graph, in any runtime."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from exporters.tracing import empty_cache, positions
 
 
 class GraphCausalLM(GenerationMixin):
-    """A decode graph that some runtime runs, with the interface of a transformers model.
+    """A decode graph with the interface of a transformers causal language model.
 
     A subclass runs the graph in `step`.
 
     Args:
-        config: Of the model that was exported.
-        generation_config: Its defaults for `generate()`; None takes those of the configuration.
+        config: Configuration of the exported model.
+        generation_config: Defaults of `generate()`; None takes those of `config`.
     """
 
     main_input_name = "input_ids"
@@ -32,24 +32,24 @@ class GraphCausalLM(GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs are expected and outputs lie."""
+        """Device of the inputs and outputs."""
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """Dtype of keys and values."""
         return torch.float32
 
     def can_generate(self) -> bool:
-        """It has `generate()`."""
+        """Return True: the model has `generate()`."""
         return True
 
     def is_remote_code(self) -> bool:
-        """It is not code from a Hub repository."""
+        """Return False: this is no code from a Hub repository."""
         return False
 
     def get_experts_implementation(self) -> dict[str, str]:
-        """No experts: `generate()` asks every model for them."""
+        """Return nothing: the model has no experts, but `generate()` asks every model for them."""
         return {}
 
     def step(
@@ -59,16 +59,16 @@ class GraphCausalLM(GenerationMixin):
 
         Args:
             input_ids: New tokens, `[B, S]`.
-            attention_mask: Ones for real tokens, `[B, P + S]`.
-            position_ids: Of the new tokens, `[B, S]`.
+            attention_mask: Mask with ones for real tokens, `[B, P + S]`.
+            position_ids: Positions of the new tokens, `[B, S]`.
             cache: Keys and values of the P tokens before them.
-            logits_to_keep: Which of the S positions get logits, `[K]`.
+            logits_to_keep: Indices of the positions that get logits, `[K]`, each below S.
 
         Returns:
             Logits `[B, K, V]`, and the cache of all P + S tokens.
 
         Raises:
-            NotImplementedError: The subclass lacks it.
+            NotImplementedError: The subclass does not define it.
         """
         raise NotImplementedError
 
@@ -82,16 +82,16 @@ class GraphCausalLM(GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run the model as a transformers model is run.
+        """Run the model with the arguments of a transformers model.
 
         Args:
             input_ids: New tokens, `[B, S]`.
-            attention_mask: Ones for real tokens, `[B, P + S]`; None: all are.
-            position_ids: Of the new tokens, `[B, S]`; None: counted from the mask.
-            cache: Of the P tokens before them; None or an empty one begins a sequence. It is updated in place.
-            use_cache: Return the cache.
-            logits_to_keep: Only the last that many positions get logits (0: all), or those in a `[K]` tensor.
-            **kwargs: Ignored; `generate()` passes what some models take.
+            attention_mask: Mask with ones for real tokens, `[B, P + S]`; None means all ones.
+            position_ids: Positions of the new tokens, `[B, S]`; None counts them from the mask.
+            cache: Cache of the P tokens before them, updated in place; None or an empty one begins a sequence.
+            use_cache: Flag to return the cache.
+            logits_to_keep: Number of last positions that get logits (0: all), or a `[K]` tensor of positions.
+            **kwargs: Ignored arguments that `generate()` passes for other models.
 
         Returns:
             Logits `[B, K, V]` and the cache.
@@ -109,7 +109,7 @@ class GraphCausalLM(GenerationMixin):
             input_ids, attention_mask.long(), position_ids.expand(batch, length), before, logits_to_keep
         )
         if cache is not None:
-            # In place, as transformers' models do. `generate()` hands over layers that may cut to a sliding window.
+            # In place, as transformers' models do. The layers that `generate()` passes may cut to a sliding window.
             cache.layers = after.layers
             after = cache
         return CausalLMOutputWithPast(logits=cast(torch.FloatTensor, logits), cache=after if use_cache else None)

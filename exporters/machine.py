@@ -1,4 +1,4 @@
-"""What figures were measured on: the processor, and how much memory this process took."""
+"""The machine of a measurement: its processor, its threads, and the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _STATUS = Path("/proc/self/status")
 
 
 def describe(device: str) -> dict[str, str | int]:
-    """Name the processor that a device is.
+    """Describe the processor of a device.
 
     Args:
-        device: `"cpu"`, or torch's name of a GPU.
+        device: `"cpu"`, or a GPU as PyTorch names it.
 
     Returns:
-        `processor`, `cores` that this process may use, and `gpu` where there is one.
+        `processor` (CPU model), `cores` (that this process may use), and `gpu` (its name) if the device is a GPU.
     """
     found: dict[str, str | int] = {"processor": processor(), "cores": cores()}
     if device.startswith("cuda") and torch.cuda.is_available():
@@ -31,12 +31,12 @@ def describe(device: str) -> dict[str, str | int]:
 
 
 def cores() -> int:
-    """Logical processors that this process may use."""
+    """Number of logical processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads() -> int:
-    """As many as PyTorch takes, but no more than this process may use: threads that wait in turns are very slow."""
+    """PyTorch's number of threads, at most the cores that this process may use; more threads would be very slow."""
     return min(torch.get_num_threads(), cores())
 
 
@@ -49,8 +49,8 @@ def processor() -> str:
 
 
 def peak_memory() -> float:
-    """The most memory that this process has had resident, in MB (10⁶ bytes), since `forget_peak`."""
-    # Not ru_maxrss where it can be avoided: a child begins with that of its parent.
+    """Peak resident memory of this process since `forget_peak`, in MB (10⁶ bytes)."""
+    # ru_maxrss only as a fallback: a child process starts with its parent's value.
     if _STATUS.exists() and (peak := re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="utf-8"))):
         return round(int(peak[1]) * 1024 / 1e6, 1)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -58,6 +58,6 @@ def peak_memory() -> float:
 
 
 def forget_peak() -> None:
-    """Begin to measure the peak anew, where the system can: on Linux."""
+    """Reset the peak memory; only Linux can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

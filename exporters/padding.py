@@ -1,4 +1,4 @@
-"""Decoder layers with zeros added: wider, and the same function."""
+"""Zero-padding of decoder layers to larger widths, without a change of their outputs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def padded_state(
 ) -> dict[str, Tensor]:
     """Pad a decoder layer with zeros: rows of q, k, v, gate and up, columns of o and down.
 
-    An added KV group attends evenly to values that are zero, an added channel is silu(0) · 0 or its like: nothing
-    reaches the residual stream.
+    The values of an added KV group are zero, and so are the activations of an added channel, silu(0) · 0 for example.
+    So the padding adds nothing to the residual stream.
 
     Args:
-        layer: Of the architecture and widths that the next two say.
-        config: Of its model.
-        own: Its widths.
-        target: Widths to reach, none smaller.
+        layer: Decoder layer to pad.
+        config: Configuration of its model.
+        own: Widths of the layer.
+        target: Widths after padding, none smaller than in `own`.
 
     Returns:
-        Its tensors by name; those that do not grow are the layer's own.
+        The padded tensors by name; a tensor that does not grow is not copied.
     """
     architecture, shape = architecture_of(config), shape_of(config)
     state = {name: parameter.detach() for name, parameter in layer.named_parameters()}
@@ -51,12 +51,12 @@ def pad_rows(tensor: Tensor, before: Sequence[int], after: Sequence[int]) -> Ten
     """Add zero rows at the end of each block of rows.
 
     Args:
-        tensor: `[rows, …]`.
-        before: Rows of each block.
-        after: Rows that each shall have.
+        tensor: Tensor of shape `[rows, …]`.
+        before: Number of rows of each block.
+        after: Number of rows of each block after padding.
 
     Returns:
-        The tensor itself where nothing is added.
+        The padded tensor; the tensor itself where nothing is added.
     """
     if list(before) == list(after):
         return tensor

@@ -1,4 +1,4 @@
-"""Whether an exported model says what the PyTorch model says."""
+"""Comparison of an exported model's logits with those of the PyTorch model."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 PROMPTS = (24, 9, 1)
-"""Lengths of the prompts of a parity check: one left-padded batch."""
+"""Lengths of the prompts of a parity check, in tokens; they form one left-padded batch."""
 STEPS = 4
-"""Cached steps after them."""
+"""Number of decode steps after the prompts."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass of a conversation, and what the PyTorch model answered."""
+    """Inputs of one forward pass, and the logits of the PyTorch model."""
 
     input_ids: Tensor
     """New tokens, `[B, S]`."""
     attention_mask: Tensor
-    """`[B, P + S]`: zeros on the left of the shorter prompts."""
+    """Mask `[B, P + S]`: zeros on the left of the shorter prompts."""
     position_ids: Tensor
-    """`[B, S]`."""
+    """Positions of the new tokens, `[B, S]`."""
     logits: Tensor
-    """float32, `[B, S, V]`."""
+    """Logits of the PyTorch model, float32, `[B, S, V]`."""
 
 
 @torch.inference_mode()
 def expected(model: PreTrainedModel, prompts: Collection[int] = PROMPTS, steps: int = STEPS) -> list[Step]:
-    """Ask the PyTorch model: a left-padded batch of unequal prompts, then cached steps.
+    """Record the PyTorch model's logits on a left-padded batch of unequal prompts, then on decode steps.
 
-    What it said is kept, not the model: whoever compares with it later needs no second model in memory.
+    The record does not hold the model, so a later comparison needs no second model in memory.
 
     Args:
         model: The PyTorch model.
-        prompts: Length of each prompt of the batch, in tokens.
-        steps: Greedy tokens after them, one at a time.
+        prompts: Lengths of the batch's prompts, in tokens.
+        steps: Number of greedy decode steps after them.
 
     Returns:
-        The passes, in their order.
+        The forward passes in order.
     """
     longest = max(prompts)
     ids = torch.randint(model.config.vocab_size, (len(prompts), longest), generator=torch.Generator().manual_seed(0))
@@ -60,14 +60,14 @@ def expected(model: PreTrainedModel, prompts: Collection[int] = PROMPTS, steps: 
 
 @torch.inference_mode()
 def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
-    """Compare an exported model with what the PyTorch one said.
+    """Compare an exported model's logits with those of the PyTorch model.
 
     Args:
-        passes: Of `expected`.
-        exported: Called with `input_ids`, `attention_mask`, `position_ids`, `cache` and `use_cache` as the model is.
+        passes: Forward passes, from `expected`.
+        exported: Exported model; takes `input_ids`, `attention_mask`, `position_ids`, `cache` and `use_cache`.
 
     Returns:
-        The largest distance between two logits of real tokens; NaN where there is one.
+        The largest absolute difference between logits of real tokens; NaN if any is NaN.
     """
     cache, worst = None, 0.0
     for step in passes:

@@ -1,6 +1,6 @@
-"""A zero-padded twin under the stock architecture, for runtimes that know no layers of their own widths.
+"""Export to a zero-padded model of the stock architecture, for runtimes that need equal widths in all layers.
 
-It loads anywhere without remote code and computes the same logits. It brings no speed: the zeros are multiplied.
+It loads without remote code and computes the same logits. It is not faster, because the zeros are multiplied too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from selfpruner_hub.plans.plan import LayerWidths
 
 WIDTHS = ("widest", "dense")
 TOLERANCES = {"float32": 1e-4, "float16": 0.1, "bfloat16": 1.0}
-"""Allowed distance of a logit from PyTorch's float32, for each dtype that the twin is saved in."""
+"""Largest allowed distance of a logit from PyTorch's in float32, by dtype of the saved weights."""
 REMARK = "A padded twin runs anywhere and brings no speed: it is as large as its widest layer, all the way."
 
 
@@ -33,18 +33,18 @@ def write(
     width: str = "widest",
     dtype: str = "float32",
 ) -> Written:
-    """Save the twin, and compare it, reloaded by the stock class, with the PyTorch model.
+    """Save the padded model, and compare it, reloaded by the stock class, with the PyTorch model.
 
     Args:
-        model: A dense or pruned model, float32, on the CPU.
-        tokenizer: Stands in `staging` already.
-        staging: Where the model goes.
-        width: FFN width of every layer: `"widest"` of the layers, or that of the `"dense"` model. Attention always
-            gets the dense heads, since many runtimes derive the size of a head from their number.
-        dtype: Of the saved weights: `"float32"`, `"float16"` or `"bfloat16"`.
+        model: Dense or pruned model, float32, on the CPU.
+        tokenizer: Unused; `staging` already holds it.
+        staging: Directory of the padded model.
+        width: FFN width of every layer: `"widest"`, that of the widest layer, or `"dense"`, that of the dense model.
+            Attention is always padded to the dense heads: many runtimes derive the head size from their number.
+        dtype: Dtype of the saved weights: `"float32"`, `"float16"` or `"bfloat16"`.
 
     Returns:
-        What was written.
+        Report of what was written.
     """
     one_of("dtype", dtype, tuple(TOLERANCES))
     twin = padded_model(model, one_of("width", width, WIDTHS))
@@ -59,11 +59,11 @@ def write(
 
 
 def padded_model(model: PreTrainedModel, width: str = "widest") -> PreTrainedModel:
-    """Build the twin of a model, whose tensors it shares where nothing is added.
+    """Build the padded model; it shares the tensors that are not padded.
 
     Args:
-        model: Dense or pruned.
-        width: `"widest"` or `"dense"`.
+        model: Dense or pruned model.
+        width: FFN width of every layer, `"widest"` or `"dense"`; see `write`.
 
     Returns:
         A model of the stock class, in eval mode.
@@ -88,7 +88,7 @@ def padded_model(model: PreTrainedModel, width: str = "widest") -> PreTrainedMod
 
 
 def _stock_config(config: PreTrainedConfig, widest: int, width: str) -> PreTrainedConfig:
-    """The dense configuration under the stock `model_type`, with the twin's FFN width."""
+    """The dense configuration under the stock `model_type`, with the padded FFN width."""
     values: dict[str, Any] = config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
         values.pop(key, None)

@@ -1,4 +1,4 @@
-"""How a model is traced for export: one decode step with a KV cache, which serves prefill too."""
+"""Inputs and setup for tracing a model: one decode step with a KV cache, which also serves prefill."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.patching import replaced
 
 BATCH, PAST, LENGTH, KEPT = 2, 5, 4, 3
-"""Sizes of the sample. A batch of 1 would be frozen into the graph; equal sizes could be taken for one."""
+"""Sizes of the sample inputs. torch would make a batch of 1 constant, and could merge equal sizes into one axis."""
 PADDED = 2
-"""Masked positions of the sample's second row: a mask of ones alone would be pruned from the graph."""
+"""Number of masked positions in the sample's second row: the trace would drop a mask of ones only."""
 
 
 def decode_step(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The inputs that a model is traced with, and which of their axes are dynamic.
+    """Build the sample inputs of a trace, and the list of their dynamic axes.
 
-    Explicit axes export several times faster than leaving all of them to torch (`Dim.AUTO`).
+    The export is several times faster with explicit axes than with `Dim.AUTO` for all of them.
 
     Args:
         model: A causal language model, dense or pruned.
@@ -63,13 +63,13 @@ def decode_step(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def empty_cache(config: Any, batch: int, past: int = 0, dtype: torch.dtype = torch.float32) -> DynamicCache:
-    """A KV cache of zeros whose layers all keep every position: sliding windows are left to the attention mask.
+    """Make a KV cache of zeros. All layers keep every position; the attention mask applies sliding windows.
 
     Args:
-        config: Of a dense or a pruned model.
-        batch: Sequences.
-        past: Positions that it holds.
-        dtype: Of keys and values.
+        config: Configuration of a dense or pruned model.
+        batch: Number of sequences.
+        past: Number of positions in the cache.
+        dtype: Dtype of keys and values.
 
     Returns:
         The cache; each layer has its own number of KV heads.
@@ -80,7 +80,7 @@ def empty_cache(config: Any, batch: int, past: int = 0, dtype: torch.dtype = tor
 
 
 def cache_of(states: Sequence[Tensor]) -> DynamicCache:
-    """A KV cache of given tensors; they are not copied.
+    """Make a KV cache from tensors, without copying them.
 
     Args:
         states: Keys and values `[B, G, P, D]`, layer by layer.
@@ -98,21 +98,21 @@ def cache_of(states: Sequence[Tensor]) -> DynamicCache:
 
 
 def positions(mask: Tensor, length: int) -> Tensor:
-    """Position ids `[B, S]` of the last `length` columns of an attention mask `[B, P + S]`; padding has no position."""
+    """Position ids `[B, S]` of the last `length` columns of an attention mask `[B, P + S]`; padding is not counted."""
     return (mask.cumsum(1) - 1).clamp_min(0)[:, mask.shape[1] - length :]
 
 
 def states_of(cache: Cache) -> list[Tensor]:
-    """Keys and values `[B, G, P, D]` of a cache, layer by layer, as `cache_of` takes them."""
+    """Keys and values `[B, G, P, D]` of a cache, layer by layer; the inverse of `cache_of`."""
     return [getattr(layer, what) for layer in cache.layers for what in ("keys", "values")]
 
 
 @contextmanager
 def tracing(model: PreTrainedModel) -> Iterator[None]:
-    """Prepare torch and the exporters for a trace of `model`, and keep them quiet.
+    """Prepare torch and the exporters for a trace of `model`, and silence them.
 
     Args:
-        model: The model that is about to be traced.
+        model: Model to trace.
 
     Yields:
         Nothing.
@@ -121,7 +121,7 @@ def tracing(model: PreTrainedModel) -> Iterator[None]:
         for cls in type(model).__mro__:
             module = sys.modules[cls.__module__]
             if hasattr(module, "slice_logits_to_keep"):
-                # `hidden[:, indices]` would become two transposes around a GatherND; this is one Gather.
+                # `hidden[:, indices]` would become two transposes around a GatherND; `_select` is one Gather.
                 stack.enter_context(replaced(module, "slice_logits_to_keep", _select))
         stack.enter_context(_quadratic_rewrites_left_out())
         stack.enter_context(quiet())
@@ -131,7 +131,7 @@ def tracing(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep libraries from telling what they are doing: on stdout, as warnings, in the log, or by setting up logging.
+    """Silence libraries: their stdout, warnings and log messages; keep them from configuring logging.
 
     Yields:
         Nothing.
@@ -156,7 +156,7 @@ def _select(hidden: Tensor, kept: int | Tensor) -> Tensor:
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """Put the collector of cycles off: a trace makes a million small objects, and an eighth of its time went there."""
+    """Disable garbage collection: it took an eighth of the time of a trace, which makes a million small objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -168,14 +168,14 @@ def _no_collections() -> Iterator[None]:
 
 @contextmanager
 def _quadratic_rewrites_left_out() -> Iterator[None]:
-    """Leave out onnxscript's rewrite rules that try pairs of nodes.
+    """Disable onnxscript's rewrite rules that match pairs of nodes.
 
-    Their matcher lists the whole graph at every node: for SmolLM2's 30 layers that is nine tenths of the optimiser's
-    time, and the one rule of that kind (two Slices → Split) finds nothing in these graphs.
+    Their matcher lists the whole graph at every node, which takes nine tenths of the optimiser's time for SmolLM2's 30
+    layers. There is one such rule (two Slices → Split), and it matches nothing in these graphs.
     """
     try:
         from onnxscript import rewriter
-    except ImportError:  # a format that needs no ONNX
+    except ImportError:  # not installed: a format that needs no ONNX
         yield
         return
     kept = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit")

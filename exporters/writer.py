@@ -1,4 +1,4 @@
-"""What the writer of a format is, and what writers share."""
+"""The interface of format writers, and the helpers that they share."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from selfpruner_hub.errors import MissingExtraError, UserError
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer tells of the files that it wrote."""
+    """A writer's report on the files that it wrote."""
 
     options: dict[str, Any]
-    """All options as they were taken, defaults filled in; JSON values."""
+    """Values of all options, with defaults filled in, as JSON values."""
     libraries: tuple[str, ...]
-    """Distributions whose versions the record keeps, beside torch and transformers."""
+    """Packages whose versions go into the record, in addition to torch and transformers."""
     tolerance: float
-    """How far the artefact's logits may be from PyTorch's float32."""
+    """Largest allowed distance of the export's logits from PyTorch's in float32."""
     measure: Callable[[], float] | None = None
-    """Runs the staged artefact and returns that distance; None where this machine cannot run it.
+    """Function that runs the staged export and returns that distance; None where this machine cannot run it.
 
-    It has what the PyTorch model said, and not the model: the runtime is about to load the weights again.
+    It holds the PyTorch model's logits but not the model, because the runtime loads the weights again.
     """
     unchecked: str = ""
-    """Why `measure` is None, in one sentence."""
+    """Reason why `measure` is None, in one sentence."""
     remark: str = ""
-    """What a user of the artefact should know, in one sentence."""
+    """Note for users of the export, in one sentence."""
 
 
 class Writer(Protocol):
-    """Writes one format; its keyword-only parameters are the options that a user may give."""
+    """Function that writes one format; its keyword-only parameters are the options that a user may set."""
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, staging: Path, **options: Any
     ) -> Written:
-        """Write the artefact of a float32 model on the CPU into `staging`, which holds tokenizer and records."""
+        """Export a float32 model on the CPU into `staging`, which already holds the tokenizer and records."""
         ...
 
 
 def require(library: str, extra: str) -> None:
-    """Raise `MissingExtraError` unless a library is installed, of which an extra of this package tells the versions."""
+    """Raise `MissingExtraError` unless a library is installed; `extra` is this package's extra that installs it."""
     if importlib.util.find_spec(library) is None:
         raise MissingExtraError(library, extra)
 
 
 def one_line(said: object) -> str:
-    """The first line of what a library said, at most 300 characters of it."""
+    """First line of a library's message, at most 300 characters."""
     lines = str(said).strip().splitlines() or [type(said).__name__]
     return lines[0][:300]
 
 
 def one_of(option: str, value: str, choices: Collection[str]) -> str:
-    """Return `value`, or raise `UserError` unless it is among the choices of an option."""
+    """Return `value`; raise `UserError` unless it is one of the choices of an option."""
     if value not in choices:
         raise UserError(f"Unknown {option} {value!r}.", f"Choose {', '.join(choices)}.")
     return value

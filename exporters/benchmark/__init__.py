@@ -1,4 +1,4 @@
-"""A pruned model beside its dense parent: speed and memory, in any runtime."""
+"""Speed and memory of a pruned model and its dense parent, in any runtime."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["benchmark"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `benchmark` where it is asked for: a process that runs `worker` must not import that module before."""
+    """Import `benchmark` on first access, so that a process that runs `worker` does not import `compare`."""
     if name != "benchmark":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from exporters.benchmark.compare import benchmark

@@ -1,4 +1,4 @@
-"""How much faster a pruned model is than its dense parent, in one runtime, beside the ideal."""
+"""Measured speed-up of a pruned model over its dense parent in one runtime, and the ideal speed-up."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from selfpruner_hub.models.loading import explain
 from selfpruner_hub.storage.export_record import FILE_NAME
 
 WARMUP = 2
-"""Passes of each model before those that count."""
+"""Warm-up passes of each model, which are not counted."""
 LIBRARIES = ("selfpruner-hub", "torch", "transformers", "onnxruntime", "xllamacpp", "tensorrt", "openvino")
 MARGIN = 8
-"""Tokens of room behind the longest sequence."""
+"""Spare tokens of context beyond the longest sequence."""
 Progress = Callable[[str, float, float], None]
 
 
@@ -49,25 +49,25 @@ def benchmark(
     loading: dict[str, Any] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
-    """Time a pruned model and its parent, turn by turn, each in a process of its own.
+    """Time a pruned model and its parent in turn, each in its own process.
 
     Args:
-        pruned: A saved model, or an export for the runtime.
-        against: Its dense parent, or the parent's export; a directory or a Hub repository.
-        runtime: One of `RUNTIMES`. Models that are no exports for it are exported first.
-        batches: Prompts at a time.
-        prompts: Lengths of the prompts, in tokens.
-        new_tokens: Tokens written after each prompt, at least 1.
-        runs: Counted passes of each model, at least 2; two more come before them.
-        threads: Of the CPU; None takes as many as PyTorch does, of those that this process may use.
-        dtype: Of the weights, in the runtime's words; None takes its default.
-        device: `"cpu"`, or torch's name of a GPU; None takes the runtime's default.
-        exports: Keep the exports here, in `dense` and `pruned`; None: they are temporary.
-        loading: Keywords of transformers' `from_pretrained` for the parent: `gguf_file`, `revision`, …
-        progress: Called with (what, done, total).
+        pruned: Pruned model, saved or exported for the runtime; a directory or a Hub repository.
+        against: Dense parent, or its export for the runtime; a directory or a Hub repository.
+        runtime: Key of `RUNTIMES`. Models that are not yet exported for it are exported first.
+        batches: Batch sizes (prompts at a time), each at least 1.
+        prompts: Lengths of the prompts, in tokens, each at least 1.
+        new_tokens: Number of tokens generated after each prompt, at least 1.
+        runs: Number of counted passes of each model, at least 2, after two warm-up passes.
+        threads: Number of CPU threads; None takes PyTorch's number, at most the cores that this process may use.
+        dtype: Dtype of the weights, as the runtime names it; None takes the runtime's default.
+        device: `"cpu"`, or a GPU as PyTorch names it; None takes the runtime's default.
+        exports: Directory that keeps the exports, in `dense` and `pruned`; None deletes them at the end.
+        loading: Keyword arguments of transformers' `from_pretrained` for the parent: `gguf_file`, `revision`, …
+        progress: Callback, called with (what, done, total).
 
     Returns:
-        What was measured.
+        The report of all measurements.
 
     Raises:
         UserError: An argument is wrong, a library is missing, or a model cannot be loaded or exported.
@@ -138,7 +138,7 @@ def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _exported(name: str, runtime: str, output: Path, loading: dict[str, Any], options: dict[str, Any]) -> str:
-    """The directory of a model's export: its own where it is one, else a new one."""
+    """Return the directory of a model's export: `name` if it is an export, else a new one in `output`."""
     if (Path(name) / FILE_NAME).is_file():
         return name
     return str(export(name, runtime, output, loading=loading, **options))
@@ -182,7 +182,7 @@ def _phase(milliseconds: list[list[float]], tokens: int, ideal: float) -> Phase:
     return Phase(
         dense=dense,
         pruned=pruned,
-        # Of neighbours in time: what slows the machine for a while slows both.
+        # Ratios of passes that ran one after the other: a temporary slowdown of the machine affects both.
         speedup=timing([before / after for before, after in zip(*milliseconds, strict=True)]),
         ideal=round(ideal, 4),
         dense_tokens_per_second=round(1000 * tokens / dense.median, 1),

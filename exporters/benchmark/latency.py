@@ -1,4 +1,4 @@
-"""Latency of models side by side: interleaved, after a warm-up, medians and spread."""
+"""Latency of several models: interleaved passes after a warm-up, as median and spread."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Measured:
-    """One pass over a prompt and the tokens after it."""
+    """Times of one pass: a prompt and the tokens after it."""
 
     prefill: float
-    """Milliseconds from the prompt to its first new token."""
+    """Milliseconds until the first new token."""
     decode: float
-    """Milliseconds per further token, the mean of the pass."""
+    """Mean milliseconds for each further token."""
 
 
 class Runner(Protocol):
     """A model that is loaded and can be timed."""
 
     def measure(self, ids: Tensor, new_tokens: int) -> Measured:
-        """Read prompts `[B, P]`, then write greedy tokens one at a time, past any end of text."""
+        """Read prompts `[B, P]`, then generate greedy tokens one at a time; an end-of-text token does not stop it."""
         ...
 
 
 class CausalLMRunner:
-    """Anything that is called as a causal language model of transformers is.
+    """A model with the call interface of a transformers causal language model.
 
     Args:
         model: The model.
-        device: Where its inputs go.
+        device: Device of the model's inputs.
     """
 
     def __init__(self, model: Callable[..., Any], device: torch.device | str = "cpu") -> None:
@@ -44,7 +44,7 @@ class CausalLMRunner:
 
     @torch.inference_mode()
     def measure(self, ids: Tensor, new_tokens: int) -> Measured:
-        """Time a pass; `Runner` says of what."""
+        """Time a pass; see `Runner.measure`."""
         ids = ids.to(self.device)
         start = self._now()
         out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -63,7 +63,7 @@ class CausalLMRunner:
 
 @dataclass(frozen=True)
 class Timing:
-    """A quantity over several runs."""
+    """Median and spread of a quantity over several runs."""
 
     median: float
     spread: float
@@ -86,20 +86,20 @@ def interleaved(
     warmup: int = 2,
     progress: Callable[[], object] = lambda: None,
 ) -> list[list[Measured]]:
-    """Run models in turn (A B A B …), so that a machine whose speed drifts treats them alike.
+    """Run models in turn (A B A B …), so that a drift in the machine's speed affects all of them equally.
 
-    A turn begins with a pass that does not count: until then, caches hold the other model.
+    Each turn begins with an uncounted pass, because the processor's caches still hold the other model.
 
     Args:
-        runners: The models, of one vocabulary.
-        ids: Prompts, `[B, P]`.
-        new_tokens: Tokens after each, at least 1.
-        runs: Counted passes of each model, at least 2.
-        warmup: Passes of each before counting.
-        progress: Called after every turn.
+        runners: Models with the same vocabulary.
+        ids: Token ids of the prompts, `[B, P]`.
+        new_tokens: Number of tokens generated after each prompt, at least 1.
+        runs: Number of counted passes of each model, at least 2.
+        warmup: Number of uncounted turns of each model at the start.
+        progress: Callback, called after every turn.
 
     Returns:
-        Per model, its counted passes in order; the passes of one place were neighbours in time.
+        For each model, its counted passes in order. Passes with the same index ran one after the other.
     """
     passes: list[list[Measured]] = [[] for _ in runners]
     for run in range(warmup + runs):

@@ -1,4 +1,4 @@
-"""What a benchmark found: a versioned record, and the table that people read."""
+"""Results of a benchmark: a versioned record, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Phase:
-    """Reading a prompt, or writing one token."""
+    """Figures of one phase: prefill (reading the prompts) or decode (one token)."""
 
     dense: Timing
-    """Milliseconds, for the whole batch."""
+    """Milliseconds for the whole batch."""
     pruned: Timing
     speedup: Timing
-    """Dense over pruned, of passes that were neighbours in time."""
+    """Time of the dense model divided by that of the pruned one, for passes that ran one after the other."""
     ideal: float
-    """The ratio of the work: of the floating-point operations of a prompt, of the bytes that a step reads."""
+    """Ratio of the work, dense to pruned: floating-point operations for prefill, bytes read for decode."""
     dense_tokens_per_second: float
     pruned_tokens_per_second: float
 
     @property
     def faster(self) -> bool:
-        """The pruned model is faster by more than the spread of the passes."""
+        """Whether the median speed-up minus half its spread is above 1."""
         return self.speedup.median - self.speedup.spread / 2 > 1
 
 
 @dataclass(frozen=True)
 class Case:
-    """A size of prompts."""
+    """Figures of one batch size and prompt length."""
 
     batch: int
     prompt: int
-    """Tokens of each."""
+    """Tokens of each prompt."""
     new_tokens: int
     prefill: Phase
     decode: Phase
@@ -50,18 +50,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models."""
+    """Name, workload and memory of one of the two models."""
 
     name: str
     workload: Workload
     memory: dict[str, float]
-    """MB (10⁶ bytes) of its process: `peak_mb` while it ran, libraries included, `loading_mb` before that, and
-    `gpu_mb` of PyTorch on a GPU."""
+    """Memory of its process in MB (10⁶ bytes): `peak_mb` while it ran, `loading_mb` while it was loaded (both with
+    libraries), and `gpu_mb`, what PyTorch allocated on a GPU."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The record of a benchmark; field names are its keys."""
+    """The record of a benchmark; its field names are the JSON keys."""
 
     runtime: str
     dtype: str
@@ -75,23 +75,23 @@ class Report:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
-        """Serialise, schema version first."""
+        """Serialise to JSON, with the schema version first."""
         values = asdict(self)
         return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Report:
-        """Read strictly.
+        """Read a report, and refuse unknown or missing keys.
 
         Args:
-            text: The file's content.
-            source: Its name, for the error.
+            text: Content of the JSON file.
+            source: Name of the file, for error messages.
 
         Returns:
             The report.
 
         Raises:
-            SavedModelError: It is not such a record.
+            SavedModelError: The text is not such a record.
         """
         values = parse_versioned(text, source, SCHEMA_VERSION, {f.name for f in fields(cls)})
         try:
@@ -102,7 +102,7 @@ class Report:
             raise SavedModelError(f"{source} is damaged: {error}.", "Run the benchmark again.") from error
 
     def metrics(self) -> dict[str, Metric]:
-        """The figures as a model's record and card hold them: milliseconds of both models, and how they came about."""
+        """Milliseconds of both models and the protocol, as metrics for a model's record and card."""
         where = str(self.machine.get("gpu", self.machine["processor"]))
         today = datetime.now(UTC).date().isoformat()
         found = {}
@@ -121,7 +121,7 @@ class Report:
         return found
 
     def table(self) -> str:
-        """Lay the figures out for a terminal, and say where the pruned model is not faster."""
+        """Format the figures for a terminal, and mark where the pruned model is not faster."""
         where = self.machine.get("gpu", self.machine["processor"])
         lines = [
             f"{self.runtime}, {self.dtype}, {self.threads} threads, {where}: {self.pruned.name} against "

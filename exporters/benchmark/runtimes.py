@@ -1,4 +1,4 @@
-"""The runtimes that a model can be timed in: how each loads it, and how it runs a pass."""
+"""The runtimes that a benchmark can use: how each loads a model and runs a pass."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from selfpruner_hub.storage.export_record import read_export
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is loaded; what does not concern a runtime it ignores."""
+    """Settings for loading a model; a runtime ignores those that it has no use for."""
 
     threads: int
     device: str
     dtype: str
-    """Of the weights, in the runtime's words; an export that is there already has its own."""
+    """Dtype of the weights, as the runtime names it; an existing export keeps its own."""
     longest: int
-    """Tokens of the longest sequence that will be run."""
+    """Length of the longest sequence that will be run, in tokens."""
     batch: int = 1
-    """The most prompts at a time."""
+    """Largest batch size."""
     loading: dict[str, Any] = field(default_factory=dict)
-    """Other keywords of transformers' `from_pretrained`."""
+    """Other keyword arguments of transformers' `from_pretrained`."""
 
 
 class LlamaCppRunner:
-    """llama.cpp, by its own clock: what its server spends on requests and text is left out.
+    """llama.cpp with its own timings, which leave out the server's time for requests and text.
 
     Args:
-        model: The loaded file.
+        model: Loaded GGUF file.
     """
 
     def __init__(self, model: LlamaCpp) -> None:
         self.model = model
 
     def measure(self, ids: Tensor, new_tokens: int) -> Measured:
-        """Time a pass; `Runner` says of what."""
-        # The first token comes with the prompt: `predicted_ms` is the time of the others.
+        """Time a pass; see `Runner.measure`."""
+        # `prompt_ms` includes the first new token; `predicted_ms` is the time of the others.
         timings = self.model.complete(ids[0].tolist(), new_tokens + 1, ignore_eos=True)["timings"]
         return Measured(timings["prompt_ms"], timings["predicted_ms"] / new_tokens)
 
@@ -92,21 +92,20 @@ def _gguf(name: str, setting: Setting) -> Runner:
 
 @dataclass(frozen=True)
 class Runtime:
-    """A row of the table of runtimes."""
+    """A runtime: how it loads a model, and what it can run."""
 
     load: Callable[[str, Setting], Runner]
     dtypes: dict[str, tuple[float, float]]
-    """Bytes of a weight, and of an element of the cache, for each dtype; the first is the default."""
+    """Bytes of a weight and of a KV-cache element, by dtype; the first dtype is the default."""
     options: Callable[[Setting], dict[str, Any]] | None = lambda setting: {"dtype": setting.dtype}
-    """Of the exports to the format of its name, which it runs; None: it runs PyTorch's own files."""
+    """Options of an export to the format with this runtime's name; None for a runtime that loads PyTorch's files."""
     device: str = "cpu"
-    """Where it runs unless a device is named."""
+    """Default device."""
     batched: bool = True
-    """It runs several prompts at a time."""
+    """Whether it can run several prompts at a time."""
 
 
-# int8: blocks of 32 bytes with a float32 scale; q8_0: with a float16 scale. llama.cpp's cache is float16 whatever the
-# weights are.
+# int8 has a float32 scale for each block of 32 bytes, q8_0 a float16 scale. llama.cpp's KV cache is always float16.
 RUNTIMES: dict[str, Runtime] = {
     "torch": Runtime(_torch, {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)}, options=None),
     "onnx": Runtime(_onnx, {"float32": (4, 4), "float16": (2, 2), "int8": (36 / 32, 4)}, _onnx_options),

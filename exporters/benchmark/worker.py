@@ -1,7 +1,7 @@
-"""One model in a process of its own: its memory is its own, and a runtime that crashes takes nothing with it.
+"""One model in its own process, so that its memory is measured alone and a crash of its runtime stops nothing else.
 
-`started` runs `python -m exporters.benchmark.worker`; a `Worker` speaks JSON with it, a line for each request and each
-reply.
+`started` runs `python -m exporters.benchmark.worker`; a `Worker` exchanges JSON with it, one line for each request and
+one for each reply.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from exporters.machine import forget_peak, peak_memory
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UserError
 
 PAUSE = 0.01
-"""Seconds before a pass: the threads of the other model spin for some milliseconds after theirs."""
+"""Seconds to wait before a pass: the other model's threads keep spinning for some milliseconds after theirs."""
 
 
 class Worker:
-    """A `Runner` whose model lives in another process; `started` makes one.
+    """A `Runner` whose model is in another process; `started` makes one.
 
     Args:
-        process: Which serves requests.
-        errors: Its stderr.
-        name: Of its model.
+        process: Process that serves the requests.
+        errors: File with the stderr of the process.
+        name: Name of the model, for error messages.
     """
 
     def __init__(self, process: subprocess.Popen[str], errors: IO[str], name: str) -> None:
@@ -44,31 +44,31 @@ class Worker:
         self._name = name
 
     def measure(self, ids: Tensor, new_tokens: int) -> Measured:
-        """Time a pass; `Runner` says of what."""
+        """Time a pass; see `Runner.measure`."""
         return Measured(**self.ask({"ids": ids.tolist(), "new_tokens": new_tokens}))
 
     def memory(self) -> dict[str, float]:
-        """Megabytes at the peak since the model was loaded, libraries included, and at the peak of loading it."""
+        """Peak memory since the model was loaded, and while it was loaded, with libraries, in MB; see `Side.memory`."""
         return dict(self.ask({}))
 
     def ask(self, request: dict[str, Any]) -> Any:
         """Send a request and wait for its result.
 
         Args:
-            request: JSON values that the process knows.
+            request: JSON object that the process understands.
 
         Returns:
             The result.
 
         Raises:
-            UserError: The process refused it.
+            UserError: The process refused the request.
             ModelError: The process has died.
         """
         try:
             cast(IO[str], self._process.stdin).write(json.dumps(request) + "\n")
             cast(IO[str], self._process.stdin).flush()
             reply = json.loads(cast(IO[str], self._process.stdout).readline())
-        except (OSError, ValueError) as error:  # a broken pipe, or no reply
+        except (OSError, ValueError) as error:  # broken pipe, or no reply
             status = self._process.wait()
             self._errors.seek(0)
             said = [f": {line}" for line in self._errors.read().strip().splitlines()][-1:]
@@ -83,12 +83,12 @@ class Worker:
 
 @contextmanager
 def started(runtime: str, name: str, setting: Setting) -> Iterator[Worker]:
-    """Start a process and load a model in it; the process ends with the context.
+    """Start a process and load a model in it; the process ends when the context exits.
 
     Args:
-        runtime: One of `RUNTIMES`.
-        name: The model, or the directory of its export, as the runtime loads it.
-        setting: How it is loaded.
+        runtime: Key of `RUNTIMES`.
+        name: Model, or directory of its export, as the runtime loads it.
+        setting: Settings for loading it.
 
     Yields:
         The worker.
@@ -109,7 +109,7 @@ def started(runtime: str, name: str, setting: Setting) -> Iterator[Worker]:
             worker.ask({"runtime": runtime, "name": name, "setting": asdict(setting)})
             yield worker
         finally:
-            process.kill()  # it holds nothing that it would have to put away
+            process.kill()  # it has nothing to clean up
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
 
     logging.disable_progress_bar()
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not stand between the replies
+    os.dup2(2, 1)  # send what libraries print to stderr, so that stdout holds replies only
     serve = _Server()
     for line in sys.stdin:
         try:
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 class _Server:
-    """The process's side of `Worker`: first a model to load, then passes to time, at last its memory."""
+    """Answers the requests of a `Worker`: load a model, time passes, report the memory."""
 
     runner: Runner
     loading: float

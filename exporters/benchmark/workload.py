@@ -1,4 +1,4 @@
-"""The work of a pass over a model, counted from its configuration: the ideal that a speed-up is held against."""
+"""Work of a forward pass, counted from a model's configuration; the ratio of two models is the ideal speed-up."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from selfpruner_hub.models.architectures import shape_of
 
 @dataclass(frozen=True)
 class Workload:
-    """The matrices of a model, which do nearly all of the work."""
+    """Sizes of a model's matrices and KV cache, which cause nearly all of the work."""
 
     layer_weights: int
-    """Weights of q, k, v, o, gate, up and down of all layers."""
+    """Number of weights of q, k, v, o, gate, up and down in all layers."""
     head_weights: int
-    """Weights of the language-model head."""
+    """Number of weights of the output head."""
     cached: int
-    """Elements of keys and values that one token leaves in the caches of all layers."""
+    """Number of KV-cache elements for one token, over all layers."""
     attended: int
     """Query heads × head size, summed over the layers."""
 
     def prefill_flops(self, batch: int, prompt: int) -> int:
-        """Floating-point operations of reading prompts: all matrices, causal attention, the head on the last token.
+        """Count the operations of prefill: all matrices, causal attention, and the output head on the last token.
 
         Args:
-            batch: Prompts.
-            prompt: Tokens of each.
+            batch: Number of prompts.
+            prompt: Length of each prompt, in tokens.
 
         Returns:
-            Multiplications and additions.
+            Floating-point operations; a multiplication and an addition are two.
         """
         pairs = prompt * (prompt + 1) // 2
         return 2 * batch * (prompt * self.layer_weights + 2 * pairs * self.attended + self.head_weights)
 
     def decode_bytes(self, batch: int, context: int, weight_bytes: float, cache_bytes: float) -> float:
-        """Memory that one step of decoding reads: every weight once, and the cache of every sequence.
+        """Count the bytes that one decode step reads: every weight once, and the KV cache of every sequence.
 
         Args:
-            batch: Sequences.
-            context: Tokens that each has behind it.
-            weight_bytes: Of a weight.
-            cache_bytes: Of an element of the cache.
+            batch: Number of sequences.
+            context: Number of tokens in each sequence's cache.
+            weight_bytes: Bytes of a weight.
+            cache_bytes: Bytes of a KV-cache element.
 
         Returns:
-            Bytes.
+            Number of bytes.
         """
         weights = self.layer_weights + self.head_weights
         return weight_bytes * weights + cache_bytes * batch * context * self.cached
 
 
 def workload_of(config: PreTrainedConfig) -> Workload:
-    """Count the matrices of a dense or pruned model."""
+    """Count the matrix and cache sizes of a dense or pruned model."""
     shape = shape_of(config)
     groups = sum(widths.num_key_value_heads for widths in shape.dense.layers)
     return Workload(

@@ -1,4 +1,4 @@
-"""llama.cpp in this process: GGUF files run, timed and compared with PyTorch."""
+"""Run GGUF files with llama.cpp in this process, time them, and compare them with PyTorch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from selfpruner_hub.calibration.generated_text import sample_windows
 from selfpruner_hub.errors import ExportError, ModelError
 
 PROMPTS = (24, 9, 1)
-"""Lengths of the prompts of a comparison, in tokens."""
+"""Lengths of the prompts of the comparison, in tokens."""
 STEPS = 5
 LIKELIEST = 64
-"""Tokens whose log-probabilities are compared at each step: llama.cpp's likeliest."""
+"""Number of llama.cpp's likeliest tokens whose log-probabilities are compared at each step."""
 PROBE = (
     "In 1984 the café's 3,141 guests didn't say: \"It's 50% off!\"\n\n  They'd ask\tfor naïve Überraschungen, "
     "漢字とかな, Привет мир and 🚀🙂.\r\n    return x != 10_000;  "
@@ -32,13 +32,13 @@ PROBE = (
 
 
 class LlamaCpp:
-    """A GGUF file behind llama.cpp's server, one sequence at a time, without a cache of prompts.
+    """A GGUF file in llama.cpp's server, one sequence at a time, without a prompt cache.
 
     Args:
-        path: The file.
-        context: Longest sequence, in tokens.
-        threads: Of the CPU; None takes as many as PyTorch does, of those that this process may use.
-        exact: Keep keys and values in float32, and attend in float32; llama.cpp's flash attention rounds to float16.
+        path: Path of the GGUF file.
+        context: Length of the longest sequence, in tokens.
+        threads: Number of CPU threads; None takes PyTorch's number, at most the cores that this process may use.
+        exact: Flag for a KV cache and attention in float32; llama.cpp's flash attention rounds to float16.
 
     Raises:
         MissingExtraError: xllamacpp is not installed.
@@ -68,12 +68,12 @@ class LlamaCpp:
         self._server.handle_metrics()
 
     def complete(self, prompt: Sequence[int], new_tokens: int, **options: Any) -> dict[str, Any]:
-        """Write greedy tokens after a prompt.
+        """Generate greedy tokens after a prompt.
 
         Args:
-            prompt: Token ids.
-            new_tokens: How many are written, unless an end-of-text token comes first.
-            **options: Of llama.cpp's completion requests, such as `ignore_eos` and `n_probs`.
+            prompt: Token ids of the prompt.
+            new_tokens: Number of new tokens; an end-of-text token stops earlier.
+            **options: Options of llama.cpp's completion requests, such as `ignore_eos` and `n_probs`.
 
         Returns:
             llama.cpp's reply: `choices`, and `timings` (`prompt_ms`, `predicted_ms`, `predicted_n`, …).
@@ -82,7 +82,7 @@ class LlamaCpp:
         return dict(self._server.handle_completions({**request, "cache_prompt": False, **options}))
 
     def tokenize(self, text: str) -> list[int]:
-        """Read text as token ids, with the special tokens that the file's tokenizer adds."""
+        """Tokenize text, with the special tokens that the file's tokenizer adds."""
         body = json.dumps({"content": text, "add_special": True}).encode()
         request = urllib.request.Request(
             f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
@@ -93,23 +93,23 @@ class LlamaCpp:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the PyTorch model says after some tokens."""
+    """The PyTorch model's log-probabilities after some tokens."""
 
     ids: list[int]
     log_probabilities: Tensor
-    """Of the next token, float32, `[V]`."""
+    """Log-probabilities of the next token, float32, `[V]`."""
 
 
 @torch.inference_mode()
 def answers(model: PreTrainedModel, longest: int) -> list[Answer]:
-    """Let the PyTorch model write text, and take greedy steps after the beginnings of it.
+    """Let the PyTorch model generate texts, and record greedy steps after their first tokens.
 
     Args:
-        model: The PyTorch model.
-        longest: Tokens as far as which llama.cpp computes the same function.
+        model: PyTorch model.
+        longest: Longest sequence for which llama.cpp computes the same function, in tokens.
 
     Returns:
-        Its answers, `STEPS` for each of the prompts.
+        The answers, `STEPS` for each prompt.
     """
     texts = sample_windows(model, len(PROMPTS), min(max(PROMPTS), longest - STEPS), seed=0).tolist()
     told = []
@@ -124,18 +124,18 @@ def answers(model: PreTrainedModel, longest: int) -> list[Answer]:
 def log_probability_difference(
     told: list[Answer], path: Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> float:
-    """Compare a GGUF file, as llama.cpp runs it, with what the PyTorch model said.
+    """Compare the log-probabilities of a GGUF file in llama.cpp with those of the PyTorch model.
 
     Args:
-        told: Of `answers`.
-        path: The file.
-        tokenizer: Compared with the file's on a text, too; None where the file's is known to differ.
+        told: Answers of the PyTorch model, from `answers`.
+        path: Path of the GGUF file.
+        tokenizer: Tokenizer to compare with the file's on `PROBE`; None leaves that comparison out.
 
     Returns:
-        The largest distance between two log-probabilities of a token.
+        The largest absolute difference between log-probabilities of a token; NaN if any is not finite.
 
     Raises:
-        ExportError: llama.cpp reads the text as other tokens.
+        ExportError: llama.cpp splits the text into other tokens.
     """
     run = LlamaCpp(path, max(PROMPTS) + STEPS + 8, exact=True)
     if tokenizer is not None and run.tokenize(PROBE) != tokenizer(PROBE)["input_ids"]:
@@ -145,8 +145,8 @@ def log_probability_difference(
         )
     differences: list[float] = []
     for answer in told:
-        # One token a request, each on the cache of the last one: in a longer reply, llama.cpp leaves out tokens
-        # that end within a character.
+        # One token per request, on the cache of the last request: in longer replies, llama.cpp leaves out tokens that
+        # end within a character.
         reply = run.complete(answer.ids, 1, n_probs=LIKELIEST, cache_prompt=True)["choices"][0]["logprobs"]
         steps = reply["content"] if reply else []
         found = [(entry["id"], entry["logprob"]) for step in steps for entry in step["top_logprobs"]]

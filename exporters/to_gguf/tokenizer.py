@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file: copied from another GGUF file, or converted from a transformers tokenizer.
 
-llama.cpp has its own tokenizers. It knows pre-tokenizers by name only, so a tokenizer is converted when it is one of
-those that were compared with llama.cpp's, and refused otherwise.
+llama.cpp has its own tokenizers and knows pre-tokenizers by name only. So a tokenizer is converted only if it is one of
+those that were compared with llama.cpp's; others are refused.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from selfpruner_hub.errors import ModelError, UserError
 
 TokenizerFields = list[tuple[str, Any, GGUFValueType, GGUFValueType | None]]
-"""Key, value, type, and the type of the elements of an array."""
+"""Fields of a GGUF file: key, value, type, and the element type of an array."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""What `ByteLevel(use_regex=True)` splits by."""
+"""Pattern that `ByteLevel(use_regex=True)` splits by."""
 _DIGITS = "digits"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -38,25 +38,25 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_LLAMA3.replace("{1,3}", ""),), False): "qwen2",
     ((_TEKKEN,), True): "tekken",
 }
-"""llama.cpp's name of what text is split by before the merges, and of whether whole words are looked up first."""
+"""llama.cpp's name of a pre-tokenizer, by (patterns that split the text, whether whole words are looked up first)."""
 
 
 def copied_fields(source: Path, vocabulary: int) -> TokenizerFields:
     """Copy the tokenizer of a GGUF file.
 
     Args:
-        source: The file.
-        vocabulary: Rows of the model's embeddings, which must be those of the file.
+        source: Path of the GGUF file.
+        vocabulary: Number of rows of the model's embeddings, which the file's tokenizer must match.
 
     Returns:
-        Its `tokenizer.*` fields.
+        The `tokenizer.*` fields of the file.
 
     Raises:
-        ModelError: It is no GGUF file, has no tokenizer, or one of another size.
+        ModelError: The file is no GGUF file, has no tokenizer, or has one of another size.
     """
     try:
         reader = GGUFReader(source)
-    except Exception as error:  # whatever a broken file leads gguf to
+    except Exception as error:  # gguf raises various errors for a broken file
         raise ModelError(
             f"{str(source)!r} is not a readable GGUF file.", "Give the GGUF file of the parent."
         ) from error
@@ -75,17 +75,17 @@ def copied_fields(source: Path, vocabulary: int) -> TokenizerFields:
 
 
 def converted_fields(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> TokenizerFields:
-    """Say in GGUF's terms what a BPE tokenizer does, byte-level (GPT-2, Llama 3, …) or SentencePiece (Llama 2).
+    """Convert a BPE tokenizer to GGUF fields, byte-level (GPT-2, Llama 3, …) or SentencePiece (Llama 2).
 
     Args:
-        tokenizer: A fast one.
-        vocabulary: Rows of the model's embeddings; ids that the tokenizer lacks become unused tokens.
+        tokenizer: Fast tokenizer.
+        vocabulary: Number of rows of the model's embeddings; ids that the tokenizer lacks become unused tokens.
 
     Returns:
         The `tokenizer.*` fields.
 
     Raises:
-        UserError: llama.cpp has no such tokenizer, as far as it was compared.
+        UserError: The tokenizer is none that was compared with llama.cpp's, or is larger than the vocabulary.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "slow"}}
@@ -141,7 +141,7 @@ def _vocabulary(
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """llama.cpp merges the pair whose token has the highest score: the earlier in the list of merges, the higher."""
+    """Score each token by its place in the list of merges, earlier ones higher: llama.cpp merges the highest first."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
@@ -149,9 +149,9 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
 
 
 def _adds_space(state: dict[str, Any]) -> bool:
-    """Whether a SentencePiece tokenizer puts a space before the text; both of transformers' forms of it.
+    """Whether a SentencePiece tokenizer puts a space before the text, in either of transformers' two forms.
 
-    The second, `Metaspace`, adds none before a text that starts with one; SentencePiece and llama.cpp do.
+    The second form, `Metaspace`, adds no space to a text that starts with one; SentencePiece and llama.cpp do.
     """
     steps = _sequence(state["normalizer"], "normalizers")
     before = state["pre_tokenizer"] or {"type": None}
@@ -166,7 +166,7 @@ def _adds_space(state: dict[str, Any]) -> bool:
 
 
 def _pre_tokenizer(state: dict[str, Any]) -> str:
-    # NFC, which Qwen's have, is left out by llama.cpp's converter as well: it changes few texts.
+    # Qwen's tokenizers normalise to NFC. llama.cpp's own converter leaves that out too: it changes few texts.
     normalizer = [step["type"] for step in _sequence(state["normalizer"], "normalizers")]
     parts: list[str] = [] if normalizer in ([], ["NFC"]) else normalizer
     for step in _sequence(state["pre_tokenizer"], "pretokenizers"):
@@ -201,7 +201,7 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> TokenizerFields:
         )
         if index is not None
     ]
-    ids = tokenizer("a")["input_ids"]  # whatever its post-processor is called, this is what it does
+    ids = tokenizer("a")["input_ids"]  # shows what the post-processor adds, whatever its type
     fields.append((Keys.Tokenizer.ADD_BOS, ids[0] == tokenizer.bos_token_id, GGUFValueType.BOOL, None))
     fields.append((Keys.Tokenizer.ADD_EOS, ids[-1] == tokenizer.eos_token_id, GGUFValueType.BOOL, None))
     named = tokenizer.chat_template

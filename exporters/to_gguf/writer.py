@@ -1,7 +1,7 @@
-"""GGUF for llama.cpp, Ollama and LM Studio: layers of their own widths under llama.cpp's architecture `deci`.
+"""Export to GGUF for llama.cpp, Ollama and LM Studio, with llama.cpp's architecture `deci` (different layer widths).
 
-Models whose layers are all alike (dense parents) are written under `llama`, which every llama.cpp program knows.
-Both architectures rotate neighbouring dimensions where transformers rotates halves: the rows of q and k are permuted.
+Models whose layers all have the same widths (dense parents) get `llama`, which every llama.cpp program supports.
+Both architectures rotate neighbouring dimensions; transformers rotates halves. So the rows of q and k are permuted.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from selfpruner_hub.plans.plan import LayerWidths, ModelShape
 
 @dataclass(frozen=True)
 class Dtype:
-    """How weight matrices are stored; norms and biases are always float32."""
+    """Storage of the weight matrices; norms and biases are always float32."""
 
     tensor: GGMLQuantizationType
     file: LlamaFileType
     multiple: int
-    """Row lengths must be multiples of it: FFN widths are zero-padded to that."""
+    """Divisor of the row lengths: FFN widths are zero-padded to multiples of it."""
     tolerance: float
-    """Allowed distance of a log-probability from PyTorch's float32, for the 64 likeliest tokens at each step.
+    """Largest allowed distance of a log-probability from PyTorch's in float32, for each step's 64 likeliest tokens.
 
-    Measured on SmolLM2, dense, and at β = 0.3 and 0.5: at most 2.6e-4, 0.022 and 2.1. The last sounds like much: it is
-    of an unlikely token, whose share of the divergence is nothing (0.002 nats in all at β = 0.3), and llama.cpp rounds
-    the activations to 8 bits as well.
+    The largest distances on SmolLM2, dense and at β = 0.3 and 0.5, were 2.6e-4, 0.022 and 2.1. The last belongs to an
+    unlikely token, which adds almost nothing to the KL divergence (0.002 nats in total at β = 0.3); llama.cpp also
+    rounds the activations to 8 bits.
     """
 
 
@@ -51,21 +51,21 @@ DTYPES = {
     "q8_0": Dtype(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0, 32, 4.0),
 }
 WRITABLE = ("llama", "mistral", "qwen2", "phi3")
-"""Architectures that are `deci` in other words. Qwen3's q/k norms and Gemma's activation have no place in it."""
+"""Architectures that `deci` can express. It has no q/k norms (Qwen3) and not Gemma's activation."""
 ROPE_TYPES = ("default", "linear", "llama3")
-"""Those whose frequencies are the plain ones divided by constants."""
+"""RoPE types whose frequencies are the default ones divided by constants."""
 INPUT_NAMES = ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
-"""llama.cpp's names of the row blocks of an architecture's input projections, in the order of the table."""
+"""llama.cpp's names of the input projections, in the order of `Architecture`'s row blocks."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the file: a view of a weight, and what is done to it when its turn comes."""
+    """A tensor of the file: a view of a weight, converted when it is written."""
 
     name: str
     tensor: Tensor
     rotated_heads: int = 0
-    """Rows are permuted within this many heads; 0 leaves them."""
+    """Number of heads within which the rows are permuted; 0 permutes nothing."""
 
     def stored_as(self, dtype: Dtype) -> GGMLQuantizationType:
         if self.tensor.ndim == 1:
@@ -90,24 +90,24 @@ def write(
     """Write `model-DTYPE.gguf`, one tensor at a time, and compare its log-probabilities with PyTorch's.
 
     Args:
-        model: A dense or pruned model, float32, on the CPU.
-        tokenizer: Its tokenizer.
-        staging: Where the file goes.
-        dtype: `"f32"`, `"f16"`, or `"q8_0"` (FFN widths are then zero-padded to multiples of 32).
-        tokenizer_from: A GGUF file (of the parent, say) whose tokenizer is copied; None converts `tokenizer`.
+        model: Dense or pruned model, float32, on the CPU.
+        tokenizer: Tokenizer of the model.
+        staging: Directory of the file.
+        dtype: Dtype of the weight matrices: `"f32"`, `"f16"`, or `"q8_0"` (zero-pads FFN widths to multiples of 32).
+        tokenizer_from: GGUF file (of the parent, for example) whose tokenizer is copied; None converts `tokenizer`.
 
     Returns:
-        What was written.
+        Report of what was written.
 
     Raises:
-        UserError: The option is unknown, or llama.cpp has no such model or tokenizer.
+        UserError: The option is unknown, or llama.cpp does not support the model or tokenizer.
     """
     stored = DTYPES[one_of("dtype", dtype, tuple(DTYPES))]
     _check(model.config, model.get_decoder().rotary_emb)
     fields = _tokenizer_fields(tokenizer, tokenizer_from, model.config.vocab_size)
     path = staging / f"model-{dtype}.gguf"
     _write_file(path, model, fields, stored)
-    model.config.to_json_file(staging / "config.json")  # llama.cpp needs none; our benchmark counts from it
+    model.config.to_json_file(staging / "config.json")  # for our benchmark's workload; llama.cpp needs none
     longest, converted = _context_length(model.config), None if tokenizer_from else tokenizer
     measurable = importlib.util.find_spec("xllamacpp") is not None
     return Written(
@@ -120,7 +120,7 @@ def write(
 
 
 def _check(config: PreTrainedConfig, rotary: nn.Module) -> None:
-    """Refuse what `deci` would compute otherwise, silently."""
+    """Refuse models that `deci` would silently compute differently."""
     model_type = architecture_of(config).model_type
     if model_type not in WRITABLE:
         raise UnsupportedArchitectureError(
@@ -152,7 +152,7 @@ def _tokenizer_fields(
 
 def _write_file(path: Path, model: PreTrainedModel, fields: TokenizerFields, dtype: Dtype) -> None:
     config, shape = model.config, shape_of(model.config)
-    # FFN widths as the file has them.
+    # Widths in the file, with padded FFNs.
     widths = [
         LayerWidths(-(-w.intermediate_size // dtype.multiple) * dtype.multiple, w.num_key_value_heads)
         for w in shape.dense.layers
@@ -178,7 +178,7 @@ def _write_file(path: Path, model: PreTrainedModel, fields: TokenizerFields, dty
 
 
 def _describe(writer: GGUFWriter, config: PreTrainedConfig, shape: ModelShape, widths: list[LayerWidths]) -> None:
-    """The keys that llama.cpp builds the model from; scalars where all layers are alike."""
+    """Write the keys that llama.cpp builds the model from; scalars where all layers have the same value."""
 
     def each(values: list[int]) -> int | list[int]:
         return values[0] if writer.arch == "llama" else values
@@ -199,13 +199,13 @@ def _describe(writer: GGUFWriter, config: PreTrainedConfig, shape: ModelShape, w
 
 
 def _context_length(config: PreTrainedConfig) -> int:
-    """Tokens as far as which the file is exact: llama.cpp's `deci` and `llama` know no sliding window."""
+    """Longest context for which the file is exact, in tokens: `deci` and `llama` have no sliding window."""
     longest: int = config.max_position_embeddings
     return min(getattr(config, "sliding_window", None) or longest, longest)
 
 
 def _entries(model: PreTrainedModel, shape: ModelShape, widths: list[LayerWidths]) -> Iterator[_Entry]:
-    """Every tensor of the file, in its order."""
+    """Yield every tensor of the file, in order."""
     decoder, config = model.get_decoder(), model.config
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     yield _Entry("token_embd.weight", embeddings.detach())  # type: ignore[operator]
@@ -221,7 +221,7 @@ def _entries(model: PreTrainedModel, shape: ModelShape, widths: list[LayerWidths
 
 
 def _layer_entries(state: dict[str, Tensor], config: PreTrainedConfig, widths: LayerWidths) -> Iterator[_Entry]:
-    """The tensors of a decoder layer, named within it."""
+    """Yield the tensors of a decoder layer, by their names within the layer."""
     architecture, shape = architecture_of(config), shape_of(config)
     modules = {
         "attn_output": architecture.attention_output,
@@ -243,7 +243,7 @@ def _layer_entries(state: dict[str, Tensor], config: PreTrainedConfig, widths: L
 
 
 def _rope_factors(rotary: nn.Module, theta: float) -> Tensor:
-    """What the plain rotary frequencies are divided by, `[head_dim / 2]`."""
+    """Divisors of the default rotary frequencies, `[head_dim / 2]`."""
     frequencies: Tensor = rotary.inv_freq  # type: ignore[assignment]
     plain = theta ** -(torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies))
     return (plain / frequencies.double()).float()

@@ -1,4 +1,4 @@
-"""Attention as the one ONNX operator that it is: for runtimes that run a graph as it stands."""
+"""Attention as a single ONNX operator, for runtimes that do not fuse the graph themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from selfpruner_hub.models.patching import attending_by
 
 NAME = "selfpruner_operator"
 OPSET = 23
-"""The first that has `Attention`."""
+"""First ONNX opset with the operator `Attention`."""
 
 
 def attention_operator(
@@ -28,25 +28,25 @@ def attention_operator(
     softcap: float | None = None,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend by ONNX's `Attention`.
+    """Compute attention with ONNX's `Attention` operator.
 
-    Traced from transformers' own, keys and values are repeated to as many heads as the queries have, and every product,
-    mask and softmax goes through memory by itself: ONNX Runtime does all that on a CPU at every step, for the whole
-    cache. Its kernel of the operator reads a KV group where it is, and works head by head. For traces alone: PyTorch's
-    own version caps what is masked already.
+    A trace of transformers' own attention repeats keys and values to the number of query heads, and writes every
+    product, mask and softmax to memory. ONNX Runtime does so on a CPU at every step, for the whole cache. Its kernel of
+    `Attention` reads each KV group in place and works head by head. Use this for traces only: PyTorch's version of the
+    operator applies the softcap after the mask.
 
     Args:
-        _module: Whose attention it is.
-        query: `[B, Q, S, D]`.
-        key: `[B, G, T, D]`, Q a multiple of G.
-        value: `[B, G, T, D]`.
-        attention_mask: Added to the scores, `[B, 1, S, T]`.
-        scaling: Of the scores; None is 1/√D.
-        softcap: c in c · tanh(scores / c); None leaves them.
-        **_kwargs: What else models pass: the mask has it in it already.
+        _module: Attention module; unused.
+        query: Queries, `[B, Q, S, D]`.
+        key: Keys, `[B, G, T, D]`; Q is a multiple of G.
+        value: Values, `[B, G, T, D]`.
+        attention_mask: Mask that is added to the scores, `[B, 1, S, T]`.
+        scaling: Factor of the scores; None takes 1/√D.
+        softcap: Constant c in c · tanh(scores / c); None leaves the scores as they are.
+        **_kwargs: Other arguments that models pass; unused, because the mask contains their effect.
 
     Returns:
-        `[B, S, Q, D]`, and no weights.
+        The output, `[B, S, Q, D]`, and None for the attention weights.
     """
     attended, *_ = torch.onnx.ops.attention(
         query, key, value, attention_mask, scale=scaling, softcap=0.0 if softcap is None else softcap
@@ -55,7 +55,7 @@ def attention_operator(
 
 
 def attending_by_operator(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Let a model attend so while it is traced."""
+    """Make a model use `attention_operator` while it is traced."""
     return attending_by(model, NAME)
 
 

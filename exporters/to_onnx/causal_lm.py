@@ -1,4 +1,4 @@
-"""An ONNX export that writes text: transformers' `generate()` over ONNX Runtime."""
+"""transformers' `generate()` for an ONNX export, in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from selfpruner_hub.models.loading import resolve_directory
 from selfpruner_hub.storage.export_record import read_export
 
 Provider = str | tuple[str, dict[str, Any]]
-"""An execution provider of ONNX Runtime, with its options where it has any."""
+"""Execution provider of ONNX Runtime, with its options if there are any."""
 DEFAULT_PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider", "none": "CPUExecutionProvider"}
-"""By the provider that the graph was fused for."""
+"""Default execution provider, by the value of the export option `fusions`."""
 
 
 class OnnxCausalLM(GraphCausalLM):
@@ -30,9 +30,9 @@ class OnnxCausalLM(GraphCausalLM):
         >>> ids = model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=8)
 
     Args:
-        exported: What transformers' exporter wrote, its session open.
-        config: Of the model that was exported.
-        generation_config: Its defaults for `generate()`.
+        exported: Export by transformers' ONNX exporter, with an open session.
+        config: Configuration of the exported model.
+        generation_config: Defaults of `generate()`.
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class OnnxCausalLM(GraphCausalLM):
         """Load an export.
 
         Args:
-            name: A directory that `selfpruner export --to onnx` wrote, or a Hub repository.
-            providers: ONNX Runtime's execution providers in order of preference; all of them must be there. None takes
+            name: Directory that `selfpruner export --to onnx` wrote, or Hub repository.
+            providers: Execution providers of ONNX Runtime in order of preference; all must be available. None takes
                 the one that the graph was fused for.
-            threads: Of the CPU provider; None takes as many as PyTorch does.
-            session_options: Of ONNX Runtime; it replaces `threads`.
-            subfolder: Where in the directory or repository the export is.
-            **kwargs: `revision`, `token`, `cache_dir` and `local_files_only` of a Hub repository.
+            threads: Number of threads of the CPU provider; None takes PyTorch's number.
+            session_options: Session options of ONNX Runtime; they replace `threads`.
+            subfolder: Folder of the export in the directory or repository.
+            **kwargs: Options of a Hub repository: `revision`, `token`, `cache_dir` and `local_files_only`.
 
         Returns:
             The model, ready to run.
 
         Raises:
             MissingExtraError: onnxruntime is not installed.
-            UserError: A provider is not there.
+            UserError: A provider is not available.
             SavedModelError: There is no ONNX export, or it is damaged.
         """
         require("onnxruntime", "onnx")
@@ -82,19 +82,19 @@ class OnnxCausalLM(GraphCausalLM):
     def open(
         cls, directory: Path, providers: Sequence[Provider], threads: int | None = None, session_options: Any = None
     ) -> OnnxCausalLM:
-        """Load the files of an export; `from_pretrained` has the arguments.
+        """Load the files of an export; see `from_pretrained`.
 
         Args:
-            directory: Where they are.
-            providers: ONNX Runtime's execution providers; all of them must be there.
-            threads: Of the CPU provider; None takes as many as PyTorch does.
-            session_options: Of ONNX Runtime.
+            directory: Directory of the files.
+            providers: Execution providers of ONNX Runtime; all must be available.
+            threads: Number of threads of the CPU provider; None takes PyTorch's number.
+            session_options: Session options of ONNX Runtime; they replace `threads`.
 
         Returns:
             The model, ready to run.
 
         Raises:
-            UserError: A provider is not there.
+            UserError: A provider is not available.
             SavedModelError: The files are damaged.
         """
         import onnxruntime
@@ -126,17 +126,17 @@ class OnnxCausalLM(GraphCausalLM):
 
     @property
     def providers(self) -> list[str]:
-        """The execution providers that run it, first choice first."""
+        """The execution providers of the session, in order of preference."""
         return list(self.session.get_providers())
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of the inputs and outputs."""
         return self._runner.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """Dtype of keys and values."""
         return self._exported.dtype
 
     @property
@@ -158,7 +158,7 @@ class OnnxCausalLM(GraphCausalLM):
 
 
 def default_options(threads: int | None = None) -> Any:
-    """Options of an ONNX Runtime session: errors alone are logged; as many threads as PyTorch has, or `threads`."""
+    """Options of an ONNX Runtime session: it logs errors only, and has `threads` threads (None: PyTorch's number)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -168,7 +168,7 @@ def default_options(threads: int | None = None) -> Any:
 
 
 def _check_providers(wanted: Sequence[Provider], there: Sequence[str]) -> None:
-    """ONNX Runtime falls back to the CPU where it cannot have a provider: refuse that."""
+    """Refuse a provider that is not available; ONNX Runtime would fall back to the CPU."""
     for provider in wanted:
         name = provider if isinstance(provider, str) else provider[0]
         if name not in there:

@@ -1,4 +1,4 @@
-"""int8 weights of an ONNX graph: matrix products read their weights in blocks, each with its own scale."""
+"""Quantisation of an ONNX graph's matrices to int8, in blocks with one scale each."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 from exporters.tracing import quiet
 
 BLOCK = 32
-"""Weights that share a scale, along the input of a product; 1 float32 scale for 32 bytes."""
+"""Number of weights that share a float32 scale, along the input dimension; 32 bytes."""
 ACCURACY_LEVEL = 4
-"""Of the operator MatMulNBits: activations are rounded to int8 too, for the integer kernels of the CPU."""
+"""Accuracy level of the operator MatMulNBits: 4 rounds activations to int8 too, for the CPU's integer kernels."""
 
 
 def quantize(program: Any) -> Any:
-    """Quantise the weights of all matrix products, the language-model head's among them.
+    """Quantise the weights of all matrix products, including the output head.
 
-    Embeddings, norms and biases stay as they are; a head that is tied to the embeddings gets weights of its own.
+    Embeddings, norms and biases stay as they are; an output head that is tied to the embeddings gets its own weights.
 
     Args:
-        program: The graph, an `onnx_ir.Model`; it is not used any more afterwards.
+        program: Graph, an `onnx_ir.Model`; do not use it after this call.
 
     Returns:
         The quantised graph.
@@ -40,7 +40,7 @@ def quantize(program: Any) -> Any:
 
 
 def _own_transposed_weights(program: Any) -> None:
-    """Give each product with a transposed weight (a tied head's) a weight as the quantiser expects it: `[in, out]`."""
+    """Copy each transposed weight (of a tied output head) to the layout that the quantiser expects, `[in, out]`."""
     import onnx_ir
 
     graph = program.graph
@@ -48,7 +48,7 @@ def _own_transposed_weights(program: Any) -> None:
         if node.op_type not in ("MatMul", "FusedMatMul") or len(node.inputs) < 2:
             continue
         weight, source = node.inputs[1], node.inputs[1].producer()
-        if node.op_type == "FusedMatMul":  # of ONNX Runtime's fusions
+        if node.op_type == "FusedMatMul":  # made by ONNX Runtime's fusions
             if {name: attribute.value for name, attribute in node.attributes.items()} != {"transB": 1}:
                 continue
         elif source is not None and source.op_type == "Transpose":

@@ -1,4 +1,4 @@
-"""ONNX: one decode graph with a KV cache that serves prefill and steps, by transformers' exporter."""
+"""Export to ONNX by transformers' exporter: one graph with a KV cache, for prefill and decode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from exporters.writer import Written, one_line, one_of, require
 from selfpruner_hub.errors import ExportError
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "int8": 1.0}
-"""Allowed distance of a logit from PyTorch's float32, by dtype."""
+"""Largest allowed distance of a logit from PyTorch's in float32, by dtype."""
 FUSIONS = tuple(DEFAULT_PROVIDERS)
 _ORT_FUSIONS: dict[str, Literal["cpu", "cuda"] | None] = {"cpu": "cpu", "cuda": "cuda", "none": None}
 EXTRA = "onnx"
@@ -37,18 +37,18 @@ def write(
     dtype: str = "float32",
     fusions: str = "cpu",
 ) -> Written:
-    """Write `model.onnx`, its weights beside it, and the configuration; compare its logits with PyTorch's.
+    """Write `model.onnx`, a file of its weights, and the configuration; compare its logits with PyTorch's.
 
     Args:
-        model: A dense or pruned model, float32, on the CPU.
-        tokenizer: Not needed.
-        staging: Where the files go.
-        dtype: `"float32"`, `"float16"`, or `"int8"` (weights of matrix products in blocks, everything else float32).
-        fusions: The provider of ONNX Runtime whose own operators the graph is fused into: `"cpu"` or `"cuda"`; `"none"`
-            leaves a plain graph for TensorRT and other runtimes.
+        model: Dense or pruned model, float32, on the CPU.
+        tokenizer: Unused.
+        staging: Directory of the files.
+        dtype: Dtype of the weights: `"float32"`, `"float16"`, or `"int8"` (matrix products only, the rest float32).
+        fusions: Provider of ONNX Runtime, `"cpu"` or `"cuda"`, whose special operators the graph is fused into;
+            `"none"` leaves a plain graph for TensorRT and other runtimes.
 
     Returns:
-        What was written.
+        Report of what was written.
 
     Raises:
         UserError: An option is unknown, or a library is missing.
@@ -65,7 +65,7 @@ def write(
         component.program = quantize(component.program)
     exported.save_pretrained(staging)
     del exported
-    gc.collect()  # graphs are full of cycles, and the runtime is about to load the weights
+    gc.collect()  # frees the graphs' reference cycles before the runtime loads the weights
     runnable = _can_run(fusions)
     return Written(
         options={"dtype": dtype, "fusions": fusions},
@@ -80,11 +80,11 @@ def trace(model: PreTrainedModel, fusions: str) -> Any:
     """Trace the decode graph of a model.
 
     Args:
-        model: Of the dtype that the graph shall have.
-        fusions: One of `FUSIONS`.
+        model: Model in the dtype of the graph.
+        fusions: Target of the fusions, one of `FUSIONS`.
 
     Returns:
-        transformers' `ExportedModel`: `.program` is the graph as an `onnx_ir.Model`, which shares the model's weights.
+        transformers' `ExportedModel`; its `.program` is the graph, an `onnx_ir.Model` that shares the model's weights.
 
     Raises:
         ExportError: torch or the exporter could not trace it.
@@ -94,7 +94,7 @@ def trace(model: PreTrainedModel, fusions: str) -> Any:
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     inputs, shapes = decode_step(model)
-    # On a GPU, ONNX Runtime has operators of its own for what transformers attends with; TensorRT fuses by itself.
+    # On a GPU, ONNX Runtime fuses transformers' attention into its own operators; TensorRT fuses by itself.
     attending, opset = (attending_by_operator(model), OPSET) if fusions == "cpu" else (contextlib.nullcontext(), None)
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=_ORT_FUSIONS[fusions], opset_version=opset)
     try:
@@ -103,13 +103,13 @@ def trace(model: PreTrainedModel, fusions: str) -> Any:
     except Exception as error:  # torch.export, torch.onnx and the exporters share no base class
         raise ExportError(f"{type(model).__name__} cannot be traced to ONNX: {one_line(error)}") from error
     exported.generation_config = model.generation_config
-    common.ClearMetadataAndDocStringPass()(exported.program)  # the Python stack behind every node
+    common.ClearMetadataAndDocStringPass()(exported.program)  # removes every node's Python stack trace
     _name_axes(exported.program)
     return exported
 
 
 def _name_axes(program: Any) -> None:
-    """Call the dynamic axes `batch`, `past`, `length`, `total` and `kept` where torch calls them `s70`."""
+    """Rename the dynamic axes from torch's names, such as `s70`, to `batch`, `past`, `length`, `total` and `kept`."""
     import onnx_ir
 
     axes = {"input_ids": ("batch", "length"), "attention_mask": ("batch", "total"), "logits_to_keep": ("kept",)}
@@ -140,6 +140,6 @@ def _can_run(fusions: str) -> bool:
 
 def _difference(passes: list[Step], directory: Path, fusions: str) -> float:
     options = default_options()
-    # Weights are read from the file as they are, not copied into the layout of the kernels: the trace is in memory.
+    # Saves memory: weights are read from the file without a copy in the kernels' layout. The trace is still in memory.
     options.add_session_config_entry("session.disable_prepacking", "1")
     return logit_difference(passes, OnnxCausalLM.open(directory, [DEFAULT_PROVIDERS[fusions]], session_options=options))

@@ -1,4 +1,4 @@
-"""An OpenVINO export that writes text: transformers' `generate()` over OpenVINO."""
+"""transformers' `generate()` for an OpenVINO export."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ EXTRA = "openvino"
 
 
 class StateLayer(DynamicLayer):
-    """Stands for keys and values that the runtime holds.
+    """Placeholder for the keys and values in the runtime's state.
 
     Args:
-        length: Tokens that they are of.
-        batch: Sequences.
+        length: Number of tokens in the state.
+        batch: Number of sequences.
     """
 
     def __init__(self, length: int, batch: int) -> None:
@@ -36,18 +36,18 @@ class StateLayer(DynamicLayer):
         self.order = torch.arange(batch)
 
     def get_seq_length(self) -> int:
-        """Tokens that the runtime's state is of."""
+        """Number of tokens in the runtime's state."""
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Note the order in which the next step takes the sequences."""
+        """Store the order of the sequences for the next step."""
         self.order = self.order[beam_idx]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: the runtime cannot forget a part of its state.
+        """Raise an error: the runtime cannot remove a part of its state.
 
         Args:
-            tokens_to_remove: Asked for.
+            tokens_to_remove: Number of tokens to remove.
 
         Raises:
             UserError: Always.
@@ -56,12 +56,12 @@ class StateLayer(DynamicLayer):
 
 
 class OpenVinoCausalLM(GraphCausalLM):
-    """A causal language model in OpenVINO. Its cache is the state of the runtime: of one batch at a time.
+    """A causal language model in OpenVINO. The runtime's state is its KV cache, and holds one batch at a time.
 
     Args:
-        compiled: The model, compiled for a device.
-        config: Of the model that was exported.
-        generation_config: Its defaults for `generate()`.
+        compiled: OpenVINO model, compiled for a device.
+        config: Configuration of the exported model.
+        generation_config: Defaults of `generate()`.
     """
 
     def __init__(
@@ -86,20 +86,20 @@ class OpenVinoCausalLM(GraphCausalLM):
         """Load an export.
 
         Args:
-            name: A directory that `selfpruner export --to openvino` wrote, or a Hub repository.
-            device: OpenVINO's name of the device: `"CPU"`, `"GPU"`, …
-            threads: Of the CPU; None takes as many as PyTorch does.
-            settings: Further properties of OpenVINO. Arithmetic is float32 unless they say otherwise, such as
-                `{"INFERENCE_PRECISION_HINT": "bf16"}`.
-            subfolder: Where in the directory or repository the export is.
-            **kwargs: `revision`, `token`, `cache_dir` and `local_files_only` of a Hub repository.
+            name: Directory that `selfpruner export --to openvino` wrote, or Hub repository.
+            device: Device as OpenVINO names it: `"CPU"`, `"GPU"`, …
+            threads: Number of CPU threads; None takes PyTorch's number.
+            settings: Further properties of OpenVINO, such as `{"INFERENCE_PRECISION_HINT": "bf16"}`; arithmetic is
+                float32 by default.
+            subfolder: Folder of the export in the directory or repository.
+            **kwargs: Options of a Hub repository: `revision`, `token`, `cache_dir` and `local_files_only`.
 
         Returns:
             The model, ready to run.
 
         Raises:
             MissingExtraError: OpenVINO is not installed.
-            UserError: The device is not there.
+            UserError: The device is not available.
             SavedModelError: There is no OpenVINO export, or it is damaged.
         """
         require("openvino", EXTRA)
@@ -115,19 +115,19 @@ class OpenVinoCausalLM(GraphCausalLM):
         threads: int | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> OpenVinoCausalLM:
-        """Load the files of an export; `from_pretrained` has the arguments.
+        """Load the files of an export; see `from_pretrained`.
 
         Args:
-            directory: Where they are.
-            device: OpenVINO's name of the device.
-            threads: Of the CPU; None takes as many as PyTorch does.
+            directory: Directory of the files.
+            device: Device as OpenVINO names it.
+            threads: Number of CPU threads; None takes PyTorch's number.
             settings: Further properties of OpenVINO.
 
         Returns:
             The model, ready to run.
 
         Raises:
-            UserError: The device is not there.
+            UserError: The device is not available.
             SavedModelError: The files are damaged.
         """
         import openvino
@@ -156,17 +156,17 @@ class OpenVinoCausalLM(GraphCausalLM):
         """Run the graph once; see `GraphCausalLM.step`.
 
         Args:
-            input_ids: `[B, S]`.
-            attention_mask: `[B, P + S]`.
-            position_ids: `[B, S]`.
-            cache: Empty, or what the last step returned.
-            logits_to_keep: `[K]`.
+            input_ids: New tokens, `[B, S]`.
+            attention_mask: Mask with ones for real tokens, `[B, P + S]`.
+            position_ids: Positions of the new tokens, `[B, S]`.
+            cache: Empty cache, or the cache that the last step returned.
+            logits_to_keep: Indices of the positions that get logits, `[K]`.
 
         Returns:
-            Logits `[B, K, V]`, and what stands for the runtime's state.
+            Logits `[B, K, V]`, and a cache with the `StateLayer` of the runtime's state.
 
         Raises:
-            UserError: The state is of another sequence by now.
+            UserError: The runtime's state belongs to another batch by now.
         """
         batch, past = len(input_ids), cache.get_seq_length()
         order = torch.arange(batch)

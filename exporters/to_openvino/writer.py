@@ -1,4 +1,4 @@
-"""OpenVINO IR: the decode graph with its cache inside, as OpenVINO's own runtimes serve language models."""
+"""Export to OpenVINO IR: a decode graph with the KV cache as internal state, as OpenVINO's own runtimes expect it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from exporters.writer import Written, one_line, one_of, require
 from selfpruner_hub.errors import ExportError
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.2}
-"""Allowed distance of a logit from PyTorch's float32, by the dtype of the weights; arithmetic is float32."""
+"""Largest allowed distance of a logit from PyTorch's in float32, by dtype of the weights; arithmetic is float32."""
 
 
 def write(
@@ -23,13 +23,13 @@ def write(
     """Write `openvino_model.xml` and `.bin` and the configuration; compare its logits with PyTorch's.
 
     Args:
-        model: A dense or pruned model, float32, on the CPU.
-        tokenizer: Not needed.
-        staging: Where the files go.
-        dtype: Of the weights: `"float32"` or `"float16"`.
+        model: Dense or pruned model, float32, on the CPU.
+        tokenizer: Unused.
+        staging: Directory of the files.
+        dtype: Dtype of the weights, `"float32"` or `"float16"`.
 
     Returns:
-        What was written.
+        Report of what was written.
 
     Raises:
         UserError: The option is unknown, or OpenVINO is not installed.

@@ -1,4 +1,4 @@
-"""A TensorRT export that writes text: transformers' `generate()` over an engine, steps as CUDA graphs."""
+"""transformers' `generate()` for a TensorRT export, with decode steps as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from selfpruner_hub.storage.export_record import ExportRecord, read_export
 
 ENGINE = "model.engine"
 PREFILL, DECODE = 0, 1
-"""Profiles of an engine."""
+"""Indices of an engine's profiles."""
 
 
 class TensorRtCausalLM(GraphCausalLM):
     """A causal language model in TensorRT, on an NVIDIA GPU.
 
     Args:
-        engine: Runs a profile on inputs by name, as `Engine` does.
-        config: Of the model that was exported.
-        context: Most tokens of a sequence.
-        dtype: Of keys and values.
-        generation_config: Its defaults for `generate()`.
-        graphs: Capture decode steps as CUDA graphs.
+        engine: Engine with the interface of `Engine`.
+        config: Configuration of the exported model.
+        context: Largest number of tokens of a sequence.
+        dtype: Dtype of keys and values.
+        generation_config: Defaults of `generate()`.
+        graphs: Flag to capture decode steps as CUDA graphs.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class TensorRtCausalLM(GraphCausalLM):
         """Load an export.
 
         Args:
-            name: A directory that `selfpruner export --to tensorrt` wrote, or a Hub repository.
-            graphs: Capture decode steps as CUDA graphs.
-            subfolder: Where in the directory or repository the export is.
-            **kwargs: `revision`, `token`, `cache_dir` and `local_files_only` of a Hub repository.
+            name: Directory that `selfpruner export --to tensorrt` wrote, or Hub repository.
+            graphs: Flag to capture decode steps as CUDA graphs.
+            subfolder: Folder of the export in the directory or repository.
+            **kwargs: Options of a Hub repository: `revision`, `token`, `cache_dir` and `local_files_only`.
 
         Returns:
             The model, ready to run.
@@ -80,19 +80,19 @@ class TensorRtCausalLM(GraphCausalLM):
     def load(
         cls, directory: Path, options: Mapping[str, Any], serialised: bytes, *, graphs: bool = True
     ) -> TensorRtCausalLM:
-        """Load an engine that is known to fit this machine.
+        """Load an engine that was built for this GPU and TensorRT version.
 
         Args:
-            directory: Where its configuration is.
-            options: Of the export, as its record holds them.
-            serialised: The engine.
-            graphs: Capture decode steps as CUDA graphs.
+            directory: Directory with the model's configuration.
+            options: Options of the export, from its record.
+            serialised: Content of the engine's file.
+            graphs: Flag to capture decode steps as CUDA graphs.
 
         Returns:
             The model, ready to run.
 
         Raises:
-            SavedModelError: TensorRT cannot load it.
+            SavedModelError: TensorRT cannot load the engine.
         """
         engine = Engine(find_library(options["library"]), serialised)
         generation = GenerationConfig.from_pretrained(directory)
@@ -102,12 +102,12 @@ class TensorRtCausalLM(GraphCausalLM):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of the inputs and outputs."""
         return torch.device(self._engine.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """Dtype of keys and values."""
         return self._dtype
 
     def step(
@@ -116,17 +116,17 @@ class TensorRtCausalLM(GraphCausalLM):
         """Run the engine once; see `GraphCausalLM.step`.
 
         Args:
-            input_ids: `[B, S]`.
-            attention_mask: `[B, P + S]`.
-            position_ids: `[B, S]`.
-            cache: Of P tokens.
-            logits_to_keep: `[K]`.
+            input_ids: New tokens, `[B, S]`.
+            attention_mask: Mask with ones for real tokens, `[B, P + S]`.
+            position_ids: Positions of the new tokens, `[B, S]`.
+            cache: Keys and values of the P tokens before them.
+            logits_to_keep: Indices of the positions that get logits, `[K]`.
 
         Returns:
             Logits `[B, K, V]`, and the cache of all P + S tokens. After a decode step it is valid until the next one.
 
         Raises:
-            UserError: The sequence is longer than the engine takes.
+            UserError: The sequence is longer than the engine's context.
         """
         past, length = cache.get_seq_length(), input_ids.shape[1]
         if past + length > self._context:
@@ -136,7 +136,7 @@ class TensorRtCausalLM(GraphCausalLM):
             )
         if length == 1 and 0 < past < self._context - 1:
             if self._window is None or not self._window.serves(cache):
-                self._window = None  # its buffers go before the next ones come
+                self._window = None  # free its buffers before allocating new ones
                 self._window = FixedWindow(self._decode, cache, self._context - 1, self._capture())
             return self._window.step(input_ids, attention_mask, position_ids)
         inputs = {
@@ -159,7 +159,7 @@ class TensorRtCausalLM(GraphCausalLM):
 
 
 def capture(function: Callable[[], None]) -> Callable[[], object]:
-    """Capture what a function does on the GPU as a CUDA graph, and return its replay."""
+    """Capture the GPU work of a function as a CUDA graph, and return the function that replays it."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
@@ -169,17 +169,17 @@ def capture(function: Callable[[], None]) -> Callable[[], object]:
 
 
 def read_engine(directory: Path, record: ExportRecord) -> bytes:
-    """Read an engine, and refuse one that is not the one that its record tells of.
+    """Read an engine, and check its SHA-256 against the record.
 
     Args:
-        directory: Where `model.engine` is.
-        record: Of the export.
+        directory: Directory of `model.engine`.
+        record: Record of the export.
 
     Returns:
-        The engine.
+        The serialised engine.
 
     Raises:
-        SavedModelError: It is missing, cut off, or another one.
+        SavedModelError: The engine is missing, cut off, or a different one.
     """
     path = directory / ENGINE
     try:
@@ -198,10 +198,10 @@ def check_fits(record: ExportRecord) -> None:
     """Refuse an engine that was built for another GPU or by another version of TensorRT.
 
     Args:
-        record: Of the export.
+        record: Record of the export.
 
     Raises:
-        SavedModelError: It does not fit.
+        SavedModelError: The engine is for another GPU or TensorRT version.
         UserError: There is no NVIDIA GPU here, or TensorRT is missing.
     """
     target, here = record.options["compute_capability"], gpu_here()

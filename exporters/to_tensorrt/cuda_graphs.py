@@ -1,4 +1,4 @@
-"""Decode steps whose tensors keep their size and place, as a CUDA graph wants them, over a cache that grows."""
+"""Decode steps with tensors of fixed size and address, which a CUDA graph needs, for a growing KV cache."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from exporters.tracing import cache_of, states_of
 
 Tensors = dict[str, Tensor]
 Run = Callable[[Mapping[str, Tensor], Tensors | None], Tensors]
-"""Runs one decode step on inputs by name, into outputs by name (None: new ones)."""
+"""Function that runs one decode step on inputs by name, and writes outputs by name (None allocates them)."""
 Capture = Callable[[Callable[[], None]], Callable[[], object]]
-"""Turns a function into one that does the same to the same tensors: the replay of a CUDA graph."""
+"""Function that captures another function as a CUDA graph, and returns the replay on the same tensors."""
 STEP = 256
-"""Windows are multiples of this long: a longer one is made, and captured, every so many tokens."""
+"""Step of window lengths, in tokens: after this many tokens, a longer window is made and captured."""
 
 
 def layer_names(side: str, layers: int) -> list[str]:
     """Names of a graph's keys and values, layer by layer.
 
     Args:
-        side: `"input"` or `"output"`.
-        layers: How many.
+        side: Prefix, `"input"` or `"output"`.
+        layers: Number of layers.
 
     Returns:
         `input.cache.layers.0.keys`, `input.cache.layers.0.values`, …
@@ -33,16 +33,16 @@ def layer_names(side: str, layers: int) -> list[str]:
 
 
 class FixedWindow:
-    """The past of a decode step in buffers of a fixed length: it stands at their end, what is before it is masked.
+    """The KV cache of decode steps in buffers of a fixed length. The tokens are at the end; the rest is masked.
 
-    Keys carry their rotation already, and the graph's causal and sliding masks see only distances: where in the
-    buffer a token stands makes no difference.
+    A token's place in the buffer does not matter: keys are already rotated, and the graph's causal and sliding masks
+    depend on distances only.
 
     Args:
-        run: Runs a step.
-        cache: The past so far.
-        limit: Longest past that the graph takes; that of `cache` is shorter.
-        capture: Captures a step; None runs it each time.
+        run: Function that runs a step.
+        cache: Keys and values of the tokens so far, fewer than `limit`.
+        limit: Largest number of tokens in the graph's cache.
+        capture: Function that captures a step as a CUDA graph; None runs each step without one.
     """
 
     def __init__(self, run: Run, cache: Cache, limit: int, capture: Capture | None = None) -> None:
@@ -62,7 +62,7 @@ class FixedWindow:
         }
         self._present = layer_names("output", len(cache.layers))
         self._inputs["attention_mask"][:, -1] = 1
-        self._outputs = run(self._inputs, None)  # a first run, as capturing asks for; it also sizes the outputs
+        self._outputs = run(self._inputs, None)  # warm-up for the capture; it also allocates the outputs
         self._once = capture(self._advance) if capture is not None else self._advance
         self._length, self._known = past, states
         for buffer, state in zip(self._past, states, strict=True):
@@ -70,9 +70,9 @@ class FixedWindow:
             buffer[:, :, self.size - past :] = state
 
     def serves(self, cache: Cache) -> bool:
-        """Whether `cache` is what the last step returned, or what it began with, and a token more finds room.
+        """Whether the window holds the tensors of `cache` and has space for one more token.
 
-        A search by beams puts other tensors into the same cache.
+        Beam search replaces the tensors in the same cache object.
         """
         mine = all(state is known for state, known in zip(states_of(cache), self._known, strict=True))
         return mine and self._length < self.size
@@ -81,9 +81,9 @@ class FixedWindow:
         """Run one step.
 
         Args:
-            input_ids: The new token, `[B, 1]`.
-            attention_mask: `[B, P + 1]`.
-            position_ids: `[B, 1]`.
+            input_ids: New token, `[B, 1]`.
+            attention_mask: Mask with ones for real tokens, `[B, P + 1]`.
+            position_ids: Position of the new token, `[B, 1]`.
 
         Returns:
             Logits `[B, 1, V]`, and the cache with the new token: views of the buffers, valid until the next step.
@@ -98,7 +98,7 @@ class FixedWindow:
         return self._outputs["logits"].clone(), self._cache()
 
     def _advance(self) -> None:
-        """One pass; then the window moves on by a token, its first, which is masked, falls out."""
+        """Run one pass, then shift the window by one token; its first token, which is masked, is dropped."""
         self._run(self._inputs, self._outputs)
         for buffer, name in zip(self._past, self._present, strict=True):
             buffer.copy_(self._outputs[name][:, :, 1:])

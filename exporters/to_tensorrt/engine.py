@@ -1,4 +1,4 @@
-"""A TensorRT engine that is run through the runtime API, on tensors of PyTorch."""
+"""A TensorRT engine that runs on PyTorch tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SMALLER = "Give it fewer sequences or tokens, or export the model with a larger
 
 
 class Engine:
-    """A loaded engine with one execution context for each of its profiles.
+    """A loaded engine with one execution context per profile.
 
     Args:
-        library: TensorRT.
-        serialised: The engine's file.
+        library: TensorRT library.
+        serialised: Content of the engine's file.
 
     Raises:
-        SavedModelError: The library cannot load it here.
+        SavedModelError: The library cannot load the engine here.
     """
 
     def __init__(self, library: Library, serialised: bytes) -> None:
@@ -54,7 +54,7 @@ class Engine:
 
     @property
     def device(self) -> str:
-        """Where its tensors are."""
+        """Device of the inputs and outputs."""
         return "cuda"
 
     def run(
@@ -64,18 +64,18 @@ class Engine:
 
         Args:
             profile: Index of the profile that the shapes fall into.
-            inputs: By name, contiguous, on the GPU.
-            outputs: Where to write; None allocates.
+            inputs: Contiguous tensors on the GPU, by name.
+            outputs: Tensors to write into, by name; None allocates them.
 
         Returns:
-            The outputs by name. They are ready when the stream has come so far.
+            The outputs by name. They are ready when the stream has finished the pass.
 
         Raises:
-            SavedModelError: The engine refuses the shapes, or fails.
+            SavedModelError: The engine refuses the shapes, or the pass fails.
         """
         context = self._contexts[profile]
         for name, tensor in inputs.items():
-            address = tensor.data_ptr() or self._nothing.data_ptr()  # an empty tensor has none
+            address = tensor.data_ptr() or self._nothing.data_ptr()  # an empty tensor has no address
             if not (context.set_input_shape(name, tuple(tensor.shape)) and context.set_tensor_address(name, address)):
                 raise SavedModelError(f"The engine takes no {name} of shape {tuple(tensor.shape)}.", _SMALLER)
         made = {} if outputs is None else dict(outputs)
@@ -89,5 +89,5 @@ class Engine:
         return made
 
     def capturable(self, profile: int) -> bool:
-        """Whether a pass of this profile can become part of a CUDA graph."""
+        """Whether a pass of this profile can be captured in a CUDA graph."""
         return bool(self._contexts[profile].is_stream_capturable(torch.cuda.current_stream().cuda_stream))

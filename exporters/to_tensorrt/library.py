@@ -1,4 +1,4 @@
-"""TensorRT or TensorRT-RTX, whichever is installed: they have the same Python API."""
+"""Import of TensorRT or TensorRT-RTX, which have the same Python API."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ EXTRA = "tensorrt-rtx"
 
 @dataclass(frozen=True)
 class Library:
-    """One of the two, imported."""
+    """The imported library, TensorRT or TensorRT-RTX."""
 
     name: str
     module: Any
     log: Any
-    """The logger that builders and runtimes take; `log.last_error` is the last error that they told."""
+    """Logger for builders and runtimes; `log.last_error` is the last error message."""
 
     @property
     def distribution(self) -> str:
-        """What pip calls it."""
+        """Name of the package on PyPI."""
         return importlib.metadata.packages_distributions()[self.name][0]
 
     @property
     def capabilities(self) -> dict[str, Any]:
-        """Compute capabilities, such as "8.6", that it can build for without such a GPU."""
+        """Compute capabilities, such as "8.6", for which it can build without that GPU."""
         known = getattr(self.module, "ComputeCapability", None)
         numbers = {name: re.fullmatch(r"SM(\d+)(\d)", name) for name in dir(known)}
         return {f"{found[1]}.{found[2]}": getattr(known, name) for name, found in numbers.items() if found}
@@ -42,19 +42,19 @@ def find_library(name: str | None = None, *, elsewhere: bool = False) -> Library
     """Import TensorRT.
 
     Args:
-        name: One of `LIBRARIES`; None takes the first that is installed.
-        elsewhere: It must be able to build for a GPU that is not here, which only TensorRT-RTX does.
+        name: Library name, one of `LIBRARIES`; None takes the first that is installed.
+        elsewhere: Flag to require building for a GPU that is not here; only TensorRT-RTX can.
 
     Returns:
         The library.
 
     Raises:
-        MissingExtraError: None is installed that fits.
+        MissingExtraError: No suitable library is installed.
     """
     for candidate in LIBRARIES if name is None else (name,):
         try:
             module = importlib.import_module(candidate)
-        except (ImportError, OSError):  # OSError: the wheel is there, and a library of CUDA that it loads is not
+        except (ImportError, OSError):  # OSError: a CUDA library of the installed wheel is missing
             continue
         if not elsewhere or hasattr(module, "ComputeCapability"):
             return Library(candidate, module, _make_log(module))
@@ -70,7 +70,7 @@ def gpu_here() -> tuple[str, str] | None:
 
 
 def parse_capability(text: str | float) -> str:
-    """A compute capability as "8.6", from 8.6, "8.6", "SM86" or "sm_86"; `UserError` for anything else."""
+    """Convert 8.6, "8.6", "SM86" or "sm_86" to the compute capability "8.6"; raise `UserError` for anything else."""
     found = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", str(text), re.IGNORECASE)
     if found is None:
         raise UserError(f"{text!r} is no compute capability.", "Give one such as 8.6.")
@@ -79,7 +79,7 @@ def parse_capability(text: str | float) -> str:
 
 def _make_log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps the last error; says nothing."""
+        """Logger that keeps the last error and prints nothing."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

@@ -1,4 +1,4 @@
-"""The sizes of inputs that TensorRT prepares kernels for, for an engine of its own and behind ONNX Runtime."""
+"""Optimisation profiles: the input sizes that TensorRT builds kernels for, in an engine or behind ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Profile:
-    """One way in which the decode graph is run; each size is (smallest, usual, largest)."""
+    """Sizes of the inputs in one phase, prefill or decode; each is (smallest, usual, largest)."""
 
     name: str
     batch: tuple[int, int, int]
     length: tuple[int, int, int]
-    """New tokens."""
+    """Number of new tokens."""
     past: tuple[int, int, int]
-    """Tokens in the cache."""
+    """Number of tokens in the cache."""
     kept: tuple[int, int, int]
-    """Positions whose logits are wanted."""
+    """Number of positions that get logits."""
     context: int
-    """Most tokens in the cache afterwards."""
+    """Largest number of tokens in the cache after the pass."""
 
     def input_shapes(self, shape: ModelShape) -> dict[str, Shapes]:
-        """The shapes of all inputs of a model's graph, by name.
+        """Compute the shapes of all inputs of a model's graph.
 
         Args:
-            shape: Of the model.
+            shape: Shape of the model.
 
         Returns:
-            For each input its smallest, usual and largest shape.
+            For each input, by name, its smallest, usual and largest shape.
         """
         total = (1, self.length[1] + self.past[1], self.context)
         inputs = {
@@ -56,14 +56,14 @@ class Profile:
 
 
 def profiles(batch: int, context: int) -> tuple[Profile, Profile]:
-    """Prefill and decode.
+    """Make the profiles of prefill and decode.
 
     Args:
-        batch: Most sequences at a time.
-        context: Most tokens of a sequence, at least 2.
+        batch: Largest number of sequences at a time, at least 1.
+        context: Largest number of tokens of a sequence, at least 2.
 
     Returns:
-        A profile for many new tokens and usually no past, and one for a single new token after a long past.
+        Prefill: many new tokens, usually after an empty cache. Decode: one new token after a long cache.
 
     Raises:
         UserError: A size is not a whole number in its range.
@@ -81,18 +81,18 @@ def profiles(batch: int, context: int) -> tuple[Profile, Profile]:
 def tensorrt_provider(
     directory: Path, cache: Path, *, batch: int = 1, context: int = 2048, device: int = 0
 ) -> tuple[str, dict[str, Any]]:
-    """TensorRT behind ONNX Runtime, its engines kept from one start to the next.
+    """Configure TensorRT as a provider of ONNX Runtime, with a cache of its engines on disk.
 
     Example:
         >>> provider = tensorrt_provider(Path("smollm2-b30-onnx"), Path("engines"))
         >>> model = OnnxCausalLM.from_pretrained("smollm2-b30-onnx", providers=[provider, "CUDAExecutionProvider"])
 
     Args:
-        directory: An export to ONNX with `fusions="none"`: TensorRT does not know ONNX Runtime's own operators.
-        cache: Where engines and timings are kept.
-        batch: Most sequences at a time.
-        context: Most tokens of a sequence.
-        device: Which GPU.
+        directory: Directory of an ONNX export with `fusions="none"`: TensorRT lacks ONNX Runtime's own operators.
+        cache: Directory for engines and timings.
+        batch: Largest number of sequences at a time, at least 1.
+        context: Largest number of tokens of a sequence, at least 2.
+        device: Index of the GPU.
 
     Returns:
         The provider and its options, as `OnnxCausalLM.from_pretrained` takes them.
@@ -101,7 +101,7 @@ def tensorrt_provider(
         UserError: A size is out of range.
     """
     shape = shape_of(AutoConfig.from_pretrained(directory))
-    prefill, _ = profiles(batch, context)  # it holds every shape of the other
+    prefill, _ = profiles(batch, context)  # its range includes all shapes of decode
     names = ("min", "opt", "max")
     texts: dict[str, list[str]] = {name: [] for name in names}
     for key, shapes in prefill.input_shapes(shape).items():

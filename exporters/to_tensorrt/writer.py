@@ -1,4 +1,4 @@
-"""TensorRT: an engine with a profile for prefill and one for decode, built from the plain ONNX graph."""
+"""Export to TensorRT: an engine with profiles for prefill and decode, built from the plain ONNX graph."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from selfpruner_hub.errors import ExportError, UserError
 from selfpruner_hub.models.architectures import shape_of
 
 DTYPES = {"float32": (torch.float32, 0.05), "float16": (torch.float16, 0.2), "bfloat16": (torch.bfloat16, 1.5)}
-"""Of weights and arithmetic (networks are strongly typed), and the allowed distance of a logit. float32 may be TF32."""
+"""Dtype of the strongly typed network (float32 may use TF32), and largest allowed distance of a logit to PyTorch's."""
 
 
 def write(
@@ -37,24 +37,24 @@ def write(
     batch: int = 1,
     context: int = 2048,
 ) -> Written:
-    """Build `model.engine`; compare its logits with PyTorch's where a GPU of its kind is here.
+    """Build `model.engine`; compare its logits with PyTorch's if this machine has the GPU that it is for.
 
     Args:
-        model: A dense or pruned model, float32, on the CPU.
-        tokenizer: Not needed.
-        staging: Where the files go.
-        dtype: `"float32"`, `"float16"` or `"bfloat16"`.
-        compute_capability: Of the GPU that it is for, such as `"8.6"`; None: of the one that is here. Another one
-            than that takes TensorRT-RTX, which needs no GPU to build.
-        batch: Most sequences at a time.
-        context: Most tokens of a sequence.
+        model: Dense or pruned model, float32, on the CPU.
+        tokenizer: Unused.
+        staging: Directory of the files.
+        dtype: Dtype of weights and arithmetic: `"float32"`, `"float16"` or `"bfloat16"`.
+        compute_capability: Compute capability of the target GPU, such as `"8.6"`; None takes this machine's GPU. A GPU
+            that is not here needs TensorRT-RTX, which builds without one.
+        batch: Largest number of sequences at a time, at least 1.
+        context: Largest number of tokens of a sequence, at least 2.
 
     Returns:
-        What was written.
+        Report of what was written.
 
     Raises:
         UserError: An option is wrong, there is no GPU and none is named, or a library is missing.
-        ExportError: The model cannot be traced, or TensorRT cannot build it.
+        ExportError: The model cannot be traced, or TensorRT cannot build the engine.
     """
     kind, tolerance = DTYPES[one_of("dtype", dtype, tuple(DTYPES))]
     prepared = profiles(batch, context)
@@ -92,7 +92,7 @@ def write(
 
 
 def _target(asked: str | float | None) -> tuple[str, str | None]:
-    """The compute capability to build for, and the name of the GPU if it is the one that is here."""
+    """The compute capability to build for, and the name of this machine's GPU if it has that capability."""
     here = gpu_here()
     if asked is None:
         if here is None:
@@ -109,9 +109,9 @@ def save_graph(model: PreTrainedModel, dtype: torch.dtype, path: Path) -> None:
     """Write the plain ONNX graph of a model.
 
     Args:
-        model: The model; it is left as it is.
-        dtype: Of the graph's weights and arithmetic.
-        path: Of the graph; the weights go beside it.
+        model: Model to trace; it is not changed.
+        dtype: Dtype of the graph's weights and arithmetic.
+        path: Path of the graph's file; the weights go into the same directory.
     """
     import onnx_ir
 
@@ -122,20 +122,20 @@ def save_graph(model: PreTrainedModel, dtype: torch.dtype, path: Path) -> None:
 def build(
     library: Library, graph: Path, config: PreTrainedConfig, prepared: tuple[Profile, ...], target: str | None
 ) -> bytes:
-    """Build the engine.
+    """Build an engine from an ONNX graph.
 
     Args:
-        library: TensorRT.
-        graph: The ONNX file.
-        config: Of the model.
-        prepared: Its profiles.
-        target: The compute capability of a GPU that is not here; None builds for the one that is.
+        library: TensorRT library.
+        graph: Path of the ONNX file.
+        config: Configuration of the model.
+        prepared: Profiles of the engine.
+        target: Compute capability of a GPU that is not here; None builds for this machine's GPU.
 
     Returns:
         The serialised engine.
 
     Raises:
-        ExportError: TensorRT cannot parse or build it.
+        ExportError: TensorRT cannot parse the graph or build the engine.
     """
     trt = library.module
     builder = trt.Builder(library.log)

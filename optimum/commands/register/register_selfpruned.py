@@ -1,7 +1,7 @@
-"""`optimum-cli export selfpruned MODEL --to FORMAT [OPTION …] OUT`: the same as `selfpruner export`.
+"""The command `optimum-cli export selfpruned MODEL --to FORMAT [OPTION …] OUT`, the same as `selfpruner export`.
 
 optimum-cli finds this file in its namespace `optimum.commands.register`; no folder above it may have an
-`__init__.py` (PEP 420). It loads it at every start, so what takes long is imported when the command runs.
+`__init__.py` (PEP 420). optimum-cli loads it at every start, so slow imports wait until the command runs.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from optimum.commands.export.base import ExportCommand
 
 
 class SelfPrunedExportCommand(BaseOptimumCLICommand):
-    """Hands its words on to `selfpruner export`."""
+    """The command that passes its arguments to `selfpruner export`."""
 
     COMMAND = CommandInfo(name="selfpruned", help="Export a model that selfpruner pruned, or its dense parent.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Take all words as they are.
+        """Accept all arguments without parsing them.
 
         Args:
-            parser: Of the command.
+            parser: Parser of the command.
         """
         parser.usage = "optimum-cli export selfpruned MODEL --to FORMAT [OPTION ...] OUT"
         parser.add_argument("words", nargs=REMAINDER, help="options are those that `selfpruner export --help` lists")
 
     def run(self) -> None:
-        """Export, and leave with the exit status of `selfpruner export`."""
+        """Export, and exit with the status of `selfpruner export`."""
         if len(self.args.words) < 2:
             self.parser.error("it takes a model, and last an output directory")
         from selfpruner_hub.cli import main
