@@ -80,7 +80,7 @@ def _homogeneous(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 class SelfPrunedConfigMixin:
-    """Validates a configuration whose layers differ: the parent's checks on the dense values, ours on each layer."""
+    """Validates a configuration whose layers differ: stock checks on the dense values, width checks on each layer."""
 
     def validate(self) -> None:
         """Raise `ValueError` unless every layer has whole groups of query heads and at least one channel."""

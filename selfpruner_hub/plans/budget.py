@@ -114,9 +114,9 @@ class Budget:
 
         Args:
             rates: `L` attention rates and `L` FFN rates; any finite numbers.
-            parent: Rates of the plan that the proposal changes; None if there is none. Then only the layers that
-                differ are shifted to meet the total, if their bounds allow it. The child stays near its parent, and its
-                layers before the first changed one are the same.
+            parent: Rates of the plan that the proposal changes: only the layers that differ from it are shifted, if
+                their bounds allow it. So the child stays near its parent, and its layers before the first changed one
+                are the same. None shifts all layers.
 
         Returns:
             A plan whose β is within `tolerance` of the requested β.
