@@ -1,1 +1,1 @@
-"""Calibration: text, and the statistics and Fisher information that a model has on it."""
+"""Calibration: read or generate text, and measure a model's statistics and Fisher information on it."""

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: conversations as tokens, which of them the assistant wrote, how a user's turn begins."""
+"""Use a tokenizer's chat template: tokens of conversations, which of them are the assistant's, start of a user turn."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from selfpruner_hub.errors import DataError
 
 Message = Mapping[str, str]
-"""A turn: its `role` (system, user or assistant) and its `content`."""
+"""One turn, with its `role` (system, user or assistant) and its `content`."""
 MARK = "\u2402selfpruner\u2403"
-"""Text that no template contains; stands for a user's turn to find what is written around it."""
+"""Placeholder for a user's turn, to find what the template writes around it; no template contains this text."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation as the chat template writes it.
+    """A conversation, tokenized through the chat template.
 
     Attributes:
         ids: Token ids.
-        answered: For each token, whether the assistant wrote it; its end-of-turn token counts.
+        answered: One flag per token: whether the assistant wrote it. Its end-of-turn token counts too.
     """
 
     ids: tuple[int, ...]
@@ -36,18 +36,18 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Conversation:
-    """Write messages by the chat template.
+    """Tokenize messages through the chat template.
 
     Args:
-        tokenizer: A fast tokenizer with a chat template.
-        messages: Turns in their order; at least one.
+        tokenizer: Fast tokenizer with a chat template.
+        messages: Turns in order; at least one.
 
     Returns:
-        The conversation. Where a template rewrites earlier turns, only the last answer counts as the assistant's; a
-        first turn of the assistant, which answers nothing, does not count.
+        The conversation. If the template rewrites earlier turns, only the last answer counts as the assistant's. An
+        assistant turn that comes first answers nothing and does not count.
 
     Raises:
-        DataError: The template refuses these messages.
+        DataError: The template rejects these messages.
     """
     text = rendered(tokenizer, messages)
     spans = []
@@ -64,23 +64,23 @@ def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of the messages and of the beginning of the assistant's turn; raises as `conversation` does."""
+    """Token ids of the messages and of the start of the assistant's turn; raises the errors of `conversation`."""
     return encoded(tokenizer, rendered(tokenizer, messages, prompt=True))
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: bool = False) -> str:
-    """The text of the messages.
+    """Render messages as text.
 
     Args:
-        tokenizer: With a chat template.
-        messages: Turns in their order.
-        prompt: Whether to add the beginning of the assistant's turn.
+        tokenizer: Tokenizer with a chat template.
+        messages: Turns in order.
+        prompt: Whether to add the start of the assistant's turn.
 
     Returns:
         Text with special tokens.
 
     Raises:
-        DataError: The template refuses these messages.
+        DataError: The template rejects these messages.
     """
     try:
         return str(
@@ -95,11 +95,11 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
 
 @dataclass(frozen=True)
 class UserTurn:
-    """What the template writes around a user's turn.
+    """The tokens that the template writes around a user's turn.
 
     Attributes:
-        before: Token ids of all that comes before it.
-        after: Token ids of all that comes between it and the answer.
+        before: Token ids before the turn.
+        after: Token ids between the turn and the answer.
     """
 
     before: tuple[int, ...]
@@ -107,14 +107,14 @@ class UserTurn:
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase, system: str | None) -> UserTurn | None:
-    """Find what stands around the first turn of a user.
+    """Find the tokens around the first turn of a user.
 
     Args:
-        tokenizer: With a chat template.
-        system: System prompt; None leaves it to the template.
+        tokenizer: Tokenizer with a chat template.
+        system: System prompt; None uses the template's default.
 
     Returns:
-        Tokens around the turn, or None where the template takes no system prompt, or writes no user's turn as it is.
+        Tokens around the turn; None if the template accepts no system prompt, or does not copy a user's turn unchanged.
     """
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     try:
@@ -128,16 +128,16 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, system: str | None) -> UserTur
 
 
 def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of what the template writes after an answer; empty where it does not write the answer as it is."""
+    """Token ids that the template writes after an answer; empty if it does not copy the answer unchanged."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
     return encoded(tokenizer, rendered(tokenizer, messages).partition(MARK)[2])
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of token ids, without special tokens and space around it."""
+    """Text of the token ids, without special tokens and without surrounding white space."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, special tokens in it read as such, and none added."""
+    """Token ids of a text; special tokens in the text are recognised, and none are added."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,7 +1,7 @@
-"""Conversations that a chat model holds with itself, and those of a user, packed into windows of tokens.
+"""Generate conversations with a chat model, and pack conversations into windows of tokens.
 
-An instruction-tuned model that is given the beginning of a user's turn writes one, and then answers it (Magpie,
-arXiv 2406.08464). Such text is what a chat model reads and writes in use, and it needs no data.
+An instruction-tuned model that is given the start of a user's turn completes that turn, and then answers it (Magpie,
+arXiv 2406.08464). Such text resembles what a chat model reads and writes in use, and it needs no data.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ SYSTEM_PROMPTS = (
     "You answer questions in one or two short sentences.",
     "You are a patient teacher. Children ask you simple questions.",
 )
-"""In turn; None leaves it to the template. They decide what the user of a conversation asks about."""
+"""System prompts, used in rotation; None uses the template's default. They influence what the user's turns ask."""
 OPENINGS = ("", "What is", "Who", "Where", "", "Which", "How many", "What", "How", "", "Why", "When", "Name")
-"""First words of the user's turns, in turn: plain questions beside whatever the model would ask for by itself."""
+"""First words of the user's turns, used in rotation: plain questions, and "" for a turn that the model starts."""
 USER_TOKENS, ANSWER_TOKENS = 64, 96
-"""Largest length of a user's turn and of an answer; longer user's turns are dropped, longer answers cut."""
+"""Maximum lengths of a user's turn and of an answer, in tokens; longer user's turns are dropped, longer answers cut."""
 ANSWER_TEMPERATURE = 0.3
-"""Temperature of the answers; user's turns are drawn at 1."""
+"""Sampling temperature of the answers; user's turns are sampled at 1."""
 ROUNDS = 8
-"""Largest number of attempts to get enough user's turns."""
+"""Maximum number of attempts to get enough user's turns."""
 SIMILAR = 0.5
-"""Jaccard similarity of word trigrams from which on two user's turns are near-duplicates."""
+"""Jaccard similarity of word trigrams at or above which two user's turns are near-duplicates."""
 
 
 def write_conversations(
@@ -54,22 +54,22 @@ def write_conversations(
     distinct: Distinct | None = None,
     progress: Progress | None = None,
 ) -> list[Conversation]:
-    """Let a chat model write both turns of `count` conversations; of near-duplicate user's turns, one is kept.
+    """Generate both turns of `count` conversations with a chat model; keep one of several near-duplicate user's turns.
 
     Args:
         model: The dense model.
         tokenizer: Its tokenizer, with a chat template.
         count: Number of conversations, at least 1.
         seed: Random seed.
-        temperature: Of the answers; 0 takes the likeliest tokens.
-        distinct: User's turns that were written before; the new ones join them.
-        progress: Called with the number of turns that are written.
+        temperature: Sampling temperature of the answers; 0 takes the likeliest tokens.
+        distinct: User's turns written before; the new turns are added to it.
+        progress: Callback that receives the number of turns that are written.
 
     Returns:
-        At most `count` conversations; fewer only where the model keeps repeating itself.
+        At most `count` conversations; fewer only if the model keeps repeating itself.
 
     Raises:
-        DataError: The template has no user's turn, or the model writes none that ends and is new.
+        DataError: The template has no user's turn, or the model writes no new user's turn that ends.
     """
     frames = [(system, user_turn(tokenizer, system)) for system in SYSTEM_PROMPTS]
     usable = [(system, frame) for system, frame in frames if frame is not None]
@@ -121,14 +121,14 @@ def write_conversations(
 
 
 def _answered(prompt: list[int], answer: list[int], closing: list[int]) -> Conversation:
-    """A conversation of the model's own tokens; an answer that ended is closed as the template closes it."""
+    """Build a conversation from prompt and answer; a finished answer gets the template's closing tokens."""
     rest = closing[1:] if answer[-1:] == closing[:1] else []
     answered = (False,) * len(prompt) + (True,) * len(answer) + (False,) * len(rest)
     return Conversation((*prompt, *answer, *rest), answered)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Token ids that end a turn: those of the model's configurations and of its tokenizer."""
+    """Token ids that end a turn, from the model's configurations and its tokenizer."""
     found: set[int] = set()
     configs = (model.config, getattr(model, "generation_config", None), tokenizer)
     for ids in (getattr(config, "eos_token_id", None) for config in configs):
@@ -137,14 +137,14 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
 
 
 class Distinct:
-    """Texts that are no near-duplicates of one another, by the Jaccard similarity of their word trigrams."""
+    """A set of texts without near-duplicates, by the Jaccard similarity of their word trigrams."""
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
         self._having: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
 
     def add(self, text: str) -> bool:
-        """Take a text, unless a similar one was taken; returns whether it was."""
+        """Add a text unless a similar one was added before; return whether it was added."""
         words = text.lower().split()
         grams = {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
         shared = Counter(number for gram in grams for number in self._having[gram])
@@ -157,17 +157,17 @@ class Distinct:
 
 
 def packed(conversations: Iterable[Conversation], window: int, most: int | None = None) -> Tensor:
-    """Fill windows with conversations, one after another; each window begins with a new one.
+    """Pack conversations into windows, in order; each window begins with a new conversation.
 
-    Only the last conversation of a window is cut, where the window ends.
+    The last conversation of a window is cut at the end of the window.
 
     Args:
-        conversations: In their order.
+        conversations: Conversations in order.
         window: Tokens per window, at least 2.
-        most: Largest number of windows; None takes all conversations.
+        most: Maximum number of windows; None uses all conversations.
 
     Returns:
-        Token ids, `[N, W]`; a last window that is not full is left out.
+        Token ids, `[N, W]`; a partial last window is left out.
     """
     windows: list[list[int]] = []
     filling: list[int] = []

@@ -1,4 +1,4 @@
-"""Text for calibration, search and measurement, as seeded windows of tokens with a record of where they came from."""
+"""Text for calibration, search and measurement: windows of tokens, chosen by a random seed, with their source."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from selfpruner_hub.progress import Progress
 
 T = TypeVar("T")
 CONVERSATION_TOKENS = 100
-"""Length of a conversation, expected before the first are written."""
+"""Expected length of a conversation in tokens, used until the first conversations are written."""
 ATTEMPTS = 4
-"""Largest number of times that a model writes more conversations, where those before did not fill the windows."""
+"""Maximum number of attempts to fill the windows with conversations that the model writes."""
 SPARE_SEED = 2**31
-"""Added to the random seed of spare text that a model writes; a run's own seed is less."""
+"""Offset of the random seed for spare text that a model writes; the random seed of a run is smaller."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Corpus:
     """Windows of tokens.
 
     Attributes:
-        name: Where the text came from.
+        name: Name of the source.
         windows: Token ids, `[N, W]`, int64.
         sha256: Hash of the token ids, as hexadecimal digits.
     """
@@ -52,14 +52,14 @@ class Corpus:
 
     @classmethod
     def mixed(cls, parts: Sequence[Corpus], seed: int = 0) -> Corpus:
-        """Windows of several texts in one order, so that the first of them stand for all.
+        """Shuffle the windows of several texts together, so that the first windows represent all texts.
 
         Args:
             parts: Texts in windows of one width.
-            seed: Of the order.
+            seed: Random seed of the order.
 
         Returns:
-            All windows, called by the names of their texts; a single part as it is.
+            All windows, under the joined names of their texts; a single part is returned unchanged.
         """
         if len(parts) == 1:
             return parts[0]
@@ -73,14 +73,14 @@ class Corpus:
         return self.windows.numel()
 
     def split(self, *tokens: int, seed: int = 0) -> tuple[Corpus, ...]:
-        """Cut disjoint parts: each a stretch of the text of its own, its windows in an order that the seed decides.
+        """Cut the corpus into disjoint parts; each is one contiguous stretch of the text, its windows shuffled.
 
-        Neighbouring windows are of one article. Parts drawn from everywhere would share their articles, and what was
-        fitted to one part would look better on the other than it is.
+        Neighbouring windows often come from one article. Parts drawn at random from the whole text would share
+        articles, and a model fitted to one part would look better on the other than on unseen text.
 
         Args:
-            *tokens: Size of each part; rounded down to whole windows, at least one.
-            seed: Of the order within the parts, so that the first windows of a part stand for all of it.
+            *tokens: Size of each part in tokens; rounded down to whole windows, at least one.
+            seed: Random seed of the order within each part; the first windows of a part represent all of it.
 
         Returns:
             One corpus per part.
@@ -98,7 +98,7 @@ class Corpus:
         return tuple(Corpus.of(self.name, self.windows[order]) for order in orders)
 
     def record(self) -> dict[str, object]:
-        """What `selfpruner.json` says about it."""
+        """The entry for `selfpruner.json`."""
         return {
             "name": self.name,
             "tokens": self.tokens,
@@ -108,7 +108,7 @@ class Corpus:
 
 
 def too_little_text(name: str, found: int, needed: int) -> DataError:
-    """The error for a text that does not fill the windows asked for."""
+    """The error for a text that does not fill the requested windows."""
     return DataError(
         f"The text {name!r} has only {found} tokens in whole windows; {needed} are needed.",
         "Give a longer text, or ask for fewer tokens or a shorter window.",
@@ -116,13 +116,13 @@ def too_little_text(name: str, found: int, needed: int) -> DataError:
 
 
 def sources_of(data: Any) -> list[Any]:
-    """The sources of a text: words with `+` between them are several, unless a file is called so.
+    """Split a text argument into its sources: a string is split at `+`, unless a file has that name.
 
     Args:
-        data: As `AutoPruner.prune` takes it.
+        data: Text argument of `AutoPruner.prune`.
 
     Returns:
-        Sources as `load_corpus` takes them, each once.
+        Sources for `load_corpus`, without repeats.
     """
     return list(dict.fromkeys(data.split("+"))) if isinstance(data, str) and not _exists(data) else [data]
 
@@ -130,7 +130,7 @@ def sources_of(data: Any) -> list[Any]:
 def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
-    except OSError:  # a name too long: a text itself, say
+    except OSError:  # the name is too long, for example the text itself
         return False
 
 
@@ -147,19 +147,19 @@ def load_corpus(
 ) -> Corpus:
     """Draw windows of `window` tokens without overlap, in the order of the text.
 
-    Spare windows come last, from a stretch of the text behind all others, or written by another seed. Those before them
-    are the same with and without them, unless a text is too short for both.
+    Spare windows come last: from the text behind all other windows, or generated with another random seed. Asking for
+    them does not change the windows before them, unless the text is too short for both.
 
     Args:
         source: `"self"` (plain text that `model` writes), `"chat"` (conversations that it writes through the chat
-            template), or what `text_sources.entries` takes.
+            template), or a source of `text_sources.entries`.
         tokenizer: The model's tokenizer; not needed for `"self"`.
-        tokens: Tokens wanted; rounded up to whole windows. A text with at least half of them gives what it has.
+        tokens: Number of tokens wanted; rounded up to whole windows. A text with at least half of them is used whole.
         window: Tokens per window, at least 2.
-        spare: Further tokens, as many of them as there are.
-        seed: Random seed: which windows of a long text are drawn, or what the model writes.
+        spare: Number of further tokens wanted; fewer are returned if the text ends.
+        seed: Random seed: selects the windows of a long text, or seeds the generation.
         model: The dense model, for `"self"` and `"chat"`.
-        progress: Called with the number of windows or turns that are written.
+        progress: Callback that receives the number of windows or turns that are written.
 
     Returns:
         The drawn windows.
@@ -180,14 +180,14 @@ def load_corpus(
     else:
         return Corpus.of(name, _drawn(source, tokenizer, window, count, more, seed))
     windows = [write(count=count, seed=seed)]
-    with suppress(DataError):  # of a model that only repeats itself by now
+    with suppress(DataError):  # by now the model may only repeat itself
         windows += [write(count=more, seed=seed + SPARE_SEED)] if more else []
     return Corpus.of(name, torch.cat(windows))
 
 
 def _drawn(source: Any, tokenizer: PreTrainedTokenizerBase, window: int, count: int, more: int, seed: int) -> Tensor:
-    """Draw `count` windows of a text, and take up to `more` behind those that were drawn from."""
-    # Read up to four times what is asked for, so that the seed has windows to choose from.
+    """Draw `count` windows from the start of a text, and take up to `more` windows that follow it."""
+    # Read up to four times as many windows as requested, so that the random seed has a choice.
     windows, found = _windows(entries(source), tokenizer, window, 4 * count + more)
     if 2 * len(windows) < count:
         raise too_little_text(name_of(source), found, count * window)
@@ -206,7 +206,7 @@ def _written_conversations(
     distinct: Distinct,
     progress: Progress | None,
 ) -> Tensor:
-    """Let the model write conversations until they fill `count` windows; none is like one of `distinct`."""
+    """Generate conversations until they fill `count` windows; near-duplicates of `distinct` are left out."""
     if not has_chat_template(tokenizer):
         raise DataError('data="chat" needs a tokenizer with a chat template.', 'Use data="self", or plain text.')
     windows = torch.empty(0, window, dtype=torch.int64)
@@ -223,7 +223,7 @@ def _written_conversations(
 
 
 def _windows(items: Iterable[Entry], tokenizer: PreTrainedTokenizerBase, window: int, most: int) -> tuple[Tensor, int]:
-    """At most `most` windows of plain text or of conversations, in the order of `items`, and the tokens found."""
+    """At most `most` windows of texts or of conversations, in the order of `items`, and the number of tokens found."""
     rest = iter(items)
     first = next(rest, "")
     talks = not isinstance(first, str)
@@ -246,19 +246,19 @@ def _windows(items: Iterable[Entry], tokenizer: PreTrainedTokenizerBase, window:
 def consecutive_windows(
     source: str, tokenizer: PreTrainedTokenizerBase | None, window: int, count: int | None = None
 ) -> Corpus:
-    """Cut a text for measurement into consecutive windows without overlap; a last partial window is left out.
+    """Cut a text for measurement into consecutive windows without overlap; a partial last window is left out.
 
     Args:
-        source: As for `load_corpus`, but not `"self"`; sources on the Hub give their test (or validation) split.
+        source: Source for `load_corpus`, but not `"self"` or `"chat"`; Hub sources use their test or validation split.
         tokenizer: The model's tokenizer.
         window: Tokens per window, at least 2.
-        count: Only the first so many windows; None takes all.
+        count: Number of windows, from the start of the text; None takes all.
 
     Returns:
         Windows in the order of the text.
 
     Raises:
-        DataError: The text is unreadable, or shorter than a window (or than `count` windows).
+        DataError: The text is unreadable, or shorter than one window (or than `count` windows).
     """
     if source in GENERATED:
         raise DataError(

@@ -1,4 +1,4 @@
-"""How much the loss minds an error of a layer's outputs: their Fisher information, one layer at a time."""
+"""Fisher information of the outputs of each layer's attention and FFN, measured one layer at a time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from selfpruner_hub.models.patching import frozen, replaced
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 Fisher = Sequence[tuple[Tensor | None, Tensor | None]]
-"""Per layer, R of the attention's and of the FFN's output, `[H, H]`, where RᵀR is its Fisher information; None: I."""
+"""Per layer, R of the attention output and of the FFN output, `[H, H]`: RᵀR is the Fisher information; None means I."""
 
 DAMPING = 0.1
-"""Of the Fisher information, in units of its mean diagonal: what a few thousand tokens have not seen also counts."""
+"""Damping of the Fisher information, in units of its mean diagonal, for directions that few tokens have measured."""
 
 
 def output_fisher(
@@ -29,25 +29,25 @@ def output_fisher(
     windows: Tensor,
     run: Run = DEFAULT_RUN,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Take the Fisher information of what each layer's attention and FFN add to the stream.
+    """Measure the Fisher information of the outputs of each layer's attention and FFN.
 
-    Labels are drawn from the model's own distribution, so that F = E[g gᵀ], with g = ∂L/∂y of an output y, is its
-    Fisher information, and ½ E[δᵀ F δ] the second-order KL divergence that an error δ of y causes. The forward pass
-    keeps what each layer reads; the backward pass runs one layer again at a time.
+    Labels are drawn from the model's own distribution. So F = E[g gᵀ], with g = ∂L/∂y of an output y, is the Fisher
+    information of y, and an error δ of y causes a KL divergence of ½ E[δᵀ F δ] to second order. The forward pass keeps
+    the inputs of each layer; the backward pass runs one layer at a time again.
 
-    Memory: 8 · H² bytes a layer, a hidden state a token and layer, and the activations of one layer.
+    Memory: 8 · H² bytes per layer, one hidden state per token and layer, and the activations of one layer.
 
     Args:
         model: The dense model.
         windows: Token ids, `[N, W]`; a few thousand tokens are enough.
-        run: Surroundings: its seed draws the labels, its checkpoints keep the matrices.
+        run: Run context: its random seed draws the labels, its checkpoints keep the matrices.
 
     Returns:
-        Per layer, R of the attention's and of the FFN's output, `[H, H]`, float32: RᵀR = F + λ · mean(diag F) · I with
-        λ = `DAMPING`, so that ½ ‖R δ‖² is that divergence in nats per token.
+        Per layer, R of the attention output and of the FFN output, `[H, H]`, float32: RᵀR = F + λ · mean(diag F) · I
+        with λ = `DAMPING`, so ½ ‖R δ‖² is that divergence in nats per token.
 
     Raises:
-        ModelError: The activations or their gradients are not finite, or no output counts.
+        ModelError: The activations or their gradients are not finite, or an output does not affect the loss.
     """
     architecture, layers = architecture_of(model.config), decoder_layers(model)
     paths = (architecture.attention_output, architecture.ffn_output)
@@ -81,7 +81,7 @@ def output_fisher(
 
 
 def _finished(layers: nn.ModuleList, run: Run) -> list[tuple[Tensor, Tensor]] | None:
-    """What a whole pass has kept; the first layer is its last."""
+    """Load the matrices of a finished pass; None if the pass is not finished (it ends at the first layer)."""
     roots = []
     for index, layer in enumerate(layers):
         found, device = run.checkpoints.load(f"fisher-{index}"), next(layer.parameters()).device
@@ -92,7 +92,7 @@ def _finished(layers: nn.ModuleList, run: Run) -> list[tuple[Tensor, Tensor]] | 
 
 
 def _behind(model: PreTrainedModel, batch: Tensor, hidden: Tensor, loss: Loss) -> Tensor:
-    """The gradient of the loss by what comes out of the last layer, `[B, W, H]`; the head sees a window at a time."""
+    """Gradient of the loss with respect to the last layer's output, `[B, W, H]`; the head runs one window at a time."""
     leaf = hidden.detach().requires_grad_()
     with ExitStack() as stack:
         for layer in decoder_layers(model):
@@ -105,7 +105,7 @@ def _behind(model: PreTrainedModel, batch: Tensor, hidden: Tensor, loss: Loss) -
 def _products(
     stream: Stream, index: int, layer: nn.Module, modules: list[nn.Linear], gradients: list[Tensor]
 ) -> list[Tensor]:
-    """Σ g gᵀ of the modules' outputs; `gradients`, by what the layer gives, become those by what it reads."""
+    """Σ g gᵀ of the modules' outputs; replaces `gradients` of the layer's output by those of its input, in place."""
     sums = [torch.zeros(2 * module.weight.shape[:1], device=module.weight.device) for module in modules]
     for number, hidden in enumerate(stream.hidden):
         leaf = stream.hidden[number] = hidden.detach().requires_grad_()
@@ -115,10 +115,10 @@ def _products(
         for total, gradient in zip(sums, found, strict=True):
             g = gradient.flatten(0, -2).float()
             total.addmm_(g.t(), g)
-        gradients[number].copy_(back)  # last: what was found may be the same tensor
+        gradients[number].copy_(back)  # at the end, because `found` may contain the same tensor
     return sums
 
 
 def roots_of(fisher: Fisher | None, layers: int) -> Fisher:
-    """R of every layer's outputs; None takes all errors alike."""
+    """R of every layer's outputs; without Fisher information, None for each, so all errors have equal weight."""
     return fisher or [(None, None)] * layers

@@ -1,4 +1,4 @@
-"""Text that a model writes itself: continuations of prompts in batches, and plain text as windows of tokens."""
+"""Generate text with a model: continuations of prompts in batches, and plain text as windows of tokens."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from selfpruner_hub.models.patching import attending_by_group
 from selfpruner_hub.progress import Progress
 
 SAMPLE_BATCH = 128
-"""Largest number of sequences that a model writes side by side."""
+"""Maximum number of sequences in a batch."""
 ENDED = 0.2
-"""Share of a batch that has ended before the rest goes on without it; each time, the rest of the cache is copied."""
+"""Share of finished sequences above which they leave the batch; each time, the rest of the cache is copied."""
 ROOM = 64
-"""Tokens by which a cache grows at a time."""
+"""Number of tokens by which a cache grows at a time."""
 
 
 @torch.inference_mode()
@@ -36,27 +36,27 @@ def continuations(
     progress: Progress | None = None,
     what: str = "writing text",
 ) -> list[list[int]]:
-    """Let the model continue each prompt; prompts of about one length share a batch, and ended sequences leave it.
+    """Generate a continuation of each prompt; prompts of similar length share a batch, finished sequences leave it.
 
-    Each step is bound by the matrix products of the layers and of the head for as many rows as the batch has; the
+    The matrix products of the layers and of the head, for all rows of the batch, take most of the time of a step. The
     cache grows in place, so keys and values are not copied.
 
     Args:
         model: A causal language model.
-        prompts: Token ids, at least one each.
-        most: Largest number of new tokens of one prompt, at least 1.
-        ends: Token ids that end a continuation; they belong to it.
-        banned: Token ids that are never written.
-        temperature: Of ancestral sampling without truncation; 0 takes the likeliest token.
+        prompts: Token ids, at least one per prompt.
+        most: Maximum number of new tokens per prompt, at least 1.
+        ends: Token ids that end a continuation; the continuation includes them.
+        banned: Token ids that are never generated.
+        temperature: Temperature of sampling without truncation; 0 takes the likeliest token.
         seed: Random seed.
-        progress: Called with the number of prompts that are done.
+        progress: Callback that receives the number of prompts that are done.
         what: Name of the work, for `progress`.
 
     Returns:
         New token ids of each prompt, in the order of the prompts.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
-    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the first needs most memory
+    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # most memory is needed first
     written: list[list[int]] = [[] for _ in prompts]
     batch = _batch_size(model, max(map(len, prompts), default=0) + most)
     stops, never = (torch.tensor(sorted(ids), dtype=torch.long, device=model.device) for ids in (ends, banned))
@@ -89,17 +89,17 @@ def continuations(
 def sample_windows(
     model: PreTrainedModel, count: int, window: int, seed: int, progress: Progress | None = None
 ) -> Tensor:
-    """Let the model write `count` windows of `window` tokens, each from its start token (or a random token).
+    """Generate `count` windows of `window` tokens, each from the model's start token (or a random token).
 
-    Sampling is ancestral (temperature 1, no truncation), so the text is drawn from the model's own distribution. No
-    window has an end token, so that windows fill up.
+    Sampling is ancestral (temperature 1, no truncation), so the text is drawn from the model's own distribution. End
+    tokens are banned, so that every window is full.
 
     Args:
         model: The dense model.
         count: Number of windows, at least 1.
         window: Tokens per window, at least 1.
         seed: Random seed.
-        progress: Called with the number of windows that are done.
+        progress: Callback that receives the number of windows that are done.
 
     Returns:
         Token ids, `[count, window]`.
@@ -122,7 +122,7 @@ class _Rows:
     """The sequences of one batch: left-padded, with a cache that grows in place.
 
     Args:
-        model: Which continues them.
+        model: The model that continues the sequences.
         prompts: Token ids.
     """
 
@@ -149,12 +149,12 @@ class _Rows:
         return torch.cat([logits for _, logits in head_chunks(self._model, self._hidden[:, 0])])
 
     def end(self, now: Tensor) -> Tensor:
-        """Mark the rows that end now; returns all that have ended, `[N]`, bool."""
+        """Mark the rows that end now; return all that have ended, `[N]`, bool."""
         self._ended |= now
         return self._ended
 
     def step(self, new: Tensor, left: Tensor | None) -> None:
-        """Append a token to each row; `left` has the indices of the rows that stay, where others leave."""
+        """Append a token to each row; `left` holds the indices of the rows to keep, None keeps all."""
         if left is not None:
             self._cache.batch_select_indices(left)
             self._mask, self._ended = self._mask[left], self._ended[left]
@@ -163,12 +163,12 @@ class _Rows:
 
 
 class _GrowingLayer(DynamicLayer):
-    """Keys and values in buffers with room for more: a step writes its own, and copies no others."""
+    """Keys and values in buffers with spare capacity: a step writes the new ones and does not copy the old ones."""
 
     _buffers: tuple[Tensor, ...] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values `[B, G, S, D]`, and return views of all."""
+        """Append keys and values, `[B, G, S, D]`, and return views of all keys and of all values."""
         before, new = self.get_seq_length(), (key_states, value_states)
         length = before + key_states.shape[-2]
         if not self.is_initialized:
@@ -185,13 +185,13 @@ class _GrowingLayer(DynamicLayer):
         return keys, values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows alone."""
+        """Keep only these rows."""
         super().batch_select_indices(indices)
         self._buffers = None
 
 
 def _batch_size(model: PreTrainedModel, length: int) -> int:
-    """As many sequences as keep the cache no larger than the weights."""
+    """Maximum number of sequences for which the cache is no larger than the weights."""
     shape = shape_of(model.config)
     groups = sum(layer.num_key_value_heads for layer in shape.dense.layers)
     cached = 2 * groups * shape.head_dim * length  # keys and values of one sequence, in numbers

@@ -1,4 +1,4 @@
-"""The ridge of least squares: how strong it is, and on which windows that is chosen."""
+"""The ridge of least squares: its strength λ, and the windows on which λ is chosen."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from torch import Tensor
 from selfpruner_hub.errors import ModelError
 
 RIDGE = 0.01
-"""λ where there is no text to choose it on: the ridge is λ · mean(diag H) · I, with H = E[x xᵀ]."""
+"""Default λ, if there is no text to choose it on: the ridge is λ · mean(diag H) · I, with H = E[x xᵀ]."""
 RIDGES = (0.001, 0.01, 0.1, 1.0)
-"""λ to choose from."""
+"""Candidates for λ."""
 STRONGEST = 1.0
 HELD_OUT = 8
-"""One window in so many is held out to choose λ; the second repair fits it in no layer."""
+"""One window in this many is held out to choose λ; the second repair does not fit it in any layer."""
 
 
 def held_out(first: int, count: int) -> Tensor:
-    """Which of the windows `first` to `first + count - 1` are held out: one in `HELD_OUT`, `[count]`, bool."""
+    """Mask of the windows `first` to `first + count - 1` that are held out: one in `HELD_OUT`, `[count]`, bool."""
     return (torch.arange(first, first + count) + 1) % HELD_OUT == 0
 
 
 def damped_factor(gram: Tensor, ridge: float, unit: Tensor | None = None) -> Tensor:
-    """The lower Cholesky factor of H + λ · mean(diag H) · I.
+    """Compute the lower Cholesky factor of H + λ · mean(diag H) · I.
 
     Args:
-        gram: H, `[D, D]`; left as it is.
-        ridge: λ, at least 0; where it is lost in the rounding of H, ten times more, up to `STRONGEST`.
-        unit: In place of mean(diag H), where H is a block of a matrix whose λ it is; a scalar.
+        gram: H, `[D, D]`; not changed.
+        ridge: λ, at least 0; raised tenfold, up to `STRONGEST`, while the sum is not positive definite.
+        unit: Scalar that replaces mean(diag H), if H is a block of a larger matrix and λ is in units of that matrix.
 
     Returns:
         L, `[D, D]`, float32.
 
     Raises:
-        ModelError: The sum is not positive definite all the same (the activations are degenerate or not finite).
+        ModelError: The sum is not positive definite for any such λ (the activations are degenerate or not finite).
     """
     mean = gram.diagonal().float().mean() if unit is None else unit
     while True:
@@ -48,23 +48,23 @@ def damped_factor(gram: Tensor, ridge: float, unit: Tensor | None = None) -> Ten
 
 
 def as_seen(weight: Tensor, root: Tensor | None) -> Tensor:
-    """R W, `[out, in]`, float32: a projection whose errors all count alike for the loss; None takes them so already."""
+    """R W, `[out, in]`, float32: its squared output errors are loss-weighted (Fisher information); None means R = I."""
     return weight.float() if root is None else root @ weight.float()
 
 
 def choose_ridge(weight: Tensor, fitted: Tensor, held: Tensor) -> float:
-    """Choose λ: repaired on the fitted text, at half of its columns, the projection errs least on the held-out text.
+    """Choose the λ of least error on the held-out text, for a projection with half its columns, repaired on the rest.
 
     Args:
         weight: W, `[out, in]`.
         fitted: Σ x xᵀ over the fitted tokens, `[in, in]`.
-        held: The same over those held out.
+        held: Σ x xᵀ over the held-out tokens, `[in, in]`.
 
     Returns:
         One of `RIDGES`.
 
     Raises:
-        ModelError: As for `damped_factor`.
+        ModelError: `damped_factor` fails.
     """
     order = (fitted.diagonal() * weight.float().square().sum(0)).argsort(descending=True)
     kept, gone = order.tensor_split([max(1, len(order) // 2)])
@@ -73,7 +73,7 @@ def choose_ridge(weight: Tensor, fitted: Tensor, held: Tensor) -> float:
     held_gram, held_cross = held[kept][:, kept], lost @ held[gone][:, kept]
 
     def error(ridge: float) -> float:
-        """Σ ‖lost x_gone - moved x_kept‖² over the held-out text, but for what does not depend on λ."""
+        """Σ ‖lost x_gone - moved x_kept‖² over the held-out text, without the term that does not depend on λ."""
         moved = torch.cholesky_solve(cross.t(), damped_factor(gram, ridge, unit)).t()
         return ((moved @ held_gram - 2 * held_cross) * moved).sum(dtype=torch.float64).item()
 

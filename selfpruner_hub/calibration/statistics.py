@@ -25,7 +25,7 @@ class Moments:
     Attributes:
         mean: E[x], `[D]`, float32.
         gram: E[x xᵀ], `[D, D]`, float32.
-        ridge: λ for what is fitted to them, in units of mean(diag E[x xᵀ]).
+        ridge: λ for fits to these moments, in units of mean(diag E[x xᵀ]).
     """
 
     mean: Tensor
@@ -45,15 +45,15 @@ class Moments:
 
 @dataclass
 class LayerStatistics:
-    """What calibration knows of one decoder layer."""
+    """Calibration statistics of one decoder layer."""
 
     attention: Moments
-    """Of the input of o_proj."""
+    """Moments of the input of o_proj."""
     ffn: Moments
-    """Of the input of down_proj."""
+    """Moments of the input of down_proj."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it as named tensors."""
+        """All statistics as named tensors."""
         return {
             f"{part}.{name}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
             for part, moments in vars(self).items()
@@ -62,7 +62,7 @@ class LayerStatistics:
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], store: TensorStore) -> LayerStatistics:
-        """The inverse of `tensors`, moments put into `store`."""
+        """Rebuild from the result of `tensors`; the second moments are put into `store`."""
         return cls(
             *(
                 Moments(tensors[f"{part}.mean"], store(tensors[f"{part}.gram"]), tensors[f"{part}.ridge"].item())
@@ -77,16 +77,17 @@ def calibrate(
     windows: Tensor,
     run: Run = DEFAULT_RUN,
 ) -> list[LayerStatistics]:
-    """Stream the windows through the dense model, layer by layer, and take the moments of every layer.
+    """Stream the windows through the dense model, layer by layer, and measure the moments of every layer.
 
-    One window in `HELD_OUT` is held out to choose λ of each projection (`ridge.choose_ridge`); then all count.
+    One window in `HELD_OUT` is held out to choose λ of each projection (`ridge.choose_ridge`). The moments themselves
+    use all windows.
 
-    Memory: 4 · (D_ffn² + D_attention²) bytes a layer, whatever the number of tokens, and one hidden state a token.
+    Memory: 4 · (D_ffn² + D_attention²) bytes per layer, for any number of tokens, and one hidden state per token.
 
     Args:
         model: The dense model.
         windows: Token ids, `[N, W]`.
-        run: Surroundings; its checkpoints keep finished layers.
+        run: Run context; its checkpoints keep finished layers.
 
     Returns:
         One `LayerStatistics` per layer.
@@ -119,7 +120,7 @@ def calibrate(
 
 
 class _Sums:
-    """A forward pre-hook that sums x and x xᵀ in float32, of the windows that are held out and of the others."""
+    """A forward pre-hook that sums x and x xᵀ in float32, separately for held-out windows and the others."""
 
     def __init__(self, module: nn.Linear) -> None:
         self._weight = module.weight

@@ -1,4 +1,4 @@
-"""Texts from files and from the Hub, and their tokens."""
+"""Read texts from files and from the Hub, and tokenize them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selfpruner_hub.calibration.chat_template import Message
 from selfpruner_hub.errors import DataError
 
 GENERATED = ("chat", "self")
-"""Text that the dense model writes: conversations through its chat template, or plain text from its start token."""
+"""Sources that the dense model writes: conversations through its chat template, or plain text from its start token."""
 HUB_SOURCES = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", {"train": "train", "test": "test"}),
     "c4": ("allenai/c4", "en", {"train": "train", "test": "validation"}),
@@ -22,7 +22,7 @@ HUB_SOURCES = {
 
 
 def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
-    """Token ids of the texts one after another, at most `limit`; no text is read beyond them."""
+    """Token ids of the concatenated texts, at most `limit`; no further text is read."""
     ids: list[int] = []
     for text in texts:
         ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -36,19 +36,19 @@ Entry = str | list[Message]
 
 
 def entries(source: Any, split: str = "train") -> Iterator[Entry]:
-    """Texts and conversations of a source.
+    """Read the texts and conversations of a source.
 
     Args:
-        source: A key of `HUB_SOURCES`; a path to a `.txt` (one text) or a `.jsonl` (an object a line, with a text under
-            `text` or a conversation under `messages`); or an iterable of texts, conversations or such objects, which a
-            `datasets.Dataset` is too.
+        source: Key of `HUB_SOURCES`; path to a `.txt` (one text) or a `.jsonl` (one object per line, with a text under
+            `text` or a conversation under `messages`); or iterable of texts, conversations or such objects, for
+            example a `datasets.Dataset`.
         split: `"train"` or `"test"`, for sources on the Hub.
 
     Yields:
         A text, or the messages of a conversation.
 
     Raises:
-        DataError: The source cannot be read, or holds something else.
+        DataError: The source cannot be read, or contains anything else.
     """
     if isinstance(source, str) and source in HUB_SOURCES:
         yield from _hub_texts(source, split)
@@ -60,7 +60,7 @@ def entries(source: Any, split: str = "train") -> Iterator[Entry]:
 
 
 def name_of(source: Any) -> str:
-    """What a record calls a source; it says nothing of where a file is."""
+    """Name of a source for records; for a file, without its directory."""
     if isinstance(source, str) and source in (*HUB_SOURCES, *GENERATED):
         return source
     return Path(source).name if isinstance(source, (str, Path)) else type(source).__name__
@@ -91,14 +91,14 @@ def _file_entries(path: Path) -> Iterator[Entry]:
             "file.",
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
+        text = path.read_text(encoding="utf-8-sig")  # skips a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise DataError(f"Cannot read the text {str(path)!r}: {reason}.") from error
     if path.suffix == ".txt":
         yield text
         return
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold other line breaks
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may contain other line breaks
         if line.strip():
             try:
                 value = json.loads(line)
@@ -108,15 +108,15 @@ def _file_entries(path: Path) -> Iterator[Entry]:
 
 
 def _hub_texts(source: str, split: str) -> Iterator[str]:
-    """Texts of one of `HUB_SOURCES`, streamed; raises `DataError` where it cannot be loaded."""
-    import datasets  # imported here: it takes a second, and local data do not need it
+    """Stream the texts of one of `HUB_SOURCES`; raises `DataError` if it cannot be loaded."""
+    import datasets  # imported here because it takes a second, and local data do not need it
 
     repo, name, splits = HUB_SOURCES[source]
     try:
         stream = datasets.load_dataset(repo, name, split=splits[split], streaming=True)
         rows = iter(stream)
         first = next(rows)
-    except Exception as error:  # the Hub client raises many kinds; all of them mean "no text"
+    except Exception as error:  # the Hub client raises many types; all of them mean that there is no text
         raise DataError(
             f"Cannot load {repo} from the Hugging Face Hub ({type(error).__name__}).",
             'Check the network (or HF_ENDPOINT), or use data="self" or a path to a text file.',

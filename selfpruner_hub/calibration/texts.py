@@ -1,4 +1,4 @@
-"""The texts of a run, each of its own stretches: for the calibration, for the search, and one that neither sees."""
+"""The three disjoint texts of a run: calibration text, fitness text, and a third text that neither of them contains."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from selfpruner_hub.settings import Method
 from selfpruner_hub.storage.run import Run
 
 CHAT_DATA, PLAIN_DATA = "chat+wikitext2", "wikitext2"
-"""Default text of a model with a chat template, and of one without."""
+"""Default text for a model with a chat template, and for one without."""
 logger = logging.getLogger(__name__)
 
 
 class RunTexts(NamedTuple):
-    """Texts without a common window; those of all sources are mixed in one order."""
+    """Texts that share no window; in each, the windows of all sources are shuffled together."""
 
     calibration: Corpus
-    """Text that statistics are taken on and both repairs are fitted to."""
+    """Calibration text: statistics are measured on it, and both repairs are fitted to it."""
     search: Corpus
-    """Text that the search selects on, and that the temperature is matched on."""
+    """Fitness text: the search selects plans on it, and the temperature is chosen on it."""
     unseen: Corpus | None
-    """Text on which the gain of the search is measured, and that nothing else reads; None where nothing is searched, or
-    where there is one window for the search alone."""
+    """Third text, used only to measure the gain of the search; None if there is no search, or if the text has only one
+    window for the search."""
 
 
 class Texts:
-    """Reads or writes the texts of runs with one model; what was read is kept, so that the next rate has the same.
+    """Reads or generates the texts of runs with one model, and keeps them, so that runs at other β use the same texts.
 
     Args:
         model: The dense model, which writes `"self"` and `"chat"`.
-        tokenizer: Its tokenizer; None allows `"self"` alone.
+        tokenizer: Its tokenizer; None allows only `"self"`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -46,19 +46,19 @@ class Texts:
         self._known: dict[tuple[Any, ...], tuple[Any, int, Corpus]] = {}
 
     def read(self, data: Any, method: Method, run: Run) -> RunTexts:
-        """Give the texts of one run.
+        """Return the texts of one run.
 
         Args:
-            data: As for `AutoPruner.prune`; None is the default.
-            method: The settings: tokens, window, shares.
-            run: Surroundings; its checkpoints keep what the model wrote.
+            data: Text argument of `AutoPruner.prune`; None uses the default text.
+            method: Settings: tokens, window, shares.
+            run: Run context; its checkpoints keep generated text.
 
         Returns:
-            The texts. The unseen one has as many tokens as that of the search; of a source that is too short for that,
-            at least a third of what calibration leaves.
+            The texts. The unseen text has as many tokens as the fitness text; if a source is too short for that, at
+            least a third of what the calibration leaves.
 
         Raises:
-            UserError: The shares do not fit the sources, or a source is unknown, unreadable or too short.
+            UserError: The shares do not match the sources, or a source is unknown, unreadable or too short.
         """
         chats = has_chat_template(self._tokenizer)
         if data is None:
@@ -85,30 +85,30 @@ class Texts:
         )
 
     def _parts(self, source: Any, share: float, method: Method, run: Run) -> RunTexts:
-        """What one source gives to each."""
+        """The windows of one source for each of the three texts."""
         window = min(method.window, getattr(self._model.config, "max_position_embeddings", method.window))
         tokens = method.calibration_tokens, method.fitness_tokens
         wanted = [max(1, -(-int(share * n) // window)) * window for n in tokens]
         key = (source if isinstance(source, str) else id(source), run.seed, window, *wanted)
-        # What is read is read with spare text, so that rates are found on one calibration with and without a search;
-        # to write it would take minutes for nothing.
+        # Text that is read always includes spare text, so the calibration text is the same with and without a search.
+        # Spare text that the model writes would take minutes, so it is generated only for a search.
         spare = wanted[1] if method.evaluations or not _is_written(source) else 0
         if key not in self._known or self._known[key][1] < spare:
             corpus = self._load(source, key, sum(wanted), spare, window, run)
-            self._known[key] = source, spare, corpus  # the source is held, so that no other gets its identity
+            self._known[key] = source, spare, corpus  # keeps a reference to the source, so that its id is not reused
         corpus = self._known[key][2]
         found = min(1.0, corpus.tokens / sum(wanted))
         calibration, search = (max(1, int(n * found) // window) for n in wanted)
         unseen = 0
         if method.evaluations:
             left = len(corpus.windows) - calibration - search
-            taken = max(0, min(search - 1, max(1, (search + left) // 3) - left))  # of the search's share
+            taken = max(0, min(search - 1, max(1, (search + left) // 3) - left))  # from the fitness text
             search, unseen = search - taken, left + taken
         parts = corpus.split(*(n * window for n in (calibration, search, unseen) if n > 0), seed=run.seed)
         return RunTexts(parts[0], parts[1], parts[2] if unseen > 0 else None)
 
     def _load(self, source: Any, key: tuple[Any, ...], tokens: int, spare: int, window: int, run: Run) -> Corpus:
-        """Read a source, or take what the model wrote before."""
+        """Load a source; generated text comes from the checkpoint if there is one."""
         written = _is_written(source)
         identity = (weights_hash(self._model), key, spare) if written else ()
         name = f"text-{sha256(repr(identity).encode()).hexdigest()[:16]}"
@@ -130,5 +130,5 @@ class Texts:
 
 
 def _is_written(source: Any) -> bool:
-    """Whether the model writes this text."""
+    """Whether the model generates this source."""
     return isinstance(source, str) and source in GENERATED

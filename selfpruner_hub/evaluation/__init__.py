@@ -1,1 +1,1 @@
-"""Evaluation: the score of a plan, and the figures of a model."""
+"""Evaluation: score plans, and measure models."""

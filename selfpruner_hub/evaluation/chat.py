@@ -1,4 +1,4 @@
-"""How near a pruned chat model stays to its parent where it answers: divergence and agreement on conversations."""
+"""Divergence and agreement between a pruned chat model and its dense model, on the answers of conversations."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from selfpruner_hub.evaluation.metrics import Teacher, mean_losses, miss_loss, t
 from selfpruner_hub.progress import Progress
 
 CONVERSATIONS = 64
-"""Conversations of a measurement."""
+"""Number of conversations in a measurement."""
 SEED = 1_000_003
-"""Random seed of the conversations of a measurement; not that of a calibration, unless a user asks for it."""
+"""Random seed of the conversations; it differs from that of the calibration text unless a user sets the same."""
 
 
 @dataclass(frozen=True)
 class ChatFigures:
-    """Figures over the assistant's tokens of conversations whose answers are the dense model's likeliest tokens."""
+    """Figures over the assistant's tokens; the answers are the dense model's likeliest tokens."""
 
     kl: float
     """Mean KL divergence from the dense model, in nats per token."""
     agreement: float
-    """Share of the tokens that are the model's first choice too, given all before them; in [0, 1]."""
+    """Share of these tokens that are also the model's likeliest token, given all tokens before; in [0, 1]."""
 
 
 class ChatMeasure:
-    """Measures models against one dense model on conversations that it wrote.
+    """Measures models against one dense model on conversations that the dense model wrote.
 
     Args:
-        dense: The dense model, which answers by its likeliest tokens.
+        dense: The dense model; it answers with its likeliest tokens.
         tokenizer: Its tokenizer, with a chat template.
         count: Number of conversations.
         seed: Random seed of the user's turns.
-        progress: Called while the conversations are written.
+        progress: Callback that receives the number of turns that are written.
 
     Raises:
-        DataError: As for `write_conversations`.
+        DataError: `write_conversations` fails.
     """
 
     def __init__(
@@ -63,20 +63,20 @@ class ChatMeasure:
         return int(self._counted.sum())
 
     def __call__(self, model: PreTrainedModel) -> ChatFigures:
-        """Measure a model with the tokenizer of the dense one."""
+        """Measure a model that uses the tokenizer of the dense model."""
         losses = teacher_loss(self._teacher), miss_loss(self._windows, self._counted)
         kl, missed = mean_losses(model, self._windows, *losses, counted=self._counted)
         return ChatFigures(kl, 1 - missed)
 
 
 def padded(conversations: Sequence[Conversation]) -> tuple[Tensor, Tensor]:
-    """Conversations as rows of one width; what pads them comes last and counts nothing.
+    """Pad conversations to rows of one width; the padding is on the right and does not count.
 
     Args:
-        conversations: At least one.
+        conversations: Conversations, at least one.
 
     Returns:
-        Token ids, `[N, W]`, and the predictions of the assistant's tokens, `[N, W - 1]`, bool.
+        Token ids, `[N, W]`, and a mask of the predictions of the assistant's tokens, `[N, W - 1]`, bool.
     """
     width = max(len(each.ids) for each in conversations)
     ids = torch.zeros(len(conversations), width, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Figures of a model, each with the protocol that lets someone measure it again: what the record and the card hold."""
+"""Figures of a model for its record and card, each with the protocol that is needed to reproduce it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from selfpruner_hub.storage.model_record import Metric
 ANSWERED, KEPT = "plain questions answered", "plain questions kept"
 AGREEMENT, DIVERGENCE = "agreement (conversations)", "KL (conversations)"
 CHAT_FIGURES = (ANSWERED, KEPT, AGREEMENT, DIVERGENCE)
-"""Names of what is measured of a chat model, the plainest first."""
+"""Names of the figures of a chat model, the easiest to understand first."""
 _KL = f"KL from the dense model over its {TOP_K} likeliest tokens and the rest as one"
 
 
 def text_figures(model: PreTrainedModel, corpus: Corpus, teacher: Teacher | None = None) -> dict[str, Metric]:
-    """Perplexity on a text and, beside it, the divergence from the dense model.
+    """Measure the perplexity on a text, and the divergence from the dense model.
 
     Args:
         model: A causal language model.
         corpus: The text in consecutive windows.
-        teacher: What `teach` returned for the dense model on these windows; None leaves the divergence out.
+        teacher: Result of `teach` for the dense model on these windows; None leaves the divergence out.
 
     Returns:
-        Figures by name; the names end in the width of the windows.
+        Figures by name; each name ends with the width of the windows in tokens.
 
     Raises:
         UserError: The perplexity is not finite.
@@ -54,11 +54,11 @@ def text_figures(model: PreTrainedModel, corpus: Corpus, teacher: Teacher | None
 
 
 def conversation_figures(model: PreTrainedModel, measure: ChatMeasure) -> dict[str, Metric]:
-    """Agreement with the dense model, and divergence from it, where it answers.
+    """Measure agreement with the dense model, and divergence from it, on the dense model's answers.
 
     Args:
-        model: The dense model itself, or a pruned one with its tokenizer.
-        measure: Of the dense model.
+        model: The dense model itself, or a pruned model with the same tokenizer.
+        measure: Measurement against the dense model.
 
     Returns:
         Figures by name.
@@ -80,13 +80,13 @@ def conversation_figures(model: PreTrainedModel, measure: ChatMeasure) -> dict[s
 def question_figures(
     model: PreTrainedModel, right: Sequence[bool], half: str, dense: Sequence[bool] | None = None
 ) -> dict[str, Metric]:
-    """How many plain questions are answered rightly, and how many of those that the dense model answers.
+    """Share of plain questions answered rightly, and the same among those that the dense model answers rightly.
 
     Args:
-        model: Which was asked.
-        right: For each question, whether its answer is right.
-        half: Of the questions.
-        dense: The same of the dense model; None leaves out the questions that are kept.
+        model: The model that answered; its dtype is named in the protocol.
+        right: One flag per question: whether the model's answer is right.
+        half: Half of the questions that was asked.
+        dense: The same flags for the dense model; None leaves out the second figure.
 
     Returns:
         Figures by name.
@@ -107,11 +107,11 @@ def question_figures(
 
 
 def task_figures(scores: Sequence[TaskScore], limited: bool) -> dict[str, Metric]:
-    """Figures of tasks.
+    """Turn the scores of tasks into figures.
 
     Args:
-        scores: As `evaluate_tasks` returned them.
-        limited: Whether only the first items were taken.
+        scores: Result of `evaluate_tasks`.
+        limited: Whether only the first items of each task were used.
 
     Returns:
         Figures by name.
@@ -138,7 +138,7 @@ def _dtype(model: PreTrainedModel) -> str:
 
 
 def _finite(nats: float) -> float:
-    """The perplexity to three decimals; one without bound is said as such, since JSON has no infinity."""
+    """The perplexity to three decimals; raises `UserError` if it is not finite, because JSON has no infinity."""
     found = float(torch.tensor(nats, dtype=torch.float64).exp())
     if not math.isfinite(found):
         raise UserError("The model's perplexity on this text is not a number.", "Its weights may be damaged.")

@@ -1,4 +1,4 @@
-"""Plan → score: a candidate is run by putting its sliced layers into the dense model, which lends everything else."""
+"""Score plans: run each candidate as the dense model with sliced layers in place of its own."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from selfpruner_hub.pruning.slicing import Slicer
 
 METRICS = ("kl", "perplexity")
 BOUNDARY_MEMORY = 0.5
-"""Memory for hidden states of earlier candidates on as many windows, as a multiple of the dense model's weights."""
+"""Memory for hidden states of earlier candidates, per number of windows, as a multiple of the dense model's weights."""
 REMAINS = 0.3
-"""How much counts, before a second repair, of the loss that the layers' errors add to one another: the repair fits each
-layer to the stream that the others have moved. Up to 0.7 put four plans of one model at one rate into the order in
-which they ended, 1 did not (`benchmarks/excess.py`)."""
+"""Weight of the excess, the loss beyond the sum of the layers' predicted losses, in scores before a second repair; that
+repair takes part of the excess away. Values up to 0.7 ranked four plans of one model at one β as their final losses
+did; 1 did not (`benchmarks/excess.py`)."""
 
 
 class Fitness:
-    """Measures plans, with their first repair, on windows that the calibration has not read; lower is better.
+    """Measures plans, after the first repair, on the fitness text, which the calibration has not read; lower is better.
 
     Args:
-        slicer: Cuts the candidates.
+        slicer: Slicer that cuts the candidates.
         windows: Token ids, `[N, W]`; never those that results are reported on.
-        metric: `"perplexity"` (the paper), or `"kl"` to the dense model's top-k next-token distribution, which needs no
-            labels. Týr-the-Pruner (NeurIPS 2025, table 5) found that it guards accuracy better; here plans on which
-            the two disagree are equally accurate (`benchmarks/fitness.py`).
+        metric: `"perplexity"` (the paper), or `"kl"`, the KL divergence from the dense model's top-k next-token
+            distribution, which needs no labels. Týr-the-Pruner (NeurIPS 2025, table 5) found that `"kl"` preserves
+            accuracy better; here, plans on which the two metrics disagree are equally accurate
+            (`benchmarks/fitness.py`).
 
     Raises:
         UserError: The metric is unknown.
@@ -45,16 +46,16 @@ class Fitness:
             raise UserError(f"Unknown fitness {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
         self._slicer = slicer
         self._windows = windows
-        self._dense_perplexities: dict[int, float] = {}  # by the number of windows
+        self._dense_perplexities: dict[int, float] = {}  # key: number of windows
         self.metric = metric
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
-        # A model in files does not fit in memory, so hidden states may not take half of it.
+        # A model that is offloaded to files does not fit in memory, so there is no memory to spare for hidden states.
         self._boundaries = Boundaries(0 if slicer.store.on_disk else BOUNDARY_MEMORY * self.nbytes)
         self._token_size = slicer.shape.hidden_size * slicer.model.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
-        """Where candidates are scored."""
+        """Device on which candidates are scored."""
         return self._slicer.model.device
 
     @property
@@ -63,7 +64,7 @@ class Fitness:
         return sum(p.nbytes for p in self._slicer.model.parameters())
 
     def __call__(self, plan: Plan, share: float = 1.0) -> float:
-        """Score `plan` on the first `share` of the windows (at least one); not-a-number counts as infinity."""
+        """Score `plan` on the first `share` of the windows (at least one); NaN becomes infinity."""
         windows = self._first(share)
         start = self._boundaries.start(plan, len(windows), windows.numel() * self._token_size)
         layers = start.layers(lambda index: self._slicer.layer(index, plan.layers[index]))
@@ -78,19 +79,19 @@ class Fitness:
         return value
 
     def loss(self, plan: Plan, share: float = 1.0) -> float:
-        """Measure what `plan` costs over the dense model on the first `share` of the windows, in nats per token."""
+        """Measure the loss of `plan` above the dense model's on the first `share` of the windows, in nats per token."""
         return self.nats(self(plan, share), share)
 
     def nats(self, score: float, share: float = 1.0) -> float:
-        """Turn a score on the first `share` of the windows into the loss over the dense model, in nats per token."""
+        """Convert a score on the first `share` of the windows to the loss above the dense model's in nats per token."""
         return score if self.metric == "kl" else math.log(score) - math.log(self._perplexity(share))
 
     def score(self, nats: float, share: float = 1.0) -> float:
-        """Turn such a loss into a score."""
+        """Convert such a loss to a score; the inverse of `nats`."""
         return nats if self.metric == "kl" else math.exp(nats) * self._perplexity(share)
 
     def _perplexity(self, share: float) -> float:
-        """Of the dense model."""
+        """Perplexity of the dense model on the first `share` of the windows."""
         windows, known = self._first(share), self._dense_perplexities
         if len(windows) not in known:
             known[len(windows)] = perplexity(self._slicer.model, windows)
@@ -99,13 +100,13 @@ class Fitness:
     def slopes(
         self, plan: Plan, share: float = 1.0, curves: Sequence[LossCurves] | None = None, remains: float = 1.0
     ) -> Slopes:
-        """Predict what small changes of a plan do to the loss.
+        """Predict the effect of small changes of a plan on the loss.
 
         Args:
-            plan: Plan around which they are predicted.
-            share: Share of the windows that they are predicted on.
-            curves: Predicted losses of the layers alone, for the second order; None leaves it out.
-            remains: Share of the loss in excess of their sum that counts, in [0, 1].
+            plan: Plan to change.
+            share: Share of the windows to measure on, in (0, 1].
+            curves: Predicted losses of the layers alone, for the second-order term; None leaves it out.
+            remains: Weight of the loss beyond the sum of the curves, in [0, 1].
 
         Returns:
             The predicted changes of the mean loss per predicted token.
@@ -119,16 +120,17 @@ class Fitness:
 
 
 class SecondRepairScore:
-    """Orders plans for a second repair; lower is better, but no measurement: the curves are of another text.
+    """Scores plans that will get a second repair; lower is better.
 
-    A candidate has its first repair alone, in which the errors of the layers add to one another: its loss is more than
-    the sum of what each costs alone. The second repair takes part of that excess away. A search that minimised it as it
-    stands would pay for it with losses that stay, so that it counts `remains` times only.
+    It ranks plans but is not a measured loss, because the curves come from another text. A candidate has only its first
+    repair. The errors of its layers accumulate, so its loss is larger than the sum of the layers' predicted losses; the
+    difference is the excess. The second repair removes part of the excess but not the predicted losses. A search that
+    counted the full excess would reduce it at the expense of losses that remain, so it is multiplied by `remains`.
 
     Args:
-        fitness: Measures the plans.
+        fitness: Fitness that measures the plans.
         curves: Predicted losses of the layers alone.
-        remains: Share of the loss in excess of their sum that counts, in [0, 1].
+        remains: Weight of the excess, in [0, 1].
     """
 
     def __init__(self, fitness: Fitness, curves: Sequence[LossCurves], remains: float = REMAINS) -> None:
@@ -136,7 +138,7 @@ class SecondRepairScore:
 
     @property
     def device(self) -> torch.device:
-        """Where candidates are scored."""
+        """Device on which candidates are scored."""
         return self._fitness.device
 
     @property
@@ -154,9 +156,9 @@ class SecondRepairScore:
         return self._fitness.score(alone + self._remains * excess, share)
 
     def loss(self, plan: Plan, share: float = 1.0) -> float:
-        """Score a plan in nats per token over the dense model."""
+        """Score a plan as a loss above the dense model's, in nats per token."""
         return self._fitness.nats(self(plan, share), share)
 
     def slopes(self, plan: Plan, share: float = 1.0) -> Slopes:
-        """Predict what small changes of a plan do to its score in nats."""
+        """Predict the effect of small changes of a plan on its score, in nats per token."""
         return self._fitness.slopes(plan, share, self._curves, self._remains)

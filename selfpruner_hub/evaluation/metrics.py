@@ -1,4 +1,4 @@
-"""Figures of a model on token windows: perplexity and divergence, without a tokens × vocabulary block."""
+"""Perplexity and KL divergence of a model on token windows, without all logits in memory at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.models.forward import Loss, head_chunks, last_hidden_states
 
 TOP_K = 64
-"""Teacher probabilities kept per position; the rest of the mass is one more outcome."""
+"""Number of teacher probabilities kept per position; the remaining probability mass is one more outcome."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Teacher:
     """The most likely next tokens of the dense model at every predicted position.
 
     Attributes:
-        ids: `[P, K]`, int32.
-        log_probs: `[P, K]`, float32; natural logarithms.
+        ids: Token ids, `[P, K]`, int32.
+        log_probs: Natural logarithms of their probabilities, `[P, K]`, float32.
     """
 
     ids: Tensor
@@ -34,7 +34,7 @@ def cross_entropy(model: PreTrainedModel, windows: Tensor) -> float:
 
     Args:
         model: A causal language model.
-        windows: Token ids, `[N, W]`; each window is predicted on its own, from its second token on.
+        windows: Token ids, `[N, W]`; each window is predicted separately, from its second token on.
 
     Returns:
         Nats per token, at least 0.
@@ -43,19 +43,19 @@ def cross_entropy(model: PreTrainedModel, windows: Tensor) -> float:
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor) -> float:
-    """Exp of `cross_entropy`."""
+    """The exponential of `cross_entropy`."""
     return float(torch.tensor(cross_entropy(model, windows), dtype=torch.float64).exp())
 
 
 @torch.inference_mode()
 def teach(model: PreTrainedModel, windows: Tensor, top_k: int = TOP_K, counted: Tensor | None = None) -> Teacher:
-    """Keep what `divergence` needs of the dense model; 8 · K bytes per predicted token.
+    """Store the dense model's likeliest next tokens for `divergence`; 8 · K bytes per predicted token.
 
     Args:
         model: The dense model.
         windows: Token ids, `[N, W]`.
-        top_k: Outcomes kept per position, at most the vocabulary.
-        counted: Predictions that count, `[N, W - 1]`, bool; None counts all.
+        top_k: Number of tokens kept per position, at most the vocabulary.
+        counted: Mask of the predictions that count, `[N, W - 1]`, bool; None counts all.
 
     Returns:
         The teacher, on the CPU.
@@ -70,14 +70,14 @@ def teach(model: PreTrainedModel, windows: Tensor, top_k: int = TOP_K, counted: 
 
 @torch.inference_mode()
 def divergence(model: PreTrainedModel, windows: Tensor, teacher: Teacher) -> float:
-    """Mean KL(teacher ‖ model) per predicted token, in nats, over the teacher's top outcomes and the rest as one.
+    """Mean KL(teacher ‖ model) per predicted token, in nats, over the teacher's top tokens and the rest as one outcome.
 
-    A lower bound of the full divergence, and 0 only for the teacher's own distribution on these outcomes.
+    It is a lower bound of the full divergence, and 0 only if the two distributions agree on these outcomes.
 
     Args:
         model: A causal language model with the teacher's vocabulary.
-        windows: Token ids, `[N, W]`: those that the teacher saw, or the first of them.
-        teacher: What `teach` returned.
+        windows: Token ids, `[N, W]`: the windows of the teacher, or the first of them.
+        teacher: Result of `teach`.
 
     Returns:
         Nats per token, at least 0 up to rounding.
@@ -86,7 +86,7 @@ def divergence(model: PreTrainedModel, windows: Tensor, teacher: Teacher) -> flo
 
 
 def label_loss(windows: Tensor, counted: Tensor | None = None) -> Loss:
-    """The negative log-likelihood of the tokens that follow in `windows`, `[N, W]`, where they count."""
+    """The negative log-likelihood of the counted next tokens in `windows`, `[N, W]`."""
     targets = following(windows, counted)
 
     def loss(logits: Tensor, first: int) -> Tensor:
@@ -97,7 +97,7 @@ def label_loss(windows: Tensor, counted: Tensor | None = None) -> Loss:
 
 
 def miss_loss(windows: Tensor, counted: Tensor | None = None) -> Loss:
-    """The number of tokens that follow in `windows`, `[N, W]`, count, and are not the model's first choice."""
+    """The number of counted next tokens in `windows`, `[N, W]`, that are not the model's likeliest token."""
     targets = following(windows, counted)
 
     def loss(logits: Tensor, first: int) -> Tensor:
@@ -107,12 +107,12 @@ def miss_loss(windows: Tensor, counted: Tensor | None = None) -> Loss:
 
 
 def following(windows: Tensor, counted: Tensor | None = None) -> Tensor:
-    """The tokens that are predicted in `windows`, `[N, W]`, where they count, `[P]`."""
+    """The counted next tokens in `windows`, `[N, W]`, as one row, `[P]`."""
     return windows[:, 1:].flatten() if counted is None else windows[:, 1:][counted]
 
 
 def teacher_loss(teacher: Teacher) -> Loss:
-    """The divergence from a teacher, over its top outcomes and the rest as one."""
+    """The KL divergence from a teacher, over its top tokens and all others as one outcome."""
 
     def loss(logits: Tensor, first: int) -> Tensor:
         rows = slice(first, first + len(logits))
@@ -127,16 +127,16 @@ def teacher_loss(teacher: Teacher) -> Loss:
 
 @torch.inference_mode()
 def mean_losses(model: PreTrainedModel, windows: Tensor, *losses: Loss, counted: Tensor | None = None) -> list[float]:
-    """Several losses in one pass over the windows.
+    """Measure several losses in one pass over the windows.
 
     Args:
         model: A causal language model.
         windows: Token ids, `[N, W]`.
-        *losses: What to measure.
-        counted: Predictions that count, `[N, W - 1]`, bool, as the losses know them; None counts all.
+        *losses: Losses to measure.
+        counted: Mask of the predictions that count, `[N, W - 1]`, bool; the losses must use the same. None counts all.
 
     Returns:
-        The mean of each per predicted token, in nats.
+        Mean of each loss per predicted token, in its unit: nats, or the share of misses for `miss_loss`.
     """
     totals, predicted = [0.0] * len(losses), 0
     for first, logits in _logits(model, windows, counted):

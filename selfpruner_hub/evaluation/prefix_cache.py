@@ -1,4 +1,4 @@
-"""Hidden states of the best plans at some layer boundaries: a candidate with the same first layers starts there."""
+"""Cache hidden states of the best plans at some layer boundaries; candidates with the same first layers start there."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from selfpruner_hub.plans.plan import Plan
 
 KEPT = 4
-"""Plans whose hidden states are kept, for each number of windows: those that become parents."""
+"""Number of plans whose hidden states are cached, per number of windows: the best plans, which become parents."""
 
 
 class Boundaries:
-    """Keeps hidden states, and says where a candidate can start. Fitness is the same with it and without, to the bit.
+    """Caches hidden states at layer boundaries and finds the boundary at which a candidate can start.
+
+    Fitness is bit-equal with and without the cache.
 
     Args:
-        capacity: Bytes that the hidden states for one number of windows may take.
+        capacity: Maximum size in bytes of the hidden states for one number of windows.
     """
 
     def __init__(self, capacity: float) -> None:
@@ -25,15 +27,15 @@ class Boundaries:
         self._best: dict[int, list[tuple[float, Start]]] = {}
 
     def start(self, plan: Plan, windows: int, size: int) -> Start:
-        """Find the kept boundary that lets `plan` skip the most layers.
+        """Find the cached boundary at which `plan` skips the most layers.
 
         Args:
             plan: The candidate.
-            windows: How many windows it is scored on: hidden states hold for the first so many.
-            size: Bytes of the hidden states of these windows at one boundary.
+            windows: Number of windows that it is scored on; hidden states are cached separately for each number.
+            size: Size in bytes of the hidden states of these windows at one boundary.
 
         Returns:
-            Where it starts: at layer 0 where nothing is shared.
+            The start of the candidate; its depth is 0 if no cached plan shares its first layers.
         """
         depth, states = 0, {}
         for _, known in self._best.get(windows, []):
@@ -47,25 +49,25 @@ class Boundaries:
         return Start(plan, depth, states, {mark for mark in marks if mark > depth})
 
     def keep(self, start: Start, windows: int, fitness: float) -> None:
-        """Keep what a candidate left at the boundaries, where it is among the best so far.
+        """Cache the hidden states of a candidate if it is among the best so far.
 
         Args:
-            start: What `start` returned, after its layers were run.
-            windows: As in `start`.
-            fitness: Its score, lower is better.
+            start: Result of `start`, after its layers were run.
+            windows: Number of windows, as in `start`.
+            fitness: Score of the candidate, lower is better.
         """
         ranked = sorted([*self._best.get(windows, []), (fitness, start)], key=lambda pair: pair[0])
         self._best[windows] = ranked[:KEPT]
 
 
 class Start:
-    """A candidate that starts at a layer boundary, and leaves its own hidden states at further ones.
+    """A candidate that starts at a layer boundary and records its own hidden states at later boundaries.
 
     Args:
         plan: The candidate.
-        depth: Layers that it skips.
-        states: By boundary, the hidden states of each forward pass, `[B, W, H]`.
-        marks: Boundaries beyond `depth` at which to keep hidden states.
+        depth: Number of layers that it skips.
+        states: Hidden states of each forward pass, `[B, W, H]`, by boundary.
+        marks: Boundaries beyond `depth` at which to record hidden states.
     """
 
     def __init__(self, plan: Plan, depth: int, states: dict[int, list[Tensor]], marks: set[int]) -> None:
@@ -75,9 +77,9 @@ class Start:
         self._marks = marks
 
     def layers(self, build: Callable[[int], nn.Module]) -> nn.ModuleList:
-        """Stand-ins for the layers that are skipped, and the others, which `build` makes from their index.
+        """Return placeholders for the skipped layers, and the other layers, which `build` makes from their index.
 
-        They serve for one run over the windows, in their order and in the same batches.
+        They are valid for one pass over the windows, in the same order and the same batches as the cached pass.
         """
         built = {index: build(index) for index in range(self.depth, len(self.plan.layers))}
         skipped: list[nn.Module] = [_Passed() for _ in range(self.depth)]
@@ -90,7 +92,7 @@ class Start:
 
 
 def _shared(a: Plan, b: Plan) -> int:
-    """First layers that two plans have in common."""
+    """Number of first layers that two plans have in common."""
     pairs: Sequence[Any] = list(zip(a.layers, b.layers, strict=True))
     return next((index for index, (x, y) in enumerate(pairs) if x != y), len(pairs))
 
@@ -100,14 +102,14 @@ def _recorder(kept: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
 
 
 class _Passed(nn.Module):
-    """A layer whose work is done."""
+    """A placeholder for a skipped layer; it returns its input."""
 
     def forward(self, hidden: Tensor, **_: Any) -> Tensor:
         return hidden
 
 
 class _Known(nn.Module):
-    """The last layer before a boundary: gives what it gave when it was run."""
+    """A placeholder for the last skipped layer; it returns the cached hidden states, batch by batch."""
 
     def __init__(self, states: list[Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Plain questions with known answers: whether a chat model, asked through its template, still says what it knew."""
+"""Plain questions with known answers, asked to a chat model through its template."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.progress import Progress
 
 HALVES = ("develop", "report")
-"""Settings are chosen on the first; figures are of the second."""
+"""Halves of the questions: settings are chosen on the first, figures are reported on the second."""
 REPLY_TOKENS = 40
-"""Largest length of a reply."""
+"""Maximum length of a reply in tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,21 @@ class Question:
     topic: str
     question: str
     answers: tuple[str, ...]
-    """Forms of the answer; one of them is enough."""
+    """Accepted forms of the answer; a right reply contains at least one."""
 
     def is_right(self, reply: str) -> bool:
-        """Whether one of the answers is in a reply, as whole words, in upper or lower case."""
+        """Whether a reply contains one of the answers as whole words, in upper or lower case."""
         return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply, re.IGNORECASE) for answer in self.answers)
 
 
 def load_questions(half: str = "report") -> list[Question]:
-    """Read the questions that the package brings, 200 in each half.
+    """Read the questions that come with the package, 200 in each half.
 
     Args:
         half: One of `HALVES`.
 
     Returns:
-        Questions in their order.
+        Questions in the order of the file.
 
     Raises:
         UserError: There is no such half.
@@ -63,19 +63,19 @@ def replies(
     questions: Sequence[str],
     progress: Progress | None = None,
 ) -> list[str]:
-    """Ask a chat model, with no system prompt but its template's; the likeliest token each time.
+    """Ask a chat model questions, with its template's default system prompt; it answers with its likeliest tokens.
 
     Args:
         model: A chat model.
         tokenizer: Its tokenizer, with a chat template.
-        questions: Texts of a user's turn.
-        progress: Called with the number of replies that are done.
+        questions: Questions, each the text of one user's turn.
+        progress: Callback that receives the number of replies that are done.
 
     Returns:
-        Replies of at most `REPLY_TOKENS` tokens.
+        Replies of at most `REPLY_TOKENS` tokens, in the order of the questions.
 
     Raises:
-        DataError: The template does not take a user's turn.
+        DataError: The template rejects a user's turn.
     """
     prompts = [prompt_ids(tokenizer, [{"role": "user", "content": question}]) for question in questions]
     written = continuations(
@@ -96,6 +96,6 @@ def rightly_answered(
     questions: Sequence[Question],
     progress: Progress | None = None,
 ) -> list[bool]:
-    """Whether a model answers each question rightly; arguments and errors as for `replies`."""
+    """One flag per question: whether the model answers it rightly; arguments and errors are those of `replies`."""
     said = replies(model, tokenizer, [each.question for each in questions], progress)
     return [question.is_right(reply) for question, reply in zip(questions, said, strict=True)]

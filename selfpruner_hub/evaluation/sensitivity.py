@@ -1,4 +1,4 @@
-"""How much the loss minds a narrower layer: in the dense model alone, and around a plan that is already pruned."""
+"""Predict the change of the loss when one layer of a pruned plan becomes a step narrower or wider."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from selfpruner_hub.plans.predicted_loss import LossCurves, Slopes, step_channel
 from selfpruner_hub.pruning.slicing import PARTS, Part, Slicer, units
 
 BATCH_TOKENS = 1024
-"""Tokens in one forward and backward pass."""
+"""Number of tokens in one forward and backward pass."""
 
 
 def slopes(
@@ -29,19 +29,19 @@ def slopes(
     curves: Sequence[LossCurves] | None = None,
     remains: float = 1.0,
 ) -> Slopes:
-    """Predict what each small change of a plan does to the loss: one forward and one backward pass for all of them.
+    """Predict the effect of each small change of a plan on the loss, with one forward and one backward pass for all.
 
-    First order, E[∂L/∂y · δy], from the gradient of the pruned model, so the interaction of the layers is in it. The
-    second order ½ E[δyᵀ F δy] is the difference of the loss curves: with nested least squares, the errors of two widths
-    differ by exactly E[δyᵀ F δy].
+    The first-order term E[∂L/∂y · δy] uses the gradient of the pruned model, so it includes the interaction of the
+    layers. The second-order term ½ E[δyᵀ F δy] is the difference of the loss curves: with nested least squares, the
+    errors of two widths differ by exactly E[δyᵀ F δy].
 
     Args:
-        slicer: Of the dense model.
-        plan: Around which.
+        slicer: Slicer of the dense model.
+        plan: Plan to change.
         windows: Token ids, `[N, W]`.
-        loss: What the search minimises, summed over positions.
-        curves: For the second order; None leaves it out.
-        remains: How much of the loss in excess of the sum of the curves counts (`fitness.SecondRepairScore`).
+        loss: Loss that the search minimises, summed over positions.
+        curves: Predicted losses of the layers alone, for the second-order term; None leaves it out.
+        remains: Weight of the loss beyond the sum of the curves, in [0, 1] (`fitness.SecondRepairScore`).
 
     Returns:
         The predicted changes of the mean loss per predicted token.
@@ -66,7 +66,7 @@ def slopes(
 
 
 class _Change:
-    """What happens to the loss when one part of one layer keeps a step less, or a step more."""
+    """The predicted change of the loss when one part of one layer loses a step, or gets one back."""
 
     def __init__(self, slicer: Slicer, index: int, part: Part, plan: Plan) -> None:
         self.part = part
@@ -87,14 +87,14 @@ class _Change:
         self._output = self._gradient = torch.empty(0)
 
     def called(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what the pruned attention or FFN is called with."""
+        """Keep the call arguments of the pruned attention or FFN."""
         self._call = (
             tuple(a.detach() if isinstance(a, Tensor) else a for a in args),
             {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()},
         )
 
     def returned(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the output, and later its gradient."""
+        """Keep the output, and its gradient from the backward pass."""
         self._output = output.detach()
 
         def keep(gradient: Tensor) -> None:
@@ -103,7 +103,7 @@ class _Change:
         output.register_hook(keep)
 
     def add(self) -> None:
-        """Run the dense part on the pruned stream, and see where its other widths would have led."""
+        """Run the dense part on the pruned model's inputs, and add the first-order term of the other widths."""
         seen: list[Tensor] = []
         handle = self._dense_output.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
         with _removed([handle]):
@@ -114,7 +114,7 @@ class _Change:
             self._sums[name] += (self._gradient.float() * (moved - self._output).float()).sum().item()
 
     def predicted(self, tokens: int, curves: Sequence[LossCurves] | None, remains: float) -> dict[str, float]:
-        """Mean change per token of each direction; infinite where there is none."""
+        """Mean change of the loss per token in each direction; infinite if the width cannot change that way."""
         found = {"removed": float("inf"), "restored": float("inf")}
         for name, width in self._widths.items():
             curve = None if curves is None else getattr(curves[self._index], self.part)
@@ -131,7 +131,7 @@ def _watched(changes: Sequence[_Change], modules: Sequence[nn.Module], owners: S
 
 
 def _backward(model: PreTrainedModel, batch: Tensor, done: int, loss: Loss) -> int:
-    """Run forward and backward, the head in chunks; `done` positions came before. Returns those done after it."""
+    """Run forward and backward, the head in chunks; `done` positions are finished before. Return how many are after."""
     with frozen(model):
         embedded = model.get_input_embeddings()(batch.to(model.device)).requires_grad_()
         hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
@@ -146,7 +146,7 @@ def _outputs(model: PreTrainedModel, layer: nn.Module) -> tuple[nn.Linear, nn.Li
 
 
 def _owners(model: PreTrainedModel, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The attention and FFN modules that the output projections belong to."""
+    """The attention and FFN modules that contain the output projections."""
     architecture = architecture_of(model.config)
     attention, ffn = architecture.attention_output.rpartition(".")[0], architecture.ffn_output.rpartition(".")[0]
     return layer.get_submodule(attention), layer.get_submodule(ffn)

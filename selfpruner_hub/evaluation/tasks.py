@@ -18,58 +18,58 @@ from selfpruner_hub.errors import DataError, MissingExtraError, UserError
 from selfpruner_hub.models.weights import weights_hash
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-"""Those of the paper (arXiv 2502.14413)."""
+"""The tasks of the paper (arXiv 2502.14413)."""
 FORMS = {
     frozenset({"query", "choices", "gold"}): {"doc_to_choice": "choices", "doc_to_target": "gold"},
-    # Partial evaluation, as winogrande is scored: one ending after each of two contexts.
+    # Partial evaluation, as in winogrande: the same ending is scored after each of two contexts.
     frozenset({"context_options", "continuation", "gold"}): {
         "doc_to_text": "gold",
         "doc_to_choice": "context_options",
         "doc_to_target": "continuation",
     },
 }
-"""Fields of an item in a file, and how the harness reads them."""
+"""Task settings of the harness, by the fields of an item in a file."""
 _NEEDED = " or ".join(", ".join(sorted(form)) for form in FORMS)
 CHOICE_FIGURES = ("acc", "acc_norm")
 FIGURES = (
     *CHOICE_FIGURES,
-    "exact_match",  # gsm8k, once for each way to find the answer in what is written
+    "exact_match",  # gsm8k, once for each way to extract the answer from the text
     *("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc"),  # ifeval
 )
-"""What is kept of what the harness finds; all of it in [0, 1]."""
+"""Figures of the harness that are kept; all are in [0, 1]."""
 CHAT_TASKS = ("ifeval", "gsm8k")
-"""Tasks that a model with a chat template answers through it."""
+"""Tasks that use the chat template if the model has one."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """How a model did on a task."""
+    """The score of a model on a task."""
 
     task: str
     items: int
     source: str
-    """Of the items: a dataset of the Hub, or the name of a file."""
+    """Source of the items: a dataset on the Hub, or the name of a file."""
     version: str
-    """Of lm-evaluation-harness."""
+    """Version of lm-evaluation-harness."""
     figures: dict[str, float]
-    """Those of `FIGURES` that the task has, such as `acc_norm` (by the likelihood of a choice's bytes); in [0, 1]."""
+    """Figures of the task by name, from `FIGURES`, such as `acc_norm` (likelihood normalised by bytes); in [0, 1]."""
     errors: dict[str, float]
-    """Standard error of each, over the items; 0 where the harness has none."""
+    """Standard error of each figure over the items; 0 if the harness gives none."""
     chat: bool = False
-    """Whether it was asked through the chat template."""
+    """Whether the task was asked through the chat template."""
 
 
 def named(tasks: str) -> list[str]:
-    """Read a list of tasks: `"seven"`, or names with commas between them.
+    """Parse a list of tasks: `"seven"`, or names separated by commas.
 
     Args:
-        tasks: What a user wrote.
+        tasks: Text from the user.
 
     Returns:
-        The names, each once.
+        The names, without repeats.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no name.
     """
     names = SEVEN if tasks == "seven" else tuple(filter(None, map(str.strip, tasks.split(","))))
     if not names:
@@ -78,16 +78,16 @@ def named(tasks: str) -> list[str]:
 
 
 def check_tasks(tasks: Sequence[str], directory: Path | None) -> None:
-    """Refuse what cannot be run, before a model is loaded.
+    """Check that the tasks can be run, before a model is loaded.
 
     Args:
-        tasks: Names.
-        directory: Of the task files; None: the harness reads the Hub.
+        tasks: Names of tasks.
+        directory: Directory of the task files; None reads the items from the Hub.
 
     Raises:
         MissingExtraError: lm-eval is not installed.
-        DataError: A file is missing or no task file.
-        UserError: The harness knows no such task.
+        DataError: A task file is missing or has another format.
+        UserError: The harness has no such task.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("lm_eval", "eval")
@@ -112,25 +112,26 @@ def evaluate_tasks(
     cache: Path | None = None,
     progress: bool = True,
 ) -> list[TaskScore]:
-    """Score a model on tasks, with no examples in the prompt.
+    """Score a model on tasks, zero-shot.
 
-    What the harness scores by likelihoods is asked as plain text; `CHAT_TASKS` go through the chat template.
+    Tasks that the harness scores by likelihoods are asked as plain text; `CHAT_TASKS` use the chat template.
 
     Args:
         model: A causal language model, dense or pruned.
         tokenizer: Its tokenizer.
-        tasks: Names in lm-evaluation-harness, or of the files.
-        directory: Holds `TASK.jsonl` for each, with items of one of `FORMS`; None reads them from the Hub.
-        limit: Only that many first items of each.
-        batch_size: Requests in a forward pass.
-        cache: Directory where likelihoods are kept, by the weights of the model; the same call goes on from there.
-        progress: Show a bar on stderr.
+        tasks: Names of tasks in lm-evaluation-harness, or of files.
+        directory: Directory with a `TASK.jsonl` per task, with items of one of `FORMS`; None reads them from the Hub.
+        limit: Number of items per task, from the first; None uses all.
+        batch_size: Number of requests in a forward pass.
+        cache: Directory that caches the model's answers, by its weights; the same call resumes from it.
+        progress: Whether to show a progress bar on stderr.
 
     Returns:
-        A score a task, in their order.
+        One score per task, in the order of `tasks`.
 
     Raises:
-        UserError: As for `check_tasks`, or a task needs a library that is missing.
+        MissingExtraError: lm-eval is not installed.
+        UserError: `check_tasks` fails, or a task needs a library that is missing.
         DataError: The items cannot be loaded.
     """
     check_tasks(tasks, directory)
@@ -160,13 +161,13 @@ def evaluate_tasks(
                 bootstrap_iters=1,
                 log_samples=False,
                 task_manager=_manager(defaults=directory is None),
-            )  # errors of means need no bootstrap, but none are given without it
+            )  # standard errors of means need no bootstrap, but the harness gives none without it
         except ImportError as error:
             raise UserError(
                 f"The task {task} needs {error.name or 'a library'}, which is not installed.",
                 'Install it with: pip install "selfpruner-hub[eval]"',
             ) from error
-        except Exception as error:  # what the Hub's clients raise has no base class
+        except Exception as error:  # the errors of the Hub's clients have no common base class
             if directory is not None:
                 raise
             raise DataError(
@@ -196,13 +197,13 @@ def _score(task: str, found: Any, directory: Path | None, chat: bool = False) ->
 
 
 def _number(value: Any) -> float:
-    """The harness writes "N/A" where there is no standard error, as of a single item."""
+    """A standard error as a number; 0 for "N/A", which the harness writes if there is none, as for a single item."""
     return float(value) if isinstance(value, float) else 0.0
 
 
 @functools.cache
 def _manager(defaults: bool) -> Any:
-    """The harness's index of tasks; its own thousands take many seconds to read."""
+    """The harness's index of tasks; `defaults` includes its own thousands, which take many seconds to read."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=defaults)
@@ -216,7 +217,7 @@ def _file(directory: Path, task: str) -> Path:
 
 
 def _form(path: Path) -> dict[str, Any]:
-    """How the harness reads the items of a file, by the fields of the first one."""
+    """The task settings for a file, by the fields of its first item."""
     try:
         with path.open(encoding="utf-8") as file:
             fields = frozenset(dict(json.loads(file.readline())))
@@ -229,7 +230,7 @@ def _form(path: Path) -> dict[str, Any]:
 
 
 def _prompt(item: dict[str, Any]) -> str:
-    """The harness's own wording: a question and "Answer:", or a text to be continued."""
+    """The prompt of an item, in the harness's own wording: a question and "Answer:", or a text to continue."""
     query = str(item["query"]).rstrip()
     return f"{query}\nAnswer:" if query.startswith("Question:") and not query.endswith("Answer:") else query
 

@@ -1,1 +1,1 @@
-"""Models: load them, run them, patch them for a while, and the classes whose layers differ."""
+"""Models: load, run and temporarily patch them; model classes whose layers differ in width."""

@@ -1,4 +1,4 @@
-"""Where each supported architecture keeps its prunable weights: data, one row per `model_type`."""
+"""Locations of the prunable weights of each supported architecture: a table with one row per `model_type`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
 
 Block = Literal["query", "key_value", "channel"]
-"""What a run of output rows belongs to: the query heads of the KV groups, their key (or value) heads, FFN channels."""
+"""Kind of a block of output rows: query heads of the KV groups, their key (or value) heads, or FFN channels."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Projection:
     path: str
     """Module path inside a decoder layer."""
     blocks: tuple[Block, ...]
-    """Runs of rows, in order; a fused projection has several."""
+    """Blocks of rows, in order; a fused projection has several."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Architecture:
     attention_output: str = "self_attn.o_proj"
     ffn_output: str = "mlp.down_proj"
     output_norms: bool = False
-    """The outputs of attention and FFN are normalised before they are added to the residual stream."""
+    """Whether the outputs of attention and FFN are normalised before they are added to the residual stream."""
     norm_unit: float = 0.0
-    """What a norm adds to its weight before it multiplies by it."""
+    """Constant that a norm adds to its weight before it multiplies by it."""
 
     @property
     def ffn_inputs(self) -> tuple[Projection, ...]:
@@ -74,13 +74,13 @@ ARCHITECTURES = {
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """Look up the row of a configuration.
+    """Look up the architecture of a configuration.
 
     Args:
-        config: Of a dense or a pruned model.
+        config: Configuration of a dense or pruned model.
 
     Returns:
-        Where that architecture keeps its prunable weights.
+        The table row of its `model_type`.
 
     Raises:
         UnsupportedArchitectureError: The table has no such `model_type`.
@@ -95,7 +95,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The heterogeneous model class that stands for `config`'s architecture."""
+    """The pruned model class, with layers of different widths, for `config`'s architecture."""
     return MODEL_CLASSES[architecture_of(config).model_type]
 
 
@@ -113,7 +113,7 @@ def linear(layer: nn.Module, path: str) -> nn.Linear:
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
-    """Read the prunable geometry from a configuration, whose layers may differ already."""
+    """Read the prunable geometry from a configuration; its layers may already differ in width."""
     layers = list(config.per_layer_config)
     first = layers[0]
     head_dim = getattr(first, "head_dim", None) or first.hidden_size // first.num_attention_heads
@@ -126,7 +126,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
 
 
 def block_rows(shape: ModelShape, kept: LayerWidths, block: Block) -> int:
-    """Count the output rows that a block of this kind has in a layer of widths `kept`."""
+    """Count the output rows of a block of this kind in a layer with the widths `kept`."""
     if block == "channel":
         return kept.intermediate_size
     heads = shape.queries_per_group if block == "query" else 1

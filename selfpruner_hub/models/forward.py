@@ -1,4 +1,4 @@
-"""Forward passes in batches: how many windows at once, then decoder and head, a block of positions at a time."""
+"""Forward passes in batches: choose the batch size, run the decoder, and run the head on blocks of positions."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from transformers import PreTrainedModel
 from selfpruner_hub.errors import ModelError
 
 BATCH_TOKENS = 2048
-"""Tokens in one forward pass of the decoder on a CPU."""
+"""Number of tokens in one forward pass of the decoder on a CPU."""
 HEAD_TOKENS = 128
-"""Positions whose logits are held at once, in float32: 128 × vocabulary."""
+"""Number of positions whose logits are in memory at once, in float32: 128 × vocabulary."""
 Loss = Callable[[Tensor, int], Tensor]
-"""(float32 logits `[P, V]`, index of the first of these predictions) → their summed loss in nats, a scalar."""
+"""(float32 logits `[P, V]`, index of the first of these predictions) → their summed loss, a scalar."""
 
 ON_ACCELERATORS = 16
-"""Times as many tokens are tried first on an accelerator."""
+"""Factor on the number of tokens for the first attempt on an accelerator."""
 
 _known: WeakKeyDictionary[PreTrainedModel, dict[int, int]] = WeakKeyDictionary()
 
 
 @torch.inference_mode()
 def windows_at_once(model: PreTrainedModel, width: int, tokens: int) -> int:
-    """Count the windows that go through the decoder together.
+    """Choose the number of windows in one forward pass of the decoder.
 
-    On an accelerator this is tried once for each width, with the layers that the model has then: a tenth fewer as often
-    as memory ends. So the dense model goes first, and candidates, which take no more, keep to it.
+    On an accelerator, the number is found by trial, once per width, with the current layers of the model: on
+    out-of-memory, retry with 10 % fewer windows. The dense model must run first; candidates need no more memory and use
+    the same number.
 
     Args:
         model: A causal language model.
-        width: Tokens of a window.
-        tokens: In one pass on a CPU.
+        width: Number of tokens per window.
+        tokens: Number of tokens in one pass on a CPU.
 
     Returns:
-        At least 1.
+        Number of windows, at least 1.
 
     Raises:
         ModelError: Not even one window fits.
@@ -71,10 +72,10 @@ def last_hidden_states(model: PreTrainedModel, windows: Tensor, counted: Tensor 
     Args:
         model: A causal language model.
         windows: Token ids, `[N, W]`.
-        counted: Predictions that count, `[N, W - 1]`, bool; None counts all.
+        counted: Mask of the predictions that count, `[N, W - 1]`, bool; None counts all.
 
     Yields:
-        What the head reads, `[P, H]`, at every position that predicts a token of its window and counts.
+        Last hidden states, `[P, H]`, at the positions whose predictions count; the last position of a window has none.
     """
     size = windows_at_once(model, windows.shape[1], BATCH_TOKENS)
     for first in range(0, len(windows), size):
@@ -84,11 +85,11 @@ def last_hidden_states(model: PreTrainedModel, windows: Tensor, counted: Tensor 
 
 
 def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Run the language-model head on `hidden`, `[P, H]`, a block of positions at a time.
+    """Run the language-model head on blocks of positions.
 
     Args:
         model: A causal language model.
-        hidden: Last hidden states.
+        hidden: Last hidden states, `[P, H]`.
 
     Yields:
         The index of the first position, and the block's float32 logits `[≤ HEAD_TOKENS, V]`.
@@ -100,15 +101,15 @@ def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, T
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Draw one outcome a row, by the inverse of the cumulative distribution; `torch.multinomial` runs on one core.
+    """Sample one token per row by inverse transform sampling; `torch.multinomial` would use only one core.
 
     Args:
-        logits: `[N, V]`, float32.
-        temperature: At least 0; 0 takes the likeliest.
-        generator: Source of randomness, on the device of the logits.
+        logits: Logits, `[N, V]`, float32.
+        temperature: Sampling temperature, at least 0; 0 takes the likeliest token.
+        generator: Random generator on the device of the logits.
 
     Returns:
-        `[N]`, int64.
+        Token ids, `[N]`, int64.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -118,16 +119,16 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tens
 
 
 def head_gradient(model: PreTrainedModel, hidden: Tensor, loss: Loss, first: int = 0) -> Tensor:
-    """The gradient of a loss by last hidden states, `[P, H]`, the head a block of positions at a time.
+    """Compute the gradient of a loss with respect to the last hidden states; the head runs on blocks of positions.
 
     Args:
         model: A causal language model.
         hidden: Last hidden states, `[P, H]`.
-        loss: Summed over positions.
-        first: The number of the first of them, for the loss.
+        loss: Loss, summed over positions.
+        first: Index of the first position, for the loss.
 
     Returns:
-        `[P, H]`.
+        Gradient, `[P, H]`.
     """
     leaf = hidden.requires_grad_()
     for number, logits in head_chunks(model, leaf):

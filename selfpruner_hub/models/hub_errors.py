@@ -1,4 +1,4 @@
-"""What the Hub's client raises, as one line with a remedy; and what of it is worth another try."""
+"""Turn errors of the Hub's client into one line with a remedy, and decide which calls to retry."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from selfpruner_hub.errors import HubError, OutputError, RepositoryError, SelfPrunerError
 
 TRANSIENT = (408, 429, 500, 502, 503, 504)
-"""Statuses that may go away by themselves: the ones that huggingface_hub retries where it retries at all."""
+"""HTTP statuses of temporary failures: those that huggingface_hub retries, in the calls that it retries."""
 LONGEST_PAUSE = 60.0
-"""Seconds: a server may ask for more, and is then told of to the user instead."""
+"""Maximum pause in seconds; if a server asks for more, the user gets an error instead."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def causes(error: BaseException) -> list[BaseException]:
-    """An error with all that stands behind it, outermost first."""
+    """An error and the chain of its causes, outermost first, at most 8."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 8:
         chain.append(cause)
@@ -27,23 +27,23 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error; None where no answer came."""
+    """The HTTP status that caused an error; None if the server did not answer."""
     return next((e.response.status_code for e in causes(error) if isinstance(e, HfHubHTTPError)), None)
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a disk, a quota or a limit of the size of files stands behind an error."""
+    """Whether a full disk, a quota or a file size limit caused an error."""
     return any(isinstance(e, OSError) and e.errno in _FULL for e in causes(error))
 
 
 def pause(error: BaseException) -> float | None:
-    """How long to wait before another try.
+    """Decide how long to wait before a retry.
 
     Args:
-        error: What a call of the Hub's client raised.
+        error: Error from a call of the Hub's client.
 
     Returns:
-        Seconds, 0 where the server names none; None where another try is of no use.
+        Seconds, 0 if the server names none; None if a retry would not help.
     """
     if is_full_disk(error):
         return None
@@ -57,7 +57,7 @@ def pause(error: BaseException) -> float | None:
 
 
 def may_have_committed(error: BaseException) -> bool:
-    """Whether a commit may stand although its call failed: no answer came, or a failure of the server's own."""
+    """Whether a commit may have succeeded although its call failed: no answer, or a failure inside the server."""
     status = status_of(error)
     if status is not None and (status < 500 or status == 503):
         return False
@@ -67,18 +67,18 @@ def may_have_committed(error: BaseException) -> bool:
 
 
 def explain_hub(error: BaseException, repo: str) -> SelfPrunerError | None:
-    """Turn what a call of the Hub's client raised into one line with a remedy.
+    """Turn an error of the Hub's client into one line with a remedy.
 
     Args:
-        error: The error.
-        repo: The repository that it is about.
+        error: Error from a call of the Hub's client.
+        repo: Name of the repository.
 
     Returns:
-        One of our errors; None where the Hub has nothing to do with it.
+        The error to raise; None if the Hub did not cause it.
     """
     if is_full_disk(error):
         return OutputError("The disk is full.", "Make room (HF_HOME names another place for downloads), then repeat.")
-    for e in causes(error):  # first what the client says of itself: a status stands behind some of it
+    for e in causes(error):  # first the client's own messages, because a status caused some of them
         for start, what in _OF_CONTENT.items():
             if isinstance(e, ValueError) and start in str(e):
                 return RepositoryError(f"The Hub refuses {what}: {_line(str(e).partition(start)[2])}.")
@@ -102,7 +102,7 @@ _OF_CONTENT = {
     "Invalid metadata in README.md.": "the card",
     "LFS batch API returned errors:": "a file",
 }
-"""What the client says in a ValueError, and what it is about."""
+"""Start of the client's ValueError message, and the object that it refers to."""
 _BY_STATUS: dict[int, tuple[type[SelfPrunerError], str, str]] = {
     401: (RepositoryError, "The Hub does not accept the token, or {repo} needs one.", _LOG_IN),
     402: (RepositoryError, "The Hub asks for a paid plan: {said}.", "See the billing page of the account on the Hub."),
@@ -134,7 +134,7 @@ def _of_status(status: int, error: BaseException, repo: str) -> SelfPrunerError:
 
 
 def _waits(error: BaseException) -> Iterator[float]:
-    """Seconds that the server asks to wait."""
+    """Yield the pauses that the server asks for, in seconds."""
     for e in causes(error):
         if isinstance(e, HfHubHTTPError) and (text := e.response.headers.get("Retry-After", "")).isdigit():
             yield float(text)

@@ -1,4 +1,4 @@
-"""Hidden states that go through the decoder layers one layer at a time, so that one layer's work needs one layer."""
+"""Stream hidden states through the decoder layers one layer at a time, so that only one layer is worked on at once."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from selfpruner_hub.models.patching import replaced
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 BATCH_TOKENS = 4096
-"""Tokens in one forward pass of a layer."""
+"""Number of tokens in one forward pass of a layer."""
 
 Call = Callable[[nn.Module, Tensor], Tensor]
-"""Runs a decoder layer on hidden states, with the masks and positions that the model gives it."""
+"""Function that runs a decoder layer on hidden states, with the model's masks and positions for that layer."""
 
 
 class Stream:
-    """The hidden states of some windows before one of the layers of a model, in batches.
+    """Hidden states of windows before one decoder layer of a model, in batches.
 
     Memory: one hidden state per token.
 
     Args:
-        model: Whose embeddings and layers they go through.
+        model: The model that provides embeddings and layers.
         windows: Token ids, `[N, W]`.
-        store: Where they are put.
+        store: Store for the hidden states.
     """
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, store: TensorStore = MEMORY) -> None:
         batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
         self.hidden = [store(_embedded(model, batch)) for batch in batches]
-        """One `[B, W, H]` a batch."""
+        """Hidden states, one tensor `[B, W, H]` per batch."""
         self._calls = {len(batch): _calls(model, batch) for batch in (batches[0], batches[-1])}
 
     def run(self, index: int, layer: nn.Module, number: int, watched: Sequence[Seen] = ()) -> Tensor | None:
-        """Run a layer on one batch, which stays as it is.
+        """Run a layer on one batch, without changing the stored hidden states.
 
         Args:
-            index: Of the layer, in the model.
-            layer: It, or its pruned copy.
-            number: Of the batch.
-            watched: Keep what goes in and out of modules inside it; the last one may end the pass.
+            index: Index of the layer in the model.
+            layer: The layer, or its pruned copy.
+            number: Index of the batch.
+            watched: Hooks on modules inside the layer that keep inputs and outputs; the last one may end the pass.
 
         Returns:
-            What comes out, or None where the pass was ended.
+            Output of the layer; None if a hook ended the pass.
         """
         hidden = self.hidden[number]
         with watching(watched):
@@ -56,30 +56,30 @@ class Stream:
         return None
 
     def advance(self, index: int, layer: nn.Module) -> None:
-        """Go on to what comes after a layer."""
+        """Replace the hidden states of all batches by the output of a layer."""
         for number in range(len(self.hidden)):
             self.hidden[number].copy_(cast(Tensor, self.run(index, layer, number)))
 
 
 def check_finite(tensors: Iterable[Tensor]) -> None:
-    """Refuse a model whose activations are not finite.
+    """Check that the activations of a model are finite.
 
     Args:
         tensors: Activations, or sums of them.
 
     Raises:
-        ModelError: One of them is not.
+        ModelError: A value is not finite.
     """
     if not all(each.isfinite().all() for each in tensors):
         raise ModelError("The model's activations are not finite.", "Check its weights, or load it in float32.")
 
 
 class Stop(Exception):  # noqa: N818  (not an error)
-    """Nothing that comes after is needed."""
+    """Ends a forward pass early, when the rest is not needed."""
 
 
 class Seen:
-    """A forward hook that keeps the last input and output of a module; the last of several ends the pass."""
+    """A forward hook that keeps the latest input and output of a module; with `last=True`, it also ends the pass."""
 
     input: Tensor
     output: Tensor
@@ -89,7 +89,7 @@ class Seen:
         self._last = last
 
     def __call__(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Be the hook."""
+        """Keep input and output; called by PyTorch as the hook."""
         self.input, self.output = args[0], output
         if self._last:
             raise Stop
@@ -97,7 +97,7 @@ class Seen:
 
 @contextmanager
 def watching(seen: Sequence[Seen]) -> Iterator[None]:
-    """Hooks on, as long as it lasts; a pass that one of them ends is ended quietly."""
+    """Install hooks for the duration of the context; if a hook ends the pass, the context ends without an error."""
     handles = [each.module.register_forward_hook(each) for each in seen]
     try:
         yield
@@ -109,7 +109,7 @@ def watching(seen: Sequence[Seen]) -> Iterator[None]:
 
 
 def _calls(model: PreTrainedModel, batch: Tensor) -> list[Call]:
-    """How the model calls each of its layers, for batches of this shape; no layer is run for it."""
+    """Functions that call each layer as the model does, for batches of this shape; no layer runs to find this out."""
     kept: list[dict[str, Any]] = []
 
     def keep(*args: Tensor, **kwargs: Any) -> Tensor:
@@ -129,7 +129,7 @@ def _calls(model: PreTrainedModel, batch: Tensor) -> list[Call]:
 
 
 def _embedded(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """What the first decoder layer reads."""
+    """The input of the first decoder layer."""
     kept: list[Tensor] = []
 
     def keep(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Models and tokenizers from a directory or the Hub, with one clear line for everything that can go wrong."""
+"""Load models and tokenizers from a directory or the Hub; each failure becomes a one-line error with a remedy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from selfpruner_hub.storage.layout import EXPORTS, PLOTS
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 _FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
-"""The `from_pretrained` keywords that say where files are, and so hold for configuration and tokenizer too."""
+"""The `from_pretrained` keywords that locate files; they apply to configuration and tokenizer too."""
 _WEIGHTS = ["*.safetensors", "*.json"]
 _GIVE = "Give a Hub repository, or a directory that `save_pretrained` wrote."
 
@@ -41,20 +41,21 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model, dense or pruned, and its tokenizer.
 
-    Weights of a GGUF file are dequantised: they are about to be cut.
+    Weights of a GGUF file are dequantised, so that they can be cut.
 
     Args:
-        name: A directory or a Hub repository.
-        any_architecture: Take models too that cannot be pruned, such as one that only proposes.
-        store: Where the weights are put; but for memory, they come from safetensors one by one.
+        name: Directory or Hub repository.
+        any_architecture: Whether to accept models that cannot be pruned, such as a proposer.
+        store: Store for the weights; a store on disk reads them one by one from safetensors.
         **kwargs: Keywords of transformers' `from_pretrained`.
 
     Returns:
-        The model in eval mode, and its tokenizer or None where there is none.
+        The model in eval mode, and its tokenizer, or None if it has none.
 
     Raises:
-        UnsupportedArchitectureError: The architecture is not in the table; found out before any weight is read.
-        ModelError: The model is missing, gated, out of reach, truncated, or has weights that are not finite.
+        UnsupportedArchitectureError: The architecture is not in the table; checked before any weight is read.
+        ModelError: The model is missing, gated, unreachable or truncated, or has weights that are not finite.
+        UserError: A store on disk is combined with a GGUF file, a device map or quantization.
     """
     where = _for_files(kwargs)
     kwargs["trust_remote_code"] = where["trust_remote_code"]
@@ -71,7 +72,7 @@ def load_model(
         raise
     except Exception as error:  # transformers, the Hub client and safetensors share no base class
         raise explain(name, error) from error
-    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+    if missing := sorted(found["missing_keys"]):  # transformers fills missing weights with random numbers
         raise ModelError(f"The weights of {name!r} lack {missing[0]}.", "Download or save them again.")
     for key, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -84,11 +85,11 @@ def load_model(
 
 
 def load_config(name: str, *, any_architecture: bool = False, **kwargs: Any) -> PreTrainedConfig:
-    """Load a model's configuration alone, and refuse what `load_model` would refuse by it.
+    """Load only a model's configuration, with the checks of `load_model` that need no weights.
 
     Args:
-        name: A directory or a Hub repository.
-        any_architecture: Take models too that cannot be pruned.
+        name: Directory or Hub repository.
+        any_architecture: Whether to accept models that cannot be pruned.
         **kwargs: Keywords of transformers' `from_pretrained`.
 
     Returns:
@@ -96,7 +97,7 @@ def load_config(name: str, *, any_architecture: bool = False, **kwargs: Any) -> 
 
     Raises:
         UnsupportedArchitectureError: The architecture is not in the table.
-        ModelError: The model is missing, gated, or out of reach.
+        ModelError: The model is missing, gated, or unreachable.
     """
     try:
         config = AutoConfig.from_pretrained(name, **_for_files(kwargs))
@@ -110,15 +111,15 @@ def load_config(name: str, *, any_architecture: bool = False, **kwargs: Any) -> 
 
 
 def _for_files(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keywords for configuration and tokenizer."""
+    """The keywords that apply to configuration and tokenizer."""
     where = {key: kwargs[key] for key in _FOR_FILES if key in kwargs}
-    return {**where, "trust_remote_code": kwargs.get("trust_remote_code", False)}  # None would ask on the terminal
+    return {**where, "trust_remote_code": kwargs.get("trust_remote_code", False)}  # None would prompt on the terminal
 
 
 def _one_by_one(
     name: str, config: PreTrainedConfig, store: TensorStore, dtype: str | torch.dtype = "auto", **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Build a model around weights that are put away as they are read, so that they are never in memory together."""
+    """Build a model and move each weight to `store` as it is read, so that they are never in memory all at once."""
     if kwargs.get("gguf_file") or kwargs.get("device_map") or kwargs.get("quantization_config"):
         raise UserError("Weights can be offloaded from safetensors to a CPU only.", "Leave out GGUF files and devices.")
     where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
@@ -132,7 +133,7 @@ def _one_by_one(
         with safe_open(directory / file, "pt") as opened:
             keys = list(opened.keys())
         for key in keys:
-            with safe_open(directory / file, "pt") as opened:  # anew for each, since what was read stays in memory
+            with safe_open(directory / file, "pt") as opened:  # reopened each time: read data stay in memory
                 _put(model, key, opened.get_tensor(key), named, store)
     model.tie_weights()
     missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
@@ -144,7 +145,7 @@ def _put(model: PreTrainedModel, key: str, tensor: Tensor, dtype: torch.dtype | 
     try:
         module = model.get_submodule(owner)
     except AttributeError:
-        return  # of a part that the architecture has not, as in from_pretrained
+        return  # weights without a module are ignored, as in from_pretrained
     if (expected := module._parameters.get(leaf)) is not None:
         if expected.shape != tensor.shape:
             raise ModelError(f"The weights of the model do not fit its configuration (first {key}).", _GIVE)
@@ -152,12 +153,12 @@ def _put(model: PreTrainedModel, key: str, tensor: Tensor, dtype: torch.dtype | 
 
 
 def explain(name: str, error: Exception) -> SelfPrunerError:
-    """Turn what a library raised while loading `name` into one line with a remedy."""
+    """Turn a library's error while loading `name` into one line with a remedy."""
     chain = causes(error)
     text = " ".join(str(e) for e in chain)
     gated = any(isinstance(e, GatedRepoError) for e in chain)
     missing = any(isinstance(e, (RepositoryNotFoundError, RevisionNotFoundError)) for e in chain)
-    if gated or ("gated repo" in text and not missing):  # what is missing may be gated, the Hub's client says
+    if gated or ("gated repo" in text and not missing):  # the client's "missing" text mentions gating too
         return ModelError(
             f"{name!r} is gated.", "Accept its terms on its Hub page, then log in with `hf auth login` or set HF_TOKEN."
         )
@@ -189,18 +190,19 @@ def explain(name: str, error: Exception) -> SelfPrunerError:
 
 
 def resolve_directory(name: str, folder: str = "", **kwargs: Any) -> Path:
-    """The local directory of a saved model: itself, or the Hub repository's snapshot.
+    """Find the local directory of a saved model; a Hub repository is downloaded.
 
     Args:
-        name: A directory or a Hub repository.
-        folder: A folder of it, such as that of an export; only this is fetched. Without one, all but these folders is.
-        **kwargs: `revision`, `token`, `cache_dir` and `local_files_only` are used.
+        name: Directory or Hub repository.
+        folder: Folder inside it, such as that of an export; only this folder is downloaded. By default, all files
+            except exports and plots are.
+        **kwargs: Keywords of the download; `revision`, `token`, `cache_dir` and `local_files_only` are used.
 
     Returns:
-        An existing directory.
+        The local directory, with `folder` appended.
 
     Raises:
-        ModelError: It is neither.
+        ModelError: There is no such directory, and the repository cannot be downloaded.
     """
     if Path(name).is_dir():
         return Path(name) / folder
@@ -210,12 +212,12 @@ def resolve_directory(name: str, folder: str = "", **kwargs: Any) -> Path:
     chosen |= {"allow_patterns": f"{folder}/*"} if folder else {"ignore_patterns": aside}
     try:
         return Path(snapshot_download(name, **chosen)) / folder
-    except Exception as error:  # the Hub client raises many kinds
+    except Exception as error:  # the Hub client raises many types
         raise explain(name, error) from error
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name can be that of a repository on the Hub, with its owner."""
+    """Whether a name is a valid Hub repository name that includes the owner."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -3,9 +3,9 @@
 This file imports torch and transformers only: it is copied beside the weights of every pruned model, so that
 `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` works without `selfpruner_hub`.
 
-A decoder layer is the stock layer of its architecture, built from its own widths; no forward pass is rewritten.
-The widths stand in transformers' `per_layer_config` (`num_attention_heads`, `num_key_value_heads`,
-`intermediate_size`), the dense values at the top of the configuration.
+A decoder layer is the stock layer of its architecture, built with its own widths; no forward pass is rewritten.
+The widths are in transformers' `per_layer_config` (`num_attention_heads`, `num_key_value_heads`,
+`intermediate_size`), the dense values at the top level of the configuration.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 
 class LayerConfig:
-    """The model's configuration as one layer sees it: its own widths, everything else live from the model.
+    """The configuration of one layer: its own widths; all other attributes are read from the model's configuration.
 
-    Live, because a layer reads `_attn_implementation` at every call: a copy made before it is resolved runs without a
-    causal mask, and one made after it would ignore `set_attn_implementation`.
+    They are read at each access, because a layer reads `_attn_implementation` at every call: a copy made before it is
+    resolved would run without a causal mask, and a later copy would ignore `set_attn_implementation`.
 
     Args:
         config: Configuration of the whole model.
-        **widths: The attributes that this layer has for itself.
+        **widths: Attributes that belong to this layer.
     """
 
     def __init__(self, config: PreTrainedConfig, **widths: int) -> None:
@@ -62,7 +62,7 @@ class LayerConfig:
         self._config = config
 
     def __getattr__(self, name: str) -> Any:
-        """Read what is not the layer's own from the model's configuration."""
+        """Read an attribute that is not the layer's own from the model's configuration."""
         if name.startswith("__") or "_config" not in self.__dict__:  # while being copied or unpickled
             raise AttributeError(name)
         return getattr(self._config, name)
@@ -73,14 +73,14 @@ WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def _homogeneous(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A shallow copy that holds the dense values alone."""
+    """A shallow copy with only the dense values."""
     dense = copy.copy(config)
     dense.per_layer_config = None
     return dense
 
 
 class SelfPrunedConfigMixin:
-    """Validates a configuration whose layers differ: the parent's checks on the dense values, ours on each layer."""
+    """Validates a configuration whose layers differ: stock checks on the dense values, width checks on each layer."""
 
     def validate(self) -> None:
         """Raise `ValueError` unless every layer has whole groups of query heads and at least one channel."""
@@ -99,7 +99,7 @@ class SelfPrunedMixin:
     layer_class: type[nn.Module]
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        # The stock constructor would size every layer from the global configuration: let it build none.
+        # The stock constructor would give every layer the dense widths, so let it build no layers.
         skeleton = _homogeneous(config)
         skeleton.num_hidden_layers = 0
         super().__init__(skeleton)
@@ -200,7 +200,7 @@ MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
         SelfPrunedPhi3ForCausalLM,
     )
 }
-"""The heterogeneous model class of each dense `model_type`."""
+"""The pruned model class of each dense `model_type`."""
 
 for _class in MODEL_CLASSES.values():
     # `register_for_auto_class` makes save_pretrained copy this file and write `auto_map`; `register` lets the Auto

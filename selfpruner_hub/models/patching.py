@@ -1,4 +1,4 @@
-"""Models changed for a while: other attention, other layers, no gradients, another precision of products."""
+"""Temporary changes of a model: attention function, layers, frozen weights, precision of matrix products."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ NAME = "selfpruner_decoding"
 def grouped_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attend as transformers' `sdpa` does under a mask.
+    """Compute attention as transformers' `sdpa` does with a mask, even if there is none.
 
-    Where there is no mask, it lets PyTorch share keys and values (`enable_gqa`). PyTorch's kernel for CPUs then reads
-    them once for every query head, and a step takes many times as long as with the heads of a group as rows of one
-    product, which is what transformers does where there is a mask.
+    Without a mask, transformers lets PyTorch share keys and values (`enable_gqa`). PyTorch's CPU kernel then reads them
+    once for every query head, and a step takes many times longer than if the heads of a group are rows of one product,
+    which is what transformers does with a mask.
 
     Args:
-        module: Whose attention it is.
-        query: `[B, Q, S, D]`.
-        key: `[B, G, T, D]`, Q a multiple of G.
-        value: `[B, G, T, D]`.
-        attention_mask: `[B, 1, S, T]`, or None where nothing but the future is masked.
-        **kwargs: What `sdpa_attention_forward` takes.
+        module: The attention module.
+        query: Queries, `[B, Q, S, D]`.
+        key: Keys, `[B, G, T, D]`; Q is a multiple of G.
+        value: Values, `[B, G, T, D]`.
+        attention_mask: Mask, `[B, 1, S, T]`; None masks only the future.
+        **kwargs: Keywords of `sdpa_attention_forward`.
 
     Returns:
-        `[B, S, Q, D]`, and no weights.
+        Attention output, `[B, S, Q, D]`, and None for the attention weights.
     """
     if attention_mask is None and query.shape[2] == 1:
         attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
@@ -43,7 +43,7 @@ def grouped_sdpa(
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give a module or an object another attribute for a while; one that its class has shows again at the end."""
+    """Replace an attribute of an object temporarily; on exit, its own attribute or that of its class is restored."""
     own = vars(owner)
     before, had = own.get(name), name in own
     setattr(owner, name, value)
@@ -58,7 +58,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Let a model attend by a registered function for a while."""
+    """Let a model use a registered attention function temporarily."""
     before = model.config._attn_implementation
     model.config._attn_implementation = name
     try:
@@ -68,14 +68,14 @@ def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def attending_by_group(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Let a model attend by `grouped_sdpa` while it writes, where it attends by `sdpa` on a CPU."""
+    """Let a model that uses `sdpa` on a CPU use `grouped_sdpa` temporarily, for generation; others do not change."""
     fits = model.config._attn_implementation == "sdpa" and model.device.type == "cpu"
     return attending_by(model, NAME) if fits else nullcontext()
 
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No gradients of the weights for a while: they would take as much memory as the weights do."""
+    """Turn off the gradients of the weights temporarily; they would take as much memory as the weights."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -88,7 +88,7 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def with_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[PreTrainedModel]:
-    """Let `model` run with other decoder layers for a while."""
+    """Let `model` run with other decoder layers temporarily."""
     decoder = model.get_decoder()
     dense = decoder.layers
     decoder.layers = layers

@@ -1,4 +1,4 @@
-"""Weights of a model: their number, and a hash that tells checkpoints apart."""
+"""Count the weights of a model, and hash them to tell checkpoints apart."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters, counted from the tensors; shared ones once."""
+    """Number of all parameters, counted from the tensors; shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def weights_hash(model: PreTrainedModel) -> str:
-    """Tell checkpoints apart without reading them whole: shapes and some values of every parameter."""
+    """Hash names, shapes and some values of all parameters, to tell checkpoints apart without reading all values."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         some = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)].float().cpu()

@@ -1,1 +1,1 @@
-"""Plans: how much each layer keeps, the budget, the loss that is predicted, the plans a search starts from."""
+"""Plans: widths of every layer, the budget β, predicted losses, and the seed plans of a search."""

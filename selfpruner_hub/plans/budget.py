@@ -1,4 +1,4 @@
-"""From rates to widths: every plan that leaves this module removes the fraction β of the prunable weights."""
+"""Turn rates into plans; every plan from this module removes the fraction β of the prunable weights."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from selfpruner_hub.errors import BudgetError
 from selfpruner_hub.plans.plan import ModelShape, Plan
 
 TOLERANCE = 1e-3
-"""Largest distance between β asked for and β achieved, where the model's own granularity allows it."""
+"""Maximum difference between the requested and the achieved β, if the granularity of the model allows it."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """A proposal: the fraction of its KV groups and of its FFN channels that each layer gives up.
+    """A proposal: the fractions of its KV groups and of its FFN channels that each layer loses.
 
     Attributes:
-        attention: One rate per layer, in [0, 1).
-        ffn: One rate per layer, in [0, 1).
+        attention: Fraction of KV groups to remove, one per layer, in [0, 1).
+        ffn: Fraction of FFN channels to remove, one per layer, in [0, 1).
     """
 
     attention: tuple[float, ...]
@@ -27,7 +27,7 @@ class Rates:
 
     @classmethod
     def tied(cls, rates: Sequence[float]) -> Rates:
-        """One rate per layer for both parts, as in the paper."""
+        """Use one rate per layer for both attention and FFN, as in the paper."""
         return cls(tuple(rates), tuple(rates))
 
 
@@ -38,12 +38,12 @@ class Budget:
     Args:
         shape: Geometry of the dense model.
         beta: Fraction of all prunable weights to remove, 0 < β < 1.
-        p_min: Least rate of any layer, in [0, β].
-        p_max: Greatest rate of any layer's attention or FFN (of the layer, where they are tied), in [β, 1).
-            No layer falls below one KV group.
-        tied: One rate for attention and FFN of a layer (arXiv 2502.14413) instead of two.
-        multiple_of: FFN widths are multiples of this many channels (hardware likes 32, 64 or 128); it must divide
-            the dense width. Coarser widths cost a little quality, and make β less exact in small models.
+        p_min: Minimum rate of any layer, in [0, β].
+        p_max: Maximum rate of any layer's attention or FFN (of the whole layer if they are tied), in [β, 1). Every
+            layer keeps at least one KV group.
+        tied: Whether attention and FFN of a layer share one rate (arXiv 2502.14413) instead of two.
+        multiple_of: Number of channels that every FFN width is a multiple of (32, 64 or 128 suit most hardware); it
+            must divide the dense width. Coarser widths lose a little quality, and make β less exact in small models.
 
     Raises:
         BudgetError: A value is out of its range, or β cannot be reached within the bounds.
@@ -57,7 +57,7 @@ class Budget:
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        """Check every value, and that β can be reached."""
+        """Check every value, and whether β can be reached."""
         check_beta(self.beta)
         if not 0 <= self.p_min < self.p_max < 1:
             raise BudgetError(f"Rate bounds must satisfy 0 <= p_min < p_max < 1; got {self.p_min} and {self.p_max}.")
@@ -84,12 +84,12 @@ class Budget:
 
     @property
     def tolerance(self) -> float:
-        """Distance from β that counts as reached: 0.001, or half the model's smallest step if that is more."""
+        """Maximum accepted difference from β: 0.001, or half the model's smallest step if that is larger."""
         step = self.multiple_of * self.shape.channel_weights / self.shape.weights(self.shape.dense)
         return max(TOLERANCE, step / 2 + 1e-9)
 
     def rates(self, plan: Plan) -> Rates:
-        """The rates that `plan` stands for: its attention's and its FFN's own, or its layers' where they are tied."""
+        """The rates of `plan`: separate for attention and FFN, or one per layer if they are tied."""
         if self.tied:
             return Rates.tied(self.shape.rates(plan))
         pairs = tuple(zip(plan.layers, self.shape.dense.layers, strict=True))
@@ -99,7 +99,7 @@ class Budget:
         )
 
     def distance(self, rates: Rates, plan: Plan) -> float:
-        """How far the projection moved a proposal: mean absolute change over all its rates."""
+        """Distance between a proposal and its projection: the mean absolute difference over all rates."""
         own = self.rates(plan)
         moved = [abs(a - b) for a, b in zip(rates.attention + rates.ffn, own.attention + own.ffn, strict=True)]
         return sum(moved) / len(moved)
@@ -107,18 +107,19 @@ class Budget:
     def project(self, rates: Rates, parent: Rates | None = None) -> Plan:
         """Move a proposal to the nearest plan on the budget.
 
-        KV groups are rounded as proposed (one group is a large piece); FFN rates are then shifted by one constant,
-        within their bounds, until the total is met (the Euclidean projection onto the budget), and rounded by largest
-        remainder. Groups change only where the FFN alone cannot meet β.
+        The proposed numbers of KV groups are rounded first, because one group is a large share of a layer. Then one
+        constant, the same for all layers, shifts the FFN rates within their bounds until the total is met (Euclidean
+        projection onto the budget), and they are rounded by largest remainder. The numbers of groups change further
+        only if the FFN alone cannot meet β.
 
         Args:
-            rates: `L` attention and `L` FFN rates; any finite numbers.
-            parent: Of a plan that the proposal is a change of. The layers that differ then settle the total among
-                themselves, where their bounds allow it: the child stays near its parent, and its first layers are the
-                parent's up to the first that was changed.
+            rates: `L` attention rates and `L` FFN rates; any finite numbers.
+            parent: Rates of the plan that the proposal changes: only the layers that differ from it are shifted, if
+                their bounds allow it. So the child stays near its parent, and its layers before the first changed one
+                are the same. None shifts all layers.
 
         Returns:
-            A plan whose β is within `tolerance` of the one asked for.
+            A plan whose β is within `tolerance` of the requested β.
 
         Raises:
             BudgetError: The number of rates is not `L`, or a rate is not finite.
@@ -150,9 +151,10 @@ class Budget:
                 raise BudgetError(f"Every {name} rate must be a finite number.")
 
     def _ffn_bounds(self, groups: Sequence[int]) -> list[tuple[int, int]]:
-        """Fewest and most units of `multiple_of` channels that each layer may lose beside its groups; one unit stays.
+        """Bounds on the units of `multiple_of` channels that each layer loses besides its groups; one unit is kept.
 
-        p_min bounds the layer's rate, and so does p_max where attention and FFN share one.
+        p_min bounds the rate of the layer. p_max bounds the rate of the layer if attention and FFN are tied, and the
+        rate of the FFN otherwise.
         """
         bounds = []
         unit = self.multiple_of * self.shape.channel_weights
@@ -168,7 +170,7 @@ class Budget:
         return min(math.floor(self.p_max * groups + 1e-9), groups - 1)
 
     def _removed(self, groups: Sequence[int]) -> tuple[int, int]:
-        """Fewest and most weights that a plan which removes these groups can remove."""
+        """Minimum and maximum number of weights that a plan can remove if it removes these groups."""
         bounds = self._ffn_bounds(groups)
         unit = self.multiple_of * self.shape.channel_weights
         gone = sum(groups) * self.shape.group_weights
@@ -180,7 +182,7 @@ class Budget:
         return self._removed([0] * len(limits))[0] / total, self._removed(limits)[1] / total
 
     def _project_tied(self, rates: Sequence[float], free: Sequence[bool]) -> Rates:
-        """Shift the layers' single rates to mean β, then let the FFN of a layer pay for its rounded groups."""
+        """Shift the layers' tied rates to mean β, then let the FFN of each layer compensate for its rounded groups."""
         dense = self.shape.dense.layers
         weights = [self.shape.layer_weights(w) for w in dense]
         bounds = [(self.p_min * n, self.p_max * n) for n in weights]
@@ -196,7 +198,7 @@ class Budget:
         return Rates(tuple(attention), tuple(ffn))
 
     def _round_groups(self, rates: Sequence[float]) -> list[int]:
-        """Groups to remove per layer, corrected where the FFN alone could not meet β."""
+        """Number of groups to remove per layer, corrected if the FFN alone cannot meet β."""
         dense = self.shape.dense.layers
         limits = [self._group_limit(w.num_key_value_heads) for w in dense]
         wanted = [r * w.num_key_value_heads for r, w in zip(rates, dense, strict=True)]
@@ -223,12 +225,12 @@ def check_beta(beta: object) -> None:
 
 
 def _clipped(rates: Sequence[float]) -> tuple[float, ...]:
-    """Rates far outside [0, 1] mean no more than one outside it."""
+    """Limit rates to [-1, 2], so that extreme values act like values just outside [0, 1]."""
     return tuple(min(max(rate, -1.0), 2.0) for rate in rates)
 
 
 def _differing(rates: Rates, parent: Rates) -> list[bool]:
-    """Which layers a change of a plan touches."""
+    """One flag per layer: whether its rates differ from the parent's."""
     pairs = zip(rates.attention, rates.ffn, parent.attention, parent.ffn, strict=True)
     return [(a, f) != (old_a, old_f) for a, f, old_a, old_f in pairs]
 
@@ -236,7 +238,7 @@ def _differing(rates: Rates, parent: Rates) -> list[bool]:
 def _freed(
     bounds: Sequence[tuple[float, float]], values: Sequence[float], free: Sequence[bool]
 ) -> list[tuple[float, float]]:
-    """The bounds of the layers that are free to move; the others are held where they are."""
+    """The given bounds for layers that are free to move; for the others, bounds that fix their values."""
     return [bound if moves else (value, value) for bound, value, moves in zip(bounds, values, free, strict=True)]
 
 
@@ -258,7 +260,7 @@ def _shift_to_sum(values: Sequence[float], bounds: Sequence[tuple[float, float]]
 
 
 def _largest_remainder(values: Sequence[float], bounds: Sequence[tuple[int, int]], total: float) -> list[int]:
-    """Round to integers within bounds whose sum is the nearest to `total`; the largest remainders round up."""
+    """Round to integers within bounds, with a sum as near to `total` as possible; the largest remainders round up."""
     units = [min(max(math.floor(v + 1e-9), low), high) for v, (low, high) in zip(values, bounds, strict=True)]
     missing = round(total) - sum(units)
     while missing:

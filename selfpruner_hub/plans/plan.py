@@ -1,4 +1,4 @@
-"""What a pruned model keeps: widths per layer, and the rates that follow from them."""
+"""Plans: the widths that every layer keeps, and the rates that follow from them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class LayerWidths:
     """The prunable widths of one decoder layer."""
 
     intermediate_size: int
-    """FFN channels: rows of gate and up, columns of down."""
+    """Number of FFN channels: rows of gate_proj and up_proj, columns of down_proj."""
     num_key_value_heads: int
-    """KV groups: one key/value head each, with its query heads."""
+    """Number of KV groups: a key/value head and the query heads that share it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Plan:
 
 
 def widths_of(plan: Plan) -> dict[str, list[int]]:
-    """The widths of a plan as files hold them: a list per width, first layer first."""
+    """The widths of a plan in the format of files: one list per width, first layer first."""
     return {
         "intermediate_size": [w.intermediate_size for w in plan.layers],
         "num_key_value_heads": [w.num_key_value_heads for w in plan.layers],
@@ -37,7 +37,7 @@ def widths_of(plan: Plan) -> dict[str, list[int]]:
 
 
 def plan_of(widths: Mapping[str, Sequence[int]]) -> Plan:
-    """The plan of widths as files hold them; other keys are passed over."""
+    """Build a plan from widths in the format of files; other keys are ignored."""
     return Plan.of(widths["intermediate_size"], widths["num_key_value_heads"])
 
 
@@ -48,7 +48,7 @@ class ModelShape:
     hidden_size: int
     head_dim: int
     queries_per_group: int
-    """Query heads that share one key/value head; the same in every layer, and never changed by pruning."""
+    """Number of query heads that share one key/value head; the same in every layer, and not changed by pruning."""
     dense: Plan
 
     @property
@@ -58,12 +58,12 @@ class ModelShape:
 
     @property
     def channel_weights(self) -> int:
-        """Weights that one FFN channel holds."""
+        """Number of weights of one FFN channel."""
         return 3 * self.hidden_size
 
     @property
     def group_weights(self) -> int:
-        """Weights that one KV group holds."""
+        """Number of weights of one KV group."""
         return 2 * self.hidden_size * self.head_dim * (self.queries_per_group + 1)
 
     def layer_weights(self, widths: LayerWidths) -> int:

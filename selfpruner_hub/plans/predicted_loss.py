@@ -1,4 +1,4 @@
-"""Predicted losses: what a layer's width costs on its own, and what a small change of a whole plan does."""
+"""Predicted losses: of each layer alone by its width, and of small changes of a whole plan."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from selfpruner_hub.plans.plan import ModelShape, Plan
 
 STEP = 0.05
-"""A step of an FFN, as a fraction of its dense channels; a step of an attention is one KV group."""
+"""Step of an FFN, as a fraction of its dense channels; the step of an attention is one KV group."""
 
 
 @dataclass(frozen=True)
 class LossCurves:
-    """Predicted loss of one layer, alone, by what it keeps.
+    """Predicted loss if only this layer is pruned, by the widths that it keeps.
 
     Attributes:
-        attention: For 0, 1, …, G KV groups kept, `[G + 1]`, in nats per token.
-        ffn: For 0, 1, …, F channels kept, `[F + 1]`, in nats per token.
+        attention: Predicted loss with 0, 1, …, G KV groups kept, `[G + 1]`, in nats per token.
+        ffn: Predicted loss with 0, 1, …, F channels kept, `[F + 1]`, in nats per token.
     """
 
     attention: NDArray[np.float64]
@@ -30,20 +30,20 @@ class LossCurves:
 
 
 def loss_alone(curves: Sequence[LossCurves], plan: Plan) -> float:
-    """The sum of what the layers of a plan cost alone, in nats per token."""
+    """The sum of the layers' predicted losses under a plan, in nats per token."""
     pairs = zip(curves, plan.layers, strict=True)
     return sum(float(c.attention[w.num_key_value_heads] + c.ffn[w.intermediate_size]) for c, w in pairs)
 
 
 @dataclass(frozen=True)
 class Slopes:
-    """Predicted change of the loss around a plan, in nats per token, one figure a layer; infinite where impossible.
+    """Predicted changes of the loss around a plan, in nats per token, one per layer; infinite if a step is impossible.
 
     Attributes:
-        attention_removed: When the layer loses one KV group more.
-        attention_restored: When it gets one back; usually negative.
-        ffn_removed: When it loses a step of FFN channels more.
-        ffn_restored: When it gets a step back; usually negative.
+        attention_removed: Change if the layer loses one more KV group.
+        attention_restored: Change if the layer gets one KV group back; usually negative.
+        ffn_removed: Change if the layer loses one more step of FFN channels.
+        ffn_restored: Change if the layer gets one step of FFN channels back; usually negative.
     """
 
     attention_removed: tuple[float, ...]
@@ -52,27 +52,28 @@ class Slopes:
     ffn_restored: tuple[float, ...]
 
     def to_json(self) -> dict[str, list[float | None]]:
-        """Lists, with None for what is impossible."""
+        """Convert to lists, with None for impossible steps."""
         return {name: [round(x, 6) if math.isfinite(x) else None for x in v] for name, v in vars(self).items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Slopes:
-        """Undo `to_json`."""
+        """Rebuild from the result of `to_json`."""
         return cls(**{name: tuple(math.inf if x is None else float(x) for x in v) for name, v in values.items()})
 
 
 def paying_moves(slopes: Slopes, shape: ModelShape) -> dict[str, list[int]]:
-    """The small changes that pay together: what is given back gains more than what makes room for it costs.
+    """Select steps that together lower the loss: restored parts save more loss than the removed parts cost.
 
-    Both are taken in order of the loss that they save or cost a weight, until the two prices meet: the knapsack over
-    one step of every part, around the plan where the slopes were measured.
+    Steps are taken in order of the loss per weight that they save or cost, until the two prices meet. This is a
+    knapsack over one step of every part, around the plan where the slopes were measured.
 
     Args:
         slopes: Predicted changes of the loss.
         shape: Geometry of the dense model.
 
     Returns:
-        By field of `Slopes`, the layers (from 0) to change, the best first. A part of a layer goes one way only.
+        Indices of the layers to change (from 0), by field of `Slopes`, best first. Each part of a layer is either
+        removed or restored, not both.
     """
     sizes = {
         "attention": [shape.group_weights] * shape.num_layers,
@@ -86,8 +87,8 @@ def paying_moves(slopes: Slopes, shape: ModelShape) -> dict[str, list[int]]:
     removed, restored = sorted(ranked["removed"]), sorted(ranked["restored"], reverse=True)
     found: dict[str, list[int]] = {name: [] for name in vars(slopes)}
     taken: set[tuple[str, int]] = set()
-    spare = 0  # weights that were removed and not yet given back; below 0, those that are still to be removed
-    cost = gain = 0.0  # prices of the moves that were taken last
+    spare = 0  # weights removed and not yet restored; if negative, weights that are still to be removed
+    cost = gain = 0.0  # loss per weight of the steps that were taken last
     while moves := (restored if spare > 0 else removed):
         price, part, layer = moves.pop(0)
         if (part, layer) in taken:
@@ -107,5 +108,5 @@ def paying_moves(slopes: Slopes, shape: ModelShape) -> dict[str, list[int]]:
 
 
 def step_channels(intermediate_size: int) -> int:
-    """FFN channels of one step."""
+    """Number of FFN channels in one step."""
     return max(1, round(STEP * intermediate_size))

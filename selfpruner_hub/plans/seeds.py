@@ -1,4 +1,4 @@
-"""Where a search starts: uniform rates, a ramp over depth, and rates from each layer's predicted loss."""
+"""Seed plans of a search: uniform rates, a ramp over depth, and rates from each layer's predicted loss."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ arXiv 2502.10184)."""
 def seeds(
     budget: Budget, curves: Sequence[LossCurves] | None = None, loss: Callable[[Plan], float] | None = None
 ) -> dict[str, Rates]:
-    """Name the starting points, simplest first.
+    """Compute the seed plans, simplest first.
 
     Args:
-        budget: That they keep to.
-        curves: Predicted losses of the layers alone; they add the knapsack over them, and its blend with uniform rates.
-        loss: Measures what a plan costs over the dense model, in nats per token; it puts the curves right first.
+        budget: Budget of the search.
+        curves: Predicted losses of the layers alone, for the seeds `sensitivity` and `blend`; None leaves these out.
+        loss: Function that measures the loss of a plan above the dense model's, in nats per token, to scale the curves;
+            None leaves the curves unscaled.
 
     Returns:
-        Rates that `budget.project` takes.
+        Rates for `budget.project`, by the name of the seed.
     """
     layers = budget.shape.num_layers
     depth = np.linspace(-1, 1, layers) if layers > 1 else np.zeros(1)
@@ -43,16 +44,16 @@ def seeds(
 
 
 def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[Plan], float]) -> list[LossCurves]:
-    """Scale the losses of attention, and those of the FFN, to what cutting that part alone costs in all layers at once.
+    """Scale the curves of attention and those of the FFN to the measured loss of cutting only that part in all layers.
 
-    One layer's prediction knows nothing of the others, and what they lose together need not be the sum.
+    The curves predict each layer alone, and the loss of all layers together can differ from their sum.
     """
     dense, plan = budget.shape.dense.layers, budget.project(knapsack(budget, curves))
 
     def factor(part: str, width: str) -> float:
         kept = [getattr(w, width) for w in plan.layers]
         predicted = sum(float(getattr(c, part)[k]) for c, k in zip(curves, kept, strict=True))
-        if predicted <= 0:  # nothing of it is cut
+        if predicted <= 0:  # nothing of this part is cut
             return 1.0
         alone = Plan(tuple(replace(full, **{width: k}) for full, k in zip(dense, kept, strict=True)))
         found = loss(alone) / predicted
@@ -63,20 +64,20 @@ def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[P
 
 
 def _rates(budget: Budget, ffn: NDArray[np.float64]) -> Rates:
-    """Tied rates, or FFN rates alone: a KV group is too large a piece to lose everywhere."""
+    """Tied rates if the budget ties them; otherwise FFN rates only, as a KV group per layer is too much to remove."""
     attention = ffn if budget.tied else np.zeros_like(ffn)
     return Rates(tuple(attention.tolist()), tuple(ffn.tolist()))
 
 
 def _blend(a: Rates, b: Rates) -> Rates:
-    """FFN rates half-way between two proposals, with the attention of the first."""
+    """FFN rates half-way between two proposals, with the attention rates of the first."""
     return Rates(a.attention, tuple((x + y) / 2 for x, y in zip(a.ffn, b.ffn, strict=True)))
 
 
 def knapsack(budget: Budget, curves: Sequence[LossCurves]) -> Rates:
-    """Rates of least total predicted loss: each part keeps what minimises loss + μ · weights, μ found by bisection.
+    """Find the rates of least total predicted loss: each part minimises loss + μ · weights, with μ by bisection.
 
-    The layers' losses are taken to add up; how they interact is what a search has to find out.
+    The layers' losses are assumed to add up; the search finds how they interact.
     """
     shape = budget.shape
     target = (1 - budget.beta) * shape.weights(shape.dense)

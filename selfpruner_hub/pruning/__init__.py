@@ -1,1 +1,1 @@
-"""Pruning: order the channels and groups, cut them, repair what is left."""
+"""Pruning: rank FFN channels and KV groups, cut them, and repair the remaining weights."""

@@ -1,4 +1,4 @@
-"""Which channels and KV groups go first, by weights and calibration statistics."""
+"""Order of importance of FFN channels and KV groups, from weights and calibration statistics."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from selfpruner_hub.models.architectures import architecture_of, decoder_layers,
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 Order = Callable[[Tensor, Moments, int, Tensor | None], Tensor]
-"""Units, most important first `[in / unit]`, from the weight `[out, in]`, the moments of its input, the columns of a
-unit (those of a KV group's query heads, or one), and R of its output, which OBS alone reads."""
+"""Function that returns the indices of the units, most important first, `[in / unit]`. Its arguments: the weight
+`[out, in]`, the moments of its input, the number of columns per unit (those of a KV group's query heads, or 1), and R
+of its output (see `fisher.output_fisher`), which only OBS reads."""
 
 
 def wanda_sp(weight: Tensor, moments: Moments) -> Tensor:
-    """Σ_i |W_ij| · ‖x_j‖₂, up to the token count (Wanda, arXiv 2306.11695, summed over outputs as in FLAP's -sp)."""
+    """Σ_i |W_ij| · ‖x_j‖₂, up to a constant factor (Wanda, arXiv 2306.11695, summed over outputs as in FLAP's -sp)."""
     return weight.abs().sum(0) * moments.energy.clamp_min(0).sqrt()
 
 
@@ -37,12 +38,12 @@ def energy(weight: Tensor, moments: Moments) -> Tensor:
 
 
 def expand(indices: Tensor, unit: int) -> Tensor:
-    """Indices of units to indices of their rows: unit `i` covers rows `i * unit` to `(i + 1) * unit - 1`."""
+    """Turn indices of units into indices of their rows: unit `i` covers rows `i * unit` to `(i + 1) * unit - 1`."""
     return (indices[:, None] * unit + torch.arange(unit, device=indices.device)).flatten()
 
 
 def by_score(score: Callable[[Tensor, Moments], Tensor]) -> Order:
-    """The order of units by the sum of the scores of their columns."""
+    """Make an order function that ranks units by the sum of the scores of their columns."""
     return lambda weight, moments, unit, _root: (
         score(weight, moments).view(-1, unit).sum(1).argsort(descending=True, stable=True)
     )
@@ -51,19 +52,19 @@ def by_score(score: Callable[[Tensor, Moments], Tensor]) -> Order:
 def obs(weight: Tensor, moments: Moments, unit: int, root: Tensor | None = None) -> Tensor:
     """Structured OBS (ZipLM, arXiv 2302.04089, equations 3 and 4): one sweep removes unit after unit.
 
-    With H = E[x xᵀ] + λ · mean(diag) · I, each step removes the unit g with the least tr(W_g [(H⁻¹)_gg]⁻¹ W_gᵀ), which
-    is what the repaired output loses by it, and repairs W and H⁻¹. With the Fisher information RᵀR of the output, W is
-    R W: twice the second-order loss of the model. Where there are more than `STEPS` units, a step removes several.
-    Cost: at most `STEPS` updates of H⁻¹, cubic in the columns until then.
+    H = E[x xᵀ] + λ · mean(diag) · I. Each step removes the unit g with the least tr(W_g [(H⁻¹)_gg]⁻¹ W_gᵀ), the squared
+    error of the output after repair, and updates W and H⁻¹. With the Fisher information RᵀR of the output, R W replaces
+    W, and the error is twice the second-order loss of the model. With more than `STEPS` units, a step removes several.
+    Cost: one inversion of H, cubic in the columns, then at most `STEPS` updates of H⁻¹.
     """
     inverse = torch.cholesky_inverse(damped_factor(moments.gram, moments.ridge))
-    columns = as_seen(weight, root).t().contiguous()  # [in, out], repaired as units go
+    columns = as_seen(weight, root).t().contiguous()  # [in, out], updated as units are removed
     left = torch.arange(len(columns) // unit, device=weight.device)
     gone = torch.zeros_like(left, dtype=torch.bool)
     together = -(-len(left) // STEPS)
     removed: list[Tensor] = []
     for step in range(-(-len(left) // together) - 1):
-        if step and step % COMPACTED == 0:  # let go of what is zero by now
+        if step and step % COMPACTED == 0:  # drop the rows and columns of removed units
             rows = expand((~gone).nonzero()[:, 0], unit)
             inverse, columns, left, gone = inverse[rows][:, rows], columns[rows], left[~gone], gone[~gone]
         losses = _losses(inverse, columns, unit).masked_fill(gone, torch.inf)
@@ -81,7 +82,7 @@ def obs(weight: Tensor, moments: Moments, unit: int, root: Tensor | None = None)
 
 def _losses(inverse: Tensor, columns: Tensor, unit: int) -> Tensor:
     """tr(W_g [(H⁻¹)_gg]⁻¹ W_gᵀ) of every unit."""
-    if unit == 1:  # the same, without a factor for each of thousands of numbers
+    if unit == 1:  # the same value, without a Cholesky factor for each of thousands of scalars
         return columns.square().sum(1) / inverse.diagonal()
     count = len(columns) // unit
     blocks = inverse.view(count, unit, count, unit).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -91,9 +92,9 @@ def _losses(inverse: Tensor, columns: Tensor, unit: int) -> Tensor:
 
 
 STEPS = 512
-"""Most steps of `obs` for one projection; with 2048 the error on other text is no lower."""
+"""Maximum number of steps of `obs` for one projection; with 2048 the error on other text is no lower."""
 COMPACTED = 32
-"""Steps of `obs` between two that make its matrices smaller."""
+"""Number of steps of `obs` after which its matrices are reduced to the remaining units."""
 ORDERS: dict[str, Order] = {
     "wanda-sp": by_score(wanda_sp),
     "flap": by_score(flap),
@@ -104,11 +105,11 @@ ORDERS: dict[str, Order] = {
 
 @dataclass(frozen=True)
 class LayerOrder:
-    """Dense indices, most important first.
+    """Indices of one layer's units in the dense model, most important first.
 
     Attributes:
-        groups: KV groups, `[G]`, int64.
-        channels: FFN channels, `[F]`, int64.
+        groups: Indices of KV groups, `[G]`, int64.
+        channels: Indices of FFN channels, `[F]`, int64.
     """
 
     groups: Tensor
@@ -131,10 +132,10 @@ def rank(
 
     Args:
         model: The dense model.
-        statistics: What `calibrate` returned for it.
-        importance: A key of `ORDERS`.
-        fisher: What `fisher.output_fisher` returned; None takes all errors of an output alike.
-        run: Surroundings; its checkpoints keep finished layers.
+        statistics: Result of `calibrate` for this model.
+        importance: Key of `ORDERS`.
+        fisher: Result of `fisher.output_fisher`; None weights all errors of an output equally.
+        run: Run context; its checkpoints keep finished layers.
 
     Returns:
         One `LayerOrder` per layer.

@@ -1,4 +1,4 @@
-"""Least squares of one projection over streamed tokens: what the second repair solves."""
+"""Least-squares fits of projections over streamed tokens, for the second repair."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from selfpruner_hub.calibration.ridge import as_seen, damped_factor, held_out
 
 T = TypeVar("T")
 ITERATIONS = 2
-"""Most steps of conjugate gradients for gate and up."""
+"""Maximum number of steps of conjugate gradients for gate_proj and up_proj."""
 DAMPING = 0.1
-"""Of each factor of their preconditioner, in units of its mean diagonal."""
+"""Damping of each factor of the preconditioner, in units of the factor's mean diagonal."""
 
 
 class LinearFit:
-    """Fits W in t = W x; λ is chosen on windows that are held out, and not fitted after.
+    """Fits W in t = W x; λ is chosen on held-out windows, which are never fitted.
 
-    The next layer holds the same windows out: had this one been fitted to them, they would look better there than text
-    that no layer was fitted to, and λ would come out too small.
+    All layers hold out the same windows. If one layer were fitted to them, the next layer's error on them would be
+    lower than on text that no layer was fitted to, and its λ would be too small.
 
     Args:
-        module: The projection; its bias stays as it is.
-        ridges: λ to choose from, smallest first, in units of mean(diag E[x xᵀ]). One alone is taken, and every window
-            fitted.
-        root: R, `[out, out]`: λ is that of least ‖R (t - W x)‖² (`fisher.output_fisher`). The fit itself does not
-            depend on it; None takes all errors alike.
+        module: The projection; its bias does not change.
+        ridges: Candidates for λ, smallest first, in units of mean(diag E[x xᵀ]). A single one is used without a choice,
+            and then every window is fitted.
+        root: R, `[out, out]`, of the Fisher information (`fisher.output_fisher`): λ minimises ‖R (t - W x)‖². For one
+            λ, the fit does not depend on R. None weights all errors equally.
     """
 
     def __init__(self, module: nn.Linear, ridges: Sequence[float], root: Tensor | None = None) -> None:
@@ -37,14 +37,14 @@ class LinearFit:
         self._windows = 0
 
     def add(self, x: Tensor, target: Tensor) -> None:
-        """Take windows `[N, W, in]` and what should come of them, `[N, W, out]`."""
+        """Add windows of inputs, `[N, W, in]`, and their target outputs, `[N, W, out]`."""
         held = held_out(self._windows, len(x)).to(x.device) & (len(self._ridges) > 1)
         self._windows += len(x)
         self._fitted.add(x[~held], target[~held])
         self._held.add(x[held], target[held])
 
     def apply(self) -> None:
-        """Give the projection the weight that fits."""
+        """Write the fitted weight into the projection."""
         before = self._module.weight
         weights = (self._fitted.solve(before, ridge) for ridge in reversed(self._ridges))  # the strongest first
         if self._held.count:
@@ -54,10 +54,10 @@ class LinearFit:
 
 
 def first_minimum(candidates: Iterable[T], error: Callable[[T], float]) -> T:
-    """Go through candidates for as long as the error falls; where it ends.
+    """Evaluate candidates in order until the error stops falling; return the last one that lowered it.
 
-    Of all candidates the best, where the error falls and then rises, for a few of its evaluations. There is at least
-    one candidate; two are held at a time.
+    If the error falls and then rises, this is the best of all candidates, found with fewer evaluations. There must be
+    at least one candidate; two are in memory at a time.
     """
     rest = iter(candidates)
     best = next(rest)
@@ -71,7 +71,7 @@ def first_minimum(candidates: Iterable[T], error: Callable[[T], float]) -> T:
 
 
 class _Sums:
-    """E[x xᵀ] and E[t xᵀ], as sums over tokens."""
+    """Sums of x xᵀ and t xᵀ over tokens."""
 
     def __init__(self, module: nn.Linear) -> None:
         outputs, inputs = module.weight.shape
@@ -95,42 +95,42 @@ class _Sums:
         return torch.cholesky_solve((cross + damping * before.float()).t(), damped_factor(gram, ridge)).t()
 
     def error(self, weight: Tensor, root: Tensor | None) -> float:
-        """E‖R (t - W x)‖², but for E‖R t‖²."""
+        """E‖R (t - W x)‖² without the constant term E‖R t‖²."""
         weight, cross = as_seen(weight, root), as_seen(self._cross, root)
         products = (weight @ self._gram) * weight - 2 * weight * cross
         return products.sum(dtype=torch.float64).item() / self.count
 
 
 class Gated(NamedTuple):
-    """Some windows of the stream, around the weights that an FFN has: its output moves by D Σ_k f_k ∘ (V_k h).
+    """An FFN linearised around its current weights, on some windows: its output changes by D Σ_k f_k ∘ (V_k h).
 
-    V_k is the change of its k-th input projection: gate and up.
+    V_k is the change of its k-th input projection (gate_proj, up_proj).
     """
 
     h: Tensor
-    """What the input projections read, `[N, W, H]`."""
+    """Input of gate_proj and up_proj, `[N, W, H]`."""
     factors: Tensor
-    """f, the derivative of down's input by what they give, `[N, W, K, F]`. For up it is the activated gate."""
+    """f, the derivative of down_proj's input with respect to the outputs of gate_proj and up_proj, `[N, W, K, F]`. For
+    up_proj it is the activated gate."""
     rest: Tensor
-    """What is missing in the output, `[N, W, H]`."""
+    """Residual: target minus output, times R where errors are loss-weighted, `[N, W, H]`."""
 
 
 def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tensor) -> Tensor:
-    """Find the change of gate and up that brings an FFN's output nearest to its target: a Gauss-Newton step.
+    """Find the change of gate_proj and up_proj that best moves an FFN's output to its target: a Gauss-Newton step.
 
-    min E‖rest - D Σ_k f_k ∘ (V_k h)‖² is linear least squares, exact for up and to first order for gate. Its matrix is
-    too great to be built, so a few steps of conjugate gradients go through the stream, preconditioned by
-    (DᵀD ∘ E[f_k f_kᵀ]) ⊗ E[h hᵀ] (as in K-FAC, arXiv 1503.05671). They end where the error on windows that are held
-    out ends to fall: early stopping, which is a ridge of its own. Products are taken in the dtype of the stream, and
-    summed in float32.
+    min E‖rest - D Σ_k f_k ∘ (V_k h)‖² is linear least squares, exact for up_proj and of first order for gate_proj. Its
+    matrix is too large to build, so a few steps of conjugate gradients read the stream instead, preconditioned by
+    (DᵀD ∘ E[f_k f_kᵀ]) ⊗ E[h hᵀ] (as in K-FAC, arXiv 1503.05671). They stop when the error on held-out windows stops
+    falling; early stopping acts as a ridge. Products are computed in the dtype of the stream and summed in float32.
 
     Args:
-        stream: Goes through all windows, once a call.
-        inputs: The weights of gate and up, `[K, F, H]`.
-        down: D, `[H, F]`.
+        stream: Function that iterates over all windows, once per call.
+        inputs: Weights of gate_proj and up_proj, `[K, F, H]`.
+        down: D, the weight of down_proj, times R where errors are loss-weighted, `[H, F]`.
 
     Returns:
-        V, `[K, F, H]`, float32; 0 where no step helps, or no window is held out.
+        V, `[K, F, H]`, float32; 0 if no step lowers the held-out error, or no window is held out.
     """
     start = torch.zeros_like(inputs, dtype=torch.float32)
     gates = start.new_zeros(len(start), start.shape[1], start.shape[1])
@@ -148,7 +148,7 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     left = torch.stack([damped_factor(gate * squares, DAMPING) for gate in gates])
     right = damped_factor(read, DAMPING)
     best, change, error = start, start.clone(), 0.0
-    curved = start.clone()  # the held-out windows' matrix times the change
+    curved = start.clone()  # the matrix of the held-out windows times the change
     preconditioned = _solved(fitted, left, right)
     direction, norm = preconditioned.clone(), (fitted * preconditioned).sum()
     for _ in range(ITERATIONS):
@@ -171,14 +171,14 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
 
 
 class _Pair:
-    """Σ y hᵀ over the tokens of the windows to fit, and of those that are held out."""
+    """Σ y hᵀ over tokens, separately for fitted and held-out windows."""
 
     def __init__(self, start: Tensor) -> None:
         self.sums = (torch.zeros_like(start), torch.zeros_like(start))
         self._windows = 0
 
     def add(self, y: Tensor, h: Tensor) -> None:
-        """Take y, `[N, W, K, F]`, and h, `[N, W, H]`."""
+        """Add y, `[N, W, K, F]`, and h, `[N, W, H]`."""
         held = held_out(self._windows, len(h)).to(h.device)
         self._windows += len(held)
         for total, rows in zip(self.sums, (~held, held), strict=True):

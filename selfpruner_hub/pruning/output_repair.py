@@ -1,4 +1,4 @@
-"""The first repair, in closed form: output projections by least squares on the calibration statistics, no training."""
+"""The first repair: a least-squares fit of output projections to calibration statistics, in closed form."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from selfpruner_hub.storage.offload import MEMORY, TensorStore
 class Repair:
     """The repaired weights of one projection for every prefix of its columns, from one Cholesky factor.
 
-    With columns in order of importance, H = L Lᵀ and a kept prefix K, the least-squares weight
-    W*_K = W_K + W_R H_RK H_KK⁻¹ equals W_K + W_R L_RK · L_KK⁻¹, since the factor of H_KK is the leading block of L: one
-    triangular solve a width. The error of what is removed, E‖W x - W*_K x_K‖² (ridge included), is the sum of the
-    squared norms of the remaining columns of W L, so the whole error curve costs nothing more.
+    Columns are in order of importance, H = L Lᵀ; the subscript K marks the kept prefix, the subscript R the removed
+    columns. The least-squares weight W*_K = W_K + W_R H_RK H_KK⁻¹ equals W_K + W_R L_RK · L_KK⁻¹, because the factor of
+    H_KK is the leading block of L. So each width takes one triangular solve. The error E‖W x - W*_K x_K‖² (ridge
+    included) is the sum of the squared norms of the removed columns of W L, so the error curve needs no further solve.
 
     Args:
-        weight: W, `[out, in]`, columns in order of importance; kept by reference, and must stay as it is.
+        weight: W, `[out, in]`, columns in order of importance; kept by reference, so it must not change.
         gram: H = E[x xᵀ], `[in, in]`, in the same order.
         ridge: λ, at least 0.
-        store: Where the factor is put.
-        root: R, `[out, out]`: errors are ‖R (W x - W*_K x_K)‖² (`fisher.output_fisher`). The weights do not depend
-            on it; None takes all errors alike.
+        store: Store for the factor.
+        root: R of the Fisher information, `[out, out]` (`fisher.output_fisher`): errors are ‖R (W x - W*_K x_K)‖². The
+            repaired weights do not depend on it; None weights all errors equally.
 
     Raises:
-        ModelError: As for `damped_factor`.
+        ModelError: `damped_factor` fails.
     """
 
     def __init__(
@@ -39,17 +39,17 @@ class Repair:
     ) -> None:
         self._factor = store(damped_factor(gram, ridge))
         self._weight = weight.detach()
-        # W L itself is not kept: it would take half as much memory as all factors do.
+        # W L itself is not kept: that would take half as much memory as the factors.
         self._norms = (as_seen(self._weight, root) @ self._factor).square().sum(0)
 
     def weight(self, kept: int) -> Tensor:
         """Least-squares weight of the first `kept` columns, `[out, kept]`, in the dtype of the original."""
-        # A copy, since the last bits of a product depend on where its factors lie, and loaded weights lie anywhere.
+        # A copy, because the last bits of a product depend on memory alignment, which differs for loaded weights.
         lost = self._weight[:, kept:].to(torch.float32, copy=True) @ self._factor[kept:, :kept]
         moved = torch.linalg.solve_triangular(self._factor[:kept, :kept], lost, upper=False, left=False)
         repaired = self._weight[:, :kept].float() + moved
-        return repaired.to(self._weight.dtype).contiguous()  # the solver returns columns, slow in a linear layer
+        return repaired.to(self._weight.dtype).contiguous()  # from column-major memory, slow in a linear layer
 
     def errors(self) -> Tensor:
-        """E‖R (W x - W*_K x_K)‖² for a prefix of 0, 1, …, `in` columns, `[in + 1]`, never increasing."""
+        """E‖R (W x - W*_K x_K)‖² for a kept prefix of 0, 1, …, `in` columns, `[in + 1]`; it never increases."""
         return torch.cat([self._norms.flip(0).cumsum(0).flip(0), self._norms.new_zeros(1)])

@@ -1,4 +1,4 @@
-"""A model made ready for cutting: calibrated, its units ordered, repairs of every width at hand."""
+"""Prepare a model for cutting: calibrate it, order its units by importance, factor its first repairs."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 @dataclass(frozen=True)
 class Prepared:
-    """What cutting needs."""
+    """A model that is ready to be cut."""
 
     order: Sequence[LayerOrder]
-    """Of every layer's units, most important first, in which the weights stand."""
+    """Order of importance of every layer's units, in which the weights are stored."""
     slicer: Slicer
-    """Cuts the layers; its factors take more memory than the model."""
+    """Slicer that cuts the layers; its factors take more memory than the model."""
     curves: Sequence[LossCurves] | None
-    """Predicted loss of each layer alone; None where nothing reads it."""
+    """Predicted loss of each layer alone; None without Fisher information."""
 
 
 def fisher_information(model: PreTrainedModel, windows: Tensor, method: Method, run: Run) -> Fisher | None:
-    """Take the Fisher information of the outputs of all layers, where a setting reads it.
+    """Measure the Fisher information of the outputs of all layers, if a setting needs it.
 
-    It comes before everything else, since a backward pass takes much memory.
+    It runs before every other stage, because a backward pass takes much memory.
 
     Args:
         model: The dense model.
-        windows: Token ids of the calibration, `[N, W]`; the first of them are read.
-        method: The settings.
-        run: Surroundings.
+        windows: Token ids of the calibration text, `[N, W]`; only the first `fisher_tokens` tokens are read.
+        method: Settings.
+        run: Run context.
 
     Returns:
-        As `output_fisher`; None where no setting reads it.
+        Result of `output_fisher`; None if no setting needs it.
     """
     if not (method.predicts_losses or method.importance == "obs" or method.repairs_twice):
         return None
@@ -54,17 +54,17 @@ def fisher_information(model: PreTrainedModel, windows: Tensor, method: Method, 
 def prepared(
     model: PreTrainedModel, windows: Tensor, method: Method, fisher: Fisher | None = None, run: Run = DEFAULT_RUN
 ) -> Iterator[Prepared]:
-    """Calibrate a model and put its weights into order of importance, in place, for as long as the context lasts.
+    """Calibrate a model and put its weights into order of importance, in place, while the context lasts.
 
     Args:
-        model: The dense model; its function does not change, and at the end its weights are as they were.
-        windows: Token ids of the calibration, `[N, W]`.
-        method: The settings: order, repair.
-        fisher: What `fisher_information` returned.
-        run: Surroundings.
+        model: The dense model; it computes the same function, and on exit its weights are restored.
+        windows: Token ids of the calibration text, `[N, W]`.
+        method: Settings: order, repair.
+        fisher: Result of `fisher_information`.
+        run: Run context.
 
     Yields:
-        The slicer of the model, and the loss curves.
+        The order, the slicer and the loss curves of the model.
     """
     statistics = calibrate(model, windows, run)
     order = rank(model, statistics, method.importance, fisher, run)
@@ -75,6 +75,6 @@ def prepared(
 
 
 def _drained(items: list[Any]) -> Iterator[Any]:
-    """Yield the items and let go of each, so that a layer's statistics end where its repair begins."""
+    """Yield the items and remove each from the list, so that a layer's statistics are freed as its repair is built."""
     while items:
         yield items.pop(0)

@@ -1,9 +1,9 @@
-"""The second repair: projections refitted on the stream of the pruned model, layer by layer.
+"""The second repair: refit projections on the hidden states of the pruned model, layer by layer.
 
-The first repair lets each layer approach its own dense output on dense inputs. Its errors add up: what reaches a layer
-is no longer what it was calibrated on. Here each output projection in turn is fitted to what brings the pruned residual
-stream back to the dense one, given all that was lost before it (error accumulation, as in SparseGPT and SliceGPT, with
-the residual stream as target), and with down_proj what feeds it, gate_proj and up_proj.
+The first repair fits each layer to its own dense output on dense inputs. Its errors accumulate, so the inputs of a
+layer differ from those that it was calibrated on. The second repair fits each output projection in turn so that the
+residual stream of the pruned model comes back to that of the dense model, given the errors of all layers before (error
+accumulation, as in SparseGPT and SliceGPT, with the residual stream as target). gate_proj and up_proj are refitted too.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
-"""λ to choose from, in units of mean(diag E[x̂ x̂ᵀ]). Much more than a first repair needs: it keeps to what that gave,
-and only what much text agrees on moves it."""
+"""Candidates for λ, in units of mean(diag E[x̂ x̂ᵀ]). They are much larger than in the first repair: they pull toward its
+weights, and only what many tokens have in common changes these."""
 INPUT_TOKENS = 65_536
-"""Most tokens that gate and up are refitted on, evenly from all: their passes are half of a second repair's time."""
+"""Maximum number of tokens to refit gate_proj and up_proj on, spread evenly; that is half of a second repair's time."""
 
 
 @torch.no_grad()
@@ -45,24 +45,25 @@ def compensate(
     """Refit o_proj, gate_proj, up_proj and down_proj of every pruned layer, in place, first layer first.
 
     W* = (E[t x̂ᵀ] + λ W) (E[x̂ x̂ᵀ] + λ I)⁻¹ for o_proj and down_proj, with x̂ the projection's input in the pruned model,
-    W its weight before, and the target t = (dense stream after the block) - (pruned stream before it). Where the
-    architecture normalises the output before it is added (Gemma 2 and 3), t is the dense output itself. λ is chosen for
-    each projection: fitted to the other windows, it brings those that are held out, in all layers the same, nearest to
-    their targets. gate_proj and up_proj then move toward the same target (`least_squares.fit_inputs`), and
-    down_proj is fitted again; where that does not help on the windows that are held out, they stay. How near an
-    output is to its target, ‖R δ‖² tells, with RᵀR its Fisher information in the dense model.
+    W its weight before, and the target t = (dense stream after the block) - (pruned stream before it). If the
+    architecture normalises the output before it is added (Gemma 2 and 3), t is the dense output itself. For each
+    projection, λ minimises the error on held-out windows, which are the same in all layers and are not fitted. Then
+    gate_proj and up_proj move toward the same target (`least_squares.fit_inputs`), and down_proj is fitted again. If
+    that does not lower the error on the held-out windows, they keep their weights. The error of an output that differs
+    from its target by δ is ‖R δ‖², with RᵀR the Fisher information of that output in the dense model.
 
     Memory: six hidden states and two inputs of an FFN per token, and twice the statistics of one projection.
 
     Args:
         dense: The dense model.
-        pruned: Its pruned copy, with the layers' first repair.
-        windows: Token ids of the calibration, `[N, W]`.
-        ridges: λ to choose from, smallest first, in units of mean(diag E[x̂ x̂ᵀ]); it pulls toward the weight before.
-            One alone is taken as it is; the greatest is where there are too few windows to hold one out.
-        inputs: Refit gate_proj and up_proj too.
-        fisher: What `fisher.output_fisher` returned; None takes all errors of an output alike.
-        run: Surroundings; its checkpoints keep finished layers.
+        pruned: Its pruned copy, after the first repair.
+        windows: Token ids of the calibration text, `[N, W]`.
+        ridges: Candidates for λ, smallest first, in units of mean(diag E[x̂ x̂ᵀ]); the ridge pulls toward the weight
+            before. A single one is used without a choice; the largest is used if there are too few windows to hold
+            one out.
+        inputs: Whether to refit gate_proj and up_proj too.
+        fisher: Result of `fisher.output_fisher`; None weights all errors of an output equally.
+        run: Run context; its checkpoints keep finished layers.
 
     Raises:
         ModelError: The statistics are degenerate.
@@ -91,13 +92,17 @@ def compensate(
 
 
 Targets = list[list[Tensor]]
-"""For each batch, what the attention's and the FFN's output should be, `[B, W, H]` each."""
+"""Per batch, the target outputs of the attention and of the FFN, `[B, W, H]` each."""
 
 
 def _targets(
     architecture: Architecture, index: int, whole: nn.Module, original: Stream, moved: Stream, store: TensorStore
 ) -> Targets:
-    """Advance the dense stream by one layer; what its outputs and, but for normalised outputs, the drift ask for."""
+    """Advance the dense stream by one layer and return the targets.
+
+    A target is the dense output; if outputs are not normalised, that of the attention also corrects the drift, the
+    difference between the dense and the pruned stream before the layer.
+    """
     wanted = []
     for number, hidden in enumerate(original.hidden):
         outputs = [Seen(linear(whole, path)) for path in (architecture.attention_output, architecture.ffn_output)]
@@ -129,7 +134,7 @@ def _fit_attention(
 
 
 class _Ffn:
-    """The FFN of a pruned layer whose attention is done: what it reads and what should come of it, batch by batch."""
+    """The FFN of a pruned layer whose attention is repaired, with its inputs and target outputs, batch by batch."""
 
     def __init__(
         self,
@@ -151,7 +156,7 @@ class _Ffn:
         for number, (first, target) in enumerate(wanted):
             outputs = Seen(attention), Seen(self._inputs[0], last=True)
             moved.run(index, layer, number, outputs)
-            if not architecture.output_norms:  # what the attention left of the drift
+            if not architecture.output_norms:  # the error that remains after the attention
                 target = _sum(target, first, -outputs[0].output)
             self._batches.append((store(outputs[1].input), store(target)))
 
@@ -165,7 +170,7 @@ class _Ffn:
         fit.apply()
 
     def fit_inputs(self) -> bool:
-        """Move gate and up, where that helps on the windows that are held out; returns whether it does."""
+        """Refit gate_proj and up_proj if that lowers the error on the held-out windows; return whether it does."""
         tokens = sum(h.shape[:-1].numel() for h, _ in self._batches)
         some = self._batches[:: -(-tokens // INPUT_TOKENS)]
         rests = [self._store(self._rest(h, target)) for h, target in some]
@@ -185,20 +190,20 @@ class _Ffn:
         helps = _squared(self._rest(*pair) for pair in _held(some)) < _squared(
             rest for (rest,) in _held(zip(rests, strict=True))
         )
-        if not helps:  # the step was too long for what bends, or none was found
+        if not helps:  # the step was too long for the nonlinear FFN, or was zero
             for weight, old in zip(rows, before, strict=True):
                 weight.copy_(old)
         return helps
 
     def _rest(self, h: Tensor, target: Tensor) -> Tensor:
-        """What is missing in the output, times R."""
+        """The residual, target minus output, times R."""
         rest = _sum(target, -self._run(h))
         return rest if self._root is None else nn.functional.linear(rest, self._root.to(rest.dtype))
 
     def _factors(self, h: Tensor) -> Tensor:
-        """The derivative of down's input by what gate and up give, `[N, W, K, F]`.
+        """The derivative of down_proj's input with respect to the outputs of gate_proj and up_proj, `[N, W, K, F]`.
 
-        Down's input is an elementwise function of them, so it is the gradient of its sum.
+        down_proj's input is an elementwise function of these outputs, so the derivative is the gradient of its sum.
         """
         given: list[Tensor] = []
 
@@ -220,7 +225,7 @@ class _Ffn:
 
 
 def _held(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """The windows that are held out, batch by batch."""
+    """The held-out windows, batch by batch."""
     windows = 0
     for batch in batches:
         rows = held_out(windows, len(batch[0])).to(batch[0].device)
@@ -230,10 +235,10 @@ def _held(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]
 
 
 def _squared(rests: Iterable[Tensor]) -> float:
-    """Σ ‖rest‖²; not-a-number where one is."""
+    """Σ ‖rest‖²; NaN if any value is."""
     return sum(rest.float().square().sum().item() for rest in rests)
 
 
 def _sum(*parts: Tensor) -> Tensor:
-    """Add large numbers that nearly cancel, and only then round."""
+    """Sum in float32 and round once at the end, because the parts are large and nearly cancel."""
     return torch.stack([part.float() for part in parts]).sum(0).to(parts[0].dtype)

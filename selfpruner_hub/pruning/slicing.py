@@ -1,4 +1,4 @@
-"""Cutting layers: dense weights in order of importance, candidates as views of them, compact models for saving."""
+"""Cut layers: order dense weights by importance, build candidates as views of them, build compact models to save."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 Part = Literal["attention", "ffn"]
 PARTS: tuple[Part, Part] = ("attention", "ffn")
-"""Of a decoder layer, each with an output projection of its own."""
+"""The two parts of a decoder layer; each has its own output projection."""
 CACHED_REPAIRS = 1.0
-"""Memory for memoised repaired weights, as a multiple of the prunable output weights of the dense model."""
+"""Memory for cached repaired weights, as a multiple of the dense model's output projection weights."""
 
 
 class Slicer:
-    """Cuts the layers of one dense model, whose weights stand in order of importance (see `ordered`).
+    """Cuts the layers of one dense model, whose weights are in order of importance (see `ordered`).
 
     Args:
         model: The dense model, permuted.
-        order: The permutation that was applied, one per layer.
-        statistics: Calibration statistics in dense order, for the repair, one layer at a time; None leaves weights as
-            they are.
-        store: Where the repairs are put; repaired weights are memoised only where that is memory.
-        fisher: What `fisher.output_fisher` returned, for the errors; None takes all errors of an output alike.
+        order: The applied permutations, one per layer.
+        statistics: Calibration statistics in dense order, for the first repair, one layer at a time; None does not
+            repair.
+        store: Store for the repairs; repaired weights are cached only if the store is in memory.
+        fisher: Result of `fisher.output_fisher`, for the errors; None weights all errors of an output equally.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Slicer:
         )
 
     def errors(self) -> list[tuple[Tensor, Tensor]]:
-        """Expected squared output error of each layer after repair, by what it keeps, in the metric of `fisher`.
+        """Expected squared output error of each layer after the first repair, by width, loss-weighted by `fisher`.
 
         Returns:
-            Per layer, for 0 to G KV groups `[G + 1]`, and for 0 to F channels `[F + 1]`.
+            Per layer, the errors with 0 to G KV groups kept, `[G + 1]`, and with 0 to F channels kept, `[F + 1]`.
 
         Raises:
             ValueError: The slicer has no statistics.
@@ -93,10 +93,10 @@ class Slicer:
         return [(attention.errors()[:: self.unit("query")], ffn.errors()) for attention, ffn in self.repairs]
 
     def loss_curves(self) -> list[LossCurves]:
-        """Predict the loss of each layer alone: half the expected error of its outputs after repair.
+        """Predict the loss of each layer alone: half the expected error of its outputs after the first repair.
 
         Returns:
-            One pair of curves per layer, in nats per token where the slicer knows the Fisher information.
+            One pair of curves per layer, in nats per token if the slicer has the Fisher information.
 
         Raises:
             ValueError: The slicer has no statistics.
@@ -107,11 +107,11 @@ class Slicer:
         ]
 
     def unit(self, block: Block) -> int:
-        """Rows that one KV group (or one channel) has in a block of this kind."""
+        """Number of rows of one KV group (or one channel) in a block of this kind."""
         return _unit(self.shape, block)
 
     def layer(self, index: int, kept: LayerWidths) -> nn.Module:
-        """Build layer `index` with the widths `kept`: views of the dense weights, repaired output projections."""
+        """Build layer `index` with the widths `kept`: views of the dense weights, and repaired output projections."""
         return _cut(self._dense[index], self.model, index, kept, self.shape, self._outputs(index, kept))
 
     def layers(self, plan: Plan) -> nn.ModuleList:
@@ -119,15 +119,15 @@ class Slicer:
         return nn.ModuleList(self.layer(index, kept) for index, kept in enumerate(plan.layers))
 
     def output_weight(self, index: int, part: Part, kept: int) -> Tensor:
-        """Weight of a part's output projection when the part keeps its first `kept` units, repaired; not memoised.
+        """Repaired weight of a part's output projection if the part keeps its first `kept` units; not cached.
 
         Args:
-            index: The layer.
-            part: Its attention or its FFN.
-            kept: KV groups, or channels; at least 1.
+            index: Index of the layer.
+            part: The attention or the FFN.
+            kept: Number of KV groups or channels to keep; at least 1.
 
         Returns:
-            `[H, columns]`, a view of the dense weight where nothing is repaired.
+            Weight, `[H, columns]`; a view of the dense weight if nothing is repaired.
         """
         which = PARTS.index(part)
         columns = kept * self.unit("query" if part == "attention" else "channel")
@@ -137,7 +137,7 @@ class Slicer:
         return self.repairs[index][which].weight(columns)
 
     def _outputs(self, index: int, kept: LayerWidths) -> dict[str, Tensor]:
-        """Repaired weights of the output projections whose width changes, memoised by (layer, part, width)."""
+        """Repaired weights of the output projections whose width changes, cached by (layer, part, width)."""
         if self.repairs is None:
             return {}
         dense = self.shape.dense.layers[index]
@@ -160,12 +160,12 @@ class Slicer:
         return weight
 
 
-@torch.no_grad()  # not inference_mode: what is returned can be fine-tuned
+@torch.no_grad()  # not inference_mode, because the returned model can be fine-tuned
 def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
-    """Build the compact pruned model of `plan`: own copies of the sliced weights, nothing shared with the dense one.
+    """Build the compact pruned model of `plan` from copies of the sliced weights; the dense model shares none of them.
 
     Args:
-        slicer: Of the dense model.
+        slicer: Slicer of the dense model.
         plan: Widths to keep.
 
     Returns:
@@ -188,14 +188,14 @@ def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
 
 
 def _own(tensor: Tensor, store: TensorStore) -> Tensor:
-    """A contiguous copy."""
+    """A contiguous copy, in memory or in the files of `store`."""
     if not store.on_disk:
         return tensor.detach().clone(memory_format=torch.contiguous_format)
     return store(tensor.detach().contiguous())
 
 
 def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
-    """The configuration of the pruned model: dense values at the top, `plan` in `per_layer_config`."""
+    """The configuration of the pruned model: dense values at the top level, `plan` in `per_layer_config`."""
     shape = shape_of(dense.config)
     values = dense.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
@@ -213,9 +213,9 @@ def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
 
 @contextmanager
 def ordered(model: PreTrainedModel, order: Sequence[LayerOrder]) -> Iterator[None]:
-    """Put the dense weights into order of importance, in place, and back at the end.
+    """Put the dense weights into order of importance, in place, and restore the dense order on exit.
 
-    The model computes the same function meanwhile. One layer is copied at a time.
+    The model computes the same function throughout. One layer is copied at a time.
     """
     permute(model, order)
     try:
@@ -256,7 +256,7 @@ def _cut(
     shape: ModelShape,
     outputs: dict[str, Tensor],
 ) -> nn.Module:
-    """A stock layer of its own widths over prefix views of `dense`'s tensors."""
+    """A stock decoder layer with the widths `kept`; its weights are views of the first rows and columns of `dense`."""
     architecture = architecture_of(model.config)
     widths = (kept.num_key_value_heads * shape.queries_per_group, kept.num_key_value_heads, kept.intermediate_size)
     own = LayerConfig(model.config, head_dim=shape.head_dim, **dict(zip(WIDTHS, widths, strict=True)))
@@ -286,7 +286,7 @@ def _cut(
 
 
 def units(widths: LayerWidths, part: Part) -> int:
-    """KV groups, or channels, that a layer keeps."""
+    """Number of KV groups, or of channels, in `widths`."""
     return widths.num_key_value_heads if part == "attention" else widths.intermediate_size
 
 

@@ -1,8 +1,8 @@
-"""The confidence of a pruned model: as sure of itself as its parent is, on text that it was not fitted to.
+"""Temperature scaling of a pruned model, on text that it was not fitted to (arXiv 1706.04599).
 
-A pruned model knows less than its parent, but its logits spread as widely: it errs with too much confidence. One factor
-for all logits mends that (temperature scaling, arXiv 1706.04599); it becomes part of the gain of the last norm, so that
-nothing is added to the model, and what it ranks first stays first.
+A pruned model is less accurate than its dense model, but its logits spread as widely, so its predictions are too
+confident. One factor for all logits corrects this. It is multiplied into the weight of the last norm, so nothing is
+added to the model, and the order of the predictions does not change.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from selfpruner_hub.progress import Progress
 from selfpruner_hub.pruning.least_squares import first_minimum
 
 SCALES = tuple(percent / 100 for percent in range(50, 101, 2))
-"""Factors to choose from, smallest first."""
+"""Candidate factors, smallest first."""
 TOKENS = 8192
-"""Most tokens that it is chosen on: it is one number."""
+"""Maximum number of tokens to choose the factor on; a single number needs few."""
 
 
 @torch.no_grad()
 def match_confidence(
     dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor, progress: Progress | None = None
 ) -> float:
-    """Scale the logits so that they diverge least from those of the dense model; in place.
+    """Scale the logits, in place, to minimise their KL divergence from the dense model.
 
-    The divergence is that of the whole vocabulary: over the likeliest tokens alone, as candidates are scored, a model
-    that gives the others too little goes unpunished.
+    The divergence is over the whole vocabulary. Over the likeliest tokens only, as in the score of candidates, a model
+    that gives too little probability to the other tokens would not be penalised.
 
     Args:
         dense: The dense model.
         pruned: Its pruned copy.
-        windows: Token ids that it was not fitted to, `[N, W]`.
-        progress: Told how many factors are done with; most are not tried.
+        windows: Token ids of text that the pruned model was not fitted to, `[N, W]`.
+        progress: Callback that receives the number of factors that are done; most factors are skipped.
 
     Returns:
-        The factor, one of `SCALES`; 1 leaves the model as it was.
+        The factor, one of `SCALES`; 1 leaves the model unchanged.
     """
     few = windows[: max(1, TOKENS // windows.shape[1])]
     theirs, ours = (torch.cat(list(last_hidden_states(model, few))) for model in (dense, pruned))
