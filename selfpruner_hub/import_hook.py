@@ -51,7 +51,7 @@ class _Loader(Loader):
     """Loads a package through its own loader, restores that loader, and then calls the waiting functions.
 
     Args:
-        loader: The package's own loader.
+        loader: Loader of the package.
     """
 
     def __init__(self, loader: Loader) -> None:

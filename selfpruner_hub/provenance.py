@@ -37,7 +37,7 @@ def fingerprint(
         model: Dense model.
         name: Name of the dense model.
         beta: Mean rate, 0 < β < 1.
-        method: All settings.
+        method: Settings of the run.
         seed: Random seed.
         proposer: Source of rates.
         texts: Texts of the run; the unseen one has no influence on the search, and is left out.
@@ -85,7 +85,7 @@ def describe(
         pruned: Pruned model.
         name: Name of the parent.
         budget: Parameter budget of the search.
-        method: All settings.
+        method: Settings of the run.
         seed: Random seed.
         proposer: Source of rates.
         texts: Texts of the run.

@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, TextIteratorStreamer
 
-try:  # Hugging Face's package on a ZeroGPU Space; elsewhere this folder itself may answer to the name
+try:  # Hugging Face's package on a ZeroGPU Space; elsewhere the import may find this folder itself
     from spaces import GPU
 except ImportError:
 

@@ -22,7 +22,7 @@ class Journal:
 
     Args:
         directory: Directory of `search.jsonl`; None keeps the records in memory.
-        settings: Every setting that changes the course of the search, JSON-serialisable.
+        settings: Settings that change the course of the search, JSON-serialisable.
 
     Raises:
         RunMismatchError: The directory holds the journal of a search with other settings, or a damaged one.

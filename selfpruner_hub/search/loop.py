@@ -27,7 +27,7 @@ from selfpruner_hub.search.schedule import Schedule
 Score = Callable[[Plan, float], float]
 """(plan, share of the windows) → fitness, lower is better."""
 Pool = Callable[[Sequence[Plan], float], Iterator[float]]
-"""(plans, share of the windows) → their fitness, in their order."""
+"""(plans, share of the windows) → fitness of each plan, in the order of the plans."""
 Probe = Callable[[Plan, float], Slopes]
 """(plan, share of the windows) → predicted change of the loss for one step more or less of every layer."""
 
@@ -116,11 +116,11 @@ class _Search:
         self._moved: list[float] = []
 
     def incumbent(self) -> Scored:
-        """The best plan that was scored on all windows; ties go to the earlier one."""
+        """Return the best plan that was scored on all windows; of equal plans, the earlier one."""
         return min(self.full.values(), key=lambda s: s.fitness)
 
     def history(self) -> list[Scored]:
-        """All plans scored on the first share, best first."""
+        """Return all plans scored on the first share of the windows, best first."""
         best = self.incumbent().plan
         known = (replace(s, slopes=self.slopes.get(best)) if s.plan == best else s for s in self.first.values())
         return sorted(known, key=lambda s: s.fitness)

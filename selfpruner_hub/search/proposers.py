@@ -35,7 +35,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Proposal:
-    """One answer of a proposer. Without rates it is a refusal, and `error` says why."""
+    """One reply of a proposer. Without rates it is a refusal, and `error` says why."""
 
     rates: Rates | None
     parents: tuple[int, ...] = ()
@@ -64,7 +64,7 @@ class Proposer(Protocol):
 
         Args:
             operation: Kind of proposal.
-            history: All plans scored so far on the first share of the windows, best first.
+            history: Plans scored so far on the first share of the windows, best first.
             count: Number of proposals.
             rng: Random generator; the same state and history give the same answer.
 
@@ -118,7 +118,7 @@ class EvolutionProposer:
         """Ignore the scores: the history holds them."""
 
     def _pick(self, elite: Sequence[Scored], rng: np.random.Generator) -> int:
-        """Tournament of two: the better rank wins."""
+        """Pick the better of two random ranks (tournament selection)."""
         return int(min(rng.integers(len(elite), size=2)))
 
     def _cross(self, elite: Sequence[Scored], rng: np.random.Generator) -> Proposal:

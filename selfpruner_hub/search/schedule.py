@@ -10,7 +10,7 @@ from selfpruner_hub.search.proposers import Operation
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a search spends its evaluations.
+    """Schedule of a search.
 
     Attributes:
         evaluations: Length of the search in full-evaluation equivalents (a score on half of the windows counts one

@@ -11,13 +11,13 @@ from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.storage.versioned_json import parse_versioned
 
 FILE_NAME = "selfpruner_export.json"
-"""Not `export.json`: transformers' exporters write a manifest of that name."""
+"""Name of the file; not `export.json`, since transformers' exporters write a manifest of that name."""
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """What `selfpruner_export.json` holds; field names are its keys."""
+    """Content of `selfpruner_export.json`; field names are its keys."""
 
     format: str
     options: dict[str, Any]
@@ -29,7 +29,7 @@ class ExportRecord:
     """Largest difference of a logit from PyTorch's in float32, measured before the export was moved to its
     directory."""
     unchecked: str
-    """Why `max_difference` is None; empty where it is not."""
+    """Reason why `max_difference` is None; empty where it is measured."""
     remark: str
     """Note for the users of the export; empty where there is none."""
     schema_version: int = SCHEMA_VERSION

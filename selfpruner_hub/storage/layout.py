@@ -6,7 +6,7 @@ from pathlib import Path
 
 PLOTS = "plots"
 EXPORTS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
-"""Folders of a published model: pictures of its search, and exports, each named after its format."""
+"""Folders of a published model: plots of its search, and exports, each named after its format."""
 
 
 def asset(name: str) -> Path:

@@ -31,7 +31,7 @@ class Metric:
     """Data set of the measurement, by its name on the Hub where it has one; empty where there is none, as for
     latency."""
     machine: str = ""
-    """CPU or GPU, where the figure depends on it."""
+    """Name of the CPU or GPU, where the figure depends on it; else empty."""
     date: str = ""
     """Day of the measurement, as in 2026-11-30; empty where unknown."""
 
@@ -60,8 +60,8 @@ class Record:
     neither calibration, nor repairs, nor search have read. Older records call the first `selected_on`; instead of the
     second they have `elsewhere`, measured on the calibration text, to which the repairs were fitted."""
     data: dict[str, dict[str, Any]]
-    """`calibration`, `fitness` and, where the gain was measured on it, `unseen`: name, tokens, window and hash of each
-    text."""
+    """Texts of the run, `calibration`, `fitness` and, where the gain was measured on it, `unseen`: name, tokens, window
+    and hash of each."""
     versions: dict[str, str]
     licence: dict[str, str] = field(default_factory=dict)
     """Licence of the parent from its model card: `license`, `license_name`, `license_link`; empty where unknown."""

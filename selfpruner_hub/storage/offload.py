@@ -93,7 +93,7 @@ class DiskStore:
                 self._arena, self._used = self._opened(max(ARENA, tensor.nbytes)), 0
             arena, offset = self._arena, self._used
             self._used += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        strides = torch.empty_like(tensor, device="meta").stride()  # keep column order: last bits of sums depend on it
+        strides = torch.empty_like(tensor, device="meta").stride()  # keep the memory order: last bits depend on it
         flat = torch.frombuffer(arena, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
         return flat.as_strided(tensor.shape, strides).copy_(tensor.detach())
 

@@ -27,7 +27,7 @@ _AT_ONCE = 4
 """Maximum number of parallel requests."""
 _RETRIES = 4
 _FIRST_PAUSE = 1.0
-"""Seconds before the first retry; doubled each time."""
+"""Pause before the first retry, in seconds; doubled for each further retry."""
 
 
 class EndpointProposer:
@@ -172,7 +172,7 @@ def request(model: str, prompt: str, schema: Mapping[str, Any], temperature: flo
 
     Args:
         model: Name of the model at the endpoint.
-        prompt: The user's message.
+        prompt: Text of the user's message.
         schema: JSON schema of the reply.
         temperature: Sampling temperature.
         seed: Random seed of sampling, where the server supports one.

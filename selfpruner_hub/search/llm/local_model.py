@@ -39,7 +39,7 @@ class ModelProposer:
     The prompt is encoded once for all children of an ask.
 
     Args:
-        model: A causal language model.
+        model: Causal language model that proposes.
         tokenizer: Fast tokenizer of the model; its chat template is used where it has one.
         budget: Parameter budget of the search.
         subject: Name of the model that is being pruned, for the prompt.

@@ -99,18 +99,18 @@ def solution(budget: Budget, rates: Rates) -> str:
 
 
 def percent(budget: Budget, rates: Rates) -> dict[str, list[int]]:
-    """Rates as whole percentages, by the name of their list."""
+    """Return the rates as whole percentages, by the name of their list."""
     lists = (rates.ffn,) if budget.tied else (rates.attention, rates.ffn)
     return {name: [round(100 * r) for r in values] for name, values in zip(part_names(budget), lists, strict=True)}
 
 
 def part_names(budget: Budget) -> tuple[str, ...]:
-    """Names of the lists of a solution: one where attention and FFN share their rates."""
+    """Return the names of the lists of a solution: one list where attention and FFN share their rates."""
     return ("rates",) if budget.tied else ("attention", "ffn")
 
 
 def measured_number(history: Sequence[Scored]) -> int | None:
-    """Number in the prompt of the solution whose changes were measured."""
+    """Return the number, in the prompt, of the solution whose changes were measured; None where none was."""
     return next((number for number, s in enumerate(reversed(shown(history)), 1) if s.slopes), None)
 
 

@@ -73,7 +73,7 @@ def _parts(budget: Budget) -> dict[str, dict[str, Any]]:
 
 
 def _steps(budget: Budget) -> list[int]:
-    """Attention rates that whole KV groups allow, in percent."""
+    """Return the attention rates that whole KV groups allow, in percent."""
     groups = budget.shape.dense.layers[0].num_key_value_heads
     return sorted({round(100 * g / groups) for g in range(groups)})
 
