@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 __all__ = ["AutoPruner", "PrunedModel"]
 __version__ = "0.2.0"
 
-# The Auto classes know pruned models once this package is imported. That takes torch, which takes seconds: so it is
-# done as soon as somebody has transformers, and `selfpruner --help` does without.
+# Importing this package registers pruned models with the Auto classes. That imports torch, which takes seconds, so it
+# waits until transformers is imported: `selfpruner --help` does not need it.
 after_import("transformers", lambda: import_module("selfpruner_hub.models.modeling_selfpruned"))
 
-if not TYPE_CHECKING:  # a type checker would take every name for one of this package's
+if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept any name
     _MODULES = {"AutoPruner": "selfpruner_hub.pruner", "PrunedModel": "selfpruner_hub.pruned_model"}
 
     def __getattr__(name: str) -> object:
-        """Import a public class when it is first asked for."""
+        """Import a public class at its first use."""
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(import_module(_MODULES[name]), name)
         return value
 
     def __dir__() -> list[str]:
-        """Name the public classes too, whether or not they were imported."""
+        """List the public classes too, whether or not they are imported."""
         return sorted({*globals(), *__all__})

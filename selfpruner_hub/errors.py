@@ -1,4 +1,4 @@
-"""One tree of errors: each says what is wrong and what to do about it."""
+"""The errors of this package: each says what is wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ class SelfPrunerError(Exception):
     """Base of every error that a user can act on.
 
     Args:
-        message: What is wrong, in one line.
-        hint: What to do about it, in one line; printed after the message.
+        message: Description of the error, in one line.
+        hint: Remedy, in one line; printed after the message.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -26,11 +26,11 @@ class UserError(SelfPrunerError):
 
 
 class UnsupportedArchitectureError(UserError):
-    """The model is of a type that the architecture table does not list."""
+    """The model's type is not in the table of supported architectures."""
 
 
 class BudgetError(UserError):
-    """The mean rate β is malformed, or cannot be reached within the bounds."""
+    """The mean rate β is malformed, or cannot be reached within the bounds of the rates."""
 
 
 class DataError(UserError):
@@ -50,11 +50,11 @@ class OutputError(UserError):
 
 
 class MissingExtraError(UserError):
-    """An optional library is needed.
+    """An optional library is not installed.
 
     Args:
         library: Name of the missing module.
-        extra: The extra of this package that installs it.
+        extra: Name of the extra of this package that installs it.
     """
 
     def __init__(self, library: str, extra: str) -> None:
@@ -62,15 +62,15 @@ class MissingExtraError(UserError):
 
 
 class ExportError(SelfPrunerError):
-    """A model could not be written in another format, or what was written differs from it."""
+    """A model could not be written in another format, or the export differs from the model."""
 
 
 class RepositoryError(UserError):
-    """The Hub refuses: no valid token, no right to write, a name or a card that it does not take."""
+    """The Hub refuses a request: the token is invalid or may not write, or the name or the card is invalid."""
 
 
 class HubError(SelfPrunerError):
-    """The Hub is out of reach or failed; the same call may work later."""
+    """The Hub is unreachable or failed; the same call may work later."""
 
 
 class RunMismatchError(UserError):
@@ -78,8 +78,8 @@ class RunMismatchError(UserError):
 
 
 class ProposerError(SelfPrunerError):
-    """A proposer could not answer; the search falls back to a classical child."""
+    """A proposer could not answer; the search uses a child of the evolution proposer instead."""
 
 
 class WorkerError(SelfPrunerError):
-    """Workers that score candidates cannot be started, or die again and again."""
+    """Workers that score candidates cannot be started, or die repeatedly."""

@@ -1,4 +1,4 @@
-"""What is to follow the import of another package, without importing that package now."""
+"""Functions that are called after the import of another package, without importing that package now."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _waiting: dict[str, list[Callable[[], object]]] = {}
-"""By package, what follows its import."""
+"""Functions to call after the import of a package, by package."""
 
 
 def after_import(package: str, then: Callable[[], object]) -> None:
-    """Call a function once a package is imported; at once, where it is already.
+    """Call a function after a package is imported, or at once if it is imported already.
 
-    An error of the function is an error of the import.
+    An error that the function raises makes the import fail.
 
     Args:
         package: Name of a top-level package.
@@ -30,12 +30,12 @@ def after_import(package: str, then: Callable[[], object]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds packages that are waited for as the other finders do, and has them loaded by `_Loader`."""
+    """Finds the packages in `_waiting` through the other finders, and wraps their loaders in `_Loader`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Give the spec of a package that is waited for, and of no other."""
+        """Return the spec of a package in `_waiting`; None for any other."""
         if fullname not in _waiting:
             return None
         for finder in sys.meta_path:
@@ -48,7 +48,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Loads a package by its own loader, which it leaves in its place, and then calls what was waiting.
+    """Loads a package through its own loader, restores that loader, and then calls the waiting functions.
 
     Args:
         loader: Loader of the package.
@@ -58,11 +58,11 @@ class _Loader(Loader):
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Do what the package's own loader does."""
+        """Create the module through the package's own loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the package, and then what was waiting for it."""
+        """Execute the package, then call the functions that wait for it."""
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

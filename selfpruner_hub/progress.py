@@ -1,4 +1,4 @@
-"""How long work tells how far it is; bars on stderr: one per stage, with rate and time left."""
+"""Progress of long work: the interface, and bars on stderr, one per stage with elapsed and remaining time."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from types import TracebackType
 from tqdm import tqdm
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total) while long work goes on."""
+"""Function that is called with (what, done, total) during long work."""
 
 
 def silent(what: str, done: float, total: float) -> None:
-    """Tell nobody."""
+    """Show nothing."""
 
 
 class Bars:
-    """Called with (what, done, total[, note]); a new `what` starts a new bar.
+    """Progress bars, called with (what, done, total[, note]); a new `what` starts a new bar.
 
     Args:
-        enabled: Show nothing when False.
+        enabled: Whether to show the bars.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -28,7 +28,7 @@ class Bars:
         self._bar: tqdm | None = None
 
     def __call__(self, what: str, done: float, total: float, note: str = "") -> None:
-        """Move the bar of `what` to `done` of `total`."""
+        """Set the bar of `what` to `done` of `total`."""
         if not self._enabled or not total:
             return
         if what != self._what or self._bar is None:
@@ -40,7 +40,7 @@ class Bars:
         self._bar.refresh()
 
     def close(self) -> None:
-        """End the bar that is shown."""
+        """Close the current bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,4 +1,4 @@
-"""Where a pruned model comes from: what identifies its search, and the record of how it was made."""
+"""Provenance of a pruned model: the settings that identify its search, and the record of how it was made."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def fingerprint(
     proposer: Proposer,
     texts: RunTexts,
 ) -> dict[str, Any]:
-    """Collect all that decides the course of a search; a run directory belongs to one of these.
+    """Collect every setting that changes the course of a search; a run directory belongs to one such set.
 
     Args:
-        model: The dense model.
-        name: What it is called.
-        beta: Mean rate.
-        method: All settings.
-        seed: Of all randomness.
-        proposer: Who is asked.
-        texts: Texts of the run; the unseen one decides nothing, and is left out.
+        model: Dense model.
+        name: Name of the dense model.
+        beta: Mean rate, 0 < β < 1.
+        method: Settings of the run.
+        seed: Random seed.
+        proposer: Source of rates.
+        texts: Texts of the run; the unseen one has no influence on the search, and is left out.
 
     Returns:
-        JSON-serialisable settings for the journal's header.
+        The settings for the journal's header, JSON-serialisable.
     """
     shape = shape_of(model.config)
     return {
@@ -78,20 +78,20 @@ def describe(
     logit_scale: float,
     licence: dict[str, str],
 ) -> Record:
-    """Write the record of a model that was just made.
+    """Make the record of a pruned model.
 
     Args:
-        dense: The parent.
-        pruned: What was made of it.
-        name: What the parent is called.
-        budget: Of the search.
-        method: All settings.
-        seed: Of all randomness.
-        proposer: Who was asked.
+        dense: Dense parent.
+        pruned: Pruned model.
+        name: Name of the parent.
+        budget: Parameter budget of the search.
+        method: Settings of the run.
+        seed: Random seed.
+        proposer: Source of rates.
         texts: Texts of the run.
-        found: What the search found, and its gains.
-        logit_scale: Factor of the logits of the pruned model.
-        licence: Of the parent.
+        found: Result of the search, and its gains.
+        logit_scale: Factor by which the logits of the pruned model are scaled.
+        licence: Licence of the parent, as `licences.licence_of` returns it.
 
     Returns:
         The record, with parameters counted from the tensors.
@@ -142,5 +142,5 @@ def describe(
 
 
 def _gains(measured: dict[str, tuple[float, float]]) -> dict[str, list[float]]:
-    """Gains as JSON: a text on which a plan has no finite fitness is left out."""
+    """Return the gains as JSON, without texts on which a plan has no finite fitness."""
     return {text: [round(value, 6) for value in pair] for text, pair in measured.items() if all(map(isfinite, pair))}

@@ -1,4 +1,4 @@
-"""A pruned model and what is known of it: saved, loaded again."""
+"""A pruned model with its record: saving, loading, export and publishing."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from selfpruner_hub.storage.staging import save_directory
 
 
 class PrunedModel:
-    """A pruned model with everything that is known of it.
+    """A pruned model with its tokenizer, record and journal.
 
     Args:
-        model: The pruned transformers model.
-        tokenizer: Its tokenizer, or None.
-        report: The record that `selfpruner.json` holds.
-        journal: The lines of `search.jsonl`.
-        checkpoints: Of the run that made it; they end where the model is saved or published.
+        model: Pruned transformers model.
+        tokenizer: Tokenizer of the model, or None.
+        report: Record, the content of `selfpruner.json`.
+        journal: Text of `search.jsonl`.
+        checkpoints: Checkpoints of the run that made the model; they are deleted when the model is saved or published.
     """
 
     def __init__(
@@ -53,14 +53,15 @@ class PrunedModel:
         return self.report.plan
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "1GB") -> None:
-        """Write weights, configuration, model code, record, journal and card; all of it or nothing.
+        """Write weights, configuration, tokenizer, model code, record, journal and card, completely or not at all.
 
         Args:
-            directory: Created where it does not exist; files of the same names are replaced.
-            max_shard_size: Of a file of weights, as in transformers; one such file is in memory at a time.
+            directory: Directory of the files, created if missing; files of the same names are replaced.
+            max_shard_size: Maximum size of a file of weights, in bytes or as in `"1GB"`; one such file is in memory at
+                a time.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: The directory cannot be written.
         """
         self._write(Path(directory), max_shard_size)
         self._checkpoints.clear()
@@ -87,23 +88,23 @@ class PrunedModel:
         exports: Sequence[str] = (),
         token: str | None = None,
     ) -> Published:
-        """Save into a temporary directory and publish that; `hub.publish.publish` has the arguments.
+        """Save into a temporary directory, and publish it by `hub.publish.publish`.
 
         Args:
-            repo_id: `name`, or `namespace/name`; created where it does not exist.
-            private: Visibility of a new repository; None takes the account's default.
-            revision: Branch; created where it does not exist.
-            create_pr: Open a pull request instead.
-            space: Publish the demo Space `REPO_ID-demo` as well.
+            repo_id: Hub repository, `name` or `namespace/name`; created if missing.
+            private: Visibility of a new repository; None uses the account's default.
+            revision: Branch; created if missing. None is the main branch.
+            create_pr: Whether to open a pull request instead of a commit.
+            space: Whether to publish the demo Space `REPO_ID-demo` as well.
             exports: Formats to publish beside the weights, such as `("onnx", "gguf")`.
-            token: Of the Hub; None takes the stored one, or HF_TOKEN.
+            token: Hub token; None uses the stored one, or HF_TOKEN.
 
         Returns:
-            Where it is now.
+            Addresses of the model and the Space, and whether a commit was made.
 
         Raises:
             UserError: The Hub refuses.
-            HubError: The Hub is out of reach, or fails.
+            HubError: The Hub is unreachable, or fails.
         """
         check_request(space=space, create_pr=create_pr, exports=exports)
         with tempfile.TemporaryDirectory() as temporary:
@@ -122,20 +123,20 @@ class PrunedModel:
         return published
 
     def export(self, to: str, output: str | Path, *, tolerance: float | None = None, **options: Any) -> Path:
-        """Write the model in another format, and compare that with this model.
+        """Write the model in another format, and compare the export with this model.
 
         Args:
-            to: `"onnx"`, `"tensorrt"`, `"openvino"`, `"gguf"` or `"padded"`.
-            output: The directory of the export; files of the same names are replaced.
-            tolerance: Largest distance of a logit from PyTorch's float32; None takes the format's own.
-            **options: Of the format, such as `dtype`.
+            to: Format: `"onnx"`, `"tensorrt"`, `"openvino"`, `"gguf"` or `"padded"`.
+            output: Directory of the export; files of the same names are replaced.
+            tolerance: Largest allowed difference of a logit from PyTorch's in float32; None uses the format's default.
+            **options: Options of the format, such as `dtype`.
 
         Returns:
             `output`.
 
         Raises:
             UserError: The format, an option or the output is wrong, or a library is missing.
-            ExportError: The export differs from this model; nothing is left of it.
+            ExportError: The export differs from this model, and is deleted.
         """
         from exporters.export import export_model  # it imports this package
 
@@ -155,15 +156,15 @@ class PrunedModel:
         """Load a pruned model.
 
         Args:
-            name: A directory that `save_pretrained` wrote, or a Hub repository.
+            name: Directory that `save_pretrained` wrote, or a Hub repository.
             **kwargs: Keywords of transformers' `from_pretrained`.
 
         Returns:
             The model with its tokenizer, record and journal.
 
         Raises:
-            SavedModelError: It is not a pruned model, or it is damaged.
-            ModelError: It is missing, gated or out of reach.
+            SavedModelError: The model is not a pruned model, or is damaged.
+            ModelError: The model is missing, gated or unreachable.
         """
         directory = resolve_directory(str(name), **kwargs)
         report = read_record(directory)
@@ -175,7 +176,7 @@ class PrunedModel:
 
 
 def _export(directory: Path, formats: Sequence[str]) -> None:
-    """Export a model that was just saved, each format into a folder of its name."""
+    """Export a saved model, each format into a folder of its name."""
     from exporters.export import export  # it imports this package
 
     for name in dict.fromkeys(formats):

@@ -1,4 +1,4 @@
-"""The main path: calibrate, rank, search, slice."""
+"""The main path: calibrate, rank, search, slice, repair."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class AutoPruner:
     """Prunes one dense causal language model.
 
     Args:
-        model: A model of a supported architecture.
-        tokenizer: Its tokenizer; without one, only `data="self"` and classical proposers work.
-        name: How records and cards call the model: its Hub id, where it has one.
-        licence: Of the model, as `licences.licence_of` gives it.
-        store: Where statistics, hidden states and the pruned model are put.
+        model: Dense model of a supported architecture.
+        tokenizer: Tokenizer of the model; without one, only `data="self"` and proposers that need no tokenizer work.
+        name: Name of the model in records and cards: its Hub id, where it has one.
+        licence: Licence of the model, as `licences.licence_of` returns it.
+        store: Store of statistics, hidden states and the pruned model.
     """
 
     def __init__(
@@ -67,21 +67,21 @@ class AutoPruner:
         """Load a dense model.
 
         Args:
-            name: A directory or a Hub repository.
-            base_model: The Hub repository that a directory is a copy of: records, cards and Spaces name it as the
-                parent, and its licence is read there where the directory has no card.
-            offload_folder: Directory on a disk with room for four times the model: weights, statistics, hidden states
-                and the pruned model are in files there instead of memory, one layer at a time (`shelf.Shelf`).
-                Nothing is left in it.
+            name: Directory or Hub repository of the model.
+            base_model: Hub repository that a directory is a copy of: records, cards and Spaces name it as the parent,
+                and the licence is read from it where the directory has no card.
+            offload_folder: Directory on a disk with space for four times the model: weights, statistics, hidden states
+                and the pruned model are in files there, and one layer at a time is in memory
+                (`storage.offload.DiskStore`). The files are deleted at the end.
             **kwargs: Keywords of transformers' `from_pretrained`: dtype, device_map, revision, token, gguf_file, …
 
         Returns:
-            A pruner of that model.
+            A pruner of the model.
 
         Raises:
-            UnsupportedArchitectureError: The architecture is not in the table.
-            ModelError: The model is missing, gated, out of reach or damaged.
-            UserError: `base_model` is no name of a repository.
+            UnsupportedArchitectureError: The architecture is not supported.
+            ModelError: The model is missing, gated, unreachable or damaged.
+            UserError: `base_model` is not the name of a repository.
         """
         if base_model is not None and not is_repo_id(base_model):
             raise UserError(f"base_model must name a Hub repository, OWNER/NAME; got {base_model!r}.")
@@ -107,33 +107,35 @@ class AutoPruner:
         progress: bool | Callable[..., None] = True,
         **settings: Any,
     ) -> PrunedModel:
-        """Find the rates of all layers under the mean rate β, and cut.
+        """Find the rates of all layers under the mean rate β, and prune the model by them.
 
         Args:
-            beta: Mean fraction of the prunable weights to remove, 0 < β < 1.
-            preset: `"default"`, or `"paper"` for the settings of arXiv 2502.14413.
-            proposer: `"self"` (the dense model), `"evolution"`, `"random"`, a directory or Hub repository of another
-                transformers model, the URL of an OpenAI-compatible endpoint, or an object with the `Proposer` protocol.
+            beta: Mean share of the prunable weights to remove, 0 < β < 1.
+            preset: Name of the preset: `"default"`, or `"paper"` for the settings of arXiv 2502.14413.
+            proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"random"`, a directory or Hub
+                repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object that
+                follows the `Proposer` protocol.
             proposer_model: Name of the model at the endpoint; its key comes from the environment
                 (SELFPRUNER_API_KEY).
-            data: Text for calibration and search. `"chat"` (conversations that the model writes through its chat
+            data: Text of calibration and search. `"chat"` (conversations that the model writes through its chat
                 template), `"self"` (plain text that it writes), `"wikitext2"` or `"c4"` (from the Hub), a path to a
-                `.txt` or `.jsonl` (an object a line, with a text under `text` or a conversation under `messages`),
-                several of them with `+` between them, or an iterable of texts or conversations, such as a list or a
+                `.txt` or `.jsonl` (one object per line, with a text under `text` or a conversation under `messages`),
+                several of them joined by `+`, or an iterable of texts or conversations, such as a list or a
                 `datasets.Dataset`. None: `"chat+wikitext2"` for a model with a chat template, else `"wikitext2"`, as
                 for the paper's preset.
-            fitness: `"kl"` or `"perplexity"`; None takes the preset's.
-            evaluations: Budget in full-evaluation equivalents; None takes the preset's, 0 keeps the best seed. A round
-                that has begun within it is finished.
-            seed: Of all randomness.
-            run_dir: Where the journal lives, and what each stage has finished; the same directory again goes on there.
-            executor: None: candidates are scored in this process; `"ray"`: side by side on Ray workers
+            fitness: Score of plans, `"kl"` or `"perplexity"`; None uses the preset's.
+            evaluations: Length of the search in full-evaluation equivalents; None uses the preset's, 0 takes the best
+                seed plan. A round that has begun is finished.
+            seed: Random seed.
+            run_dir: Directory of the journal and of the checkpoints of each stage; a run with the same directory
+                resumes.
+            executor: Place where candidates are scored: None for this process, `"ray"` for parallel Ray workers
                 (`ray_workers.ray_workers`).
-            progress: True for bars on stderr, or a function called with (what, done, total).
-            **settings: Other fields of `settings.Method`.
+            progress: Whether to show bars on stderr, or a function that is called with (what, done, total).
+            **settings: Values of other fields of `settings.Method`.
 
         Returns:
-            The pruned model with its record; the dense model is left as it was.
+            The pruned model with its record; the dense model is unchanged.
 
         Raises:
             UserError: An argument is wrong, the text too short, or `run_dir` belongs to another search.
@@ -158,7 +160,7 @@ class AutoPruner:
             with prepared(self.model, calibration, method, fisher, run) as ready:
                 found = find_plan(asked, budget, ready, texts, journal, method, run, executor=executor)
                 model = slice_model(ready.slicer, found.outcome.best.plan)
-                del ready  # its factors take more memory than the model
+                del ready  # its Cholesky factors take more memory than the model
             if method.repairs_twice:
                 compensate(self.model, model, calibration, inputs=method.refit_inputs, fisher=fisher, run=run)
             scale = match_confidence(self.model, model, texts.search.windows, report) if method.confidence else 1.0

@@ -1,4 +1,4 @@
-"""The two models, and their answers as they are written, with the speed of each measured live."""
+"""The two models, and their answers as a stream, with the measured speed of each."""
 
 from __future__ import annotations
 
@@ -19,52 +19,52 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, TextIteratorStreamer
 
-try:  # Hugging Face's package on a ZeroGPU Space; elsewhere this folder itself may answer to the name
+try:  # Hugging Face's package on a ZeroGPU Space; elsewhere the import may find this folder itself
     from spaces import GPU
 except ImportError:
 
     def GPU(duration: int) -> Callable[[Any], Any]:
-        """Leave a function as it is: there is no GPU to ask for."""
+        """Return the function unchanged: there is no GPU to request."""
         return lambda function: function
 
 
 LONGEST_PROMPT = 2_000
-"""Characters."""
+"""Maximum length of a prompt, in characters."""
 MOST_TOKENS = 256
 SECONDS = 60
-"""Longest that one model may write."""
+"""Time limit for the answer of one model, in seconds."""
 _GROWTH = 1.3
-"""What a model takes while it writes, over its weights."""
+"""Memory of a model during generation, as a multiple of its weights."""
 
 
 class UnavailableError(Exception):
-    """Why a visitor gets no answer, in words for them."""
+    """A visitor gets no answer; the message says why."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """Which model the page is about."""
+    """The model that the page shows."""
 
     pruned: str
-    """A directory, or a repository on the Hub."""
+    """Directory or Hub repository of the pruned model."""
     revision: str | None
     dense: str | None
-    """Its parent; None takes the one that its record names."""
+    """Directory or Hub repository of the dense parent; None uses the one that the record names."""
 
     def file(self, name: str) -> Path:
-        """A file of the pruned model, fetched where it is not here."""
+        """Return the path of a file of the pruned model, which is downloaded if necessary."""
         local = Path(self.pruned)
         return local / name if local.is_dir() else Path(hf_hub_download(self.pruned, name, revision=self.revision))
 
     @property
     def parent(self) -> str:
-        """The dense model's name."""
+        """Directory or Hub repository of the dense model."""
         return self.dense or str(record()["base_model"])
 
 
 @cache
 def shown() -> Shown:
-    """From the environment, else from `model.json` beside the app, as publishing writes it."""
+    """Read which model is shown, from the environment or from `model.json` beside the app, which publishing writes."""
     path = Path(__file__).with_name("model.json")
     written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     name = os.environ.get("PRUNED_MODEL") or written.get("pruned")
@@ -78,7 +78,7 @@ def shown() -> Shown:
 
 @cache
 def record() -> dict[str, Any]:
-    """What `selfpruner.json` of the pruned model says."""
+    """Read `selfpruner.json` of the pruned model."""
     try:
         return json.loads(shown().file("selfpruner.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -86,7 +86,7 @@ def record() -> dict[str, Any]:
 
 
 def _why(name: str, error: Exception) -> str:
-    """What a visitor should know of a model that does not load; a path of this machine is not among it."""
+    """Return a message for visitors about a model that does not load, without paths of this machine."""
     called = Path(name).name if Path(name).is_dir() else name
     status = (
         getattr(getattr(error, "response", None), "status_code", None) if isinstance(error, HfHubHTTPError) else None
@@ -101,8 +101,8 @@ _loading = threading.Lock()
 
 
 def load(which: str) -> tuple[Any, Any]:
-    """The model `pruned` or `dense`, and the pruned model's tokenizer, which is the parent's."""
-    with _loading:  # two visitors, one download
+    """Load the model `pruned` or `dense`, and the pruned model's tokenizer, which is the parent's."""
+    with _loading:  # two visitors share one download
         return _load(which)
 
 
@@ -115,19 +115,19 @@ def _load(which: str) -> tuple[Any, Any]:
     _check_size(which, int(record()["parameters"][which]) * dtype.itemsize * _GROWTH)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=which == "pruned", dtype=dtype, **where)
-        # transformers reads config.json first, and would ask on the terminal whether it may
+        # transformers reads config.json first, and without trust_remote_code it would ask on the terminal
         tokenizer = AutoTokenizer.from_pretrained(at.pruned, revision=at.revision, trust_remote_code=True)
     except Exception as error:  # transformers and the Hub's client share no base class
         raise UnavailableError(_why(name, error)) from error
     if gpu:
         return model.eval().to("cuda"), tokenizer
-    start = torch.tensor([[1, 2, 3]])  # the first pass is slow, and no visitor's business
+    start = torch.tensor([[1, 2, 3]])  # the first pass is slow, so it is run before a visitor asks
     model.eval().generate(start, attention_mask=torch.ones_like(start), max_new_tokens=2, do_sample=False)
     return model, tokenizer
 
 
 def fast_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it natively; emulated, it is slower than float32."""
+    """Return bfloat16 where this CPU multiplies it natively, else float32 (emulated bfloat16 is slower)."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
@@ -142,7 +142,7 @@ def _check_size(which: str, needed: float) -> None:
 
 
 def _memory_left() -> float:
-    """Bytes: of the machine, or of the container where that has fewer."""
+    """Return the free memory in bytes: that of the machine, or of the container where that is less."""
     left = float(psutil.virtual_memory().available)
     try:
         limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
@@ -156,23 +156,23 @@ def _memory_left() -> float:
 
 @dataclass
 class Answer:
-    """An answer so far."""
+    """The part of an answer that is written, and its timing."""
 
     text: str = ""
     tokens: int = 0
     first: float | None = None
-    """Seconds from the request to the first token."""
+    """Time from the request to the first token, in seconds; None before that."""
     seconds: float = 0.0
     done: bool = False
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second, after the first; None where there are too few to tell."""
+        """Tokens per second after the first token; None with fewer than two tokens."""
         writing = self.seconds - (self.first or 0.0)
         return (self.tokens - 1) / writing if self.tokens > 1 and writing > 0 else None
 
     def took(self) -> str:
-        """What it took, for people."""
+        """Return the rate, the time to the first token and the number of tokens, as Markdown."""
         if self.first is None:
             return "reading the prompt …"
         rate = f"**{self.rate:.1f}** tokens/s · " if self.rate else ""
@@ -180,7 +180,7 @@ class Answer:
 
 
 class _Streamer(TextIteratorStreamer):
-    """Counts tokens as they come."""
+    """Text streamer that counts and times tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, timeout=SECONDS, skip_special_tokens=True)
@@ -189,7 +189,7 @@ class _Streamer(TextIteratorStreamer):
         self._started = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, then one token at a time."""
+        """Receive the prompt, then one token at a time."""
         if not self.next_tokens_are_prompt:
             self.answer.tokens += 1
             self.answer.seconds = time.perf_counter() - self._started
@@ -207,18 +207,18 @@ class _Stop(StoppingCriteria):
 
 @GPU(duration=SECONDS)
 def answer(which: str, prompt: str, tokens: int) -> Iterator[Answer]:
-    """Let one model answer.
+    """Generate the answer of one model.
 
     Args:
-        which: `pruned` or `dense`.
-        prompt: What a visitor typed.
-        tokens: Most that are written.
+        which: Name of the model, `pruned` or `dense`.
+        prompt: Prompt that a visitor typed.
+        tokens: Maximum number of tokens to write.
 
     Yields:
-        The answer as it grows.
+        The answer so far, after each piece of text.
 
     Raises:
-        UnavailableError: There is no such model here, or the prompt is too long for it.
+        UnavailableError: The model cannot be loaded, fails or takes too long, or the prompt is too long for it.
     """
     model, tokenizer = load(which)
     inputs = encode(tokenizer, prompt).to(model.device)
@@ -255,13 +255,13 @@ def answer(which: str, prompt: str, tokens: int) -> Iterator[Answer]:
         yield streamer.answer
     except Empty:
         raise UnavailableError(f"The {which} model wrote nothing for {SECONDS} s. Try again later.") from None
-    finally:  # the visitor may have left
+    finally:  # also when the visitor has left
         stop.set()
         writer.join()
 
 
 def encode(tokenizer: Any, prompt: str) -> Any:
-    """A prompt as the model was taught to read it."""
+    """Encode a prompt, through the chat template where the tokenizer has one."""
     if not tokenizer.chat_template:
         return tokenizer(prompt, return_tensors="pt")
     messages = [{"role": "user", "content": prompt}]

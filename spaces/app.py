@@ -1,7 +1,7 @@
-"""A pruned language model beside its dense parent: the same prompt, the speed of each, what was cut, and a try at it.
+"""Demo of a pruned language model beside its dense parent: answers and speed, what was removed, and live pruning.
 
-Runs from a published model alone. `model.json` (written when the Space is published) or PRUNED_MODEL says which model;
-PRUNED_REVISION and DENSE_MODEL are optional. Nothing that a visitor types is kept or logged.
+It needs only a published model. `model.json` (written when the Space is published) or PRUNED_MODEL names the model;
+PRUNED_REVISION and DENSE_MODEL are optional. Nothing that a visitor types is stored or logged.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ EXAMPLES = [
     "What language do most people speak in Japan?",
     "What color do you get when you mix red and yellow?",
 ]
-"""Plain questions: what a small model that lost a part of its weights still answers."""
+"""Plain questions, which a small pruned model still answers."""
 FEW = 24
-"""Tokens: a rate measured on fewer says so."""
+"""Number of tokens below which the page says that the measured rate is uncertain."""
 
 
-# -- what happens -----------------------------------------------------------------------------------------------------
+# -- event handlers ---------------------------------------------------------------------------------------------------
 
 
 def check(prompt: str, tokens: float) -> list[dict[str, Any]]:
-    """Tell beside the box what is wrong with a prompt, before anything waits in the queue."""
+    """Check a prompt before the request is queued; an error is shown beside the text box."""
     fine = gr.validate(True, "")
     return [gr.validate(False, wrong) if (wrong := _wrong(prompt)) else fine, fine]
 
@@ -50,7 +50,7 @@ def _wrong(prompt: str) -> str:
 
 
 def compare(prompt: str, tokens: float) -> Iterator[tuple[str, str, str, str, str]]:
-    """Let the pruned model answer, then its parent: one at a time, so that neither slows the other."""
+    """Generate the answer of the pruned model, then of its parent: one at a time, so that neither slows the other."""
     if wrong := _wrong(prompt):
         raise gr.Error(wrong, print_exception=False)
     said = {"pruned": ("", "loading the model …"), "dense": ("", "waiting for the pruned model to finish …")}
@@ -75,7 +75,7 @@ def _took(answer: Answer) -> str:
 
 
 def _verdict(pruned: Answer, dense: Answer) -> str:
-    """How the two compare, whichever way."""
+    """Return a sentence that compares the rates of the two models; empty where a rate is unknown."""
     if not pruned.rate or not dense.rate:
         return ""
     few = "; so few tokens tell little" if min(pruned.tokens, dense.tokens) < FEW else ""
@@ -84,7 +84,7 @@ def _verdict(pruned: Answer, dense: Answer) -> str:
 
 
 def prune(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str, Any, Any]]:
-    """Prune a small model, and show where the search stands."""
+    """Prune a small model, and show the state of the search."""
     run = live.Run()
     try:
         for run in live.prune(beta, int(evaluations), proposer):
@@ -101,7 +101,7 @@ def prune(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str,
 
 
 def _pictures(run: live.Run) -> tuple[Any, Any]:
-    """The search and its best plan, once there is something to see."""
+    """Return the updated plots of the search and of its best plan; hidden while there are no scores."""
     plans, rates = facts.scored(run.journal), live.removed_by_best(run)
     there = len(plans) > 0
     return (
@@ -122,7 +122,7 @@ def _standing(run: live.Run) -> str:
 
 
 def build() -> gr.Blocks:
-    """The page; one that says why, where there is no model to show."""
+    """Build the page; where there is no model to show, it says why."""
     try:
         headline, sentence = facts.title()
     except UnavailableError as error:
@@ -177,7 +177,7 @@ def _compare_tab() -> None:
 
 
 def _buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
-    """What starts something, and what stops it; side by side on a phone too."""
+    """Make a start button and a stop button, side by side on a phone too."""
     with gr.Row():
         start = gr.Button(label, variant="primary", scale=3, min_width=120, elem_id=name)
         stop = gr.Button("Stop", variant="secondary", scale=1, min_width=80, elem_id=f"{name}-stop")
@@ -247,12 +247,12 @@ def _live_tab() -> None:
 
 
 def main() -> None:
-    """Open the page; the models are loaded meanwhile, so that the first visitor does not wait for them."""
+    """Start the page, and load the models in a thread so that the first visitor does not wait for them."""
     page = build()
     warm = threading.Thread(target=_load_all, daemon=True)
     warm.start()
     if os.environ.get("SPACES_ZERO_GPU"):
-        warm.join()  # what is on the GPU must be there before the first request
+        warm.join()  # ZeroGPU needs the models before the first request
     page.launch(
         theme=theme(),
         css=CSS,
@@ -266,7 +266,7 @@ def _load_all() -> None:
         try:
             answers.load(which)
         except UnavailableError:
-            return  # the page says so to whoever asks
+            return  # a visitor who sends a prompt sees the error
 
 
 if __name__ == "__main__":

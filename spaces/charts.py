@@ -1,4 +1,4 @@
-"""The page's plots: what each layer lost, and the plans that a search scored."""
+"""The plots of the page: what each layer loses, and the plans that a search scored."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import gradio as gr
 import pandas as pd
 
 PARTS = {"FFN": "#0d9488", "attention": "#f59e0b", "layer": "#0d9488"}
-"""Colours that stand out on white and on black alike."""
+"""Colours of the parts, with enough contrast on white and on black."""
 ORIGINS = {"seed": "#0ea5e9", "evolution": "#f97316", "self": "#a855f7", "random": "#84cc16", "fallback": "#eab308"}
 FITNESS = {"kl": "KL to the dense model", "perplexity": "perplexity"}
 
 
 def rates(value: pd.DataFrame, fitting: int, **settings: Any) -> gr.BarPlot:
-    """Bars, one a layer; where more layers than are `fitting`, only every fifth is labelled."""
+    """Plot one bar per layer; with more than `fitting` layers, only every fifth is labelled."""
     layers = len(answers.record()["rates"])
     return gr.BarPlot(
         value,
@@ -33,7 +33,7 @@ def rates(value: pd.DataFrame, fitting: int, **settings: Any) -> gr.BarPlot:
 
 
 def search(plans: pd.DataFrame, fitness: str, **settings: Any) -> gr.LinePlot:
-    """The best fitness so far against what was spent."""
+    """Plot the best fitness so far against the evaluations spent."""
     curve = facts.best_so_far(plans)
     return gr.LinePlot(
         curve,
@@ -49,7 +49,7 @@ def search(plans: pd.DataFrame, fitness: str, **settings: Any) -> gr.LinePlot:
 
 
 def plans(value: pd.DataFrame, fitness: str, **settings: Any) -> gr.ScatterPlot:
-    """A point a plan, in the colour of where it came from."""
+    """Plot one point per plan, coloured by its source."""
     return gr.ScatterPlot(
         value,
         x="evaluations",
@@ -65,16 +65,16 @@ def plans(value: pd.DataFrame, fitness: str, **settings: Any) -> gr.ScatterPlot:
 
 
 def layer_order(rates: pd.DataFrame) -> list[str] | None:
-    """Layers in their order: as text they would be sorted as text."""
+    """Return the layers in numerical order: the plot would sort their names as text."""
     return list(dict.fromkeys(rates["layer"])) or None
 
 
 def limits(plans: pd.DataFrame) -> dict[str, list[float]]:
-    """Axes that leave room around the points; none where there is no point."""
+    """Return limits of both axes with a margin around the points; empty where there are no points."""
     return {"x_lim": _around(plans["evaluations"]), "y_lim": _around(plans["fitness"])} if len(plans) else {}
 
 
 def _around(values: pd.Series) -> list[float]:
-    """Limits of an axis that leave some room."""
+    """Return limits of an axis with a margin of a tenth of the range."""
     room = 0.1 * (values.max() - values.min()) or 0.1
     return [float(values.min() - room), float(values.max() + room)]

@@ -1,4 +1,4 @@
-"""What is known of the pruned model, for people: figures from `selfpruner.json`, plots from it and the journal."""
+"""Facts about the pruned model: figures from `selfpruner.json`, and data for plots from it and the journal."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SCORED = ["evaluations", "fitness", "from"]
 BEST = ["evaluations", "fitness"]
 ANSWERED, KEPT, AGREEMENT = "plain questions answered", "plain questions kept", "agreement (conversations)"
 CHAT = (KEPT, ANSWERED, AGREEMENT, "KL (conversations)")
-"""Names of the figures of a chat model, as `selfpruner evaluate` writes them."""
+"""Names of the figures of a chat model in the record, as `selfpruner evaluate` writes them."""
 
 
 def journal() -> list[dict[str, Any]]:
-    """The lines of `search.jsonl`; empty where the model came without it."""
+    """Read the records of `search.jsonl`; empty where the model has no journal."""
     try:
         return lines(shown().file("search.jsonl").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -26,20 +26,20 @@ def journal() -> list[dict[str, Any]]:
 
 
 def lines(text: str) -> list[dict[str, Any]]:
-    """Whole lines of a journal; the last may still be being written."""
+    """Parse the complete lines of a journal; the last line may still be incomplete."""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def removed(widths: dict[str, list[int]], rates: Iterable[float], shape: dict[str, Any] | None) -> pd.DataFrame:
-    """Per layer, the per cent of its prunable weights that are gone, by part where the dense shape is known.
+    """Return the percentage of each layer's prunable weights that was removed, by part where the dense shape is known.
 
     Args:
-        widths: `intermediate_size` and `num_key_value_heads` kept, one per layer.
-        rates: Fraction of each layer's weights removed.
-        shape: The dense model's, as the journal's header has it.
+        widths: Widths that are kept: `intermediate_size` and `num_key_value_heads`, one value per layer.
+        rates: Share of each layer's prunable weights that was removed, in [0, 1].
+        shape: Shape of the dense model, from the journal's header; None where unknown.
 
     Returns:
-        One row for a layer and a part.
+        One row per layer and part.
     """
     if shape is None:
         rows = [(str(i), "layer", 100 * rate) for i, rate in enumerate(rates, 1)]
@@ -55,13 +55,13 @@ def removed(widths: dict[str, list[int]], rates: Iterable[float], shape: dict[st
 
 
 def scored(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """Every plan that was scored on all of the text.
+    """Return every plan that was scored on all windows.
 
     Args:
-        records: Of the journal.
+        records: Records of the journal.
 
     Returns:
-        Rows of (evaluations spent, fitness, where the plan came from).
+        Rows of (evaluations spent, fitness, source of the plan).
     """
     spent, rows = 0.0, []
     for entry in records:
@@ -72,7 +72,7 @@ def scored(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def best_so_far(plans: pd.DataFrame) -> pd.DataFrame:
-    """The curve of a search: after how many evaluations which fitness was the best, as steps."""
+    """Return the best fitness so far against the evaluations spent, as a step curve."""
     rows: list[tuple[float, float]] = []
     for spent, fitness in zip(plans["evaluations"], plans["fitness"].cummin(), strict=True):
         if rows and fitness != rows[-1][1]:
@@ -82,12 +82,12 @@ def best_so_far(plans: pd.DataFrame) -> pd.DataFrame:
 
 
 def header(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The settings of the search that a journal begins with; empty where there is none."""
+    """Return the settings of the search from the journal's header; empty where there is no journal."""
     return records[0].get("settings", {}) if records else {}
 
 
 def title() -> tuple[str, str]:
-    """A headline and one sentence."""
+    """Return a headline and a description of the model."""
     known = record()
     count = known["parameters"]
     name = known["base_model"].rpartition("/")[2]
@@ -100,7 +100,7 @@ def title() -> tuple[str, str]:
 
 
 def answered() -> str:
-    """What is left of a chat model's answers, in a sentence or two; empty where it was not measured."""
+    """Return the figures of a chat model's answers in one or two sentences; empty where they were not measured."""
     known = {name: metric["value"] for name, metric in record()["metrics"].items() if name in CHAT}
     said = []
     if KEPT in known:
@@ -113,7 +113,7 @@ def answered() -> str:
 
 
 def _rank(name: str, metric: dict[str, Any]) -> int:
-    """Where a figure stands: answers, then other quality, then speed, then what the search selected on."""
+    """Return the rank of a figure in the table: answers, then other quality, then speed, then figures of the search."""
     if name.startswith("search_"):
         return 3
     if metric.get("machine") or metric.get("unit"):
@@ -122,7 +122,7 @@ def _rank(name: str, metric: dict[str, Any]) -> int:
 
 
 def figures() -> str:
-    """Parameters and all that was measured, as a table in Markdown with the protocol of each figure."""
+    """Return parameters and all measured figures as a Markdown table, followed by the protocol of each figure."""
     known = record()
     count = known["parameters"]
     rows = [f"| parameters | {count['dense']:,} | {count['pruned']:,} |"]

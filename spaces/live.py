@@ -1,4 +1,4 @@
-"""A small model, pruned while a visitor watches: the search runs in a thread, its journal tells where it stands."""
+"""Live pruning of a small model: the search runs in a thread, and its state is read from its journal."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from answers import UnavailableError, encode, fast_dtype, record, shown
 from facts import header, lines, removed
 
 SMALL = 400_000_000
-"""Parameters of the largest parent that is pruned here; for a larger one, `STAND_IN` is."""
+"""Maximum number of parameters of a parent that is pruned live; for a larger one, `STAND_IN` is pruned."""
 STAND_IN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SECONDS = 600
-"""Longest that a visitor may prune."""
+"""Time limit of one pruning run, in seconds."""
 MOST_EVALUATIONS = 16
 TEXT = {"data": "self", "window": 64, "calibration_tokens": 2_048, "fitness_tokens": 512}
-"""Text that the model writes itself: little of it, so that it does not take long."""
+"""Settings of the text: the model generates it, and little of it, to save time."""
 SEARCH = {"population": 2, "crossover": 2, "mutation": 4, "first_share": 0.5, "survivors": 0.5, "accumulate": False}
 PROMPT = "What is the capital of France?"
 
 busy = threading.Lock()
-"""Held while someone prunes: answers are slower then, and say so."""
+"""Lock that is held during a pruning run: answers are slower then, and the page says so."""
 
 
 class _StoppedError(Exception):
-    """The visitor left, or took too long."""
+    """The visitor left, or the time limit was reached."""
 
 
 @dataclass
 class Run:
-    """A search, as far as it has come."""
+    """State of a pruning run."""
 
     stage: str = "loading the model"
     share: float = 0.0
-    """Of the stage, from 0 to 1."""
+    """Share of the stage that is done, in [0, 1]."""
     journal: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     pruned: Any = None
-    """The `PrunedModel`, at the end."""
+    """The `PrunedModel`; None until the run has ended."""
     error: Exception | None = None
 
 
 def name() -> str:
-    """The model that is pruned here."""
+    """Return the directory or Hub repository of the model that is pruned."""
     small = int(record()["parameters"]["dense"]) <= SMALL
     return os.environ.get("LIVE_MODEL") or (shown().parent if small else STAND_IN)
 
 
 def called() -> str:
-    """Its name for people; a directory's says nothing."""
+    """Return the name of that model for visitors, without a path."""
     return str(record()["base_model"] if name() == shown().parent else name()).rpartition("/")[2]
 
 
@@ -77,15 +77,15 @@ def prune(beta: float, evaluations: int, proposer: str) -> Iterator[Run]:
     """Prune the small model.
 
     Args:
-        beta: Mean fraction of weights to remove.
-        evaluations: Budget of the search, in full-evaluation equivalents; at most `MOST_EVALUATIONS`.
-        proposer: `self` or `evolution`.
+        beta: Mean share of the prunable weights to remove, 0 < β < 1.
+        evaluations: Length of the search in full-evaluation equivalents, at most `MOST_EVALUATIONS`.
+        proposer: Name of the proposer, `self` or `evolution`.
 
     Yields:
-        Where it stands, twice a second.
+        The state of the run, twice a second.
 
     Raises:
-        UnavailableError: It cannot be done here, or failed.
+        UnavailableError: Another visitor is pruning, the time limit is reached, or pruning fails.
     """
     if not busy.acquire(blocking=False):
         raise UnavailableError("Someone else is pruning right now. Try again in a few minutes.")
@@ -104,7 +104,7 @@ def prune(beta: float, evaluations: int, proposer: str) -> Iterator[Run]:
 
 
 def _watch(run: Run, directory: Path, beta: float, evaluations: int, proposer: str) -> Iterator[Run]:
-    """Let a thread prune, and look at its journal until it ends, takes too long, or the visitor leaves."""
+    """Prune in a thread, and read its journal until it ends, reaches the time limit, or the visitor leaves."""
     stop, started, journal = threading.Event(), time.perf_counter(), directory / "search.jsonl"
 
     def report(what: str, done: float, total: float) -> None:
@@ -143,14 +143,14 @@ def _watch(run: Run, directory: Path, beta: float, evaluations: int, proposer: s
 
 
 def best(run: Run) -> tuple[dict[str, list[int]], float] | None:
-    """Widths and fitness of the best plan so far among those scored on all of the text."""
+    """Return widths and fitness of the best plan so far among those scored on all windows; None before the first."""
     scored = [r for r in run.journal if r.get("kind") == "score" and r["share"] == 1 and r["fitness"] is not None]
     found = min(scored, key=lambda r: r["fitness"], default=None)
     return (found["widths"], found["fitness"]) if found else None
 
 
 def removed_by_best(run: Run) -> Any:
-    """What the best plan so far removes from each layer, for a plot; empty before there is one."""
+    """Return the percentage that the best plan so far removes from each layer; empty before there is a plan."""
     found = best(run)
     widths = found[0] if found else {}
     return removed(widths, (), header(run.journal).get("shape")) if found else removed({}, (), None)
@@ -158,7 +158,7 @@ def removed_by_best(run: Run) -> Any:
 
 @torch.inference_mode()
 def sample(run: Run) -> str:
-    """What the pruned model answers to `PROMPT`."""
+    """Return the pruned model's answer to `PROMPT`."""
     model, tokenizer = run.pruned.model, run.pruned.tokenizer
     inputs = encode(tokenizer, PROMPT)
     written = model.generate(**inputs, max_new_tokens=32, do_sample=False)

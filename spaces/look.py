@@ -1,4 +1,4 @@
-"""How the page looks."""
+"""Style and theme of the page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ td, th { white-space: nowrap; }
 
 
 def theme() -> gr.themes.Base:
-    """Colours with enough contrast for text, in light and dark; fonts that every machine has."""
+    """Return the theme: colours with enough contrast for text, light and dark, and fonts that every machine has."""
     return gr.themes.Soft(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
         color_accent="*primary_700",
         block_label_background_fill="none",

@@ -1,4 +1,4 @@
-"""The command line `selfpruner`: a module for each verb."""
+"""The command line `selfpruner`: one module per verb."""
 
 from selfpruner_hub.cli.main import main
 

@@ -9,10 +9,10 @@ from selfpruner_hub.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the verb takes.
+    """Declare the arguments of the verb.
 
     Args:
-        parser: Of the verb.
+        parser: Parser of the verb.
     """
     parser.add_argument("directory", metavar="DIR", help="a pruned model, or an export of it for the runtime")
     parser.add_argument("--against", required=True, metavar="MODEL", help="its dense parent, or the parent's export")
@@ -37,10 +37,10 @@ def run(options: argparse.Namespace) -> str:
     """Run the benchmark.
 
     Args:
-        options: The parsed command line.
+        options: Parsed command line.
 
     Returns:
-        What is printed: the table, or the JSON.
+        Text to print: the table, or JSON.
 
     Raises:
         UserError: An option is wrong, or a model cannot be loaded or exported.
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> str:
     if options.output is not None:
         check_writable(options.output.parent)
     if options.save:
-        read_record(Path(options.directory))  # before the minutes that a benchmark takes
+        read_record(Path(options.directory))  # fails before the benchmark, which takes minutes
     named = {"revision": options.revision, "gguf_file": options.gguf_file}
     with Bars(not options.quiet) as progress:
         report = benchmark(

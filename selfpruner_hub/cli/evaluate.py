@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from selfpruner_hub.storage.model_record import Metric
 
 HALF = "report"
-"""The half of the plain questions on which nothing is chosen."""
+"""Name of the half of the plain questions that no setting was chosen on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the verb takes.
+    """Declare the arguments of the verb.
 
     Args:
-        parser: Of the verb.
+        parser: Parser of the verb.
     """
     parser.add_argument("model", metavar="MODEL_OR_DIR")
     parser.add_argument(
@@ -57,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
-    """Evaluate.
+    """Evaluate a model.
 
     Args:
-        options: The parsed command line.
+        options: Parsed command line.
         loading: Keywords of `from_pretrained` for the model.
 
     Returns:
-        What is printed: a line a figure, or JSON.
+        Text to print: one line per figure, or JSON.
 
     Raises:
         UserError: An option is wrong, or the model, the text or the items cannot be loaded.
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
     with Bars(not options.quiet) as report:
         parent = None
         if options.against is not None:
-            load_config(options.model, **loading)  # its mistakes come first; two models are never in memory together
+            load_config(options.model, **loading)  # its errors come first; only one model is in memory at a time
             gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
             dtype = loading.get("dtype", "auto")
             parent = _parent(options, tasks, *load_model(options.against, dtype=dtype, **gguf), report)
@@ -100,15 +100,15 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Parent:
-    """What is left of the dense model once it was measured and is no longer in memory."""
+    """Results of the dense model, which is no longer in memory."""
 
     figures: dict[str, Metric]
     vocabulary: dict[str, int] | None
     teacher: Teacher | None
-    """On the text; None where none is read."""
+    """Most likely next tokens on the text, with probabilities; None where no text is read."""
     chat: ChatMeasure | None
     right: list[bool] | None
-    """Which of the plain questions it answers."""
+    """Whether the dense model answers each plain question correctly."""
 
 
 def _parent(
@@ -149,7 +149,7 @@ def _measured(
     report: Progress,
     parent: _Parent | None,
 ) -> dict[str, Metric]:
-    """All figures of the model, those of its parent beside them; of a model with other tokens, no divergence."""
+    """Measure all figures, with those of the parent; divergence only where both have the same vocabulary."""
     from selfpruner_hub.evaluation.figures import conversation_figures, question_figures, text_figures
     from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
 
@@ -174,7 +174,7 @@ def _chats(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> b
 
 
 def _corpus(options: argparse.Namespace, tasks: list[str], tokenizer: PreTrainedTokenizerBase | None) -> Corpus | None:
-    """The text of the perplexity; None where tasks alone are asked for."""
+    """Return the text for perplexity; None where only tasks are requested."""
     from selfpruner_hub.calibration.corpus import consecutive_windows
 
     if options.data is None and tasks:
@@ -209,7 +209,7 @@ def _tasks(
 
 
 def _beside(name: str, metric: Metric, parent: _Parent | None) -> Metric:
-    """A figure with that of the parent; its divergence from itself has no meaning."""
+    """Add the parent's value to a figure; a divergence from the parent has none."""
     dense = parent.figures.get(name) if parent and not name.startswith("KL ") else None
     return metric if dense is None else replace(metric, dense=dense.value)
 

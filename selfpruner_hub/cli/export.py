@@ -11,14 +11,14 @@ from typing import Any
 from selfpruner_hub.errors import UserError
 
 OPTIONS = ("dtype", "fusions", "compute_capability", "batch", "context", "width", "tokenizer_from")
-"""Of the formats; each refuses those of another."""
+"""Names of the options of the formats; each format refuses those of the others."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the verb takes.
+    """Declare the arguments of the verb.
 
     Args:
-        parser: Of the verb.
+        parser: Parser of the verb.
     """
     parser.add_argument("model", metavar="MODEL_OR_DIR", help="a pruned model, or a dense one for comparison")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="onnx, tensorrt, openvino, gguf or padded")
@@ -37,13 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> str:
-    """Export.
+    """Export a model.
 
     Args:
-        options: The parsed command line.
+        options: Parsed command line.
 
     Returns:
-        What is printed: a line, or the record as JSON.
+        Text to print: one line, or the record as JSON.
 
     Raises:
         UserError: An option is wrong, or the model cannot be loaded.
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> str:
     """
     from selfpruner_hub.storage.layout import EXPORTS
 
-    if options.to not in EXPORTS:  # before the seconds that torch takes
+    if options.to not in EXPORTS:  # before torch is imported, which takes seconds
         raise UserError(f"Unknown format {options.to!r}.", f"Choose {', '.join(EXPORTS)}.")
 
     from exporters.export import export

@@ -1,6 +1,6 @@
-"""The command line: one verb each. Results go to stdout, progress and errors to stderr.
+"""The parser and the entry point of the command line. Results go to stdout, progress and errors to stderr.
 
-Exit status: 0; 2 for a user's mistake; 1 for a failure; 130 when interrupted.
+Exit status: 0 for success, 2 for a user's mistake, 1 for a failure, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit status.
 
     Args:
-        arguments: The words after `selfpruner`; None takes those of the process.
+        arguments: Arguments after `selfpruner`; None uses those of the process.
 
     Returns:
-        0, or 2 for a user's mistake, 1 for a failure, 130 when interrupted.
+        0 for success, 2 for a user's mistake, 1 for a failure, 130 when interrupted.
     """
     options = _parser().parse_args(arguments)
     try:
-        after_import("transformers", lambda: _quieten(options))  # which takes seconds, and mistakes need none of it
+        after_import("transformers", lambda: _quieten(options))  # torch is not imported for usage errors
         options.run(options)
     except UserError as error:
         return _complain(error, options, 2)
@@ -43,14 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nselfpruner: interrupted. {getattr(options, 'kept', '')}".strip(), file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of stdout has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 
 
 def _quieten(options: argparse.Namespace) -> None:
-    """Our own progress says what is going on; transformers' bars for every file would drown it."""
+    """Turn off transformers' progress bars for every file, which would hide our own progress."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What several verbs of the command line share."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def verb(verbs: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
-    """Add a verb, with what all verbs take; `run` is called with the parsed command line."""
+    """Add a verb with the options that all verbs have; `run` is called with the parsed command line."""
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -16,14 +16,14 @@ def verb(verbs: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
 
 
 def from_pretrained(parser: argparse._ActionsContainer) -> None:
-    """Declare how a model is loaded, in a parser or a group of it."""
+    """Add the options for loading a model to a parser or to a group of it."""
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument("--gguf-file", metavar="FILE", help="load the weights from this GGUF file of MODEL")
 
 
 def number(text: str) -> Any:
-    """A number, or the text itself for the package to refuse with its own message."""
+    """Return a number, or the text itself, which the package then refuses with its own message."""
     try:
         return float(text)
     except ValueError:
@@ -31,6 +31,6 @@ def number(text: str) -> Any:
 
 
 def loading(options: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of `from_pretrained`, as the options of that name say."""
+    """Return the keywords of `from_pretrained` from the options for loading a model."""
     named = {"dtype": options.dtype, "revision": options.revision, "gguf_file": options.gguf_file}
     return {key: value for key, value in named.items() if value is not None}

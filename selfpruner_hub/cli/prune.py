@@ -15,14 +15,14 @@ from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.settings import PRESETS, check_seed, resolve
 
 OWN_OPTIONS = ("fitness", "evaluations")
-"""Settings that have an option of their own."""
+"""Names of the settings that have their own option."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the verb takes.
+    """Declare the arguments of the verb.
 
     Args:
-        parser: Of the verb.
+        parser: Parser of the verb.
     """
     parser.add_argument("model", metavar="MODEL", help="a directory or a Hub repository")
     made = parser.add_argument_group("what is made")
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _defaults(name: str) -> str:
-    """The values of a setting in all presets, for its help."""
+    """Return the values of a setting in all presets, for its help."""
     return "; ".join(f"{preset}: {getattr(method, name)}" for preset, method in PRESETS.items())
 
 
@@ -75,10 +75,10 @@ def run(options: argparse.Namespace) -> str:
     """Prune a model and save it.
 
     Args:
-        options: The parsed command line; `kept` is set to what a user is told where the run is interrupted.
+        options: Parsed command line; its attribute `kept` is set to the message for an interrupted run.
 
     Returns:
-        What is printed: a few lines, or JSON.
+        Text to print: a few lines, or JSON.
 
     Raises:
         UserError: An option is wrong, or the model or the text cannot be loaded.
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> str:
     from selfpruner_hub.storage.staging import check_writable
 
     settings = _settings(options.set)
-    check_beta(options.beta)  # before the seconds that torch and a model take
+    check_beta(options.beta)  # before torch and the model are loaded, which takes seconds
     check_seed(options.seed)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
     check_writable(options.output)
@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> str:
     if options.run_dir is None:
         with contextlib.suppress(OSError):
             (run_dir / JOURNAL_NAME).unlink()  # it is in the output now
-            run_dir.rmdir()  # where it is empty: what else is there is not ours
+            run_dir.rmdir()  # fails where it holds other files, which are kept
     report = pruned.report
     if options.json:
         return json.dumps({"output": str(options.output), **asdict(report)})

@@ -1,4 +1,4 @@
-"""The verbs `selfpruner push`, `selfpruner card` and `selfpruner plot`: what a saved model shows to others."""
+"""The verbs `selfpruner push`, `selfpruner card` and `selfpruner plot`, for a saved model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the verb takes.
+    """Declare the arguments of the verb.
 
     Args:
-        parser: Of the verb.
+        parser: Parser of the verb.
     """
     parser.add_argument("directory", metavar="DIR", type=Path, help="a saved model")
     parser.add_argument("repo", metavar="REPO", help="where it goes: NAME, or NAMESPACE/NAME")
@@ -32,18 +32,18 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def push(options: argparse.Namespace) -> str:
-    """Publish a saved model, after the exports that are asked for.
+    """Make the requested exports, then publish a saved model.
 
     Args:
-        options: The parsed command line.
+        options: Parsed command line.
 
     Returns:
-        What is printed: the addresses, or JSON.
+        Text to print: the addresses, or JSON.
 
     Raises:
         UserError: An option is wrong, a file holds a secret, or the Hub refuses.
-        SavedModelError: The directory holds no whole pruned model, or an export of another one.
-        HubError: The Hub is out of reach, or fails.
+        SavedModelError: The directory holds no complete pruned model, or an export of another one.
+        HubError: The Hub is unreachable, or fails.
     """
     from huggingface_hub.utils.tqdm import enable_progress_bars
 
@@ -69,7 +69,7 @@ def push(options: argparse.Namespace) -> str:
 
 
 def _export(directory: Path, name: str) -> None:
-    """Make an export, unless one of this model is there."""
+    """Make an export, unless there is one of this model."""
     from exporters.export import export
     from selfpruner_hub.errors import SavedModelError
     from selfpruner_hub.hub.bundle import check_export
@@ -82,16 +82,16 @@ def _export(directory: Path, name: str) -> None:
             check_export(directory, name, record)
             return
         except SavedModelError:
-            read_export(target, name)  # what is not an export of ours is not ours to delete
+            read_export(target, name)  # fails where it is no export of this package, so it is not deleted
             shutil.rmtree(target)
     export(directory, name, target)
 
 
 def add_card_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the verb takes.
+    """Declare the arguments of the verb.
 
     Args:
-        parser: Of the verb.
+        parser: Parser of the verb.
     """
     parser.add_argument("directory", metavar="DIR", type=Path, help="a saved model")
     parser.add_argument("repo", metavar="REPO", help="where it is, or will be, published: NAMESPACE/NAME")
@@ -102,13 +102,13 @@ def card(options: argparse.Namespace) -> str:
     """Write the card that `push` would publish.
 
     Args:
-        options: The parsed command line.
+        options: Parsed command line.
 
     Returns:
-        What is printed: where it is, or JSON.
+        Text to print: the path of the card, or JSON.
 
     Raises:
-        SavedModelError: The directory holds no whole pruned model.
+        SavedModelError: The directory holds no complete pruned model.
     """
     from selfpruner_hub.hub.bundle import CARD, write_card
 
@@ -118,23 +118,23 @@ def card(options: argparse.Namespace) -> str:
 
 
 def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the verb takes.
+    """Declare the arguments of the verb.
 
     Args:
-        parser: Of the verb.
+        parser: Parser of the verb.
     """
     parser.add_argument("directory", metavar="RUN_OR_DIR", type=Path, help="what holds search.jsonl")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the pictures go (default: RUN_OR_DIR/plots)")
 
 
 def plot(options: argparse.Namespace) -> str:
-    """Draw the search.
+    """Draw the plots of a search.
 
     Args:
-        options: The parsed command line.
+        options: Parsed command line.
 
     Returns:
-        What is printed: the files, or JSON.
+        Text to print: the paths of the files, or JSON.
 
     Raises:
         RunMismatchError: The directory holds no journal of a search.

@@ -13,10 +13,10 @@ from selfpruner_hub.settings import PRESETS, Setting, explained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the verb takes.
+    """Declare the arguments of the verb.
 
     Args:
-        parser: Of the verb.
+        parser: Parser of the verb.
     """
     parser.add_argument(
         "--preset",
@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> str:
-    """List what `selfpruner prune --set` takes.
+    """List the settings that `selfpruner prune --set` takes.
 
     Args:
-        options: The parsed command line.
+        options: Parsed command line.
 
     Returns:
-        What is printed: each setting with its default, as `--set` takes it, and its meaning; or JSON.
+        Text to print: each setting with its default, as `--set` takes it, and its meaning; or JSON.
 
     Raises:
         UserError: The preset is unknown.

@@ -1,1 +1,1 @@
-"""Publishing from saved files: what is published, its card and pictures, and a Space."""
+"""Publishing from saved files: the files of a model, its card, its plots, and a Space."""

@@ -1,4 +1,4 @@
-"""What is published of a saved model: its files, pictures of its search, its exports; complete, or refused."""
+"""The files of a saved model that are published: model, plots of its search, exports. Incomplete models are refused."""
 
 from __future__ import annotations
 
@@ -29,44 +29,44 @@ PATTERNS = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
-"""What is ours in a repository, beside the card, the pictures and the exports. Whatever else lies in the directory
-stays at home, and whatever else is in the repository is left alone."""
+"""Names of the files that publishing writes to a repository, beside the card, the plots and the exports. Other files of
+the directory are not uploaded, and other files of the repository are not changed."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
-"""Published too, where they lie beside the model; never deleted from a repository."""
+"""Patterns of files that are also published, where the directory has them; they are never deleted from a repository."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Files of one saved model, by their path in a repository; the card is not among them yet."""
+    """Files of one saved model by their path in a repository, without the card."""
 
     record: Record
     files: dict[str, Path]
     pictures: dict[str, bytes]
     exports: tuple[str, ...]
-    """Formats, each a folder of `files`."""
+    """Formats of the exports; each is a folder of `files`."""
 
     @property
     def chat(self) -> bool:
-        """Whether the model came with a chat template."""
+        """Whether the model has a chat template."""
         return CHAT_TEMPLATE in self.files
 
     @property
     def weights(self) -> dict[str, Path]:
-        """Those of `files` that exports are made from."""
+        """Files of the weights, from which exports are made."""
         return {name: path for name, path in self.files.items() if fnmatch(name, "model*.safetensors")}
 
 
 def collect(directory: Path) -> Bundle:
-    """Find what is to be published.
+    """Collect the files of a saved model that are published.
 
     Args:
-        directory: A saved model; exports of it stand in folders that are named after their formats.
+        directory: Directory of a saved model; its exports are in folders that are named after their formats.
 
     Returns:
-        Its files, with pictures drawn from its journal.
+        The files, with plots drawn from the journal.
 
     Raises:
-        SavedModelError: The model or one of its exports is not whole, or an export is of another model.
+        SavedModelError: The model or one of its exports is incomplete, or an export is of another model.
     """
     record = read_record(directory)
     files = _matching(directory, (*PATTERNS, *LICENCES))
@@ -83,17 +83,17 @@ def collect(directory: Path) -> Bundle:
 
 
 def write_card(directory: Path, repo_id: str, output: Path) -> None:
-    """Write the card that publishing would put beside a model, with its pictures.
+    """Write the card that publishing would add to a model, with its plots.
 
     Args:
-        directory: A saved model.
-        repo_id: Where it is, or will be, published.
-        output: The directory of the card; `README.md` and the pictures in it are replaced.
+        directory: Directory of a saved model.
+        repo_id: Hub repository of the model, which need not exist yet.
+        output: Directory of the card; `README.md` and the plots in it are replaced.
 
     Raises:
-        SavedModelError: The directory holds no whole pruned model.
+        SavedModelError: The directory holds no complete pruned model.
         UserError: The card holds a secret.
-        OutputError: It cannot be written.
+        OutputError: The card cannot be written.
     """
     bundle = collect(directory)
     card = render_card(bundle.record, repo_id, pictures=list(bundle.pictures), exports=bundle.exports, chat=bundle.chat)
@@ -106,19 +106,19 @@ def write_card(directory: Path, repo_id: str, output: Path) -> None:
 
 
 def check_export(directory: Path, name: str, record: Record) -> None:
-    """Refuse an export that is not one of this model.
+    """Refuse an export that was not made from this model.
 
     Args:
-        directory: Of the model.
-        name: The format.
-        record: Of the model.
+        directory: Directory of the model.
+        name: Format of the export, which names its folder.
+        record: Record of the model.
 
     Raises:
         SavedModelError: The folder holds no export, one of another format, or one of another model.
     """
     read_export(directory / name, name)
     made_from = read_record(directory / name)
-    if replace(made_from, metrics={}) != replace(record, metrics={}):  # what is measured later changes no weight
+    if replace(made_from, metrics={}) != replace(record, metrics={}):  # later measurements change no weights
         raise SavedModelError(
             f"{str(directory / name)!r} is an export of another model than {str(directory)!r} holds.",
             f"Delete it, then push with --with {name}.",
@@ -126,7 +126,7 @@ def check_export(directory: Path, name: str, record: Record) -> None:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of a repository, by its path there, is one that publishing writes."""
+    """Return whether publishing writes a file of this path in a repository."""
     folder = name.partition("/")[0]
     return "/" in name and folder in (PLOTS, *EXPORTS) or any(fnmatch(name, pattern) for pattern in PATTERNS)
 
@@ -154,7 +154,7 @@ def _check_whole(directory: Path, files: dict[str, Path]) -> None:
 
 
 def _pictures(directory: Path) -> dict[str, bytes]:
-    """PNGs by their path in the repository; none where there is no journal to draw them from."""
+    """Draw the plots as PNGs, by their path in the repository; none where there is no journal."""
     journal = directory / JOURNAL_NAME
     if not journal.is_file() or not journal.stat().st_size:
         return {}

@@ -17,7 +17,7 @@ from selfpruner_hub.storage.model_record import FILE_NAME, Metric, Record, read_
 from selfpruner_hub.storage.staging import write_atomically
 
 CHAT_TEMPLATE = "chat_template.jinja"
-"""The file beside a saved model that makes it a chat model."""
+"""Name of the file with the chat template; a saved model that has it is a chat model."""
 
 
 def render_card(
@@ -32,18 +32,18 @@ def render_card(
     """Render `model_cards/template.md`.
 
     Args:
-        record: What is known of the model; a figure that it lacks is left out of the card.
-        repo: Hub id of the model, for the code blocks.
-        revision: Branch of it that the code blocks name.
-        pictures: Those of the search that stand beside the card, by their path.
-        exports: Formats that stand beside it, each in a folder of its name.
-        chat: Whether the tokenizer has a chat template: the code blocks use it, and the card says what is left of chat.
+        record: Record of the model; figures that it lacks are left out of the card.
+        repo: Hub id or directory of the model, for the code blocks.
+        revision: Branch of the repository, for the code blocks; None names none.
+        pictures: Paths of the plots of the search, relative to the card.
+        exports: Formats of the exports, each in a folder of its name beside the card.
+        chat: Whether the tokenizer has a chat template: the code blocks use it, and the card reports figures of chat.
 
     Returns:
         Markdown with YAML front matter.
     """
     on_hub = is_repo_id(record.base_model)
-    name = record.base_model.rpartition("/")[2]  # a path of this host says nothing to a reader
+    name = record.base_model.rpartition("/")[2]  # a path of this machine means nothing to a reader
     title = f"{name}, pruned by {100 * record.achieved_beta:.0f} %"
     figures = {key: metric for key, metric in record.metrics.items() if not _is_of_the_search(key)}
     results = [_eval_result(key, metric) for key, metric in figures.items() if metric.dataset]
@@ -84,18 +84,18 @@ def render_card(
 
 
 def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
-    """Add figures to the record of a saved model, in place of older ones of the same names, and to its card.
+    """Add figures to the record and the card of a saved model; they replace older ones of the same names.
 
     Args:
-        directory: A saved model.
-        metrics: By name.
+        directory: Directory of a saved model.
+        metrics: Figures by name.
 
     Returns:
-        The record as it is now.
+        The new record.
 
     Raises:
         SavedModelError: The directory holds no pruned model.
-        OutputError: It cannot be written.
+        OutputError: The record or the card cannot be written.
     """
     record = read_record(directory)
     record = replace(record, metrics={**record.metrics, **metrics})
@@ -105,7 +105,7 @@ def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
 
 
 def _answered(figures: Mapping[str, Metric]) -> str:
-    """What is left of chat in one sentence; empty where no question was asked."""
+    """Return the share of answered questions as a sentence; empty where it was not measured."""
     if (kept := figures.get(KEPT)) is not None:
         return f"Of the plain questions that its parent answers, it answers {100 * kept.value:.0f} %."
     if (found := figures.get(ANSWERED)) is not None:
@@ -114,7 +114,7 @@ def _answered(figures: Mapping[str, Metric]) -> str:
 
 
 def _is_of_the_search(key: str) -> bool:
-    """What the search selected on is no figure of quality."""
+    """Return whether a figure belongs to the search; such figures are no measure of quality."""
     return key.startswith("search_")
 
 
@@ -131,12 +131,12 @@ def _eval_result(key: str, metric: Metric) -> EvalResult:
 
 
 def _called(proposer: str) -> str:
-    """A proposer's name for readers; the address of a server is nothing to them."""
+    """Return a proposer's name for readers, without the address of a server."""
     address, _, model = proposer.partition(" ")
     return f"`{model}` behind an OpenAI-compatible endpoint" if "://" in address else f"`{proposer}`"
 
 
 def _licence(known: dict[str, str]) -> str:
-    """A licence for readers, linked where there is a link; empty where it is not known."""
+    """Return the licence as Markdown, with a link where known; empty where the licence is unknown."""
     name = known.get("license_name") or known.get("license", "")
     return f"[{name}]({known['license_link']})" if "license_link" in known else name

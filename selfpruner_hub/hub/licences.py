@@ -1,4 +1,4 @@
-"""The licence of a dense model, as its card or its GGUF file says it: what is made of the model keeps it."""
+"""The licence of a dense model, from its card or its GGUF file; pruned models keep it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from typing import Any
 from huggingface_hub import ModelCard, hf_hub_download
 
 FIELDS = ("license", "license_name", "license_link")
-"""As the metadata of model cards call them: an identifier of the Hub's, and for `other` a name and a link."""
+"""Keys in the metadata of model cards: a licence identifier of the Hub and, for the identifier `other`, a name and a
+link."""
 
 
 def licence_of(name: str, **kwargs: Any) -> dict[str, str]:
     """Look up the licence of a model.
 
     Args:
-        name: A directory or a Hub repository.
-        **kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and `gguf_file` are used.
+        name: Directory or Hub repository of the model.
+        **kwargs: Keywords of `from_pretrained`, of which `revision`, `token`, `cache_dir`, `local_files_only` and
+            `gguf_file` are used.
 
     Returns:
-        Those of `FIELDS` that are known; empty where the model does not say, or its card is out of reach.
+        Values of the known `FIELDS`; empty where the model states no licence, or its card cannot be read.
     """
     try:
         if Path(name).is_dir() and kwargs.get("gguf_file"):
             return _of_gguf(Path(name) / kwargs["gguf_file"])
         return _of_card(name, **kwargs)
-    except Exception:  # a card that is missing, damaged or out of reach is no reason not to prune
+    except Exception:  # a card that is missing, damaged or unreachable must not stop pruning
         return {}
 
 
@@ -46,14 +48,14 @@ def _of_card(name: str, **kwargs: Any) -> dict[str, str]:
 
 
 def _of_gguf(path: Path) -> dict[str, str]:
-    """Find the keys where they stand: a reader would parse the whole vocabulary first, which takes seconds."""
+    """Search the bytes for the keys: a GGUF reader would parse the whole vocabulary first, which takes seconds."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = {field: _string_of(data, f"general.{field.replace('_', '.')}".encode()) for field in FIELDS}
     return {field: value for field, value in found.items() if value}
 
 
 def _string_of(data: mmap.mmap, key: bytes) -> str:
-    """The string under a key of a GGUF file: lengths are 64-bit, and type 8 is a string."""
+    """Return the string under a key of a GGUF file: lengths are 64-bit, and type 8 is a string."""
     entry = struct.pack("<Q", len(key)) + key + struct.pack("<I", 8)
     at = data.find(entry)
     if at < 0:

@@ -1,4 +1,4 @@
-"""Pictures of a search, drawn from its journal alone: the curve, the population, the final rates."""
+"""Plots of a search, drawn from its journal alone: the curve, the population, the final rates."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS)
     """Draw `search`, `population` and `rates`.
 
     Args:
-        directory: A run directory or a saved model: what holds `search.jsonl`.
-        output: Where the pictures go; created where it does not exist.
-        formats: Of the files.
+        directory: Directory of a run or of a saved model, which holds `search.jsonl`.
+        output: Directory of the plots; created if missing.
+        formats: File formats, such as `png` and `svg`.
 
     Returns:
-        The files that were written.
+        Paths of the files that were written.
 
     Raises:
-        RunMismatchError: There is no journal, or nothing in it that could be drawn.
-        OutputError: They cannot be written.
+        RunMismatchError: There is no journal, or it holds no score on all windows.
+        OutputError: The plots cannot be written.
     """
     path = directory / FILE_NAME
     if not path.is_file():
@@ -73,7 +73,7 @@ def _best(scores: Sequence[Record]) -> Record:
 
 
 def _curve(spending: Sequence[Record], settings: Record) -> Figure:
-    """Full scores and the best so far, against full-evaluation equivalents; probes cost some too."""
+    """Plot the scores on all windows and the best so far against full-evaluation equivalents, probes included."""
     spent = np.cumsum([s["share"] for s in spending])
     points = [(x, s) for x, s in zip(spent, spending, strict=True) if s["share"] == 1 and s.get("fitness") is not None]
     x = [p[0] for p in points]
@@ -92,7 +92,7 @@ def _curve(spending: Sequence[Record], settings: Record) -> Figure:
 
 
 def _population(scores: Sequence[Record], shape: ModelShape) -> Figure:
-    """Rate of every layer in every plan, in the order in which plans were first scored."""
+    """Plot the rate of every layer in every plan, in the order in which plans were first scored."""
     plans = list(dict.fromkeys(plan_of(s["widths"]) for s in scores))
     rates = np.array([shape.rates(plan) for plan in plans]).T
     figure = Figure(figsize=(7, 4))
@@ -105,7 +105,7 @@ def _population(scores: Sequence[Record], shape: ModelShape) -> Figure:
 
 
 def _rates(best: Record, shape: ModelShape, settings: Record) -> Figure:
-    """What the best plan removes from each layer, as attention and FFN shares of the layer."""
+    """Plot the share of each layer's weights that the best plan removes, split into attention and FFN."""
     plan = plan_of(best["widths"])
     layers = np.arange(1, shape.num_layers + 1)
     sizes = np.array([shape.layer_weights(w) for w in shape.dense.layers])

@@ -1,4 +1,4 @@
-"""No token, key or path of this machine goes into what is published: every file is searched before it leaves."""
+"""Search of every file for tokens, keys and paths of this machine, before it is published."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from huggingface_hub import get_token
 from selfpruner_hub.errors import UserError
 
 _SECRET_NAMES = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)S?$")
-"""Environment variables whose values are looked for."""
+"""Pattern of the names of environment variables whose values are searched for."""
 _SHORTEST_SECRET = 8
-"""Characters: a shorter value would be found by chance."""
+"""Minimum length of a secret, in characters; shorter values would be found by chance."""
 _FORMS = re.compile(
     rb"(?<!\w)hf_[A-Za-z0-9]{30,}"
     rb"|(?<![\w-])sk-[\w-]{20,}"
     rb"|https?://[^/\s:@\"']+:[^/\s:@\"']+@"
     rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-"""What tokens and keys look like; looked for in text only, since weights are random enough to hold anything."""
+"""Patterns of tokens and keys; only text is searched for them, since the bytes of weights could match by chance."""
 _TEXT = {".json", ".jsonl", ".md", ".py", ".txt", ".jinja", ".yaml", ".xml", ".svg", ""}
 _VOCABULARY = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"}
-"""Pieces of other people's paths are words there."""
+"""Vocabulary files, which are not searched for paths: parts of paths occur there as tokens."""
 
 
 def check_private(files: Mapping[str, Path | bytes], directory: Path, tokens: Iterable[str | None] = ()) -> None:
-    """Refuse to publish files that hold a secret, or that tell where they lay on this machine.
+    """Refuse to publish files that hold a secret or a path of this machine.
 
     Args:
-        files: By their path in the repository: a file, or the content itself.
-        directory: Where they lie.
-        tokens: Secrets that the environment does not hold.
+        files: Files by their path in the repository, each as a path or as its content.
+        directory: Directory of the files.
+        tokens: Secrets that are not in the environment.
 
     Raises:
-        UserError: One of them does; the message names the file and what it holds, not the secret.
+        UserError: A file holds a secret or a path; the message names the file and the kind of secret, not the secret.
     """
     secrets, paths = _secrets(tokens), _paths(directory)
     for name, source in files.items():
@@ -69,7 +69,7 @@ def _written(value: str) -> set[bytes]:
 
 
 def _paths(directory: Path) -> dict[bytes, str]:
-    """Folders that say more than any machine's do; those right under the root only as part of a longer path."""
+    """Return paths that identify this machine; a folder right under the root counts only as part of a longer path."""
     place = directory.resolve()
     folders = {place, place.parent, Path.cwd(), Path.home()} | ({Path(sys.prefix)} - {Path(sys.base_prefix)})
     return {
@@ -82,7 +82,7 @@ def _paths(directory: Path) -> dict[bytes, str]:
 
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[bytes | mmap.mmap]:
-    """A file's bytes, without reading it whole."""
+    """Give a file's bytes without reading the whole file."""
     if isinstance(source, bytes):
         yield source
     elif not source.stat().st_size:

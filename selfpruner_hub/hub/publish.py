@@ -1,7 +1,7 @@
-"""Publishing: one commit with the model, its record, pictures and card, made from saved files; and a Space beside it.
+"""Publishing: one commit with the model, its record, plots and card, made from saved files; optionally a Space.
 
-Nothing is kept between two calls but the files themselves and what the Hub already has, so a call that was cut off is
-simply repeated: large files that arrived are not sent again, and a repository that is up to date gets no commit.
+There is no state between two calls except the files and the content of the repository, so an interrupted call can be
+repeated: large files that arrived are not sent again, and a repository that is up to date gets no commit.
 """
 
 from __future__ import annotations
@@ -26,37 +26,37 @@ from selfpruner_hub.models.hub_errors import explain_hub, may_have_committed, pa
 from selfpruner_hub.storage.layout import EXPORTS
 
 PAUSES = (2.0, 8.0)
-"""Seconds before the second and the third try: the Hub's client itself tries uploads again, but no commit."""
+"""Pauses before the second and the third try, in seconds: the Hub's client retries uploads itself, but not commits."""
 Tree = dict[str, RepoFile]
-"""What a repository holds, by path."""
+"""Files of a repository, by path."""
 Changes = tuple[dict[str, Path | bytes], list[str]]
-"""Files to write, by path, and paths to delete."""
+"""Files to write, by path, and paths of files to delete."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Published:
-    """Where a model is now."""
+    """Address of a published model."""
 
     url: str
-    """Of the model, or of the pull request."""
+    """Address of the model, or of the pull request."""
     commit: str
     changed: bool
-    """Whether a commit was needed: False where the Hub had all of it already."""
+    """Whether a commit was made: False where the repository was up to date."""
     space: str | None = None
-    """Address of the demo Space."""
+    """Address of the demo Space; None where none was published."""
 
 
 def check_request(*, space: bool, create_pr: bool, exports: Sequence[str] = ()) -> None:
-    """Refuse what cannot be published, before anything is exported for it.
+    """Refuse options that cannot be published, before any export is made.
 
     Args:
-        space: Whether the demo Space is published as well.
-        create_pr: Whether a pull request is opened instead.
-        exports: Formats to export to first.
+        space: Whether to publish the demo Space as well.
+        create_pr: Whether to open a pull request instead of a commit.
+        exports: Formats of the exports that are made first.
 
     Raises:
-        UserError: A Space is asked for with a pull request, or an export is unknown.
+        UserError: A Space is requested together with a pull request, or a format is unknown.
     """
     if space and create_pr:
         raise UserError("A Space shows a model that is there, not one in a pull request.", "Push it after the merge.")
@@ -75,25 +75,25 @@ def publish(
     token: str | None = None,
     commit_message: str = "Publish the pruned model",
 ) -> Published:
-    """Publish a saved model: all of it in one commit, or nothing.
+    """Publish a saved model in one commit, completely or not at all.
 
     Args:
-        directory: A saved model. Exports of it that stand in `directory/onnx` and the like are published too.
-        repo_id: Where it goes: `name`, or `namespace/name`; created where it does not exist.
-        private: Visibility of a new repository; None takes the account's default.
-        revision: Branch; created where it does not exist.
-        create_pr: Open a pull request instead.
-        space: Publish the demo Space `REPO_ID-demo` as well.
-        token: Of the Hub; None takes the stored one, or HF_TOKEN.
-        commit_message: One line.
+        directory: Directory of a saved model; its exports, in folders such as `directory/onnx`, are published too.
+        repo_id: Hub repository, `name` or `namespace/name`; created if missing.
+        private: Visibility of a new repository; None uses the account's default.
+        revision: Branch; created if missing. None is the main branch.
+        create_pr: Whether to open a pull request instead of a commit.
+        space: Whether to publish the demo Space `REPO_ID-demo` as well.
+        token: Hub token; None uses the stored one, or HF_TOKEN.
+        commit_message: Message of the commit, one line.
 
     Returns:
-        Where it is now.
+        Addresses of the model and the Space, and whether a commit was made.
 
     Raises:
-        SavedModelError: The directory holds no whole pruned model, or an export of another one.
-        UserError: A Space is asked for with a pull request, a file holds a secret, or the Hub refuses.
-        HubError: The Hub is out of reach, or fails.
+        SavedModelError: The directory holds no complete pruned model, or an export of another one.
+        UserError: A Space is requested together with a pull request, a file holds a secret, or the Hub refuses.
+        HubError: The Hub is unreachable, or fails.
     """
     directory = Path(directory)
     check_request(space=space, create_pr=create_pr)
@@ -119,9 +119,9 @@ def publish(
 
 
 def _model_changes(bundle: Bundle, repo: _Repository, tree: Tree) -> Changes:
-    """What makes a repository hold this model, and no leftovers of an earlier one.
+    """Return the changes that make a repository hold this model, and no files of an earlier one.
 
-    Exports that the repository has and this machine has not stay where they are made from the same weights.
+    Exports that only the repository has are kept if they were made from the same weights.
     """
     kept = [name for name in EXPORTS if name not in bundle.exports and _in([name], tree)]
     if kept and not all(name in tree and _same(path, tree[name]) for name, path in bundle.weights.items()):
@@ -141,12 +141,12 @@ def _model_changes(bundle: Bundle, repo: _Repository, tree: Tree) -> Changes:
 
 
 def _in(folders: Sequence[str], tree: Tree) -> list[str]:
-    """Paths of a repository that lie in one of its folders."""
+    """Return the paths of a repository that are in one of the given folders."""
     return [name for name in tree if "/" in name and name.partition("/")[0] in folders]
 
 
 def _same(path: Path, there: RepoFile) -> bool:
-    """Whether a file is what a repository holds, by the hash that the Hub keeps of it."""
+    """Return whether a file equals that of the repository, by the hash that the Hub stores."""
     if there.lfs is None:
         return git_hash(path.read_bytes()) == there.blob_id
     with path.open("rb") as file:
@@ -154,7 +154,7 @@ def _same(path: Path, there: RepoFile) -> bool:
 
 
 class _Repository:
-    """A repository on the Hub that is written to: what fails for a moment is tried again, all else is one error."""
+    """A Hub repository to write to: temporary failures are retried, others raise one of this package's errors."""
 
     def __init__(self, api: HfApi, repo_id: str, kind: str, revision: str | None = None) -> None:
         self._api = api
@@ -163,7 +163,7 @@ class _Repository:
         self.revision = revision
 
     def create(self, private: bool | None) -> None:
-        """Create it, unless it is there; and the branch."""
+        """Create the repository if missing."""
         sdk = "gradio" if self.kind == "space" else None
         self.repo_id = self._patiently(
             lambda: (
@@ -174,7 +174,7 @@ class _Repository:
         )
 
     def commit(self, changes: Callable[[Tree], Changes], message: str, create_pr: bool = False) -> Published:
-        """Commit changes on what is there now; nothing where nothing changes."""
+        """Commit the changes to the current content, if there are any; the branch is created if missing."""
         branch = self.revision
         if branch and not create_pr and not branch.startswith("refs/"):
             self._patiently(lambda: self._create_branch(branch))
@@ -197,14 +197,14 @@ class _Repository:
             revision=self.revision,
             commit_message=message,
             create_pr=create_pr,
-            parent_commit=head,  # what was found unchanged must still be there when the rest arrives
+            parent_commit=head,  # fails if the repository has changed since it was listed
         )
         prefix = "spaces/" if self.kind == "space" else ""
         url = done.pr_url or f"{self._api.endpoint}/{prefix}{self.repo_id}"
         return Published(url, done.oid, done.oid != head)
 
     def _patiently(self, call: Callable[[], T], once: bool = False) -> T:
-        """Try again what may succeed then; `once` says that it must not happen twice."""
+        """Call, and retry after temporary failures; with `once`, not where the first call may have succeeded."""
         with self._explained(once):
             for wait in PAUSES:
                 try:

@@ -1,4 +1,4 @@
-"""The files of a demo Space: the app of `spaces/`, told which model it shows, and this package for its live tab."""
+"""The files of a demo Space: the app of `spaces/`, the name of its model, and this package for the tab that prunes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import Record
 
 VENDORED = ("selfpruner_hub", "exporters")
-"""Folders of ours in a Space. Its `requirements.txt` cannot name this package before an index has it: one line that
-pip does not find, and the whole Space does not build."""
+"""Packages that are copied into a Space. Its `requirements.txt` cannot name this package before it is on an index: a
+requirement that pip does not find stops the build of the Space."""
 SETTINGS = "model.json"
-"""What the app reads: the model, its revision, its dense parent."""
+"""Name of the file that the app reads: the model, its revision and its dense parent."""
 _CARRIED = ("*.py", "templates/*.txt")
 
 
 def space_files(record: Record, repo_id: str, revision: str | None = None) -> dict[str, Path | bytes]:
-    """Put together what a Space needs to show one published model.
+    """Collect the files of a Space that shows one published model.
 
     Args:
-        record: Of the model.
-        repo_id: Where it is published.
-        revision: The branch there; None is the main one.
+        record: Record of the model.
+        repo_id: Hub repository of the model.
+        revision: Branch of the model; None is the main branch.
 
     Returns:
         Files by their path in the Space.
@@ -46,7 +46,7 @@ def space_files(record: Record, repo_id: str, revision: str | None = None) -> di
 
 
 def _folder(package: str) -> Path:
-    """Where a package lies; it is not imported for that."""
+    """Return the folder of a package without importing it."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"No package named {package!r}.", name=package)
@@ -54,9 +54,9 @@ def _folder(package: str) -> Path:
 
 
 def _front_page(template: Path, record: Record, repo_id: str) -> str:
-    """The Space's README with its metadata filled in."""
+    """Return the Space's README with its metadata filled in."""
     card = SpaceCard(template.read_text(encoding="utf-8"))
-    data: Any = card.data  # its fields are made as they are set
+    data: Any = card.data  # its fields are created by assignment
     data.title = f"{repo_id.rpartition('/')[2]} beside its parent"
     data.models = [repo_id, *([record.base_model] if is_repo_id(record.base_model) else [])]
     return str(card)

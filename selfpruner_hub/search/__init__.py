@@ -1,1 +1,1 @@
-"""The evolutionary search for layer-wise rates: proposers ask, the loop projects, scores and journals, and tells."""
+"""The search for layer-wise rates: the loop asks a proposer, projects, scores and journals its plans, and tells it."""

@@ -1,4 +1,4 @@
-"""Which proposer a word stands for."""
+"""Make the proposer that a name stands for."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def choose_proposer(
     """Make the proposer that is asked for.
 
     Args:
-        proposer: As `AutoPruner.prune` takes it.
+        proposer: Name, model, URL or object, as for `AutoPruner.prune`.
         endpoint_model: Name of the model at the endpoint.
-        budget: Of the search.
-        method: Settings of the search; without evaluations nobody is asked, and nothing is loaded.
+        budget: Parameter budget of the search.
+        method: Settings; with `evaluations=0` no proposer is asked, so no model is loaded.
         subject: Name of the model that is being pruned, for the prompts.
-        own: That model and its tokenizer, for `"self"`.
+        own: Model that is being pruned, and its tokenizer; `"self"` asks them.
 
     Returns:
-        The proposer; an object with the protocol comes back as it is.
+        The proposer; an object that follows the protocol is returned unchanged.
 
     Raises:
-        UserError: Nothing goes by that name, or the model has no tokenizer to be asked with.
+        UserError: The name is unknown, or the model that proposes has no tokenizer.
         ModelError: The directory or repository does not load.
     """
     if not isinstance(proposer, str):

@@ -1,4 +1,4 @@
-"""Slicer → plan: what scores candidates, where the search starts, and whether its gain holds on unseen text."""
+"""Find the best plan: make fitness and seed plans, run the search, and measure its gain on unseen text."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def find_plan(
     *,
     executor: str | None = None,
 ) -> Found:
-    """Search, then compare what was found with the best seed on text that nothing has seen.
+    """Search for a plan, then compare it with the best seed plan on unseen text.
 
     Args:
-        proposer: Asked for rates.
-        budget: Every plan is on it.
-        ready: What cuts the candidates, and the predicted losses of the layers alone.
-        texts: The one that the search selects on, and the unseen one.
-        journal: Replayed first, then appended to.
-        method: The settings.
-        run: Surroundings; bars also get a note.
-        executor: As for `AutoPruner.prune`.
+        proposer: Source of rates.
+        budget: Parameter budget that every plan is projected to.
+        ready: Slicer that cuts the candidates, and the predicted losses of each layer.
+        texts: Texts of the run: the fitness text, on which plans are selected, and the unseen one.
+        journal: Journal of the search; its records are replayed first, then new ones are appended.
+        method: Settings of the run.
+        run: Progress and random seed of the run; `Bars` also show a note.
+        executor: None or `"ray"`, as for `AutoPruner.prune`.
 
     Returns:
-        What was found; without a search (`evaluations=0`), or without unseen text, nothing is measured on that.
+        Outcome and gains; without a search (`evaluations=0`) or without unseen text, only the gain on the fitness text.
     """
     slicer, curves = ready.slicer, ready.curves
     scoring = curves if method.repairs_twice else None
@@ -81,7 +81,7 @@ def find_plan(
 def _fitness(
     slicer: Slicer, windows: Tensor, method: Method, curves: Sequence[LossCurves] | None
 ) -> Fitness | SecondRepairScore:
-    """What is minimised; with the curves, for the second repair."""
+    """Make the fitness that is minimised; with `curves`, the one that allows for the second repair."""
     fitness = Fitness(slicer, windows, method.fitness)
     return fitness if curves is None else SecondRepairScore(fitness, curves, REMAINS)
 
@@ -99,7 +99,7 @@ def _schedule(method: Method) -> Schedule:
 
 
 def _live(report: Callable[..., None], method: Method) -> Callable[[Standing], None]:
-    """Tell where the search stands; bars also show who is ahead, and what a language model has cost."""
+    """Report the evaluations spent; bars also show the best plan, and the tokens and cost of a language model."""
 
     def show(at: Standing) -> None:
         note = [f"round {at.round}"]

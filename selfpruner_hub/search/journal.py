@@ -1,4 +1,4 @@
-"""The journal of a search: `search.jsonl`, one JSON object a line, flushed to disk as it is written."""
+"""The journal of a search: `search.jsonl`, one JSON object per line, flushed to disk as it is written."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Record = dict[str, Any]
 
 
 class Journal:
-    """Append-only record of a search; opening it again gives back what stands in it.
+    """Append-only record of a search; opening an existing journal reads its records.
 
-    The first line is a header with the settings of the search. A torn last line, left by a crash, is cut off.
+    The first line is a header with the settings of the search. An incomplete last line, left by a crash, is removed.
 
     Args:
-        directory: Where `search.jsonl` lives; None keeps the records in memory.
-        settings: All that decides the course of the search, JSON-serialisable.
+        directory: Directory of `search.jsonl`; None keeps the records in memory.
+        settings: Settings that change the course of the search, JSON-serialisable.
 
     Raises:
         RunMismatchError: The directory holds the journal of a search with other settings, or a damaged one.
@@ -51,10 +51,10 @@ class Journal:
         """Write one record and flush it to disk.
 
         Args:
-            record: JSON-serialisable, with the key `kind`.
+            record: JSON-serialisable object with the key `kind`.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: The journal cannot be written.
         """
         line = json.dumps(record) + "\n"
         if self.path is not None:
@@ -68,21 +68,21 @@ class Journal:
         self.records.append(json.loads(line))
 
     def text(self) -> str:
-        """All records as they stand in the file."""
+        """Return all records as the text of the file."""
         return "".join(json.dumps(record) + "\n" for record in self.records)
 
 
 def read_journal(path: Path) -> list[Record]:
-    """Read a journal; a torn last line is passed over.
+    """Read a journal; an incomplete last line is ignored.
 
     Args:
-        path: The file.
+        path: Path of `search.jsonl`.
 
     Returns:
-        Its records, the header first.
+        The records, the header first.
 
     Raises:
-        RunMismatchError: The file is not a journal, or damaged before its last line.
+        RunMismatchError: The file is not a journal, or is damaged before its last line.
     """
     records = _read(path, repair=False)
     if not records or records[0].get("kind") != "header":

@@ -1,8 +1,8 @@
-"""The search loop: asks for rates, projects them to the budget, scores them in stages, journals, and tells.
+"""The search loop: ask for rates, project them to the budget, score the plans in stages, journal, and tell.
 
-The loop is a pure function of its journal: asks and scores that stand there are replayed instead of done again, and
-the random state of every ask is derived from (seed, round, attempt). A search that was killed at any point and resumed
-therefore reaches the same plan as an undisturbed one.
+The loop is a pure function of its journal: asks and scores that it holds are replayed instead of repeated, and the
+random state of every ask is derived from (seed, round, attempt). A search that was killed at any point and resumed
+therefore reaches the same plan as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from selfpruner_hub.search.schedule import Schedule
 Score = Callable[[Plan, float], float]
 """(plan, share of the windows) → fitness, lower is better."""
 Pool = Callable[[Sequence[Plan], float], Iterator[float]]
-"""(plans, share of the windows) → their fitness, in their order."""
+"""(plans, share of the windows) → fitness of each plan, in the order of the plans."""
 Probe = Callable[[Plan, float], Slopes]
-"""(plan, share of the windows) → what small changes of the plan would do."""
+"""(plan, share of the windows) → predicted change of the loss for one step more or less of every layer."""
 
 PROBE_COST = 5.0
-"""What a probe costs, in scores on as many windows: a forward and a backward pass, and the dense parts once more."""
+"""Cost of a probe, in scores on the same number of windows: a forward and a backward pass, and the dense parts
+again."""
 BARREN_ROUNDS = 8
-"""Rounds without a new plan after which every plan within reach is taken to have been seen."""
+"""Number of rounds in a row without a new plan after which the search ends."""
 
 
 def search(
@@ -53,20 +54,20 @@ def search(
     """Run (or resume) a search.
 
     Args:
-        proposer: Asked for rates.
-        budget: Every plan is on it.
-        score: Judges a plan.
-        journal: Replayed first, then appended to.
-        schedule: How many evaluations, and of what.
-        seeds: Named starting points; at least one.
-        seed: Of all randomness.
-        probe: Measures what small changes of the best plan would do, for proposers that read it; counted as
-            `PROBE_COST` scores.
-        pool: Judges the plans of a round side by side; None: `score` does, one by one.
-        report: Told after every evaluation.
+        proposer: Source of rates.
+        budget: Parameter budget that every plan is projected to.
+        score: Function that scores one plan.
+        journal: Journal of the search; its records are replayed first, then new ones are appended.
+        schedule: Number of evaluations, and how the rounds spend them.
+        seeds: Rates of the seed plans, by name; at least one.
+        seed: Random seed.
+        probe: Function that predicts the effect of small changes of the best plan, for proposers that read it; a call
+            counts as `PROBE_COST` scores.
+        pool: Function that scores the plans of a round in parallel; None calls `score` on one after the other.
+        report: Function that is called with the state of the search after every evaluation.
 
     Returns:
-        The best plan, never worse than the best seed on the same windows.
+        The outcome; its best plan is never worse than the best seed plan on the same windows.
     """
     run = _Search(proposer, budget, pool or _one_by_one(score), journal, schedule, seed, probe, report)
     run.score_round(0, [(f"seed:{name}", budget.project(rates)) for name, rates in seeds.items()])
@@ -98,11 +99,11 @@ class _Search:
     tokens: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[Plan, Scored] = field(default_factory=dict)
-    """By plan, scored on the first share."""
+    """Scores on the first share of the windows, by plan."""
     full: dict[Plan, Scored] = field(default_factory=dict)
-    """By plan, scored on all windows."""
+    """Scores on all windows, by plan."""
     slopes: dict[Plan, Slopes] = field(default_factory=dict)
-    """By plan, where they were measured."""
+    """Predicted effects of small changes, by plan, where measured."""
 
     def __post_init__(self) -> None:
         records = self.journal.records
@@ -115,17 +116,17 @@ class _Search:
         self._moved: list[float] = []
 
     def incumbent(self) -> Scored:
-        """The best plan that was scored on all windows; ties go to the earlier one."""
+        """Return the best plan that was scored on all windows; of equal plans, the earlier one."""
         return min(self.full.values(), key=lambda s: s.fitness)
 
     def history(self) -> list[Scored]:
-        """All plans scored on the first share, best first."""
+        """Return all plans scored on the first share of the windows, best first."""
         best = self.incumbent().plan
         known = (replace(s, slopes=self.slopes.get(best)) if s.plan == best else s for s in self.first.values())
         return sorted(known, key=lambda s: s.fitness)
 
     def measure_slopes(self, number: int) -> None:
-        """Measure them for the incumbent, once."""
+        """Predict the effects of small changes of the incumbent, once for each plan."""
         plan, share = self.incumbent().plan, self.schedule.probe_share
         if self.probe is None or not share or plan in self.slopes:
             return
@@ -149,7 +150,7 @@ class _Search:
     # -- asking ---------------------------------------------------------------------------------------------------
 
     def ask(self, number: int, operation: Operation, count: int) -> list[tuple[str, Plan]]:
-        """Ask, ask again for what was refused or known, and fill the rest with classical children."""
+        """Ask, ask again in place of refused and duplicate proposals, and fill the rest with evolution's children."""
         children: list[tuple[str, Plan]] = []
         known = set(self.first)
         for attempt in range(self.schedule.attempts):
@@ -214,9 +215,9 @@ class _Search:
         return self.journal.records[-1]
 
     def _described(self, reply: Proposal, history: Sequence[Scored]) -> Record:
-        """A reply as it stands in the journal: what was proposed, its plan, and how far the projection moved it.
+        """Return a reply's journal record: the proposal, its plan, and how far the projection moved the rates.
 
-        Rates that cannot be projected make it a refusal.
+        A reply whose rates cannot be projected becomes a refusal.
         """
         if reply.rates is None:
             return asdict(reply)
@@ -230,7 +231,7 @@ class _Search:
         return {**asdict(reply), "widths": widths_of(plan), "moved": moved}
 
     def close_round(self, number: int, operation: Operation) -> None:
-        """Journal what became of a round's proposals, and where the search stands after it."""
+        """Journal how many proposals of a round were accepted, and the state of the search after it."""
         if number not in self._closed:
             best = self.incumbent()
             self.journal.append(
@@ -251,9 +252,9 @@ class _Search:
     # -- scoring --------------------------------------------------------------------------------------------------
 
     def score_round(self, number: int, children: Sequence[tuple[str, Plan]]) -> list[Scored]:
-        """Score all on the first share, then the survivors (and all seeds) on all windows."""
+        """Score all plans on the first share of the windows, then the survivors (and all seed plans) on all windows."""
         unique: dict[Plan, str] = {}
-        for origin, plan in children:  # two seeds may be one plan: it belongs to the first
+        for origin, plan in children:  # two seeds may give the same plan: the first is its origin
             unique.setdefault(plan, origin)
         scored = self._scored([(origin, plan) for plan, origin in unique.items()], self.schedule.first_share, number)
         self.first.update({s.plan: s for s in scored})
@@ -264,7 +265,7 @@ class _Search:
         return scored
 
     def _scored(self, children: Sequence[tuple[str, Plan]], share: float, number: int) -> list[Scored]:
-        """Score (origin, plan) pairs, and journal each score as it comes."""
+        """Score (origin, plan) pairs, and journal each score as soon as it is known."""
         fresh = [plan for _, plan in children if (plan, share) not in self._scores]
         values = self.pool(fresh, share) if fresh else iter(())
         scored = []

@@ -1,4 +1,4 @@
-"""Where a search stands, and what it found."""
+"""State and result of a search."""
 
 from __future__ import annotations
 
@@ -7,42 +7,43 @@ from dataclasses import dataclass
 from selfpruner_hub.search.proposers import Scored
 
 SEARCH_TEXT, UNSEEN_TEXT = "search_text", "unseen_text"
-"""Texts of a gain: that of the search, and one that neither calibration, nor repairs, nor search have seen."""
+"""Texts on which a gain is measured: the fitness text, and one that neither calibration, nor repairs, nor search have
+read."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a search stands."""
+    """State of a search after an evaluation."""
 
     round: int
     spent: float
-    """Full-evaluation equivalents."""
+    """Evaluations spent, in full-evaluation equivalents."""
     best: Scored | None
     """The best plan among those scored on all windows."""
     tokens: int
-    """Tokens that a language model read and wrote."""
+    """Number of tokens that a language model read and wrote."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found."""
+    """Result of a search."""
 
     best: Scored
     """The best plan among those scored on all windows."""
     best_seed: Scored
-    """The best of those it started from."""
+    """The best seed plan."""
     spent: float
-    """Full-evaluation equivalents."""
+    """Evaluations spent, in full-evaluation equivalents."""
     counts: dict[str, int]
-    """Proposals by origin and fate: accepted, refused, duplicate, replaced."""
+    """Number of proposals that were accepted, refused, duplicate or replaced."""
     tokens: int
-    """Tokens that a language model read and wrote."""
+    """Number of tokens that a language model read and wrote."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found, and whether its gain holds."""
+    """Result of a search, and its gain on each text."""
 
     outcome: Outcome
     gains: dict[str, tuple[float, float]]
-    """By text, fitness of the best seed and of the best plan: on `SEARCH_TEXT` and, where measured, `UNSEEN_TEXT`."""
+    """Fitness of the best seed plan and of the best plan, by text: `SEARCH_TEXT` and, where measured, `UNSEEN_TEXT`."""

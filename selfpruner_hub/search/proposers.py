@@ -1,4 +1,4 @@
-"""What the loop asks for new rates, and the two classical ways to answer: evolution and random."""
+"""The protocol of a proposer, and the two proposers without a language model: evolution and random."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import Slopes
 
 Operation = Literal["initial", "crossover", "mutation"]
-"""What a proposal should be: a fresh member of the population, a child of two parents, or a changed parent."""
+"""Kind of proposal: new rates, a child of two parents, or a changed parent."""
 
 
 @dataclass(frozen=True)
@@ -25,33 +25,34 @@ class Scored:
     """The plan's exact rates, after the projection to the budget."""
     fitness: float
     share: float
-    """Part of the evaluation windows that the fitness was measured on, in (0, 1]."""
+    """Share of the windows of the fitness text that the fitness was measured on, in (0, 1]."""
     origin: str
-    """Who proposed it: `seed:NAME`, the proposer's name, or `fallback`."""
+    """Source of the plan: `seed:NAME`, the proposer's name, or `fallback`."""
     round: int
     slopes: Slopes | None = None
-    """What small changes of the plan would do, where that was measured."""
+    """Predicted effects of small changes of the plan, where measured."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """One answer of a proposer. Without rates it is a refusal, and `error` says why."""
+    """One reply of a proposer. Without rates it is a refusal, and `error` says why."""
 
     rates: Rates | None
     parents: tuple[int, ...] = ()
-    """Indices into the history that was shown, where the proposer chose parents. A proposal with one parent is a change
-    of it: layers that it leaves alone stay as they are there."""
+    """Indices into the history that was shown, where the proposer chose parents. A proposal with one parent changes
+    that parent: layers whose rates are unchanged stay as they are in the parent."""
     prompt: str = ""
     reply: str = ""
     error: str = ""
     tokens: int = 0
-    """Tokens read and written by a language model."""
+    """Number of tokens that a language model read and wrote."""
 
 
 class Proposer(Protocol):
-    """Ask and tell. Proposers score nothing and write nothing; all randomness comes from `rng`.
+    """Interface of ask and tell. Proposers score nothing and write nothing; all randomness comes from `rng`.
 
-    One with a true attribute `reads_slopes` finds in its history what small changes of the best plan would do.
+    If it has a true attribute `reads_slopes`, its history holds the predicted effects of small changes of the best
+    plan.
     """
 
     name: str
@@ -62,23 +63,23 @@ class Proposer(Protocol):
         """Propose rates.
 
         Args:
-            operation: What kind of proposal is wanted.
-            history: All plans scored so far on the first share of the windows, best first.
-            count: Proposals wanted.
-            rng: Source of randomness; the same state and history give the same answer.
+            operation: Kind of proposal.
+            history: Plans scored so far on the first share of the windows, best first.
+            count: Number of proposals.
+            rng: Random generator; the same state and history give the same answer.
 
         Returns:
-            At most `count` proposals; they need not respect the budget, the loop projects them.
+            At most `count` proposals; they need not meet the budget: the loop projects them.
         """
         ...
 
     def tell(self, scored: Sequence[Scored]) -> None:
-        """Learn how the last proposals did."""
+        """Receive the scores of the last proposals."""
         ...
 
 
 class RandomProposer:
-    """Independent random rates: the baseline below every other."""
+    """Proposes independent random rates: the baseline for every other proposer."""
 
     name = "random"
 
@@ -88,15 +89,15 @@ class RandomProposer:
     def ask(
         self, operation: Operation, history: Sequence[Scored], count: int, rng: np.random.Generator
     ) -> list[Proposal]:
-        """Draw FFN rates uniformly around β, and attention rates so that few groups go."""
+        """Draw FFN rates uniformly around β, and attention rates that remove few KV groups."""
         return [Proposal(random_rates(self._budget, rng)) for _ in range(count)]
 
     def tell(self, scored: Sequence[Scored]) -> None:
-        """Learn nothing."""
+        """Ignore the scores."""
 
 
 class EvolutionProposer:
-    """Level-switch evolution: rates move between layers, KV groups come and go, parents are mixed layer by layer."""
+    """Level-switch evolution: a mutation moves rates between layers, a crossover mixes two parents layer by layer."""
 
     name = "evolution"
 
@@ -114,10 +115,10 @@ class EvolutionProposer:
         return [breed(history[: self._elite], rng) for _ in range(count)]
 
     def tell(self, scored: Sequence[Scored]) -> None:
-        """Learn nothing: the history says it all."""
+        """Ignore the scores: the history holds them."""
 
     def _pick(self, elite: Sequence[Scored], rng: np.random.Generator) -> int:
-        """Tournament of two: the better rank wins."""
+        """Pick the better of two random ranks (tournament selection)."""
         return int(min(rng.integers(len(elite), size=2)))
 
     def _cross(self, elite: Sequence[Scored], rng: np.random.Generator) -> Proposal:
@@ -137,7 +138,7 @@ class EvolutionProposer:
             step = rng.uniform(0.02, 0.15)
             ffn[gains] -= step
             ffn[loses] += step
-        if rng.random() < 0.5:  # one KV group comes back somewhere, or goes
+        if rng.random() < 0.5:  # remove or restore one KV group of one layer
             layer = rng.integers(layers)
             group = 1 / self._budget.shape.dense.layers[layer].num_key_value_heads
             attention[layer] += group if rng.random() < 0.5 else -group
@@ -146,7 +147,7 @@ class EvolutionProposer:
 
 
 def random_rates(budget: Budget, rng: np.random.Generator) -> Rates:
-    """FFN rates uniform in ±60 % of β; each layer gives up one KV group with probability β / 2."""
+    """Draw FFN rates uniformly in ±60 % of β; each layer loses one KV group with probability β / 2."""
     layers = budget.shape.num_layers
     ffn = tuple(rng.uniform(0.4 * budget.beta, 1.6 * budget.beta, layers).clip(0, 1).tolist())
     if budget.tied:

@@ -1,4 +1,4 @@
-"""Candidates scored side by side on Ray workers, each with its own copy of the model: on one machine, or a cluster."""
+"""Score candidates in parallel on Ray workers, each with its own copy of the model, on one machine or a cluster."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.search.loop import Pool
 
 THREADS = 1
-"""Of each worker. Always the same: how sums are split among threads decides their last bits, and how many workers there
-are must not."""
+"""Number of threads of a worker. It is fixed because the split of a sum among threads changes its last bits, and scores
+must not depend on the number of workers."""
 RESTARTS = 20
-"""Times that a worker that died is started again, and what it was scoring is scored again."""
+"""Number of times that a dead worker is restarted and its unfinished plan is scored again."""
 MEMORY = 4
-"""What a worker takes, as a multiple of the weights: the model, its repairs, and a candidate at work."""
+"""Memory of a worker, as a multiple of the model's weights: the model, its repairs, and the candidate being scored."""
 
 
 def check_executor(executor: str | None) -> None:
     """Refuse an executor that is unknown or not installed, before anything is computed.
 
     Args:
-        executor: As for `AutoPruner.prune`.
+        executor: None or `"ray"`, as for `AutoPruner.prune`.
 
     Raises:
-        UserError: It is neither None nor `"ray"`.
+        UserError: The executor is neither None nor `"ray"`.
         MissingExtraError: ray is not installed.
     """
     if executor not in (None, "ray"):
@@ -44,14 +44,14 @@ def check_executor(executor: str | None) -> None:
 def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
     """Start the workers; they end with the context.
 
-    There are as many as Ray has processors for (`ray.init(num_cpus=…)` before, or RAY_ADDRESS of a cluster), graphics
-    processors where the model is on one, and memory. Scores do not depend on how many they are.
+    Their number is limited by the CPUs that Ray has (`ray.init(num_cpus=…)` before, or RAY_ADDRESS of a cluster), and
+    by memory or, where the model is on a GPU, by GPUs. Scores do not depend on it.
 
     Args:
-        fitness: What each of them gets a copy of.
+        fitness: Fitness that each worker gets a copy of.
 
     Yields:
-        Scores plans, in their order.
+        Function that scores plans, and gives the scores in the order of the plans.
 
     Raises:
         WorkerError: Workers cannot be started, or die again and again.
@@ -59,7 +59,7 @@ def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    )  # keep what devices a worker sees, without a warning
+    )  # leave a worker's visible devices unchanged, without a warning
     import ray
 
     ours = not ray.is_initialized()
@@ -80,7 +80,7 @@ def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
 
 
 def count_workers(resources: dict[str, float], fitness: Fitness | SecondRepairScore) -> int:
-    """How many copies of a model fit in what Ray says there is, at least one."""
+    """Return the number of model copies that fit in Ray's resources, at least one."""
     fitting = [resources.get("CPU", 1) // THREADS, resources.get("memory", 0) // (MEMORY * fitness.nbytes)]
     if fitness.device.type == "cuda":
         fitting = [resources.get("GPU", 1), fitting[0]]
@@ -88,11 +88,11 @@ def count_workers(resources: dict[str, float], fitness: Fitness | SecondRepairSc
 
 
 class Worker:
-    """Scores on a copy of the fitness.
+    """Ray actor that scores plans with its own copy of the fitness.
 
     Args:
-        shared: Where it lies in Ray's store, in a list of one: what is in a list is not fetched before it is asked for,
-            so a worker that is started again finds it.
+        shared: Reference to the fitness in Ray's store, in a list of one: Ray does not fetch references inside a list
+            by itself, so a restarted worker can fetch it again.
     """
 
     def __init__(self, shared: list[Any]) -> None:
@@ -102,7 +102,7 @@ class Worker:
         self._fitness: Fitness | SecondRepairScore = ray.get(shared[0])
 
     def process(self) -> int:
-        """Its process id."""
+        """Return the process id."""
         return os.getpid()
 
     def score(self, plan: Plan, share: float) -> float:

@@ -1,4 +1,4 @@
-"""How a search spends its evaluations: what it asks for in which round, and what is scored on how much."""
+"""The schedule of a search: the operation of each round, and the share of the windows of each score."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from selfpruner_hub.search.proposers import Operation
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a search spends its evaluations.
+    """Schedule of a search.
 
     Attributes:
-        evaluations: Budget in full-evaluation equivalents (a score on half of the windows counts one half). A round
-            that has begun within it is finished.
-        population: Proposals of the operation `initial` in the first round; 0 starts from the seeds alone.
-        crossover: Crossover children in a round.
-        mutation: Mutation children in a round.
+        evaluations: Length of the search in full-evaluation equivalents (a score on half of the windows counts one
+            half). A round that has begun is finished.
+        population: Number of `initial` proposals in the first round; 0 starts from the seed plans alone.
+        crossover: Number of children in a crossover round.
+        mutation: Number of children in a mutation round.
         first_share: Share of the windows on which every proposal is scored, in (0, 1].
         survivors: Share of a round's proposals that is scored on all windows, when `first_share` is less than 1.
-        probe_share: Share of the windows on which small changes of the best plan are measured, in [0, 1]; 0: none.
-        attempts: Times that a proposer is asked before a classical child takes the place of a bad reply.
+        probe_share: Share of the windows on which small changes of the best plan are measured, in [0, 1]; 0 measures
+            none.
+        attempts: Number of times that a proposer is asked before evolution's children replace its bad replies.
     """
 
     evaluations: float
@@ -34,7 +35,7 @@ class Schedule:
     attempts: int = 2
 
     def rounds(self) -> Iterator[tuple[int, Operation, int]]:
-        """Yield (round, operation, count) for ever; round 0 belongs to the seeds."""
+        """Yield (round, operation, count) without end; round 0 scores the seed plans."""
         if self.population:
             yield 1, "initial", self.population
         number = 2

@@ -1,1 +1,1 @@
-"""What lies on disk: records, checkpoints, tensors in files; written whole or not at all."""
+"""Files: records, checkpoints, and tensors in files; a file is written completely or not at all."""

@@ -1,4 +1,4 @@
-"""What a long stage has finished, kept in a directory, so that the stage goes on from there after an interruption."""
+"""Checkpoints of long stages in a directory, from which an interrupted stage resumes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from selfpruner_hub.errors import OutputError
 
 
 class Checkpoints:
-    """Named sets of tensors, each a file that is there whole or not at all.
+    """Named sets of tensors, one file each; a file is complete or absent.
 
     Args:
-        directory: Of one run, which decides what is in them; None keeps nothing.
+        directory: Directory of the checkpoints of one run; None saves nothing.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
 
     def load(self, name: str) -> dict[str, Tensor] | None:
-        """What was saved under a name, or None where nothing was, or what was is damaged."""
+        """Return the tensors saved under a name; None where there are none, or the file is damaged."""
         if self._directory is None:
             return None
         try:
@@ -35,11 +35,11 @@ class Checkpoints:
         """Save tensors under a name.
 
         Args:
-            name: Of a file, without its ending.
-            tensors: By name.
+            name: File name without its suffix.
+            tensors: Tensors by name.
 
         Raises:
-            OutputError: They cannot be written.
+            OutputError: The file cannot be written.
         """
         if self._directory is None:
             return
@@ -55,7 +55,7 @@ class Checkpoints:
             ) from error
 
     def clear(self) -> None:
-        """Delete everything: what the run made is saved."""
+        """Delete all checkpoints, once the result of the run is saved."""
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 

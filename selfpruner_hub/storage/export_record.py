@@ -1,4 +1,4 @@
-"""`selfpruner_export.json`: how an export was made, and how far it is from PyTorch, as a versioned record."""
+"""`selfpruner_export.json`: a versioned record of how an export was made and how far it is from PyTorch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.storage.versioned_json import parse_versioned
 
 FILE_NAME = "selfpruner_export.json"
-"""Not `export.json`: transformers' exporters write a manifest of that name."""
+"""Name of the file; not `export.json`, since transformers' exporters write a manifest of that name."""
 SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """What `selfpruner_export.json` holds; field names are its keys."""
+    """Content of `selfpruner_export.json`; field names are its keys."""
 
     format: str
     options: dict[str, Any]
@@ -26,11 +26,12 @@ class ExportRecord:
     versions: dict[str, str]
     tolerance: float
     max_difference: float | None
-    """Largest distance of a logit from PyTorch's float32, measured before the export was put in its place."""
+    """Largest difference of a logit from PyTorch's in float32, measured before the export was moved to its
+    directory."""
     unchecked: str
-    """Why `max_difference` is None; empty where it is not."""
+    """Reason why `max_difference` is None; empty where it is measured."""
     remark: str
-    """What a user of the artefact should know; empty where there is nothing."""
+    """Note for the users of the export; empty where there is none."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -43,8 +44,8 @@ def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
     """Read the record of an export, strictly.
 
     Args:
-        directory: Where `selfpruner_export.json` is.
-        expected: The format that it must have; None takes any.
+        directory: Directory of `selfpruner_export.json`.
+        expected: Format that the export must have; None takes any.
 
     Returns:
         The record.

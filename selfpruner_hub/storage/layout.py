@@ -1,4 +1,4 @@
-"""Where things are: the folders of a saved model, and those that the package brings."""
+"""Folders of a published model, and folders of data that come with the package."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 PLOTS = "plots"
 EXPORTS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
-"""Folders of a published model: pictures of its search, and exports, each named after its format."""
+"""Folders of a published model: plots of its search, and exports, each named after its format."""
 
 
 def asset(name: str) -> Path:
-    """A folder that a wheel carries inside the package, and a checkout beside it."""
+    """Return a folder of data: a wheel has it inside the package, a checkout beside the package."""
     inside = Path(__file__).parents[1] / name
     return inside if inside.is_dir() else Path(__file__).parents[2] / name

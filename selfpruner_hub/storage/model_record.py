@@ -18,58 +18,59 @@ FILE_NAME = "selfpruner.json"
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured figure and how it came about."""
+    """A measured figure and how it was measured."""
 
     value: float
     dense: float | None
-    """The same of the dense parent, measured in the same run; None where it has no meaning."""
+    """Value of the dense parent, measured in the same run; None where it has no meaning."""
     protocol: str
-    """Data, split, windows, tokens, threads where they matter: enough to measure it again."""
+    """Data, split, windows, tokens, and threads where they matter: all that is needed to repeat the measurement."""
     unit: str = ""
-    """Such as `ms` or `tokens/s`; empty where it has none."""
+    """Unit, such as `ms` or `tokens/s`; empty where there is none."""
     dataset: str = ""
-    """What it was measured on, by its name on the Hub where it has one; empty where there is none, as for latency."""
+    """Data set of the measurement, by its name on the Hub where it has one; empty where there is none, as for
+    latency."""
     machine: str = ""
-    """CPU or GPU, where the figure depends on it."""
+    """Name of the CPU or GPU, where the figure depends on it; else empty."""
     date: str = ""
-    """Day of the measurement, as in 2026-11-30; empty where it was not kept."""
+    """Day of the measurement, as in 2026-11-30; empty where unknown."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What `selfpruner.json` holds; field names are its keys."""
+    """Content of `selfpruner.json`; field names are its keys."""
 
     base_model: str
     beta: float
-    """Asked for."""
+    """Mean rate that was asked for, in (0, 1)."""
     achieved_beta: float
-    """Fraction of the prunable weights (q, k, v, o, gate, up, down) removed, counted from the widths."""
+    """Share of the prunable weights (q, k, v, o, gate, up, down) that was removed, counted from the widths."""
     rates: tuple[float, ...]
-    """Per layer, the fraction of its prunable weights removed."""
+    """Share of the prunable weights removed from each layer."""
     widths: dict[str, list[int]]
-    """`intermediate_size` and `num_key_value_heads`, one per layer."""
+    """Widths that are kept: `intermediate_size` and `num_key_value_heads`, one value per layer."""
     parameters: dict[str, int]
-    """`dense` and `pruned`: all parameters, counted from the tensors, shared ones once."""
+    """Number of parameters of `dense` and `pruned`, counted from the tensors, shared ones once."""
     method: dict[str, Any]
     """Every setting of the method."""
     seed: int
     proposer: dict[str, Any]
-    """Who searched: name, model, evaluations, counts of replies, tokens; `gains`: fitness of the best seed and of what
-    was found, on the `search_text` that the search selected on and on `unseen_text`, which neither calibration, nor
-    repairs, nor search have read. Older records have `selected_on` for the first and, not for the second, `elsewhere`:
-    on the calibration text, which the repairs were fitted to."""
+    """The proposer and its search: name, evaluations, origin of the best plan, counts of replies, tokens. `gains`:
+    fitness of the best seed plan and of the best plan, on `search_text`, the fitness text, and on `unseen_text`, which
+    neither calibration, nor repairs, nor search have read. Older records call the first `selected_on`; instead of the
+    second they have `elsewhere`, measured on the calibration text, to which the repairs were fitted."""
     data: dict[str, dict[str, Any]]
-    """`calibration`, `fitness` and, where the gain was measured on it, `unseen`: name, tokens, window and hash of each
-    text."""
+    """Texts of the run, `calibration`, `fitness` and, where the gain was measured on it, `unseen`: name, tokens, window
+    and hash of each."""
     versions: dict[str, str]
     licence: dict[str, str] = field(default_factory=dict)
-    """Of the parent, as its model card says it: `license`, `license_name`, `license_link`; empty where unknown."""
+    """Licence of the parent from its model card: `license`, `license_name`, `license_link`; empty where unknown."""
     metrics: dict[str, Metric] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
     def plan(self) -> Plan:
-        """The widths as a plan."""
+        """The widths that every layer keeps."""
         return plan_of(self.widths)
 
     def to_json(self) -> str:
@@ -82,14 +83,14 @@ class Record:
         """Read strictly: all keys and no others, of a known version.
 
         Args:
-            text: The file's content.
-            source: Its name, for the error.
+            text: Content of the file.
+            source: Name of the file, for error messages.
 
         Returns:
             The record.
 
         Raises:
-            SavedModelError: It is not such a record.
+            SavedModelError: The text is not such a record.
         """
         values = parse_versioned(text, source, SCHEMA_VERSION, {f.name for f in fields(cls)})
         try:
@@ -106,7 +107,7 @@ def read_record(directory: Path) -> Record:
     """Read the record of a saved model.
 
     Args:
-        directory: Where `selfpruner.json` is.
+        directory: Directory of `selfpruner.json`.
 
     Returns:
         The record.

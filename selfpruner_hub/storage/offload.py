@@ -1,4 +1,4 @@
-"""Tensors in files instead of memory: what a model larger than memory is pruned with."""
+"""Tensors in files instead of memory, to prune a model that is larger than memory."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from selfpruner_hub.errors import OutputError
 
 
 class TensorStore(Protocol):
-    """Where large tensors are put: called with one, it returns the one to use instead."""
+    """Store of large tensors: a call with a tensor returns the stored tensor, which is used in its place."""
 
     on_disk: bool
-    """Whether they leave memory."""
+    """Whether the tensors are in files."""
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Put a tensor away."""
+        """Store a tensor."""
 
 
 ARENA = 2**28
-"""Bytes of a file, but for tensors that are larger."""
+"""Size of a file, in bytes; a larger tensor has a larger file."""
 RESIDENT = 2**29
-"""Bytes of the files that may be in memory before their pages are given back."""
+"""Limit of the pages of the files that are in memory, in bytes; above it, they are released."""
 PAUSE = 0.005
-"""Seconds between two looks at what is in memory."""
+"""Time between two checks of the memory in use, in seconds."""
 ALIGNMENT = 64
 
 
 class Memory:
-    """Keeps tensors as they are."""
+    """Store that leaves tensors in memory."""
 
     on_disk = False
 
@@ -49,17 +49,17 @@ MEMORY = Memory()
 
 
 class DiskStore:
-    """Puts tensors into files that are mapped into memory, so that the system brings their pages in as they are read.
+    """Store that puts tensors into memory-mapped files; the system loads their pages when they are read.
 
-    They are used, and changed, like any others. Before each new tensor, and now and then by a thread, pages are given
-    back where many are in memory: what was written stays in the files, so this is safe at any time. The
-    files have no names and end with the tensors, or with the process.
+    Stored tensors are used, and changed, like any others. Before each new tensor, and periodically from a thread, pages
+    are released where more than `RESIDENT` bytes are in memory: what was written stays in the files, so this is safe at
+    any time. The files have no names and end with the tensors, or with the process.
 
     Args:
-        directory: On a disk with room for the model, its statistics and its pruned copy; created where it is missing.
+        directory: Directory on a disk with space for the model, its statistics and its pruned copy; created if missing.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The directory cannot be written.
     """
 
     on_disk = True
@@ -70,17 +70,17 @@ class DiskStore:
         self._arenas: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
         self._arena: mmap.mmap | None = None
         self._used = 0
-        self._arena = self._opened(mmap.PAGESIZE)  # a directory that cannot be written is told at once
+        self._arena = self._opened(mmap.PAGESIZE)  # fails at once where the directory cannot be written
         threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True).start()
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Put a tensor away.
+        """Store a tensor.
 
         Args:
-            tensor: Any; its values are copied.
+            tensor: Tensor of any shape and dtype; its values are copied.
 
         Returns:
-            The same values, in a file.
+            A tensor with the same values, in a file.
 
         Raises:
             OutputError: The disk is full, or cannot be written.
@@ -93,17 +93,17 @@ class DiskStore:
                 self._arena, self._used = self._opened(max(ARENA, tensor.nbytes)), 0
             arena, offset = self._arena, self._used
             self._used += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        strides = torch.empty_like(tensor, device="meta").stride()  # solvers give columns; their last bits depend on it
+        strides = torch.empty_like(tensor, device="meta").stride()  # keep the memory order: last bits depend on it
         flat = torch.frombuffer(arena, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
         return flat.as_strided(tensor.shape, strides).copy_(tensor.detach())
 
     def trim(self) -> None:
-        """Give back what is in memory of the files, where it is more than `RESIDENT`."""
+        """Release the pages of the files where more than `RESIDENT` bytes are in memory."""
         if _resident_files() > RESIDENT:
             self.release()
 
     def release(self) -> None:
-        """Give back what is in memory of the files."""
+        """Release all pages of the files."""
         for arena in list(self._arenas):
             arena.madvise(mmap.MADV_DONTNEED)
 
@@ -122,7 +122,7 @@ class DiskStore:
 
 
 def _allocate(file: int, size: int) -> None:
-    """Reserve the room, where the system can: a full disk is told here, not by a signal in the middle of a copy."""
+    """Reserve the disk space, where the system can: a full disk is an error here, not a signal during a copy."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
     else:
@@ -140,7 +140,7 @@ def _watch(store: weakref.ref[DiskStore]) -> None:
 
 
 def _resident_files() -> int:
-    """Bytes of mapped files in memory; all that can be, where the system does not tell."""
+    """Return the bytes of mapped files in memory; more than `RESIDENT`, where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
     except OSError:

@@ -1,4 +1,4 @@
-"""What every stage of a run is given: where tensors lie, what is finished already, who is told, and the seed."""
+"""What every stage of a run shares: tensor store, checkpoints, progress and random seed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 @dataclass(frozen=True)
 class Run:
-    """The surroundings of a run, the same for all of its stages."""
+    """Context of a run, the same for all of its stages."""
 
     store: TensorStore = MEMORY
-    """Place of statistics, hidden states and the pruned model."""
+    """Store of statistics, hidden states and the pruned model."""
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
-    """Place of what finished layers gave, and of text that was written."""
+    """Checkpoints of finished layers, and of text that the model generated."""
     progress: Progress = silent
-    """Called with (what, done, total)."""
+    """Function that is called with (what, done, total)."""
     seed: int = 0
     """Random seed."""
 
 
 DEFAULT_RUN = Run()
-"""In memory, with nothing kept and nobody told."""
+"""Run in memory, without checkpoints and without progress."""

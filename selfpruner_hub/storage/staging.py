@@ -1,4 +1,4 @@
-"""How files get to their place, all or nothing: staged beside it, then renamed into it."""
+"""Atomic writes: files are written beside their target, then renamed to it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from selfpruner_hub.errors import OutputError
 
 @contextmanager
 def save_directory(directory: Path) -> Iterator[Path]:
-    """Give a staging directory whose files replace those of `directory` at the end, or vanish on any error.
+    """Give a staging directory whose files replace those of `directory` at the end, or are deleted on any error.
 
     Args:
-        directory: Where the files shall be.
+        directory: Directory that the files are moved to.
 
     Yields:
         An empty directory on the same file system.
 
     Raises:
-        OutputError: The place cannot be written.
+        OutputError: The directory cannot be written.
     """
     staging = None
     try:
@@ -80,13 +80,13 @@ def _replace(directory: Path, staging: Path) -> None:
 
 
 def check_writable(directory: Path) -> None:
-    """Find out before long work whether its result can be written; leaves nothing behind.
+    """Check before long work whether its result can be written; no file remains.
 
     Args:
-        directory: Where the result shall be; it need not exist.
+        directory: Directory of the result; it need not exist.
 
     Raises:
-        OutputError: It cannot.
+        OutputError: The directory cannot be written.
     """
     parent = directory
     try:
@@ -98,14 +98,14 @@ def check_writable(directory: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is either there whole or not at all: temporary file, fsync, rename.
+    """Write a file completely or not at all: temporary file, fsync, rename.
 
     Args:
-        path: The file; its folder is made where it does not exist.
-        text: Its new content.
+        path: Path of the file; its directory is created if missing.
+        text: New content of the file.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

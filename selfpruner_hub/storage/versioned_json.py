@@ -1,4 +1,4 @@
-"""JSON files of ours with a schema version, read strictly."""
+"""Strict reading of this package's JSON files, which have a schema version."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from selfpruner_hub.errors import SavedModelError
 
 
 def parse_versioned(text: str, source: str, version: int, keys: set[str]) -> dict[str, Any]:
-    """Read one of our JSON files strictly: all keys and no others, of a known version.
+    """Read one of this package's JSON files strictly: all keys and no others, of a known version.
 
     Args:
-        text: The file's content.
-        source: Its name, for the error.
-        version: The schema version that is read here.
-        keys: All keys, `schema_version` among them.
+        text: Content of the file.
+        source: Name of the file, for error messages.
+        version: Schema version that the file must have.
+        keys: Names of all keys, `schema_version` among them.
 
     Returns:
         The values by key.
 
     Raises:
-        SavedModelError: It is not such a file.
+        SavedModelError: The text is not such a file.
     """
     try:
         values: dict[str, Any] = json.loads(text)

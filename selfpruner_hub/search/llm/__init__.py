@@ -1,1 +1,1 @@
-"""A language model as proposer: what it is asked, what it may answer, and who answers."""
+"""A language model as proposer: prompts, reply schema, local model and endpoint."""

@@ -24,32 +24,32 @@ from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 KEY_VARIABLE = "SELFPRUNER_API_KEY"
 _KEYS_BY_HOST = {"api.openai.com": "OPENAI_API_KEY", "router.huggingface.co": "HF_TOKEN"}
 _AT_ONCE = 4
-"""Requests under way at the same time."""
+"""Maximum number of parallel requests."""
 _RETRIES = 4
 _FIRST_PAUSE = 1.0
-"""Seconds before the first retry; doubled each time."""
+"""Pause before the first retry, in seconds; doubled for each further retry."""
 
 
 class EndpointProposer:
-    """Asks a chat model over HTTP, one request a child, replies held to the JSON schema where the server can.
+    """Asks a chat model over HTTP, one request per child, under a JSON schema where the server supports one.
 
-    The key comes from the environment alone (`SELFPRUNER_API_KEY`; `OPENAI_API_KEY` and `HF_TOKEN` only for their own
-    hosts), and stands in no log, journal or error.
+    The API key comes from the environment alone (`SELFPRUNER_API_KEY`; `OPENAI_API_KEY` and `HF_TOKEN` only for their
+    own hosts), and is written to no log, journal or error.
 
     Args:
         url: Base URL, such as `http://127.0.0.1:8080/v1`.
         model: Name of the model at the endpoint.
-        budget: The budget of the search.
+        budget: Parameter budget of the search.
         subject: Name of the model that is being pruned, for the prompt.
-        temperature: Of sampling.
-        request_limit: Most requests of this process, retries included.
-        token_limit: Most tokens read and written, as the server counts them.
-        timeout: Seconds for one request.
-        templates: Directory with other prompt templates.
-        environment: Where the key is looked up; None uses the process's environment.
+        temperature: Sampling temperature.
+        request_limit: Maximum number of requests of this process, retries included.
+        token_limit: Maximum number of tokens read and written, as the server counts them.
+        timeout: Time limit of one request, in seconds.
+        templates: Directory of other prompt templates; None uses the built-in ones.
+        environment: Variables in which the key is looked up; None uses the process's environment.
 
     Raises:
-        UserError: The URL is not one, or no model is named.
+        UserError: The URL is malformed, or no model is named.
     """
 
     reads_slopes = True
@@ -96,13 +96,13 @@ class EndpointProposer:
         """Ask for `count` proposals with one prompt.
 
         Args:
-            operation: What kind of proposal is wanted.
+            operation: Kind of proposal.
             history: Scored plans, best first.
-            count: Proposals wanted.
-            rng: Gives the seeds of the requests.
+            count: Number of proposals.
+            rng: Random generator for the seeds of the requests.
 
         Returns:
-            One proposal per request; a request that failed for good is a refusal.
+            One proposal per request; a request that failed after all retries becomes a refusal.
 
         Raises:
             UserError: The endpoint refuses the key, or has no such model.
@@ -122,10 +122,10 @@ class EndpointProposer:
             return list(pool.map(one, seeds))
 
     def tell(self, scored: Sequence[Scored]) -> None:
-        """Learn nothing between asks: the history in the prompt says it all."""
+        """Ignore the scores: the history in the prompt holds them."""
 
     def _request(self, arguments: dict[str, Any]) -> tuple[str, int]:
-        """Send one request, again after a pause where that may help."""
+        """Send one request; repeat it after a pause where the error may be temporary."""
         for attempt in range(_RETRIES):
             if self._requests >= self._request_limit or self._tokens >= self._token_limit:
                 raise ProposerError("The limit of requests or tokens is reached.")
@@ -172,10 +172,10 @@ def request(model: str, prompt: str, schema: Mapping[str, Any], temperature: flo
 
     Args:
         model: Name of the model at the endpoint.
-        prompt: The user's message.
+        prompt: Text of the user's message.
         schema: JSON schema of the reply.
-        temperature: Of sampling.
-        seed: Of sampling, where the server takes one.
+        temperature: Sampling temperature.
+        seed: Random seed of sampling, where the server supports one.
 
     Returns:
         Keyword arguments.

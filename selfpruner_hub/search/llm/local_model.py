@@ -29,7 +29,7 @@ from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 
 CACHE_MEMORY = 0.75
-"""Memory for the KV caches of replies that are written side by side, as a multiple of the model's weights."""
+"""Memory limit of the KV caches of a batch of replies, as a multiple of the model's weights."""
 
 
 class ModelProposer:
@@ -39,13 +39,13 @@ class ModelProposer:
     The prompt is encoded once for all children of an ask.
 
     Args:
-        model: A causal language model.
-        tokenizer: Its (fast) tokenizer; its chat template is used where it has one.
-        budget: The budget of the search.
+        model: Causal language model that proposes.
+        tokenizer: Fast tokenizer of the model; its chat template is used where it has one.
+        budget: Parameter budget of the search.
         subject: Name of the model that is being pruned, for the prompt.
-        temperature: Of sampling, greater than 0.
-        templates: Directory with other prompt templates.
-        name: How the journal calls it.
+        temperature: Sampling temperature, greater than 0.
+        templates: Directory of other prompt templates; None uses the built-in ones.
+        name: Name of the proposer in the journal.
 
     Raises:
         UserError: Decoding with this tokenizer cannot be constrained.
@@ -95,7 +95,7 @@ class ModelProposer:
         return proposals
 
     def tell(self, scored: Sequence[Scored]) -> None:
-        """Learn nothing between asks: the history in the prompt says it all."""
+        """Ignore the scores: the history in the prompt holds them."""
 
     @torch.inference_mode()
     def _read(self, ids: Tensor) -> DynamicCache:
@@ -104,7 +104,7 @@ class ModelProposer:
         return cache
 
     def _at_once(self, read: DynamicCache, growth: float) -> int:
-        """Replies whose caches, `growth` times as large at the end as `read`, fit into `CACHE_MEMORY`."""
+        """Return how many caches, each at the end `growth` times as large as `read`, fit into `CACHE_MEMORY`."""
         layers: Any = read.layers
         size = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
         weights = sum(parameter.nbytes for parameter in self._model.parameters())
@@ -114,7 +114,7 @@ class ModelProposer:
     def _write(
         self, ids: Tensor, cache: DynamicCache, limit: int, schema: dict[str, Any], count: int, seed: int
     ) -> Tensor:
-        """Write `count` replies to a prompt that has been read, up to its last token; returns `[count, ≤ limit]`."""
+        """Write `count` replies, `[count, ≤ limit]`; `cache` holds the prompt without its last token."""
         cache.batch_repeat_interleave(count)
         repeated = ids.repeat(count, 1)
         with torch.random.fork_rng(), attending_by_group(self._model):
@@ -143,7 +143,7 @@ class ModelProposer:
 
 
 def _reply_limit(tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any]) -> int:
-    """Tokens that the longest reply under the schema may take, with room to spare."""
+    """Return the token limit of a reply: twice the tokens of the longest reply under the schema, plus 16."""
     longest = json.dumps(replies.example(schema), separators=(",", ":"))
     return 16 + 2 * len(tokenizer(longest, add_special_tokens=False)["input_ids"])
 

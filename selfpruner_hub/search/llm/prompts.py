@@ -1,4 +1,4 @@
-"""What a language model is asked: templates, and what they are filled with. Pure functions."""
+"""Prompts for a language model: the templates and the values that fill them. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from selfpruner_hub.plans.predicted_loss import paying_moves
 from selfpruner_hub.search.proposers import Operation, Scored
 
 SHOWN = 5
-"""Earlier solutions in a prompt, worst to best; their numbers are their ranks, so the best is number 1."""
+"""Number of earlier solutions in a prompt, ordered worst to best; each is numbered by its rank, so the best is 1."""
 LISTED = 12
-"""Most layers in a list of those that measured well, and in the reply to it."""
+"""Maximum number of layers in a list of changes that lower the loss, and in the reply to it."""
 
 
 def template(operation: Operation, templates: Path | None = None) -> str:
     """Read the prompt template of an operation.
 
     Args:
-        operation: Which one.
+        operation: Kind of proposal.
         templates: Directory with `initial.txt`, `crossover.txt` and `mutation.txt`; None uses the built-in ones.
 
     Returns:
-        Its text, with `$placeholders`.
+        Text of the template, with `$placeholders`.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: The template cannot be read.
     """
     source = (resources.files(__package__) / "templates") if templates is None else templates
     try:
@@ -40,9 +40,9 @@ def template(operation: Operation, templates: Path | None = None) -> str:
 
 
 def shown(history: Sequence[Scored]) -> list[Scored]:
-    """The solutions that a prompt shows, out of a history with the best first: worst to best.
+    """Select the solutions that a prompt shows, ordered worst to best, from a history that has the best first.
 
-    The one whose changes were measured is among them, in place of the worst if need be.
+    The solution whose changes were measured is always among them; if necessary it replaces the worst one.
     """
     best = list(history[:SHOWN])
     measured = next((s for s in history if s.slopes), None)
@@ -57,11 +57,11 @@ def render(
     """Fill the template of an operation.
 
     Args:
-        operation: Which template.
+        operation: Kind of proposal.
         history: Scored plans, best first.
-        budget: Gives β, bounds and geometry.
+        budget: Parameter budget, with β, the bounds of rates and the geometry of the model.
         model: Name of the model that is being pruned.
-        templates: As for `template`.
+        templates: Directory of templates, as for `template`.
 
     Returns:
         The prompt.
@@ -94,28 +94,28 @@ def render(
 
 
 def solution(budget: Budget, rates: Rates) -> str:
-    """Rates as they stand in prompts and replies: whole percentages, compact JSON."""
+    """Write rates as prompts and replies have them: whole percentages, compact JSON."""
     return json.dumps(percent(budget, rates), separators=(",", ":"))
 
 
 def percent(budget: Budget, rates: Rates) -> dict[str, list[int]]:
-    """Rates as whole percentages, by the name of their list."""
+    """Return the rates as whole percentages, by the name of their list."""
     lists = (rates.ffn,) if budget.tied else (rates.attention, rates.ffn)
     return {name: [round(100 * r) for r in values] for name, values in zip(part_names(budget), lists, strict=True)}
 
 
 def part_names(budget: Budget) -> tuple[str, ...]:
-    """Names of the lists of a solution: one where attention and FFN share their rates."""
+    """Return the names of the lists of a solution: one list where attention and FFN share their rates."""
     return ("rates",) if budget.tied else ("attention", "ffn")
 
 
 def measured_number(history: Sequence[Scored]) -> int | None:
-    """Number in the prompt of the solution whose changes were measured."""
+    """Return the number, in the prompt, of the solution whose changes were measured; None where none was."""
     return next((number for number, s in enumerate(reversed(shown(history)), 1) if s.slopes), None)
 
 
 def promising(history: Sequence[Scored], budget: Budget) -> dict[tuple[str, str], list[int]]:
-    """Layers (from 1) by part and by whether more or less should be removed, the best first; empty if none pays."""
+    """List the layers (from 1) whose change lowers the loss, best first, by part and direction; empty if none does."""
     slopes = next((s.slopes for s in shown(history) if s.slopes), None)
     if slopes is None:
         return {}
@@ -129,7 +129,7 @@ def promising(history: Sequence[Scored], budget: Budget) -> dict[tuple[str, str]
 
 
 def _measured(history: Sequence[Scored], budget: Budget) -> str:
-    """What the slopes say, in words, for the solution at which they were measured."""
+    """Put the predicted effects of small changes into words, for the solution at which they were measured."""
     told = []
     for (part, way), layers in promising(history, budget).items():
         if layers:

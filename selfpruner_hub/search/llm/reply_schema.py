@@ -1,4 +1,4 @@
-"""How a language model answers: the schema it is held to, and how a reply is read, which is never trusted."""
+"""Replies of a language model: their JSON schema, and a parser that trusts nothing in them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from selfpruner_hub.search.llm.prompts import LISTED, measured_number, part_name
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 
 PARENTS: dict[Operation, int] = {"initial": 0, "crossover": 2, "mutation": 1}
-"""Parents that the reply must name."""
+"""Number of parents that the reply must name."""
 CHANGES = {"rates": (1, 4), "ffn": (1, 4), "attention": (0, 2)}
-"""Fewest and most layers of which a mutation removes more, and less, by part, where nothing was measured."""
+"""Minimum and maximum number of layers that lose more, and of those that lose less, in a mutation, by part, where no
+effects were measured."""
 REACH = 15
-"""Most percentage points by which a mutation changes a rate; of attention it moves one KV group."""
+"""Maximum change of a rate in a mutation, in percentage points; attention changes by one KV group."""
 
 
 def schema(operation: Operation, history: Sequence[Scored], budget: Budget, *, narrow: bool = False) -> dict[str, Any]:
     """JSON schema of a reply.
 
     Args:
-        operation: `initial` and `crossover` want one whole percentage per layer and part; `mutation` lists of
-            layers of which more and less is removed. Replies to all but `initial` name their parents first.
-        history: Scored plans, best first; without any, every operation wants whole solutions.
-        budget: Gives bounds and geometry.
-        narrow: Offer the better half as parents (for a mutation the one that was measured), hold each value of a
-            crossover child to the range of the solutions shown, and each place in the lists of a mutation to a layer
-            that measured well or 0, for models that are too small to do so on their own. (A schema per position: not
-            every server takes one.)
+        operation: Kind of proposal: `initial` and `crossover` ask for one whole percentage per layer and part,
+            `mutation` for lists of layers that lose more and that lose less. Replies to all but `initial` name their
+            parents first.
+        history: Scored plans, best first; if empty, every operation asks for whole solutions.
+        budget: Parameter budget, with the bounds of rates and the geometry of the model.
+        narrow: Whether to restrict the replies of small models: parents to the better half (for a mutation, to the
+            measured one), each value of a crossover child to the range of the solutions shown, and each place in the
+            lists of a mutation to 0 or one layer whose change lowers the loss. This needs a schema per position, which
+            not every server supports.
 
     Returns:
         The schema, an object without other properties.
@@ -61,7 +63,7 @@ def schema(operation: Operation, history: Sequence[Scored], budget: Budget, *, n
 
 
 def _parts(budget: Budget) -> dict[str, dict[str, Any]]:
-    """The lists of a whole solution, and the rule of their values."""
+    """Return the schema of the values in each list of a whole solution."""
     most = round(100 * budget.p_max)
     percent = {"type": "integer", "minimum": 0, "maximum": most}
     if budget.tied:
@@ -71,13 +73,13 @@ def _parts(budget: Budget) -> dict[str, dict[str, Any]]:
 
 
 def _steps(budget: Budget) -> list[int]:
-    """Attention rates that whole KV groups allow, in percent."""
+    """Return the attention rates that whole KV groups allow, in percent."""
     groups = budget.shape.dense.layers[0].num_key_value_heads
     return sorted({round(100 * g / groups) for g in range(groups)})
 
 
 def _changes(history: Sequence[Scored], budget: Budget, narrow: bool) -> dict[str, dict[str, Any]]:
-    """Per part, the layers that lose more and those that lose less; a narrow schema takes or leaves each that pays."""
+    """Return the schema of a mutation, by part; a narrow one allows each layer that lowers the loss, or 0."""
     layer: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": budget.shape.num_layers}
     offered = promising(history, budget)
     rules = {}
@@ -109,7 +111,7 @@ def _list(items: dict[str, Any], least: int, most: int) -> dict[str, Any]:
 
 
 def example(rule: Mapping[str, Any]) -> Any:
-    """A long value under one of our schemas, from which the room for a reply is reckoned."""
+    """Make a long value that fits one of our schemas; the token limit of a reply is computed from it."""
     if "properties" in rule:
         return {name: example(inner) for name, inner in rule["properties"].items()}
     if rule.get("type") == "array":
@@ -119,19 +121,21 @@ def example(rule: Mapping[str, Any]) -> Any:
 
 
 def parse(operation: Operation, reply: str, history: Sequence[Scored], budget: Budget) -> tuple[Rates, tuple[int, ...]]:
-    """Read a reply, which is never trusted: it may be prose, truncated, or of any shape.
+    """Read an untrusted reply: it may be prose, truncated, or of any shape.
 
     Args:
-        operation: What was asked for.
-        reply: What the language model wrote.
-        history: Behind the prompt, best first: changes count from the parent that the reply names.
-        budget: Says how many rates there must be.
+        operation: Kind of proposal that was asked for.
+        reply: Text that the language model wrote.
+        history: Scored plans that the prompt was made from, best first; changes apply to the parent that the reply
+            names.
+        budget: Parameter budget, with the number of layers.
 
     Returns:
         The proposed rates in [0, 1], and the indices into the history of the parents it named.
 
     Raises:
-        ProposerError: It is not an object with the right lists of finite percentages, or changes nothing known.
+        ProposerError: The reply is not an object with the right lists of finite percentages, or changes no known
+            parent.
     """
     try:
         value = json.loads(reply[: reply.rindex("}") + 1][reply.index("{") :])
@@ -152,13 +156,14 @@ def parse(operation: Operation, reply: str, history: Sequence[Scored], budget: B
 
 
 def _changed(parent: Rates, value: dict[str, Any], budget: Budget) -> Rates:
-    """The parent's rates with less removed from some layers and more from others, within [0, 1].
+    """Return the parent's rates with less removed from some layers and more from others, within [0, 1].
 
-    Attention moves by whole KV groups and an FFN gets `points` back; the FFNs that lose more lose what pays for it.
+    Attention changes by whole KV groups, and an FFN that loses less gets `points` back. The FFNs that lose more make up
+    for the weights that were given back.
     """
     shape, dense = budget.shape, budget.shape.dense.layers
     attention, ffn = [*parent.attention], [*parent.ffn]
-    spare = 0.0  # weights to be removed for those that were given back
+    spare = 0.0  # weights still to remove, in place of those given back
     more, less, _ = ([], [], 0.0) if budget.tied else _change(value, "attention", budget)
     for layer, sign in [(n, 1) for n in more] + [(n, -1) for n in less]:
         before, groups = attention[layer], dense[layer].num_key_value_heads
@@ -176,7 +181,7 @@ def _changed(parent: Rates, value: dict[str, Any], budget: Budget) -> Rates:
 
 
 def _change(value: dict[str, Any], part: str, budget: Budget) -> tuple[list[int], list[int], float]:
-    """Read what a reply says of one part: layers (from 0) that lose more, those that lose less, and by how much."""
+    """Read the change of one part: layers (from 0) that lose more, layers that lose less, and the step in [0, 1]."""
     change = value.get(part, {})
     if not isinstance(change, dict):
         raise ProposerError(f"The reply's {part!r} is not an object.")
@@ -188,7 +193,7 @@ def _change(value: dict[str, Any], part: str, budget: Budget) -> tuple[list[int]
 
 
 def _layers(numbers: Any, count: int) -> list[int]:
-    """Layers from 0, each once; 0 in a reply stands for none."""
+    """Return the layers counted from 0, each once; a 0 in the reply means no layer."""
     if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n <= count for n in numbers):
         raise ProposerError(f"The reply does not list layers from 1 to {count}.")
     return [number - 1 for number in dict.fromkeys(numbers) if number]
@@ -200,12 +205,12 @@ def proposal(
     """Turn a reply into a proposal, or into a refusal that says what is wrong with it.
 
     Args:
-        operation: What was asked for.
-        prompt: How it was asked.
-        reply: What the language model wrote.
-        history: Behind the prompt, best first.
-        budget: Says how many rates there must be.
-        tokens: Tokens read and written for this reply.
+        operation: Kind of proposal that was asked for.
+        prompt: Prompt that was sent.
+        reply: Text that the language model wrote.
+        history: Scored plans that the prompt was made from, best first.
+        budget: Parameter budget, with the number of layers.
+        tokens: Number of tokens read and written for this reply.
 
     Returns:
         A proposal whose parents are indices into the history.
