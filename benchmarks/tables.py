@@ -16,6 +16,8 @@ from selfpruner_hub.settings import explained
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
+ARTICLES = ROOT / "benchmarks" / "defaults_articles.json"
+"""What defaults.py wrote of 0.1.0."""
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
 UNKNOWN = "–"
 """Stands where a row has no such figure."""
@@ -31,6 +33,15 @@ TEXTS = {
 def defaults_table() -> str:
     """What is left of the model at each β, as a Markdown table, what that means for chat, and how it was measured."""
     rows = _defaults()
+    return f"{_figures_table(rows)}\n\n{_kept(rows)}\n\n{_protocol(DEFAULTS)}"
+
+
+def articles_table() -> str:
+    """The same of the defaults of 0.1.0, which read articles alone."""
+    return f"{_figures_table(_rows(ARTICLES))}\n\n{_protocol(ARTICLES)}"
+
+
+def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = (
         ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense"),
         ("parameters", lambda row: f"{_parameters(row) / 1e6:.1f} M"),
@@ -41,8 +52,7 @@ def defaults_table() -> str:
         ("KL, code", lambda row: _figure(row, "kl_code", "{:.2f}")),
         ("minutes", lambda row: _figure(row, "minutes", "{:.0f}")),
     )
-    table = _table([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows], numbers=True)
-    return f"{table}\n\n{_kept(rows)}\n\n{_protocol()}"
+    return _table([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows], numbers=True)
 
 
 def search_table() -> str:
@@ -56,13 +66,17 @@ def search_table() -> str:
     return _table(["β", *names], [[beta, *those] for beta, those in zip(betas, cells, strict=True)], numbers=True)
 
 
-def _protocol() -> str:
-    found = json.loads(DEFAULTS.read_text(encoding="utf-8"))
+def _protocol(file: Path) -> str:
+    found = json.loads(file.read_text(encoding="utf-8"))
     return f"Protocol ({found['date']}): {found['protocol']}."
 
 
 def _defaults() -> list[dict[str, Any]]:
-    found = json.loads(DEFAULTS.read_text(encoding="utf-8"))["results"]
+    return _rows(DEFAULTS)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    found = json.loads(file.read_text(encoding="utf-8"))["results"]
     return sorted(found, key=lambda row: row["beta"])
 
 
@@ -115,6 +129,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool
 
 GENERATED = (
     ("README.md", "defaults", defaults_table),
+    ("docs/results.md", "articles", articles_table),
     ("docs/results.md", "search", search_table),
     ("docs/settings.md", "settings", settings_table),
 )
