@@ -9,7 +9,6 @@ from selfpruner_hub.calibration.corpus import load_corpus
 from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.evaluation.fitness import Fitness
-from selfpruner_hub.evaluation.sensitivity import loss_curves
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.plans.budget import Budget
@@ -31,7 +30,7 @@ budget = Budget(shape_of(model.config), beta=0.3)
 with ordered(model, order):
     slicer = Slicer(model, order, iter(statistics), fisher=fisher)  # the first repair
     score = Fitness(slicer, held_out)  # KL divergence from the dense model
-    plans = [budget.project(rates) for rates in seeds(budget, loss_curves(slicer), score.loss).values()]
+    plans = [budget.project(rates) for rates in seeds(budget, slicer.loss_curves(), score.loss).values()]
     pruned = slice_model(slicer, min(plans, key=score))
 compensate(model, pruned, calibration, fisher=fisher)  # the second repair
 match_confidence(model, pruned, held_out)  # one factor for all logits

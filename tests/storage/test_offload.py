@@ -92,19 +92,19 @@ PROGRAM = """
 import sys, threading, time
 import torch
 from pathlib import Path
-from selfpruner_hub import shelf
+from selfpruner_hub.storage import offload
 from selfpruner_hub.pruner import AutoPruner
 
 torch.set_num_threads(1)
 status = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
-shelf.ARENA = shelf.RESIDENT = 2**26
+offload.ARENA = offload.RESIDENT = 2**26
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 pruner = AutoPruner.from_pretrained(sys.argv[1], offload_folder=sys.argv[2])
 tokens = torch.randint(3, 1000, (8, 32))
-AutoPruner._texts = lambda self, *rest: tuple(map(Text, (tokens, tokens[:2])))
 from selfpruner_hub.calibration.corpus import Corpus
-Text = lambda windows: Corpus.of("drawn", windows)
+from selfpruner_hub.calibration.texts import RunTexts, Texts
+Texts.read = lambda self, *rest: RunTexts(Corpus.of("drawn", tokens), Corpus.of("drawn", tokens[:2]), None)
 pruned = pruner.prune(0.3, evaluations=0, seeds=("uniform",), importance="wanda-sp", progress=False)
 pruned.save_pretrained(sys.argv[3], max_shard_size="100MB")
 print(status("VmHWM") - before)
