@@ -84,6 +84,14 @@ def test_every_argument_alone(changes, identity):
     assert identity(**changes) != identity()
 
 
+def test_the_seed_where_it_draws_the_same_text(identity):
+    """One window for each text, of a text that has two: the search is another all the same."""
+    texts = {"data": TEXT[: 2 * WINDOW], "calibration_tokens": WINDOW, "fitness_tokens": WINDOW}
+    one, two = (json.loads(identity(seed=seed, **texts)) for seed in (0, 1))
+    assert one["data"] == two["data"]
+    assert one != two
+
+
 @pytest.mark.parametrize("place", [5, len(TEXT) - 5], ids=["calibration", "fitness"])
 def test_either_text_alone(place, identity):
     assert identity(data=f"{TEXT[:place]}Z{TEXT[place + 1 :]}") != identity()
