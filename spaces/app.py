@@ -35,10 +35,9 @@ FEW = 24
 # -- event handlers ---------------------------------------------------------------------------------------------------
 
 
-def check(prompt: str, tokens: float) -> list[dict[str, Any]]:
-    """Check a prompt before the request is queued; an error is shown beside the text box."""
-    fine = gr.validate(True, "")
-    return [gr.validate(False, wrong) if (wrong := _wrong(prompt)) else fine, fine]
+def check(prompt: str, tokens: float | None) -> list[dict[str, Any]]:
+    """Check prompt and length before the request is queued; an error is shown beside its control."""
+    return [gr.validate(not wrong, wrong) for wrong in (_wrong(prompt), _wrong_length(tokens))]
 
 
 def _wrong(prompt: str) -> str:
@@ -49,9 +48,14 @@ def _wrong(prompt: str) -> str:
     return ""
 
 
+def _wrong_length(tokens: float | None) -> str:
+    """Check the number of tokens: the slider gives at least 8, a request to the API may give any value or none."""
+    return "" if tokens is not None and tokens >= 1 else f"Ask for 1 to {MOST_TOKENS} tokens."
+
+
 def compare(prompt: str, tokens: float) -> Iterator[tuple[str, str, str, str, str]]:
     """Generate the answer of the pruned model, then of its parent: one at a time, so that neither slows the other."""
-    if wrong := _wrong(prompt):
+    if wrong := _wrong(prompt) or _wrong_length(tokens):
         raise gr.Error(wrong, print_exception=False)
     said = {"pruned": ("", "loading the model …"), "dense": ("", "waiting for the pruned model to finish …")}
     done: dict[str, Answer] = {}

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -285,6 +286,35 @@ def test_prompts_are_bounded(prompt, wrong, space):
             next(app.compare(prompt, 64))
 
 
+@pytest.mark.parametrize("tokens", [0, -1, 0.5, None, float("nan")])
+def test_an_answer_has_at_least_one_token(tokens, space):
+    """The slider gives none of these; the API may."""
+    app = space("app")
+    wrong = "Ask for 1 to 256 tokens."
+    assert [found["message"] for found in app.check("abc", tokens)] == ["", wrong]
+    assert not app.check("abc", tokens)[1]["is_valid"]
+    with pytest.raises(Exception, match=wrong):
+        next(app.compare("abc", tokens))
+
+
+def test_one_token_is_an_answer_and_more_than_the_most_are_cut(space, monkeypatch):
+    monkeypatch.setattr(space("answers"), "MOST_TOKENS", 12)
+    for asked, written in ((1, 1), (100_000, 12)):
+        assert list(space("app").compare("abc", asked))[-1][1].endswith(f" · {written} tokens")
+
+
+def test_what_a_visitor_types_is_told_to_nobody(space, capfd, caplog, tmp_path, monkeypatch):
+    """A prompt that is answered leaves no trace on the terminal, in the log, or in a file."""
+    caplog.set_level("DEBUG")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    *_, (pruned, *_) = space("app").compare("a walrus called Bartholomew", 8)
+    assert pruned
+    said = capfd.readouterr()
+    assert "Bartholomew" not in said.out + said.err + caplog.text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_both_answers_then_the_verdict(space):
     seen = list(space("app").compare("abc", 8))
     assert seen[0] == ("", "loading the model …", "", "waiting for the pruned model to finish …", "")
@@ -314,6 +344,92 @@ def test_a_page_without_a_model(space, monkeypatch):
         page = space("app").build()
         (said,) = [block.value for block in page.blocks.values() if getattr(block, "value", None)]
         assert said.startswith("# There is no model to show yet")
+
+
+# -- many visitors ----------------------------------------------------------------------------------------------------
+
+WAITING = 32
+"""Visitors whom the page lets wait, beside the one who is answered."""
+
+
+class Writer:
+    """A model that writes for as long as it is told to, and counts who is answered at once."""
+
+    def __init__(self, answers):
+        self.go_on = threading.Event()
+        self.at_once, self.most, self.answered = 0, 0, 0
+        self._lock, self._answer = threading.Lock(), answers.Answer
+
+    def __call__(self, which, prompt, tokens):
+        with self._lock:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+        yield self._answer()
+        self.go_on.wait(PATIENCE)
+        time.sleep(0.02)  # so that another would come between, if it could
+        with self._lock:
+            self.at_once -= 1
+            self.answered += 1
+        yield self._answer("text", 9, 0.1, 0.2, True)
+
+
+PATIENCE = 300
+"""Seconds that a visitor waits in these tests, on a busy machine."""
+
+
+@pytest.fixture
+def visited(space, monkeypatch):
+    """The page, served; gives a client of it, and the writer in the place of both models."""
+    client = pytest.importorskip("gradio_client", reason='needs pip install -e ".[space]"')
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    app, answers = space("app"), space("answers")
+    writer = Writer(answers)
+    monkeypatch.setattr(answers, "load", lambda which: None)
+    monkeypatch.setattr(answers, "answer", writer)
+    page = app.build()
+    _, url, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_error=False)
+    yield client.Client(url, verbose=False, max_workers=2 * WAITING), writer
+    writer.go_on.set()
+    page.close(verbose=False)
+
+
+def ask(client):
+    return client.submit("a question", 16, api_name="/compare")
+
+
+def until(true):
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_one_visitor_is_answered_at_a_time(visited):
+    """Two that write at once would each seem slow."""
+    client, writer = visited
+    writer.go_on.set()
+    for job in [ask(client) for _ in range(6)]:
+        assert "speed of its parent" in job.result(PATIENCE)[-1]
+    assert writer.answered == 12  # by both models
+    assert writer.most == 1
+
+
+def test_a_full_queue_is_told_and_the_visitor_after_it_is_answered(visited):
+    client, writer = visited
+    jobs = [ask(client)]
+    until(lambda: writer.at_once)
+    for _ in range(WAITING):
+        jobs.append(ask(client))
+        until(lambda: jobs[-1].status().code.name in ("IN_QUEUE", "QUEUE_FULL") or jobs[-1].done())
+    for _ in range(3):
+        with pytest.raises(Exception, match="full"):
+            ask(client).result(PATIENCE)
+    assert not any(job.done() for job in jobs)
+    writer.go_on.set()
+    for job in jobs:
+        assert "speed of its parent" in job.result(PATIENCE)[-1]
+    assert "speed of its parent" in ask(client).result(PATIENCE)[-1]
+    assert writer.most == 1
 
 
 # -- the files --------------------------------------------------------------------------------------------------------
