@@ -230,7 +230,7 @@ def test_a_model_that_was_never_asked_ends(tmp_path):
     """In a process of its own, which can be ended where it hangs: a server whose thread had not begun never stopped."""
     write(built(tiny_pruned, "llama"), trained_tokenizer(), tmp_path)
     command = [sys.executable, "-c", UNUSED, tmp_path / "model-f16.gguf"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout == "done\n", done.stderr[-500:]
 
 
