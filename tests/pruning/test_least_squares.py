@@ -156,7 +156,6 @@ def test_its_steps_are_those_of_conjugate_gradients():
 
 def test_it_takes_two_steps():
     """The second takes away much of what the first leaves, on the windows to fit; a third would cost as much again."""
-    assert least_squares.ITERATIONS == 2
     windows, change, down = gated(noise=0.0)
     start, first, second = 0 * change, *(steps_of(windows, change, down, steps) for steps in (1, 2))
     assert torch.equal(fit_inputs(lambda: windows, change, down), second)
