@@ -418,12 +418,18 @@ def test_a_full_queue_is_told_and_the_visitor_after_it_is_answered(visited):
     client, writer = visited
     jobs = [ask(client)]
     until(lambda: writer.at_once)
-    for _ in range(WAITING):
-        jobs.append(ask(client))
-        until(lambda: jobs[-1].status().code.name in ("IN_QUEUE", "QUEUE_FULL") or jobs[-1].done())
+
+    def comes():
+        job = ask(client)
+        until(lambda: job.status().code.name == "IN_QUEUE" or job.done())
+        return job
+
+    jobs += [comes() for _ in range(WAITING)]
     for _ in range(3):
+        late = comes()
+        assert late.done(), "one more waits than may"
         with pytest.raises(Exception, match="full"):
-            ask(client).result(PATIENCE)
+            late.result(0)
     assert not any(job.done() for job in jobs)
     writer.go_on.set()
     for job in jobs:
