@@ -41,7 +41,9 @@ def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "tiny-chat"
     tokenizer = trained_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=512).save_pretrained(directory)
+    tiny = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=512)
+    tiny.generation_config.eos_token_id = list(range(2, VOCABULARY, 10))  # random weights end their turns too
+    tiny.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
 
