@@ -93,8 +93,6 @@ def _figure(row: Mapping[str, Any], key: str, form: str) -> str:
 
 
 def _share(row: Mapping[str, Any], key: str) -> str:
-    if not row["beta"]:
-        return "100 %"  # the dense model agrees with itself
     return f"{100 * row[key]:.0f} %" if row.get(key) is not None else UNKNOWN
 
 

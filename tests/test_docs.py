@@ -47,13 +47,13 @@ def test_generated_tables_are_current(name, marker, make):
 def test_tables_take_rows_with_more_and_fewer_keys(monkeypatch):
     rows = [
         {"beta": 0.5, "minutes": 31.4},
-        {"beta": 0.0, "perplexity_512": 26.71, "answered": 0.6},
+        {"beta": 0.0, "perplexity_512": 26.71, "agreement": 0.983, "kept": 1},
         {"beta": 0.2, "achieved_beta": 0.2, "minutes": 47.3, "perplexity_512": 35.16, "perplexity_2048": 28.26}
         | {"kl_chat": 0.11, "agreement": 0.873, "answered": 0.55, "kept": 0.914, "kl_code": 0.428},
     ]
     monkeypatch.setattr(tables, "_defaults", lambda: sorted(rows, key=lambda row: row["beta"]))
     lines = tables.defaults_table().splitlines()
-    assert lines[2] == "| dense | 134.5 M | 26.7 | – | 100 % | 100 % | – | – |"
+    assert lines[2] == "| dense | 134.5 M | 26.7 | – | 98 % | 100 % | – | – |"
     assert lines[3] == "| 0.2 | 113.3 M | 35.2 | 28.3 | 87 % | 91 % | 0.43 | 47 |"
     assert lines[4] == "| 0.5 | 81.4 M | – | – | – | – | – | 31 |"
     assert "still answers 91 % at β = 0.2." in tables.defaults_table()
