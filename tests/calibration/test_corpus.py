@@ -293,10 +293,10 @@ def test_texts_and_conversations_do_not_mix(items):
 
 
 def test_conversations_need_a_template():
-    with pytest.raises(DataError, match="chat template") as caught:
+    with pytest.raises(DataError, match="Conversations need a tokenizer with a chat template") as caught:
         draw(TALKS)
     assert_one_line_with_remedy(caught.value)
-    with pytest.raises(DataError, match="chat template") as caught:
+    with pytest.raises(DataError, match='data="chat" needs a tokenizer with a chat template') as caught:
         draw("chat", model=tiny_model("llama"))
     assert_one_line_with_remedy(caught.value)
 

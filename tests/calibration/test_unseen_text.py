@@ -115,6 +115,16 @@ def test_what_the_model_writes_is_written_for_a_search_alone(model, sampled):
     assert len(set.union(*rows)) == sum(map(len, rows)) == CALIBRATION + 2 * FITNESS
 
 
+@pytest.mark.parametrize("kept", ["in memory", "in a directory"])
+def test_text_of_a_run_without_a_search_is_not_enough_for_one(kept, model, sampled, tmp_path):
+    run = Run(checkpoints=Checkpoints(tmp_path))
+    known = Texts(model, tiny_tokenizer())
+    known.read("self", UNSEARCHED, run)
+    found = (known if kept == "in memory" else Texts(model, tiny_tokenizer())).read("self", METHOD, run)
+    assert sampled == [CALIBRATION + FITNESS, CALIBRATION + FITNESS, FITNESS]
+    assert [len(part.windows) for part in found] == [CALIBRATION, FITNESS, FITNESS]
+
+
 def test_it_is_written_once(model, sampled, tmp_path):
     known, run = Texts(model, tiny_tokenizer()), Run(checkpoints=Checkpoints(tmp_path))
     first = known.read("self", METHOD, run)
