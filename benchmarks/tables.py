@@ -22,9 +22,9 @@ CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.j
 UNKNOWN = "–"
 """Stands where a row has no such figure."""
 TEXTS = {
-    "search_text": "search text",
+    "search_text": "fitness text",
     "unseen_text": "unseen text",
-    "selected_on": "search text",  # so called before 0.2.0
+    "selected_on": "fitness text",  # so called before 0.2.0
     "elsewhere": "calibration text",
 }
 """Keys of a search's gains, and the texts that they were measured on."""

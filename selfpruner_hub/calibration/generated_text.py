@@ -38,8 +38,7 @@ def continuations(
 ) -> list[list[int]]:
     """Generate a continuation of each prompt; prompts of similar length share a batch, finished sequences leave it.
 
-    The matrix products of the layers and of the head, for all rows of the batch, take most of the time of a step. The
-    cache grows in place, so keys and values are not copied.
+    The cache grows in place, so a step copies no keys and values.
 
     Args:
         model: A causal language model.

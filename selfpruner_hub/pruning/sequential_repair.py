@@ -28,7 +28,7 @@ RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
 """Candidates for λ, in units of mean(diag E[x̂ x̂ᵀ]). They are much larger than in the first repair: they pull toward its
 weights, and only what many tokens have in common changes these."""
 INPUT_TOKENS = 65_536
-"""Maximum number of tokens to refit gate_proj and up_proj on, spread evenly; that is half of a second repair's time."""
+"""Maximum number of tokens to refit gate_proj and up_proj on, spread evenly; every step reads all of them again."""
 
 
 @torch.no_grad()
