@@ -39,7 +39,7 @@ class Method:
     """FFN widths are multiples of this number. It must divide the dense width."""
     window: int = 512
     """Tokens of a window of calibration and fitness text."""
-    calibration_tokens: int = 131_072
+    calibration_tokens: int = 65_536
     """Tokens of the calibration text, to which both repairs are fitted."""
     shares: tuple[float, ...] = ()
     """Shares of the sources of `data`, in their order; they need not sum to 1. Empty: equal shares."""

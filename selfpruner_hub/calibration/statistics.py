@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.calibration.ridge import RIDGE, choose_ridge, held_out
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.layer_stream import Stream, check_finite
-from selfpruner_hub.models.patching import exact_in_float32
+from selfpruner_hub.models.patching import add_product
 from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
@@ -99,23 +99,22 @@ def calibrate(
     layers = decoder_layers(model)
     store, checkpoints = run.store, run.checkpoints
     known: list[LayerStatistics] = []
-    with exact_in_float32(model.dtype):
-        while found := checkpoints.load(f"calibration-{len(known)}"):
-            known.append(LayerStatistics.of(found, store))
-        stream = Stream(model, windows, store) if len(known) < len(layers) else None
-        for index, layer in enumerate(layers):
-            if stream is None:
-                break
-            if index < len(known):
-                stream.advance(index, layer)
-                continue
-            modules = [linear(layer, path) for path in (architecture.attention_output, architecture.ffn_output)]
-            sums = [_Sums(module) for module in modules]
-            with _hooked(zip(modules, sums, strict=True)):
-                stream.advance(index, layer)
-            known.append(LayerStatistics(*(each.moments(store) for each in sums)))
-            checkpoints.save(f"calibration-{index}", known[-1].tensors())
-            run.progress("calibrating", index + 1, len(layers))
+    while found := checkpoints.load(f"calibration-{len(known)}"):
+        known.append(LayerStatistics.of(found, store))
+    stream = Stream(model, windows, store) if len(known) < len(layers) else None
+    for index, layer in enumerate(layers):
+        if stream is None:
+            break
+        if index < len(known):
+            stream.advance(index, layer)
+            continue
+        modules = [linear(layer, path) for path in (architecture.attention_output, architecture.ffn_output)]
+        sums = [_Sums(module) for module in modules]
+        with _hooked(zip(modules, sums, strict=True)):
+            stream.advance(index, layer)
+        known.append(LayerStatistics(*(each.moments(store) for each in sums)))
+        checkpoints.save(f"calibration-{index}", known[-1].tensors())
+        run.progress("calibrating", index + 1, len(layers))
     return known
 
 
@@ -134,10 +133,10 @@ class _Sums:
         held = held_out(self._windows, len(inputs[0]))
         self._windows += len(held)
         for which, rows in enumerate((~held, held)):
-            x = inputs[0][rows.to(inputs[0].device)].flatten(0, -2).float()
+            x = inputs[0][rows.to(inputs[0].device)].flatten(0, -2)
             self._counts[which] += len(x)
-            self._sum += x.sum(0)
-            self._products[which].addmm_(x.t(), x)
+            self._sum += x.sum(0, dtype=torch.float32)
+            add_product(self._products[which], x, x)
 
     def moments(self, store: TensorStore) -> Moments:
         fitted, held = self._products

@@ -98,15 +98,24 @@ def with_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[PreTr
         decoder.layers = dense
 
 
-@contextmanager
-def exact_in_float32(dtype: torch.dtype) -> Iterator[None]:
-    """Multiply float32 copies of bfloat16 values in bfloat16 with float32 sums: exact, and several times faster."""
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add leftᵀ right to a float32 total, in place.
+
+    The product of two bfloat16 numbers is exact in float32, so a CPU may multiply bfloat16 tensors in bfloat16 and sum
+    them in float32: nothing is rounded, and it is several times faster. Other tensors are multiplied in float32,
+    because a float32 factor would be rounded.
+
+    Args:
+        total: Sum, `[L, R]`, float32.
+        left: Left factors, `[N, L]`.
+        right: Right factors, `[N, R]`.
+    """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    if dtype == torch.bfloat16:
+    if left.dtype == right.dtype == torch.bfloat16:
         settings.fp32_precision = "bf16"
     try:
-        yield
+        total.addmm_(left.float().t(), right.float())
     finally:
         settings.fp32_precision = before
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from selfpruner_hub.calibration.ridge import as_seen, damped_factor, held_out
+from selfpruner_hub.models.patching import add_product
 
 T = TypeVar("T")
-ITERATIONS = 2
+ITERATIONS = 3
 """Maximum number of steps of conjugate gradients for gate_proj and up_proj."""
 DAMPING = 0.1
 """Damping of each factor of the preconditioner, in units of the factor's mean diagonal."""
@@ -54,19 +55,23 @@ class LinearFit:
 
 
 def first_minimum(candidates: Iterable[T], error: Callable[[T], float]) -> T:
-    """Evaluate candidates in order until the error stops falling; return the last one that lowered it.
+    """Evaluate candidates in order until the error has risen twice in a row; return the best of those evaluated.
 
-    If the error falls and then rises, this is the best of all candidates, found with fewer evaluations. There must be
-    at least one candidate; two are in memory at a time.
+    If the error falls and then rises, with at most one bump on the way, this is the best of all candidates, found with
+    fewer evaluations. There must be at least one candidate; two are in memory at a time.
     """
     rest = iter(candidates)
     best = next(rest)
     least = error(best)
+    bumps = 0
     for candidate in rest:
         reached = error(candidate)
-        if not reached < least:
+        if reached < least:
+            best, least, bumps = candidate, reached, 0
+        elif bumps:
             break
-        best, least = candidate, reached
+        else:
+            bumps = 1
     return best
 
 
@@ -81,12 +86,12 @@ class _Sums:
         self._cross = torch.zeros(outputs, inputs, device=module.weight.device)
 
     def add(self, x: Tensor, target: Tensor) -> None:
-        x, target = x.flatten(0, -2).float(), target.flatten(0, -2).float()
+        x, target = x.flatten(0, -2), target.flatten(0, -2)
         if self._bias is not None:
-            target = target - self._bias.float()
+            target = target.float() - self._bias.float()
         self.count += len(x)
-        self._gram.addmm_(x.t(), x)
-        self._cross.addmm_(target.t(), x)
+        add_product(self._gram, x, x)
+        add_product(self._cross, target, x)
 
     def solve(self, before: Tensor, ridge: float) -> Tensor:
         """(E[t xᵀ] + λ W) (E[x xᵀ] + λ I)⁻¹."""

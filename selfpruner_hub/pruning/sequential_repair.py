@@ -19,7 +19,6 @@ from selfpruner_hub.calibration.fisher import Fisher, roots_of
 from selfpruner_hub.calibration.ridge import as_seen, held_out
 from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear
 from selfpruner_hub.models.layer_stream import Seen, Stream, watching
-from selfpruner_hub.models.patching import exact_in_float32
 from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
@@ -27,8 +26,6 @@ from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
 """Candidates for λ, in units of mean(diag E[x̂ x̂ᵀ]). They are much larger than in the first repair: they pull toward its
 weights, and only what many tokens have in common changes these."""
-INPUT_TOKENS = 65_536
-"""Maximum number of tokens to refit gate_proj and up_proj on, spread evenly; every step reads all of them again."""
 
 
 @torch.no_grad()
@@ -73,22 +70,21 @@ def compensate(
     original, moved = Stream(dense, windows, store), Stream(dense, windows, store)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
     roots = roots_of(fisher, len(pairs))
-    with exact_in_float32(dense.dtype):
-        for index, (whole, layer) in enumerate(pairs):
-            if done := checkpoints.load(f"repair-{index}"):
-                layer.load_state_dict(done)
-                original.advance(index, whole)
-                moved.advance(index, layer)
-                continue
-            wanted = _targets(architecture, index, whole, original, moved, store)
-            _fit_attention(architecture, index, layer, moved, wanted, ridges, roots[index][0])
-            ffn = _Ffn(architecture, index, layer, moved, wanted, store, roots[index][1])
-            ffn.fit_down(ridges)
-            if inputs and ffn.fit_inputs():
-                ffn.fit_down(ridges)
-            checkpoints.save(f"repair-{index}", layer.state_dict())
+    for index, (whole, layer) in enumerate(pairs):
+        if done := checkpoints.load(f"repair-{index}"):
+            layer.load_state_dict(done)
+            original.advance(index, whole)
             moved.advance(index, layer)
-            run.progress("repairing", index + 1, len(pairs))
+            continue
+        wanted = _targets(architecture, index, whole, original, moved, store)
+        _fit_attention(architecture, index, layer, moved, wanted, ridges, roots[index][0])
+        ffn = _Ffn(architecture, index, layer, moved, wanted, store, roots[index][1])
+        ffn.fit_down(ridges)
+        if inputs and ffn.fit_inputs():
+            ffn.fit_down(ridges)
+        checkpoints.save(f"repair-{index}", layer.state_dict())
+        moved.advance(index, layer)
+        run.progress("repairing", index + 1, len(pairs))
 
 
 Targets = list[list[Tensor]]
@@ -171,13 +167,11 @@ class _Ffn:
 
     def fit_inputs(self) -> bool:
         """Refit gate_proj and up_proj if that lowers the error on the held-out windows; return whether it does."""
-        tokens = sum(h.shape[:-1].numel() for h, _ in self._batches)
-        some = self._batches[:: -(-tokens // INPUT_TOKENS)]
-        rests = [self._store(self._rest(h, target)) for h, target in some]
-        factors = [self._store(self._factors(h)) for h, _ in some]
+        rests = [self._store(self._rest(*batch)) for batch in self._batches]
+        factors = [self._store(self._factors(h)) for h, _ in self._batches]
 
         def stream() -> Iterator[Gated]:
-            for (h, _), factor, rest in zip(some, factors, rests, strict=True):
+            for (h, _), factor, rest in zip(self._batches, factors, rests, strict=True):
                 yield Gated(h, factor, rest)
 
         rows = [module.weight for module in self._inputs]
@@ -187,7 +181,7 @@ class _Ffn:
         moved = (stacked.float() + fit_inputs(stream, stacked, down)).flatten(0, 1)
         for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
             weight.copy_(new)
-        helps = _squared(self._rest(*pair) for pair in _held(some)) < _squared(
+        helps = _squared(self._rest(*pair) for pair in _held(self._batches)) < _squared(
             rest for (rest,) in _held(zip(rests, strict=True))
         )
         if not helps:  # the step was too long for the nonlinear FFN, or was zero

@@ -222,7 +222,7 @@ sys.exit(status)
         (["--help"], 0, "search the rates of a model's layers"),
         (["prune", "--help"], 0, "usage: selfpruner prune"),
         (["demo", "--help"], 0, "usage: selfpruner demo"),
-        (["settings"], 0, "calibration_tokens=131072"),
+        (["settings"], 0, "calibration_tokens=65536"),
         (["prune"], 2, "the following arguments are required: MODEL, --beta, --output"),
         (["prune", "model", "--output", "out", "--beta", "2"], 2, "beta must satisfy 0 < beta < 1; got 2."),
         (["prune", "model", "--output", "out", "--beta", "0.3", "--set", "windows=3"], 2, "Unknown setting windows."),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.tiny import CONFIGS, tiny_model
 
-from selfpruner_hub.models.patching import attending_by_group
+from selfpruner_hub.models.patching import add_product, attending_by_group
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -63,3 +63,15 @@ def test_a_model_that_does_not_attend_by_sdpa_is_left_alone():
     model.set_attn_implementation("eager")
     with attending_by_group(model):
         assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(("left", "right"), [("bfloat16", "bfloat16"), ("float32", "float32"), ("float32", "bfloat16")])
+def test_a_sum_of_products_is_not_rounded(left, right):
+    """Where a CPU multiplies in bfloat16, a float32 factor would be off by up to 2⁻⁹ of itself."""
+    settings, generator = torch.backends.mkldnn.matmul, torch.Generator().manual_seed(0)
+    before = settings.fp32_precision
+    a, b = (torch.randn(512, 96, generator=generator).to(getattr(torch, dtype)) for dtype in (left, right))
+    total = torch.ones(96, 96)
+    add_product(total, a, b)
+    torch.testing.assert_close(total.double(), 1 + a.double().t() @ b.double(), atol=1e-4, rtol=1e-5)
+    assert settings.fp32_precision == before

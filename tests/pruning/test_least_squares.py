@@ -10,7 +10,7 @@ from torch import nn
 
 from selfpruner_hub.calibration.ridge import HELD_OUT
 from selfpruner_hub.pruning import least_squares
-from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
+from selfpruner_hub.pruning.least_squares import Gated, LinearFit, first_minimum, fit_inputs
 
 N, W, H, K, F = 80, 16, 5, 2, 7
 FITTED = [i for i in range(N) if (i + 1) % HELD_OUT]
@@ -154,12 +154,13 @@ def test_its_steps_are_those_of_conjugate_gradients():
             assert abs((slope * step).sum()) < 1e-2 * slope.norm() * step.norm()
 
 
-def test_it_takes_two_steps():
-    """The second takes away much of what the first leaves, on the windows to fit; a third would cost as much again."""
+def test_it_takes_three_steps():
+    """Each takes away much of what the one before leaves, on the windows to fit."""
     windows, change, down = gated(noise=0.0)
-    start, first, second = 0 * change, *(steps_of(windows, change, down, steps) for steps in (1, 2))
-    assert torch.equal(fit_inputs(lambda: windows, change, down), second)
-    assert error(windows, down, second) < 0.8 * error(windows, down, first) < 0.64 * error(windows, down, start)
+    reached = [error(windows, down, steps_of(windows, change, down, steps)) for steps in (1, 2, 3)]
+    assert torch.equal(fit_inputs(lambda: windows, change, down), steps_of(windows, change, down, 3))
+    for before, after in itertools.pairwise([error(windows, down, 0 * change), *reached]):
+        assert after < 0.8 * before
 
 
 def test_a_few_steps_already_help_on_other_windows():
@@ -181,3 +182,18 @@ def test_nothing_moves_without_a_window_to_hold_out():
     windows, change, down = gated(0.0)
     few = [Gated(*(part[:3] for part in windows[0]))]
     assert not fit_inputs(lambda: few, change, down).any()
+
+
+@pytest.mark.parametrize(
+    ("errors", "best", "read"),
+    [
+        ([5, 3, 4, 2, 3, 4, 0], 2, 6),  # it looks past one bump, and not past a rise of two
+        ([5, 3, 3, 4, 1], 3, 4),
+        ([5, float("nan"), 4], 4, 3),
+        ([1], 1, 1),
+    ],
+)
+def test_the_first_minimum_is_sought_past_one_bump(errors, best, read):
+    asked = []
+    assert first_minimum(errors, lambda error: asked.append(error) or error) == best
+    assert len(asked) == read
