@@ -29,11 +29,10 @@ from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.loop import search
-from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.settings import Method
 
 WINDOW, CALIBRATION, FITNESS = 512, 32_768, 8_192
-SCHEDULE = Schedule(evaluations=16, population=4, crossover=8, mutation=8)
+SETTINGS = Method(evaluations=16, population=4)
 
 
 def texts(pruner: AutoPruner, search_text: str, *others: int) -> list[Tensor]:
@@ -133,12 +132,12 @@ class Ours:
         return SecondRepairScore(Fitness(self._slicer, self._held_out, metric), self.curves, remains)
 
     def _starts(self, budget: Budget, fitness: SecondRepairScore) -> dict[str, Rates]:
-        return seeds(budget, self.curves, partial(fitness.loss, share=SCHEDULE.first_share))
+        return seeds(budget, self.curves, partial(fitness.loss, share=SETTINGS.first_share))
 
     def _searched(self, budget: Budget, name: str, fitness: SecondRepairScore, starts: dict[str, Rates]) -> Plan:
         asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME)
         journal = Journal(self._work / f"search-{budget.beta}-{name}", {"beta": budget.beta, "fitness": name})
-        found = search(asked, budget, fitness, journal, schedule=SCHEDULE, seeds=starts, probe=fitness.slopes)
+        found = search(asked, budget, fitness, journal, settings=SETTINGS, seeds=starts, probe=fitness.slopes)
         return found.best.plan
 
     def once(self, beta: float, how: str) -> tuple[float, PreTrainedModel]:

@@ -24,12 +24,11 @@ from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.proposers import EvolutionProposer
-from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.settings import Method
 from selfpruner_hub.storage.run import DEFAULT_RUN
 
 WINDOW, CALIBRATION, FITNESS, BETA = 512, 16_384, 8_192, 0.3
-SCHEDULE = Schedule(evaluations=10, population=0, crossover=8, mutation=8)
+SETTINGS = Method(evaluations=10)
 MEMORY = fitness_module.BOUNDARY_MEMORY
 
 
@@ -54,7 +53,7 @@ def main(text: str) -> None:
                 return value
 
             found = search(
-                EvolutionProposer(budget), budget, timed, Journal(None, {}), schedule=SCHEDULE, seeds=starts, seed=0
+                EvolutionProposer(budget), budget, timed, Journal(None, {}), settings=SETTINGS, seeds=starts, seed=0
             )
             results[name] = {"seconds": round(seconds[0], 1), "best": round(found.best.fitness, 5)}
             print(name, results[name], flush=True)
@@ -65,7 +64,7 @@ def main(text: str) -> None:
     write(
         "prefix_cache",
         f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA}: seconds of scoring in a search by evolution of "
-        f"{SCHEDULE.evaluations:g} evaluations on {FITNESS} tokens of {Path(text).name}, the same in all four; the "
+        f"{SETTINGS.evaluations:g} evaluations on {FITNESS} tokens of {Path(text).name}, the same in all four; the "
         "share saved is of the quicker of two",
         results,
     )

@@ -33,13 +33,12 @@ from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
-from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.settings import Method
 from selfpruner_hub.storage.run import DEFAULT_RUN
 
 WINDOW, CALIBRATION, FITNESS, UNSEEN = 512, 65_536, 8_192, 32
 EVALUATIONS, SEEDS = 18, (0, 1, 2)
-SCHEDULE = Schedule(EVALUATIONS, population=4, crossover=8, mutation=8, probe_share=0.5)
+SETTINGS = Method(evaluations=EVALUATIONS, population=4, probe_share=0.5)
 CHANCE = 50.0
 """Temperature at which the model's choice among what the schema allows is almost uniform."""
 
@@ -128,7 +127,7 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
                 proposer, journal = proposers(pruner, budget)[name], Journal(None, {})
                 probe = slopes if getattr(proposer, "reads_slopes", False) else None
                 found = search(
-                    proposer, budget, score, journal, schedule=SCHEDULE, seeds=starts, seed=seed, probe=probe
+                    proposer, budget, score, journal, settings=SETTINGS, seeds=starts, seed=seed, probe=probe
                 )
                 add(
                     method=name,

@@ -29,7 +29,6 @@ from selfpruner_hub.pruning.slicing import slice_model
 from selfpruner_hub.search.journal import Journal, Record
 from selfpruner_hub.search.loop import Score, search
 from selfpruner_hub.search.proposers import EvolutionProposer
-from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.settings import Method
 from selfpruner_hub.storage.run import DEFAULT_RUN
 
@@ -87,15 +86,14 @@ def main(text: str) -> None:
             # Equal numbers of rounds: a round costs children × share, plus one survivor on all windows if staged.
             seeds_cost = len(starts) * (1 if first_share == 1 else 1 + first_share)
             round_cost = CHILDREN if first_share == 1 else CHILDREN * first_share + 1
-            schedule = Schedule(
-                seeds_cost + ROUNDS * round_cost - 0.5,
-                population=0,
+            settings = Method(
+                evaluations=seeds_cost + ROUNDS * round_cost - 0.5,
                 crossover=CHILDREN,
                 mutation=CHILDREN,
                 first_share=first_share,
             )
             journal, started = Journal(None, {}), time.perf_counter()
-            found = search(EvolutionProposer(budget), budget, score, journal, schedule=schedule, seeds=starts, seed=0)
+            found = search(EvolutionProposer(budget), budget, score, journal, settings=settings, seeds=starts, seed=0)
             children = found.counts["accepted"]
             scoring = sum(r["seconds"] for r in journal.records if r["kind"] == "score" and r["round"])
             results[name] = {

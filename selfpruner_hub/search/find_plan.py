@@ -21,7 +21,6 @@ from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, Found, Standing
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import ray_workers
-from selfpruner_hub.search.schedule import Schedule
 from selfpruner_hub.settings import Method
 from selfpruner_hub.storage.run import Run
 
@@ -64,7 +63,7 @@ def find_plan(
             budget,
             fitness,
             journal,
-            schedule=_schedule(method),
+            settings=method,
             seeds={name: rates for name, rates in starts.items() if name in method.seeds},
             seed=run.seed,
             probe=probe if getattr(proposer, "reads_slopes", False) else None,
@@ -84,18 +83,6 @@ def _fitness(
     """Make the fitness that is minimised; with `curves`, the one that allows for the second repair."""
     fitness = Fitness(slicer, windows, method.fitness)
     return fitness if curves is None else SecondRepairScore(fitness, curves, REMAINS)
-
-
-def _schedule(method: Method) -> Schedule:
-    return Schedule(
-        evaluations=method.evaluations,
-        population=method.population,
-        crossover=method.crossover,
-        mutation=method.mutation,
-        first_share=method.first_share,
-        survivors=method.survivors,
-        probe_share=method.probe_share,
-    )
 
 
 def _live(report: Callable[..., None], method: Method) -> Callable[[Standing], None]:

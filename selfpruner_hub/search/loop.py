@@ -22,7 +22,8 @@ from selfpruner_hub.plans.predicted_loss import Slopes
 from selfpruner_hub.search.journal import Journal, Record
 from selfpruner_hub.search.outcome import Outcome, Standing
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Proposer, Scored
-from selfpruner_hub.search.schedule import Schedule
+from selfpruner_hub.search.schedule import rounds
+from selfpruner_hub.settings import Method
 
 Score = Callable[[Plan, float], float]
 """(plan, share of the windows) → fitness, lower is better."""
@@ -34,6 +35,8 @@ Probe = Callable[[Plan, float], Slopes]
 PROBE_COST = 5.0
 """Cost of a probe, in scores on the same number of windows: a forward and a backward pass, and the dense parts
 again."""
+ATTEMPTS = 2
+"""Number of times that a proposer is asked before evolution's children replace its bad replies."""
 BARREN_ROUNDS = 8
 """Number of rounds in a row without a new plan after which the search ends."""
 
@@ -44,7 +47,7 @@ def search(
     score: Score,
     journal: Journal,
     *,
-    schedule: Schedule,
+    settings: Method,
     seeds: Mapping[str, Rates],
     seed: int = 0,
     probe: Probe | None = None,
@@ -58,7 +61,7 @@ def search(
         budget: Parameter budget that every plan is projected to.
         score: Function that scores one plan.
         journal: Journal of the search; its records are replayed first, then new ones are appended.
-        schedule: Number of evaluations, and how the rounds spend them.
+        settings: Settings of the search: its length, and how the rounds spend it.
         seeds: Rates of the seed plans, by name; at least one.
         seed: Random seed.
         probe: Function that predicts the effect of small changes of the best plan, for proposers that read it; a call
@@ -69,12 +72,12 @@ def search(
     Returns:
         The outcome; its best plan is never worse than the best seed plan on the same windows.
     """
-    run = _Search(proposer, budget, pool or _one_by_one(score), journal, schedule, seed, probe, report)
+    run = _Search(proposer, budget, pool or _one_by_one(score), journal, settings, seed, probe, report)
     run.score_round(0, [(f"seed:{name}", budget.project(rates)) for name, rates in seeds.items()])
     best_seed = run.incumbent()
     barren = 0
-    for number, operation, count in schedule.rounds():
-        if run.spent >= schedule.evaluations or barren == BARREN_ROUNDS:
+    for number, operation, count in rounds(settings):
+        if run.spent >= settings.evaluations or barren == BARREN_ROUNDS:
             break
         run.measure_slopes(number)
         children = run.ask(number, operation, count)
@@ -91,7 +94,7 @@ class _Search:
     budget: Budget
     pool: Pool
     journal: Journal
-    schedule: Schedule
+    settings: Method
     seed: int
     probe: Probe | None
     report: Callable[[Standing], None] | None
@@ -127,7 +130,7 @@ class _Search:
 
     def measure_slopes(self, number: int) -> None:
         """Predict the effects of small changes of the incumbent, once for each plan."""
-        plan, share = self.incumbent().plan, self.schedule.probe_share
+        plan, share = self.incumbent().plan, self.settings.probe_share
         if self.probe is None or not share or plan in self.slopes:
             return
         if plan not in self._probed:
@@ -153,7 +156,7 @@ class _Search:
         """Ask, ask again in place of refused and duplicate proposals, and fill the rest with evolution's children."""
         children: list[tuple[str, Plan]] = []
         known = set(self.first)
-        for attempt in range(self.schedule.attempts):
+        for attempt in range(ATTEMPTS):
             missing = count - len(children)
             if missing:
                 self._accept(
@@ -163,10 +166,10 @@ class _Search:
                     known,
                 )
         fallback = EvolutionProposer(self.budget)
-        for attempt in range(self.schedule.attempts, self.schedule.attempts + 4):
+        for attempt in range(ATTEMPTS, ATTEMPTS + 4):
             missing = count - len(children)
             if missing:
-                self.counts["replaced"] += missing if attempt == self.schedule.attempts else 0
+                self.counts["replaced"] += missing if attempt == ATTEMPTS else 0
                 self._accept(self._replies(fallback, number, attempt, operation, missing), "fallback", children, known)
         return children
 
@@ -256,11 +259,11 @@ class _Search:
         unique: dict[Plan, str] = {}
         for origin, plan in children:  # two seeds may give the same plan: the first is its origin
             unique.setdefault(plan, origin)
-        scored = self._scored([(origin, plan) for plan, origin in unique.items()], self.schedule.first_share, number)
+        scored = self._scored([(origin, plan) for plan, origin in unique.items()], self.settings.first_share, number)
         self.first.update({s.plan: s for s in scored})
         ranked = sorted(scored, key=lambda s: s.fitness)
-        keep = len(ranked) if number == 0 else max(1, math.ceil(self.schedule.survivors * len(ranked)))
-        survivors = ranked if self.schedule.first_share >= 1 else ranked[:keep]
+        keep = len(ranked) if number == 0 else max(1, math.ceil(self.settings.survivors * len(ranked)))
+        survivors = ranked if self.settings.first_share >= 1 else ranked[:keep]
         self._scored([(survivor.origin, survivor.plan) for survivor in survivors], 1.0, number)
         return scored
 
@@ -272,7 +275,7 @@ class _Search:
         for origin, plan in children:
             if (plan, share) not in self._scores:
                 self._score_live(plan, share, origin, number, values)
-            if not (share == 1.0 == self.schedule.first_share and plan in self.first):  # scored once, counted once
+            if not (share == 1.0 == self.settings.first_share and plan in self.first):  # scored once, counted once
                 self.spent += share
             scored.append(Scored(plan, self.budget.rates(plan), self._scores[plan, share], share, origin, number))
             if share == 1.0:

@@ -28,7 +28,7 @@ from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.proposers import Scored
-from selfpruner_hub.search.schedule import Schedule
+from selfpruner_hub.settings import Method
 
 pytestmark = pytest.mark.heavy
 BUDGET = Budget(ModelShape(32, 4, 2, Plan.of([48] * 4, [4] * 4)), 0.3)
@@ -172,7 +172,7 @@ def test_a_search_by_a_server_that_only_talks_nonsense_ends_well(tmp_path):
         BUDGET,
         score,
         Journal(tmp_path, {}),
-        schedule=Schedule(12, first_share=1.0),
+        settings=Method(evaluations=12, population=4, crossover=4, mutation=4, first_share=1.0),
         seeds={"uniform": seeds(BUDGET)["uniform"]},
     )
     assert found.counts["refused"] >= 8
