@@ -29,7 +29,7 @@ from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.slicing import Slicer
-from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.journal import Journal, RoundLine
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.loop import search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
@@ -137,7 +137,7 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
                     best_from=found.best.origin,
                     evaluations=found.spent,
                     replies=found.counts,
-                    curve=[(r["spent"], round(r["best"], 4)) for r in journal.records if r["kind"] == "round"],
+                    curve=[(line.spent, round(line.best, 4)) for line in journal.lines if isinstance(line, RoundLine)],
                 )
     for method in methods:
         runs = [row for row in rows if row["method"] == method]

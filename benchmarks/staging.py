@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import teach, teacher_loss
 from selfpruner_hub.models.forward import Loss
 from selfpruner_hub.plans.budget import Budget
-from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.plan import LayerWidths, Plan
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.slicing import slice_model
-from selfpruner_hub.search.journal import Journal, Record
+from selfpruner_hub.search.journal import Journal, JournalLine, ScoreLine
 from selfpruner_hub.search.loop import Score, search
 from selfpruner_hub.search.proposers import EvolutionProposer
 from selfpruner_hub.settings import Method
@@ -49,15 +50,11 @@ def plain_loss(model: PreTrainedModel, windows: Tensor, loss: Loss) -> float:
     return total / predicted
 
 
-def shared_layers(records: list[Record]) -> list[int]:
+def shared_layers(lines: list[JournalLine]) -> list[int]:
     """Largest number of first layers that each child shares with a plan scored before it."""
-    plans = [
-        list(zip(r["widths"]["intermediate_size"], r["widths"]["num_key_value_heads"], strict=True))
-        for r in records
-        if r["kind"] == "score" and r["share"] < 1
-    ]
+    plans = [line.plan.layers for line in lines if isinstance(line, ScoreLine) and line.share < 1]
 
-    def common(a: list[Any], b: list[Any]) -> int:
+    def common(a: Sequence[LayerWidths], b: Sequence[LayerWidths]) -> int:
         return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
     return [max(common(plan, earlier) for earlier in plans[:i]) for i, plan in enumerate(plans) if i >= CHILDREN // 2]
@@ -95,7 +92,7 @@ def main(text: str) -> None:
             journal, started = Journal(None, {}), time.perf_counter()
             found = search(EvolutionProposer(budget), budget, score, journal, settings=settings, seeds=starts, seed=0)
             children = found.counts["accepted"]
-            scoring = sum(r["seconds"] for r in journal.records if r["kind"] == "score" and r["round"])
+            scoring = sum(line.seconds for line in journal.lines if isinstance(line, ScoreLine) and line.round)
             results[name] = {
                 "children": children,
                 "seconds": round(time.perf_counter() - started, 1),
@@ -105,7 +102,7 @@ def main(text: str) -> None:
             }
             print(name, results[name], flush=True)
             if name == "staged":
-                shared = sorted(shared_layers(journal.records))
+                shared = sorted(shared_layers(journal.lines))
                 results["first_layers_shared_with_an_earlier_plan"] = {
                     "median": shared[len(shared) // 2],
                     "mean": round(sum(shared) / len(shared), 2),

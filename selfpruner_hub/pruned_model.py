@@ -16,7 +16,7 @@ from selfpruner_hub.hub.publish import Published, check_request, publish
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
+from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.model_record import FILE_NAME, Record, read_record
 from selfpruner_hub.storage.staging import save_directory
@@ -73,7 +73,7 @@ class PrunedModel:
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(staging)
             (staging / FILE_NAME).write_text(self.report.to_json(), encoding="utf-8")
-            (staging / JOURNAL_NAME).write_text(self._journal, encoding="utf-8")
+            (staging / JOURNAL_FILE).write_text(self._journal, encoding="utf-8")
             card = render_card(self.report, chat=has_chat_template(self.tokenizer))
             (staging / "README.md").write_text(card, encoding="utf-8")
 
@@ -171,7 +171,7 @@ class PrunedModel:
         model, tokenizer = load_model(str(directory), **kwargs)
         if shape_of(model.config).dense != report.plan:
             raise SavedModelError(f"{str(name)!r} is damaged: {FILE_NAME} and config.json disagree on the widths.")
-        journal = directory / JOURNAL_NAME
+        journal = directory / JOURNAL_FILE
         return cls(model, tokenizer, report, journal.read_text(encoding="utf-8") if journal.is_file() else "")
 
 

@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> str:
     options.kept = f"What was scored is in {run_dir}: the same command again goes on from there."
 
     from selfpruner_hub.pruner import AutoPruner
-    from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
+    from selfpruner_hub.search.journal import JOURNAL_FILE
 
     offload = {"offload_folder": run_dir} if options.offload else {}
     pruner = AutoPruner.from_pretrained(options.model, base_model=options.base_model, **offload, **loading(options))
@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> str:
     pruned.save_pretrained(options.output)
     if options.run_dir is None:
         with contextlib.suppress(OSError):
-            (run_dir / JOURNAL_NAME).unlink()  # it is in the output now
+            (run_dir / JOURNAL_FILE).unlink()  # it is in the output now
             run_dir.rmdir()  # fails where it holds other files, which are kept
     report = pruned.report
     if options.json:

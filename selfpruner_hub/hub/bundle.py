@@ -15,7 +15,7 @@ from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.card import CHAT_TEMPLATE, render_card
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.hub.privacy import check_private
-from selfpruner_hub.search.journal import FILE_NAME as JOURNAL_NAME
+from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.export_record import read_export
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS
 from selfpruner_hub.storage.model_record import FILE_NAME, Record, read_record
@@ -25,7 +25,7 @@ CARD = "README.md"
 NEEDED = ("config.json", "modeling_selfpruned.py", FILE_NAME)
 PATTERNS = (
     *NEEDED,
-    *("model*.safetensors", "model.safetensors.index.json", "generation_config.json", JOURNAL_NAME),
+    *("model*.safetensors", "model.safetensors.index.json", "generation_config.json", JOURNAL_FILE),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
 )
@@ -155,7 +155,7 @@ def _check_whole(directory: Path, files: dict[str, Path]) -> None:
 
 def _pictures(directory: Path) -> dict[str, bytes]:
     """Draw the plots as PNGs, by their path in the repository; none where there is no journal."""
-    journal = directory / JOURNAL_NAME
+    journal = directory / JOURNAL_FILE
     if not journal.is_file() or not journal.stat().st_size:
         return {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
 from selfpruner_hub.plans.plan import ModelShape, plan_of
-from selfpruner_hub.search.journal import FILE_NAME, Record, read_journal
+from selfpruner_hub.search.journal import JOURNAL_FILE, ProbeLine, ScoreLine, read_journal
 
 FORMATS = ("png", "svg")
 
@@ -32,19 +33,18 @@ def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS)
         RunMismatchError: There is no journal, or it holds no score on all windows.
         OutputError: The plots cannot be written.
     """
-    path = directory / FILE_NAME
+    path = directory / JOURNAL_FILE
     if not path.is_file():
         raise RunMismatchError(
-            f"{str(directory)!r} holds no {FILE_NAME}.", "Give a run directory, or a directory that prune wrote."
+            f"{str(directory)!r} holds no {JOURNAL_FILE}.", "Give a run directory, or a directory that prune wrote."
         )
-    header, *records = read_journal(path)
-    scores = [r for r in records if r.get("kind") == "score"]
-    if not any(r["share"] == 1 for r in scores):
+    settings, lines = read_journal(path)
+    scores = [line for line in lines if isinstance(line, ScoreLine)]
+    if not any(score.share == 1 and math.isfinite(score.fitness) for score in scores):
         raise RunMismatchError(f"{path} holds no complete score yet.", "Let the search run on.")
-    settings = header["settings"]
     shape = _shape(settings)
     pictures = {
-        "search": _curve([r for r in records if "share" in r], settings),
+        "search": _curve([line for line in lines if isinstance(line, ScoreLine | ProbeLine)], settings),
         "population": _population(scores, shape),
         "rates": _rates(_best(scores), shape, settings),
     }
@@ -61,27 +61,29 @@ def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS)
     return written
 
 
-def _shape(settings: Record) -> ModelShape:
+def _shape(settings: dict[str, Any]) -> ModelShape:
     known = settings["shape"]
     dense = plan_of(known)
     return ModelShape(known["hidden_size"], known["head_dim"], known["queries_per_group"], dense)
 
 
-def _best(scores: Sequence[Record]) -> Record:
-    full = [s for s in scores if s["share"] == 1 and s["fitness"] is not None]
-    return min(full, key=lambda s: s["fitness"])
+def _best(scores: Sequence[ScoreLine]) -> ScoreLine:
+    full = [s for s in scores if s.share == 1 and math.isfinite(s.fitness)]
+    return min(full, key=lambda s: s.fitness)
 
 
-def _curve(spending: Sequence[Record], settings: Record) -> Figure:
+def _curve(spending: Sequence[ScoreLine | ProbeLine], settings: dict[str, Any]) -> Figure:
     """Plot the scores on all windows and the best so far against full-evaluation equivalents, probes included."""
-    spent = np.cumsum([s["share"] for s in spending])
-    points = [(x, s) for x, s in zip(spent, spending, strict=True) if s["share"] == 1 and s.get("fitness") is not None]
-    x = [p[0] for p in points]
-    y = [p[1]["fitness"] for p in points]
+    spent = np.cumsum([line.share for line in spending])
+    scores = [(x, s) for x, s in zip(spent, spending, strict=True) if isinstance(s, ScoreLine)]
+    points = [
+        (x, s.fitness, s.origin.partition(":")[0]) for x, s in scores if s.share == 1 and math.isfinite(s.fitness)
+    ]
+    x, y, origins = zip(*points, strict=True)
     figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot()
-    for origin in sorted({p[1]["origin"].partition(":")[0] for p in points}):
-        chosen = np.array([(a, b["fitness"]) for a, b in points if b["origin"].partition(":")[0] == origin])
+    for origin in sorted(set(origins)):
+        chosen = np.array([(a, b) for a, b, source in points if source == origin])
         axes.scatter(chosen[:, 0], chosen[:, 1], s=18, label=origin)
     axes.step(x, np.minimum.accumulate(y), where="post", color="black", linewidth=1, label="best so far")
     axes.set_xlabel("full-evaluation equivalents")
@@ -91,9 +93,9 @@ def _curve(spending: Sequence[Record], settings: Record) -> Figure:
     return figure
 
 
-def _population(scores: Sequence[Record], shape: ModelShape) -> Figure:
+def _population(scores: Sequence[ScoreLine], shape: ModelShape) -> Figure:
     """Plot the rate of every layer in every plan, in the order in which plans were first scored."""
-    plans = list(dict.fromkeys(plan_of(s["widths"]) for s in scores))
+    plans = list(dict.fromkeys(s.plan for s in scores))
     rates = np.array([shape.rates(plan) for plan in plans]).T
     figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot()
@@ -104,9 +106,9 @@ def _population(scores: Sequence[Record], shape: ModelShape) -> Figure:
     return figure
 
 
-def _rates(best: Record, shape: ModelShape, settings: Record) -> Figure:
+def _rates(best: ScoreLine, shape: ModelShape, settings: dict[str, Any]) -> Figure:
     """Plot the share of each layer's weights that the best plan removes, split into attention and FFN."""
-    plan = plan_of(best["widths"])
+    plan = best.plan
     layers = np.arange(1, shape.num_layers + 1)
     sizes = np.array([shape.layer_weights(w) for w in shape.dense.layers])
     pairs = list(zip(shape.dense.layers, plan.layers, strict=True))
@@ -120,6 +122,6 @@ def _rates(best: Record, shape: ModelShape, settings: Record) -> Figure:
     axes.set_xlabel("layer")
     axes.set_ylabel("removed, % of the layer")
     axes.set_ylim(0, min(100, 1.15 * math.ceil(100 * max(shape.rates(plan))) + 1))
-    axes.set_title(f"{settings['model']}: best plan, from {best['origin']}")
+    axes.set_title(f"{settings['model']}: best plan, from {best.origin}")
     axes.legend()
     return figure

@@ -43,7 +43,7 @@ def find_plan(
         budget: Parameter budget that every plan is projected to.
         ready: Slicer that cuts the candidates, and the predicted losses of each layer.
         texts: Texts of the run: the fitness text, on which plans are selected, and the unseen one.
-        journal: Journal of the search; its records are replayed first, then new ones are appended.
+        journal: Journal of the search; its lines are replayed first, then new ones are appended.
         method: Settings of the run.
         run: Progress and random seed of the run; `Bars` also show a note.
         executor: None or `"ray"`, as for `AutoPruner.prune`.

@@ -11,15 +11,15 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from selfpruner_hub.errors import ProposerError, SelfPrunerError
 from selfpruner_hub.plans.budget import Budget, Rates
-from selfpruner_hub.plans.plan import Plan, plan_of, widths_of
+from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import Slopes
-from selfpruner_hub.search.journal import Journal, Record
+from selfpruner_hub.search.journal import AskLine, Journal, ProbeLine, Reply, RoundLine, ScoreLine
 from selfpruner_hub.search.outcome import Outcome, Standing
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Proposer, Scored
 from selfpruner_hub.search.schedule import rounds
@@ -60,7 +60,7 @@ def search(
         proposer: Source of rates.
         budget: Parameter budget that every plan is projected to.
         score: Function that scores one plan.
-        journal: Journal of the search; its records are replayed first, then new ones are appended.
+        journal: Journal of the search; its lines are replayed first, then new ones are appended.
         settings: Settings of the search: its length, and how the rounds spend it.
         seeds: Rates of the seed plans, by name; at least one.
         seed: Random seed.
@@ -109,12 +109,11 @@ class _Search:
     """Predicted effects of small changes, by plan, where measured."""
 
     def __post_init__(self) -> None:
-        records = self.journal.records
-        self._asked = {(r["round"], r["attempt"]): r for r in records if r.get("kind") == "ask"}
-        self._scores = {(plan_of(r["widths"]), r["share"]): _fitness(r) for r in records if r.get("kind") == "score"}
-        probes = (r for r in records if r.get("kind") == "probe")
-        self._probed = {plan_of(r["widths"]): Slopes.from_json(r["slopes"]) for r in probes}
-        self._closed = {r["round"] for r in records if r.get("kind") == "round"}
+        lines = self.journal.lines
+        self._asked = {(line.round, line.attempt): line for line in lines if isinstance(line, AskLine)}
+        self._scores = {(line.plan, line.share): line.fitness for line in lines if isinstance(line, ScoreLine)}
+        self._probed = {line.plan: line.slopes for line in lines if isinstance(line, ProbeLine)}
+        self._closed = {line.round for line in lines if isinstance(line, RoundLine)}
         self._before: Counter[str] = Counter()
         self._moved: list[float] = []
 
@@ -135,18 +134,9 @@ class _Search:
             return
         if plan not in self._probed:
             started = time.perf_counter()
-            found = self.probe(plan, share).to_json()
-            self._probed[plan] = Slopes.from_json(found)
-            self.journal.append(
-                {
-                    "kind": "probe",
-                    "round": number,
-                    "share": PROBE_COST * share,
-                    "slopes": found,
-                    "widths": widths_of(plan),
-                    "seconds": round(time.perf_counter() - started, 3),
-                }
-            )
+            found = self.probe(plan, share)
+            line = self.journal.append(ProbeLine(number, PROBE_COST * share, found, plan, _seconds_since(started)))
+            self._probed[plan] = line.slopes
         self.slopes[plan] = self._probed[plan]
         self.spent += PROBE_COST * share
 
@@ -174,81 +164,58 @@ class _Search:
         return children
 
     def _accept(
-        self, replies: Sequence[Record], origin: str, children: list[tuple[str, Plan]], known: set[Plan]
+        self, replies: Sequence[Reply], origin: str, children: list[tuple[str, Plan]], known: set[Plan]
     ) -> None:
-        for reply in replies:
-            if "widths" not in reply:
+        for plan in (reply.plan for reply in replies):
+            if plan is None:
                 self.counts["refused"] += 1
-                continue
-            plan = plan_of(reply["widths"])
-            if plan in known:
+            elif plan in known:
                 self.counts["duplicate"] += 1
-                continue
-            self.counts["accepted"] += 1
-            known.add(plan)
-            children.append((origin, plan))
+            else:
+                self.counts["accepted"] += 1
+                known.add(plan)
+                children.append((origin, plan))
 
-    def _replies(self, proposer: Proposer, number: int, attempt: int, operation: Operation, count: int) -> list[Record]:
-        record = self._asked.get((number, attempt))
-        if record is None:
-            record = self._ask_live(proposer, number, attempt, operation, count)
-        replies: list[Record] = record["replies"]
-        self._moved += [reply["moved"] for reply in replies if "moved" in reply]
-        self.tokens += sum(reply["tokens"] for reply in replies)
-        return replies
+    def _replies(
+        self, proposer: Proposer, number: int, attempt: int, operation: Operation, count: int
+    ) -> Sequence[Reply]:
+        line = self._asked.get((number, attempt))
+        if line is None:
+            line = self._ask_live(proposer, number, attempt, operation, count)
+        self._moved += [reply.moved for reply in line.replies if reply.moved is not None]
+        self.tokens += sum(reply.proposal.tokens for reply in line.replies)
+        return line.replies
 
-    def _ask_live(self, proposer: Proposer, number: int, attempt: int, operation: Operation, count: int) -> Record:
-        state, history = [self.seed, number, attempt], self.history()
+    def _ask_live(self, proposer: Proposer, number: int, attempt: int, operation: Operation, count: int) -> AskLine:
+        state, history = (self.seed, number, attempt), self.history()
         started = time.perf_counter()
         try:
-            replies = list(proposer.ask(operation, history, count, np.random.default_rng(state)))[:count]
+            proposals = list(proposer.ask(operation, history, count, np.random.default_rng(state)))[:count]
         except ProposerError as error:
-            replies = [Proposal(None, error=str(error))]
-        record: Record = {
-            "kind": "ask",
-            "round": number,
-            "attempt": attempt,
-            "operation": operation,
-            "proposer": proposer.name,
-            "random_state": state,
-            "replies": [self._described(reply, history) for reply in replies],
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        self.journal.append(record)
-        return self.journal.records[-1]
+            proposals = [Proposal(None, error=str(error))]
+        replies = tuple(self._projected(proposal, history) for proposal in proposals)
+        seconds = _seconds_since(started)
+        return self.journal.append(AskLine(number, attempt, operation, proposer.name, state, replies, seconds))
 
-    def _described(self, reply: Proposal, history: Sequence[Scored]) -> Record:
-        """Return a reply's journal record: the proposal, its plan, and how far the projection moved the rates.
-
-        A reply whose rates cannot be projected becomes a refusal.
-        """
-        if reply.rates is None:
-            return asdict(reply)
-        only = reply.parents[0] if len(reply.parents) == 1 else -1
+    def _projected(self, proposal: Proposal, history: Sequence[Scored]) -> Reply:
+        """Project a proposal to the budget; one whose rates cannot be projected becomes a refusal."""
+        if proposal.rates is None:
+            return Reply(proposal)
+        only = proposal.parents[0] if len(proposal.parents) == 1 else -1
         parent = history[only].rates if 0 <= only < len(history) else None
         try:
-            plan = self.budget.project(reply.rates, parent)
+            plan = self.budget.project(proposal.rates, parent)
         except SelfPrunerError as error:
-            return asdict(replace(reply, rates=None, error=str(error)))
-        moved = round(self.budget.distance(reply.rates, plan), 6)
-        return {**asdict(reply), "widths": widths_of(plan), "moved": moved}
+            return Reply(replace(proposal, rates=None, error=str(error)))
+        return Reply(proposal, plan, round(self.budget.distance(proposal.rates, plan), 6))
 
     def close_round(self, number: int, operation: Operation) -> None:
         """Journal how many proposals of a round were accepted, and the state of the search after it."""
         if number not in self._closed:
-            best = self.incumbent()
+            best, counts = self.incumbent(), dict(self.counts - self._before)
+            moved = round(sum(self._moved) / len(self._moved), 6) if self._moved else None
             self.journal.append(
-                {
-                    "kind": "round",
-                    "round": number,
-                    "operation": operation,
-                    "counts": dict(self.counts - self._before),
-                    "moved": round(sum(self._moved) / len(self._moved), 6) if self._moved else None,
-                    "best": None if math.isinf(best.fitness) else best.fitness,
-                    "origin": best.origin,
-                    "spent": self.spent,
-                    "tokens": self.tokens,
-                }
+                RoundLine(number, operation, counts, moved, best.fitness, best.origin, self.spent, self.tokens)
             )
         self._before, self._moved = self.counts.copy(), []
 
@@ -288,22 +255,12 @@ class _Search:
     def _score_live(self, plan: Plan, share: float, origin: str, number: int, values: Iterator[float]) -> None:
         started = time.perf_counter()
         value = self._scores[plan, share] = next(values)
-        self.journal.append(
-            {
-                "kind": "score",
-                "round": number,
-                "origin": origin,
-                "share": share,
-                "fitness": None if math.isinf(value) else value,
-                "widths": widths_of(plan),
-                "seconds": round(time.perf_counter() - started, 3),
-            }
-        )
+        self.journal.append(ScoreLine(number, origin, share, value, plan, _seconds_since(started)))
 
 
 def _one_by_one(score: Score) -> Pool:
     return lambda plans, share: (score(plan, share) for plan in plans)
 
 
-def _fitness(record: Record) -> float:
-    return math.inf if record["fitness"] is None else float(record["fitness"])
+def _seconds_since(started: float) -> float:
+    return round(time.perf_counter() - started, 3)

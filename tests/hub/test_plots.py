@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from PIL import Image
 from support.tiny import tiny_model, tiny_tokenizer
@@ -38,5 +40,13 @@ def test_a_directory_without_a_journal(tmp_path, capsys):
 
 def test_a_journal_without_scores(run_dir, tmp_path, capsys):
     (tmp_path / "search.jsonl").write_text((run_dir / "search.jsonl").read_text().splitlines()[0] + "\n")
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "no complete score" in capsys.readouterr().err
+
+
+def test_a_journal_in_which_no_score_is_finite(run_dir, tmp_path, capsys):
+    lines = map(json.loads, (run_dir / "search.jsonl").read_text().splitlines())
+    infinite = [line | {"fitness": None} if line["kind"] == "score" else line for line in lines]
+    (tmp_path / "search.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in infinite))
     assert main(["plot", str(tmp_path)]) == 2
     assert "no complete score" in capsys.readouterr().err

@@ -1,58 +1,96 @@
 """The journal survives a crash at any byte, and refuses what is not its own."""
 
 import json
+import math
 
 import pytest
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
-from selfpruner_hub.search.journal import Journal, read_journal
+from selfpruner_hub.plans.budget import Rates
+from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.predicted_loss import Slopes
+from selfpruner_hub.search.journal import AskLine, Journal, ProbeLine, Reply, RoundLine, ScoreLine, read_journal
+from selfpruner_hub.search.proposers import Proposal
 
 SETTINGS = {"beta": 0.3, "seed": 0, "seeds": ("uniform", "ramp"), "data": {"name": "wikitext2"}}
-RECORDS = [
-    {"kind": "ask", "replies": [{"reply": 'é 漢 "\n\u2028\u0085', "rates": None}]},
-    {"kind": "score", "fitness": 0.1 + 0.2},
+PLAN = Plan.of([8, 16], [2, 1])
+LINES = [
+    ScoreLine(0, "seed:ramp", 0.25, 0.1 + 0.2, PLAN, 0.5),
+    ScoreLine(0, "seed:ramp", 1.0, math.inf, PLAN, 2.0),
+    ProbeLine(1, 1.25, Slopes((0.5, math.inf), (-0.25, 0.0), (0.125, 1.0), (math.inf, -1e-06)), PLAN, 3.0),
+    AskLine(
+        round=1,
+        attempt=0,
+        operation="crossover",
+        proposer="self",
+        random_state=(3, 1, 0),
+        replies=(
+            Reply(Proposal(Rates((0.0, 0.5), (0.5, 0.0)), (0, 2), "p", "r", tokens=7), PLAN, 0.000123),
+            Reply(Proposal(None, prompt="p", reply='é 漢 "\n\u2028\u0085', error="no", tokens=5)),
+        ),
+        seconds=0.25,
+    ),
+    RoundLine(1, "crossover", {"accepted": 1, "refused": 1}, 0.000123, math.inf, "seed:ramp", 2.5, 12),
+    RoundLine(2, "mutation", {}, None, 0.3, "self", 4.0, 12),
 ]
+FILE = r"""{"kind": "header", "schema_version": 1, "settings": {"beta": 0.3, "seed": 0, "seeds": ["uniform", "ramp"], "data": {"name": "wikitext2"}}}
+{"kind": "score", "round": 0, "origin": "seed:ramp", "share": 0.25, "fitness": 0.30000000000000004, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 0.5}
+{"kind": "score", "round": 0, "origin": "seed:ramp", "share": 1.0, "fitness": null, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 2.0}
+{"kind": "probe", "round": 1, "share": 1.25, "slopes": {"attention_removed": [0.5, null], "attention_restored": [-0.25, 0.0], "ffn_removed": [0.125, 1.0], "ffn_restored": [null, -1e-06]}, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 3.0}
+{"kind": "ask", "round": 1, "attempt": 0, "operation": "crossover", "proposer": "self", "random_state": [3, 1, 0], "replies": [{"rates": {"attention": [0.0, 0.5], "ffn": [0.5, 0.0]}, "parents": [0, 2], "prompt": "p", "reply": "r", "error": "", "tokens": 7, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "moved": 0.000123}, {"rates": null, "parents": [], "prompt": "p", "reply": "\u00e9 \u6f22 \"\n\u2028\u0085", "error": "no", "tokens": 5}], "seconds": 0.25}
+{"kind": "round", "round": 1, "operation": "crossover", "counts": {"accepted": 1, "refused": 1}, "moved": 0.000123, "best": null, "origin": "seed:ramp", "spent": 2.5, "tokens": 12}
+{"kind": "round", "round": 2, "operation": "mutation", "counts": {}, "moved": null, "best": 0.3, "origin": "self", "spent": 4.0, "tokens": 12}
+"""  # noqa: E501
+"""The same lines as files of earlier versions have them."""
 
 
 @pytest.fixture
 def journal(tmp_path):
-    """A journal with two records, on disk."""
+    """A journal with a line or two of every kind, on disk."""
     journal = Journal(tmp_path, SETTINGS)
-    for record in RECORDS:
-        journal.append(record)
+    for line in LINES:
+        journal.append(line)
     return journal
 
 
-def test_records_come_back_as_they_were(journal, tmp_path):
+def test_lines_come_back_as_they_were(journal, tmp_path):
     again = Journal(tmp_path, SETTINGS)
-    assert again.records == journal.records
-    assert again.records[0] == {"kind": "header", "schema_version": 1, "settings": json.loads(json.dumps(SETTINGS))}
-    assert again.records[1:] == RECORDS
-    assert read_journal(again.path) == again.records
+    assert again.lines == journal.lines == LINES
+    assert read_journal(again.path) == (json.loads(json.dumps(SETTINGS)), LINES)
 
 
-def test_a_record_is_on_disk_as_soon_as_it_is_appended(tmp_path):
+def test_the_format_of_the_file_is_the_one_that_old_journals_have(journal, tmp_path):
+    assert journal.path.read_text(encoding="ascii") == journal.text() == FILE
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "search.jsonl").write_text(FILE, encoding="ascii")
+    old = Journal(tmp_path / "old", SETTINGS)
+    assert (old.lines, old.text()) == (LINES, FILE)
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_appended(tmp_path):
     journal = Journal(tmp_path / "new" / "run", SETTINGS)
-    for count, record in enumerate(RECORDS, 2):
-        journal.append(record)
+    for count, line in enumerate(LINES, 2):
+        journal.append(line)
         assert len(journal.path.read_bytes().splitlines()) == count
     assert journal.text() == journal.path.read_text(encoding="utf-8")
 
 
-def test_without_a_directory_records_stay_in_memory(tmp_path, monkeypatch):
+def test_without_a_directory_lines_stay_in_memory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     journal = Journal(None, SETTINGS)
-    journal.append(RECORDS[0])
-    assert journal.records[1:] == RECORDS[:1]
-    assert [json.loads(line) for line in journal.text().strip().split("\n")] == journal.records
+    journal.append(LINES[0])
+    assert journal.lines == LINES[:1]
+    assert journal.text() == "".join(FILE.splitlines(keepends=True)[:2])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_record_changed_afterwards_does_not_change_the_journal():
-    journal, record = Journal(None, {}), {"kind": "ask", "replies": []}
-    journal.append(record)
-    record["replies"].append("later")
-    assert journal.records[1] == {"kind": "ask", "replies": []}
+def test_what_is_appended_is_what_a_resumed_search_reads():
+    counts, journal = {"accepted": 1}, Journal(None, {})
+    line = journal.append(RoundLine(1, "mutation", counts, None, 0.5, "self", 2.0, 0))
+    counts["accepted"] = 2
+    assert journal.lines == [line] == [RoundLine(1, "mutation", {"accepted": 1}, None, 0.5, "self", 2.0, 0)]
+    rounded = journal.append(ProbeLine(1, 1.25, Slopes((1 / 3,), (0.0,), (0.0,), (0.0,)), PLAN, 3.0))
+    assert rounded.slopes.attention_removed == (0.333333,)
 
 
 def test_a_journal_cut_at_any_byte_loses_its_torn_line_only(journal, tmp_path):
@@ -61,15 +99,15 @@ def test_a_journal_cut_at_any_byte_loses_its_torn_line_only(journal, tmp_path):
         journal.path.write_bytes(whole[:cut])
         again = Journal(tmp_path, SETTINGS)
         complete = whole[:cut].count(b"\n")
-        assert again.records == journal.records[: max(complete, 1)]  # the header is written anew
-        again.append({"kind": "score", "fitness": 1})
-        assert Journal(tmp_path, SETTINGS).records == [*again.records[:-1], {"kind": "score", "fitness": 1}]
+        assert again.lines == LINES[: max(complete - 1, 0)]  # without one, the header is written anew
+        again.append(LINES[0])
+        assert Journal(tmp_path, SETTINGS).lines == again.lines
 
 
 def test_reading_passes_over_a_torn_line_and_leaves_the_file_alone(journal):
     torn = journal.path.read_bytes()[:-3]
     journal.path.write_bytes(torn)
-    assert read_journal(journal.path) == journal.records[:-1]
+    assert read_journal(journal.path)[1] == LINES[:-1]
     assert journal.path.read_bytes() == torn
 
 
@@ -104,7 +142,7 @@ def test_a_foreign_header_is_refused(tmp_path, first):
         Journal(tmp_path, SETTINGS)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"prose", b"\x00\x00", b"\xff\xfe\xfd", b"[1]", b"7", b"null"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"prose", b"\x00\x00", b"\xff\xfe\xfd", b"[1]", b"7", b"null", b"{}"])
 @pytest.mark.parametrize("line", [0, 1])
 def test_a_damaged_line_before_the_last_is_refused(journal, tmp_path, damage, line):
     lines = journal.path.read_bytes().split(b"\n")
@@ -112,7 +150,7 @@ def test_a_damaged_line_before_the_last_is_refused(journal, tmp_path, damage, li
     journal.path.write_bytes(b"\n".join(lines))
     before = journal.path.read_bytes()
     for open_it in (lambda: Journal(tmp_path, SETTINGS), lambda: read_journal(journal.path)):
-        with pytest.raises(RunMismatchError, match="damaged at line|not the journal"):
+        with pytest.raises(RunMismatchError, match="damaged at line|not the journal|another"):
             open_it()
     assert journal.path.read_bytes() == before
 
@@ -138,16 +176,36 @@ def test_a_directory_in_place_of_the_file_cannot_be_used(tmp_path):
         Journal(tmp_path, SETTINGS)
 
 
-def test_a_record_that_cannot_be_written_is_not_kept(journal):
+def test_a_line_that_cannot_be_written_is_not_kept(journal):
     journal.path.unlink()
     journal.path.mkdir()
     with pytest.raises(OutputError, match=r"Cannot write .*search\.jsonl"):
-        journal.append({"kind": "score", "fitness": 1})
-    assert journal.records[1:] == RECORDS
+        journal.append(LINES[0])
+    assert journal.lines == LINES
+    assert journal.text() == FILE
 
 
 # A bug once: half a surrogate pair (an emoji that a token limit cut in two) ends in a UnicodeEncodeError.
 def test_a_lone_surrogate_in_a_reply_is_written(journal, tmp_path):
-    record = {"kind": "ask", "replies": [{"reply": "\ud83d"}]}
-    journal.append(record)
-    assert Journal(tmp_path, SETTINGS).records[-1] == record
+    line = AskLine(3, 0, "initial", "self", (3, 3, 0), (Reply(Proposal(None, reply="\ud83d")),), 0.0)
+    journal.append(line)
+    assert Journal(tmp_path, SETTINGS).lines[-1] == line
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda line: line | {"kind": "unknown"},
+        lambda line: {key: value for key, value in line.items() if key != "widths"},
+        lambda line: line | {"widths": [1, 2]},
+        lambda line: line | {"fitness": "low"},
+    ],
+    ids=["kind", "missing key", "other shape", "other type"],
+)
+def test_a_line_of_another_form_is_damage(changed, journal, tmp_path):
+    lines = journal.path.read_text(encoding="ascii").splitlines()
+    lines[1] = json.dumps(changed(json.loads(lines[1])))
+    journal.path.write_text("\n".join(lines) + "\n", encoding="ascii")
+    for open_it in (lambda: Journal(tmp_path, SETTINGS), lambda: read_journal(journal.path)):
+        with pytest.raises(RunMismatchError, match="damaged at line 2"):
+            open_it()

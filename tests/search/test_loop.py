@@ -15,7 +15,7 @@ from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan, widths_of
 from selfpruner_hub.plans.predicted_loss import Slopes
 from selfpruner_hub.plans.seeds import seeds
-from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.journal import AskLine, Journal
 from selfpruner_hub.search.loop import PROBE_COST, search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposal, RandomProposer
 from selfpruner_hub.search.schedule import rounds
@@ -383,7 +383,7 @@ def test_more_proposals_than_asked_for_are_left_out():
 
     journal = Journal(None, SETTINGS)
     run(Generous(BUDGET), journal=journal)
-    assert max(len(r["replies"]) for r in journal.records if r["kind"] == "ask") <= 3
+    assert max(len(line.replies) for line in journal.lines if isinstance(line, AskLine)) <= 3
 
 
 def test_a_programmers_error_in_a_proposer_passes_through():

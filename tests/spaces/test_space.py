@@ -129,9 +129,9 @@ def test_a_model_that_fails_while_it_writes(space, monkeypatch):
 
 def test_what_was_removed_is_what_the_record_says(space, saved_models):
     record = read_record(saved_models / "first")
-    header = read_journal(saved_models / "first" / "search.jsonl")[0]
+    settings, _ = read_journal(saved_models / "first" / "search.jsonl")
     facts = space("facts")
-    shape = header["settings"]["shape"]
+    shape = settings["shape"]
     table = facts.removed(record.widths, record.rates, shape)
     whole = table.groupby("layer", sort=False)["removed"].sum().tolist()
     assert whole == pytest.approx([100 * rate for rate in record.rates], abs=1e-3)
