@@ -135,7 +135,7 @@ class Ours:
         return seeds(budget, self.curves, partial(fitness.loss, share=SETTINGS.first_share))
 
     def _searched(self, budget: Budget, name: str, fitness: SecondRepairScore, starts: dict[str, Rates]) -> Plan:
-        asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME)
+        asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME, SETTINGS)
         journal = Journal(self._work / f"search-{budget.beta}-{name}", {"beta": budget.beta, "fitness": name})
         found = search(asked, budget, fitness, journal, settings=SETTINGS, seeds=starts, probe=fitness.slopes)
         return found.best.plan

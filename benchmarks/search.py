@@ -11,6 +11,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def proposers(pruner: Any, budget: Budget) -> dict[str, Proposer]:
     """All proposers; "chance" has the model's prompts, measurements and schema, but an almost uniform choice."""
     model, tokenizer = pruner.model, pruner.tokenizer
     return {
-        "self": ModelProposer(model, tokenizer, budget, NAME),
-        "chance": ModelProposer(model, tokenizer, budget, NAME, temperature=CHANCE, name="chance"),
+        "self": ModelProposer(model, tokenizer, budget, NAME, SETTINGS),
+        "chance": ModelProposer(model, tokenizer, budget, NAME, replace(SETTINGS, temperature=CHANCE), name="chance"),
         "evolution": EvolutionProposer(budget),
         "random": RandomProposer(budget),
     }

@@ -47,16 +47,7 @@ def choose_proposer(
     if proposer == "random":
         return RandomProposer(budget)
     if "://" in proposer:
-        return EndpointProposer(
-            proposer,
-            endpoint_model,
-            budget,
-            subject,
-            temperature=method.temperature,
-            request_limit=method.request_limit,
-            token_limit=method.token_limit,
-            templates=method.template_directory,
-        )
+        return EndpointProposer(proposer, endpoint_model, budget, subject, method)
     if proposer == "self":
         asked, tokenizer = own
     elif "/" in proposer or Path(proposer).is_dir():
@@ -71,12 +62,5 @@ def choose_proposer(
         raise UserError(
             f"proposer={proposer!r} needs the model's tokenizer, and there is none.", 'Use proposer="evolution".'
         )
-    return ModelProposer(
-        asked,
-        tokenizer,
-        budget,
-        subject,
-        temperature=method.temperature,
-        templates=method.template_directory,
-        name=proposer if proposer == "self" else Path(proposer).name,
-    )
+    name = proposer if proposer == "self" else Path(proposer).name
+    return ModelProposer(asked, tokenizer, budget, subject, method, name=name)

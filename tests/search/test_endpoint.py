@@ -41,11 +41,11 @@ def online_and_quick(monkeypatch):
     monkeypatch.setattr(module, "_FIRST_PAUSE", 0.01)
 
 
-def ask(server: Server, count: int = 1, **kwargs):
+def ask(server: Server, count: int = 1, **settings):
     plan = BUDGET.project(seeds(BUDGET)["uniform"])
     history = [Scored(plan, BUDGET.rates(plan), 1.5, 1.0, "seed:uniform", 0)]
     proposer = EndpointProposer(
-        server.url, "m", BUDGET, "tests/m", environment={"SELFPRUNER_API_KEY": SECRET}, **kwargs
+        server.url, "m", BUDGET, "tests/m", Method(**settings), environment={"SELFPRUNER_API_KEY": SECRET}
     )
     return proposer.ask("mutation", history, count, np.random.default_rng(0))
 
@@ -134,7 +134,7 @@ def test_keys_go_to_their_own_hosts_only(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     environment = {"HF_TOKEN": "hf_planted", "OPENAI_API_KEY": SECRET}
     server = Server(GOOD)
-    proposer = EndpointProposer(server.url, "m", BUDGET, "tests/m", environment=environment)
+    proposer = EndpointProposer(server.url, "m", BUDGET, "tests/m", Method(), environment=environment)
     proposer.ask("initial", [], 1, np.random.default_rng(0))
     assert server.keys == ["Bearer none"]
 
@@ -142,12 +142,12 @@ def test_keys_go_to_their_own_hosts_only(monkeypatch):
 @pytest.mark.parametrize("url", ["ftp://host/v1", "http://", "https://user:pass@host/v1"])
 def test_bad_urls(url):
     with pytest.raises(UserError, match="URL"):
-        EndpointProposer(url, "m", BUDGET, "x")
+        EndpointProposer(url, "m", BUDGET, "x", Method())
 
 
 def test_a_model_must_be_named():
     with pytest.raises(UserError, match="--proposer-model"):
-        EndpointProposer("http://127.0.0.1:1/v1", None, BUDGET, "x")
+        EndpointProposer("http://127.0.0.1:1/v1", None, BUDGET, "x", Method())
 
 
 def test_offline_mode_is_explained(monkeypatch):
@@ -160,7 +160,7 @@ def test_offline_mode_is_explained(monkeypatch):
 
 
 def test_a_search_by_a_server_that_only_talks_nonsense_ends_well(tmp_path):
-    proposer = EndpointProposer(Server("Sure! Here you go.").url, "m", BUDGET, "tests/m", environment={})
+    proposer = EndpointProposer(Server("Sure! Here you go.").url, "m", BUDGET, "tests/m", Method(), environment={})
     target = BUDGET.project(seeds(BUDGET)["ramp"])
 
     def score(plan: Plan, _share: float) -> float:

@@ -10,7 +10,8 @@ from support.solutions import SLOPES, TIED, UNTIED, history
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan
-from selfpruner_hub.search.llm.prompts import SHOWN, promising, render, shown, solution
+from selfpruner_hub.search.llm.prompts import render, solution
+from selfpruner_hub.search.llm.question import SHOWN, Question
 from selfpruner_hub.search.llm.reply_schema import PARENTS
 from selfpruner_hub.search.proposers import Scored
 
@@ -42,28 +43,28 @@ def test_what_was_measured_is_told(budget):
         told = "removing more costs least in layers 2, 3."
     else:
         told = "removing less of attention gains most in layers 3; removing more of ffn costs least in layers 2, 3."
-    assert f"Measured at solution 2, best first: {told}" in render("mutation", past, budget, "m")
-    assert "Measured" not in render("mutation", history(budget, 3), budget, "m")
+    assert f"Measured at solution 2, best first: {told}" in render(Question("mutation", past, budget), "m")
+    assert "Measured" not in render(Question("mutation", history(budget, 3), budget), "m")
 
 
 def test_only_layers_that_pay_are_promising():
     past = [replace(s, slopes=SLOPES) for s in history(UNTIED, 1)]
-    assert promising(past, UNTIED) == {
+    assert Question("mutation", past, UNTIED).promising == {
         ("attention", "more"): [],
         ("attention", "less"): [3],
         ("ffn", "more"): [2, 3],
         ("ffn", "less"): [],
     }
     costly = replace(SLOPES, ffn_removed=(9.0,) * 3, attention_removed=(math.inf,) * 3)
-    assert promising([replace(past[0], slopes=costly)], UNTIED) == {}
-    assert "Measured" not in render("mutation", [replace(past[0], slopes=costly)], UNTIED, "m")
+    assert Question("mutation", [replace(past[0], slopes=costly)], UNTIED).promising == {}
+    assert "Measured" not in render(Question("mutation", [replace(past[0], slopes=costly)], UNTIED), "m")
 
 
 def test_what_was_measured_is_shown_whatever_its_rank():
     past = history(UNTIED, 9)
     past[7] = replace(past[7], slopes=SLOPES)
-    assert shown(past) == [past[7], *past[SHOWN - 2 :: -1]]
-    assert f"Measured at solution {SHOWN}, best first" in render("mutation", past, UNTIED, "m")
+    assert Question("mutation", past, UNTIED).shown == [*past[: SHOWN - 1], past[7]]
+    assert f"Measured at solution {SHOWN}, best first" in render(Question("mutation", past, UNTIED), "m")
 
 
 # -- render -----------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def test_what_was_measured_is_shown_whatever_its_rank():
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_prompt_states_the_task_and_shows_solutions_from_worst_to_best(budget, operation):
     past = history(budget, 9)
-    prompt = render(operation, past, budget, "Tiny-1")
+    prompt = render(Question(operation, past, budget), "Tiny-1")
     for fact in ("Tiny-1", "3 decoder layers", "30 %", "90", "lower loss is better"):
         assert fact in prompt
     lines = [line for line in prompt.splitlines() if line[:1].isdigit()]
@@ -85,39 +86,39 @@ def test_a_prompt_states_the_task_and_shows_solutions_from_worst_to_best(budget,
 
 
 def test_each_operation_asks_for_something_else():
-    prompts = {render(operation, history(UNTIED, 3), UNTIED, "m") for operation in OPERATIONS}
+    prompts = {render(Question(operation, history(UNTIED, 3), UNTIED), "m") for operation in OPERATIONS}
     assert len(prompts) == 3
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_prompt_without_history_says_so(operation):
-    assert "(none)" in render(operation, [], UNTIED, "m")
+    assert "(none)" in render(Question(operation, [], UNTIED), "m")
 
 
-def test_shown_is_the_best_few_with_the_best_last():
+def test_shown_is_the_best_few():
     past = history(UNTIED, 9)
-    assert shown(past) == past[SHOWN - 1 :: -1]
-    assert shown(past[:2]) == [past[1], past[0]]
+    assert Question("mutation", past, UNTIED).shown == past[:SHOWN]
+    assert Question("mutation", past[:2], UNTIED).shown == past[:2]
 
 
 def test_a_plan_without_a_finite_loss_can_be_shown():
     past = [Scored(s.plan, s.rates, math.inf, 1.0, "random", 1) for s in history(UNTIED, 2)]
-    assert "2. loss inf: {" in render("mutation", past, UNTIED, "m")
+    assert "2. loss inf: {" in render(Question("mutation", past, UNTIED), "m")
 
 
 def test_own_templates_are_filled(tmp_path):
     (tmp_path / "mutation.txt").write_text("$model $layers $hidden_size $heads $groups $channels $beta $p_max $$")
-    assert render("mutation", [], UNTIED, "é", tmp_path) == "é 3 16 6 3 32 30 90 $"
+    assert render(Question("mutation", [], UNTIED), "é", tmp_path) == "é 3 16 6 3 32 30 90 $"
 
 
 def test_a_missing_template_is_a_user_error(tmp_path):
     for directory in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=r"initial\.txt cannot be used"):
-            render("initial", [], UNTIED, "m", directory)
+            render(Question("initial", [], UNTIED), "m", directory)
 
 
 @pytest.mark.parametrize("template", [b"$nonsense", b"costs 5 $", b"${layers", b"\xff\xfe"])
 def test_a_bad_template_is_a_user_error(tmp_path, template):
     (tmp_path / "initial.txt").write_bytes(template)
     with pytest.raises(UserError, match=r"initial\.txt cannot be used"):
-        render("initial", [], UNTIED, "m", tmp_path)
+        render(Question("initial", [], UNTIED), "m", tmp_path)

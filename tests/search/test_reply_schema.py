@@ -11,7 +11,8 @@ from support.solutions import LAYERS, SHAPE, SLOPES, TIED, UNTIED, history
 from selfpruner_hub.errors import ProposerError
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan
-from selfpruner_hub.search.llm.prompts import SHOWN, shown, solution
+from selfpruner_hub.search.llm.prompts import solution
+from selfpruner_hub.search.llm.question import SHOWN, Question
 from selfpruner_hub.search.llm.reply_schema import PARENTS, REACH, parse, schema
 from selfpruner_hub.search.proposers import Scored
 
@@ -41,7 +42,7 @@ def follows(value, rule):
 
 
 def read(reply, budget=UNTIED, operation="crossover", size=MANY):
-    return parse(operation, reply, history(budget, size), budget)
+    return parse(Question(operation, history(budget, size), budget), reply)
 
 
 def test_a_good_reply_is_read():
@@ -58,7 +59,7 @@ def test_a_mutation_changes_its_parent(budget):
     parent = replace(past[1], rates=Rates.tied((0.3, 0.2, 0.5)))
     past[1] = parent
     reply = {"parents": [2], part: {"more": [1, 1, 2, 0], "less": [3, 0], "points": 10}}
-    rates, parents = parse("mutation", json.dumps(reply), past, budget)
+    rates, parents = parse(Question("mutation", past, budget), json.dumps(reply))
     assert parents == (1,)
     assert rates.ffn == pytest.approx((0.35, 0.25, 0.4))  # two layers pay for what the third gets back
     assert rates.attention == (rates.ffn if budget.tied else parent.rates.attention)
@@ -68,7 +69,7 @@ def test_a_mutation_moves_attention_by_whole_groups():
     parent = Rates((0.0, 1 / 3, 2 / 3), (0.3, 0.3, 0.3))
     past = [Scored(UNTIED.project(parent), parent, 1.0, 1.0, "random", 1)]
     reply = '{"parents":[1],"attention":{"more":[1],"less":[3]},"ffn":{"more":[2],"less":[]}}'
-    rates, _ = parse("mutation", reply, past, UNTIED)
+    rates, _ = parse(Question("mutation", past, UNTIED), reply)
     assert rates.attention == pytest.approx((1 / 3, 1 / 3, 1 / 3))
     assert rates.ffn == pytest.approx(parent.ffn)  # one group went, one came back: there is nothing to pay
 
@@ -79,7 +80,7 @@ def test_the_ffn_that_loses_more_pays_for_a_group_that_comes_back():
     parent = wide.rates(plan)
     past = [Scored(plan, parent, 1.0, 1.0, "random", 1)]
     reply = '{"parents":[1],"attention":{"more":[],"less":[3]},"ffn":{"more":[1],"less":[],"points":5}}'
-    rates, _ = parse("mutation", reply, past, wide)
+    rates, _ = parse(Question("mutation", past, wide), reply)
     group = wide.shape.group_weights / wide.shape.channel_weights / 96
     assert rates.attention == pytest.approx((0, 0, 0))
     assert rates.ffn == pytest.approx((parent.ffn[0] + group, *parent.ffn[1:]))
@@ -91,7 +92,7 @@ def test_the_ffn_that_loses_more_pays_for_a_group_that_comes_back():
 def changed(budget, parent, **parts):
     """Rates after a mutation of a plan with those rates."""
     past = [Scored(budget.project(parent), parent, 1.0, 1.0, "random", 1)]
-    return parse("mutation", json.dumps({"parents": [1], **parts}), past, budget)[0]
+    return parse(Question("mutation", past, budget), json.dumps({"parents": [1], **parts}))[0]
 
 
 def test_a_layer_in_both_lists_loses_more():
@@ -124,7 +125,7 @@ def test_a_layer_pays_by_its_own_size(payer, paid):
 
 def test_a_mutation_may_also_be_a_whole_solution():
     assert read(GOOD, operation="mutation")[0] == read(GOOD)[0]
-    assert parse("mutation", GOOD, [], UNTIED)[0] == read(GOOD)[0]
+    assert parse(Question("mutation", [], UNTIED), GOOD)[0] == read(GOOD)[0]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_ten_thousand_fuzzed_replies_are_refused_or_land_on_the_budget(budget):
     for number in range(10_000):
         reply = fuzzed(rng)
         try:
-            rates, parents = parse(OPERATIONS[number % 3], reply, past, budget)
+            rates, parents = parse(Question(OPERATIONS[number % 3], past, budget), reply)
         except ProposerError:
             continue
         accepted += 1
@@ -283,14 +284,14 @@ def test_ten_thousand_fuzzed_replies_are_refused_or_land_on_the_budget(budget):
 )
 def test_a_real_solution_follows_the_schema(budget, operation, size):
     past = history(budget, size)
-    rule = schema(operation, past, budget)
+    rule = schema(Question(operation, past, budget))
     for scored in history(budget, 50):
         reply = json.loads(solution(budget, scored.rates))
         if PARENTS[operation] and past:
             assert not follows(reply, rule)  # the parents are missing
             reply["parents"] = [min(SHOWN, size)] * PARENTS[operation]
         assert follows(reply, rule)
-        rates, _ = parse(operation, json.dumps(reply), past, budget)
+        rates, _ = parse(Question(operation, past, budget), json.dumps(reply))
         assert rates.ffn == pytest.approx(scored.rates.ffn, abs=0.005 + 1e-9)  # whole percentages
         assert budget.tied or rates.attention == pytest.approx(scored.rates.attention, abs=0.005)
 
@@ -298,7 +299,7 @@ def test_a_real_solution_follows_the_schema(budget, operation, size):
 @pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
 def test_the_schema_refuses_what_is_out_of_bounds(budget):
     past = history(budget, 9)
-    rule = schema("crossover", past, budget)
+    rule = schema(Question("crossover", past, budget))
     good = {"parents": [1, SHOWN], **json.loads(solution(budget, past[0].rates))}
     assert follows(good, rule)
     assert list(rule["properties"])[0] == "parents"  # chosen first, then the rates
@@ -319,10 +320,11 @@ def test_the_schema_refuses_what_is_out_of_bounds(budget):
 @pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
 def test_a_narrow_schema_holds_a_child_to_what_was_shown(budget):
     past = history(budget, 9)
-    rule = schema("crossover", past, budget, narrow=True)
-    for inside in shown(past):
+    shown = Question("crossover", past, budget).shown
+    rule = schema(Question("crossover", past, budget), narrow=True)
+    for inside in shown:
         assert follows({"parents": [1, 2], **json.loads(solution(budget, inside.rates))}, rule)
-    lowest = [min(values) for values in zip(*(s.rates.ffn for s in shown(past)), strict=True)]
+    lowest = [min(values) for values in zip(*(s.rates.ffn for s in shown), strict=True)]
     child = {"parents": [1, 2], **json.loads(solution(budget, past[0].rates))}
     part = "rates" if budget.tied else "ffn"
     child[part] = [round(100 * value) for value in lowest]
@@ -334,24 +336,24 @@ def test_a_narrow_schema_holds_a_child_to_what_was_shown(budget):
 @pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
 @pytest.mark.parametrize("size", [1, 3, 9])
 def test_a_mutation_is_a_parent_and_layers_to_change(budget, size):
-    rule = schema("mutation", history(budget, size), budget)
+    rule = schema(Question("mutation", history(budget, size), budget))
     part = "rates" if budget.tied else "ffn"
     good = {"parents": [1], part: {"more": [1], "less": [2, 3], "points": REACH}}
     if not budget.tied:
         good["attention"] = {"more": [], "less": [3]}
     assert follows(good, rule)
-    assert parse("mutation", json.dumps(good), history(budget, size), budget)[1] == (0,)
+    assert parse(Question("mutation", history(budget, size), budget), json.dumps(good))[1] == (0,)
     for change in ({"more": []}, {"less": [4]}, {"less": [-1]}, {"points": 0}, {"points": REACH + 1}, {"points": 1.5}):
         assert not follows({**good, part: {**good[part], **change}}, rule)
     assert not follows({**good, "parents": [min(size, SHOWN) + 1]}, rule)
 
 
 def test_attention_is_offered_in_whole_groups_below_p_max():
-    assert schema("initial", [], UNTIED)["properties"]["attention"]["items"] == {"enum": [0, 33, 67]}
+    assert schema(Question("initial", [], UNTIED))["properties"]["attention"]["items"] == {"enum": [0, 33, 67]}
     half = Budget(SHAPE, 0.3, p_max=0.5)
-    assert schema("initial", [], half)["properties"]["attention"]["items"] == {"enum": [0, 33]}
+    assert schema(Question("initial", [], half))["properties"]["attention"]["items"] == {"enum": [0, 33]}
     many = Budget(ModelShape(16, 4, 1, Plan.of([32], [32])), 0.3)
-    assert schema("initial", [], many)["properties"]["attention"]["items"]["maximum"] == 90
+    assert schema(Question("initial", [], many))["properties"]["attention"]["items"]["maximum"] == 90
 
 
 @pytest.mark.parametrize("budget", [UNTIED, TIED], ids=["untied", "tied"])
@@ -362,11 +364,11 @@ def test_a_narrow_schema_takes_or_leaves_each_layer_that_pays(budget):
     good = {"parents": [2], part: {"more": [2, 0], "less": [], "points": 5}}
     if not budget.tied:
         good["attention"] = {"more": [], "less": [3]}
-    rule = schema("mutation", past, budget, narrow=True)
+    rule = schema(Question("mutation", past, budget), narrow=True)
     assert follows(good, rule)
     assert follows({**good, part: {"more": [0, 3], "less": [], "points": 5}}, rule)
     assert not follows({**good, "parents": [1]}, rule)  # where nothing was measured
     for more in ([2], [3, 2], [1, 3], [2, 3, 0]):
         assert not follows({**good, part: {"more": more, "less": [], "points": 5}}, rule)
     free = {**good, "parents": [1], part: {"more": [1, 2, 3], "less": [1], "points": 5}}
-    assert follows(free, schema("mutation", past, budget))
+    assert follows(free, schema(Question("mutation", past, budget)))

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +18,9 @@ from selfpruner_hub.errors import ProposerError, UserError
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
+from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
+from selfpruner_hub.settings import Method
 
 KEY_VARIABLE = "SELFPRUNER_API_KEY"
 _KEYS_BY_HOST = {"api.openai.com": "OPENAI_API_KEY", "router.huggingface.co": "HF_TOKEN"}
@@ -41,11 +42,9 @@ class EndpointProposer:
         model: Name of the model at the endpoint.
         budget: Parameter budget of the search.
         subject: Name of the model that is being pruned, for the prompt.
-        temperature: Sampling temperature.
-        request_limit: Maximum number of requests of this process, retries included.
-        token_limit: Maximum number of tokens read and written, as the server counts them.
+        settings: Settings: temperature, prompt templates, and limits of the requests of this process (retries
+            included) and of the tokens read and written (as the server counts them).
         timeout: Time limit of one request, in seconds.
-        templates: Directory of other prompt templates; None uses the built-in ones.
         environment: Variables in which the key is looked up; None uses the process's environment.
 
     Raises:
@@ -60,12 +59,9 @@ class EndpointProposer:
         model: str | None,
         budget: Budget,
         subject: str,
+        settings: Method,
         *,
-        temperature: float = 1.0,
-        request_limit: int = 2_000,
-        token_limit: int = 5_000_000,
         timeout: float = 120.0,
-        templates: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         parts = urlsplit(url)
@@ -80,10 +76,7 @@ class EndpointProposer:
         self._model = model
         self._budget = budget
         self._subject = subject
-        self._temperature = temperature
-        self._request_limit = request_limit
-        self._token_limit = token_limit
-        self._templates = templates
+        self._settings = settings
         self._requests = self._tokens = 0
         variables = os.environ if environment is None else environment
         key = variables.get(KEY_VARIABLE) or variables.get(_KEYS_BY_HOST.get(parts.hostname, ""), "")
@@ -107,16 +100,17 @@ class EndpointProposer:
         Raises:
             UserError: The endpoint refuses the key, or has no such model.
         """
-        prompt = prompts.render(operation, history, self._budget, self._subject, self._templates)
-        schema = replies.schema(operation, history, self._budget)
+        question = Question(operation, history, self._budget)
+        prompt = prompts.render(question, self._subject, self._settings.template_directory)
+        schema = replies.schema(question)
         seeds = [int(seed) for seed in rng.integers(2**31, size=count)]
 
         def one(seed: int) -> Proposal:
             try:
-                reply, tokens = self._request(request(self._model, prompt, schema, self._temperature, seed))
+                reply, tokens = self._request(request(self._model, prompt, schema, self._settings.temperature, seed))
             except ProposerError as error:
                 return Proposal(None, prompt=prompt, error=str(error))
-            return replies.proposal(operation, prompt, reply, history, self._budget, tokens)
+            return replies.proposal(question, prompt, reply, tokens)
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(one, seeds))
@@ -127,7 +121,7 @@ class EndpointProposer:
     def _request(self, arguments: dict[str, Any]) -> tuple[str, int]:
         """Send one request; repeat it after a pause where the error may be temporary."""
         for attempt in range(_RETRIES):
-            if self._requests >= self._request_limit or self._tokens >= self._token_limit:
+            if self._requests >= self._settings.request_limit or self._tokens >= self._settings.token_limit:
                 raise ProposerError("The limit of requests or tokens is reached.")
             self._requests += 1
             try:

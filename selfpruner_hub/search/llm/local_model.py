@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import llguidance
@@ -26,7 +25,9 @@ from selfpruner_hub.models.patching import attending_by_group
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
+from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
+from selfpruner_hub.settings import Method
 
 CACHE_MEMORY = 0.75
 """Memory limit of the KV caches of a batch of replies, as a multiple of the model's weights."""
@@ -43,8 +44,7 @@ class ModelProposer:
         tokenizer: Fast tokenizer of the model; its chat template is used where it has one.
         budget: Parameter budget of the search.
         subject: Name of the model that is being pruned, for the prompt.
-        temperature: Sampling temperature, greater than 0.
-        templates: Directory of other prompt templates; None uses the built-in ones.
+        settings: Settings: temperature and prompt templates.
         name: Name of the proposer in the journal.
 
     Raises:
@@ -59,9 +59,8 @@ class ModelProposer:
         tokenizer: PreTrainedTokenizerBase,
         budget: Budget,
         subject: str,
+        settings: Method,
         *,
-        temperature: float = 1.0,
-        templates: Path | None = None,
         name: str = "self",
     ) -> None:
         self.name = name
@@ -69,8 +68,7 @@ class ModelProposer:
         self._tokenizer = tokenizer
         self._budget = budget
         self._subject = subject
-        self._temperature = temperature
-        self._templates = templates
+        self._settings = settings
         try:
             self._grammar_tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=model.config.vocab_size)  # type: ignore[arg-type]
         except ValueError as error:
@@ -80,8 +78,9 @@ class ModelProposer:
         self, operation: Operation, history: Sequence[Scored], count: int, rng: np.random.Generator
     ) -> list[Proposal]:
         """Let the model write `count` proposals after one prompt."""
-        prompt = prompts.render(operation, history, self._budget, self._subject, self._templates)
-        schema = replies.schema(operation, history, self._budget, narrow=True)
+        question = Question(operation, history, self._budget)
+        prompt = prompts.render(question, self._subject, self._settings.template_directory)
+        schema = replies.schema(question, narrow=True)
         ids, limit = self._encode(prompt).to(self._model.device), _reply_limit(self._tokenizer, schema)
         read = self._read(ids[:, :-1])
         at_once = self._at_once(read, (ids.shape[1] + limit) / (ids.shape[1] - 1))
@@ -91,7 +90,7 @@ class ModelProposer:
             written = self._write(ids, copy.deepcopy(read), limit, schema, batch, int(rng.integers(2**31)))
             tokens = ids.shape[1] // count + written.shape[1]  # the prompt is read once for all
             texts = self._tokenizer.batch_decode(written, skip_special_tokens=True)
-            proposals += [replies.proposal(operation, prompt, text, history, self._budget, tokens) for text in texts]
+            proposals += [replies.proposal(question, prompt, text, tokens) for text in texts]
         return proposals
 
     def tell(self, scored: Sequence[Scored]) -> None:
@@ -124,7 +123,7 @@ class ModelProposer:
                 attention_mask=torch.ones_like(repeated),
                 cache=cache,
                 do_sample=True,
-                temperature=self._temperature,
+                temperature=self._settings.temperature,
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=limit,

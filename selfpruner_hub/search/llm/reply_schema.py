@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from selfpruner_hub.errors import ProposerError
 from selfpruner_hub.plans.budget import Budget, Rates
-from selfpruner_hub.search.llm.prompts import LISTED, measured_number, part_names, percent, promising, shown
-from selfpruner_hub.search.proposers import Operation, Proposal, Scored
+from selfpruner_hub.search.llm.prompts import percent
+from selfpruner_hub.search.llm.question import LISTED, Question
+from selfpruner_hub.search.proposers import Operation, Proposal
 
 PARENTS: dict[Operation, int] = {"initial": 0, "crossover": 2, "mutation": 1}
 """Number of parents that the reply must name."""
@@ -20,15 +21,12 @@ REACH = 15
 """Maximum change of a rate in a mutation, in percentage points; attention changes by one KV group."""
 
 
-def schema(operation: Operation, history: Sequence[Scored], budget: Budget, *, narrow: bool = False) -> dict[str, Any]:
+def schema(question: Question, *, narrow: bool = False) -> dict[str, Any]:
     """JSON schema of a reply.
 
     Args:
-        operation: Kind of proposal: `initial` and `crossover` ask for one whole percentage per layer and part,
-            `mutation` for lists of layers that lose more and that lose less. Replies to all but `initial` name their
-            parents first.
-        history: Scored plans, best first; if empty, every operation asks for whole solutions.
-        budget: Parameter budget, with the bounds of rates and the geometry of the model.
+        question: Question: `initial` and `crossover` ask for one whole percentage per layer and part, `mutation` for
+            lists of layers that lose more and that lose less. Replies to all but `initial` name their parents first.
         narrow: Whether to restrict the replies of small models: parents to the better half (for a mutation, to the
             measured one), each value of a crossover child to the range of the solutions shown, and each place in the
             lists of a mutation to 0 or one layer whose change lowers the loss. This needs a schema per position, which
@@ -38,19 +36,20 @@ def schema(operation: Operation, history: Sequence[Scored], budget: Budget, *, n
         The schema, an object without other properties.
     """
     properties: dict[str, Any] = {}
-    if PARENTS[operation] and history:
-        listed, measured = len(shown(history)), measured_number(history)
+    operation, budget = question.operation, question.budget
+    if PARENTS[operation] and question.history:
+        listed, measured = len(question.shown), question.measured
         number: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": -(-listed // 2) if narrow else listed}
         if narrow and operation == "mutation" and measured:
             number = {"enum": [measured]}
         properties["parents"] = _list(number, PARENTS[operation], PARENTS[operation])
-    if operation == "mutation" and history:
-        return _object(properties | _changes(history, budget, narrow))
+    if operation == "mutation" and question.history:
+        return _object(properties | _changes(question, narrow))
     layers = budget.shape.num_layers
     for part, rule in _parts(budget).items():
         properties[part] = _list(rule, layers, layers)
-        if narrow and operation == "crossover" and history:
-            seen = zip(*(percent(budget, s.rates)[part] for s in shown(history)), strict=True)
+        if narrow and operation == "crossover" and question.history:
+            seen = zip(*(percent(budget, s.rates)[part] for s in question.shown), strict=True)
             places = [{"type": "integer", "minimum": min(v), "maximum": max(v)} for v in seen]
             if "enum" in rule:
                 places = [
@@ -78,12 +77,12 @@ def _steps(budget: Budget) -> list[int]:
     return sorted({round(100 * g / groups) for g in range(groups)})
 
 
-def _changes(history: Sequence[Scored], budget: Budget, narrow: bool) -> dict[str, dict[str, Any]]:
+def _changes(question: Question, narrow: bool) -> dict[str, dict[str, Any]]:
     """Return the schema of a mutation, by part; a narrow one allows each layer that lowers the loss, or 0."""
-    layer: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": budget.shape.num_layers}
-    offered = promising(history, budget)
+    layer: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": question.budget.shape.num_layers}
+    offered = question.promising
     rules = {}
-    for part in part_names(budget):
+    for part in question.parts:
         least, most = (0, LISTED) if offered else CHANGES[part]
         directions = {}
         for way in ("more", "less"):
@@ -120,15 +119,12 @@ def example(rule: Mapping[str, Any]) -> Any:
     return max(rule["enum"]) if "enum" in rule else rule["maximum"]
 
 
-def parse(operation: Operation, reply: str, history: Sequence[Scored], budget: Budget) -> tuple[Rates, tuple[int, ...]]:
+def parse(question: Question, reply: str) -> tuple[Rates, tuple[int, ...]]:
     """Read an untrusted reply: it may be prose, truncated, or of any shape.
 
     Args:
-        operation: Kind of proposal that was asked for.
+        question: Question that was asked; changes apply to the parent that the reply names.
         reply: Text that the language model wrote.
-        history: Scored plans that the prompt was made from, best first; changes apply to the parent that the reply
-            names.
-        budget: Parameter budget, with the number of layers.
 
     Returns:
         The proposed rates in [0, 1], and the indices into the history of the parents it named.
@@ -143,15 +139,15 @@ def parse(operation: Operation, reply: str, history: Sequence[Scored], budget: B
         raise ProposerError("The reply is not a JSON object.") from error
     if not isinstance(value, dict):
         raise ProposerError("The reply is not a JSON object.")
-    best = shown(history)[::-1]
+    budget, shown = question.budget, question.shown
     named = value.get("parents")
-    numbers = [n for n in named if type(n) is int and 1 <= n <= len(best)] if isinstance(named, list) else []
-    parents = tuple(history.index(best[n - 1]) for n in numbers[:2])
-    if operation == "mutation" and any(isinstance(value.get(part), dict) for part in part_names(budget)):
+    numbers = [n for n in named if type(n) is int and 1 <= n <= len(shown)] if isinstance(named, list) else []
+    parents = tuple(question.history.index(shown[n - 1]) for n in numbers[:2])
+    if question.operation == "mutation" and any(isinstance(value.get(part), dict) for part in question.parts):
         if not parents:
-            raise ProposerError(f"The reply names no parent from 1 to {len(best)}.")
-        return _changed(history[parents[0]].rates, value, budget), parents
-    lists = [_percentages(value, name, budget.shape.num_layers) for name in part_names(budget)]
+            raise ProposerError(f"The reply names no parent from 1 to {len(shown)}.")
+        return _changed(question.history[parents[0]].rates, value, budget), parents
+    lists = [_percentages(value, name, budget.shape.num_layers) for name in question.parts]
     return Rates(lists[0], lists[-1]), parents
 
 
@@ -199,24 +195,20 @@ def _layers(numbers: Any, count: int) -> list[int]:
     return [number - 1 for number in dict.fromkeys(numbers) if number]
 
 
-def proposal(
-    operation: Operation, prompt: str, reply: str, history: Sequence[Scored], budget: Budget, tokens: int
-) -> Proposal:
+def proposal(question: Question, prompt: str, reply: str, tokens: int) -> Proposal:
     """Turn a reply into a proposal, or into a refusal that says what is wrong with it.
 
     Args:
-        operation: Kind of proposal that was asked for.
+        question: Question that was asked.
         prompt: Prompt that was sent.
         reply: Text that the language model wrote.
-        history: Scored plans that the prompt was made from, best first.
-        budget: Parameter budget, with the number of layers.
         tokens: Number of tokens read and written for this reply.
 
     Returns:
         A proposal whose parents are indices into the history.
     """
     try:
-        rates, parents = parse(operation, reply, history, budget)
+        rates, parents = parse(question, reply)
     except ProposerError as error:
         return Proposal(None, prompt=prompt, reply=reply, error=str(error), tokens=tokens)
     return Proposal(rates, parents, prompt, reply, tokens=tokens)
