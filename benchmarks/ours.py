@@ -28,7 +28,7 @@ from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.local_model import ModelProposer
-from selfpruner_hub.search.loop import search
+from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.settings import Method
 
 WINDOW, CALIBRATION, FITNESS = 512, 32_768, 8_192
@@ -137,7 +137,7 @@ class Ours:
     def _searched(self, budget: Budget, name: str, fitness: SecondRepairScore, starts: dict[str, Rates]) -> Plan:
         asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME, SETTINGS)
         journal = Journal(self._work / f"search-{budget.beta}-{name}", {"beta": budget.beta, "fitness": name})
-        found = search(asked, budget, fitness, journal, settings=SETTINGS, seeds=starts, probe=fitness.slopes)
+        found = search(asked, Problem(budget, starts, fitness, fitness.slopes), journal, SETTINGS)
         return found.best.plan
 
     def once(self, beta: float, how: str) -> tuple[float, PreTrainedModel]:

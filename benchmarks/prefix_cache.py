@@ -22,7 +22,7 @@ from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.loop import search
+from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer
 from selfpruner_hub.settings import Method
 from selfpruner_hub.storage.run import DEFAULT_RUN
@@ -52,9 +52,7 @@ def main(text: str) -> None:
                 seconds[0] += time.perf_counter() - started
                 return value
 
-            found = search(
-                EvolutionProposer(budget), budget, timed, Journal(None, {}), settings=SETTINGS, seeds=starts, seed=0
-            )
+            found = search(EvolutionProposer(budget), Problem(budget, starts, timed), Journal(None, {}), SETTINGS)
             results[name] = {"seconds": round(seconds[0], 1), "best": round(found.best.fitness, 5)}
             print(name, results[name], flush=True)
     saved = 1 - min(results[n]["seconds"] for n in ("with", "with, again")) / min(

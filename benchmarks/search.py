@@ -32,7 +32,7 @@ from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.search.journal import Journal, RoundLine
 from selfpruner_hub.search.llm.local_model import ModelProposer
-from selfpruner_hub.search.loop import search
+from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
 from selfpruner_hub.settings import Method
 from selfpruner_hub.storage.run import DEFAULT_RUN
@@ -127,9 +127,7 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
             for name in methods:
                 proposer, journal = proposers(pruner, budget)[name], Journal(None, {})
                 probe = slopes if getattr(proposer, "reads_slopes", False) else None
-                found = search(
-                    proposer, budget, score, journal, settings=SETTINGS, seeds=starts, seed=seed, probe=probe
-                )
+                found = search(proposer, Problem(budget, starts, score, probe), journal, SETTINGS, seed=seed)
                 add(
                     method=name,
                     seed=seed,

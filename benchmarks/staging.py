@@ -28,7 +28,7 @@ from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.slicing import slice_model
 from selfpruner_hub.search.journal import Journal, JournalLine, ScoreLine
-from selfpruner_hub.search.loop import Score, search
+from selfpruner_hub.search.loop import Problem, Score, search
 from selfpruner_hub.search.proposers import EvolutionProposer
 from selfpruner_hub.settings import Method
 from selfpruner_hub.storage.run import DEFAULT_RUN
@@ -90,7 +90,7 @@ def main(text: str) -> None:
                 first_share=first_share,
             )
             journal, started = Journal(None, {}), time.perf_counter()
-            found = search(EvolutionProposer(budget), budget, score, journal, settings=settings, seeds=starts, seed=0)
+            found = search(EvolutionProposer(budget), Problem(budget, starts, score), journal, settings)
             children = found.counts["accepted"]
             scoring = sum(line.seconds for line in journal.lines if isinstance(line, ScoreLine) and line.round)
             results[name] = {

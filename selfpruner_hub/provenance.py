@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 from importlib.metadata import version
 from math import isfinite
 from typing import Any
@@ -17,37 +18,43 @@ from selfpruner_hub.plans.plan import widths_of
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.outcome import Found
-from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.settings import Method
 from selfpruner_hub.storage.model_record import Metric, Record
 
 
-def fingerprint(
-    model: PreTrainedModel,
-    name: str,
-    beta: float,
-    method: Method,
-    seed: int,
-    proposer: Proposer,
-    texts: RunTexts,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Request:
+    """What a run is asked to do."""
+
+    name: str
+    """Name of the dense model."""
+    budget: Budget
+    """Parameter budget of the search."""
+    method: Method
+    """Settings of the run."""
+    seed: int
+    """Random seed."""
+    proposer: str
+    """Name of the source of rates."""
+    texts: RunTexts
+    """Texts of the run."""
+    licence: dict[str, str]
+    """Licence of the dense model, as `licences.licence_of` returns it."""
+
+
+def fingerprint(model: PreTrainedModel, request: Request) -> dict[str, Any]:
     """Collect every setting that changes the course of a search; a run directory belongs to one such set.
 
     Args:
         model: Dense model.
-        name: Name of the dense model.
-        beta: Mean rate, 0 < β < 1.
-        method: Settings of the run.
-        seed: Random seed.
-        proposer: Source of rates.
-        texts: Texts of the run; the unseen one has no influence on the search, and is left out.
+        request: What the run is asked to do; its unseen text has no influence on the search, and is left out.
 
     Returns:
         The settings for the journal's header, JSON-serialisable.
     """
-    shape = shape_of(model.config)
+    shape, method, texts = shape_of(model.config), request.method, request.texts
     return {
-        "model": name,
+        "model": request.name,
         "weights": weights_hash(model),
         "shape": {
             "hidden_size": shape.hidden_size,
@@ -56,9 +63,9 @@ def fingerprint(
             **widths_of(shape.dense),
         },
         "dtype": str(model.dtype),
-        "beta": beta,
-        "seed": seed,
-        "proposer": proposer.name,
+        "beta": request.budget.beta,
+        "seed": request.seed,
+        "proposer": request.proposer,
         **method.record(),
         "prompts": [prompts.template(operation, method.template_directory) for operation in replies.PARENTS],
         "data": [texts.calibration.sha256, texts.search.sha256],
@@ -68,34 +75,23 @@ def fingerprint(
 def describe(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
-    name: str,
-    budget: Budget,
-    method: Method,
-    seed: int,
-    proposer: Proposer,
-    texts: RunTexts,
+    request: Request,
     found: Found,
     logit_scale: float,
-    licence: dict[str, str],
 ) -> Record:
     """Make the record of a pruned model.
 
     Args:
         dense: Dense parent.
         pruned: Pruned model.
-        name: Name of the parent.
-        budget: Parameter budget of the search.
-        method: Settings of the run.
-        seed: Random seed.
-        proposer: Source of rates.
-        texts: Texts of the run.
+        request: What the run was asked to do.
         found: Result of the search, and its gains.
         logit_scale: Factor by which the logits of the pruned model are scaled.
-        licence: Licence of the parent, as `licences.licence_of` returns it.
 
     Returns:
         The record, with parameters counted from the tensors.
     """
+    budget, method, texts = request.budget, request.method, request.texts
     outcome, searched = found.outcome, texts.search
     plan = outcome.best.plan
     weighed = ", weighed for the second repair," if method.repairs_twice else ""
@@ -104,16 +100,16 @@ def describe(
         f"windows of {searched.windows.shape[1]}: a figure of the search, not of quality"
     )
     return Record(
-        base_model=name,
+        base_model=request.name,
         beta=budget.beta,
         achieved_beta=round(budget.shape.beta(plan), 6),
         rates=tuple(round(rate, 6) for rate in budget.shape.rates(plan)),
         widths=widths_of(plan),
         parameters={"dense": count_parameters(dense), "pruned": count_parameters(pruned)},
         method=method.record(),
-        seed=seed,
+        seed=request.seed,
         proposer={
-            "name": proposer.name,
+            "name": request.proposer,
             "evaluations": round(outcome.spent, 4),
             "best_from": outcome.best.origin,
             "replies": outcome.counts,
@@ -129,7 +125,7 @@ def describe(
             "python": platform.python_version(),
             **{library: version(library) for library in ("selfpruner-hub", "torch", "transformers")},
         },
-        licence=licence,
+        licence=request.licence,
         metrics={
             "search_fitness": Metric(round(outcome.best.fitness, 6), None, protocol),
             "search_logit_scale": Metric(

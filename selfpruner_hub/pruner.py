@@ -16,7 +16,7 @@ from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import is_repo_id, load_model
 from selfpruner_hub.plans.budget import Budget, check_beta
 from selfpruner_hub.progress import Bars
-from selfpruner_hub.provenance import describe, fingerprint
+from selfpruner_hub.provenance import Request, describe, fingerprint
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
@@ -149,20 +149,20 @@ class AutoPruner:
         folder = None if run_dir is None else Path(run_dir)
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
-            run = Run(self._store, Checkpoints(folder and folder / "stages"), report, seed)
+            run = Run(self._store, Checkpoints(folder and folder / "stages"), report, seed, executor)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             texts = self._texts.read(data, method, run)
-            search_id = fingerprint(self.model, self.name, beta, method, seed, asked, texts)
-            journal = Journal(folder, search_id)
+            request = Request(self.name, budget, method, seed, asked.name, texts, self.licence)
+            journal = Journal(folder, fingerprint(self.model, request))
 
             calibration = texts.calibration.windows
             fisher = fisher_information(self.model, calibration, method, run)
             with prepared(self.model, calibration, method, fisher, run) as ready:
-                found = find_plan(asked, budget, ready, texts, journal, method, run, executor=executor)
+                found = find_plan(asked, budget, ready, texts, journal, method, run)
                 model = slice_model(ready.slicer, found.outcome.best.plan)
                 del ready  # its Cholesky factors take more memory than the model
             if method.repairs_twice:
                 compensate(self.model, model, calibration, inputs=method.refit_inputs, fisher=fisher, run=run)
             scale = match_confidence(self.model, model, texts.search.windows, report) if method.confidence else 1.0
-        record = describe(self.model, model, self.name, budget, method, seed, asked, texts, found, scale, self.licence)
+        record = describe(self.model, model, request, found, scale)
         return PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints)

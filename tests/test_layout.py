@@ -40,6 +40,19 @@ HEAVY_OR_NETWORK = {
 WITHOUT_TORCH = {"search.loop", "search.llm.prompts", "search.journal"}
 MAX_LINES = 330
 MAX_MODULES = 12
+MAX_PARAMETERS = 7
+MANY_PARAMETERS = {
+    # What users call: each parameter is a keyword of their own, and an option of the command line.
+    "selfpruner_hub.pruner.prune",
+    "exporters.benchmark.compare.benchmark",
+    "exporters.export.export_model",
+    # One form of sampling, with its settings, for all text that a model writes.
+    "selfpruner_hub.calibration.generated_text.continuations",
+    "selfpruner_hub.calibration.corpus.load_corpus",
+    # One row of the table of a comparison.
+    "exporters.benchmark.compare._case",
+}
+"""Functions with more than `MAX_PARAMETERS` parameters, keyword-only ones included, and why."""
 
 # Written as patterns, so that this file does not find itself.
 PRIVATE_ADDRESSES = re.compile(r"index[-_]url|find[-_]links|pypi\.org[/]simple|(?<![\w.])/(work|root)[/]", re.I)
@@ -156,6 +169,18 @@ def test_modules_import_only_what_their_layer_allows(module):
 def test_modules_are_short(module):
     lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
     assert lines <= MAX_LINES, f"{module} has {lines} lines; split it by what it does"
+
+
+def test_functions_have_few_parameters():
+    """A function of many parameters lacks an object that holds those which go together."""
+    found = set()
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if len([each for each in given if each.arg not in ("self", "cls")]) > MAX_PARAMETERS:
+                    found.add(f"{module}.{node.name}")
+    assert found == MANY_PARAMETERS
 
 
 def test_packages_are_small():

@@ -29,9 +29,9 @@ def texts(monkeypatch):
     """Prune, and give the record and the windows that were calibrated and scored on."""
     found = []
 
-    def spy(*arguments):
-        found[:] = next(each for each in arguments if isinstance(each, tuple) and isinstance(each[0], Corpus))[:2]
-        return describe(*arguments)
+    def spy(dense, pruned, request, *results):
+        found[:] = request.texts[:2]
+        return describe(dense, pruned, request, *results)
 
     monkeypatch.setattr("selfpruner_hub.pruner.describe", spy)
 

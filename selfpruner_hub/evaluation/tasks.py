@@ -39,6 +39,8 @@ FIGURES = (
 """Figures of the harness that are kept; all are in [0, 1]."""
 CHAT_TASKS = ("ifeval", "gsm8k")
 """Tasks that use the chat template if the model has one."""
+BATCH_SIZE = 16
+"""Number of requests in a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,6 @@ def evaluate_tasks(
     *,
     directory: Path | None = None,
     limit: int | None = None,
-    batch_size: int = 16,
     cache: Path | None = None,
     progress: bool = True,
 ) -> list[TaskScore]:
@@ -122,7 +123,6 @@ def evaluate_tasks(
         tasks: Names of tasks in lm-evaluation-harness, or of files.
         directory: Directory with a `TASK.jsonl` per task, with items of one of `FORMS`; None reads them from the Hub.
         limit: Number of items per task, from the first; None uses all.
-        batch_size: Number of requests in a forward pass.
         cache: Directory that caches the model's answers, by its weights; the same call resumes from it.
         progress: Whether to show a progress bar on stderr.
 
@@ -139,7 +139,7 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
     if not progress:
         lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=True)
         lm.generate_until = functools.partial(lm.generate_until, disable_tqdm=True)

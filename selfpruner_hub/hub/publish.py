@@ -73,7 +73,6 @@ def publish(
     create_pr: bool = False,
     space: bool = False,
     token: str | None = None,
-    commit_message: str = "Publish the pruned model",
 ) -> Published:
     """Publish a saved model in one commit, completely or not at all.
 
@@ -85,7 +84,6 @@ def publish(
         create_pr: Whether to open a pull request instead of a commit.
         space: Whether to publish the demo Space `REPO_ID-demo` as well.
         token: Hub token; None uses the stored one, or HF_TOKEN.
-        commit_message: Message of the commit, one line.
 
     Returns:
         Addresses of the model and the Space, and whether a commit was made.
@@ -103,7 +101,7 @@ def publish(
     api = HfApi(token=token, library_name="selfpruner-hub")
     model = _Repository(api, repo_id, "model", revision)
     model.create(private)
-    published = model.commit(lambda tree: _model_changes(bundle, model, tree), commit_message, create_pr)
+    published = model.commit(lambda tree: _model_changes(bundle, model, tree), "Publish the pruned model", create_pr)
     if not space:
         return published
     demo = _Repository(api, f"{model.repo_id}-demo", "space")

@@ -17,7 +17,7 @@ from selfpruner_hub.progress import Bars
 from selfpruner_hub.pruning.prepare import Prepared
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.loop import search
+from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, Found, Standing
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import ray_workers
@@ -33,8 +33,6 @@ def find_plan(
     journal: Journal,
     method: Method,
     run: Run,
-    *,
-    executor: str | None = None,
 ) -> Found:
     """Search for a plan, then compare it with the best seed plan on unseen text.
 
@@ -45,8 +43,7 @@ def find_plan(
         texts: Texts of the run: the fitness text, on which plans are selected, and the unseen one.
         journal: Journal of the search; its lines are replayed first, then new ones are appended.
         method: Settings of the run.
-        run: Progress and random seed of the run; `Bars` also show a note.
-        executor: None or `"ray"`, as for `AutoPruner.prune`.
+        run: Progress (`Bars` also show a note), random seed and executor of the run.
 
     Returns:
         Outcome and gains; without a search (`evaluations=0`) or without unseen text, only the gain on the fitness text.
@@ -56,20 +53,11 @@ def find_plan(
     fitness = _fitness(slicer, texts.search.windows, method, scoring)
     probe = fitness.slopes if isinstance(fitness, SecondRepairScore) else partial(fitness.slopes, curves=curves)
     measure = partial(fitness.loss, share=method.first_share)
-    starts = seeds(budget, curves if method.predicts_losses else None, measure)
-    with ray_workers(fitness) if executor == "ray" else nullcontext() as pool:
-        outcome = search(
-            proposer,
-            budget,
-            fitness,
-            journal,
-            settings=method,
-            seeds={name: rates for name, rates in starts.items() if name in method.seeds},
-            seed=run.seed,
-            probe=probe if getattr(proposer, "reads_slopes", False) else None,
-            pool=pool,
-            report=_live(run.progress, method),
-        )
+    known = seeds(budget, curves if method.predicts_losses else None, measure)
+    starts = {name: rates for name, rates in known.items() if name in method.seeds}
+    with ray_workers(fitness) if run.executor == "ray" else nullcontext() as pool:
+        problem = Problem(budget, starts, fitness, probe if getattr(proposer, "reads_slopes", False) else None, pool)
+        outcome = search(proposer, problem, journal, method, seed=run.seed, report=_live(run.progress, method))
     gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
     if method.evaluations and texts.unseen is not None:
         unseen = _fitness(slicer, texts.unseen.windows, method, scoring)

@@ -41,39 +41,51 @@ BARREN_ROUNDS = 8
 """Number of rounds in a row without a new plan after which the search ends."""
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What is searched for: the plan on a budget with the lowest score."""
+
+    budget: Budget
+    """Parameter budget that every plan is projected to."""
+    seeds: Mapping[str, Rates]
+    """Rates of the seed plans, by name; at least one."""
+    score: Score
+    """Function that scores one plan."""
+    probe: Probe | None = None
+    """Function that predicts the effect of small changes of the best plan, for proposers that read it; a call counts as
+    `PROBE_COST` scores."""
+    pool: Pool | None = None
+    """Function that scores the plans of a round in parallel; None calls `score` on one after the other."""
+
+    def scores(self, plans: Sequence[Plan], share: float) -> Iterator[float]:
+        """Score plans on the first share of the windows, in their order."""
+        return self.pool(plans, share) if self.pool else (self.score(plan, share) for plan in plans)
+
+
 def search(
     proposer: Proposer,
-    budget: Budget,
-    score: Score,
+    problem: Problem,
     journal: Journal,
-    *,
     settings: Method,
-    seeds: Mapping[str, Rates],
+    *,
     seed: int = 0,
-    probe: Probe | None = None,
-    pool: Pool | None = None,
     report: Callable[[Standing], None] | None = None,
 ) -> Outcome:
     """Run (or resume) a search.
 
     Args:
         proposer: Source of rates.
-        budget: Parameter budget that every plan is projected to.
-        score: Function that scores one plan.
+        problem: Budget, seed plans and score.
         journal: Journal of the search; its lines are replayed first, then new ones are appended.
         settings: Settings of the search: its length, and how the rounds spend it.
-        seeds: Rates of the seed plans, by name; at least one.
         seed: Random seed.
-        probe: Function that predicts the effect of small changes of the best plan, for proposers that read it; a call
-            counts as `PROBE_COST` scores.
-        pool: Function that scores the plans of a round in parallel; None calls `score` on one after the other.
         report: Function that is called with the state of the search after every evaluation.
 
     Returns:
         The outcome; its best plan is never worse than the best seed plan on the same windows.
     """
-    run = _Search(proposer, budget, pool or _one_by_one(score), journal, settings, seed, probe, report)
-    run.score_round(0, [(f"seed:{name}", budget.project(rates)) for name, rates in seeds.items()])
+    run = _Search(proposer, problem, journal, settings, seed, report)
+    run.score_round(0, [(f"seed:{name}", problem.budget.project(rates)) for name, rates in problem.seeds.items()])
     best_seed = run.incumbent()
     barren = 0
     for number, operation, count in rounds(settings):
@@ -91,12 +103,10 @@ def search(
 @dataclass
 class _Search:
     proposer: Proposer
-    budget: Budget
-    pool: Pool
+    problem: Problem
     journal: Journal
     settings: Method
     seed: int
-    probe: Probe | None
     report: Callable[[Standing], None] | None
     spent: float = 0.0
     tokens: int = 0
@@ -130,11 +140,11 @@ class _Search:
     def measure_slopes(self, number: int) -> None:
         """Predict the effects of small changes of the incumbent, once for each plan."""
         plan, share = self.incumbent().plan, self.settings.probe_share
-        if self.probe is None or not share or plan in self.slopes:
+        if self.problem.probe is None or not share or plan in self.slopes:
             return
         if plan not in self._probed:
             started = time.perf_counter()
-            found = self.probe(plan, share)
+            found = self.problem.probe(plan, share)
             line = self.journal.append(ProbeLine(number, PROBE_COST * share, found, plan, _seconds_since(started)))
             self._probed[plan] = line.slopes
         self.slopes[plan] = self._probed[plan]
@@ -155,7 +165,7 @@ class _Search:
                     children,
                     known,
                 )
-        fallback = EvolutionProposer(self.budget)
+        fallback = EvolutionProposer(self.problem.budget)
         for attempt in range(ATTEMPTS, ATTEMPTS + 4):
             missing = count - len(children)
             if missing:
@@ -204,10 +214,10 @@ class _Search:
         only = proposal.parents[0] if len(proposal.parents) == 1 else -1
         parent = history[only].rates if 0 <= only < len(history) else None
         try:
-            plan = self.budget.project(proposal.rates, parent)
+            plan = self.problem.budget.project(proposal.rates, parent)
         except SelfPrunerError as error:
             return Reply(replace(proposal, rates=None, error=str(error)))
-        return Reply(proposal, plan, round(self.budget.distance(proposal.rates, plan), 6))
+        return Reply(proposal, plan, round(self.problem.budget.distance(proposal.rates, plan), 6))
 
     def close_round(self, number: int, operation: Operation) -> None:
         """Journal how many proposals of a round were accepted, and the state of the search after it."""
@@ -237,14 +247,16 @@ class _Search:
     def _scored(self, children: Sequence[tuple[str, Plan]], share: float, number: int) -> list[Scored]:
         """Score (origin, plan) pairs, and journal each score as soon as it is known."""
         fresh = [plan for _, plan in children if (plan, share) not in self._scores]
-        values = self.pool(fresh, share) if fresh else iter(())
+        values = self.problem.scores(fresh, share) if fresh else iter(())
         scored = []
         for origin, plan in children:
             if (plan, share) not in self._scores:
                 self._score_live(plan, share, origin, number, values)
             if not (share == 1.0 == self.settings.first_share and plan in self.first):  # scored once, counted once
                 self.spent += share
-            scored.append(Scored(plan, self.budget.rates(plan), self._scores[plan, share], share, origin, number))
+            scored.append(
+                Scored(plan, self.problem.budget.rates(plan), self._scores[plan, share], share, origin, number)
+            )
             if share == 1.0:
                 self.full[plan] = scored[-1]
             if self.report:
@@ -256,10 +268,6 @@ class _Search:
         started = time.perf_counter()
         value = self._scores[plan, share] = next(values)
         self.journal.append(ScoreLine(number, origin, share, value, plan, _seconds_since(started)))
-
-
-def _one_by_one(score: Score) -> Pool:
-    return lambda plans, share: (score(plan, share) for plan in plans)
 
 
 def _seconds_since(started: float) -> float:

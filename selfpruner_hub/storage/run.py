@@ -1,4 +1,4 @@
-"""What every stage of a run shares: tensor store, checkpoints, progress and random seed."""
+"""What the stages of a run share: tensor store, checkpoints, progress, random seed and executor."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Run:
     """Function that is called with (what, done, total)."""
     seed: int = 0
     """Random seed."""
+    executor: str | None = None
+    """Place where candidates are scored: None for this process, `"ray"` for parallel Ray workers."""
 
 
 DEFAULT_RUN = Run()

@@ -26,7 +26,7 @@ from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
-from selfpruner_hub.search.loop import search
+from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import Scored
 from selfpruner_hub.settings import Method
 
@@ -167,14 +167,9 @@ def test_a_search_by_a_server_that_only_talks_nonsense_ends_well(tmp_path):
         pairs = zip(plan.layers, target.layers, strict=True)
         return float(sum(abs(a.intermediate_size - b.intermediate_size) for a, b in pairs))
 
-    found = search(
-        proposer,
-        BUDGET,
-        score,
-        Journal(tmp_path, {}),
-        settings=Method(evaluations=12, population=4, crossover=4, mutation=4, first_share=1.0),
-        seeds={"uniform": seeds(BUDGET)["uniform"]},
-    )
+    problem = Problem(BUDGET, {"uniform": seeds(BUDGET)["uniform"]}, score)
+    settings = Method(evaluations=12, population=4, crossover=4, mutation=4, first_share=1.0)
+    found = search(proposer, problem, Journal(tmp_path, {}), settings)
     assert found.counts["refused"] >= 8
     assert found.counts["replaced"] >= 4
     assert found.best.fitness <= score(BUDGET.project(seeds(BUDGET)["uniform"]), 1.0)

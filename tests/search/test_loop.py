@@ -16,7 +16,7 @@ from selfpruner_hub.plans.plan import ModelShape, Plan, widths_of
 from selfpruner_hub.plans.predicted_loss import Slopes
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.search.journal import AskLine, Journal
-from selfpruner_hub.search.loop import PROBE_COST, search
+from selfpruner_hub.search.loop import PROBE_COST, Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposal, RandomProposer
 from selfpruner_hub.search.schedule import rounds
 from selfpruner_hub.settings import Method
@@ -125,7 +125,8 @@ class Trap:
 def run(proposer, directory=None, *, budget=BUDGET, score=score, settings=SHORT, journal=None, **options):
     journal = journal or Journal(directory, SETTINGS)
     start = options.pop("seeds", None) or seeds(budget)
-    return search(proposer, budget, score, journal, settings=settings, seeds=start, **options)
+    problem = Problem(budget, start, score, options.pop("probe", None))
+    return search(proposer, problem, journal, settings, **options)
 
 
 def trapped(directory, kill_at=None, settings=SHORT):
