@@ -25,12 +25,12 @@ from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.models.patching import with_layers
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.slicing import Slicer, ordered
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 
 BETA, WINDOW, FEW = 0.3, 512, 32_768
 COUNTS = (8_192, 16_384, FEW, 65_536, 131_072)
@@ -80,9 +80,9 @@ class Measure:
 
 def run(pruner: AutoPruner, windows: Tensor, measure: Measure) -> dict[str, Any]:
     """Calibrate, then measure the plans of uniform rates and of least predicted loss."""
-    model, budget = pruner.model, Budget(pruner.shape, BETA)
+    model, budget = pruner.model, ParameterBudget(pruner.shape, BETA)
     started = time.perf_counter()
-    fisher = output_fisher(model, windows[: max(1, Method.fisher_tokens // windows.shape[1])])
+    fisher = output_fisher(model, windows[: max(1, PruneSettings.fisher_tokens // windows.shape[1])])
     statistics = calibrate(model, windows)
     seconds = time.perf_counter() - started
     found: dict[str, Any] = {"seconds": round(seconds, 1)}

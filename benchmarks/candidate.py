@@ -17,7 +17,7 @@ from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.metrics import divergence, teach
 from selfpruner_hub.models.patching import with_layers
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.slicing import Slicer, ordered
 from selfpruner_hub.search.proposers import random_rates
@@ -42,7 +42,7 @@ def main() -> None:
     windows = torch.randint(model.config.vocab_size, (TOKENS // WINDOW, WINDOW))  # time does not depend on the text
     statistics_ = calibrate(model, windows)
     order = rank(model, statistics_)
-    budget = Budget(pruner.shape, BETA)
+    budget = ParameterBudget(pruner.shape, BETA)
     rng = np.random.default_rng(0)
     rows = []
     with ordered(model, order):

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from selfpruner_hub.cli import main as selfpruner
-from selfpruner_hub.storage.model_record import FILE_NAME
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE
 
 NAME = "smollm2-135m-instruct-b30"
 TASKS = "arc_easy,piqa,winogrande"
@@ -32,7 +32,7 @@ def main(work: Path, unseen_text: str, tasks: str) -> None:
     ):
         if status := selfpruner(command):
             sys.exit(status)
-    shutil.copy(saved / FILE_NAME, card)  # the record that the card was made from
+    shutil.copy(saved / MODEL_RECORD_FILE, card)  # the record that the card was made from
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from protocol import Rows, write
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.metrics import teach
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import knapsack
@@ -34,7 +34,7 @@ WEIGHTS = (1.0, 1.35, 1.75, 4.0)
 """Factors of attention's predicted losses relative to the FFN's: plans that cut many, some, few and no KV groups."""
 
 
-def plans(budget: Budget, curves: list[LossCurves]) -> dict[str, Plan]:
+def plans(budget: ParameterBudget, curves: list[LossCurves]) -> dict[str, Plan]:
     """Plans of least predicted loss, with attention's losses multiplied by each of `WEIGHTS`."""
     weighted = {w: [LossCurves(w * known.attention, known.ffn) for known in curves] for w in WEIGHTS}
     return {f"attention × {w:g}": budget.project(knapsack(budget, those)) for w, those in weighted.items()}
@@ -44,10 +44,10 @@ def main(work: Path, search_text: str) -> None:
     """Repair the plans twice, and measure the loss after each repair."""
     pruner, rows = load_embedded(), Rows(work / "excess.jsonl")
     dense = pruner.model
-    calibration, held_out, other = texts(pruner, search_text, OTHER)
-    ours = Ours.of(pruner, calibrate(dense, calibration), [calibration, held_out], work)
-    found = plans(Budget(pruner.shape, BETA), ours.curves)
-    read = {name: (windows, teach(dense, windows)) for name, windows in (("search", held_out), ("other", other))}
+    calibration, fitness_text, other = texts(pruner, search_text, OTHER)
+    ours = Ours.of(pruner, calibrate(dense, calibration), [calibration, fitness_text], work)
+    found = plans(ParameterBudget(pruner.shape, BETA), ours.curves)
+    read = {name: (windows, teach(dense, windows)) for name, windows in (("search", fitness_text), ("other", other))}
     for name, plan in found.items():
         if not rows.have(plan=name):
             rows.keep({"plan": name} | ours.losses(plan, read, twice=True))

@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "window": 256,
     "calibration_tokens": 4_096,
     "fitness_tokens": 512,
-    "accumulate": False,
+    "sequential_repair": False,
 }
 """Cheap settings: speed depends on the widths only."""
 DENSE = "dense"

@@ -24,7 +24,7 @@ from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.metrics import label_loss, mean_losses, teach, teacher_loss
 from selfpruner_hub.evaluation.tasks import evaluate_tasks
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import knapsack
@@ -36,7 +36,7 @@ MORE = 1000
 """Number of items of each task to choose a fitness by; they follow the items that the table of methods reports."""
 
 
-def some_plans(budget: Budget, curves: list[LossCurves]) -> list[Plan]:
+def some_plans(budget: ParameterBudget, curves: list[LossCurves]) -> list[Plan]:
     """Plans of least predicted loss after the loss of each part of each layer is multiplied by a random factor."""
     random = Random(0)
 
@@ -78,7 +78,7 @@ def score(work: Path, search_text: str, tasks: Path) -> tuple[Rows, Rows]:
     pruner, losses, accuracies = load_embedded(), Rows(work / "losses.jsonl"), Rows(work / "accuracies.jsonl")
     windows = texts(pruner, search_text)
     ours = Ours.of(pruner, calibrate(pruner.model, windows[0]), windows, work)
-    plans = some_plans(Budget(pruner.shape, ABLATED), ours.curves)
+    plans = some_plans(ParameterBudget(pruner.shape, ABLATED), ours.curves)
     both = teacher_loss(teach(pruner.model, windows[1])), label_loss(windows[1])
     for number, plan in enumerate(plans):
         if not losses.have(plan=number):

@@ -17,7 +17,7 @@ from selfpruner_hub.calibration.statistics import LayerStatistics
 from selfpruner_hub.cli.demo import NAME
 from selfpruner_hub.evaluation.fitness import REMAINS, Fitness, SecondRepairScore
 from selfpruner_hub.evaluation.metrics import Teacher, divergence
-from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, loss_alone
 from selfpruner_hub.plans.seeds import seeds
@@ -29,10 +29,10 @@ from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.loop import Problem, search
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 
 WINDOW, CALIBRATION, FITNESS = 512, 32_768, 8_192
-SETTINGS = Method(evaluations=16, population=4)
+SETTINGS = PruneSettings(evaluations=16, population=4)
 
 
 def texts(pruner: AutoPruner, search_text: str, *others: int) -> list[Tensor]:
@@ -76,7 +76,7 @@ class Ours:
         work: Path,
     ) -> None:
         self._pruner, self._model, self._statistics, self._windows = pruner, pruner.model, statistics, windows
-        self._calibration, self._held_out = windows
+        self._calibration, self._fitness_text = windows
         self.fisher, self.order, self._work = fisher, order, work
         with self._ordered():
             self._slicer = Slicer(self._model, order, statistics, fisher=fisher)
@@ -85,7 +85,7 @@ class Ours:
     @classmethod
     def of(cls, pruner: AutoPruner, statistics: list[LayerStatistics], windows: list[Tensor], work: Path) -> Ours:
         """Make an instance with the default order."""
-        fisher = output_fisher(pruner.model, windows[0][: Method.fisher_tokens // WINDOW])
+        fisher = output_fisher(pruner.model, windows[0][: PruneSettings.fisher_tokens // WINDOW])
         order = rank(pruner.model, statistics, "obs", fisher=fisher)
         return cls(pruner, statistics, windows, fisher, order, work)
 
@@ -108,7 +108,7 @@ class Ours:
             remains: Share of the excess that counts, 0 to 1; see `SecondRepairScore`.
         """
         if (beta, how, remains) not in self._plans:
-            budget = Budget(self._pruner.shape, beta)
+            budget = ParameterBudget(self._pruner.shape, beta)
             with self._ordered():
                 if how == "uniform":
                     plan = budget.project(seeds(budget)["uniform"])
@@ -123,21 +123,23 @@ class Ours:
             self._plans[beta, how, remains] = plan
         return self._plans[beta, how, remains]
 
-    def starts(self, budget: Budget) -> dict[str, Rates]:
+    def starts(self, budget: ParameterBudget) -> dict[str, Rates]:
         """Our seed plans, measured by KL with the score for the second repair."""
         with self._ordered():
             return self._starts(budget, self._score("kl", REMAINS))
 
     def _score(self, metric: str, remains: float) -> SecondRepairScore:
-        return SecondRepairScore(Fitness(self._slicer, self._held_out, metric), self.curves, remains)
+        return SecondRepairScore(Fitness(self._slicer, self._fitness_text, metric), self.curves, remains)
 
-    def _starts(self, budget: Budget, fitness: SecondRepairScore) -> dict[str, Rates]:
+    def _starts(self, budget: ParameterBudget, fitness: SecondRepairScore) -> dict[str, Rates]:
         return seeds(budget, self.curves, partial(fitness.loss, share=SETTINGS.first_share))
 
-    def _searched(self, budget: Budget, name: str, fitness: SecondRepairScore, starts: dict[str, Rates]) -> Plan:
+    def _searched(
+        self, budget: ParameterBudget, name: str, fitness: SecondRepairScore, starts: dict[str, Rates]
+    ) -> Plan:
         asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME, SETTINGS)
         journal = Journal(self._work / f"search-{budget.beta}-{name}", {"beta": budget.beta, "fitness": name})
-        found = search(asked, Problem(budget, starts, fitness, fitness.slopes), journal, SETTINGS)
+        found = search(asked, Problem(budget, starts, fitness, fitness.measure_steps), journal, SETTINGS)
         return found.best.plan
 
     def once(self, beta: float, how: str) -> tuple[float, PreTrainedModel]:
@@ -179,5 +181,5 @@ class Ours:
         """Cut a searched plan with all parts: both repairs and the scaling of the logits."""
         share, repaired = self.twice(beta, "kl")
         pruned = copy.deepcopy(repaired)
-        match_confidence(self._model, pruned, self._held_out)
+        match_confidence(self._model, pruned, self._fitness_text)
         return share, pruned

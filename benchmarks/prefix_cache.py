@@ -17,19 +17,19 @@ import selfpruner_hub.evaluation.fitness as fitness_module
 from selfpruner_hub.calibration.corpus import load_corpus
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import DEFAULT_RUN
 
 WINDOW, CALIBRATION, FITNESS, BETA = 512, 16_384, 8_192, 0.3
-SETTINGS = Method(evaluations=10)
-MEMORY = fitness_module.BOUNDARY_MEMORY
+SETTINGS = PruneSettings(evaluations=10)
+MEMORY = fitness_module.PREFIX_MEMORY
 
 
 def main(text: str) -> None:
@@ -37,13 +37,13 @@ def main(text: str) -> None:
     pruner = load_embedded()
     corpus = load_corpus(text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, search_text = (part.windows for part in corpus.split(CALIBRATION, FITNESS))
-    fisher = fisher_information(pruner.model, calibration, Method(), DEFAULT_RUN)
+    fisher = fisher_information(pruner.model, calibration, PruneSettings(), DEFAULT_RUN)
     results: dict[str, Any] = {}
-    with prepared(pruner.model, calibration, Method(), fisher) as ready:
-        budget = Budget(pruner.shape, BETA)
+    with prepared(pruner.model, calibration, PruneSettings(), fisher) as ready:
+        budget = ParameterBudget(pruner.shape, BETA)
         starts = seeds(budget, ready.curves)
         for name, memory in (("with", MEMORY), ("without", 0), ("with, again", MEMORY), ("without, again", 0)):
-            fitness_module.BOUNDARY_MEMORY = memory
+            fitness_module.PREFIX_MEMORY = memory
             fitness, seconds = Fitness(ready.slicer, search_text), [0.0]
 
             def timed(plan: Plan, share: float, fitness: Fitness = fitness, seconds: list[float] = seconds) -> float:

@@ -25,7 +25,7 @@ from selfpruner_hub.calibration.statistics import LayerStatistics, calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.tasks import evaluate_tasks
 from selfpruner_hub.models.patching import with_layers
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.importance import LayerOrder, rank
@@ -127,7 +127,7 @@ def add_peers(
     }
     influence = block_influence(model, few)
     for beta in betas:
-        budget = Budget(pruner.shape, beta)
+        budget = ParameterBudget(pruner.shape, beta)
         plan = budget.project(seeds(budget)["uniform"])
 
         def add(method: str, layers: nn.ModuleList, beta: float = beta) -> None:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.sequential_repair import compensate
@@ -78,7 +78,7 @@ def run(layers: int, width: int, ffn: int, tokens: int, candidates: int) -> dict
     """Prune one model stage by stage, and measure each stage."""
     model, found = build(layers, width, ffn), dict[str, Any]()
     windows = torch.randint(3, VOCABULARY, (tokens // WINDOW, WINDOW), generator=torch.Generator().manual_seed(0))
-    budget = Budget(shape_of(model.config), BETA)
+    budget = ParameterBudget(shape_of(model.config), BETA)
     plan = budget.project(seeds(budget)["uniform"])
     with measured("calibrating", found):
         statistics = calibrate(model, windows)
@@ -102,7 +102,7 @@ def run(layers: int, width: int, ffn: int, tokens: int, candidates: int) -> dict
     return {"parameters": sum(p.numel() for p in model.parameters()), "stages": found}
 
 
-def _varied(budget: Budget, number: int) -> Any:
+def _varied(budget: ParameterBudget, number: int) -> Any:
     """Make a different plan for each number, so that each needs new repairs."""
     starts = seeds(budget)
     rates = starts["ramp"] if number % 2 else starts["uniform"]

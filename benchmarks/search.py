@@ -25,7 +25,7 @@ from selfpruner_hub.cli.demo import NAME, load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import label_loss, mean_losses, teach, teacher_loss
 from selfpruner_hub.models.patching import with_layers
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
@@ -34,17 +34,17 @@ from selfpruner_hub.search.journal import Journal, RoundLine
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import DEFAULT_RUN
 
 WINDOW, CALIBRATION, FITNESS, UNSEEN = 512, 65_536, 8_192, 32
 EVALUATIONS, SEEDS = 18, (0, 1, 2)
-SETTINGS = Method(evaluations=EVALUATIONS, population=4, probe_share=0.5)
+SETTINGS = PruneSettings(evaluations=EVALUATIONS, population=4, probe_share=0.5)
 CHANCE = 50.0
 """Temperature at which the model's choice among what the schema allows is almost uniform."""
 
 
-def proposers(pruner: Any, budget: Budget) -> dict[str, Proposer]:
+def proposers(pruner: Any, budget: ParameterBudget) -> dict[str, Proposer]:
     """All proposers; "chance" has the model's prompts, measurements and schema, but an almost uniform choice."""
     model, tokenizer = pruner.model, pruner.tokenizer
     return {
@@ -99,23 +99,23 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
     pruner = load_embedded()
     model, tokenizer = pruner.model, pruner.tokenizer
     corpus = load_corpus(search_text, tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
-    calibration, held_out = corpus.split(CALIBRATION, FITNESS)
-    fisher = fisher_information(model, calibration.windows, Method(), DEFAULT_RUN)
+    calibration, fitness_text = corpus.split(CALIBRATION, FITNESS)
+    fisher = fisher_information(model, calibration.windows, PruneSettings(), DEFAULT_RUN)
     rows: list[dict[str, Any]] = []
 
     def add(**row: Any) -> None:
         rows.append(row)
         print({key: value for key, value in row.items() if key != "curve"}, flush=True)
 
-    with prepared(model, calibration.windows, Method(), fisher) as ready:
+    with prepared(model, calibration.windows, PruneSettings(), fisher) as ready:
         slicer, curves = ready.slicer, ready.curves
-        fitness = Fitness(slicer, held_out.windows, "kl")
-        score, slopes = (
+        fitness = Fitness(slicer, fitness_text.windows, "kl")
+        score, measure_steps = (
             cache(fitness),
-            cache(partial(fitness.slopes, curves=curves)),
+            cache(partial(fitness.measure_steps, curves=curves)),
         )  # runs share scores of plans; each still pays for all plans that it asks for
         unseen = Unseen(slicer, consecutive_windows(unseen_text, tokenizer, WINDOW, UNSEEN).windows)
-        budget = Budget(pruner.shape, beta)
+        budget = ParameterBudget(pruner.shape, beta)
         starts = seeds(budget, curves, fitness.loss)
         uniform = budget.project(starts["uniform"])
         add(method="dense", kl=0.0, **unseen.of(model.get_decoder().layers))
@@ -126,7 +126,7 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
         for seed in SEEDS:
             for name in methods:
                 proposer, journal = proposers(pruner, budget)[name], Journal(None, {})
-                probe = slopes if getattr(proposer, "reads_slopes", False) else None
+                probe = measure_steps if getattr(proposer, "reads_slopes", False) else None
                 found = search(proposer, Problem(budget, starts, score, probe), journal, SETTINGS, seed=seed)
                 add(
                     method=name,
@@ -146,8 +146,8 @@ def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]
     write(
         f"search-{beta:g}",
         f"SmolLM2-135M-Instruct, {str(model.dtype)}, β = {beta:g}; {calibration.tokens} calibration and "
-        f"{held_out.tokens} fitness tokens of {Path(search_text).name}, stretches without common articles, windows of "
-        f"{WINDOW}; KL to the dense model on the latter; {EVALUATIONS} full-evaluation equivalents each (seeds and "
+        f"{fitness_text.tokens} fitness tokens of {Path(search_text).name}, stretches without common articles, windows "
+        f"of {WINDOW}; KL to the dense model on the latter; {EVALUATIONS} full-evaluation equivalents each (seeds and "
         f"probes included), seeds {list(SEEDS)}; first repair only; unseen: the first {UNSEEN} windows of {WINDOW} "
         f"tokens of {Path(unseen_text).name}, on which nothing was chosen",
         rows,

@@ -22,7 +22,7 @@ from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import teach, teacher_loss
 from selfpruner_hub.models.forward import Loss
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import LayerWidths, Plan
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
@@ -30,7 +30,7 @@ from selfpruner_hub.pruning.slicing import slice_model
 from selfpruner_hub.search.journal import Journal, JournalLine, ScoreLine
 from selfpruner_hub.search.loop import Problem, Score, search
 from selfpruner_hub.search.proposers import EvolutionProposer
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import DEFAULT_RUN
 
 WINDOW, CALIBRATION, FITNESS, BETA, ROUNDS, CHILDREN = 512, 16_384, 16_384, 0.3, 2, 8
@@ -65,25 +65,25 @@ def main(text: str) -> None:
     pruner = load_embedded()
     model = pruner.model
     corpus = load_corpus(text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
-    calibration, held_out = corpus.split(CALIBRATION, FITNESS)
-    fisher = fisher_information(model, calibration.windows, Method(), DEFAULT_RUN)
-    budget = Budget(pruner.shape, BETA)
+    calibration, fitness_text = corpus.split(CALIBRATION, FITNESS)
+    fisher = fisher_information(model, calibration.windows, PruneSettings(), DEFAULT_RUN)
+    budget = ParameterBudget(pruner.shape, BETA)
     results: dict[str, Any] = {}
-    with prepared(model, calibration.windows, Method(), fisher) as ready:
+    with prepared(model, calibration.windows, PruneSettings(), fisher) as ready:
         slicer = ready.slicer
-        loss = teacher_loss(teach(model, held_out.windows))
+        loss = teacher_loss(teach(model, fitness_text.windows))
 
         def plain(plan: Plan, _share: float) -> float:
-            return plain_loss(slice_model(slicer, plan), held_out.windows, loss)
+            return plain_loss(slice_model(slicer, plan), fitness_text.windows, loss)
 
-        fitness = Fitness(slicer, held_out.windows)
+        fitness = Fitness(slicer, fitness_text.windows)
         starts = seeds(budget, ready.curves, fitness.loss)
         ways: dict[str, tuple[Score, float]] = {"staged": (fitness, FIRST_SHARE), "plain": (plain, 1.0)}
         for name, (score, first_share) in ways.items():
             # Equal numbers of rounds: a round costs children × share, plus one survivor on all windows if staged.
             seeds_cost = len(starts) * (1 if first_share == 1 else 1 + first_share)
             round_cost = CHILDREN if first_share == 1 else CHILDREN * first_share + 1
-            settings = Method(
+            settings = PruneSettings(
                 evaluations=seeds_cost + ROUNDS * round_cost - 0.5,
                 crossover=CHILDREN,
                 mutation=CHILDREN,

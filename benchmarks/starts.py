@@ -20,7 +20,7 @@ from torch import Tensor
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.metrics import teach
-from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 
 OTHER = 8_192
 """Number of tokens of a further text, on which no seed plan measures anything."""
@@ -30,7 +30,7 @@ CONTENDERS = ("uniform", "sensitivity", FIRST_ORDER, HALFWAY.format(FIRST_ORDER)
 """Plans that are repaired twice (5 minutes each): the likely best ones, and `uniform` as the baseline."""
 
 
-def threshold(budget: Budget, scores: list[Tensor]) -> Rates:
+def threshold(budget: ParameterBudget, scores: list[Tensor]) -> Rates:
     """FFN rates that remove the channels with the lowest scores over all layers, until the budget is met."""
     every = torch.cat(scores).sort().values
     shape = budget.shape
@@ -39,7 +39,7 @@ def threshold(budget: Budget, scores: list[Tensor]) -> Rates:
     return Rates((0.0,) * len(rates), tuple(rates))
 
 
-def halfway(budget: Budget, one: Rates, other: Rates) -> Rates:
+def halfway(budget: ParameterBudget, one: Rates, other: Rates) -> Rates:
     """Mean of the rates of two plans on the budget."""
     a, b = (budget.rates(budget.project(rates)) for rates in (one, other))
 
@@ -53,14 +53,14 @@ def main(work: Path, search_text: str, betas: list[float]) -> None:
     """Cut, repair and measure every plan."""
     pruner, rows = load_embedded(), Rows(work / "starts.jsonl")
     model = pruner.model
-    calibration, held_out, other = texts(pruner, search_text, OTHER)
+    calibration, fitness_text, other = texts(pruner, search_text, OTHER)
     statistics = calibrate(model, calibration)
-    ours, known = Ours.of(pruner, statistics, [calibration, held_out], work), Flap(model, statistics)
+    ours, known = Ours.of(pruner, statistics, [calibration, fitness_text], work), Flap(model, statistics)
     first_order = taylor(model, calibration[:GRADIENT_WINDOWS])
     model.requires_grad_(False)
-    read = {name: (windows, teach(model, windows)) for name, windows in (("search", held_out), ("other", other))}
+    read = {name: (windows, teach(model, windows)) for name, windows in (("search", fitness_text), ("other", other))}
     for beta in betas:
-        budget = Budget(pruner.shape, beta)
+        budget = ParameterBudget(pruner.shape, beta)
         found = ours.starts(budget)
         for name, rates in (
             ("FLAP's threshold", budget.rates(known.plan(beta))),

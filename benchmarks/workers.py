@@ -19,7 +19,7 @@ from selfpruner_hub.calibration.corpus import load_corpus
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.slicing import Slicer, ordered
@@ -47,16 +47,16 @@ def main(search_text: str, counts: list[int]) -> None:
     """Score the same plans with each number of workers in turn, several times."""
     pruner = load_embedded()
     corpus = load_corpus(search_text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
-    calibration, held_out = corpus.split(CALIBRATION, FITNESS)
+    calibration, fitness_text = corpus.split(CALIBRATION, FITNESS)
     known = calibrate(pruner.model, calibration.windows)
     order = rank(pruner.model, known, "wanda-sp")
-    budget, drawn = Budget(pruner.shape, BETA), np.random.default_rng(0)
+    budget, drawn = ParameterBudget(pruner.shape, BETA), np.random.default_rng(0)
     drawings = [budget.project(random_rates(budget, drawn)) for _ in range(CANDIDATES + max(counts))]
     plans, others = drawings[:CANDIDATES], drawings[CANDIDATES:]
     taken: dict[int, list[float]] = {count: [] for count in counts}
     found = []
     with ordered(pruner.model, order):
-        fitness = Fitness(Slicer(pruner.model, order, known), held_out.windows)
+        fitness = Fitness(Slicer(pruner.model, order, known), fitness_text.windows)
         for _ in range(ROUNDS):
             for count in counts:
                 seconds, scores = timed(fitness, plans, others, count)

@@ -23,9 +23,8 @@ from selfpruner_hub.errors import ExportError, OutputError, UserError
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
 from selfpruner_hub.models.weights import count_parameters
-from selfpruner_hub.storage.export_record import FILE_NAME, ExportRecord
-from selfpruner_hub.storage.model_record import FILE_NAME as MODEL_RECORD
-from selfpruner_hub.storage.model_record import Record, read_record
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import check_writable, save_directory
 
 FORMATS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
@@ -125,7 +124,7 @@ def export_model(
         if model.generation_config is not None:
             model.generation_config.save_pretrained(staging)
         if record is not None:
-            (staging / MODEL_RECORD).write_text(record.to_json(), encoding="utf-8")
+            (staging / MODEL_RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
         progress(EXPORTING, 1, len(STAGES), STAGES[1])
         with _consumed(model) if consume else nullcontext():
             written = write(model.eval(), tokenizer, staging, **options)
@@ -149,7 +148,7 @@ def export_model(
             unchecked=written.unchecked,
             remark=written.remark,
         )
-        (staging / FILE_NAME).write_text(sidecar.to_json(), encoding="utf-8")
+        (staging / EXPORT_RECORD_FILE).write_text(sidecar.to_json(), encoding="utf-8")
     progress(EXPORTING, len(STAGES), len(STAGES), "done")
     return output
 

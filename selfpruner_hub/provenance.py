@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.weights import count_parameters, weights_hash
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import widths_of
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.outcome import Found
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Metric, Record
 
 
@@ -28,9 +28,9 @@ class Request:
 
     name: str
     """Name of the dense model."""
-    budget: Budget
+    budget: ParameterBudget
     """Parameter budget of the search."""
-    method: Method
+    method: PruneSettings
     """Settings of the run."""
     seed: int
     """Random seed."""

@@ -18,7 +18,7 @@ from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
-from selfpruner_hub.storage.model_record import FILE_NAME, Record, read_record
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import save_directory
 
 
@@ -72,7 +72,7 @@ class PrunedModel:
             self.model.save_pretrained(staging, max_shard_size=max_shard_size)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(staging)
-            (staging / FILE_NAME).write_text(self.report.to_json(), encoding="utf-8")
+            (staging / MODEL_RECORD_FILE).write_text(self.report.to_json(), encoding="utf-8")
             (staging / JOURNAL_FILE).write_text(self._journal, encoding="utf-8")
             card = render_card(self.report, chat=has_chat_template(self.tokenizer))
             (staging / "README.md").write_text(card, encoding="utf-8")
@@ -170,7 +170,9 @@ class PrunedModel:
         report = read_record(directory)
         model, tokenizer = load_model(str(directory), **kwargs)
         if shape_of(model.config).dense != report.plan:
-            raise SavedModelError(f"{str(name)!r} is damaged: {FILE_NAME} and config.json disagree on the widths.")
+            raise SavedModelError(
+                f"{str(name)!r} is damaged: {MODEL_RECORD_FILE} and config.json disagree on the widths."
+            )
         journal = directory / JOURNAL_FILE
         return cls(model, tokenizer, report, journal.read_text(encoding="utf-8") if journal.is_file() else "")
 

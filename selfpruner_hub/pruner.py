@@ -14,7 +14,7 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import is_repo_id, load_model
-from selfpruner_hub.plans.budget import Budget, check_beta
+from selfpruner_hub.plans.budget import ParameterBudget, check_beta
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import Request, describe, fingerprint
 from selfpruner_hub.pruned_model import PrunedModel
@@ -132,7 +132,7 @@ class AutoPruner:
             executor: Place where candidates are scored: None for this process, `"ray"` for parallel Ray workers
                 (`ray_workers.ray_workers`).
             progress: Whether to show bars on stderr, or a function that is called with (what, done, total).
-            **settings: Values of other fields of `settings.Method`.
+            **settings: Values of other fields of `settings.PruneSettings`.
 
         Returns:
             The pruned model with its record; the dense model is unchanged.
@@ -144,7 +144,7 @@ class AutoPruner:
         check_seed(seed)
         check_executor(executor)
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
-        budget = Budget(self.shape, beta, method.p_min, method.p_max, method.tied, method.multiple_of)
+        budget = ParameterBudget(self.shape, beta, method.p_min, method.p_max, method.tied, method.multiple_of)
         asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
         folder = None if run_dir is None else Path(run_dir)
         with contextlib.ExitStack() as stack:
@@ -162,7 +162,7 @@ class AutoPruner:
                 model = slice_model(ready.slicer, found.outcome.best.plan)
                 del ready  # its Cholesky factors take more memory than the model
             if method.repairs_twice:
-                compensate(self.model, model, calibration, inputs=method.refit_inputs, fisher=fisher, run=run)
+                compensate(self.model, model, calibration, inputs=method.repair_gate_up, fisher=fisher, run=run)
             scale = match_confidence(self.model, model, texts.search.windows, report) if method.confidence else 1.0
         record = describe(self.model, model, request, found, scale)
         return PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints)

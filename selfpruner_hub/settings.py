@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,16 +15,16 @@ from selfpruner_hub.errors import UserError
 
 
 @dataclass(frozen=True)
-class Method:
+class PruneSettings:
     """Every setting of `prune` that is not about where things come from; all of them go into the record."""
 
     importance: str = "obs"
     """Order in which FFN channels and KV groups are removed: obs, wanda-sp, flap or energy."""
     repair: bool = True
     """Refit o_proj and down_proj by least squares after the cut (the first repair)."""
-    accumulate: bool = True
+    sequential_repair: bool = True
     """Refit them again, layer by layer, on the activations of the pruned model (the second repair). Needs `repair`."""
-    refit_inputs: bool = True
+    repair_gate_up: bool = True
     """Let the second repair change gate_proj and up_proj as well."""
     confidence: bool = True
     """Scale all logits by one factor, so that the pruned model is as confident as its parent on the fitness text."""
@@ -90,7 +91,7 @@ class Method:
     @property
     def repairs_twice(self) -> bool:
         """Whether a second repair follows the first."""
-        return self.repair and self.accumulate
+        return self.repair and self.sequential_repair
 
     @property
     def template_directory(self) -> Path | None:
@@ -98,11 +99,14 @@ class Method:
         return Path(self.templates) if self.templates else None
 
 
+OLD_NAMES = {"accumulate": "sequential_repair", "refit_inputs": "repair_gate_up"}
+"""Earlier names of settings, which are still taken and read."""
+
 PRESETS = {
-    "default": Method(),
+    "default": PruneSettings(),
     # arXiv 2502.14413: population 30, 20 iterations of 10 crossover and 10 mutation children, rates in 0.1 to 0.9,
     # one rate a layer, Wanda-sp, no repair, perplexity.
-    "paper": Method(
+    "paper": PruneSettings(
         importance="wanda-sp",
         repair=False,
         confidence=False,
@@ -141,7 +145,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of `Method`, as users are told of it."""
+    """A field of `PruneSettings`, as users are told of it."""
 
     name: str
     kind: str
@@ -153,7 +157,7 @@ class Setting:
 
 
 def explained(preset: str = "default") -> list[Setting]:
-    """List all settings with their meaning, which is read from the source of `Method`.
+    """List all settings with their meaning, which is read from the source of `PruneSettings`.
 
     Args:
         preset: A key of `PRESETS`, whose values are given as defaults.
@@ -166,27 +170,35 @@ def explained(preset: str = "default") -> list[Setting]:
     """
     method = _of_preset(preset)
     defaults = {**method.record(), "templates": method.templates}
-    (defined,) = ast.parse(inspect.getsource(Method)).body
+    (defined,) = ast.parse(inspect.getsource(PruneSettings)).body
     meanings = {
         ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
         for field, text in pairwise(getattr(defined, "body", []))
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
-    return [Setting(f.name, _KINDS[str(f.type)][1], defaults[f.name], meanings.get(f.name, "")) for f in fields(Method)]
+    return [
+        Setting(f.name, _KINDS[str(f.type)][1], defaults[f.name], meanings.get(f.name, ""))
+        for f in fields(PruneSettings)
+    ]
 
 
-def _of_preset(preset: str) -> Method:
+def _of_preset(preset: str) -> PruneSettings:
     if preset not in PRESETS:
         raise UserError(f"Unknown preset {preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
     return PRESETS[preset]
 
 
-def resolve(preset: str, **changes: Any) -> Method:
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give settings under earlier names those of today."""
+    return {OLD_NAMES.get(name, name): value for name, value in values.items()}
+
+
+def resolve(preset: str, **changes: Any) -> PruneSettings:
     """Take a preset and change some of its settings.
 
     Args:
         preset: A key of `PRESETS`.
-        **changes: Fields of `Method`; those that are None are left alone.
+        **changes: Fields of `PruneSettings`, or their `OLD_NAMES`; those that are None are left alone.
 
     Returns:
         The checked settings.
@@ -195,10 +207,14 @@ def resolve(preset: str, **changes: Any) -> Method:
         UserError: The preset or a setting is unknown, or a value is out of its range.
     """
     base = _of_preset(preset)
-    changes = {key: value for key, value in changes.items() if value is not None}
-    if unknown := set(changes) - {f.name for f in fields(Method)}:
+    given = {key: value for key, value in changes.items() if value is not None}
+    if both := sorted(old for old, new in OLD_NAMES.items() if {old, new} <= set(given)):
+        raise UserError(f"{both[0]} is the old name of {OLD_NAMES[both[0]]}, and both are given.", "Give one of them.")
+    changes = renamed(given)
+    if unknown := set(changes) - {f.name for f in fields(PruneSettings)}:
         raise UserError(
-            f"Unknown setting {', '.join(sorted(unknown))}.", f"Known: {', '.join(f.name for f in fields(Method))}."
+            f"Unknown setting {', '.join(sorted(unknown))}.",
+            f"Known: {', '.join(f.name for f in fields(PruneSettings))}.",
         )
     method = replace(base, **changes)
     _check_kinds(method)
@@ -241,8 +257,8 @@ def check_seed(seed: Any) -> None:
         raise UserError(f"seed must be a whole number from 0 to {2**31 - 1}; got {seed!r}.")
 
 
-def _check_kinds(method: Method) -> None:
-    for f in fields(Method):
+def _check_kinds(method: PruneSettings) -> None:
+    for f in fields(PruneSettings):
         value = getattr(method, f.name)
         types, called = _KINDS[str(f.type)]
         if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):

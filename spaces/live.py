@@ -24,7 +24,14 @@ SECONDS = 600
 MOST_EVALUATIONS = 16
 TEXT = {"data": "self", "window": 64, "calibration_tokens": 2_048, "fitness_tokens": 512}
 """Settings of the text: the model generates it, and little of it, to save time."""
-SEARCH = {"population": 2, "crossover": 2, "mutation": 4, "first_share": 0.5, "survivors": 0.5, "accumulate": False}
+SEARCH = {
+    "population": 2,
+    "crossover": 2,
+    "mutation": 4,
+    "first_share": 0.5,
+    "survivors": 0.5,
+    "sequential_repair": False,
+}
 PROMPT = "What is the capital of France?"
 
 busy = threading.Lock()

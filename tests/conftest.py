@@ -50,7 +50,7 @@ def real_pruner():
 @pytest.fixture(scope="session")
 def few_tokens():
     """Settings that prune the real model in a minute or two: little text of its own."""
-    few = {"calibration_tokens": 2048, "fitness_tokens": 512, "importance": "wanda-sp", "accumulate": False}
+    few = {"calibration_tokens": 2048, "fitness_tokens": 512, "importance": "wanda-sp", "sequential_repair": False}
     return {"data": "self", "window": 128, "progress": False, **few}
 
 

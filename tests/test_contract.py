@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.models.architectures import ARCHITECTURES, shape_of
 from selfpruner_hub.models.patching import with_layers
-from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
@@ -31,7 +31,7 @@ WINDOWS = torch.randint(3, 128, (64, 32), generator=torch.Generator().manual_see
 
 def uneven_plan(model) -> Plan:
     """Every layer different: attention and FFN, one layer left whole."""
-    budget = Budget(shape_of(model.config), 0.3)
+    budget = ParameterBudget(shape_of(model.config), 0.3)
     return budget.project(Rates((0.0, 0.5, 0.25, 0.6), (0.0, 0.3, 0.5, 0.2)))
 
 
@@ -196,7 +196,7 @@ def test_files_counts_and_rates_agree_with_the_record(saved, name):
     sizes = [shape.layer_weights(w) for w in shape.dense.layers]
     mean = sum(r * n for r, n in zip(record["rates"], sizes, strict=True)) / sum(sizes)
     assert mean == pytest.approx(record["achieved_beta"], abs=1e-5)
-    assert mean == pytest.approx(0.3, abs=Budget(shape, 0.3).tolerance)
+    assert mean == pytest.approx(0.3, abs=ParameterBudget(shape, 0.3).tolerance)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -222,7 +222,7 @@ def test_the_search_scores_what_the_second_repair_leaves(metric, monkeypatch):
         monkeypatch.setattr("selfpruner_hub.search.find_plan.REMAINS", remains)
         found = pruner.prune(
             0.3, data="self", proposer="evolution", window=32, calibration_tokens=1024, fitness_tokens=256,
-            evaluations=0, seeds=("uniform",), accumulate=accumulate, fitness=metric, progress=False,
+            evaluations=0, seeds=("uniform",), sequential_repair=accumulate, fitness=metric, progress=False,
         ).report.metrics["search_fitness"]  # fmt: skip
         assert ("weighed for the second repair" in found.protocol) == accumulate
         return found.value if metric == "kl" else math.log(found.value)

@@ -93,7 +93,7 @@ def test_the_predicted_losses_are_those_of_the_fisher_information(default):
     for curves, errors in zip(calls["find_plan"]["ready"].curves, calls["Slicer"].result.errors(), strict=True):
         for curve, error in zip((curves.attention, curves.ffn), errors, strict=True):
             assert curve == pytest.approx(error.double().numpy() / 2)
-    _, _, calls, _ = prune(accumulate=False, importance="energy", seeds=("uniform",))
+    _, _, calls, _ = prune(sequential_repair=False, importance="energy", seeds=("uniform",))
     assert calls["find_plan"]["ready"].curves is None
 
 
@@ -126,7 +126,7 @@ def test_the_second_repair_and_the_confidence_change_the_pruned_model(default):
 @pytest.mark.parametrize("refit", [True, False])
 def test_gate_and_up_are_refitted_where_that_is_asked_for(refit):
     """Without it, their rows are rows of the dense model's."""
-    made, model, _, _ = prune(refit_inputs=refit)
+    made, model, _, _ = prune(repair_gate_up=refit)
     taken = []
     for layer, dense in zip(decoder_layers(made.model), decoder_layers(model), strict=True):
         for name in ("gate_proj", "up_proj"):
@@ -138,11 +138,11 @@ def test_gate_and_up_are_refitted_where_that_is_asked_for(refit):
 @pytest.mark.parametrize(
     ("settings", "left_out"),
     [
-        ({"accumulate": False}, {"compensate"}),
+        ({"sequential_repair": False}, {"compensate"}),
         ({"repair": False}, {"compensate"}),
         ({"confidence": False}, {"match_confidence"}),
         (
-            {"accumulate": False, "importance": "energy", "seeds": ("uniform",)},
+            {"sequential_repair": False, "importance": "energy", "seeds": ("uniform",)},
             {"compensate", "output_fisher"},
         ),
     ],

@@ -15,7 +15,7 @@ from selfpruner_hub.errors import RunMismatchError, UserError
 from selfpruner_hub.models.weights import weights_hash
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm.reply_schema import PARENTS
-from selfpruner_hub.settings import CHOICES, Method
+from selfpruner_hub.settings import CHOICES, PruneSettings
 
 WINDOW = 32
 SMALL = {"window": WINDOW, "calibration_tokens": 2 * WINDOW, "fitness_tokens": WINDOW, "fisher_tokens": WINDOW}
@@ -58,9 +58,9 @@ def other_values(name, value):
     return [(1.0,)] if isinstance(value, tuple) else []
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Method) if f.name != "templates"])
+@pytest.mark.parametrize("name", [f.name for f in fields(PruneSettings) if f.name != "templates"])
 def test_every_setting_alone(name, identity):
-    before = getattr(replace(Method(), **SMALL), name)
+    before = getattr(replace(PruneSettings(), **SMALL), name)
     refused = []
     for value in other_values(name, before):
         try:

@@ -19,7 +19,7 @@ def pruned(real_pruner):
     """With the default's text for chat models but for articles, which need the Hub, and little of it."""
     return real_pruner.prune(
         BETA, data="chat+self", shares=(3, 1), window=256, calibration_tokens=16_384, fisher_tokens=4_096,
-        fitness_tokens=2_048, evaluations=0, seeds=("sensitivity",), accumulate=False, progress=False,
+        fitness_tokens=2_048, evaluations=0, seeds=("sensitivity",), sequential_repair=False, progress=False,
     )  # fmt: skip
 
 

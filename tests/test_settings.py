@@ -8,12 +8,12 @@ import pytest
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.fitness import METRICS
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.importance import ORDERS
-from selfpruner_hub.settings import CHOICES, PRESETS, Method, explained, resolve
+from selfpruner_hub.settings import CHOICES, OLD_NAMES, PRESETS, PruneSettings, explained, resolve
 
 
 def test_the_paper_preset_has_the_papers_numbers():
@@ -28,7 +28,7 @@ def test_the_paper_preset_has_the_papers_numbers():
 
 def test_the_default_preset_repairs_and_scores_in_stages():
     default = resolve("default")
-    assert default == Method()
+    assert default == PruneSettings()
     assert default.repair
     assert default.first_share < 1
     assert default.seeds == ("uniform", "ramp", "sensitivity", "blend")
@@ -38,6 +38,13 @@ def test_changes_replace_settings_and_none_leaves_them_alone():
     assert resolve("paper", fitness=None, p_max=0.5) == resolve("paper", p_max=0.5)
     assert resolve("paper", p_max=0.5).p_max == 0.5
     assert PRESETS["paper"].p_max == 0.9
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
+def test_old_names_are_taken(old, new):
+    assert resolve("default", **{old: False}) == resolve("default", **{new: False}) != resolve("default")
+    with pytest.raises(UserError, match=f"{old} is the old name of {new}, and both are given"):
+        resolve("default", **{old: False, new: False})
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -50,7 +57,7 @@ def test_the_record_is_json_with_every_setting(preset):
 def test_the_choices_are_those_of_the_modules_that_define_them():
     assert set(CHOICES["importance"]) == set(ORDERS)
     assert set(CHOICES["fitness"]) == set(METRICS)
-    budget = Budget(ModelShape(8, 4, 1, Plan.of([16], [2])), 0.3)
+    budget = ParameterBudget(ModelShape(8, 4, 1, Plan.of([16], [2])), 0.3)
     curves = [LossCurves(np.linspace(1, 0, 3), np.linspace(1, 0, 17))]
     assert set(CHOICES["seeds"]) == set(seeds(budget, curves))
 
@@ -123,7 +130,7 @@ def test_what_is_refused(changes, said):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_setting_is_explained(preset):
     told = explained(preset)
-    assert [setting.name for setting in told] == [f.name for f in fields(Method)]
+    assert [setting.name for setting in told] == [f.name for f in fields(PruneSettings)]
     assert all(setting.meaning.endswith(".") or ";" in setting.meaning for setting in told)
     assert all(setting.kind for setting in told)
     json.dumps([setting.default for setting in told])

@@ -23,7 +23,7 @@ from exporters.export import export
 from exporters.writer import one_of
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import explain
-from selfpruner_hub.storage.export_record import FILE_NAME
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 
 WARMUP = 2
 """Warm-up passes of each model, which are not counted."""
@@ -139,7 +139,7 @@ def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
 
 def _exported(name: str, runtime: str, output: Path, loading: dict[str, Any], options: dict[str, Any]) -> str:
     """Return the directory of a model's export: `name` if it is an export, else a new one in `output`."""
-    if (Path(name) / FILE_NAME).is_file():
+    if (Path(name) / EXPORT_RECORD_FILE).is_file():
         return name
     return str(export(name, runtime, output, loading=loading, **options))
 

@@ -13,7 +13,7 @@ from selfpruner_hub.calibration.corpus import Corpus, load_corpus, sources_of
 from selfpruner_hub.calibration.text_sources import GENERATED
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.weights import weights_hash
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import Run
 
 CHAT_DATA, PLAIN_DATA = "chat+wikitext2", "wikitext2"
@@ -45,7 +45,7 @@ class Texts:
         self._model, self._tokenizer = model, tokenizer
         self._known: dict[tuple[Any, ...], tuple[Any, int, Corpus]] = {}
 
-    def read(self, data: Any, method: Method, run: Run) -> RunTexts:
+    def read(self, data: Any, method: PruneSettings, run: Run) -> RunTexts:
         """Return the texts of one run.
 
         Args:
@@ -84,7 +84,7 @@ class Texts:
             Corpus.mixed(unseen, run.seed) if unseen else None,
         )
 
-    def _parts(self, source: Any, share: float, method: Method, run: Run) -> RunTexts:
+    def _parts(self, source: Any, share: float, method: PruneSettings, run: Run) -> RunTexts:
         """The windows of one source for each of the three texts."""
         window = min(method.window, getattr(self._model.config, "max_position_embeddings", method.window))
         tokens = method.calibration_tokens, method.fitness_tokens

@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "calibration_tokens": 12_288,
     "fisher_tokens": 4_096,
     "fitness_tokens": 4_096,
-    "accumulate": False,
+    "sequential_repair": False,
 }
 """Settings for a few minutes on two cores: little text, and no second repair, which would double the time."""
 SEARCH: dict[str, Any] = {"evaluations": 8, "population": 4, "crossover": 4, "mutation": 8}

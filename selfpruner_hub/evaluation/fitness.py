@@ -10,15 +10,15 @@ from torch import Tensor
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.metrics import divergence, label_loss, perplexity, teach, teacher_loss
-from selfpruner_hub.evaluation.prefix_cache import Boundaries
-from selfpruner_hub.evaluation.sensitivity import slopes
+from selfpruner_hub.evaluation.prefix_cache import PrefixCache
+from selfpruner_hub.evaluation.sensitivity import measure_steps
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.plans.predicted_loss import LossCurves, Slopes, loss_alone
+from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects, loss_alone
 from selfpruner_hub.pruning.slicing import Slicer
 
 METRICS = ("kl", "perplexity")
-BOUNDARY_MEMORY = 0.5
+PREFIX_MEMORY = 0.5
 """Memory for hidden states of earlier candidates, per number of windows, as a multiple of the dense model's weights."""
 REMAINS = 0.3
 """Weight of the excess, the loss beyond the sum of the layers' predicted losses, in scores before a second repair; that
@@ -50,7 +50,7 @@ class Fitness:
         self.metric = metric
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
         # A model that is offloaded to files does not fit in memory, so there is no memory to spare for hidden states.
-        self._boundaries = Boundaries(0 if slicer.store.on_disk else BOUNDARY_MEMORY * self.nbytes)
+        self._prefixes = PrefixCache(0 if slicer.store.on_disk else PREFIX_MEMORY * self.nbytes)
         self._token_size = slicer.shape.hidden_size * slicer.model.dtype.itemsize
 
     @property
@@ -66,7 +66,7 @@ class Fitness:
     def __call__(self, plan: Plan, share: float = 1.0) -> float:
         """Score `plan` on the first `share` of the windows (at least one); NaN becomes infinity."""
         windows = self._first(share)
-        start = self._boundaries.start(plan, len(windows), windows.numel() * self._token_size)
+        start = self._prefixes.start(plan, len(windows), windows.numel() * self._token_size)
         layers = start.layers(lambda index: self._slicer.layer(index, plan.layers[index]))
         with with_layers(self._slicer.model, layers) as model:
             if self._teacher is None:
@@ -75,7 +75,7 @@ class Fitness:
                 value = divergence(model, windows, self._teacher)
         if not math.isfinite(value):
             value = math.inf
-        self._boundaries.keep(start, len(windows), value)
+        self._prefixes.keep(start, len(windows), value)
         return value
 
     def loss(self, plan: Plan, share: float = 1.0) -> float:
@@ -97,9 +97,9 @@ class Fitness:
             known[len(windows)] = perplexity(self._slicer.model, windows)
         return known[len(windows)]
 
-    def slopes(
+    def measure_steps(
         self, plan: Plan, share: float = 1.0, curves: Sequence[LossCurves] | None = None, remains: float = 1.0
-    ) -> Slopes:
+    ) -> StepEffects:
         """Predict the effect of small changes of a plan on the loss.
 
         Args:
@@ -113,7 +113,7 @@ class Fitness:
         """
         windows = self._first(share)
         loss = label_loss(windows) if self._teacher is None else teacher_loss(self._teacher)
-        return slopes(self._slicer, plan, windows, loss, curves, remains)
+        return measure_steps(self._slicer, plan, windows, loss, curves, remains)
 
     def _first(self, share: float) -> Tensor:
         return self._windows[: max(1, round(share * len(self._windows)))]
@@ -159,6 +159,6 @@ class SecondRepairScore:
         """Score a plan as a loss above the dense model's, in nats per token."""
         return self._fitness.nats(self(plan, share), share)
 
-    def slopes(self, plan: Plan, share: float = 1.0) -> Slopes:
+    def measure_steps(self, plan: Plan, share: float = 1.0) -> StepEffects:
         """Predict the effect of small changes of a plan on its score, in nats per token."""
-        return self._fitness.slopes(plan, share, self._curves, self._remains)
+        return self._fitness.measure_steps(plan, share, self._curves, self._remains)

@@ -13,7 +13,7 @@ KEPT = 4
 """Number of plans whose hidden states are cached, per number of windows: the best plans, which become parents."""
 
 
-class Boundaries:
+class PrefixCache:
     """Caches hidden states at layer boundaries and finds the boundary at which a candidate can start.
 
     Fitness is bit-equal with and without the cache.
@@ -24,9 +24,9 @@ class Boundaries:
 
     def __init__(self, capacity: float) -> None:
         self._capacity = capacity
-        self._best: dict[int, list[tuple[float, Start]]] = {}
+        self._best: dict[int, list[tuple[float, CachedPrefix]]] = {}
 
-    def start(self, plan: Plan, windows: int, size: int) -> Start:
+    def start(self, plan: Plan, windows: int, size: int) -> CachedPrefix:
         """Find the cached boundary at which `plan` skips the most layers.
 
         Args:
@@ -45,10 +45,10 @@ class Boundaries:
                 depth, states = reached, {mark: kept for mark, kept in known.states.items() if mark <= reached}
         layers = len(plan.layers)
         count = min(int(self._capacity // (KEPT * size)), layers - 1)
-        marks = {round((i + 1) * layers / (count + 1)) for i in range(count)}
-        return Start(plan, depth, states, {mark for mark in marks if mark > depth})
+        checkpoints_at = {round((i + 1) * layers / (count + 1)) for i in range(count)}
+        return CachedPrefix(plan, depth, states, {mark for mark in checkpoints_at if mark > depth})
 
-    def keep(self, start: Start, windows: int, fitness: float) -> None:
+    def keep(self, start: CachedPrefix, windows: int, fitness: float) -> None:
         """Cache the hidden states of a candidate if it is among the best so far.
 
         Args:
@@ -60,21 +60,21 @@ class Boundaries:
         self._best[windows] = ranked[:KEPT]
 
 
-class Start:
+class CachedPrefix:
     """A candidate that starts at a layer boundary and records its own hidden states at later boundaries.
 
     Args:
         plan: The candidate.
         depth: Number of layers that it skips.
         states: Hidden states of each forward pass, `[B, W, H]`, by boundary.
-        marks: Boundaries beyond `depth` at which to record hidden states.
+        checkpoints_at: PrefixCache beyond `depth` at which to record hidden states.
     """
 
-    def __init__(self, plan: Plan, depth: int, states: dict[int, list[Tensor]], marks: set[int]) -> None:
+    def __init__(self, plan: Plan, depth: int, states: dict[int, list[Tensor]], checkpoints_at: set[int]) -> None:
         self.plan = plan
         self.depth = depth
         self.states = states
-        self._marks = marks
+        self._checkpoints_at = checkpoints_at
 
     def layers(self, build: Callable[[int], nn.Module]) -> nn.ModuleList:
         """Return placeholders for the skipped layers, and the other layers, which `build` makes from their index.
@@ -85,7 +85,7 @@ class Start:
         skipped: list[nn.Module] = [_Passed() for _ in range(self.depth)]
         if self.depth:
             skipped[-1] = _Known(self.states[self.depth])
-        for mark in self._marks:
+        for mark in self._checkpoints_at:
             self.states[mark] = []
             built[mark - 1].register_forward_hook(_recorder(self.states[mark]))
         return nn.ModuleList([*skipped, *built.values()])

@@ -14,21 +14,21 @@ from selfpruner_hub.models.architectures import architecture_of, decoder_layers,
 from selfpruner_hub.models.forward import Loss, head_gradient
 from selfpruner_hub.models.patching import frozen, with_layers
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.plans.predicted_loss import LossCurves, Slopes, step_channels
+from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects, step_channels
 from selfpruner_hub.pruning.slicing import PARTS, Part, Slicer, units
 
-BATCH_TOKENS = 1024
+PROBE_BATCH_TOKENS = 1024
 """Number of tokens in one forward and backward pass."""
 
 
-def slopes(
+def measure_steps(
     slicer: Slicer,
     plan: Plan,
     windows: Tensor,
     loss: Loss,
     curves: Sequence[LossCurves] | None = None,
     remains: float = 1.0,
-) -> Slopes:
+) -> StepEffects:
     """Predict the effect of each small change of a plan on the loss, with one forward and one backward pass for all.
 
     The first-order term E[∂L/∂y · δy] uses the gradient of the pruned model, so it includes the interaction of the
@@ -50,7 +50,7 @@ def slopes(
     changes = [_Change(slicer, index, part, plan) for index in range(len(layers)) for part in PARTS]
     modules = [module for layer in layers for module in _outputs(model, layer)]
     owners = [owner for layer in layers for owner in _owners(model, layer)]
-    size = max(1, BATCH_TOKENS // windows.shape[1])
+    size = max(1, PROBE_BATCH_TOKENS // windows.shape[1])
     done = 0
     with contextmanager(_watched)(changes, modules, owners), with_layers(model, layers):
         for batch in windows.split(size):
@@ -58,11 +58,11 @@ def slopes(
             with torch.no_grad():
                 for change in changes:
                     change.add()
-    known: dict[str, list[float]] = {name: [] for name in Slopes.__annotations__}
+    known: dict[str, list[float]] = {name: [] for name in StepEffects.__annotations__}
     for change in changes:
         for name, predicted in change.predicted(done, curves, remains).items():
             known[f"{change.part}_{name}"].append(predicted)
-    return Slopes(**{name: tuple(values) for name, values in known.items()})
+    return StepEffects(**{name: tuple(values) for name, values in known.items()})
 
 
 class _Change:

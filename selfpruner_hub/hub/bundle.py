@@ -18,11 +18,11 @@ from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.export_record import read_export
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS
-from selfpruner_hub.storage.model_record import FILE_NAME, Record, read_record
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import save_directory
 
 CARD = "README.md"
-NEEDED = ("config.json", "modeling_selfpruned.py", FILE_NAME)
+NEEDED = ("config.json", "modeling_selfpruned.py", MODEL_RECORD_FILE)
 PATTERNS = (
     *NEEDED,
     *("model*.safetensors", "model.safetensors.index.json", "generation_config.json", JOURNAL_FILE),

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from selfpruner_hub.evaluation.figures import ANSWERED, CHAT_FIGURES, KEPT
 from selfpruner_hub.models.loading import is_repo_id
 from selfpruner_hub.storage.layout import asset
-from selfpruner_hub.storage.model_record import FILE_NAME, Metric, Record, read_record
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
 from selfpruner_hub.storage.staging import write_atomically
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -99,7 +99,7 @@ def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
     """
     record = read_record(directory)
     record = replace(record, metrics={**record.metrics, **metrics})
-    write_atomically(directory / FILE_NAME, record.to_json())
+    write_atomically(directory / MODEL_RECORD_FILE, record.to_json())
     write_atomically(directory / "README.md", render_card(record, chat=(directory / CHAT_TEMPLATE).is_file()))
     return record
 

@@ -32,7 +32,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Budget:
+class ParameterBudget:
     """The constraint of the search: mean rate β, bounds on each rate, granularity of the widths.
 
     Args:

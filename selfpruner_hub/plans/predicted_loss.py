@@ -36,7 +36,7 @@ def loss_alone(curves: Sequence[LossCurves], plan: Plan) -> float:
 
 
 @dataclass(frozen=True)
-class Slopes:
+class StepEffects:
     """Predicted changes of the loss around a plan, in nats per token, one per layer; infinite if a step is impossible.
 
     Attributes:
@@ -56,23 +56,23 @@ class Slopes:
         return {name: [round(x, 6) if math.isfinite(x) else None for x in v] for name, v in vars(self).items()}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Slopes:
+    def from_json(cls, values: dict[str, Any]) -> StepEffects:
         """Rebuild from the result of `to_json`."""
         return cls(**{name: tuple(math.inf if x is None else float(x) for x in v) for name, v in values.items()})
 
 
-def paying_moves(slopes: Slopes, shape: ModelShape) -> dict[str, list[int]]:
+def paying_moves(effects: StepEffects, shape: ModelShape) -> dict[str, list[int]]:
     """Select steps that together lower the loss: restored parts save more loss than the removed parts cost.
 
     Steps are taken in order of the loss per weight that they save or cost, until the two prices meet. This is a
-    knapsack over one step of every part, around the plan where the slopes were measured.
+    knapsack over one step of every part, around the plan where the effects were measured.
 
     Args:
-        slopes: Predicted changes of the loss.
+        effects: Predicted changes of the loss.
         shape: Geometry of the dense model.
 
     Returns:
-        Indices of the layers to change (from 0), by field of `Slopes`, best first. Each part of a layer is either
+        Indices of the layers to change (from 0), by field of `StepEffects`, best first. Each part of a layer is either
         removed or restored, not both.
     """
     sizes = {
@@ -80,12 +80,12 @@ def paying_moves(slopes: Slopes, shape: ModelShape) -> dict[str, list[int]]:
         "ffn": [step_channels(w.intermediate_size) * shape.channel_weights for w in shape.dense.layers],
     }
     ranked: dict[str, list[tuple[float, str, int]]] = {"removed": [], "restored": []}
-    for name, changes in vars(slopes).items():
+    for name, changes in vars(effects).items():
         part, _, way = name.partition("_")
         sign = 1 if way == "removed" else -1
         ranked[way] += [(sign * c / sizes[part][i], part, i) for i, c in enumerate(changes) if math.isfinite(c)]
     removed, restored = sorted(ranked["removed"]), sorted(ranked["restored"], reverse=True)
-    found: dict[str, list[int]] = {name: [] for name in vars(slopes)}
+    found: dict[str, list[int]] = {name: [] for name in vars(effects)}
     taken: set[tuple[str, int]] = set()
     spare = 0  # weights removed and not yet restored; if negative, weights that are still to be removed
     cost = gain = 0.0  # loss per weight of the steps that were taken last

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 
@@ -19,12 +19,12 @@ arXiv 2502.10184)."""
 
 
 def seeds(
-    budget: Budget, curves: Sequence[LossCurves] | None = None, loss: Callable[[Plan], float] | None = None
+    budget: ParameterBudget, curves: Sequence[LossCurves] | None = None, loss: Callable[[Plan], float] | None = None
 ) -> dict[str, Rates]:
     """Compute the seed plans, simplest first.
 
     Args:
-        budget: Budget of the search.
+        budget: ParameterBudget of the search.
         curves: Predicted losses of the layers alone, for the seeds `sensitivity` and `blend`; None leaves these out.
         loss: Function that measures the loss of a plan above the dense model's, in nats per token, to scale the curves;
             None leaves the curves unscaled.
@@ -43,7 +43,9 @@ def seeds(
     return found
 
 
-def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[Plan], float]) -> list[LossCurves]:
+def _as_measured(
+    budget: ParameterBudget, curves: Sequence[LossCurves], loss: Callable[[Plan], float]
+) -> list[LossCurves]:
     """Scale the curves of attention and those of the FFN to the measured loss of cutting only that part in all layers.
 
     The curves predict each layer alone, and the loss of all layers together can differ from their sum.
@@ -63,7 +65,7 @@ def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[P
     return [LossCurves(attention * c.attention, ffn * c.ffn) for c in curves]
 
 
-def _rates(budget: Budget, ffn: NDArray[np.float64]) -> Rates:
+def _rates(budget: ParameterBudget, ffn: NDArray[np.float64]) -> Rates:
     """Tied rates if the budget ties them; otherwise FFN rates only, as a KV group per layer is too much to remove."""
     attention = ffn if budget.tied else np.zeros_like(ffn)
     return Rates(tuple(attention.tolist()), tuple(ffn.tolist()))
@@ -74,7 +76,7 @@ def _blend(a: Rates, b: Rates) -> Rates:
     return Rates(a.attention, tuple((x + y) / 2 for x, y in zip(a.ffn, b.ffn, strict=True)))
 
 
-def knapsack(budget: Budget, curves: Sequence[LossCurves]) -> Rates:
+def knapsack(budget: ParameterBudget, curves: Sequence[LossCurves]) -> Rates:
     """Find the rates of least total predicted loss: each part minimises loss + μ · weights, with μ by bisection.
 
     The layers' losses are assumed to add up; the search finds how they interact.

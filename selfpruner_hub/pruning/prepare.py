@@ -15,7 +15,7 @@ from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.slicing import Slicer, ordered
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 
@@ -31,7 +31,7 @@ class Prepared:
     """Predicted loss of each layer alone; None without Fisher information."""
 
 
-def fisher_information(model: PreTrainedModel, windows: Tensor, method: Method, run: Run) -> Fisher | None:
+def fisher_information(model: PreTrainedModel, windows: Tensor, method: PruneSettings, run: Run) -> Fisher | None:
     """Measure the Fisher information of the outputs of all layers, if a setting needs it.
 
     It runs before every other stage, because a backward pass takes much memory.
@@ -52,7 +52,7 @@ def fisher_information(model: PreTrainedModel, windows: Tensor, method: Method, 
 
 @contextmanager
 def prepared(
-    model: PreTrainedModel, windows: Tensor, method: Method, fisher: Fisher | None = None, run: Run = DEFAULT_RUN
+    model: PreTrainedModel, windows: Tensor, method: PruneSettings, fisher: Fisher | None = None, run: Run = DEFAULT_RUN
 ) -> Iterator[Prepared]:
     """Calibrate a model and put its weights into order of importance, in place, while the context lasts.
 

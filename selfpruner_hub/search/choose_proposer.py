@@ -8,18 +8,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import load_model
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 
 
 def choose_proposer(
     proposer: str | Proposer,
     endpoint_model: str | None,
-    budget: Budget,
-    method: Method,
+    budget: ParameterBudget,
+    method: PruneSettings,
     subject: str,
     own: tuple[PreTrainedModel, PreTrainedTokenizerBase | None],
 ) -> Proposer:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.evaluation.fitness import REMAINS, Fitness, SecondRepairScore
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.progress import Bars
@@ -21,17 +21,17 @@ from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, Found, Standing
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import ray_workers
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import Run
 
 
 def find_plan(
     proposer: Proposer,
-    budget: Budget,
+    budget: ParameterBudget,
     ready: Prepared,
     texts: RunTexts,
     journal: Journal,
-    method: Method,
+    method: PruneSettings,
     run: Run,
 ) -> Found:
     """Search for a plan, then compare it with the best seed plan on unseen text.
@@ -51,12 +51,17 @@ def find_plan(
     slicer, curves = ready.slicer, ready.curves
     scoring = curves if method.repairs_twice else None
     fitness = _fitness(slicer, texts.search.windows, method, scoring)
-    probe = fitness.slopes if isinstance(fitness, SecondRepairScore) else partial(fitness.slopes, curves=curves)
+    measure_steps = (
+        fitness.measure_steps
+        if isinstance(fitness, SecondRepairScore)
+        else partial(fitness.measure_steps, curves=curves)
+    )
     measure = partial(fitness.loss, share=method.first_share)
     known = seeds(budget, curves if method.predicts_losses else None, measure)
     starts = {name: rates for name, rates in known.items() if name in method.seeds}
     with ray_workers(fitness) if run.executor == "ray" else nullcontext() as pool:
-        problem = Problem(budget, starts, fitness, probe if getattr(proposer, "reads_slopes", False) else None, pool)
+        told = measure_steps if getattr(proposer, "reads_slopes", False) else None
+        problem = Problem(budget, starts, fitness, told, pool)
         outcome = search(proposer, problem, journal, method, seed=run.seed, report=_live(run.progress, method))
     gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
     if method.evaluations and texts.unseen is not None:
@@ -66,14 +71,14 @@ def find_plan(
 
 
 def _fitness(
-    slicer: Slicer, windows: Tensor, method: Method, curves: Sequence[LossCurves] | None
+    slicer: Slicer, windows: Tensor, method: PruneSettings, curves: Sequence[LossCurves] | None
 ) -> Fitness | SecondRepairScore:
     """Make the fitness that is minimised; with `curves`, the one that allows for the second repair."""
     fitness = Fitness(slicer, windows, method.fitness)
     return fitness if curves is None else SecondRepairScore(fitness, curves, REMAINS)
 
 
-def _live(report: Callable[..., None], method: Method) -> Callable[[Standing], None]:
+def _live(report: Callable[..., None], method: PruneSettings) -> Callable[[Standing], None]:
     """Report the evaluations spent; bars also show the best plan, and the tokens and cost of a language model."""
 
     def show(at: Standing) -> None:

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from selfpruner_hub.errors import OutputError, RunMismatchError
 from selfpruner_hub.plans.budget import Rates
 from selfpruner_hub.plans.plan import Plan, plan_of, widths_of
-from selfpruner_hub.plans.predicted_loss import Slopes
+from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.search.proposers import Operation, Proposal
+from selfpruner_hub.settings import renamed
 
 SCHEMA_VERSION = 1
 JOURNAL_FILE = "search.jsonl"
@@ -71,7 +72,7 @@ class ProbeLine:
     round: int
     share: float
     """Cost in full-evaluation equivalents."""
-    slopes: Slopes
+    slopes: StepEffects
     plan: Plan
     seconds: float
 
@@ -130,7 +131,10 @@ class Journal:
         if not self._texts or self.path is None:
             self._write(header)
             return
-        if (found := _record(self._texts[0], self.path, 1)) != (wanted := json.loads(header)):
+        found, wanted = _record(self._texts[0], self.path, 1), json.loads(header)
+        if isinstance(found.get("settings"), dict):
+            found["settings"] = renamed(found["settings"])
+        if found != wanted:
             raise RunMismatchError(
                 f"{self.path} belongs to another search ({_difference(found, wanted)}).",
                 "Use another run directory, or the same model, data and settings.",
@@ -299,6 +303,6 @@ _FORMS: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "fitness": ("fitness", _filed_fitness, _read_fitness),
     "best": ("best", _filed_fitness, _read_fitness),
     "plan": ("widths", widths_of, plan_of),
-    "slopes": ("slopes", Slopes.to_json, Slopes.from_json),
+    "slopes": ("slopes", StepEffects.to_json, StepEffects.from_json),
 }
 """By field, where the file has another form: the name of its key, and the functions that write and read its value."""

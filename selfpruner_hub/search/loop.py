@@ -16,20 +16,20 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from selfpruner_hub.errors import ProposerError, SelfPrunerError
-from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.plans.predicted_loss import Slopes
+from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.search.journal import AskLine, Journal, ProbeLine, Reply, RoundLine, ScoreLine
 from selfpruner_hub.search.outcome import Outcome, Standing
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Proposer, Scored
 from selfpruner_hub.search.schedule import rounds
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 
 Score = Callable[[Plan, float], float]
 """(plan, share of the windows) → fitness, lower is better."""
 Pool = Callable[[Sequence[Plan], float], Iterator[float]]
 """(plans, share of the windows) → fitness of each plan, in the order of the plans."""
-Probe = Callable[[Plan, float], Slopes]
+MeasureSteps = Callable[[Plan, float], StepEffects]
 """(plan, share of the windows) → predicted change of the loss for one step more or less of every layer."""
 
 PROBE_COST = 5.0
@@ -45,13 +45,13 @@ BARREN_ROUNDS = 8
 class Problem:
     """What is searched for: the plan on a budget with the lowest score."""
 
-    budget: Budget
+    budget: ParameterBudget
     """Parameter budget that every plan is projected to."""
     seeds: Mapping[str, Rates]
     """Rates of the seed plans, by name; at least one."""
     score: Score
     """Function that scores one plan."""
-    probe: Probe | None = None
+    measure_steps: MeasureSteps | None = None
     """Function that predicts the effect of small changes of the best plan, for proposers that read it; a call counts as
     `PROBE_COST` scores."""
     pool: Pool | None = None
@@ -66,7 +66,7 @@ def search(
     proposer: Proposer,
     problem: Problem,
     journal: Journal,
-    settings: Method,
+    settings: PruneSettings,
     *,
     seed: int = 0,
     report: Callable[[Standing], None] | None = None,
@@ -75,7 +75,7 @@ def search(
 
     Args:
         proposer: Source of rates.
-        problem: Budget, seed plans and score.
+        problem: ParameterBudget, seed plans and score.
         journal: Journal of the search; its lines are replayed first, then new ones are appended.
         settings: Settings of the search: its length, and how the rounds spend it.
         seed: Random seed.
@@ -91,7 +91,7 @@ def search(
     for number, operation, count in rounds(settings):
         if run.spent >= settings.evaluations or barren == BARREN_ROUNDS:
             break
-        run.measure_slopes(number)
+        run.measure_steps(number)
         children = run.ask(number, operation, count)
         barren = 0 if children else barren + 1
         if children:
@@ -105,7 +105,7 @@ class _Search:
     proposer: Proposer
     problem: Problem
     journal: Journal
-    settings: Method
+    settings: PruneSettings
     seed: int
     report: Callable[[Standing], None] | None
     spent: float = 0.0
@@ -115,7 +115,7 @@ class _Search:
     """Scores on the first share of the windows, by plan."""
     full: dict[Plan, Scored] = field(default_factory=dict)
     """Scores on all windows, by plan."""
-    slopes: dict[Plan, Slopes] = field(default_factory=dict)
+    effects: dict[Plan, StepEffects] = field(default_factory=dict)
     """Predicted effects of small changes, by plan, where measured."""
 
     def __post_init__(self) -> None:
@@ -134,20 +134,20 @@ class _Search:
     def history(self) -> list[Scored]:
         """Return all plans scored on the first share of the windows, best first."""
         best = self.incumbent().plan
-        known = (replace(s, slopes=self.slopes.get(best)) if s.plan == best else s for s in self.first.values())
+        known = (replace(s, slopes=self.effects.get(best)) if s.plan == best else s for s in self.first.values())
         return sorted(known, key=lambda s: s.fitness)
 
-    def measure_slopes(self, number: int) -> None:
+    def measure_steps(self, number: int) -> None:
         """Predict the effects of small changes of the incumbent, once for each plan."""
         plan, share = self.incumbent().plan, self.settings.probe_share
-        if self.problem.probe is None or not share or plan in self.slopes:
+        if self.problem.measure_steps is None or not share or plan in self.effects:
             return
         if plan not in self._probed:
             started = time.perf_counter()
-            found = self.problem.probe(plan, share)
+            found = self.problem.measure_steps(plan, share)
             line = self.journal.append(ProbeLine(number, PROBE_COST * share, found, plan, _seconds_since(started)))
             self._probed[plan] = line.slopes
-        self.slopes[plan] = self._probed[plan]
+        self.effects[plan] = self._probed[plan]
         self.spent += PROBE_COST * share
 
     # -- asking ---------------------------------------------------------------------------------------------------

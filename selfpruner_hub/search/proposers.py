@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.plans.predicted_loss import Slopes
+from selfpruner_hub.plans.predicted_loss import StepEffects
 
 Operation = Literal["initial", "crossover", "mutation"]
 """Kind of proposal: new rates, a child of two parents, or a changed parent."""
@@ -29,7 +29,7 @@ class Scored:
     origin: str
     """Source of the plan: `seed:NAME`, the proposer's name, or `fallback`."""
     round: int
-    slopes: Slopes | None = None
+    slopes: StepEffects | None = None
     """Predicted effects of small changes of the plan, where measured."""
 
 
@@ -83,7 +83,7 @@ class RandomProposer:
 
     name = "random"
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: ParameterBudget) -> None:
         self._budget = budget
 
     def ask(
@@ -101,7 +101,7 @@ class EvolutionProposer:
 
     name = "evolution"
 
-    def __init__(self, budget: Budget, elite: int = 8) -> None:
+    def __init__(self, budget: ParameterBudget, elite: int = 8) -> None:
         self._budget = budget
         self._elite = elite
 
@@ -146,7 +146,7 @@ class EvolutionProposer:
         return Proposal(Rates(tuple(attention.clip(0, 1).tolist()), tuple(ffn.clip(0, 1).tolist())), (parent,))
 
 
-def random_rates(budget: Budget, rng: np.random.Generator) -> Rates:
+def random_rates(budget: ParameterBudget, rng: np.random.Generator) -> Rates:
     """Draw FFN rates uniformly in ±60 % of β; each layer loses one KV group with probability β / 2."""
     layers = budget.shape.num_layers
     ffn = tuple(rng.uniform(0.4 * budget.beta, 1.6 * budget.beta, layers).clip(0, 1).tolist())

@@ -68,7 +68,7 @@ def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
     workers: list[Any] = []
     try:
         device = {"num_gpus": 1} if fitness.device.type == "cuda" else {"num_gpus": 0}
-        kind = ray.remote(num_cpus=THREADS, **device, max_restarts=RESTARTS, max_task_retries=RESTARTS)(Worker)
+        kind = ray.remote(num_cpus=THREADS, **device, max_restarts=RESTARTS, max_task_retries=RESTARTS)(RayScorer)
         shared = ray.put(fitness)
         workers += [kind.remote([shared]) for _ in range(count_workers(ray.cluster_resources(), fitness))]
         yield lambda plans, share: _scores(workers, plans, share)
@@ -87,7 +87,7 @@ def count_workers(resources: dict[str, float], fitness: Fitness | SecondRepairSc
     return max(1, int(min(fitting)))
 
 
-class Worker:
+class RayScorer:
     """Ray actor that scores plans with its own copy of the fitness.
 
     Args:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from selfpruner_hub.search.proposers import Operation
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 
 
-def rounds(settings: Method) -> Iterator[tuple[int, Operation, int]]:
+def rounds(settings: PruneSettings) -> Iterator[tuple[int, Operation, int]]:
     """Yield (round, operation, number of proposals) without end; round 0 scores the seed plans.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.storage.versioned_json import parse_versioned
 
-FILE_NAME = "selfpruner_export.json"
+EXPORT_RECORD_FILE = "selfpruner_export.json"
 """Name of the file; not `export.json`, since transformers' exporters write a manifest of that name."""
 SCHEMA_VERSION = 1
 
@@ -53,12 +53,12 @@ def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
     Raises:
         SavedModelError: The directory holds no export, one of another format, or a damaged record.
     """
-    path = directory / FILE_NAME
+    path = directory / EXPORT_RECORD_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SavedModelError(
-            f"{str(directory)!r} holds no export (no readable {FILE_NAME}).",
+            f"{str(directory)!r} holds no export (no readable {EXPORT_RECORD_FILE}).",
             "Give a directory written by `selfpruner export`.",
         ) from error
     values = parse_versioned(text, str(path), SCHEMA_VERSION, {f.name for f in fields(ExportRecord)})

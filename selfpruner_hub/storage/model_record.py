@@ -13,7 +13,7 @@ from selfpruner_hub.plans.plan import Plan, plan_of
 from selfpruner_hub.storage.versioned_json import parse_versioned
 
 SCHEMA_VERSION = 1
-FILE_NAME = "selfpruner.json"
+MODEL_RECORD_FILE = "selfpruner.json"
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def read_record(directory: Path) -> Record:
     Raises:
         SavedModelError: The directory holds no pruned model, or its record is damaged.
     """
-    path = directory / FILE_NAME
+    path = directory / MODEL_RECORD_FILE
     if not path.is_file():
         raise SavedModelError(
-            f"{str(directory)!r} is not a model that selfpruner saved (it has no {FILE_NAME}).",
+            f"{str(directory)!r} is not a model that selfpruner saved (it has no {MODEL_RECORD_FILE}).",
             "Give a directory written by `selfpruner prune` or `save_pretrained`.",
         )
     try:

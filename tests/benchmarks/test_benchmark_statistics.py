@@ -10,7 +10,7 @@ from starts import halfway, threshold
 from support.tiny import tiny_model
 
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 
 
 def test_pairs_on_which_two_fitnesses_are_most_at_odds():
@@ -34,7 +34,7 @@ def test_what_a_repair_leaves_and_what_orders_plans_for_it():
 
 
 def test_one_threshold_cuts_where_scores_are_least():
-    budget = Budget(shape_of(tiny_model("llama").config), 0.3)
+    budget = ParameterBudget(shape_of(tiny_model("llama").config), 0.3)
     shape = budget.shape
     widths = [w.intermediate_size for w in shape.dense.layers]
     scores = [torch.rand(width, generator=torch.Generator().manual_seed(0)) for width in widths]
@@ -46,7 +46,7 @@ def test_one_threshold_cuts_where_scores_are_least():
 
 
 def test_half_way_between_two_plans():
-    budget = Budget(shape_of(tiny_model("llama").config), 0.3)
+    budget = ParameterBudget(shape_of(tiny_model("llama").config), 0.3)
     layers = budget.shape.num_layers
     flat, ramp = Rates((0.0,) * layers, (0.3,) * layers), Rates((0.0,) * layers, (0.2, *(0.4,) * (layers - 1)))
     middle = halfway(budget, flat, ramp)

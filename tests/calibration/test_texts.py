@@ -12,12 +12,14 @@ from selfpruner_hub.calibration import conversations, corpus, texts
 from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.calibration.texts import Texts
 from selfpruner_hub.errors import DataError, UserError
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 WINDOW, CALIBRATION, FITNESS = 32, 20, 8
-METHOD = Method(evaluations=0, window=WINDOW, calibration_tokens=WINDOW * CALIBRATION, fitness_tokens=WINDOW * FITNESS)
+METHOD = PruneSettings(
+    evaluations=0, window=WINDOW, calibration_tokens=WINDOW * CALIBRATION, fitness_tokens=WINDOW * FITNESS
+)
 QUESTIONS = [f"What is item {i} of list {i * i}?" for i in range(4000)]
 TALKS = [[user(question), assistant("It is a number.")] for question in QUESTIONS[:60]]
 

@@ -14,12 +14,12 @@ from selfpruner_hub.calibration.corpus import Corpus, load_corpus
 from selfpruner_hub.calibration.texts import Texts
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.search import find_plan
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
 WINDOW, CALIBRATION, FITNESS = 8, 8, 4
-METHOD = Method(window=WINDOW, calibration_tokens=WINDOW * CALIBRATION, fitness_tokens=WINDOW * FITNESS)
+METHOD = PruneSettings(window=WINDOW, calibration_tokens=WINDOW * CALIBRATION, fitness_tokens=WINDOW * FITNESS)
 UNSEARCHED = replace(METHOD, evaluations=0)
 
 
@@ -168,7 +168,7 @@ def test_the_gain_is_measured_on_it(model, monkeypatch):
 
     monkeypatch.setattr(find_plan, "Fitness", Spy)
     small = {"data": "self", "proposer": "evolution", "window": 32, "seeds": ("uniform",), "progress": False}
-    small |= {"calibration_tokens": 1024, "fitness_tokens": 256, "accumulate": False}  # scores are measurements
+    small |= {"calibration_tokens": 1024, "fitness_tokens": 256, "sequential_repair": False}  # scores are measurements
     report = AutoPruner(model, tiny_tokenizer(), "tests/llama").prune(0.3, evaluations=4, **small).report
     (searched, on_own), (unseen, on_unseen) = scored
     assert Corpus.of("", searched).sha256 == report.data["fitness"]["sha256"]

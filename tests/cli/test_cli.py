@@ -23,7 +23,7 @@ from selfpruner_hub.cli import main
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import perplexity
 from selfpruner_hub.hub import licences
-from selfpruner_hub.settings import PRESETS, Method
+from selfpruner_hub.settings import PRESETS, PruneSettings
 from selfpruner_hub.storage.model_record import Record, read_record
 
 SMALL = [
@@ -276,9 +276,10 @@ def test_settings_lists_what_set_takes(run, dense, text, tmp_path):
     status, out, err = run("settings", "--json")
     listed = {setting["name"]: setting for setting in json.loads(out)}
     assert (status, err) == (0, "")
-    assert set(listed) == {f.name for f in fields(Method)} - {"fitness", "evaluations"}
+    assert set(listed) == {f.name for f in fields(PruneSettings)} - {"fitness", "evaluations"}
     assert listed["window"] == {
-        "name": "window", "kind": "a whole number", "default": Method().window, "meaning": listed["window"]["meaning"]
+        "name": "window", "kind": "a whole number", "default": PruneSettings().window,
+        "meaning": listed["window"]["meaning"],
     }  # fmt: skip
     changes = [word for name, setting in listed.items() for word in ("--set", f"{name}={value(setting['default'])}")]
     small = prune(dense, tmp_path / "small", text)  # after those, since later words win

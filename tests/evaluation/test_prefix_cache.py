@@ -8,11 +8,11 @@ import pytest
 import torch
 from support.tiny import CONFIGS, tiny_model
 
-import selfpruner_hub.evaluation.prefix_cache as boundaries
+import selfpruner_hub.evaluation.prefix_cache as prefix_cache
 import selfpruner_hub.models.forward as forward
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.evaluation.fitness import Fitness
-from selfpruner_hub.evaluation.prefix_cache import KEPT, Boundaries
+from selfpruner_hub.evaluation.prefix_cache import KEPT, PrefixCache
 from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruning.importance import rank
@@ -33,14 +33,14 @@ def small_batches(monkeypatch):
 def skipped(monkeypatch):
     """How many layers each candidate skipped."""
     depths = []
-    start = Boundaries.start
+    start = PrefixCache.start
 
     def watched(self, *args):
         found = start(self, *args)
         depths.append(found.depth)
         return found
 
-    monkeypatch.setattr(boundaries.Boundaries, "start", watched)
+    monkeypatch.setattr(prefix_cache.PrefixCache, "start", watched)
     return depths
 
 
@@ -52,12 +52,12 @@ def test_the_score_is_the_same_to_the_bit(name, metric, skipped, monkeypatch):
     order = rank(model, statistics)
     with ordered(model, order):
         slicer = Slicer(model, order, statistics)
-        monkeypatch.setattr("selfpruner_hub.evaluation.fitness.BOUNDARY_MEMORY", 0)
+        monkeypatch.setattr("selfpruner_hub.evaluation.fitness.PREFIX_MEMORY", 0)
         plain = Fitness(slicer, WINDOWS, metric)
         expected = [plain(plan, share) for share in (0.3, 1.0) for plan in (ONE, *OTHERS)]
         assert set(skipped) == {0}
         skipped.clear()
-        monkeypatch.setattr("selfpruner_hub.evaluation.fitness.BOUNDARY_MEMORY", 1e3)
+        monkeypatch.setattr("selfpruner_hub.evaluation.fitness.PREFIX_MEMORY", 1e3)
         sharing = Fitness(slicer, WINDOWS, metric)
         assert [sharing(plan, share) for share in (0.3, 1.0) for plan in (ONE, *OTHERS)] == expected
         assert skipped == [0, 3, 1, 0, 0, 3, 1, 0]  # nothing is shared between shares
@@ -67,13 +67,13 @@ def test_the_score_is_the_same_to_the_bit(name, metric, skipped, monkeypatch):
 
 def test_only_what_fits_is_kept_at_even_distances():
     dense = Plan.of([48] * 12, [4] * 12)
-    assert Boundaries(0).start(dense, 4, 10)._marks == set()
-    assert Boundaries(KEPT * 10 * 3 + 1).start(dense, 4, 10)._marks == {3, 6, 9}
-    assert Boundaries(1e9).start(dense, 4, 10)._marks == set(range(1, 12))
+    assert PrefixCache(0).start(dense, 4, 10)._checkpoints_at == set()
+    assert PrefixCache(KEPT * 10 * 3 + 1).start(dense, 4, 10)._checkpoints_at == {3, 6, 9}
+    assert PrefixCache(1e9).start(dense, 4, 10)._checkpoints_at == set(range(1, 12))
 
 
 def test_the_best_are_kept_and_the_deepest_boundary_is_taken():
-    known = Boundaries(1e9)
+    known = PrefixCache(1e9)
     plans = [Plan.of([width, width, 3, 4], [1] * 4) for width in range(10, 10 + KEPT + 2)]
     for number, plan in enumerate(plans):
         start = known.start(plan, 4, 1)

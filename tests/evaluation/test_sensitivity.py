@@ -13,9 +13,9 @@ from support.tiny import CONFIGS, tiny_model
 from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.evaluation.fitness import Fitness, SecondRepairScore
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.plans.predicted_loss import STEP, Slopes
+from selfpruner_hub.plans.predicted_loss import STEP, StepEffects
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.slicing import Slicer, ordered
 from selfpruner_hub.search.proposers import random_rates
@@ -50,13 +50,13 @@ def test_slopes_predict_what_small_changes_do(architecture):
     order = rank(model, statistics)
     with ordered(model, order):
         slicer = Slicer(model, order, statistics, fisher=output_fisher(model, windows))
-        budget = Budget(slicer.shape, 0.3)
+        budget = ParameterBudget(slicer.shape, 0.3)
         plan = budget.project(random_rates(budget, np.random.default_rng(0)))
         curves = slicer.loss_curves()
         fitness = Fitness(slicer, windows, "perplexity")
-        found = fitness.slopes(plan)
-        second = fitness.slopes(plan, curves=curves)
-        lessened = SecondRepairScore(fitness, curves, 0.25).slopes(plan)
+        found = fitness.measure_steps(plan)
+        second = fitness.measure_steps(plan, curves=curves)
+        lessened = SecondRepairScore(fitness, curves, 0.25).measure_steps(plan)
         base, predicted, measured = math.log(fitness(plan)), [], []
         for layer, (kept, dense) in enumerate(zip(plan.layers, slicer.shape.dense.layers, strict=True)):
             step = max(1, round(STEP * dense.intermediate_size))
@@ -94,5 +94,5 @@ def test_slopes_predict_what_small_changes_do(architecture):
 
 
 def test_slopes_survive_the_journal():
-    slopes = Slopes((0.25, math.inf), (-0.5, -0.125), (0.0, 1.0), (math.inf, math.inf))
-    assert Slopes.from_json(slopes.to_json()) == slopes
+    slopes = StepEffects((0.25, math.inf), (-0.5, -0.125), (0.0, 1.0), (math.inf, math.inf))
+    assert StepEffects.from_json(slopes.to_json()) == slopes

@@ -27,7 +27,7 @@ from selfpruner_hub.cli import main
 from selfpruner_hub.errors import ModelError, SavedModelError, UserError
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.storage.export_record import FILE_NAME
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.heavy
@@ -179,7 +179,7 @@ def test_figures_go_into_the_record_and_the_card(pair, tmp_path, capsys):
 def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
     for side in pair:
         shutil.copytree(side, tmp_path / side.name)
-        (tmp_path / side.name / FILE_NAME).touch()
+        (tmp_path / side.name / EXPORT_RECORD_FILE).touch()
     benchmark(tmp_path / "pruned", tmp_path / "dense", "gguf", prompts=(8,), new_tokens=1, runs=2)
     assert drifting == [("gguf", str(tmp_path / "dense")), ("gguf", str(tmp_path / "pruned"))]
 

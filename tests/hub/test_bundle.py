@@ -12,18 +12,17 @@ from support.hub_server import check_yaml
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.bundle import collect, is_ours, write_card
-from selfpruner_hub.storage.export_record import FILE_NAME as EXPORT_RECORD
-from selfpruner_hub.storage.export_record import SCHEMA_VERSION, ExportRecord
-from selfpruner_hub.storage.model_record import FILE_NAME, Metric, read_record
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, SCHEMA_VERSION, ExportRecord
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, read_record
 
 
 def put_export(directory, name, record):
     """An export as `exporters` leaves it, as far as publishing looks at it."""
     folder = directory / name
     folder.mkdir()
-    (folder / FILE_NAME).write_text(record.to_json())
+    (folder / MODEL_RECORD_FILE).write_text(record.to_json())
     values = {**{f.name: None for f in fields(ExportRecord)}, "format": name, "schema_version": SCHEMA_VERSION}
-    (folder / EXPORT_RECORD).write_text(json.dumps(values))
+    (folder / EXPORT_RECORD_FILE).write_text(json.dumps(values))
     (folder / "model.bin").write_bytes(b"graph")
     return folder
 
@@ -73,10 +72,10 @@ def test_exports_of_this_model(saved_model):
     record = read_record(saved_model)
     (put_export(saved_model, "gguf", record) / ".cache").write_text("mine")
     measured = replace(record, metrics={"perplexity": Metric(12.5, 10.25, "later")})
-    (saved_model / FILE_NAME).write_text(measured.to_json())  # what is measured later changes no weight
+    (saved_model / MODEL_RECORD_FILE).write_text(measured.to_json())  # what is measured later changes no weight
     bundle = collect(saved_model)
     assert bundle.exports == ("gguf",)
-    assert {f"gguf/{name}" for name in (FILE_NAME, EXPORT_RECORD, "model.bin")} == {
+    assert {f"gguf/{name}" for name in (MODEL_RECORD_FILE, EXPORT_RECORD_FILE, "model.bin")} == {
         name for name in bundle.files if "/" in name
     }
 
@@ -114,7 +113,7 @@ def test_a_secret_in_the_record_stays_at_home(verb, saved_model, tmp_path, monke
     monkeypatch.setenv("MY_API_KEY", "planted-in-a-protocol")
     record = read_record(saved_model)
     metrics = {"perplexity": Metric(12.5, 10.25, "at planted-in-a-protocol")}
-    (saved_model / FILE_NAME).write_text(replace(record, metrics=metrics).to_json())
+    (saved_model / MODEL_RECORD_FILE).write_text(replace(record, metrics=metrics).to_json())
     output = tmp_path / "card"
     words = ["card", str(saved_model), "me/tiny", "--output", str(output)]
     assert main(words if verb == "card" else ["push", str(saved_model), "me/tiny", "--quiet"]) == 2

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from selfpruner_hub.errors import BudgetError
-from selfpruner_hub.plans.budget import Budget, Rates, _largest_remainder, _shift_to_sum
+from selfpruner_hub.plans.budget import ParameterBudget, Rates, _largest_remainder, _shift_to_sum
 from selfpruner_hub.plans.plan import ModelShape, Plan
 
 SMOLLM2 = ModelShape(hidden_size=576, head_dim=64, queries_per_group=3, dense=Plan.of([1536] * 30, [3] * 30))
@@ -33,7 +33,7 @@ def budgets(draw, tied=None):
     p_min, p_max = draw(st.sampled_from(BOUNDS))
     beta, multiple_of = draw(st.floats(0.02, 0.88)), draw(st.sampled_from([1, 8, 32, 64]))
     try:
-        return Budget(shape, beta, p_min, p_max, draw(st.booleans()) if tied is None else tied, multiple_of)
+        return ParameterBudget(shape, beta, p_min, p_max, draw(st.booleans()) if tied is None else tied, multiple_of)
     except BudgetError:
         assume(False)
 
@@ -98,7 +98,7 @@ def test_a_change_of_a_plan_is_on_the_budget_too(proposal, data):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_layers_that_a_change_leaves_alone_stay_as_they_are(tied):
-    budget = Budget(SMOLLM2, 0.3, 0.1 if tied else 0.0, 0.9, tied)
+    budget = ParameterBudget(SMOLLM2, 0.3, 0.1 if tied else 0.0, 0.9, tied)
     for seed in range(10):
         rng = random.Random(seed)
         before = budget.project(random_rates(30, seed))
@@ -116,7 +116,7 @@ def test_the_layers_that_a_change_leaves_alone_stay_as_they_are(tied):
 
 
 def test_a_group_that_goes_is_settled_in_its_own_layer():
-    budget = Budget(SMOLLM2, 0.3)
+    budget = ParameterBudget(SMOLLM2, 0.3)
     before = budget.project(flat(budget))
     parent = budget.rates(before)
     after = budget.project(Rates((*parent.attention[:29], 1 / 3), parent.ffn), parent)
@@ -126,7 +126,7 @@ def test_a_group_that_goes_is_settled_in_its_own_layer():
 
 
 def test_a_change_that_its_layers_cannot_pay_for_is_settled_by_all():
-    budget = Budget(SMOLLM2, 0.3)
+    budget = ParameterBudget(SMOLLM2, 0.3)
     parent = budget.rates(budget.project(flat(budget)))
     plan = budget.project(Rates(tuple([2 / 3] * 9 + [0.0] * 21), parent.ffn), parent)  # nine layers, FFN 0.9 at least
     assert abs(SMOLLM2.beta(plan) - 0.3) <= 0.001
@@ -136,7 +136,7 @@ def test_a_change_that_its_layers_cannot_pay_for_is_settled_by_all():
 # and the first layer ends at 0.073.
 def test_no_layer_of_a_tied_plan_loses_less_than_p_min():
     shape = ModelShape(hidden_size=32, head_dim=80, queries_per_group=2, dense=Plan.of([960] * 4, [4] * 4))
-    plan = Budget(shape, 0.2, 0.1, 0.9, tied=True).project(Rates.tied([0.0, 0.3, 0.3, 0.6]))
+    plan = ParameterBudget(shape, 0.2, 0.1, 0.9, tied=True).project(Rates.tied([0.0, 0.3, 0.3, 0.6]))
     assert min(shape.rates(plan)) >= 0.1 - 0.001
 
 
@@ -144,14 +144,14 @@ def test_no_layer_of_a_tied_plan_loses_less_than_p_min():
 @pytest.mark.parametrize("beta", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
 def test_smollm2_meets_beta_within_a_thousandth(beta, tied):
     p_min = 0.1 if tied and beta > 0.1 else 0.0
-    budget = Budget(SMOLLM2, beta, p_min, 0.9, tied)
+    budget = ParameterBudget(SMOLLM2, beta, p_min, 0.9, tied)
     assert budget.tolerance == 0.001
     for seed in range(5):
         assert abs(SMOLLM2.beta(budget.project(random_rates(30, seed))) - beta) <= 0.001
 
 
 def test_uniform_rates_on_smollm2_are_the_widths_done_by_hand():
-    budget = Budget(SMOLLM2, 0.3)
+    budget = ParameterBudget(SMOLLM2, 0.3)
     plan = budget.project(flat(budget))
     assert {w.num_key_value_heads for w in plan.layers} == {3}
     removed = [1536 - w.intermediate_size for w in plan.layers]
@@ -160,7 +160,7 @@ def test_uniform_rates_on_smollm2_are_the_widths_done_by_hand():
 
 
 def test_the_ffn_pays_for_groups_that_stay_and_gains_from_groups_that_go():
-    budget = Budget(SMOLLM2, 0.3)
+    budget = ParameterBudget(SMOLLM2, 0.3)
     keep, give = budget.project(flat(budget)), budget.project(flat(budget, attention=1 / 3))
     assert {w.num_key_value_heads for w in give.layers} == {2}
     assert all(a.intermediate_size < b.intermediate_size for a, b in zip(keep.layers, give.layers, strict=True))
@@ -168,13 +168,13 @@ def test_the_ffn_pays_for_groups_that_stay_and_gains_from_groups_that_go():
 
 def test_groups_are_rounded_to_the_nearest_as_proposed():
     attention = (0.1, 0.2, 0.4, 0.5, 0.6, 0.9, -0.3, 7.0) + (0.0,) * 22  # of 3 groups each
-    plan = Budget(SMOLLM2, 0.3).project(Rates(attention, (0.3,) * 30))
+    plan = ParameterBudget(SMOLLM2, 0.3).project(Rates(attention, (0.3,) * 30))
     assert [3 - w.num_key_value_heads for w in plan.layers[:8]] == [0, 1, 1, 2, 2, 2, 0, 2]
     assert {w.num_key_value_heads for w in plan.layers[8:]} == {3}
 
 
 def test_groups_go_where_the_ffn_alone_cannot_meet_beta():
-    budget = Budget(SMOLLM2, 0.8)  # 0.9 of all FFN is 0.675
+    budget = ParameterBudget(SMOLLM2, 0.8)  # 0.9 of all FFN is 0.675
     plan = budget.project(Rates((0.0,) * 29 + (0.4,), (0.5,) * 30))
     assert abs(SMOLLM2.beta(plan) - 0.8) <= 0.001
     assert plan.layers[-1].num_key_value_heads == 1  # the layer that asked most for it gives most
@@ -182,14 +182,16 @@ def test_groups_go_where_the_ffn_alone_cannot_meet_beta():
 
 def test_coarser_widths_widen_the_tolerance_only_where_they_must():
     tiny = ModelShape(64, 16, 1, Plan.of([256], [4]))
-    assert Budget(SMOLLM2, 0.3, multiple_of=64).tolerance == 0.001
-    assert Budget(tiny, 0.3, multiple_of=64).tolerance == pytest.approx(0.5 * 64 * 192 / tiny.weights(tiny.dense), 1e-6)
+    assert ParameterBudget(SMOLLM2, 0.3, multiple_of=64).tolerance == 0.001
+    assert ParameterBudget(tiny, 0.3, multiple_of=64).tolerance == pytest.approx(
+        0.5 * 64 * 192 / tiny.weights(tiny.dense), 1e-6
+    )
 
 
 # A bug once: two of these numbers overflow to infinity, and end in a ValueError or an OverflowError.
 @pytest.mark.parametrize("huge", [1e300, -1e300, 1e308, -1e308])
 def test_rates_may_be_any_finite_number(huge):
-    budget = Budget(SMOLLM2, 0.3)
+    budget = ParameterBudget(SMOLLM2, 0.3)
     for rates in (Rates((huge,) + (0.0,) * 29, (0.3,) * 30), Rates((0.0,) * 30, (huge,) + (0.3,) * 29)):
         assert abs(SMOLLM2.beta(budget.project(rates)) - 0.3) <= 0.001
 
@@ -197,7 +199,7 @@ def test_rates_may_be_any_finite_number(huge):
 @pytest.mark.parametrize("beta", [0, 1, -0.1, 1.5, "0.3", True, None, math.nan, math.inf])
 def test_a_malformed_beta_is_refused(beta):
     with pytest.raises(BudgetError, match="beta must"):
-        Budget(SMOLLM2, beta)
+        ParameterBudget(SMOLLM2, beta)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_a_malformed_beta_is_refused(beta):
 )
 def test_an_unreachable_beta_names_what_is_reachable(beta, bounds, least, most):
     with pytest.raises(BudgetError, match=f"beta={beta}.*between {least} and {most}"):
-        Budget(SMOLLM2, beta, *bounds)
+        ParameterBudget(SMOLLM2, beta, *bounds)
 
 
 # A bug once: one group is more than the whole FFN here, so no plan is near 0.3: the budget must say so.
@@ -213,32 +215,32 @@ def test_an_unreachable_beta_names_what_is_reachable(beta, bounds, least, most):
 def test_a_beta_between_two_groups_that_the_ffn_cannot_bridge_is_refused():
     shape = ModelShape(hidden_size=64, head_dim=32, queries_per_group=8, dense=Plan.of([32], [2]))
     with pytest.raises(BudgetError, match="cannot be reached"):
-        Budget(shape, 0.3)
+        ParameterBudget(shape, 0.3)
 
 
 @pytest.mark.parametrize("bounds", [(-0.1, 0.9), (0.5, 0.5), (0.6, 0.4), (0.0, 1.0), (math.nan, 0.9), (0.0, math.nan)])
 def test_malformed_bounds_are_refused(bounds):
     with pytest.raises(BudgetError, match="p_min < p_max"):
-        Budget(SMOLLM2, 0.3, *bounds)
+        ParameterBudget(SMOLLM2, 0.3, *bounds)
 
 
 # A bug once: p_min bounds the FFN alone, so that a mean below "the least rate of any layer" is accepted.
 def test_beta_below_p_min_is_refused():
     with pytest.raises(BudgetError, match="cannot be reached"):
-        Budget(SMOLLM2, 0.25, p_min=0.3)
+        ParameterBudget(SMOLLM2, 0.25, p_min=0.3)
 
 
 @pytest.mark.parametrize("multiple_of", [0, -8, 5, 1024])
 def test_multiple_of_must_divide_the_width(multiple_of):
     with pytest.raises(BudgetError, match=rf"multiple_of={multiple_of} does not divide.*1536"):
-        Budget(SMOLLM2, 0.3, multiple_of=multiple_of)
+        ParameterBudget(SMOLLM2, 0.3, multiple_of=multiple_of)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("part", ["attention", "ffn"])
 @pytest.mark.parametrize("values", [(0.3,) * 29, (0.3,) * 31, ()])
 def test_a_wrong_number_of_rates_is_refused(values, part, tied):
-    budget = Budget(SMOLLM2, 0.3, tied=tied)
+    budget = ParameterBudget(SMOLLM2, 0.3, tied=tied)
     with pytest.raises(BudgetError, match=f"Expected 30 {part} rates.*got {len(values)}"):
         budget.project(Rates(**{"attention": (0.3,) * 30, "ffn": (0.3,) * 30, part: values}))
 
@@ -247,13 +249,13 @@ def test_a_wrong_number_of_rates_is_refused(values, part, tied):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_rates_that_are_not_finite_are_refused(bad, part):
     with pytest.raises(BudgetError, match=f"{part} rate must be a finite"):
-        Budget(SMOLLM2, 0.3).project(
+        ParameterBudget(SMOLLM2, 0.3).project(
             Rates(**{"attention": (0.3,) * 30, "ffn": (0.3,) * 30, part: (0.3,) * 29 + (bad,)})
         )
 
 
 def test_distance_is_the_mean_change_over_both_parts():
-    budget = Budget(ModelShape(64, 16, 1, Plan.of([100, 100], [4, 4])), 0.3)
+    budget = ParameterBudget(ModelShape(64, 16, 1, Plan.of([100, 100], [4, 4])), 0.3)
     plan = Plan.of([50, 100], [2, 4])  # FFN rates 0.5 and 0; attention 0.5 and 0
     assert budget.distance(Rates((0.5, 0.2), (0.1, 0.0)), plan) == pytest.approx((0.2 + 0.4) / 4)
 

@@ -9,7 +9,7 @@ from support.tiny import CONFIGS, tiny_model
 
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.models.architectures import decoder_layers
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.sequential_repair import RIDGES, compensate
 from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
@@ -26,7 +26,7 @@ def cut(model, plan=None):
     with ordered(model, order):
         slicer = Slicer(model, order, statistics)
         if plan is None:
-            budget = Budget(slicer.shape, 0.3)
+            budget = ParameterBudget(slicer.shape, 0.3)
             plan = budget.project(random_rates(budget, np.random.default_rng(0)))
         return slice_model(slicer, plan)
 

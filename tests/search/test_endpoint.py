@@ -20,7 +20,7 @@ from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 import selfpruner_hub.search.llm.endpoint as module
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
@@ -28,10 +28,10 @@ from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import Scored
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 
 pytestmark = pytest.mark.heavy
-BUDGET = Budget(ModelShape(32, 4, 2, Plan.of([48] * 4, [4] * 4)), 0.3)
+BUDGET = ParameterBudget(ModelShape(32, 4, 2, Plan.of([48] * 4, [4] * 4)), 0.3)
 GOOD = json.dumps({"attention": [0, 25, 0, 25], "ffn": [30, 20, 40, 25]})
 
 
@@ -45,7 +45,7 @@ def ask(server: Server, count: int = 1, **settings):
     plan = BUDGET.project(seeds(BUDGET)["uniform"])
     history = [Scored(plan, BUDGET.rates(plan), 1.5, 1.0, "seed:uniform", 0)]
     proposer = EndpointProposer(
-        server.url, "m", BUDGET, "tests/m", Method(**settings), environment={"SELFPRUNER_API_KEY": SECRET}
+        server.url, "m", BUDGET, "tests/m", PruneSettings(**settings), environment={"SELFPRUNER_API_KEY": SECRET}
     )
     return proposer.ask("mutation", history, count, np.random.default_rng(0))
 
@@ -134,7 +134,7 @@ def test_keys_go_to_their_own_hosts_only(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     environment = {"HF_TOKEN": "hf_planted", "OPENAI_API_KEY": SECRET}
     server = Server(GOOD)
-    proposer = EndpointProposer(server.url, "m", BUDGET, "tests/m", Method(), environment=environment)
+    proposer = EndpointProposer(server.url, "m", BUDGET, "tests/m", PruneSettings(), environment=environment)
     proposer.ask("initial", [], 1, np.random.default_rng(0))
     assert server.keys == ["Bearer none"]
 
@@ -142,12 +142,12 @@ def test_keys_go_to_their_own_hosts_only(monkeypatch):
 @pytest.mark.parametrize("url", ["ftp://host/v1", "http://", "https://user:pass@host/v1"])
 def test_bad_urls(url):
     with pytest.raises(UserError, match="URL"):
-        EndpointProposer(url, "m", BUDGET, "x", Method())
+        EndpointProposer(url, "m", BUDGET, "x", PruneSettings())
 
 
 def test_a_model_must_be_named():
     with pytest.raises(UserError, match="--proposer-model"):
-        EndpointProposer("http://127.0.0.1:1/v1", None, BUDGET, "x", Method())
+        EndpointProposer("http://127.0.0.1:1/v1", None, BUDGET, "x", PruneSettings())
 
 
 def test_offline_mode_is_explained(monkeypatch):
@@ -160,7 +160,9 @@ def test_offline_mode_is_explained(monkeypatch):
 
 
 def test_a_search_by_a_server_that_only_talks_nonsense_ends_well(tmp_path):
-    proposer = EndpointProposer(Server("Sure! Here you go.").url, "m", BUDGET, "tests/m", Method(), environment={})
+    proposer = EndpointProposer(
+        Server("Sure! Here you go.").url, "m", BUDGET, "tests/m", PruneSettings(), environment={}
+    )
     target = BUDGET.project(seeds(BUDGET)["ramp"])
 
     def score(plan: Plan, _share: float) -> float:
@@ -168,7 +170,7 @@ def test_a_search_by_a_server_that_only_talks_nonsense_ends_well(tmp_path):
         return float(sum(abs(a.intermediate_size - b.intermediate_size) for a, b in pairs))
 
     problem = Problem(BUDGET, {"uniform": seeds(BUDGET)["uniform"]}, score)
-    settings = Method(evaluations=12, population=4, crossover=4, mutation=4, first_share=1.0)
+    settings = PruneSettings(evaluations=12, population=4, crossover=4, mutation=4, first_share=1.0)
     found = search(proposer, problem, Journal(tmp_path, {}), settings)
     assert found.counts["refused"] >= 8
     assert found.counts["replaced"] >= 4

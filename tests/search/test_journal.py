@@ -8,7 +8,7 @@ import pytest
 from selfpruner_hub.errors import OutputError, RunMismatchError
 from selfpruner_hub.plans.budget import Rates
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.plans.predicted_loss import Slopes
+from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.search.journal import AskLine, Journal, ProbeLine, Reply, RoundLine, ScoreLine, read_journal
 from selfpruner_hub.search.proposers import Proposal
 
@@ -17,7 +17,7 @@ PLAN = Plan.of([8, 16], [2, 1])
 LINES = [
     ScoreLine(0, "seed:ramp", 0.25, 0.1 + 0.2, PLAN, 0.5),
     ScoreLine(0, "seed:ramp", 1.0, math.inf, PLAN, 2.0),
-    ProbeLine(1, 1.25, Slopes((0.5, math.inf), (-0.25, 0.0), (0.125, 1.0), (math.inf, -1e-06)), PLAN, 3.0),
+    ProbeLine(1, 1.25, StepEffects((0.5, math.inf), (-0.25, 0.0), (0.125, 1.0), (math.inf, -1e-06)), PLAN, 3.0),
     AskLine(
         round=1,
         attempt=0,
@@ -89,7 +89,7 @@ def test_what_is_appended_is_what_a_resumed_search_reads():
     line = journal.append(RoundLine(1, "mutation", counts, None, 0.5, "self", 2.0, 0))
     counts["accepted"] = 2
     assert journal.lines == [line] == [RoundLine(1, "mutation", {"accepted": 1}, None, 0.5, "self", 2.0, 0)]
-    rounded = journal.append(ProbeLine(1, 1.25, Slopes((1 / 3,), (0.0,), (0.0,), (0.0,)), PLAN, 3.0))
+    rounded = journal.append(ProbeLine(1, 1.25, StepEffects((1 / 3,), (0.0,), (0.0,), (0.0,)), PLAN, 3.0))
     assert rounded.slopes.attention_removed == (0.333333,)
 
 
@@ -126,6 +126,14 @@ def test_other_settings_are_refused_with_their_difference(journal, tmp_path, cha
         Journal(tmp_path, SETTINGS | changes)
     assert "\n" not in str(caught.value)
     assert journal.path.read_bytes() == before
+
+
+def test_a_search_goes_on_where_settings_had_earlier_names(tmp_path):
+    Journal(tmp_path, SETTINGS | {"accumulate": True, "refit_inputs": False}).append(LINES[0])
+    today = SETTINGS | {"sequential_repair": True, "repair_gate_up": False}
+    assert Journal(tmp_path, today).lines == LINES[:1]
+    with pytest.raises(RunMismatchError, match="repair_gate_up: False there, True here"):
+        Journal(tmp_path, today | {"repair_gate_up": True})
 
 
 def test_a_setting_that_went_away_is_named(journal, tmp_path):

@@ -11,28 +11,28 @@ from typing import ClassVar
 import pytest
 
 from selfpruner_hub.errors import ProposerError
-from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan, widths_of
-from selfpruner_hub.plans.predicted_loss import Slopes
+from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.search.journal import AskLine, Journal
 from selfpruner_hub.search.loop import PROBE_COST, Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposal, RandomProposer
 from selfpruner_hub.search.schedule import rounds
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 
 SHAPE = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64] * 6, [4] * 6))
-BUDGET = Budget(SHAPE, 0.3)
+BUDGET = ParameterBudget(SHAPE, 0.3)
 TARGET = BUDGET.project(Rates((0.25, 0, 0, 0.25, 0.5, 0), (0.1, 0.6, 0.2, 0.0, 0.3, 0.7)))
 SETTINGS = {"test": 1}
-FOUR = Method(population=4, crossover=4, mutation=4)
+FOUR = PruneSettings(population=4, crossover=4, mutation=4)
 SHORT = replace(FOUR, evaluations=7, population=2, crossover=3, mutation=3, first_share=0.125, probe_share=0.1)
 
 
 def slopes(plan):
     """As many figures as a plan has layers, some of them impossible."""
     figures = tuple(math.inf if w.num_key_value_heads == 4 else w.intermediate_size / 1000 for w in plan.layers)
-    return Slopes(figures, figures, figures, figures)
+    return StepEffects(figures, figures, figures, figures)
 
 
 class Killed(BaseException):
@@ -436,7 +436,7 @@ def test_only_the_survivors_of_a_round_are_scored_on_all_windows(tmp_path):
 
 def test_rounds_follow_the_settings():
     def first(**counts):
-        return list(itertools.islice(rounds(Method(**counts)), 4))
+        return list(itertools.islice(rounds(PruneSettings(**counts)), 4))
 
     assert first(population=2, crossover=3, mutation=5) == [
         (1, "initial", 2),
@@ -450,7 +450,7 @@ def test_rounds_follow_the_settings():
 def search_one_layer(groups, tied=False):
     """Search a model of one layer, which has a plan for each count of KV groups; returns the plans and the outcome."""
     one = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64], [groups]))
-    budget = Budget(one, 0.3, tied=tied)
+    budget = ParameterBudget(one, 0.3, tied=tied)
     every = {budget.project(Rates((g / groups,), (0.3,))) for g in range(groups)}
     outcome = run(
         EvolutionProposer(budget),

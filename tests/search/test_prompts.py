@@ -8,7 +8,7 @@ import pytest
 from support.solutions import SLOPES, TIED, UNTIED, history
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.search.llm.prompts import render, solution
 from selfpruner_hub.search.llm.question import SHOWN, Question
@@ -27,7 +27,7 @@ def test_a_solution_is_compact_json():
 # A bug once: with one tied rate a layer, solutions show the rates of the FFN, not those of the layers: here 16 %
 # everywhere, under a prompt that asks for a mean of 20 %. A reply that repeats a solution is another plan.
 def test_a_tied_solution_shows_rates_whose_mean_is_beta():
-    budget = Budget(ModelShape(576, 64, 3, Plan.of([1536] * 4, [3] * 4)), 0.2, tied=True)
+    budget = ParameterBudget(ModelShape(576, 64, 3, Plan.of([1536] * 4, [3] * 4)), 0.2, tied=True)
     plan = budget.project(Rates.tied([0.2] * 4))
     assert json.loads(solution(budget, budget.rates(plan))) == {"rates": [20] * 4}
 

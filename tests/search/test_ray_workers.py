@@ -22,7 +22,7 @@ pytestmark = pytest.mark.heavy
 ray = pytest.importorskip("ray", reason="ray is not installed")
 SETTINGS = {
     "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 512, "fitness_tokens": 256,
-    "evaluations": 16, "population": 4, "crossover": 4, "mutation": 4, "accumulate": False, "progress": False,
+    "evaluations": 16, "population": 4, "crossover": 4, "mutation": 4, "sequential_repair": False, "progress": False,
 }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_workers_that_die_again_and_again_end_in_one_line(cluster, tmp_path, mon
     def kill_all():
         while not done.is_set():
             for process in Path("/proc").glob("[0-9]*"):
-                if "ray::Worker" in _title(process):
+                if "ray::RayScorer" in _title(process):
                     os.kill(int(process.name), signal.SIGKILL)
             time.sleep(0.02)
 

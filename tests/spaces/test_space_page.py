@@ -95,7 +95,7 @@ def serve(pruner, home, **settings):
 @pytest.fixture(scope="module")
 def served(real_pruner, tmp_path_factory):
     pytest.importorskip("gradio", reason='needs pip install -e ".[space]"')
-    small = {"window": 32, "calibration_tokens": 1024, "fitness_tokens": 256, "accumulate": False}
+    small = {"window": 32, "calibration_tokens": 1024, "fitness_tokens": 256, "sequential_repair": False}
     served = serve(real_pruner, tmp_path_factory.mktemp("page"), evaluations=0, seeds=("uniform", "ramp"), **small)
     yield served
     served.stop()

@@ -7,7 +7,7 @@ import pytest
 
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.storage.model_record import FILE_NAME, Metric, Record, read_record
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
 
 RECORD = Record(
     base_model="example/parent",
@@ -103,7 +103,7 @@ def test_values_that_do_not_fit_are_refused(values):
 
 
 def test_read_record(tmp_path):
-    (tmp_path / FILE_NAME).write_text(RECORD.to_json(), encoding="utf-8")
+    (tmp_path / MODEL_RECORD_FILE).write_text(RECORD.to_json(), encoding="utf-8")
     assert read_record(tmp_path) == RECORD
 
 
@@ -114,6 +114,6 @@ def test_a_directory_without_a_record(tmp_path):
 
 
 def test_a_record_that_is_not_text(tmp_path):
-    (tmp_path / FILE_NAME).write_bytes(b"\xff\xfe\x00")
+    (tmp_path / MODEL_RECORD_FILE).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SavedModelError, match="damaged"):
         read_record(tmp_path)

@@ -25,7 +25,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.pruning.importance import LayerOrder
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
 
@@ -75,7 +75,7 @@ def tiny_pruned(name: str, **changes: object) -> PreTrainedModel:
     order = [
         LayerOrder(torch.arange(w.num_key_value_heads), torch.arange(w.intermediate_size)) for w in shape.dense.layers
     ]
-    plan = Budget(shape, 0.3).project(Rates((0.0, 0.5, 0.25, 0.6), (0.0, 0.3, 0.5, 0.2)))
+    plan = ParameterBudget(shape, 0.3).project(Rates((0.0, 0.5, 0.25, 0.6), (0.0, 0.3, 0.5, 0.2)))
     return slice_model(Slicer(dense, order, None), plan)
 
 

@@ -15,12 +15,12 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from selfpruner_hub.errors import ProposerError, UserError
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 
 KEY_VARIABLE = "SELFPRUNER_API_KEY"
 _KEYS_BY_HOST = {"api.openai.com": "OPENAI_API_KEY", "router.huggingface.co": "HF_TOKEN"}
@@ -57,9 +57,9 @@ class EndpointProposer:
         self,
         url: str,
         model: str | None,
-        budget: Budget,
+        budget: ParameterBudget,
         subject: str,
-        settings: Method,
+        settings: PruneSettings,
         *,
         timeout: float = 120.0,
         environment: Mapping[str, str] | None = None,

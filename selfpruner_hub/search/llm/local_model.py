@@ -22,12 +22,12 @@ from transformers import (
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.patching import attending_by_group
-from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
-from selfpruner_hub.settings import Method
+from selfpruner_hub.settings import PruneSettings
 
 CACHE_MEMORY = 0.75
 """Memory limit of the KV caches of a batch of replies, as a multiple of the model's weights."""
@@ -57,9 +57,9 @@ class ModelProposer:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        budget: Budget,
+        budget: ParameterBudget,
         subject: str,
-        settings: Method,
+        settings: PruneSettings,
         *,
         name: str = "self",
     ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.search.llm.question import Question, part_names
 from selfpruner_hub.search.proposers import Operation
 
@@ -69,12 +69,12 @@ def render(question: Question, model: str, templates: Path | None = None) -> str
         raise UserError(f"The prompt template {operation}.txt cannot be used: {error}.") from error
 
 
-def solution(budget: Budget, rates: Rates) -> str:
+def solution(budget: ParameterBudget, rates: Rates) -> str:
     """Write rates as prompts and replies have them: whole percentages, compact JSON."""
     return json.dumps(percent(budget, rates), separators=(",", ":"))
 
 
-def percent(budget: Budget, rates: Rates) -> dict[str, list[int]]:
+def percent(budget: ParameterBudget, rates: Rates) -> dict[str, list[int]]:
     """Return the rates as whole percentages, by the name of their list."""
     lists = (rates.ffn,) if budget.tied else (rates.attention, rates.ffn)
     return {name: [round(100 * r) for r in values] for name, values in zip(part_names(budget), lists, strict=True)}
