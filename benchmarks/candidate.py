@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from protocol import write
 
-from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.metrics import divergence, teach
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import ParameterBudget
-from selfpruner_hub.pruning.importance import rank
-from selfpruner_hub.pruning.slicing import Slicer, ordered
+from selfpruner_hub.pruning.prepare import prepared
 from selfpruner_hub.search.proposers import random_rates
+from selfpruner_hub.settings import PruneSettings
 
 TOKENS, WINDOW, PLANS, BETA = 16_384, 512, 7, 0.3
 
@@ -40,13 +39,11 @@ def main() -> None:
     pruner.prune(BETA, proposer="self", evaluations=6, progress=False, **settings)
     peak = peak_mb()
     windows = torch.randint(model.config.vocab_size, (TOKENS // WINDOW, WINDOW))  # time does not depend on the text
-    statistics_ = calibrate(model, windows)
-    order = rank(model, statistics_)
     budget = ParameterBudget(pruner.shape, BETA)
     rng = np.random.default_rng(0)
     rows = []
-    with ordered(model, order):
-        slicer = Slicer(model, order, statistics_)
+    with prepared(model, windows, PruneSettings()) as ready:
+        slicer = ready.slicer
         teacher = teach(model, windows)
         for plan in [budget.project(random_rates(budget, rng)) for _ in range(PLANS)]:
             start = time.perf_counter()

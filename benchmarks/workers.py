@@ -16,15 +16,14 @@ import ray
 from protocol import write
 
 from selfpruner_hub.calibration.corpus import load_corpus
-from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.pruning.importance import rank
-from selfpruner_hub.pruning.slicing import Slicer, ordered
+from selfpruner_hub.pruning.prepare import prepared
 from selfpruner_hub.search.proposers import random_rates
 from selfpruner_hub.search.ray_workers import THREADS, ray_workers
+from selfpruner_hub.settings import PruneSettings
 
 BETA, WINDOW, CALIBRATION, FITNESS = 0.3, 512, 4_096, 2_048
 CANDIDATES, ROUNDS = 12, 3
@@ -48,15 +47,13 @@ def main(search_text: str, counts: list[int]) -> None:
     pruner = load_embedded()
     corpus = load_corpus(search_text, pruner.tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
     calibration, fitness_text = corpus.split(CALIBRATION, FITNESS)
-    known = calibrate(pruner.model, calibration.windows)
-    order = rank(pruner.model, known, "wanda-sp")
     budget, drawn = ParameterBudget(pruner.shape, BETA), np.random.default_rng(0)
     drawings = [budget.project(random_rates(budget, drawn)) for _ in range(CANDIDATES + max(counts))]
     plans, others = drawings[:CANDIDATES], drawings[CANDIDATES:]
     taken: dict[int, list[float]] = {count: [] for count in counts}
     found = []
-    with ordered(pruner.model, order):
-        fitness = Fitness(Slicer(pruner.model, order, known), fitness_text.windows)
+    with prepared(pruner.model, calibration.windows, PruneSettings(importance="wanda-sp")) as ready:
+        fitness = Fitness(ready.slicer, fitness_text.windows)
         for _ in range(ROUNDS):
             for count in counts:
                 seconds, scores = timed(fitness, plans, others, count)

@@ -13,17 +13,17 @@ from support.checks import check_cache, check_causality, check_left_padding, che
 from support.tiny import CONFIGS, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.models.architectures import ARCHITECTURES, shape_of
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.prepare import prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
-from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.slicing import slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
+from selfpruner_hub.settings import PruneSettings
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
 WINDOWS = torch.randint(3, 128, (64, 32), generator=torch.Generator().manual_seed(1))
@@ -39,11 +39,9 @@ def uneven_plan(model) -> Plan:
 def case(request):
     """(dense model, its plan, sliced model with repair)."""
     model = tiny_model(request.param)
-    statistics = calibrate(model, WINDOWS)
-    order = rank(model, statistics)
     plan = uneven_plan(model)
-    with ordered(model, order):
-        sliced = slice_model(Slicer(model, order, statistics), plan)
+    with prepared(model, WINDOWS, PruneSettings()) as ready:
+        sliced = slice_model(ready.slicer, plan)
     return model, plan, sliced
 
 
@@ -83,13 +81,12 @@ def test_layers_have_their_own_widths(case):
 def test_sliced_equals_masked(case):
     """Zeroing the removed columns of o_proj and down_proj in the dense model is the same function."""
     dense, plan, _ = case
-    order = rank(dense, calibrate(dense, WINDOWS))
     masked = copy.deepcopy(dense)
-    with ordered(dense, order):
-        sliced = slice_model(Slicer(dense, order, None), plan)
+    with prepared(dense, WINDOWS, PruneSettings(repair=False)) as ready:
+        sliced = slice_model(ready.slicer, plan)
     shape = shape_of(dense.config)
     heads = shape.queries_per_group * shape.head_dim
-    for layer, by, kept in zip(masked.model.layers, order, plan.layers, strict=True):
+    for layer, by, kept in zip(masked.model.layers, ready.order, plan.layers, strict=True):
         layer.mlp.down_proj.weight.data[:, by.channels[kept.intermediate_size :]] = 0
         for group in by.groups[kept.num_key_value_heads :].tolist():
             layer.self_attn.o_proj.weight.data[:, group * heads : (group + 1) * heads] = 0
@@ -99,18 +96,15 @@ def test_sliced_equals_masked(case):
 def test_ordering_is_no_change_and_is_undone(case):
     dense, _, _ = case
     before, weights = logits(dense, IDS), {k: v.clone() for k, v in dense.state_dict().items()}
-    order = rank(dense, calibrate(dense, WINDOWS))
-    with ordered(dense, order):
+    with prepared(dense, WINDOWS, PruneSettings()):
         torch.testing.assert_close(logits(dense, IDS), before, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(v, weights[k]) for k, v in dense.state_dict().items())
 
 
 def test_a_candidate_equals_the_sliced_model_and_copies_no_input_weights(case):
     dense, plan, _ = case
-    statistics = calibrate(dense, WINDOWS)
-    order = rank(dense, statistics)
-    with ordered(dense, order):
-        slicer = Slicer(dense, order, statistics)
+    with prepared(dense, WINDOWS, PruneSettings()) as ready:
+        slicer = ready.slicer
         layers = slicer.layers(plan)
         with with_layers(dense, layers):
             candidate = logits(dense, IDS)
@@ -139,9 +133,8 @@ def test_sliced_model_shares_nothing_with_the_dense_one(case):
 
 def test_repair_lowers_the_damage(case):
     dense, plan, repaired = case
-    order = rank(dense, calibrate(dense, WINDOWS))
-    with ordered(dense, order):
-        cut = slice_model(Slicer(dense, order, None), plan)
+    with prepared(dense, WINDOWS, PruneSettings(repair=False)) as ready:
+        cut = slice_model(ready.slicer, plan)
     wanted = logits(dense, WINDOWS)
     assert (logits(repaired, WINDOWS) - wanted).square().mean() < (logits(cut, WINDOWS) - wanted).square().mean()
 
@@ -264,10 +257,8 @@ def test_a_gpu_makes_what_a_cpu_makes(name):
 def made(name, device):
     """Logits of a model that went through every stage but the search on the device."""
     model = tiny_model(name).to(device)
-    statistics = calibrate(model, WINDOWS)
-    order = rank(model, statistics)
-    with ordered(model, order):
-        pruned = slice_model(Slicer(model, order, statistics), uneven_plan(model))
+    with prepared(model, WINDOWS, PruneSettings()) as ready:
+        pruned = slice_model(ready.slicer, uneven_plan(model))
     compensate(model, pruned, WINDOWS)
     match_confidence(model, pruned, WINDOWS)
     assert pruned.device.type == device

@@ -12,7 +12,6 @@ from support.tiny import CONFIGS, tiny_model
 import selfpruner_hub.models.forward as forward
 from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.generated_text import continuations
-from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.fitness import Fitness, SecondRepairScore
 from selfpruner_hub.evaluation.metrics import (
@@ -29,8 +28,9 @@ from selfpruner_hub.evaluation.metrics import (
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
-from selfpruner_hub.pruning.importance import rank
-from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.prepare import prepared
+from selfpruner_hub.pruning.slicing import Slicer, slice_model
+from selfpruner_hub.settings import PruneSettings
 
 WINDOWS = torch.randint(3, 128, (10, 24), generator=torch.Generator().manual_seed(0))
 
@@ -63,11 +63,9 @@ def test_divergence_with_all_outcomes_is_the_full_one():
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
 def test_fitness_is_the_figure_of_the_sliced_model(metric):
     model = tiny_model("qwen2")
-    statistics = calibrate(model, WINDOWS)
-    order = rank(model, statistics)
     teacher = teach(model, WINDOWS)
-    with ordered(model, order):
-        slicer = Slicer(model, order, statistics)
+    with prepared(model, WINDOWS, PruneSettings()) as ready:
+        slicer = ready.slicer
         plan = ParameterBudget(slicer.shape, 0.3).project(Rates((0.3,) * 4, (0.1, 0.2, 0.3, 0.4)))
         fitness = Fitness(slicer, WINDOWS, metric)
         sliced = slice_model(slicer, plan)
@@ -82,9 +80,8 @@ def test_fitness_is_the_figure_of_the_sliced_model(metric):
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
 def test_the_loss_of_a_plan_is_in_nats_over_the_dense_model(metric):
     model = tiny_model("qwen2")
-    order = rank(model, known := calibrate(model, WINDOWS))
-    with ordered(model, order):
-        slicer = Slicer(model, order, known)
+    with prepared(model, WINDOWS, PruneSettings()) as ready:
+        slicer = ready.slicer
         cut, fitness = Plan.of([48, 40, 32, 48], [1, 2, 2, 2]), Fitness(slicer, WINDOWS, metric)
         assert fitness.loss(slicer.shape.dense) == pytest.approx(0, abs=1e-5)
         if metric == "kl":
@@ -97,10 +94,8 @@ def test_the_loss_of_a_plan_is_in_nats_over_the_dense_model(metric):
 def test_what_the_second_repair_takes_away_is_left_out(metric):
     """Of the loss in nats, what it is more than the sum of the layers' predicted ones counts as told."""
     model = tiny_model("qwen2")
-    order = rank(model, known := calibrate(model, WINDOWS))
-    with ordered(model, order):
-        slicer = Slicer(model, order, known, fisher=output_fisher(model, WINDOWS))
-        curves = slicer.loss_curves()
+    with prepared(model, WINDOWS, PruneSettings(), output_fisher(model, WINDOWS)) as ready:
+        slicer, curves = ready.slicer, ready.curves
         cut = Plan.of([48, 40, 32, 48], [1, 4, 4, 4])
         alone = curves[0].attention[1] + curves[1].ffn[40] + curves[2].ffn[32]
         measured = Fitness(slicer, WINDOWS, metric).loss(cut, 0.5)
@@ -112,10 +107,8 @@ def test_what_the_second_repair_takes_away_is_left_out(metric):
 
 def test_a_broken_candidate_scores_infinity():
     model = tiny_model("llama")
-    statistics = calibrate(model, WINDOWS)
-    order = rank(model, statistics)
-    with ordered(model, order):
-        slicer = Slicer(model, order, statistics)
+    with prepared(model, WINDOWS, PruneSettings()) as ready:
+        slicer = ready.slicer
         fitness = Fitness(slicer, WINDOWS, "perplexity")
         free = [LossCurves(np.zeros(5), np.zeros(49))] * 4  # no width costs anything
         score = SecondRepairScore(fitness, free)

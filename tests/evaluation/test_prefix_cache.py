@@ -10,13 +10,12 @@ from support.tiny import CONFIGS, tiny_model
 
 import selfpruner_hub.evaluation.prefix_cache as prefix_cache
 import selfpruner_hub.models.forward as forward
-from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.prefix_cache import KEPT, PrefixCache
 from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.pruning.importance import rank
-from selfpruner_hub.pruning.slicing import Slicer, ordered
+from selfpruner_hub.pruning.prepare import prepared
+from selfpruner_hub.settings import PruneSettings
 
 WINDOWS = torch.randint(3, 128, (10, 24), generator=torch.Generator().manual_seed(0))
 ONE = Plan.of([30, 40, 20, 25], [2, 4, 3, 4])
@@ -48,10 +47,8 @@ def skipped(monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_score_is_the_same_to_the_bit(name, metric, skipped, monkeypatch):
     model = tiny_model(name).bfloat16()
-    statistics = calibrate(model, WINDOWS)
-    order = rank(model, statistics)
-    with ordered(model, order):
-        slicer = Slicer(model, order, statistics)
+    with prepared(model, WINDOWS, PruneSettings()) as ready:
+        slicer = ready.slicer
         monkeypatch.setattr("selfpruner_hub.evaluation.fitness.PREFIX_MEMORY", 0)
         plain = Fitness(slicer, WINDOWS, metric)
         expected = [plain(plan, share) for share in (0.3, 1.0) for plan in (ONE, *OTHERS)]

@@ -11,14 +11,13 @@ import torch
 from support.tiny import CONFIGS, tiny_model
 
 from selfpruner_hub.calibration.fisher import output_fisher
-from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.evaluation.fitness import Fitness, SecondRepairScore
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import STEP, StepEffects
-from selfpruner_hub.pruning.importance import rank
-from selfpruner_hub.pruning.slicing import Slicer, ordered
+from selfpruner_hub.pruning.prepare import prepared
 from selfpruner_hub.search.proposers import random_rates
+from selfpruner_hub.settings import PruneSettings
 
 
 def changed(plan, layer, **widths):
@@ -46,13 +45,10 @@ def quiet_model(architecture):
 def test_slopes_predict_what_small_changes_do(architecture):
     model = quiet_model(architecture)
     windows = torch.randint(3, 128, (32, 16), generator=torch.Generator().manual_seed(0))
-    statistics = calibrate(model, windows)
-    order = rank(model, statistics)
-    with ordered(model, order):
-        slicer = Slicer(model, order, statistics, fisher=output_fisher(model, windows))
+    with prepared(model, windows, PruneSettings(), output_fisher(model, windows)) as ready:
+        slicer, curves = ready.slicer, ready.curves
         budget = ParameterBudget(slicer.shape, 0.3)
         plan = budget.project(random_rates(budget, np.random.default_rng(0)))
-        curves = slicer.loss_curves()
         fitness = Fitness(slicer, windows, "perplexity")
         found = fitness.measure_steps(plan)
         second = fitness.measure_steps(plan, curves=curves)

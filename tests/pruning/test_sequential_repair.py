@@ -7,13 +7,13 @@ import pytest
 import torch
 from support.tiny import CONFIGS, tiny_model
 
-from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.plans.budget import ParameterBudget
-from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.prepare import prepared
 from selfpruner_hub.pruning.sequential_repair import RIDGES, compensate
-from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.slicing import Slicer, slice_model
 from selfpruner_hub.search.proposers import random_rates
+from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import Run
 
 WINDOWS = torch.randint(3, 128, (70, 16), generator=torch.Generator().manual_seed(0))
@@ -21,10 +21,8 @@ WINDOWS = torch.randint(3, 128, (70, 16), generator=torch.Generator().manual_see
 
 def cut(model, plan=None):
     """A pruned copy with the first repair, of a random plan on β = 0.3 unless one is given."""
-    statistics = calibrate(model, WINDOWS)
-    order = rank(model, statistics)
-    with ordered(model, order):
-        slicer = Slicer(model, order, statistics)
+    with prepared(model, WINDOWS, PruneSettings()) as ready:
+        slicer = ready.slicer
         if plan is None:
             budget = ParameterBudget(slicer.shape, 0.3)
             plan = budget.project(random_rates(budget, np.random.default_rng(0)))
