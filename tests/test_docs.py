@@ -1,7 +1,9 @@
 """The pages: generated tables are current, links lead somewhere, every error has its remedy, README stays short."""
 
+import ast
 import json
 import re
+import tokenize
 from pathlib import Path
 
 import picture
@@ -127,3 +129,17 @@ def test_the_version_is_the_same_everywhere():
 def test_no_page_speaks_of_the_plan(page):
     """Its words for packages and layers are not those of the project."""
     assert not WORDS_OF_THE_PLAN.findall(page.read_text(encoding="utf-8"))
+
+
+def test_comments_and_docstrings_are_in_the_words_of_the_field():
+    found = []
+    for folder in ("selfpruner_hub", "exporters", "spaces", "benchmarks", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            with path.open("rb") as file:
+                comments = [
+                    token.string for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT
+                ]
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            texts = [n.value.value for n in nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+            found += [(path.name, text) for text in (*comments, *texts) if WORDS_OF_THE_PLAN.search(str(text))]
+    assert not found
