@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ours import CALIBRATION, FITNESS, SCHEDULE, WINDOW, Ours, removed, texts
+from ours import CALIBRATION, FITNESS, SETTINGS, WINDOW, Ours, removed, texts
 from peers import Flap, block_influence, by_channels, magnitude, taylor, without_blocks
 from protocol import Rows, Unseen, write
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ def protocol(search_text: str, unseen_text: str, dtype: Any) -> str:
         f"SmolLM2-135M-Instruct, {dtype}; {CALIBRATION} calibration tokens of {Path(search_text).name} "
         f"for all (the first {GRADIENT_WINDOWS} windows of {WINDOW} for Taylor, block influence "
         f"and our Fisher information), another {FITNESS} "
-        f"for our seeds and for a search of {SCHEDULE.evaluations} full-evaluation equivalents; uniform: FFN rates; "
+        f"for our seeds and for a search of {SETTINGS.evaluations} full-evaluation equivalents; uniform: FFN rates; "
         "repaired: the first repair; twice: the second too, of the output projections alone or, by default, of gate "
         "and up too, and the plan is chosen for it where nothing else is said; perplexity on the first windows of "
         f"{Path(unseen_text).name}, on which nothing was chosen: {Unseen.WORDS}; tasks: the first {ITEMS} items"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from ours import CALIBRATION, FITNESS, SCHEDULE, Ours, texts
+from ours import CALIBRATION, FITNESS, SETTINGS, Ours, texts
 from peers import Flap, taylor
 from protocol import Rows, write
 from quality import GRADIENT_WINDOWS
@@ -76,7 +76,7 @@ def main(work: Path, search_text: str, betas: list[float]) -> None:
             f"SmolLM2-135M-Instruct, {model.dtype}, {CALIBRATION} calibration tokens of {Path(search_text).name}, "
             f"order of OBS; KL to the dense model on another {FITNESS}, those of the search, and on {OTHER} more, "
             f"after the first repair, and after the second of {', '.join(CONTENDERS)}; our seeds measure on "
-            f"{SCHEDULE.first_share:g} of those of the search; predicted: the sum of the losses of the layers alone; "
+            f"{SETTINGS.first_share:g} of those of the search; predicted: the sum of the losses of the layers alone; "
             "thresholds: units of least score go, in all layers: FLAP's standardised scores of KV groups and channels; "
             f"|w · gradient| of channels, on the first {GRADIENT_WINDOWS} windows",
             rows,
