@@ -104,8 +104,9 @@ class SelfPrunedMixin:
         skeleton.num_hidden_layers = 0
         super().__init__(skeleton)
         config._attn_implementation_internal = skeleton._attn_implementation_internal
+        # Rotary modules keep the skeleton: they read head counts, of which the whole model has no single one.
         for module in self.modules():
-            if getattr(module, "config", None) is skeleton:
+            if isinstance(module, PreTrainedModel) and module.config is skeleton:
                 module.config = config
         self.model.layers = nn.ModuleList(
             self.layer_class(LayerConfig(config, **{name: getattr(layer, name) for name in WIDTHS}), index)

@@ -181,8 +181,11 @@ def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
         state.update({f"{prefix}.{index}.{k}": v for k, v in slicer.layer(index, kept).state_dict().items()})
     model.load_state_dict({k: _own(v, slicer.store) for k, v in state.items()}, assign=True, strict=True)
     model.tie_weights()
-    for name, buffer in dense.named_buffers():  # rotary frequencies are not in the state dict
-        model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.clone()
+    buffers = dict(dense.named_buffers())  # rotary frequencies are not in the state dict
+    for name, buffer in buffers.items():
+        # Some kinds of rotary embedding adapt their frequencies to the longest pass; the copy starts from the original.
+        original = buffers.get(f"{name.removesuffix('inv_freq')}original_inv_freq", buffer)
+        model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = original.clone()
     model.generation_config = dense.generation_config
     return model.eval()
 

@@ -69,8 +69,12 @@ def tiny_model(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
 
 
 def tiny_pruned(name: str, **changes: object) -> PreTrainedModel:
+    """Cut the model `name` of `CONFIGS` as `uneven` does."""
+    return uneven(tiny_model(name, **changes))
+
+
+def uneven(dense: PreTrainedModel) -> PreTrainedModel:
     """Cut a tiny model so that every layer differs, in attention and FFN, and one is whole; no repair."""
-    dense = tiny_model(name, **changes)
     shape = shape_of(dense.config)
     order = [
         LayerOrder(torch.arange(w.num_key_value_heads), torch.arange(w.intermediate_size)) for w in shape.dense.layers
