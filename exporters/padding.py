@@ -31,12 +31,13 @@ def padded_state(
     """
     architecture, shape = architecture_of(config), shape_of(config)
     state = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    for projection in architecture.inputs:
+    for projection in architecture.rows:
         before = [block_rows(shape, own, block) for block in projection.blocks]
         after = [block_rows(shape, target, block) for block in projection.blocks]
         for name in (f"{projection.path}.weight", f"{projection.path}.bias"):
             if name in state:
-                state[name] = pad_rows(state[name], before, after)
+                by_row, rest = state[name].view(sum(before), -1), state[name].shape[1:]
+                state[name] = pad_rows(by_row, before, after).view(-1, *rest)
     for path, columns in (
         (architecture.attention_output, block_rows(shape, target, "query")),
         (architecture.ffn_output, target.intermediate_size),

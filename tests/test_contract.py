@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors import safe_open
 from support.checks import check_cache, check_causality, check_left_padding, check_without_package, logits
-from support.tiny import CONFIGS, tiny_model, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from support.tiny import CONFIGS, DISTINCT, tiny_model, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from selfpruner_hub.models.architectures import ARCHITECTURES, shape_of
+from selfpruner_hub.calibration.statistics import LayerStatistics, calibrate
+from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of, linear, shape_of
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.pruning.prepare import prepared
+from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.sequential_repair import compensate
-from selfpruner_hub.pruning.slicing import slice_model
+from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
-from selfpruner_hub.settings import PruneSettings
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
 WINDOWS = torch.randint(3, 128, (64, 32), generator=torch.Generator().manual_seed(1))
@@ -35,21 +37,35 @@ def uneven_plan(model) -> Plan:
     return budget.project(Rates((0.0, 0.5, 0.25, 0.6), (0.0, 0.3, 0.5, 0.2)))
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+class Case(NamedTuple):
+    """A dense model, its cut with the first repair, and what lies between."""
+
+    dense: PreTrainedModel
+    statistics: list[LayerStatistics]
+    order: list[LayerOrder]
+    plan: Plan
+    repaired: PreTrainedModel
+
+
+@functools.cache
+def cut(name: str) -> Case:
+    dense = tiny_model(name)
+    statistics = calibrate(dense, WINDOWS)
+    order, plan = rank(dense, statistics), uneven_plan(dense)
+    with ordered(dense, order):
+        return Case(dense, statistics, order, plan, slice_model(Slicer(dense, order, statistics), plan))
+
+
+@pytest.fixture(params=CONFIGS)
 def case(request):
-    """(dense model, its plan, sliced model with repair)."""
-    model = tiny_model(request.param)
-    plan = uneven_plan(model)
-    with prepared(model, WINDOWS, PruneSettings()) as ready:
-        sliced = slice_model(ready.slicer, plan)
-    return model, plan, sliced
+    return cut(request.param)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Every tiny model pruned by the whole main path and saved: name → (directory, pruned model)."""
+    """Tiny models pruned by the whole main path and saved: name → (directory, pruned model)."""
     found = {}
-    for name in CONFIGS:
+    for name in DISTINCT:
         pruner = AutoPruner(tiny_model(name), tiny_tokenizer(), f"tests/{name}")
         pruned = pruner.prune(
             0.3, data="self", proposer="evolution", window=32, calibration_tokens=2048, fitness_tokens=256,
@@ -66,103 +82,116 @@ def test_every_row_of_the_table_has_a_tiny_model():
 
 
 def test_layers_have_their_own_widths(case):
-    dense, plan, sliced = case
+    dense, plan, sliced = case.dense, case.plan, case.repaired
     shape = shape_of(dense.config)
     assert len(set(plan.layers)) > 2
+    groups = [layer.num_key_value_heads for layer in plan.layers]
+    assert (len(set(groups)) > 1) == (shape.dense.layers[0].num_key_value_heads > 1 and not shape.whole_attention)
     assert shape_of(sliced.config).dense == plan
     removed = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in sliced.parameters())
     weights = shape.weights(shape.dense) - shape.weights(plan)
-    biases = sum(p.numel() for n, p in dense.named_parameters() if "layers" in n and n.endswith("bias")) - sum(
-        p.numel() for n, p in sliced.named_parameters() if "layers" in n and n.endswith("bias")
+    others, left = (
+        sum(p.numel() for n, p in m.named_parameters() if "layers" in n and ("norm" in n or n.endswith("bias")))
+        for m in (dense, sliced)
     )
-    assert removed == weights + biases
+    assert removed == weights + others - left
 
 
 def test_sliced_equals_masked(case):
     """Zeroing the removed columns of o_proj and down_proj in the dense model is the same function."""
-    dense, plan, _ = case
+    dense, order, plan = case.dense, case.order, case.plan
+    architecture = architecture_of(dense.config)
     masked = copy.deepcopy(dense)
-    with prepared(dense, WINDOWS, PruneSettings(repair=False)) as ready:
-        sliced = slice_model(ready.slicer, plan)
+    with ordered(dense, order):
+        sliced = slice_model(Slicer(dense, order, None), plan)
     shape = shape_of(dense.config)
     heads = shape.queries_per_group * shape.head_dim
-    for layer, by, kept in zip(masked.model.layers, ready.order, plan.layers, strict=True):
-        layer.mlp.down_proj.weight.data[:, by.channels[kept.intermediate_size :]] = 0
+    for layer, by, kept in zip(masked.model.layers, order, plan.layers, strict=True):
+        linear(layer, architecture.ffn_output).weight.data[:, by.channels[kept.intermediate_size :]] = 0
         for group in by.groups[kept.num_key_value_heads :].tolist():
-            layer.self_attn.o_proj.weight.data[:, group * heads : (group + 1) * heads] = 0
+            linear(layer, architecture.attention_output).weight.data[:, group * heads : (group + 1) * heads] = 0
     torch.testing.assert_close(logits(sliced, IDS), logits(masked, IDS), atol=1e-4, rtol=1e-4)
 
 
 def test_ordering_is_no_change_and_is_undone(case):
-    dense, _, _ = case
+    dense, order = case.dense, case.order
     before, weights = logits(dense, IDS), {k: v.clone() for k, v in dense.state_dict().items()}
-    with prepared(dense, WINDOWS, PruneSettings()):
+    with ordered(dense, order):
         torch.testing.assert_close(logits(dense, IDS), before, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(v, weights[k]) for k, v in dense.state_dict().items())
 
 
 def test_a_candidate_equals_the_sliced_model_and_copies_no_input_weights(case):
-    dense, plan, _ = case
-    with prepared(dense, WINDOWS, PruneSettings()) as ready:
-        slicer = ready.slicer
+    dense, plan = case.dense, case.plan
+    with ordered(dense, case.order):
+        slicer = Slicer(dense, case.order, case.statistics)
         layers = slicer.layers(plan)
         with with_layers(dense, layers):
             candidate = logits(dense, IDS)
         assert torch.equal(candidate, logits(slice_model(slicer, plan), IDS))
-        if dense.config.model_type != "phi3":  # fused projections are joined from several views
-            for mine, theirs in zip(layers, dense.model.layers, strict=True):
-                assert mine.mlp.up_proj.weight.data_ptr() == theirs.mlp.up_proj.weight.data_ptr()
-                assert mine.self_attn.k_proj.weight.data_ptr() == theirs.self_attn.k_proj.weight.data_ptr()
+        for projection in architecture_of(dense.config).inputs:
+            if len(projection.blocks) == 1:  # a fused projection is joined from several views
+                for mine, theirs in zip(layers, dense.model.layers, strict=True):
+                    views = (linear(layer, projection.path).weight.data_ptr() for layer in (mine, theirs))
+                    assert len(set(views)) == 1
 
 
 def test_weights_lie_in_memory_as_a_linear_layer_reads_them(case):
     """The solver of the repair returns columns; with them every product takes half as long again."""
-    assert all(parameter.is_contiguous() for parameter in case[2].parameters())
+    assert all(parameter.is_contiguous() for parameter in case.repaired.parameters())
 
 
 def test_it_can_be_trained_further(case):
-    model = copy.deepcopy(case[2]).train()
+    model = copy.deepcopy(case.repaired).train()
     model(IDS, labels=IDS).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_sliced_model_shares_nothing_with_the_dense_one(case):
-    dense, _, sliced = case
+    dense, sliced = case.dense, case.repaired
     assert not {p.data_ptr() for p in dense.parameters()} & {p.data_ptr() for p in sliced.parameters()}
 
 
 def test_repair_lowers_the_damage(case):
-    dense, plan, repaired = case
-    with prepared(dense, WINDOWS, PruneSettings(repair=False)) as ready:
-        cut = slice_model(ready.slicer, plan)
+    dense, order, plan, repaired = case.dense, case.order, case.plan, case.repaired
+    with ordered(dense, order):
+        unrepaired = slice_model(Slicer(dense, order, None), plan)
     wanted = logits(dense, WINDOWS)
-    assert (logits(repaired, WINDOWS) - wanted).square().mean() < (logits(cut, WINDOWS) - wanted).square().mean()
+    errors = [(logits(model, WINDOWS) - wanted).square().mean() for model in (repaired, unrepaired)]
+    assert errors[0] < errors[1]
 
 
 def test_causality(case):
-    check_causality(case[2], IDS)
+    check_causality(case.repaired, IDS)
 
 
 def test_generation_with_and_without_cache_agrees(case):
-    check_cache(case[2], IDS[:, :10])
+    check_cache(case.repaired, IDS[:, :10])
 
 
 def test_left_padded_batches_agree_with_single_prompts(case):
-    check_left_padding(case[2], IDS[:, :20], pad=0)
+    check_left_padding(case.repaired, IDS[:, :20], pad=0)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_implementation_can_be_set(case, implementation):
-    model = copy.deepcopy(case[2])
+    model = copy.deepcopy(case.repaired)
     if implementation == "sdpa" and not model._supports_sdpa:
         pytest.skip(f"{type(model).__name__} has no sdpa attention")
     model.set_attn_implementation(implementation)
     assert model.model.layers[1].self_attn.config._attn_implementation == implementation
-    torch.testing.assert_close(logits(model, IDS), logits(case[2], IDS), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model, IDS), logits(case.repaired, IDS), atol=1e-4, rtol=1e-4)
     check_causality(model, IDS)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def test_saved_and_reloaded(case, tmp_path):
+    case.repaired.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(case.repaired)
+    assert torch.equal(logits(again, IDS), logits(case.repaired, IDS))
+
+
+@pytest.mark.parametrize("name", DISTINCT)
 def test_saved_and_reloaded_by_the_auto_class(saved, name):
     directory, pruned = saved[name]
     again = AutoModelForCausalLM.from_pretrained(directory)  # selfpruner_hub is imported: no trust_remote_code
@@ -172,13 +201,16 @@ def test_saved_and_reloaded_by_the_auto_class(saved, name):
 
 
 @pytest.mark.heavy
-def test_loaded_without_the_package(saved, tmp_path):
-    found = check_without_package({directory: IDS for directory, _ in saved.values()}, tmp_path)
-    for directory, pruned in saved.values():
-        torch.testing.assert_close(found[directory], logits(pruned.model, IDS), atol=1e-5, rtol=1e-5)
+def test_loaded_without_the_package(tmp_path):
+    models = {tmp_path / name: cut(name).repaired for name in CONFIGS}
+    for directory, model in models.items():
+        model.save_pretrained(directory)
+    found = check_without_package(dict.fromkeys(models, IDS), tmp_path)
+    for directory, model in models.items():
+        torch.testing.assert_close(found[directory], logits(model, IDS), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_files_counts_and_rates_agree_with_the_record(saved, name):
     directory, pruned = saved[name]
     record = json.loads((directory / "selfpruner.json").read_text())
@@ -192,7 +224,7 @@ def test_files_counts_and_rates_agree_with_the_record(saved, name):
     assert mean == pytest.approx(0.3, abs=ParameterBudget(shape, 0.3).tolerance)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_the_gain_of_the_search_is_checked_on_unseen_text(saved, name):
     """With both plans as the search had them."""
     _, pruned = saved[name]
@@ -215,7 +247,7 @@ def test_the_search_scores_what_the_second_repair_leaves(metric, monkeypatch):
         monkeypatch.setattr("selfpruner_hub.search.find_plan.REMAINS", remains)
         found = pruner.prune(
             0.3, data="self", proposer="evolution", window=32, calibration_tokens=1024, fitness_tokens=256,
-            evaluations=0, seeds=("uniform",), sequential_repair=accumulate, fitness=metric, progress=False,
+            evaluations=0, seeds=("uniform",), accumulate=accumulate, fitness=metric, progress=False,
         ).report.metrics["search_fitness"]  # fmt: skip
         assert ("weighed for the second repair" in found.protocol) == accumulate
         return found.value if metric == "kl" else math.log(found.value)
@@ -226,7 +258,7 @@ def test_the_search_scores_what_the_second_repair_leaves(metric, monkeypatch):
     assert nats(0.3, False) == pytest.approx(all_of_it, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_the_logits_are_scaled_as_the_record_says(saved, name):
     _, pruned = saved[name]
     scale, unit = pruned.report.metrics["search_logit_scale"].value, ARCHITECTURES[CONFIGS[name].model_type].norm_unit
@@ -235,7 +267,7 @@ def test_the_logits_are_scaled_as_the_record_says(saved, name):
     assert 0.5 <= scale < 1  # a random model knows nothing, so that less confidence is always right
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_saved_again_and_read_again(saved, name, tmp_path):
     """What was loaded can be saved, and its configuration round-trips."""
     directory, pruned = saved[name]
@@ -246,7 +278,7 @@ def test_saved_again_and_read_again(saved, name, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_a_gpu_makes_what_a_cpu_makes(name):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -257,8 +289,10 @@ def test_a_gpu_makes_what_a_cpu_makes(name):
 def made(name, device):
     """Logits of a model that went through every stage but the search on the device."""
     model = tiny_model(name).to(device)
-    with prepared(model, WINDOWS, PruneSettings()) as ready:
-        pruned = slice_model(ready.slicer, uneven_plan(model))
+    statistics = calibrate(model, WINDOWS)
+    order = rank(model, statistics)
+    with ordered(model, order):
+        pruned = slice_model(Slicer(model, order, statistics), uneven_plan(model))
     compensate(model, pruned, WINDOWS)
     match_confidence(model, pruned, WINDOWS)
     assert pruned.device.type == device

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from selfpruner_hub import __version__, errors
+from selfpruner_hub.models.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -102,6 +103,13 @@ def test_every_page_is_in_the_menu_of_the_site_and_on_its_first_page():
     assert listed == {path.name for path in DOCS.glob("*.md")}
     first = (DOCS / "index.md").read_text(encoding="utf-8")
     assert not [name for name in listed - {"index.md"} if f"]({name})" not in first]
+
+
+def test_every_supported_type_is_on_the_page_of_models():
+    page = (DOCS / "models.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \| [A-Z]", page, re.M)
+    assert listed == sorted(ARCHITECTURES)
+    assert f"Text decoders of {len(listed)} types" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_error_has_its_remedy():

@@ -76,6 +76,8 @@ class _Change:
         step = 1 if part == "attention" else step_channels(full)
         self._widths = {"removed": self._kept - step, "restored": min(self._kept + step, full)}
         self._widths = {n: w for n, w in self._widths.items() if 0 < w <= full and w != self._kept}
+        if part == "attention" and slicer.shape.whole_attention:
+            self._widths = {}
         self._sums = dict.fromkeys(self._widths, 0.0)
         dense = decoder_layers(slicer.model)[index]
         which = PARTS.index(part)

@@ -35,6 +35,10 @@ class Architecture:
     """Projections that read the residual stream: q, k, v and gate, up, fused or not."""
     attention_output: str = "self_attn.o_proj"
     ffn_output: str = "mlp.down_proj"
+    norms: tuple[Projection, ...] = ()
+    """Norms of queries and keys whose weights belong to heads, and are cut with them; not every model has them."""
+    whole_attention: bool = False
+    """Whether every KV group stays: the norms of queries and keys span all heads, so that each head depends on all."""
     output_norms: bool = False
     """Whether the outputs of attention and FFN are normalised before they are added to the residual stream."""
     norm_unit: float = 0.0
@@ -45,18 +49,23 @@ class Architecture:
         """The projections whose rows are FFN channels: gate and up, fused or not."""
         return tuple(p for p in self.inputs if p.blocks[0] == "channel")
 
+    @property
+    def rows(self) -> tuple[Projection, ...]:
+        """All modules whose rows are prunable."""
+        return self.inputs + self.norms
 
-_SEPARATE = (
+
+_QKV = (
     Projection("self_attn.q_proj", ("query",)),
     Projection("self_attn.k_proj", ("key_value",)),
     Projection("self_attn.v_proj", ("key_value",)),
-    Projection("mlp.gate_proj", ("channel",)),
-    Projection("mlp.up_proj", ("channel",)),
 )
-_FUSED = (
-    Projection("self_attn.qkv_proj", ("query", "key_value", "key_value")),
-    Projection("mlp.gate_up_proj", ("channel", "channel")),
-)
+_FUSED_QKV = (Projection("self_attn.qkv_proj", ("query", "key_value", "key_value")),)
+_GATE_UP = (Projection("mlp.gate_proj", ("channel",)), Projection("mlp.up_proj", ("channel",)))
+_FUSED_GATE_UP = (Projection("mlp.gate_up_proj", ("channel", "channel")),)
+_UP = (Projection("mlp.up_proj", ("channel",)),)
+_SEPARATE = _QKV + _GATE_UP
+_HEAD_NORMS = (Projection("self_attn.q_norm", ("query",)), Projection("self_attn.k_norm", ("key_value",)))
 
 ARCHITECTURES = {
     row.model_type: row
@@ -68,7 +77,25 @@ ARCHITECTURES = {
         Architecture("gemma", _SEPARATE, norm_unit=1.0),
         Architecture("gemma2", _SEPARATE, output_norms=True, norm_unit=1.0),
         Architecture("gemma3_text", _SEPARATE, output_norms=True, norm_unit=1.0),
-        Architecture("phi3", _FUSED),
+        Architecture("phi3", _FUSED_QKV + _FUSED_GATE_UP),  # Phi-3, Phi-3.5, Phi-4, Phi-4-mini
+        Architecture("arcee", _QKV + _UP),
+        Architecture("cohere", _SEPARATE, norms=_HEAD_NORMS),  # Command-R, Aya
+        Architecture("cohere2", _SEPARATE),
+        Architecture("cwm", _SEPARATE),
+        Architecture("ernie4_5", _SEPARATE),
+        Architecture("exaone4", _SEPARATE, output_norms=True),
+        Architecture("glm", _QKV + _FUSED_GATE_UP),
+        Architecture("glm4", _QKV + _FUSED_GATE_UP, output_norms=True),
+        Architecture("granite", _SEPARATE),
+        Architecture("hunyuan_v1_dense", _SEPARATE),
+        Architecture("ministral", _SEPARATE),
+        Architecture("ministral3", _SEPARATE),
+        Architecture("olmo2", _SEPARATE, norms=_HEAD_NORMS, whole_attention=True, output_norms=True),
+        Architecture("olmo3", _SEPARATE, norms=_HEAD_NORMS, whole_attention=True, output_norms=True),
+        Architecture("seed_oss", _SEPARATE),
+        Architecture("smollm3", _SEPARATE),
+        Architecture("starcoder2", _QKV + (Projection("mlp.c_fc", ("channel",)),), ffn_output="mlp.c_proj"),
+        Architecture("vaultgemma", _SEPARATE, norm_unit=1.0),
     )
 }
 
@@ -112,9 +139,19 @@ def linear(layer: nn.Module, path: str) -> nn.Linear:
     return cast(nn.Linear, layer.get_submodule(path))
 
 
+def residual_scale(config: PreTrainedConfig) -> float:
+    """The factor on the outputs of attention and FFN as they are added to the residual stream (Granite)."""
+    return float(getattr(config, "residual_multiplier", 1.0))
+
+
+def logit_scale(config: PreTrainedConfig) -> float:
+    """The factor on the outputs of the language-model head (Cohere, Granite)."""
+    return float(getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0))
+
+
 def shape_of(config: PreTrainedConfig) -> ModelShape:
     """Read the prunable geometry from a configuration; its layers may already differ in width."""
-    layers = list(config.per_layer_config)
+    architecture, layers = architecture_of(config), list(config.per_layer_config)
     first = layers[0]
     head_dim = getattr(first, "head_dim", None) or first.hidden_size // first.num_attention_heads
     return ModelShape(
@@ -122,6 +159,8 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         head_dim=head_dim,
         queries_per_group=first.num_attention_heads // first.num_key_value_heads,
         dense=Plan(tuple(LayerWidths(c.intermediate_size, c.num_key_value_heads) for c in layers)),
+        ffn_matrices=1 + sum(len(p.blocks) for p in architecture.ffn_inputs),
+        whole_attention=architecture.whole_attention,
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfpruner_hub.errors import ModelError
+from selfpruner_hub.models.architectures import logit_scale
 
 BATCH_TOKENS = 2048
 """Number of tokens in one forward pass of the decoder on a CPU."""
@@ -95,8 +96,9 @@ def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, T
         The index of the first position, and the block's float32 logits `[≤ HEAD_TOKENS, V]`.
     """
     head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    scale = logit_scale(model.config)
     for first in range(0, len(hidden), HEAD_TOKENS):
-        logits = head(hidden[first : first + HEAD_TOKENS]).float()
+        logits = scale * head(hidden[first : first + HEAD_TOKENS]).float()
         yield first, logits if softcap is None else (logits / softcap).tanh() * softcap
 
 

@@ -11,39 +11,42 @@ The widths are in transformers' `per_layer_config` (`num_attention_heads`, `num_
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 from torch import nn
 from transformers import (
+    ArceeForCausalLM,
     AutoConfig,
     AutoModelForCausalLM,
-    Gemma2Config,
+    Cohere2ForCausalLM,
+    CohereForCausalLM,
+    CwmForCausalLM,
+    Ernie4_5ForCausalLM,
+    Exaone4ForCausalLM,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GemmaConfig,
     GemmaForCausalLM,
-    LlamaConfig,
+    Glm4ForCausalLM,
+    GlmForCausalLM,
+    GraniteForCausalLM,
+    HunYuanDenseV1ForCausalLM,
     LlamaForCausalLM,
-    MistralConfig,
+    Ministral3ForCausalLM,
+    MinistralForCausalLM,
     MistralForCausalLM,
-    Phi3Config,
+    Olmo2ForCausalLM,
+    Olmo3ForCausalLM,
     Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
     Qwen3ForCausalLM,
+    SeedOssForCausalLM,
+    SmolLM3ForCausalLM,
+    Starcoder2ForCausalLM,
+    VaultGemmaForCausalLM,
 )
-from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
-from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
-from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 
 class LayerConfig:
@@ -115,90 +118,50 @@ class SelfPrunedMixin:
         self.post_init()
 
 
-class SelfPrunedLlamaConfig(SelfPrunedConfigMixin, LlamaConfig):
-    model_type = "selfpruned_llama"
-
-
-class SelfPrunedLlamaForCausalLM(SelfPrunedMixin, LlamaForCausalLM):
-    config_class = SelfPrunedLlamaConfig
-    layer_class = LlamaDecoderLayer
-
-
-class SelfPrunedMistralConfig(SelfPrunedConfigMixin, MistralConfig):
-    model_type = "selfpruned_mistral"
-
-
-class SelfPrunedMistralForCausalLM(SelfPrunedMixin, MistralForCausalLM):
-    config_class = SelfPrunedMistralConfig
-    layer_class = MistralDecoderLayer
-
-
-class SelfPrunedQwen2Config(SelfPrunedConfigMixin, Qwen2Config):
-    model_type = "selfpruned_qwen2"
-
-
-class SelfPrunedQwen2ForCausalLM(SelfPrunedMixin, Qwen2ForCausalLM):
-    config_class = SelfPrunedQwen2Config
-    layer_class = Qwen2DecoderLayer
-
-
-class SelfPrunedQwen3Config(SelfPrunedConfigMixin, Qwen3Config):
-    model_type = "selfpruned_qwen3"
-
-
-class SelfPrunedQwen3ForCausalLM(SelfPrunedMixin, Qwen3ForCausalLM):
-    config_class = SelfPrunedQwen3Config
-    layer_class = Qwen3DecoderLayer
-
-
-class SelfPrunedGemmaConfig(SelfPrunedConfigMixin, GemmaConfig):
-    model_type = "selfpruned_gemma"
-
-
-class SelfPrunedGemmaForCausalLM(SelfPrunedMixin, GemmaForCausalLM):
-    config_class = SelfPrunedGemmaConfig
-    layer_class = GemmaDecoderLayer
-
-
-class SelfPrunedGemma2Config(SelfPrunedConfigMixin, Gemma2Config):
-    model_type = "selfpruned_gemma2"
-
-
-class SelfPrunedGemma2ForCausalLM(SelfPrunedMixin, Gemma2ForCausalLM):
-    config_class = SelfPrunedGemma2Config
-    layer_class = Gemma2DecoderLayer
-
-
-class SelfPrunedGemma3TextConfig(SelfPrunedConfigMixin, Gemma3TextConfig):
-    model_type = "selfpruned_gemma3_text"
-
-
-class SelfPrunedGemma3ForCausalLM(SelfPrunedMixin, Gemma3ForCausalLM):
-    config_class = SelfPrunedGemma3TextConfig
-    config: SelfPrunedGemma3TextConfig
-    layer_class = Gemma3DecoderLayer
-
-
-class SelfPrunedPhi3Config(SelfPrunedConfigMixin, Phi3Config):
-    model_type = "selfpruned_phi3"
-
-
-class SelfPrunedPhi3ForCausalLM(SelfPrunedMixin, Phi3ForCausalLM):
-    config_class = SelfPrunedPhi3Config
-    layer_class = Phi3DecoderLayer
+def _pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The pruned twin of a stock model class, with its own configuration class; both are attributes of this module."""
+    dense: type[PreTrainedConfig] = stock.config_class
+    config = type(
+        f"SelfPruned{dense.__name__}",
+        (SelfPrunedConfigMixin, dense),
+        {"__module__": __name__, "model_type": f"selfpruned_{dense.model_type}"},
+    )
+    layer = getattr(sys.modules[stock.__module__], stock._no_split_modules[0])  # such as LlamaDecoderLayer
+    members = {"config_class": config, "layer_class": layer, "__annotations__": {"config": config}}
+    model = type(f"SelfPruned{stock.__name__}", (SelfPrunedMixin, stock), {"__module__": __name__, **members})
+    globals().update({config.__name__: config, model.__name__: model})
+    return model
 
 
 MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
-    cls.config_class.model_type.removeprefix("selfpruned_"): cls
-    for cls in (
-        SelfPrunedLlamaForCausalLM,
-        SelfPrunedMistralForCausalLM,
-        SelfPrunedQwen2ForCausalLM,
-        SelfPrunedQwen3ForCausalLM,
-        SelfPrunedGemmaForCausalLM,
-        SelfPrunedGemma2ForCausalLM,
-        SelfPrunedGemma3ForCausalLM,
-        SelfPrunedPhi3ForCausalLM,
+    stock.config_class.model_type: _pruned_class(stock)
+    for stock in (
+        ArceeForCausalLM,
+        Cohere2ForCausalLM,
+        CohereForCausalLM,
+        CwmForCausalLM,
+        Ernie4_5ForCausalLM,
+        Exaone4ForCausalLM,
+        Gemma2ForCausalLM,
+        Gemma3ForCausalLM,
+        GemmaForCausalLM,
+        Glm4ForCausalLM,
+        GlmForCausalLM,
+        GraniteForCausalLM,
+        HunYuanDenseV1ForCausalLM,
+        LlamaForCausalLM,
+        Ministral3ForCausalLM,
+        MinistralForCausalLM,
+        MistralForCausalLM,
+        Olmo2ForCausalLM,
+        Olmo3ForCausalLM,
+        Phi3ForCausalLM,
+        Qwen2ForCausalLM,
+        Qwen3ForCausalLM,
+        SeedOssForCausalLM,
+        SmolLM3ForCausalLM,
+        Starcoder2ForCausalLM,
+        VaultGemmaForCausalLM,
     )
 }
 """The pruned model class of each dense `model_type`."""

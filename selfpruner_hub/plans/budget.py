@@ -69,9 +69,10 @@ class ParameterBudget:
             )
         least, most = self._reachable()
         if not least - self.tolerance <= self.beta <= most + self.tolerance:
+            groups = "every KV group kept" if self.shape.whole_attention else "at least one KV group a layer"
             raise BudgetError(
-                f"beta={self.beta:g} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and at least "
-                f"one KV group a layer, this model can lose between {least:.3f} and {most:.3f}.",
+                f"beta={self.beta:g} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and {groups}, "
+                f"this model can lose between {least:.3f} and {most:.3f}.",
                 "Change beta or the bounds.",
             )
         nearest = self.shape.beta(self.project(Rates.tied([self.beta] * self.shape.num_layers)))
@@ -167,7 +168,8 @@ class ParameterBudget:
         return bounds
 
     def _group_limit(self, groups: int) -> int:
-        return min(math.floor(self.p_max * groups + 1e-9), groups - 1)
+        """Maximum number of KV groups that a layer with `groups` of them loses."""
+        return 0 if self.shape.whole_attention else min(math.floor(self.p_max * groups + 1e-9), groups - 1)
 
     def _removed(self, groups: Sequence[int]) -> tuple[int, int]:
         """Minimum and maximum number of weights that a plan can remove if it removes these groups."""

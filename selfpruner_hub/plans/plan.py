@@ -50,6 +50,10 @@ class ModelShape:
     queries_per_group: int
     """Number of query heads that share one key/value head; the same in every layer, and not changed by pruning."""
     dense: Plan
+    ffn_matrices: int = 3
+    """Number of weight matrices of an FFN: 3 with a gate, else 2."""
+    whole_attention: bool = False
+    """Whether every layer keeps all of its KV groups."""
 
     @property
     def num_layers(self) -> int:
@@ -59,7 +63,7 @@ class ModelShape:
     @property
     def channel_weights(self) -> int:
         """Number of weights of one FFN channel."""
-        return 3 * self.hidden_size
+        return self.ffn_matrices * self.hidden_size
 
     @property
     def group_weights(self) -> int:

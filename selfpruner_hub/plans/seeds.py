@@ -85,6 +85,8 @@ def knapsack(budget: ParameterBudget, curves: Sequence[LossCurves]) -> Rates:
     target = (1 - budget.beta) * shape.weights(shape.dense)
     parts = [(c.attention, shape.group_weights) for c in curves] + [(c.ffn, shape.channel_weights) for c in curves]
     floors = [1 + int((1 - budget.p_max) * (len(loss) - 1) - 1e-9) for loss, _ in parts]
+    if shape.whole_attention:
+        floors[: len(curves)] = [len(c.attention) - 1 for c in curves]
 
     def kept(price: float) -> list[int]:
         return [

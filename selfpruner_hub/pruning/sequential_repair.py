@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.fisher import Fisher, roots_of
 from selfpruner_hub.calibration.ridge import as_seen, held_out
-from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear
+from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear, residual_scale
 from selfpruner_hub.models.layer_stream import Seen, Stream, watching
 from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.storage.offload import TensorStore
@@ -66,7 +66,7 @@ def compensate(
         ModelError: The statistics are degenerate.
     """
     store, checkpoints = run.store, run.checkpoints
-    architecture = architecture_of(dense.config)
+    architecture, scale = architecture_of(dense.config), residual_scale(dense.config)
     original, moved = Stream(dense, windows, store), Stream(dense, windows, store)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
     roots = roots_of(fisher, len(pairs))
@@ -76,7 +76,7 @@ def compensate(
             original.advance(index, whole)
             moved.advance(index, layer)
             continue
-        wanted = _targets(architecture, index, whole, original, moved, store)
+        wanted = _targets(architecture, index, whole, original, moved, store, scale)
         _fit_attention(architecture, index, layer, moved, wanted, ridges, roots[index][0])
         ffn = _Ffn(architecture, index, layer, moved, wanted, store, roots[index][1])
         ffn.fit_down(ridges)
@@ -92,12 +92,19 @@ Targets = list[list[Tensor]]
 
 
 def _targets(
-    architecture: Architecture, index: int, whole: nn.Module, original: Stream, moved: Stream, store: TensorStore
+    architecture: Architecture,
+    index: int,
+    whole: nn.Module,
+    original: Stream,
+    moved: Stream,
+    store: TensorStore,
+    scale: float,
 ) -> Targets:
     """Advance the dense stream by one layer and return the targets.
 
     A target is the dense output; if outputs are not normalised, that of the attention also corrects the drift, the
-    difference between the dense and the pruned stream before the layer.
+    difference between the dense and the pruned stream before the layer. `scale` multiplies outputs as they are added to
+    the stream.
     """
     wanted = []
     for number, hidden in enumerate(original.hidden):
@@ -105,7 +112,7 @@ def _targets(
         after = original.run(index, whole, number, outputs)
         first, second = (each.output for each in outputs)
         if not architecture.output_norms:
-            first = _sum(first, hidden, -moved.hidden[number])
+            first = _sum(first, hidden.float() / scale, -moved.hidden[number].float() / scale)
         wanted.append([store(first), store(second)])
         hidden.copy_(cast(Tensor, after))
     return wanted

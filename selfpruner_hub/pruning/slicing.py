@@ -232,17 +232,19 @@ def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
     """Reorder KV groups and FFN channels of every layer in place; the model's function does not change."""
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     for layer, by in zip(decoder_layers(model), order, strict=True):
-        for projection in architecture.inputs:
-            module = linear(layer, projection.path)
+        parameters = dict(layer.named_parameters())
+        for projection in architecture.rows:
             indices, offset = [], 0
             for block in projection.blocks:
                 rows = expand(_indices(by, block), _unit(shape, block))
                 indices.append(rows + offset)
                 offset += len(rows)
-            rows = torch.cat(indices).to(module.weight.device)
-            for tensor in (module.weight, module.bias):
-                if tensor is not None:
-                    tensor.data.copy_(tensor.data[rows])
+            rows = torch.cat(indices)
+            for name in (f"{projection.path}.weight", f"{projection.path}.bias"):
+                if name in parameters:
+                    tensor = parameters[name].data
+                    by_row = tensor.view(len(rows), -1)  # a norm's weight may be [heads, head_dim]
+                    by_row.copy_(by_row[rows.to(tensor.device)])
         for path, columns in (
             (architecture.attention_output, expand(by.groups, _unit(shape, "query"))),
             (architecture.ffn_output, by.channels),
@@ -267,15 +269,16 @@ def _cut(
         layer = type(dense)(own, index)
     tensors = {name: parameter.detach() for name, parameter in dense.named_parameters()}
     full = shape.dense.layers[index]
-    for projection in architecture.inputs:
+    for projection in architecture.rows:
         spans, offset = [], 0
         for block in projection.blocks:
             spans.append((offset, block_rows(shape, kept, block)))
             offset += block_rows(shape, full, block)
         for name in (f"{projection.path}.weight", f"{projection.path}.bias"):
             if name in tensors:
-                views = [tensors[name].narrow(0, *span) for span in spans]
-                tensors[name] = views[0] if len(views) == 1 else torch.cat(views)
+                by_row, rest = tensors[name].view(offset, -1), tensors[name].shape[1:]
+                views = [by_row.narrow(0, *span) for span in spans]
+                tensors[name] = (views[0] if len(views) == 1 else torch.cat(views)).view(-1, *rest)
     for path, columns in (
         (architecture.attention_output, block_rows(shape, kept, "query")),
         (architecture.ffn_output, kept.intermediate_size),

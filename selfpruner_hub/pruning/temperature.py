@@ -1,7 +1,7 @@
 """Temperature scaling of a pruned model, on text that it was not fitted to (arXiv 1706.04599).
 
 A pruned model is less accurate than its dense model, but its logits spread as widely, so its predictions are too
-confident. One factor for all logits corrects this. It is multiplied into the weight of the last norm, so nothing is
+confident. One factor for all logits corrects this. It is multiplied into the last norm, so nothing is
 added to the model, and the order of the predictions does not change.
 """
 
@@ -55,6 +55,8 @@ def match_confidence(
     scale = first_minimum(reversed(SCALES), diverged)
     if progress:
         progress("matching confidence", len(SCALES), len(SCALES))
-    weight, unit = pruned.get_decoder().norm.weight, architecture_of(pruned.config).norm_unit
-    weight.copy_(scale * (weight.float() + unit) - unit)
+    norm, unit = pruned.get_decoder().norm, architecture_of(pruned.config).norm_unit
+    norm.weight.copy_(scale * (norm.weight.float() + unit) - unit)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.mul_(scale)
     return scale

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny import CONFIGS, tiny_model, tiny_tokenizer
+from support.tiny import DISTINCT, tiny_model, tiny_tokenizer
 
 from selfpruner_hub.calibration import fisher as module
 from selfpruner_hub.calibration.fisher import output_fisher
@@ -49,7 +49,7 @@ def test_it_predicts_the_divergence_of_small_noise_in_any_direction(index, part,
     assert scales[2] > 1.5 * scales[1]  # one direction bears more noise than another for the same loss
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", DISTINCT)
 def test_layer_by_layer_it_is_what_one_backward_pass_gives(architecture, monkeypatch):
     """With labels that do not depend on chance: those of the least logit."""
     monkeypatch.setattr(module, "draw", lambda logits, _temperature, _generator: logits.argmin(-1))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.tiny import CONFIGS, tiny_model
+from support.tiny import DISTINCT, tiny_model
 
 from selfpruner_hub.calibration import generated_text
 from selfpruner_hub.calibration.generated_text import continuations, draw, sample_windows
@@ -40,7 +40,7 @@ def steps(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in DISTINCT if name != "olmo2"])  # it writes one token only
 def test_the_likeliest_text_is_that_of_generate(name, steps):
     model = tiny_model(name)
     whole = greedy(model)

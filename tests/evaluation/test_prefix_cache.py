@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.tiny import CONFIGS, tiny_model
+from support.tiny import DISTINCT, tiny_model
 
 import selfpruner_hub.evaluation.prefix_cache as prefix_cache
 import selfpruner_hub.models.forward as forward
@@ -44,7 +44,7 @@ def skipped(monkeypatch):
 
 
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_the_score_is_the_same_to_the_bit(name, metric, skipped, monkeypatch):
     model = tiny_model(name).bfloat16()
     with prepared(model, WINDOWS, PruneSettings()) as ready:

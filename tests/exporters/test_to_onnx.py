@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from support.checks import check_cache, check_left_padding, logits
-from support.tiny import CONFIGS, tiny_model, tiny_pruned, tiny_tokenizer
+from support.tiny import DISTINCT, tiny_model, tiny_pruned, tiny_tokenizer
 
 from exporters import OnnxCausalLM
 from exporters.export import export_model
@@ -45,7 +45,7 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_every_architecture(name, exported):
     """Sliding windows (16) are shorter than the prompts: what the graph's mask does is compared too."""
     directory = exported(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny import CONFIGS, tiny_model
+from support.tiny import DISTINCT, tiny_model
 
 from selfpruner_hub.models.patching import add_product, attending_by_group
 
@@ -19,7 +19,7 @@ def written(model):
     return torch.stack(out.logits, 1)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_it_writes_the_same(name):
     model = tiny_model(name)
     wanted = written(model)

@@ -254,6 +254,14 @@ def test_rates_that_are_not_finite_are_refused(bad, part):
         )
 
 
+def test_attention_that_stays_whole_limits_beta():
+    whole = ModelShape(64, 16, 1, Plan.of([64, 64], [4, 4]), whole_attention=True)
+    plan = ParameterBudget(whole, 0.3).project(Rates((0.5, 0.5), (0.1, 0.9)))
+    assert [layer.num_key_value_heads for layer in plan.layers] == [4, 4]
+    with pytest.raises(BudgetError, match="every KV group kept, this model can lose between 0.000 and 0.3"):
+        ParameterBudget(whole, 0.5)
+
+
 def test_distance_is_the_mean_change_over_both_parts():
     budget = ParameterBudget(ModelShape(64, 16, 1, Plan.of([100, 100], [4, 4])), 0.3)
     plan = Plan.of([50, 100], [2, 4])  # FFN rates 0.5 and 0; attention 0.5 and 0

@@ -57,6 +57,12 @@ def test_rates_and_beta_of_a_hand_made_plan():
     assert shape.beta(plan) == pytest.approx(0.25)
 
 
+def test_an_ffn_without_gate_has_two_matrices():
+    shape = ModelShape(10, 3, 2, Plan.of([12], [2]), ffn_matrices=2)
+    assert shape.channel_weights == 20
+    assert shape.weights(shape.dense) == 12 * 20 + 2 * 180
+
+
 def test_rates_refuse_a_plan_of_another_depth():
     with pytest.raises(ValueError):
         SMOLLM2.rates(Plan.of([1536], [3]))

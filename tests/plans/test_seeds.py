@@ -1,6 +1,7 @@
 """Seeds: each projects onto the budget, and the knapsack finds what trying everything finds."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,17 @@ def test_the_knapsack_equals_brute_force(seed, beta):
     affordable = [(g, f) for g, f in every if tiny.weights(Plan.of(f, g)) <= weights]
     best = min(total_loss(losses, g, f) for g, f in affordable)
     assert total_loss(losses, groups, channels) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_attention_that_stays_whole_is_in_no_seed(tied):
+    whole = replace(shape(layers=4), whole_attention=True)
+    budget = ParameterBudget(whole, 0.3, tied=tied)
+    for rates in seeds(budget, curves(whole, seed=0)).values():
+        plan = budget.project(rates)
+        assert {layer.num_key_value_heads for layer in plan.layers} == {4}
+        assert whole.beta(plan) == pytest.approx(0.3, abs=budget.tolerance)
+    assert knapsack(ParameterBudget(whole, 0.3), curves(whole, seed=0)).attention == (0,) * 4
 
 
 def test_the_knapsack_spends_its_budget():

@@ -74,6 +74,8 @@ def _parts(budget: ParameterBudget) -> dict[str, dict[str, Any]]:
 def _steps(budget: ParameterBudget) -> list[int]:
     """Return the attention rates that whole KV groups allow, in percent."""
     groups = budget.shape.dense.layers[0].num_key_value_heads
+    if budget.shape.whole_attention:
+        return [0]
     return sorted({round(100 * g / groups) for g in range(groups)})
 
 
