@@ -14,6 +14,7 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import is_repo_id, load_model
+from selfpruner_hub.models.unsupported import refuse_quantized
 from selfpruner_hub.plans.budget import ParameterBudget, check_beta
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import Request, describe, fingerprint
@@ -52,6 +53,7 @@ class AutoPruner:
         licence: dict[str, str] | None = None,
         store: TensorStore = MEMORY,
     ) -> None:
+        refuse_quantized(model.config, name)
         self._store = store
         self.model = model
         self.tokenizer = tokenizer
@@ -79,14 +81,14 @@ class AutoPruner:
             A pruner of the model.
 
         Raises:
-            UnsupportedArchitectureError: The architecture is not supported.
+            UnsupportedArchitectureError: The architecture is not supported, or the weights are quantised.
             ModelError: The model is missing, gated, unreachable or damaged.
             UserError: `base_model` is not the name of a repository.
         """
         if base_model is not None and not is_repo_id(base_model):
             raise UserError(f"base_model must name a Hub repository, OWNER/NAME; got {base_model!r}.")
         store = MEMORY if offload_folder is None else DiskStore(offload_folder)
-        model, tokenizer = load_model(name, store=store, **kwargs)
+        model, tokenizer = load_model(name, quantized=False, store=store, **kwargs)
         called = base_model or (Path(name).name if Path(name).exists() else name)
         licence = licence_of(name, **kwargs) or (licence_of(base_model) if base_model else {})
         return cls(model, tokenizer, called, licence, store)

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from selfpruner_hub.errors import UnsupportedArchitectureError
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
+from selfpruner_hub.models.unsupported import reason
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
 
 Block = Literal["query", "key_value", "channel"]
@@ -114,8 +115,9 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     """
     model_type = config.model_type.removeprefix("selfpruned_")
     if model_type not in ARCHITECTURES:
+        because = reason(config)
         raise UnsupportedArchitectureError(
-            f"Models of type {model_type!r} are not supported.",
+            f"Models of type {model_type!r} are not supported{because and f': {because}'}.",
             f"Supported: {', '.join(sorted(ARCHITECTURES))} (text decoders only).",
         )
     return ARCHITECTURES[model_type]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +30,32 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
+from selfpruner_hub.models.unsupported import refuse_quantized
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 _FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
 """The `from_pretrained` keywords that locate files; they apply to configuration and tokenizer too."""
+_WRAPPERS = ("gemma3", "mistral3")
+"""Models of images and text whose text model is loaded alone."""
+_TEXT_KEYS = {r"^language_model\.lm_head": "lm_head", r"^(model\.)?language_model\.(model\.)?": "model."}
+"""Names of its weights in a wrapper, old and new → its own names."""
 _WEIGHTS = ["*.safetensors", "*.json"]
 _GIVE = "Give a Hub repository, or a directory that `save_pretrained` wrote."
 
 
 def load_model(
-    name: str, *, any_architecture: bool = False, store: TensorStore = MEMORY, **kwargs: Any
+    name: str, *, any_architecture: bool = False, quantized: bool = True, store: TensorStore = MEMORY, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model, dense or pruned, and its tokenizer.
 
-    Weights of a GGUF file are dequantised, so that they can be cut.
+    Weights of a GGUF file are dequantised, so that they can be cut. Of a model of images and text, only the text model
+    is loaded.
 
     Args:
         name: Directory or Hub repository.
         any_architecture: Whether to accept models that cannot be pruned, such as a proposer.
+        quantized: Whether to accept quantised weights, which cannot be cut.
         store: Store for the weights; a store on disk reads them one by one from safetensors.
         **kwargs: Keywords of transformers' `from_pretrained`.
 
@@ -53,7 +63,8 @@ def load_model(
         The model in eval mode, and its tokenizer, or None if it has none.
 
     Raises:
-        UnsupportedArchitectureError: The architecture is not in the table; checked before any weight is read.
+        UnsupportedArchitectureError: The architecture is not in the table, or the weights are quantised; checked before
+            any weight is read.
         ModelError: The model is missing, gated, unreachable or truncated, or has weights that are not finite.
         UserError: A store on disk is combined with a GGUF file, a device map or quantization.
     """
@@ -62,26 +73,39 @@ def load_model(
     if kwargs.get("gguf_file"):
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
     config = load_config(name, any_architecture=any_architecture, **kwargs)
+    if not quantized:
+        refuse_quantized(config, name, kwargs.get("quantization_config"))
+    if not any_architecture and config.model_type in _WRAPPERS:
+        config = text_config(config)
+        kwargs |= {"config": config, "key_mapping": _TEXT_KEYS}
     try:
         if not store.on_disk:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
             model, found = loaded
         else:
-            model, found = _one_by_one(name, config, store, **kwargs)
+            model, found = _one_by_one(name, store, **{**kwargs, "config": config})
     except SelfPrunerError:
         raise
     except Exception as error:  # transformers, the Hub client and safetensors share no base class
         raise explain(name, error) from error
-    if missing := sorted(found["missing_keys"]):  # transformers fills missing weights with random numbers
-        raise ModelError(f"The weights of {name!r} lack {missing[0]}.", "Download or save them again.")
-    for key, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ModelError(f"The weights of {name!r} are not finite (first in {key}).", "Load an intact checkpoint.")
+    _check_weights(name, model, found["missing_keys"])
+    if not any_architecture:  # the weights decide, since a cut model is built from the configuration
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+        model.config.tie_word_embeddings = inputs.weight is outputs.weight
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except Exception:  # a model without a tokenizer can be pruned on data="self"
         tokenizer = None
     return model.eval(), tokenizer
+
+
+def _check_weights(name: str, model: PreTrainedModel, missing_keys: Iterable[str]) -> None:
+    """Raise if weights are missing, which transformers fills with random numbers, or not finite."""
+    if missing := sorted(missing_keys):
+        raise ModelError(f"The weights of {name!r} lack {missing[0]}.", "Download or save them again.")
+    for key, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ModelError(f"The weights of {name!r} are not finite (first in {key}).", "Load an intact checkpoint.")
 
 
 def load_config(name: str, *, any_architecture: bool = False, **kwargs: Any) -> PreTrainedConfig:
@@ -102,12 +126,22 @@ def load_config(name: str, *, any_architecture: bool = False, **kwargs: Any) -> 
     try:
         config = AutoConfig.from_pretrained(name, **_for_files(kwargs))
         if not any_architecture:
-            architecture_of(config)
+            architecture_of(text_config(config))
     except SelfPrunerError:
         raise
     except Exception as error:  # transformers and the Hub client share no base class
         raise explain(name, error) from error
     return config
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the text model inside one of `_WRAPPERS`; any other configuration as it is."""
+    if config.model_type not in _WRAPPERS:
+        return config
+    text = copy.copy(config.get_text_config())
+    text.tie_word_embeddings = config.tie_word_embeddings
+    text.dtype = text.dtype or config.dtype
+    return text
 
 
 def _for_files(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +151,12 @@ def _for_files(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_by_one(
-    name: str, config: PreTrainedConfig, store: TensorStore, dtype: str | torch.dtype = "auto", **kwargs: Any
+    name: str,
+    store: TensorStore,
+    config: PreTrainedConfig,
+    dtype: str | torch.dtype = "auto",
+    key_mapping: dict[str, str] | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Build a model and move each weight to `store` as it is read, so that they are never in memory all at once."""
     if kwargs.get("gguf_file") or kwargs.get("device_map") or kwargs.get("quantization_config"):
@@ -134,10 +173,19 @@ def _one_by_one(
             keys = list(opened.keys())
         for key in keys:
             with safe_open(directory / file, "pt") as opened:  # reopened each time: read data stay in memory
-                _put(model, key, opened.get_tensor(key), named, store)
-    model.tie_weights()
-    missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+                _put(model, _renamed(key, key_mapping), opened.get_tensor(key), named, store)
+    missing = {key for key, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    model.tie_weights(missing_keys=missing)
     return model, {"missing_keys": missing}
+
+
+def _renamed(key: str, mapping: dict[str, str] | None) -> str:
+    """The name of a weight after the first pattern of `mapping` that it matches."""
+    for pattern, target in (mapping or {}).items():
+        renamed, found = re.subn(pattern, target, key)
+        if found:
+            return renamed
+    return key
 
 
 def _put(model: PreTrainedModel, key: str, tensor: Tensor, dtype: torch.dtype | None, store: TensorStore) -> None:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
-from support.tiny import CONFIGS, save_tiny
+from support.tiny import CONFIGS, save_tiny, uneven
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from selfpruner_hub.errors import ModelError, UnsupportedArchitectureError
 from selfpruner_hub.models import loading
 from selfpruner_hub.models.architectures import ARCHITECTURES
 from selfpruner_hub.models.loading import explain, load_model, resolve_directory
+from selfpruner_hub.storage.offload import DiskStore
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -111,6 +112,16 @@ def test_truncated_weights(share, model):
 def test_a_missing_tensor_is_not_made_up(model):
     change_weights(model, lambda weights: weights.pop(WEIGHT))
     assert f"lack {WEIGHT}" in refusal(model)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_weights_decide_whether_the_head_is_tied(model, on_disk, tmp_path):
+    """A cut model would take the embeddings for its head where the configuration said so."""
+    wanted = load_file(model / "model.safetensors")["lm_head.weight"]
+    change_config(model, tie_word_embeddings=True)
+    loaded, _ = load_model(str(model), **({"store": DiskStore(tmp_path / "store")} if on_disk else {}))
+    assert loaded.config.tie_word_embeddings is False
+    assert torch.equal(uneven(loaded).lm_head.weight, wanted)
 
 
 def test_a_tensor_of_another_shape(model):
