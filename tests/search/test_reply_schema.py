@@ -76,7 +76,7 @@ def test_a_mutation_moves_attention_by_whole_groups():
 
 def test_a_reply_may_remove_no_group_where_attention_stays_whole():
     whole = ParameterBudget(ModelShape(16, 4, 2, Plan.of([96] * LAYERS, [3] * LAYERS), whole_attention=True), 0.3)
-    assert schema("initial", [], whole)["properties"]["attention"]["items"] == {"enum": [0]}
+    assert schema(Question("initial", [], whole))["properties"]["attention"]["items"] == {"enum": [0]}
 
 
 def test_the_ffn_that_loses_more_pays_for_a_group_that_comes_back():
