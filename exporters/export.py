@@ -71,7 +71,7 @@ def export(
     if Path(name).is_dir() and Path(output).exists() and Path(output).samefile(name):
         raise OutputError("The output would replace the model that is exported.", "Choose another output.")
     progress(EXPORTING, 0, len(STAGES), STAGES[0])
-    model, tokenizer = load_model(name, **keywords)
+    model, tokenizer = load_model(name, device="cpu", **keywords)
     pruned = type(model) in MODEL_CLASSES.values()
     record = read_record(resolve_directory(name, **keywords)) if pruned else None
     called = Path(name).name if Path(name).exists() else name

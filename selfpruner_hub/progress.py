@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import TracebackType
 
@@ -38,6 +39,12 @@ class Bars:
         self._bar.n = round(min(done, total), 2)
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.refresh()
+
+    def say(self, line: str) -> None:
+        """Write a line to stderr, where progress is shown."""
+        if self._enabled:
+            self.close()
+            tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Close the current bar."""

@@ -152,11 +152,12 @@ class PrunedModel:
         )
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> PrunedModel:
+    def from_pretrained(cls, name: str | Path, *, device: str | None = None, **kwargs: Any) -> PrunedModel:
         """Load a pruned model.
 
         Args:
             name: Directory that `save_pretrained` wrote, or a Hub repository.
+            device: Device; None takes the accelerator where there is one.
             **kwargs: Keywords of transformers' `from_pretrained`.
 
         Returns:
@@ -168,7 +169,7 @@ class PrunedModel:
         """
         directory = resolve_directory(str(name), **kwargs)
         report = read_record(directory)
-        model, tokenizer = load_model(str(directory), **kwargs)
+        model, tokenizer = load_model(str(directory), device=device, **kwargs)
         if shape_of(model.config).dense != report.plan:
             raise SavedModelError(
                 f"{str(name)!r} is damaged: {MODEL_RECORD_FILE} and config.json disagree on the widths."

@@ -13,6 +13,7 @@ from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.devices import check_one_device, described
 from selfpruner_hub.models.loading import is_repo_id, load_model
 from selfpruner_hub.models.unsupported import refuse_quantized
 from selfpruner_hub.plans.budget import ParameterBudget, check_beta
@@ -54,6 +55,7 @@ class AutoPruner:
         store: TensorStore = MEMORY,
     ) -> None:
         refuse_quantized(model.config, name)
+        check_one_device(model)
         self._store = store
         self.model = model
         self.tokenizer = tokenizer
@@ -64,31 +66,41 @@ class AutoPruner:
 
     @classmethod
     def from_pretrained(
-        cls, name: str, *, base_model: str | None = None, offload_folder: str | Path | None = None, **kwargs: Any
+        cls,
+        name: str,
+        *,
+        device: str | None = None,
+        base_model: str | None = None,
+        offload_folder: str | Path | None = None,
+        **kwargs: Any,
     ) -> AutoPruner:
         """Load a dense model.
 
         Args:
             name: Directory or Hub repository of the model.
+            device: Device that everything runs on, such as `"cpu"` or `"cuda:1"`; None takes the accelerator where
+                there is one.
             base_model: Hub repository that a directory is a copy of: records, cards and Spaces name it as the parent,
                 and the licence is read from it where the directory has no card.
             offload_folder: Directory on a disk with space for four times the model: weights, statistics, hidden states
                 and the pruned model are in files there, and one layer at a time is in memory
                 (`storage.offload.DiskStore`). The files are deleted at the end.
-            **kwargs: Keywords of transformers' `from_pretrained`: dtype, device_map, revision, token, gguf_file, …
+            **kwargs: Keywords of transformers' `from_pretrained`: dtype, revision, token, gguf_file, …; a `device_map`
+                must put the whole model on one device.
 
         Returns:
             A pruner of the model.
 
         Raises:
             UnsupportedArchitectureError: The architecture is not supported, or the weights are quantised.
-            ModelError: The model is missing, gated, unreachable or damaged.
-            UserError: `base_model` is not the name of a repository.
+            ModelError: The model is missing, gated, unreachable or damaged, does not fit into memory, or is spread over
+                several devices.
+            UserError: `base_model` is not the name of a repository, or there is no such device.
         """
         if base_model is not None and not is_repo_id(base_model):
             raise UserError(f"base_model must name a Hub repository, OWNER/NAME; got {base_model!r}.")
         store = MEMORY if offload_folder is None else DiskStore(offload_folder)
-        model, tokenizer = load_model(name, quantized=False, store=store, **kwargs)
+        model, tokenizer = load_model(name, quantized=False, store=store, device=device, **kwargs)
         called = base_model or (Path(name).name if Path(name).exists() else name)
         licence = licence_of(name, **kwargs) or (licence_of(base_model) if base_model else {})
         return cls(model, tokenizer, called, licence, store)
@@ -151,6 +163,8 @@ class AutoPruner:
         folder = None if run_dir is None else Path(run_dir)
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
+            if isinstance(report, Bars):
+                report.say(f"{self.name} on {described(self.model)}")
             run = Run(self._store, Checkpoints(folder and folder / "stages"), report, seed, executor)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             texts = self._texts.read(data, method, run)

@@ -49,9 +49,9 @@ class LlamaCppRunner:
 
 
 def _torch(name: str, setting: Setting) -> Runner:
-    model, _ = load_model(name, dtype=setting.dtype, **setting.loading)
-    model.to(setting.device)  # type: ignore[arg-type]
-    return CausalLMRunner(model, setting.device)
+    device = None if "device_map" in setting.loading else setting.device
+    model, _ = load_model(name, dtype=setting.dtype, device=device, **setting.loading)
+    return CausalLMRunner(model, model.device)
 
 
 def _onnx(name: str, setting: Setting) -> Runner:

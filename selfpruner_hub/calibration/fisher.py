@@ -84,10 +84,10 @@ def _finished(layers: nn.ModuleList, run: Run) -> list[tuple[Tensor, Tensor]] | 
     """Load the matrices of a finished pass; None if the pass is not finished (it ends at the first layer)."""
     roots = []
     for index, layer in enumerate(layers):
-        found, device = run.checkpoints.load(f"fisher-{index}"), next(layer.parameters()).device
+        found = run.checkpoints.load(f"fisher-{index}", next(layer.parameters()).device)
         if found is None:
             return None
-        roots.append((run.store(found["attention"].to(device)), run.store(found["ffn"].to(device))))
+        roots.append((run.store(found["attention"]), run.store(found["ffn"])))
     return roots
 
 

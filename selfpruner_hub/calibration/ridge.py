@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from selfpruner_hub.errors import ModelError
+from selfpruner_hub.models.devices import summed
 
 RIDGE = 0.01
 """Default λ, if there is no text to choose it on: the ridge is λ · mean(diag H) · I, with H = E[x xᵀ]."""
@@ -75,6 +76,6 @@ def choose_ridge(weight: Tensor, fitted: Tensor, held: Tensor) -> float:
     def error(ridge: float) -> float:
         """Σ ‖lost x_gone - moved x_kept‖² over the held-out text, without the term that does not depend on λ."""
         moved = torch.cholesky_solve(cross.t(), damped_factor(gram, ridge, unit)).t()
-        return ((moved @ held_gram - 2 * held_cross) * moved).sum(dtype=torch.float64).item()
+        return summed((moved @ held_gram - 2 * held_cross) * moved)
 
     return min(RIDGES, key=error)

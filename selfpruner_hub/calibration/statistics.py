@@ -99,7 +99,7 @@ def calibrate(
     layers = decoder_layers(model)
     store, checkpoints = run.store, run.checkpoints
     known: list[LayerStatistics] = []
-    while found := checkpoints.load(f"calibration-{len(known)}"):
+    while found := checkpoints.load(f"calibration-{len(known)}", model.device):
         known.append(LayerStatistics.of(found, store))
     stream = Stream(model, windows, store) if len(known) < len(layers) else None
     for index, layer in enumerate(layers):

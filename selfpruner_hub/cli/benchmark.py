@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from selfpruner_hub.cli.options import device_map
 from selfpruner_hub.errors import UserError
 
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", metavar="N", help="of the CPU (default: all)")
     parser.add_argument("--dtype", help="of the weights, in the runtime's words (default: its own)")
     parser.add_argument("--device", help="cpu or cuda (default: the runtime's own)")
+    device_map(parser)
     parser.add_argument("--exports", type=Path, metavar="DIR", help="keep the exports that are made for it here")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here as well")
     parser.add_argument("--save", action="store_true", help="write the figures into DIR's record and card as well")
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> str:
         check_writable(options.output.parent)
     if options.save:
         read_record(Path(options.directory))  # fails before the benchmark, which takes minutes
-    named = {"revision": options.revision, "gguf_file": options.gguf_file}
+    named = {"revision": options.revision, "gguf_file": options.gguf_file, "device_map": options.device_map}
     with Bars(not options.quiet) as progress:
         report = benchmark(
             options.directory,

@@ -74,6 +74,7 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
 
     from selfpruner_hub.evaluation.tasks import check_tasks, named
     from selfpruner_hub.hub.card import save_metrics
+    from selfpruner_hub.models.devices import described
     from selfpruner_hub.models.loading import load_config, load_model
     from selfpruner_hub.progress import Bars
     from selfpruner_hub.storage.model_record import read_record
@@ -88,9 +89,14 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
         if options.against is not None:
             load_config(options.model, **loading)  # its errors come first; only one model is in memory at a time
             gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
-            dtype = loading.get("dtype", "auto")
-            parent = _parent(options, tasks, *load_model(options.against, dtype=dtype, **gguf), report)
-        metrics = _measured(options, tasks, *load_model(options.model, **loading), report, parent)
+            placed = {key: loading[key] for key in ("device", "device_map", "dtype") if key in loading}
+            dense = load_model(options.against, **placed, **gguf)
+            report.say(f"{options.against} on {described(dense[0])}")
+            parent = _parent(options, tasks, *dense, report)
+            del dense
+        model, tokenizer = load_model(options.model, **loading)
+        report.say(f"{options.model} on {described(model)}")
+        metrics = _measured(options, tasks, model, tokenizer, report, parent)
     if options.save:
         save_metrics(Path(options.model), metrics)
     if options.json:

@@ -40,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, options, 2)
     except SelfPrunerError as error:
         return _complain(error, options, 1)
+    except (RuntimeError, MemoryError) as error:
+        from selfpruner_hub.models.devices import out_of_memory
+
+        if (told := out_of_memory(error)) is None:
+            raise
+        return _complain(told, options, 1)
     except KeyboardInterrupt:
         print(f"\nselfpruner: interrupted. {getattr(options, 'kept', '')}".strip(), file=sys.stderr)
         return 130

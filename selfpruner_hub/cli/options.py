@@ -17,9 +17,16 @@ def verb(verbs: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
 
 def from_pretrained(parser: argparse._ActionsContainer) -> None:
     """Add the options for loading a model to a parser or to a group of it."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: the accelerator where there is one)")
+    device_map(parser)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument("--gguf-file", metavar="FILE", help="load the weights from this GGUF file of MODEL")
+
+
+def device_map(parser: argparse._ActionsContainer) -> None:
+    """Add the option for a model that transformers places."""
+    parser.add_argument("--device-map", metavar="MAP", help="auto, balanced, …: let transformers place the weights")
 
 
 def number(text: str) -> Any:
@@ -32,5 +39,5 @@ def number(text: str) -> Any:
 
 def loading(options: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of `from_pretrained` from the options for loading a model."""
-    named = {"dtype": options.dtype, "revision": options.revision, "gguf_file": options.gguf_file}
+    named = {name: getattr(options, name) for name in ("device", "device_map", "dtype", "revision", "gguf_file")}
     return {key: value for key, value in named.items() if value is not None}

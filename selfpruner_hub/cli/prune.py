@@ -100,8 +100,12 @@ def run(options: argparse.Namespace) -> str:
     from selfpruner_hub.pruner import AutoPruner
     from selfpruner_hub.search.journal import JOURNAL_FILE
 
-    offload = {"offload_folder": run_dir} if options.offload else {}
-    pruner = AutoPruner.from_pretrained(options.model, base_model=options.base_model, **offload, **loading(options))
+    pruner = AutoPruner.from_pretrained(
+        options.model,
+        base_model=options.base_model,
+        offload_folder=run_dir if options.offload else None,
+        **loading(options),
+    )
     pruned = pruner.prune(
         options.beta,
         preset=options.preset,

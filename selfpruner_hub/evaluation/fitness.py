@@ -12,6 +12,8 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.metrics import divergence, label_loss, perplexity, teach, teacher_loss
 from selfpruner_hub.evaluation.prefix_cache import PrefixCache
 from selfpruner_hub.evaluation.sensitivity import measure_steps
+from selfpruner_hub.models.devices import free_memory
+from selfpruner_hub.models.forward import BATCH_TOKENS, windows_at_once
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects, loss_alone
@@ -20,6 +22,8 @@ from selfpruner_hub.pruning.slicing import Slicer
 METRICS = ("kl", "perplexity")
 PREFIX_MEMORY = 0.5
 """Memory for hidden states of earlier candidates, per number of windows, as a multiple of the dense model's weights."""
+PREFIX_FREE = 0.25
+"""Maximum of that memory, as a share of what is free on an accelerator."""
 REMAINS = 0.3
 """Weight of the excess, the loss beyond the sum of the layers' predicted losses, in scores before a second repair; that
 repair takes part of the excess away. Values up to 0.7 ranked four plans of one model at one β as their final losses
@@ -48,10 +52,19 @@ class Fitness:
         self._windows = windows
         self._dense_perplexities: dict[int, float] = {}  # key: number of windows
         self.metric = metric
+        self.size_batches()
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
         # A model that is offloaded to files does not fit in memory, so there is no memory to spare for hidden states.
-        self._prefixes = PrefixCache(0 if slicer.store.on_disk else PREFIX_MEMORY * self.nbytes)
+        spare = min(PREFIX_MEMORY * self.nbytes, PREFIX_FREE * free_memory(self.device))
+        self._prefixes = PrefixCache(0 if slicer.store.on_disk else spare)
         self._token_size = slicer.shape.hidden_size * slicer.model.dtype.itemsize
+
+    def size_batches(self) -> None:
+        """Find the number of windows in a pass by trial, with the dense layers; once in every process.
+
+        Candidates record hidden states as they run, so that a trial with their layers would be recorded too.
+        """
+        windows_at_once(self._slicer.model, self._windows.shape[1], BATCH_TOKENS)
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +148,10 @@ class SecondRepairScore:
 
     def __init__(self, fitness: Fitness, curves: Sequence[LossCurves], remains: float = REMAINS) -> None:
         self._fitness, self._curves, self._remains = fitness, curves, remains
+
+    def size_batches(self) -> None:
+        """Find the number of windows in a pass, as `Fitness.size_batches` does."""
+        self._fitness.size_batches()
 
     @property
     def device(self) -> torch.device:

@@ -58,13 +58,13 @@ def teach(model: PreTrainedModel, windows: Tensor, top_k: int = TOP_K, counted: 
         counted: Mask of the predictions that count, `[N, W - 1]`, bool; None counts all.
 
     Returns:
-        The teacher, on the CPU.
+        The teacher, on the device of the model.
     """
     ids, log_probs = [], []
     for _, logits in _logits(model, windows, counted):
         values, indices = logits.topk(min(top_k, logits.shape[1]), sorted=False)
-        ids.append(indices.int().cpu())
-        log_probs.append((values - logits.logsumexp(-1, keepdim=True)).cpu())
+        ids.append(indices.int())
+        log_probs.append(values - logits.logsumexp(-1, keepdim=True))
     return Teacher(torch.cat(ids), torch.cat(log_probs))
 
 
@@ -138,11 +138,13 @@ def mean_losses(model: PreTrainedModel, windows: Tensor, *losses: Loss, counted:
     Returns:
         Mean of each loss per predicted token, in its unit: nats, or the share of misses for `miss_loss`.
     """
-    totals, predicted = [0.0] * len(losses), 0
+    found: list[list[Tensor]] = [[] for _ in losses]
+    predicted = 0
     for first, logits in _logits(model, windows, counted):
-        totals = [total + loss(logits, first).item() for total, loss in zip(totals, losses, strict=True)]
+        for sums, loss in zip(found, losses, strict=True):
+            sums.append(loss(logits, first))
         predicted += len(logits)
-    return [total / predicted for total in totals]
+    return [sum(torch.stack(sums).tolist()) / predicted for sums in found]  # they cross over from the device once
 
 
 def _logits(model: PreTrainedModel, windows: Tensor, counted: Tensor | None) -> Iterator[tuple[int, Tensor]]:

@@ -29,6 +29,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
+from selfpruner_hub.models.devices import choose_device, out_of_memory
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
 from selfpruner_hub.models.unsupported import refuse_quantized
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS
@@ -45,7 +46,13 @@ _GIVE = "Give a Hub repository, or a directory that `save_pretrained` wrote."
 
 
 def load_model(
-    name: str, *, any_architecture: bool = False, quantized: bool = True, store: TensorStore = MEMORY, **kwargs: Any
+    name: str,
+    *,
+    any_architecture: bool = False,
+    quantized: bool = True,
+    store: TensorStore = MEMORY,
+    device: str | torch.device | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a causal language model, dense or pruned, and its tokenizer.
 
@@ -57,6 +64,8 @@ def load_model(
         any_architecture: Whether to accept models that cannot be pruned, such as a proposer.
         quantized: Whether to accept quantised weights, which cannot be cut.
         store: Store for the weights; a store on disk reads them one by one from safetensors.
+        device: Device, such as `"cuda:1"` or `"cpu"`; None takes the accelerator where there is one. With
+            `device_map`, transformers places the weights instead.
         **kwargs: Keywords of transformers' `from_pretrained`.
 
     Returns:
@@ -66,8 +75,10 @@ def load_model(
         UnsupportedArchitectureError: The architecture is not in the table, or the weights are quantised; checked before
             any weight is read.
         ModelError: The model is missing, gated, unreachable or truncated, or has weights that are not finite.
-        UserError: A store on disk is combined with a GGUF file, a device map or quantization.
+        UserError: There is no such device, it is given together with a device map, or a store on disk is combined with
+            a GGUF file, an accelerator or quantization.
     """
+    kwargs["device_map"] = _device_map(device, kwargs.get("device_map"), store)
     where = _for_files(kwargs)
     kwargs["trust_remote_code"] = where["trust_remote_code"]
     if kwargs.get("gguf_file"):
@@ -97,6 +108,18 @@ def load_model(
     except Exception:  # a model without a tokenizer can be pruned on data="self"
         tokenizer = None
     return model.eval(), tokenizer
+
+
+def _device_map(device: str | torch.device | None, given: Any, store: TensorStore) -> Any:
+    """What `from_pretrained` is given: weights go to an accelerator one by one, without a copy in memory."""
+    if device is not None and given is not None:
+        raise UserError("A model is placed by device or by device_map, not by both.", "Leave out one of them.")
+    if not store.on_disk:
+        placed = choose_device(device)
+        return given if given is not None or placed.type == "cpu" else {"": placed}
+    if given is not None or (device is not None and choose_device(device).type != "cpu"):
+        raise UserError("Weights can be offloaded from safetensors to a CPU only.", "Leave out GGUF files and devices.")
+    return None
 
 
 def _check_weights(name: str, model: PreTrainedModel, missing_keys: Iterable[str]) -> None:
@@ -159,7 +182,7 @@ def _one_by_one(
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Build a model and move each weight to `store` as it is read, so that they are never in memory all at once."""
-    if kwargs.get("gguf_file") or kwargs.get("device_map") or kwargs.get("quantization_config"):
+    if kwargs.get("gguf_file") or kwargs.get("quantization_config"):
         raise UserError("Weights can be offloaded from safetensors to a CPU only.", "Leave out GGUF files and devices.")
     where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     directory = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_WEIGHTS, **where))
@@ -202,6 +225,8 @@ def _put(model: PreTrainedModel, key: str, tensor: Tensor, dtype: torch.dtype | 
 
 def explain(name: str, error: Exception) -> SelfPrunerError:
     """Turn a library's error while loading `name` into one line with a remedy."""
+    if (short := out_of_memory(error, name)) is not None:
+        return short
     chain = causes(error)
     text = " ".join(str(e) for e in chain)
     gated = any(isinstance(e, GatedRepoError) for e in chain)

@@ -149,7 +149,7 @@ def rank(
     orders: list[LayerOrder] = []
     roots = roots_of(fisher, shape.num_layers)
     for layer, known, (attention, ffn) in zip(decoder_layers(model), statistics, roots, strict=True):
-        if done := run.checkpoints.load(f"order-{len(orders)}"):
+        if done := run.checkpoints.load(f"order-{len(orders)}", model.device):
             orders.append(LayerOrder(**done))
             continue
         groups, channels = (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from selfpruner_hub.calibration.ridge import as_seen, damped_factor, held_out
+from selfpruner_hub.models.devices import summed
 from selfpruner_hub.models.patching import add_product
 
 T = TypeVar("T")
@@ -103,7 +104,7 @@ class _Sums:
         """E‖R (t - W x)‖² without the constant term E‖R t‖²."""
         weight, cross = as_seen(weight, root), as_seen(self._cross, root)
         products = (weight @ self._gram) * weight - 2 * weight * cross
-        return products.sum(dtype=torch.float64).item() / self.count
+        return summed(products) / self.count
 
 
 class Gated(NamedTuple):

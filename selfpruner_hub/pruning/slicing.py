@@ -102,7 +102,7 @@ class Slicer:
             ValueError: The slicer has no statistics.
         """
         return [
-            LossCurves((attention / 2).double().cpu().numpy(), (ffn / 2).double().cpu().numpy())
+            LossCurves((attention / 2).cpu().double().numpy(), (ffn / 2).cpu().double().numpy())
             for attention, ffn in self.errors()
         ]
 

@@ -51,7 +51,7 @@ def choose_proposer(
     if proposer == "self":
         asked, tokenizer = own
     elif "/" in proposer or Path(proposer).is_dir():
-        asked, tokenizer = load_model(proposer, any_architecture=True, dtype="auto")
+        asked, tokenizer = load_model(proposer, any_architecture=True, dtype="auto", device=own[0].device)
     else:
         raise UserError(
             f"Unknown proposer {proposer!r}.",

@@ -12,6 +12,7 @@ import torch
 
 from selfpruner_hub.errors import MissingExtraError, UserError, WorkerError
 from selfpruner_hub.evaluation.fitness import Fitness, SecondRepairScore
+from selfpruner_hub.models.devices import choose_device, free_memory
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.search.loop import Pool
 
@@ -45,7 +46,8 @@ def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
     """Start the workers; they end with the context.
 
     Their number is limited by the CPUs that Ray has (`ray.init(num_cpus=…)` before, or RAY_ADDRESS of a cluster), and
-    by memory or, where the model is on a GPU, by GPUs. Scores do not depend on it.
+    by memory or, where the model is on a GPU, by GPUs: each worker has one of its own, which this process may use too
+    if there is room for both. Scores do not depend on the number.
 
     Args:
         fitness: Fitness that each worker gets a copy of.
@@ -54,8 +56,11 @@ def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
         Function that scores plans, and gives the scores in the order of the plans.
 
     Raises:
-        WorkerError: Workers cannot be started, or die again and again.
+        UserError: The model is on an accelerator that Ray does not share out.
+        WorkerError: Workers cannot be started, a GPU is too small for one, or they die again and again.
     """
+    if fitness.device.type not in ("cpu", "cuda"):
+        raise UserError(f"Ray shares out no devices of type {fitness.device.type!r}.", "Use executor=None, or a CPU.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault(
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
@@ -70,7 +75,8 @@ def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
         device = {"num_gpus": 1} if fitness.device.type == "cuda" else {"num_gpus": 0}
         kind = ray.remote(num_cpus=THREADS, **device, max_restarts=RESTARTS, max_task_retries=RESTARTS)(RayScorer)
         shared = ray.put(fitness)
-        workers += [kind.remote([shared]) for _ in range(count_workers(ray.cluster_resources(), fitness))]
+        count = count_workers(ray.cluster_resources(), fitness)
+        workers += [kind.remote([shared], MEMORY * fitness.nbytes) for _ in range(count)]
         yield lambda plans, share: _scores(workers, plans, share)
     finally:
         for worker in workers:
@@ -80,11 +86,34 @@ def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
 
 
 def count_workers(resources: dict[str, float], fitness: Fitness | SecondRepairScore) -> int:
-    """Return the number of model copies that fit in Ray's resources, at least one."""
+    """Return the number of model copies that fit in Ray's resources, at least one.
+
+    Raises:
+        WorkerError: The model is on a GPU, and Ray has none; a worker would be waited for without end.
+    """
     fitting = [resources.get("CPU", 1) // THREADS, resources.get("memory", 0) // (MEMORY * fitness.nbytes)]
     if fitness.device.type == "cuda":
-        fitting = [resources.get("GPU", 1), fitting[0]]
+        if resources.get("GPU", 0) < 1:
+            raise WorkerError("Ray has no GPU for a worker.", "Start it with GPUs, or use executor=None.")
+        fitting = [resources["GPU"], fitting[0]]
     return max(1, int(min(fitting)))
+
+
+def check_room(free: float, needed: float) -> None:
+    """Refuse a GPU that is too small for a worker, or that another process fills.
+
+    Args:
+        free: Free memory of the GPU in bytes; infinite on a CPU.
+        needed: Memory of a worker in bytes.
+
+    Raises:
+        WorkerError: The worker does not fit.
+    """
+    if free < needed:
+        raise WorkerError(
+            f"A GPU has {free / 2**30:.1f} GiB free, and a worker needs {needed / 2**30:.1f}.",
+            "Use executor=None, or GPUs with more room.",
+        )
 
 
 class RayScorer:
@@ -93,13 +122,19 @@ class RayScorer:
     Args:
         shared: Reference to the fitness in Ray's store, in a list of one: Ray does not fetch references inside a list
             by itself, so a restarted worker can fetch it again.
+        needed: Memory that it takes, in bytes; checked on a GPU.
+
+    Raises:
+        WorkerError: The GPU of this worker has less free memory.
     """
 
-    def __init__(self, shared: list[Any]) -> None:
+    def __init__(self, shared: list[Any], needed: float) -> None:
         import ray
 
         torch.set_num_threads(THREADS)
+        check_room(free_memory(choose_device()), needed)
         self._fitness: Fitness | SecondRepairScore = ray.get(shared[0])
+        self._fitness.size_batches()
 
     def process(self) -> int:
         """Return the process id."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,14 +23,18 @@ class Checkpoints:
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
 
-    def load(self, name: str) -> dict[str, Tensor] | None:
-        """Return the tensors saved under a name; None where there are none, or the file is damaged."""
+    def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor] | None:
+        """Return the tensors saved under a name, on a device; None where there are none, or the file is damaged.
+
+        Single numbers stay on the CPU, in float64 too, which some devices do not have.
+        """
         if self._directory is None:
             return None
         try:
-            return load_file(self._path(self._directory, name))
+            found = load_file(self._path(self._directory, name))
         except (OSError, SafetensorError):
             return None
+        return {key: tensor.to(device) if tensor.dim() else tensor for key, tensor in found.items()}
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Save tensors under a name.

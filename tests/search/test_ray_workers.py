@@ -16,7 +16,7 @@ from support.tiny import tiny_model
 
 from selfpruner_hub.errors import MissingExtraError, UserError, WorkerError
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.search.ray_workers import MEMORY, check_executor, count_workers
+from selfpruner_hub.search.ray_workers import MEMORY, check_executor, check_room, count_workers, ray_workers
 
 pytestmark = pytest.mark.heavy
 ray = pytest.importorskip("ray", reason="ray is not installed")
@@ -114,6 +114,18 @@ def test_as_many_workers_as_fit():
     assert count_workers({}, fitness) == 1
     on_gpu = SimpleNamespace(device=torch.device("cuda"), nbytes=1000)
     assert count_workers({**room, "GPU": 2.0}, on_gpu) == 2
+    for none in ({}, {"GPU": 0.0}):
+        with pytest.raises(WorkerError, match="Ray has no GPU"):
+            count_workers({**room, **none}, on_gpu)
+
+
+def test_a_gpu_that_is_too_small_or_of_another_kind_is_refused():
+    check_room(free=2e9, needed=2e9)
+    with pytest.raises(WorkerError, match=r"A GPU has 1.9 GiB free, and a worker needs 2.8. Use executor=None"):
+        check_room(free=2e9, needed=3e9)
+    on_mps = SimpleNamespace(device=torch.device("mps"), nbytes=1000)
+    with pytest.raises(UserError, match="no devices of type 'mps'"), ray_workers(on_mps):
+        pass
 
 
 def test_what_is_unknown_or_missing_is_refused_at_once(monkeypatch):

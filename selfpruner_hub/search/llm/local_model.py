@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from selfpruner_hub.errors import UserError
+from selfpruner_hub.models.devices import fork_rng
 from selfpruner_hub.models.patching import attending_by_group
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.search.llm import prompts
@@ -116,7 +117,7 @@ class ModelProposer:
         """Write `count` replies, `[count, ≤ limit]`; `cache` holds the prompt without its last token."""
         cache.batch_repeat_interleave(count)
         repeated = ids.repeat(count, 1)
-        with torch.random.fork_rng(), attending_by_group(self._model):
+        with fork_rng(self._model.device), attending_by_group(self._model):
             torch.manual_seed(seed)
             out = self._model.generate(  # type: ignore[operator]
                 repeated,

@@ -1,0 +1,115 @@
+"""Devices: where a model is loaded, its memory, and what a device cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfpruner_hub.errors import ModelError, UserError
+
+WITH_FLOAT64 = ("cpu", "cuda")
+"""Types of devices that sum in float64; Apple's GPUs (mps) have no float64, and other devices are not known to."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Unable to allocate")
+"""What the messages of allocators say: of CUDA, ROCm, XPU and MPS, of PyTorch on a CPU, and of NumPy."""
+
+
+def choose_device(name: str | torch.device | None = None) -> torch.device:
+    """Return the device to load a model on.
+
+    Args:
+        name: Device, such as `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`; None takes the accelerator of this machine, or
+            the CPU where there is none.
+
+    Returns:
+        The device; an accelerator without an index is the current one.
+
+    Raises:
+        UserError: This machine has no such device.
+    """
+    here = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if here is not None else 0
+    if name is None:
+        return (
+            torch.device("cpu") if here is None else torch.device(here.type, torch.accelerator.current_device_index())
+        )
+    try:
+        asked = torch.device(name)
+    except RuntimeError:
+        asked = None
+    if asked is not None and asked.type == "cpu":
+        return torch.device("cpu")
+    if asked is None or here is None or asked.type != here.type or (asked.index or 0) >= count:
+        known = ["cpu", *([] if here is None else [f"{here.type}:{index}" for index in range(count)])]
+        raise UserError(f"There is no device {str(name)!r} here.", f"Choose one of: {', '.join(known)}.")
+    return asked if asked.index is not None else torch.device(here.type, torch.accelerator.current_device_index())
+
+
+def check_one_device(model: PreTrainedModel) -> None:
+    """Check that all weights of a model are on one device.
+
+    Args:
+        model: A model.
+
+    Raises:
+        ModelError: They are on several, or some are offloaded.
+    """
+    devices = {str(parameter.device).replace("meta", "disk") for parameter in model.parameters()}
+    if len(devices) > 1 or "disk" in devices:
+        raise ModelError(
+            f"The model is spread over {', '.join(sorted(devices))}; pruning needs it on one device.",
+            "Leave out device_map and choose a device with room for it, or use a CPU with offload_folder (--offload).",
+        )
+
+
+def described(model: PreTrainedModel) -> str:
+    """Name the device and the dtype of a model, such as `cuda:0 (NVIDIA A100-SXM4-80GB), bfloat16`."""
+    device, name = model.device, ""
+    if device.type == "cuda":
+        name = f" ({torch.cuda.get_device_name(device)})"
+    return f"{device}{name}, {str(model.dtype).removeprefix('torch.')}"
+
+
+def free_memory(device: torch.device) -> float:
+    """Free memory of an accelerator in bytes; infinite where it is not known, as for a CPU."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else float("inf")
+
+
+def summed(values: Tensor) -> float:
+    """Sum in float64; values of a device that has none are summed on the CPU."""
+    if values.device.type not in WITH_FLOAT64:
+        values = values.cpu()
+    return values.sum(dtype=torch.float64).item()
+
+
+def out_of_memory(error: BaseException, what: str = "") -> ModelError | None:
+    """Turn an error of an allocator into one line with a remedy.
+
+    Args:
+        error: Any error; its causes are looked at too.
+        what: Name of the model, where it was being loaded.
+
+    Returns:
+        The error to raise; None if memory was not the cause.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or (
+            isinstance(cause, RuntimeError) and any(text in str(cause) for text in _OUT_OF_MEMORY)
+        ):
+            return ModelError(
+                f"Out of memory{f' while {what!r} was loaded' if what else ''}.",
+                "Try dtype=bfloat16 (--dtype), another device (--device cpu), or offload_folder (--offload); a shorter "
+                "window takes less memory too.",
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def fork_rng(device: torch.device) -> Any:
+    """Keep the global random states of the CPU and of this device as they are while the context lasts."""
+    accelerated = device.type != "cpu"
+    kind = device.type if accelerated else "cuda"
+    return torch.random.fork_rng(devices=[device.index or 0] if accelerated else [], device_type=kind)
