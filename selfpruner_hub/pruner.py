@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +171,9 @@ class AutoPruner:
             data = PLAIN_DATA if data is None and preset == "paper" else data
             texts = self._texts.read(data, method, run)
             request = Request(self.name, budget, method, seed, asked.name, texts, self.licence)
-            journal = Journal(folder, fingerprint(self.model, request))
+            search_id = fingerprint(self.model, request)
+            journal = Journal(folder, search_id)
+            run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))
 
             calibration = texts.calibration.windows
             fisher = fisher_information(self.model, calibration, method, run)

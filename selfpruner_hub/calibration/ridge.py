@@ -13,6 +13,8 @@ RIDGE = 0.01
 RIDGES = (0.001, 0.01, 0.1, 1.0)
 """Candidates for λ."""
 STRONGEST = 1.0
+ROUNDED = 1e-6
+"""First share of its mean that is added to a diagonal whose matrix rounding has made indefinite."""
 HELD_OUT = 8
 """One window in this many is held out to choose λ; the second repair does not fit it in any layer."""
 
@@ -40,12 +42,43 @@ def damped_factor(gram: Tensor, ridge: float, unit: Tensor | None = None) -> Ten
     while True:
         damped = gram.float().clone()
         damped.diagonal().add_(ridge * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed.item():
+        factor = _factor(damped)
+        if factor is not None:
             return factor
-        if ridge >= STRONGEST or not mean.isfinite():
+        if not mean.isfinite():
+            raise ModelError("The calibration statistics of a layer are not finite.", "Load the model in float32.")
+        if ridge >= STRONGEST:
             raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
         ridge = 10 * ridge or RIDGES[0]
+
+
+def rounded_factor(matrices: Tensor) -> Tensor:
+    """Compute the lower Cholesky factors of matrices that are positive definite but for rounding.
+
+    Args:
+        matrices: `[..., D, D]`, float32; where one has no factor, all diagonals are raised by their mean times
+            `ROUNDED`, then ten times as much, and so on.
+
+    Returns:
+        Factors, `[..., D, D]`.
+
+    Raises:
+        ModelError: The matrices are not finite, or far from positive definite.
+    """
+    factors, raised = _factor(matrices), ROUNDED
+    while factors is None:
+        if raised > STRONGEST:
+            raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
+        more = raised * matrices.diagonal(dim1=-2, dim2=-1).abs().mean(-1)
+        factors = _factor(matrices + more[..., None, None] * torch.eye(matrices.shape[-1], device=matrices.device))
+        raised *= 10
+    return factors
+
+
+def _factor(matrices: Tensor) -> Tensor | None:
+    """The Cholesky factors, or None where one does not exist or is not finite, which not every device reports."""
+    factors, failed = torch.linalg.cholesky_ex(matrices)
+    return factors if not failed.any() and factors.isfinite().all() else None
 
 
 def as_seen(weight: Tensor, root: Tensor | None) -> Tensor:

@@ -1,7 +1,9 @@
-"""Temporary changes of a model: attention function, layers, frozen weights, precision of matrix products."""
+"""Temporary changes of a model: attention function, layers, frozen weights, precision; changes that must be whole."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -54,6 +56,25 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back the interrupt of a user (Ctrl-C) until the end of the context, so that what is begun is finished.
+
+    Only the main thread receives interrupts; in others, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *caught: held.append(caught))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        if held and callable(before):
+            before(*held[0])
 
 
 @contextmanager

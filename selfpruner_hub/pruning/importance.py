@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.fisher import Fisher, roots_of
-from selfpruner_hub.calibration.ridge import as_seen, damped_factor
+from selfpruner_hub.calibration.ridge import as_seen, damped_factor, rounded_factor
 from selfpruner_hub.calibration.statistics import LayerStatistics, Moments
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear, shape_of
@@ -70,7 +70,7 @@ def obs(weight: Tensor, moments: Moments, unit: int, root: Tensor | None = None)
         losses = _losses(inverse, columns, unit).masked_fill(gone, torch.inf)
         least = losses.topk(together, largest=False).indices
         rows = expand(least, unit)
-        moved = torch.cholesky_solve(inverse[rows], torch.linalg.cholesky(inverse[rows][:, rows]))
+        moved = torch.cholesky_solve(inverse[rows], rounded_factor(inverse[rows][:, rows]))
         columns.addmm_(moved.t(), columns[rows], alpha=-1)
         inverse.addmm_(moved.t(), inverse[rows], alpha=-1)
         inverse[rows], inverse[:, rows] = 0, 0
@@ -86,7 +86,7 @@ def _losses(inverse: Tensor, columns: Tensor, unit: int) -> Tensor:
         return columns.square().sum(1) / inverse.diagonal()
     count = len(columns) // unit
     blocks = inverse.view(count, unit, count, unit).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    factors = torch.linalg.cholesky(blocks)
+    factors = rounded_factor(blocks)
     whitened = torch.linalg.solve_triangular(factors, columns.view(count, unit, -1), upper=False)
     return whitened.square().sum((1, 2))
 

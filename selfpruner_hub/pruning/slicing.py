@@ -23,6 +23,7 @@ from selfpruner_hub.models.architectures import (
     shape_of,
 )
 from selfpruner_hub.models.modeling_selfpruned import WIDTHS, LayerConfig
+from selfpruner_hub.models.patching import uninterrupted
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.importance import LayerOrder, expand
@@ -218,18 +219,40 @@ def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
 def ordered(model: PreTrainedModel, order: Sequence[LayerOrder]) -> Iterator[None]:
     """Put the dense weights into order of importance, in place, and restore the dense order on exit.
 
-    The model computes the same function throughout. One layer is copied at a time.
+    The model computes the same function throughout. One weight is copied at a time. An interrupt waits until all layers
+    are in one order.
     """
-    permute(model, order)
+    permuted = False
     try:
+        with uninterrupted():
+            permute(model, order)
+            permuted = True
         yield
     finally:
-        permute(model, [o.inverse() for o in order])
+        if permuted:
+            with uninterrupted():
+                permute(model, [o.inverse() for o in order])
 
 
 @torch.no_grad()
 def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
-    """Reorder KV groups and FFN channels of every layer in place; the model's function does not change."""
+    """Reorder KV groups and FFN channels of every layer in place; the model's function does not change.
+
+    On any error, such as too little memory for the copy of a weight, the model has its old order.
+    """
+    done: list[tuple[Tensor, int, Tensor]] = []
+    try:
+        for tensor, dim, indices in _moves(model, order):
+            tensor.copy_(tensor.index_select(dim, indices))
+            done.append((tensor, dim, indices))
+    except BaseException:
+        for tensor, dim, indices in reversed(done):
+            tensor.copy_(tensor.index_select(dim, indices.argsort()))
+        raise
+
+
+def _moves(model: PreTrainedModel, order: Sequence[LayerOrder]) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Yield each tensor to reorder, its dimension, and the new order of its indices."""
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     for layer, by in zip(decoder_layers(model), order, strict=True):
         parameters = dict(layer.named_parameters())
@@ -244,13 +267,13 @@ def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
                 if name in parameters:
                     tensor = parameters[name].data
                     by_row = tensor.view(len(rows), -1)  # a norm's weight may be [heads, head_dim]
-                    by_row.copy_(by_row[rows.to(tensor.device)])
+                    yield by_row, 0, rows.to(tensor.device)
         for path, columns in (
             (architecture.attention_output, expand(by.groups, _unit(shape, "query"))),
             (architecture.ffn_output, by.channels),
         ):
             weight = linear(layer, path).weight
-            weight.data.copy_(weight.data[:, columns.to(weight.device)])
+            yield weight.data, 1, columns.to(weight.device)
 
 
 def _cut(

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from selfpruner_hub.errors import OutputError
 
+_RUN = "run"
+"""Key of the run's identity in the metadata of a file."""
+
 
 class Checkpoints:
-    """Named sets of tensors, one file each; a file is complete or absent.
+    """Named sets of tensors, one file each; a file is complete or absent, and says which run it is of.
 
     Args:
         directory: Directory of the checkpoints of one run; None saves nothing.
+        run: Identity of the run; what another run has saved is not loaded.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(self, directory: Path | None = None, run: str = "") -> None:
         self._directory = directory
+        self._run = run
+
+    def of(self, run: str) -> Checkpoints:
+        """The checkpoints in the same directory that belong to one run.
+
+        Args:
+            run: All that the results of its stages depend on, as text.
+        """
+        return Checkpoints(self._directory, hashlib.sha256(run.encode()).hexdigest())
 
     def load(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor] | None:
-        """Return the tensors saved under a name, on a device; None where there are none, or the file is damaged.
+        """Return the tensors that this run saved under a name, on a device; None without such a file, or a damaged one.
 
         Single numbers stay on the CPU, in float64 too, which some devices do not have.
         """
         if self._directory is None:
             return None
         try:
-            found = load_file(self._path(self._directory, name))
+            with safe_open(self._path(self._directory, name), "pt") as file:
+                if (file.metadata() or {}).get(_RUN, "") != self._run:
+                    return None
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
         return {key: tensor.to(device) if tensor.dim() else tensor for key, tensor in found.items()}
@@ -52,7 +69,8 @@ class Checkpoints:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             staged = path.with_suffix(".part")
-            save_file({key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, staged)
+            kept = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+            save_file(kept, staged, metadata={_RUN: self._run})
             staged.replace(path)
         except (OSError, SafetensorError) as error:
             raise OutputError(

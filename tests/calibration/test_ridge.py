@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selfpruner_hub.calibration.ridge import HELD_OUT, RIDGES, STRONGEST, damped_factor, held_out
+from selfpruner_hub.calibration.ridge import HELD_OUT, RIDGES, STRONGEST, damped_factor, held_out, rounded_factor
 from selfpruner_hub.errors import ModelError
 
 D = 12
@@ -56,6 +56,35 @@ def test_its_unit_may_be_that_of_a_greater_matrix():
 def test_where_the_strongest_does_not_help_it_is_an_error(least):
     with pytest.raises(ModelError, match="degenerate"):
         damped_factor(gram(least), 1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite_are_an_error(value):
+    matrix = gram(0.5)
+    matrix[2, 2] = value
+    with pytest.raises(ModelError, match="not finite"):
+        damped_factor(matrix, 1e-3)
+
+
+def test_a_factor_that_is_not_finite_is_none_though_nothing_failed(monkeypatch):
+    """As CUDA's solvers give it."""
+
+    def silent(matrix):
+        return torch.full_like(matrix, torch.nan), torch.zeros((), dtype=torch.int32)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", silent)
+    for factor in (lambda: damped_factor(gram(0.5), 1e-3), lambda: rounded_factor(gram(0.5))):
+        with pytest.raises(ModelError, match="degenerate"):
+            factor()
+
+
+def test_what_rounding_has_spoiled_is_factored_still():
+    good, spoiled = gram(0.5), gram(-1e-6)
+    assert torch.equal(rounded_factor(good), torch.linalg.cholesky(good))
+    for factor, matrix in zip(rounded_factor(torch.stack([good, spoiled])), (good, spoiled), strict=True):
+        torch.testing.assert_close(factor @ factor.t(), matrix, atol=2e-4, rtol=1e-3)
+    with pytest.raises(ModelError, match="degenerate"):
+        rounded_factor(-good)
 
 
 @pytest.mark.parametrize("batches", [[40], [1] * 40, [7, 1, 20, 12]])

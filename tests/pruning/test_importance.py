@@ -49,6 +49,23 @@ def test_obs_equals_brute_force(unit, alike, monkeypatch):
     assert order.tolist() == [*kept, *reversed(removed)]
 
 
+def test_obs_goes_on_where_rounding_leaves_a_block_indefinite(monkeypatch):
+    x = torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+    moments = Moments(x.mean(0), x.t() @ x / 300)
+    expected, exact = obs(weight, moments, 3), torch.linalg.cholesky_ex
+    calls = []
+
+    def spoiled(matrix):
+        factor, failed = exact(matrix)
+        calls.append(matrix.shape)
+        return factor, torch.ones_like(failed) if len(calls) == 2 else failed
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", spoiled)
+    assert obs(weight, moments, 3).tolist() == expected.tolist()
+    assert calls[1] == calls[2]  # tried once more
+
+
 @pytest.mark.parametrize("name", ORDERS)
 def test_rank_puts_dead_units_last(name):
     model = tiny_model("llama")

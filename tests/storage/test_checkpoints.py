@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny import tiny_model
+from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub import pruned_model
 from selfpruner_hub.errors import HubError, OutputError
@@ -31,6 +31,34 @@ def test_what_is_not_there_or_damaged_is_none(tmp_path):
     assert kept.load("a") is None
     kept.clear()
     assert not (tmp_path / "new").exists()
+
+
+def test_what_another_run_saved_is_not_loaded(tmp_path):
+    one, other = (Checkpoints(tmp_path).of(run) for run in ("one", "other"))
+    one.save("a", {"x": torch.zeros(2)})
+    assert one.load("a") is not None
+    assert Checkpoints(tmp_path).of("one").load("a") is not None
+    assert other.load("a") is None
+    assert Checkpoints(tmp_path).load("a") is None
+
+
+@pytest.mark.parametrize("change", ["model", "text"])
+def test_stages_of_another_run_are_done_again_without_a_journal(change, tmp_path):
+    """The journal is what refuses another run; without it, its stages are not taken for this run's."""
+    text = ["The quick brown fox jumps over the lazy dog. " * 40]
+    settings = {**SETTINGS, "data": text, "evaluations": 0, "progress": False}
+    AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tiny").prune(0.3, run_dir=tmp_path, **settings)
+    (tmp_path / "search.jsonl").unlink()
+    model = tiny_model("llama", seed=int(change == "model"))
+    if change == "text":
+        settings["data"] = [text[0].upper()]
+    found, expected = (
+        AutoPruner(model, tiny_tokenizer(), "tiny").prune(0.3, run_dir=folder, **settings)
+        for folder in (tmp_path, None)
+    )  # fmt: skip
+    assert found.plan == expected.plan
+    for a, b in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_nothing_is_kept_without_a_directory():
