@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.calibration.chat_template import Conversation, conversation, has_chat_template
 from selfpruner_hub.calibration.conversations import Distinct, packed, write_conversations
 from selfpruner_hub.calibration.generated_text import sample_windows
-from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, Entry, encode, entries, name_of
+from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, Entry, encode, entries, name_of, start_ids
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
 
@@ -39,16 +39,30 @@ class Corpus:
         name: Name of the source.
         windows: Token ids, `[N, W]`, int64.
         sha256: Hash of the token ids, as hexadecimal digits.
+        start: Number of tokens at the start of every window that the tokenizer adds (`text_sources.start_ids`).
     """
 
     name: str
     windows: Tensor
     sha256: str
+    start: int = 0
 
     @classmethod
-    def of(cls, name: str, windows: Tensor) -> Corpus:
+    def of(cls, name: str, windows: Tensor, start: int = 0) -> Corpus:
         """Wrap windows and hash them."""
-        return cls(name, windows, hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest())
+        return cls(name, windows, hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(), start)
+
+    @property
+    def counted(self) -> Tensor | None:
+        """Mask of the predictions of text, `[N, W - 1]`, bool, without those of tokens that the tokenizer adds.
+
+        None if all count: the first token of a window is never predicted.
+        """
+        if self.start < 2:
+            return None
+        mask = torch.ones(self.windows.shape[0], self.windows.shape[1] - 1, dtype=torch.bool)
+        mask[:, : self.start - 1] = False
+        return mask
 
     @classmethod
     def mixed(cls, parts: Sequence[Corpus], seed: int = 0) -> Corpus:
@@ -154,7 +168,8 @@ def load_corpus(
         source: `"self"` (plain text that `model` writes), `"chat"` (conversations that it writes through the chat
             template), or a source of `text_sources.entries`.
         tokenizer: The model's tokenizer; not needed for `"self"`.
-        tokens: Number of tokens wanted; rounded up to whole windows. A text with at least half of them is used whole.
+        tokens: Number of tokens wanted, with those that start a window; rounded up to whole windows. A text with at
+            least half of them is used whole.
         window: Tokens per window, at least 2.
         spare: Number of further tokens wanted; fewer are returned if the text ends.
         seed: Random seed: selects the windows of a long text, or seeds the generation.
@@ -171,8 +186,9 @@ def load_corpus(
     generated = source if isinstance(source, str) and source in GENERATED else None
     if generated and model is None:
         raise DataError(f'data="{name}" needs the model that writes the text.')
+    _check_room(window, start_ids(tokenizer))
     if generated == "self" and model is not None:
-        write = partial(sample_windows, model, window=window, progress=progress)
+        write = partial(sample_windows, model, window=window, progress=progress, start=start_ids(tokenizer))
     elif tokenizer is None:
         raise DataError(f"The text {name!r} needs a tokenizer, and the model came without one.", 'Use data="self".')
     elif generated == "chat" and model is not None:
@@ -239,8 +255,17 @@ def _windows(items: Iterable[Entry], tokenizer: PreTrainedTokenizerBase, window:
     if talks:
         windows = packed((conversation(tokenizer, messages) for messages in same(list)), window, most)
         return windows, windows.numel()
-    ids = encode(same(str), tokenizer, limit=most * window)
-    return torch.tensor(ids[: len(ids) // window * window], dtype=torch.int64).view(-1, window), len(ids)
+    start = start_ids(tokenizer)
+    left = window - len(start)
+    ids = encode(same(str), tokenizer, limit=most * left)
+    windows = torch.tensor(ids[: len(ids) // left * left], dtype=torch.int64).view(-1, left)
+    before = torch.tensor(start, dtype=torch.int64).expand(len(windows), -1)
+    return torch.cat([before, windows], 1), len(ids) + before.numel()
+
+
+def _check_room(window: int, start: Sequence[int]) -> None:
+    if window < len(start) + 1:
+        raise DataError(f"A window of {window} tokens has no room for text after the {len(start)} of its start.")
 
 
 def consecutive_windows(
@@ -269,7 +294,11 @@ def consecutive_windows(
         raise DataError(f"The text {source!r} needs a tokenizer, and the model came without one.")
     if window < 2 or (count is not None and count < 1):
         raise DataError(f"A measurement needs windows of at least 2 tokens, and at least one; got {window}, {count}.")
+    start = start_ids(tokenizer)
+    _check_room(window, start)
     windows, found = _windows(entries(source, "test"), tokenizer, window, count or (1 << 40) // window)
     if len(windows) < (count or 1):
         raise too_little_text(source, found, (count or 1) * window)
-    return Corpus.of(f"{source} test split" if source in HUB_SOURCES else Path(source).name, windows)
+    name = f"{source} test split" if source in HUB_SOURCES else Path(source).name
+    begun = bool((windows[:, : len(start)] == torch.tensor(start)).all())  # a chat template may begin otherwise
+    return Corpus.of(name, windows, len(start) if begun else 0)

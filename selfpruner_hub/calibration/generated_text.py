@@ -86,7 +86,12 @@ def continuations(
 
 @torch.inference_mode()
 def sample_windows(
-    model: PreTrainedModel, count: int, window: int, seed: int, progress: Progress | None = None
+    model: PreTrainedModel,
+    count: int,
+    window: int,
+    seed: int,
+    progress: Progress | None = None,
+    start: Sequence[int] = (),
 ) -> Tensor:
     """Generate `count` windows of `window` tokens, each from the model's start token (or a random token).
 
@@ -96,9 +101,11 @@ def sample_windows(
     Args:
         model: The dense model.
         count: Number of windows, at least 1.
-        window: Tokens per window, at least 1.
+        window: Tokens per window, at least 1; more than `start` has.
         seed: Random seed.
         progress: Callback that receives the number of windows that are done.
+        start: Token ids that every window begins with (`text_sources.start_ids`), in place of the model's start token,
+            which is no part of its window.
 
     Returns:
         Token ids, `[count, window]`.
@@ -112,9 +119,15 @@ def sample_windows(
     first = torch.randint(config.vocab_size, (count, 1), generator=generator).tolist()
     prompts = first if config.bos_token_id is None else [[config.bos_token_id]] * count
     written = continuations(
-        model, prompts, window, banned=special, seed=seed, progress=progress, what="sampling text"
-    )  # fmt: skip
-    return torch.tensor(written)
+        model,
+        [list(start)] * count if start else prompts,
+        window - len(start),
+        banned=special,
+        seed=seed,
+        progress=progress,
+        what="sampling text",
+    )
+    return torch.tensor([[*start, *ids] for ids in written])
 
 
 class _Rows:

@@ -21,6 +21,20 @@ HUB_SOURCES = {
 """Repository, configuration and names of the splits of each source on the Hub."""
 
 
+def start_ids(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Token ids that the tokenizer puts before a text: BOS where it adds one, and none for most tokenizers.
+
+    Models that were trained with such a start read text badly without it (Gemma's predictions collapse).
+    """
+    if tokenizer is None:
+        return []
+    whole, bare = (
+        list(tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"]) for added in (True, False)
+    )
+    before = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
+    return whole[:before]
+
+
 def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
     """Token ids of the concatenated texts, at most `limit`; no further text is read."""
     ids: list[int] = []

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import has_chat_template
 from selfpruner_hub.calibration.corpus import Corpus, load_corpus, sources_of
-from selfpruner_hub.calibration.text_sources import GENERATED
+from selfpruner_hub.calibration.text_sources import GENERATED, start_ids
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.weights import weights_hash
 from selfpruner_hub.settings import PruneSettings
@@ -110,7 +110,7 @@ class Texts:
     def _load(self, source: Any, key: tuple[Any, ...], tokens: int, spare: int, window: int, run: Run) -> Corpus:
         """Load a source; generated text comes from the checkpoint if there is one."""
         written = _is_written(source)
-        identity = (weights_hash(self._model), key, spare) if written else ()
+        identity = (weights_hash(self._model), key, spare, *start_ids(self._tokenizer)) if written else ()
         name = f"text-{sha256(repr(identity).encode()).hexdigest()[:16]}"
         if written and (found := run.checkpoints.load(name)):
             return Corpus.of(source, found["windows"])

@@ -144,7 +144,8 @@ def _parent(
         figures |= text_figures(model, corpus)
     figures |= _tasks(options, tasks, options.against, model, tokenizer)
     vocabulary = None if tokenizer is None else tokenizer.get_vocab()
-    return _Parent(figures, vocabulary, None if corpus is None else teach(model, corpus.windows), chat, right)
+    teacher = None if corpus is None else teach(model, corpus.windows, counted=corpus.counted)
+    return _Parent(figures, vocabulary, teacher, chat, right)
 
 
 def _measured(

@@ -32,7 +32,8 @@ def text_figures(model: PreTrainedModel, corpus: Corpus, teacher: Teacher | None
     Args:
         model: A causal language model.
         corpus: The text in consecutive windows.
-        teacher: Result of `teach` for the dense model on these windows; None leaves the divergence out.
+        teacher: Result of `teach` for the dense model on these windows and their counted predictions; None leaves the
+            divergence out.
 
     Returns:
         Figures by name; each name ends with the width of the windows in tokens.
@@ -41,10 +42,11 @@ def text_figures(model: PreTrainedModel, corpus: Corpus, teacher: Teacher | None
         UserError: The perplexity is not finite.
     """
     count, window = corpus.windows.shape
-    losses = [label_loss(corpus.windows)] + ([] if teacher is None else [teacher_loss(teacher)])
-    nats, *divergences = mean_losses(model, corpus.windows, *losses)
+    losses = [label_loss(corpus.windows, corpus.counted)] + ([] if teacher is None else [teacher_loss(teacher)])
+    nats, *divergences = mean_losses(model, corpus.windows, *losses, counted=corpus.counted)
     protocol = (
-        f"{count} consecutive windows of {window} tokens, no overlap, {_dtype(model)}; sha256 of the text "
+        f"{count} consecutive windows of {window} tokens, no overlap, "
+        f"{'each begun as the tokenizer begins a text, ' if corpus.start else ''}{_dtype(model)}; sha256 of the text "
         f"{corpus.sha256[:12]}"
     )
     found = {f"perplexity ({window})": _metric(_finite(nats), protocol, corpus.name)}

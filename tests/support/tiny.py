@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     ArceeConfig,
     Cohere2Config,
@@ -148,13 +149,19 @@ def uneven(dense: PreTrainedModel) -> PreTrainedModel:
     return slice_model(Slicer(dense, order, None), plan)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer for the 128 tokens of the tiny models: every ASCII character is a token."""
+def tiny_tokenizer(start: str = "") -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer for the 128 tokens of the tiny models: every ASCII character is a token.
+
+    It puts the special tokens of `start`, such as `"<s>"`, before every text.
+    """
     alphabet = bytes_to_unicode()
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{alphabet[i]: i for i in range(3, 128)}}
     tokenizer = Tokenizer(BPE(vocabulary, [], unk_token="<pad>"))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if start:
+        special = [(token, vocabulary[token]) for token in start.split()]
+        tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=special)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
     )
