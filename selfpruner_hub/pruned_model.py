@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import has_chat_template
-from selfpruner_hub.errors import SavedModelError
+from selfpruner_hub.calibration.corpus import consecutive_windows
+from selfpruner_hub.errors import SavedModelError, UserError
+from selfpruner_hub.evaluation.figures import text_figures
+from selfpruner_hub.evaluation.metrics import teach
 from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.hub.publish import Published, check_request, publish
 from selfpruner_hub.models.architectures import shape_of
@@ -18,8 +23,13 @@ from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
-from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
+from selfpruner_hub.storage.layout import WEIGHTS
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
+from selfpruner_hub.storage.offload import MEMORY, TensorStore
 from selfpruner_hub.storage.staging import save_directory
+
+OFFLOADED_SHARD = "1GB"
+"""Maximum size of a file of weights, for a model that is larger than memory."""
 
 
 class PrunedModel:
@@ -31,6 +41,9 @@ class PrunedModel:
         report: Record, the content of `selfpruner.json`.
         journal: Text of `search.jsonl`.
         checkpoints: Checkpoints of the run that made the model; they are deleted when the model is saved or published.
+        store: Store that the weights are in; from files, they are saved in small shards, one in memory at a time.
+
+    Attributes that it does not have itself are those of `model`: `config`, `dtype`, `generation_config`, …
     """
 
     def __init__(
@@ -40,36 +53,118 @@ class PrunedModel:
         report: Record,
         journal: str = "",
         checkpoints: Checkpoints | None = None,
+        store: TensorStore = MEMORY,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.report = report
         self._journal = journal
         self._checkpoints = checkpoints or Checkpoints()
+        self._store = store
 
     @property
     def plan(self) -> Plan:
         """The widths that every layer keeps."""
         return self.report.plan
 
-    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "1GB") -> None:
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self.model.device
+
+    def __getattr__(self, name: str) -> Any:
+        """Attribute of the transformers model."""
+        if name == "model" or name.startswith("__"):  # while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; arguments and result are those of the transformers model."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate tokens; arguments and result are those of transformers' `generate`."""
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def to(self, *args: Any, **kwargs: Any) -> PrunedModel:
+        """Move the model to a device or a dtype, in place; arguments are those of `torch.nn.Module.to`."""
+        self.model.to(*args, **kwargs)
+        return self
+
+    def evaluate(
+        self,
+        data: str = "wikitext2",
+        *,
+        window: int = 2048,
+        windows: int | None = None,
+        dense: PreTrainedModel | None = None,
+    ) -> dict[str, Metric]:
+        """Measure the perplexity on a text, and the divergence from the dense model; `report` gets the figures too.
+
+        Args:
+            data: `"wikitext2"` or `"c4"` (test split), or a path to a `.txt` or `.jsonl` file.
+            window: Tokens per window, at least 2.
+            windows: Number of windows, from the start of the text; None takes all.
+            dense: The dense model, to compare with; None leaves the comparison out.
+
+        Returns:
+            Figures by name, each with its protocol, and the dense model's value where it has one.
+
+        Raises:
+            DataError: The text is unreadable or too short, or the model has no tokenizer.
+            UserError: The perplexity is not finite.
+        """
+        corpus = consecutive_windows(data, self.tokenizer, window, windows)
+        teacher = None if dense is None else teach(dense, corpus.windows, counted=corpus.counted)
+        found = text_figures(self.model, corpus, teacher)
+        if dense is not None:
+            theirs = text_figures(dense, corpus)
+            found = {k: replace(m, dense=theirs[k].value) if k in theirs else m for k, m in found.items()}
+        self.report = replace(self.report, metrics={**self.report.metrics, **found})
+        return found
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        *,
+        max_shard_size: int | str | None = None,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **publishing: Any,
+    ) -> None:
         """Write weights, configuration, tokenizer, model code, record, journal and card, completely or not at all.
 
         Args:
-            directory: Directory of the files, created if missing; files of the same names are replaced.
-            max_shard_size: Maximum size of a file of weights, in bytes or as in `"1GB"`; one such file is in memory at
-                a time.
+            directory: Directory of the files, created if missing; files of the same names are replaced, and other files
+                of weights are deleted.
+            max_shard_size: Maximum size of a file of weights, in bytes or as in `"5GB"`; None is transformers' default,
+                or 1 GB for a model that is in files, because one shard is in memory at a time.
+            is_main_process: Whether to write anything; a distributed run writes from one process alone.
+            push_to_hub: Whether to publish what was saved, as `hub.publish.publish` does.
+            repo_id: Hub repository for that; None takes the name of the directory.
+            **publishing: Other arguments of `hub.publish.publish`: commit_message, private, token, revision, …
 
         Raises:
             OutputError: The directory cannot be written.
+            UserError: There are arguments for publishing and nothing is published, or the Hub refuses.
+            HubError: The Hub is unreachable, or fails.
         """
+        if not push_to_hub and (unused := [*publishing, *(["repo_id"] if repo_id else [])]):
+            raise UserError(f"save_pretrained has no use for {unused[0]!r}.", "Set push_to_hub=True, or leave it out.")
+        if not is_main_process:
+            return
         self._write(Path(directory), max_shard_size)
+        if push_to_hub:
+            publish(directory, repo_id or Path(directory).name, **publishing)
         self._checkpoints.clear()
 
-    def _write(self, directory: Path, max_shard_size: int | str = "1GB") -> None:
-        with save_directory(directory) as staging:
+    def _write(self, directory: Path, max_shard_size: int | str | None = None) -> None:
+        size = max_shard_size or (OFFLOADED_SHARD if self._store.on_disk else None)
+        sharding: Any = {} if size is None else {"max_shard_size": size}
+        with save_directory(directory, stale=WEIGHTS) as staging:
             self.model.config._name_or_path = self.report.base_model
-            self.model.save_pretrained(staging, max_shard_size=max_shard_size)
+            self.model.save_pretrained(staging, **sharding)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(staging)
             (staging / MODEL_RECORD_FILE).write_text(self.report.to_json(), encoding="utf-8")
@@ -86,7 +181,10 @@ class PrunedModel:
         create_pr: bool = False,
         space: bool = False,
         exports: Sequence[str] = (),
-        token: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        max_shard_size: int | str | None = None,
     ) -> Published:
         """Save into a temporary directory, and publish it by `hub.publish.publish`.
 
@@ -97,7 +195,10 @@ class PrunedModel:
             create_pr: Whether to open a pull request instead of a commit.
             space: Whether to publish the demo Space `REPO_ID-demo` as well.
             exports: Formats to publish beside the weights, such as `("onnx", "gguf")`.
-            token: Hub token; None uses the stored one, or HF_TOKEN.
+            token: Hub token; None or True uses the stored one, or HF_TOKEN.
+            commit_message: Message of the commit, one line; None writes one.
+            commit_description: Text below the message, or None.
+            max_shard_size: Maximum size of a file of weights, as for `save_pretrained`.
 
         Returns:
             Addresses of the model and the Space, and whether a commit was made.
@@ -108,7 +209,7 @@ class PrunedModel:
         """
         check_request(space=space, create_pr=create_pr, exports=exports)
         with tempfile.TemporaryDirectory() as temporary:
-            self._write(directory := Path(temporary) / "model")
+            self._write(directory := Path(temporary) / "model", max_shard_size)
             _export(directory, exports)
             published = publish(
                 directory,
@@ -118,6 +219,8 @@ class PrunedModel:
                 create_pr=create_pr,
                 space=space,
                 token=token,
+                commit_message=commit_message,
+                commit_description=commit_description,
             )
         self._checkpoints.clear()
         return published

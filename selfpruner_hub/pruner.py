@@ -185,4 +185,4 @@ class AutoPruner:
                 compensate(self.model, model, calibration, inputs=method.repair_gate_up, fisher=fisher, run=run)
             scale = match_confidence(self.model, model, texts.search.windows, report) if method.confidence else 1.0
         record = describe(self.model, model, request, found, scale)
-        return PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints)
+        return PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+
 import pytest
+import torch
 from support.chatting import chat_tokenizer
 from support.checks import check_tokenizer_without_package
-from support.tiny import tiny_tokenizer
+from support.tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, pipeline
 
+from selfpruner_hub import pruned_model
+from selfpruner_hub.errors import UserError
 from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.storage.model_record import read_record
+
+IDS = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("make", [tiny_tokenizer, chat_tokenizer], ids=["base", "chat"])
@@ -18,3 +29,75 @@ def test_the_tokenizer_and_the_card(make, saved_model, tmp_path):
     check_tokenizer_without_package(tmp_path / "again", make(), tmp_path)
     card = (tmp_path / "again" / "README.md").read_text()
     assert ("apply_chat_template" in card) == bool(make().chat_template)
+
+
+def test_it_is_used_as_a_transformers_model_is(saved_model):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    assert torch.equal(pruned(IDS).logits, pruned.model(IDS).logits)
+    given = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(pruned.generate(IDS, **given), pruned.model.generate(IDS, **given))
+    assert pruned.device == torch.device("cpu")
+    assert pruned.to(torch.bfloat16) is pruned
+    assert pruned.dtype == pruned.model.dtype == torch.bfloat16
+    assert pruned.config is pruned.model.config
+    with pytest.raises(AttributeError):
+        pruned.no_such_attribute  # noqa: B018
+    for other in (copy.deepcopy(pruned), pickle.loads(pickle.dumps(pruned))):  # noqa: S301
+        assert other.plan == pruned.plan
+
+
+def test_a_pipeline_takes_it(saved_model):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    given = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False}
+    texts = [
+        pipeline("text-generation", model=model, tokenizer=pruned.tokenizer)("The quick", **given)[0]["generated_text"]
+        for model in (pruned, pruned.model)
+    ]
+    assert texts[0] == texts[1]
+    assert len(pruned.tokenizer(texts[0])["input_ids"])
+
+
+def test_what_it_measures_is_in_its_record(saved_model, tmp_path):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    pruned, dense = PrunedModel.from_pretrained(saved_model), tiny_model("llama")
+    found = pruned.evaluate(str(tmp_path / "text.txt"), window=16, windows=8, dense=dense)
+    assert set(found) == {"perplexity (16)", "KL (16)"}
+    alone = pruned.evaluate(str(tmp_path / "text.txt"), window=16, windows=8)
+    assert alone["perplexity (16)"].value == found["perplexity (16)"].value
+    theirs = PrunedModel(dense, pruned.tokenizer, pruned.report).evaluate(
+        str(tmp_path / "text.txt"), window=16, windows=8
+    )
+    assert found["perplexity (16)"].dense == theirs["perplexity (16)"].value
+    assert found["KL (16)"].dense is None
+    pruned.save_pretrained(tmp_path / "again")
+    assert read_record(tmp_path / "again").metrics["KL (16)"] == found["KL (16)"]
+
+
+def test_weights_of_other_names_leave_with_the_model_that_they_were_of(saved_model):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    (saved_model / "notes.txt").write_text("mine")
+    before = pruned.model.state_dict()
+    for size, shards in (("20KB", True), (None, False), ("20KB", True)):
+        pruned.save_pretrained(saved_model, max_shard_size=size)
+        index = saved_model / "model.safetensors.index.json"
+        assert index.exists() == shards
+        named = set(json.loads(index.read_text())["weight_map"].values()) if shards else {"model.safetensors"}
+        assert {path.name for path in saved_model.glob("*.safetensors")} == named
+        again = AutoModelForCausalLM.from_pretrained(saved_model).state_dict()
+        assert all(torch.equal(value, before[key]) for key, value in again.items())
+    assert (saved_model / "notes.txt").exists()
+
+
+def test_arguments_of_publishing_reach_it(saved_model, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pruned_model, "publish", lambda directory, repo_id, **more: asked.append((repo_id, more)))
+    pruned = PrunedModel.from_pretrained(saved_model)
+    message = {"commit_message": "Shrink it", "commit_description": "By a third.", "private": True, "token": True}
+    pruned.push_to_hub("me/model", max_shard_size="20KB", **message)
+    assert message.items() <= asked[0][1].items()
+    pruned.save_pretrained(tmp_path / "named", push_to_hub=True, commit_message="Shrink it")
+    assert asked[1] == ("named", {"commit_message": "Shrink it"})
+    with pytest.raises(UserError, match="no use for 'commit_message'"):
+        pruned.save_pretrained(tmp_path / "other", commit_message="Shrink it")
+    pruned.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()

@@ -31,6 +31,8 @@ Tree = dict[str, RepoFile]
 """Files of a repository, by path."""
 Changes = tuple[dict[str, Path | bytes], list[str]]
 """Files to write, by path, and paths of files to delete."""
+Message = tuple[str, str | None]
+"""Message of a commit, one line, and the text below it."""
 T = TypeVar("T")
 
 
@@ -72,7 +74,9 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
     space: bool = False,
-    token: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
 ) -> Published:
     """Publish a saved model in one commit, completely or not at all.
 
@@ -84,6 +88,8 @@ def publish(
         create_pr: Whether to open a pull request instead of a commit.
         space: Whether to publish the demo Space `REPO_ID-demo` as well.
         token: Hub token; None uses the stored one, or HF_TOKEN.
+        commit_message: Message of the commit, one line; None writes one.
+        commit_description: Text below the message, or None.
 
     Returns:
         Addresses of the model and the Space, and whether a commit was made.
@@ -96,12 +102,17 @@ def publish(
     directory = Path(directory)
     check_request(space=space, create_pr=create_pr)
     bundle = collect(directory)
-    check_private({**bundle.files, CARD: render_card(bundle.record, repo_id).encode()}, directory, [token])
+    check_private(
+        {**bundle.files, CARD: render_card(bundle.record, repo_id).encode()},
+        directory,
+        [token if isinstance(token, str) else None],
+    )
 
     api = HfApi(token=token, library_name="selfpruner-hub")
     model = _Repository(api, repo_id, "model", revision)
     model.create(private)
-    published = model.commit(lambda tree: _model_changes(bundle, model, tree), "Publish the pruned model", create_pr)
+    message = (commit_message or "Publish the pruned model", commit_description)
+    published = model.commit(lambda tree: _model_changes(bundle, model, tree), message, create_pr)
     if not space:
         return published
     demo = _Repository(api, f"{model.repo_id}-demo", "space")
@@ -109,7 +120,7 @@ def publish(
     try:
         demo.create(private)
         shown = demo.commit(
-            lambda tree: (files, [n for n in _in(VENDORED, tree) if n not in files]), "Publish the demo"
+            lambda tree: (files, [n for n in _in(VENDORED, tree) if n not in files]), ("Publish the demo", None)
         )
     except SelfPrunerError as error:
         raise type(error)(f"The model is published, its Space is not: {error.message}", error.hint) from error
@@ -171,7 +182,7 @@ class _Repository:
             )
         )
 
-    def commit(self, changes: Callable[[Tree], Changes], message: str, create_pr: bool = False) -> Published:
+    def commit(self, changes: Callable[[Tree], Changes], message: Message, create_pr: bool = False) -> Published:
         """Commit the changes to the current content, if there are any; the branch is created if missing."""
         branch = self.revision
         if branch and not create_pr and not branch.startswith("refs/"):
@@ -181,7 +192,7 @@ class _Repository:
     def _create_branch(self, branch: str) -> None:
         self._api.create_branch(self.repo_id, branch=branch, repo_type=self.kind, exist_ok=True)
 
-    def _commit(self, changes: Callable[[Tree], Changes], message: str, create_pr: bool) -> Published:
+    def _commit(self, changes: Callable[[Tree], Changes], message: Message, create_pr: bool) -> Published:
         head = self._api.repo_info(self.repo_id, repo_type=self.kind, revision=self.revision).sha
         listed = self._api.list_repo_tree(self.repo_id, repo_type=self.kind, revision=head, recursive=True)
         files, stale = changes({entry.path: entry for entry in listed if isinstance(entry, RepoFile)})
@@ -193,7 +204,8 @@ class _Repository:
             ],
             repo_type=self.kind,
             revision=self.revision,
-            commit_message=message,
+            commit_message=message[0],
+            commit_description=message[1],
             create_pr=create_pr,
             parent_commit=head,  # fails if the repository has changed since it was listed
         )

@@ -8,6 +8,12 @@ PLOTS = "plots"
 EXPORTS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
 """Folders of a published model: plots of its search, and exports, each named after its format."""
 
+WEIGHTS = (
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+"""Names of the files of weights that transformers looks for in a directory."""
+
 
 def asset(name: str) -> Path:
     """Return a folder of data: a wheel has it inside the package, a checkout beside the package."""

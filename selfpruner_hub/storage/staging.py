@@ -6,8 +6,9 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,11 +17,12 @@ from selfpruner_hub.errors import OutputError
 
 
 @contextmanager
-def save_directory(directory: Path) -> Iterator[Path]:
+def save_directory(directory: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Give a staging directory whose files replace those of `directory` at the end, or are deleted on any error.
 
     Args:
         directory: Directory that the files are moved to.
+        stale: Patterns of names; what has such a name in `directory`, and is not replaced, is deleted in the same step.
 
     Yields:
         An empty directory on the same file system.
@@ -43,7 +45,7 @@ def save_directory(directory: Path) -> Iterator[Path]:
         if not directory.exists():
             staging.rename(directory)
             return
-        _replace(directory, staging)
+        _replace(directory, staging, stale)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(f"Cannot write {str(directory)!r}: {reason}.", "Choose another output.") from error
@@ -53,16 +55,17 @@ def save_directory(directory: Path) -> Iterator[Path]:
                 shutil.rmtree(staging)
 
 
-def _replace(directory: Path, staging: Path) -> None:
-    """Move staged files to their place: first all old files of their names leave, then all new ones come.
+def _replace(directory: Path, staging: Path, stale: Sequence[str]) -> None:
+    """Move staged files to their place: first all old files of their names, and stale ones, leave, then new ones come.
 
     Old and new files are never side by side, not even when the process is killed. On any exception the old ones come
     back, and the new ones are in the staging directory again.
     """
     names = sorted(path.name for path in staging.iterdir())
+    old = {path.name for path in directory.iterdir() if any(fnmatch(path.name, pattern) for pattern in stale)}
     retired = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
-        for name in names:
+        for name in sorted({*names, *old}):
             if os.path.lexists(directory / name):
                 (directory / name).rename(retired / name)
         for name in names:
@@ -72,8 +75,8 @@ def _replace(directory: Path, staging: Path) -> None:
         for name in names:
             if not os.path.lexists(staging / name):
                 (directory / name).rename(staging / name)
-            if os.path.lexists(retired / name):
-                (retired / name).rename(directory / name)
+        for path in list(retired.iterdir()):
+            path.rename(directory / path.name)
         retired.rmdir()
         raise
     shutil.rmtree(retired, ignore_errors=True)

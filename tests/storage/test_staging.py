@@ -77,10 +77,10 @@ def test_files_of_the_same_names_are_replaced_and_others_stay(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-OLD = {"a": "old", "b": None, "b/x": "old", "c": "mine", "e": "old"}
+OLD = {"a": "old", "b": None, "b/x": "old", "c": "mine", "e": "old", "f-1": "stale"}
 NEW = {"a": "new", "b": None, "b/y": "new", "c": "mine", "d": "new", "e": "old"}
-RENAMES = 5
-"""Of an overwrite: two old entries leave, three new ones come."""
+RENAMES = 6
+"""Of an overwrite: two old entries and a stale one leave, three new ones come."""
 
 
 def overwrite(directory):
@@ -89,7 +89,7 @@ def overwrite(directory):
     for name, content in OLD.items():
         if content:
             (directory / name).write_text(content)
-    with save_directory(directory) as staging:
+    with save_directory(directory, stale=["d", "f-*"]) as staging:
         (staging / "b").mkdir()
         for name in ("a", "b/y", "d"):
             (staging / name).write_text("new")
