@@ -10,13 +10,13 @@ from torch import Tensor
 
 from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.evaluation.fitness import REMAINS, Fitness, SecondRepairScore
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.pruning.prepare import Prepared
 from selfpruner_hub.pruning.slicing import Slicer
-from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.journal import Journal, SeedsLine
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, Found, Standing
 from selfpruner_hub.search.proposers import Proposer
@@ -57,7 +57,7 @@ def find_plan(
         else partial(fitness.measure_steps, curves=curves)
     )
     measure = partial(fitness.loss, share=method.first_share)
-    known = seeds(budget, curves if method.predicts_losses else None, measure)
+    known = _journaled(journal, lambda: seeds(budget, curves if method.predicts_losses else None, measure))
     starts = {name: rates for name, rates in known.items() if name in method.seeds}
     with ray_workers(fitness) if run.executor == "ray" else nullcontext() as pool:
         told = measure_steps if getattr(proposer, "reads_slopes", False) else None
@@ -68,6 +68,12 @@ def find_plan(
         unseen = _fitness(slicer, texts.unseen.windows, method, scoring)
         gains[UNSEEN_TEXT] = unseen(outcome.best_seed.plan), unseen(outcome.best.plan)
     return Found(outcome, gains)
+
+
+def _journaled(journal: Journal, compute: Callable[[], dict[str, Rates]]) -> dict[str, Rates]:
+    """Seed plans from the journal, or computed and journaled: they are measured, and devices round differently."""
+    known = next((line for line in journal.lines if isinstance(line, SeedsLine)), None)
+    return (known or journal.append(SeedsLine(compute()))).rates
 
 
 def _fitness(

@@ -36,6 +36,14 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class SeedsLine:
+    """The seed plans were made; measurements scale some of them."""
+
+    rates: dict[str, Rates]
+    """Rates by the name of the seed."""
+
+
+@dataclass(frozen=True)
 class AskLine:
     """A proposer was asked."""
 
@@ -97,9 +105,15 @@ class RoundLine:
     """Number of tokens that a language model read and wrote."""
 
 
-JournalLine = AskLine | ScoreLine | ProbeLine | RoundLine
+JournalLine = SeedsLine | AskLine | ScoreLine | ProbeLine | RoundLine
 L = TypeVar("L", bound=JournalLine)
-_KINDS: dict[str, type[JournalLine]] = {"ask": AskLine, "score": ScoreLine, "probe": ProbeLine, "round": RoundLine}
+_KINDS: dict[str, type[JournalLine]] = {
+    "seeds": SeedsLine,
+    "ask": AskLine,
+    "score": ScoreLine,
+    "probe": ProbeLine,
+    "round": RoundLine,
+}
 
 
 class Journal:
@@ -272,9 +286,21 @@ def _filed_reply(reply: Reply) -> dict[str, Any]:
 def _read_reply(record: dict[str, Any]) -> Reply:
     values = {field.name: record[field.name] for field in fields(Proposal)}
     if values["rates"] is not None:
-        values["rates"] = Rates(**{part: tuple(rates) for part, rates in values["rates"].items()})
+        values["rates"] = _read_rates(values["rates"])
     proposal = Proposal(**{**values, "parents": tuple(values["parents"])})
     return Reply(proposal, plan_of(record["widths"]), record["moved"]) if "widths" in record else Reply(proposal)
+
+
+def _read_rates(record: dict[str, Any]) -> Rates:
+    return Rates(**{part: tuple(rates) for part, rates in record.items()})
+
+
+def _filed_seeds(seeds: dict[str, Rates]) -> dict[str, Any]:
+    return {name: asdict(rates) for name, rates in seeds.items()}
+
+
+def _read_seeds(record: dict[str, Any]) -> dict[str, Rates]:
+    return {name: _read_rates(rates) for name, rates in record.items()}
 
 
 def _filed_replies(replies: Sequence[Reply]) -> list[dict[str, Any]]:
@@ -298,6 +324,7 @@ def _read_fitness(value: float | None) -> float:
 
 
 _FORMS: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "rates": ("rates", _filed_seeds, _read_seeds),
     "replies": ("replies", _filed_replies, _read_replies),
     "random_state": ("random_state", list, tuple),
     "fitness": ("fitness", _filed_fitness, _read_fitness),

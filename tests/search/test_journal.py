@@ -9,12 +9,22 @@ from selfpruner_hub.errors import OutputError, RunMismatchError
 from selfpruner_hub.plans.budget import Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
-from selfpruner_hub.search.journal import AskLine, Journal, ProbeLine, Reply, RoundLine, ScoreLine, read_journal
+from selfpruner_hub.search.journal import (
+    AskLine,
+    Journal,
+    ProbeLine,
+    Reply,
+    RoundLine,
+    ScoreLine,
+    SeedsLine,
+    read_journal,
+)
 from selfpruner_hub.search.proposers import Proposal
 
 SETTINGS = {"beta": 0.3, "seed": 0, "seeds": ("uniform", "ramp"), "data": {"name": "wikitext2"}}
 PLAN = Plan.of([8, 16], [2, 1])
 LINES = [
+    SeedsLine({"uniform": Rates((0.0, 0.5), (0.5, 0.1 + 0.2))}),
     ScoreLine(0, "seed:ramp", 0.25, 0.1 + 0.2, PLAN, 0.5),
     ScoreLine(0, "seed:ramp", 1.0, math.inf, PLAN, 2.0),
     ProbeLine(1, 1.25, StepEffects((0.5, math.inf), (-0.25, 0.0), (0.125, 1.0), (math.inf, -1e-06)), PLAN, 3.0),
@@ -34,6 +44,7 @@ LINES = [
     RoundLine(2, "mutation", {}, None, 0.3, "self", 4.0, 12),
 ]
 FILE = r"""{"kind": "header", "schema_version": 1, "settings": {"beta": 0.3, "seed": 0, "seeds": ["uniform", "ramp"], "data": {"name": "wikitext2"}}}
+{"kind": "seeds", "rates": {"uniform": {"attention": [0.0, 0.5], "ffn": [0.5, 0.30000000000000004]}}}
 {"kind": "score", "round": 0, "origin": "seed:ramp", "share": 0.25, "fitness": 0.30000000000000004, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 0.5}
 {"kind": "score", "round": 0, "origin": "seed:ramp", "share": 1.0, "fitness": null, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 2.0}
 {"kind": "probe", "round": 1, "share": 1.25, "slopes": {"attention_removed": [0.5, null], "attention_restored": [-0.25, 0.0], "ffn_removed": [0.125, 1.0], "ffn_restored": [null, -1e-06]}, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 3.0}

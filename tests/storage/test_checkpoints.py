@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.tiny import tiny_model, tiny_tokenizer
@@ -9,6 +11,7 @@ from support.tiny import tiny_model, tiny_tokenizer
 from selfpruner_hub import pruned_model
 from selfpruner_hub.errors import HubError, OutputError
 from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.search import find_plan
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
 SETTINGS = {
@@ -102,6 +105,22 @@ def test_a_run_goes_on_where_it_ended(stage, tmp_path):
     for a, b in zip(again.model.parameters(), undisturbed.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["search.jsonl"]
+
+
+def test_the_search_of_another_device_is_replayed(tmp_path, monkeypatch):
+    """Another device measures other seed plans by a few bits: those of the journal count, and no score is repeated."""
+    pruner = AutoPruner(tiny_model("llama"), None, "tiny")
+    first = pruner.prune(0.3, run_dir=tmp_path, progress=False, **SETTINGS)
+    journal = (tmp_path / "search.jsonl").read_text()
+    compute = find_plan.seeds
+
+    def otherwise(budget, *_):
+        return compute(replace(budget, beta=budget.beta - 0.1))
+
+    monkeypatch.setattr(find_plan, "seeds", otherwise)
+    again = pruner.prune(0.3, run_dir=tmp_path, progress=False, **SETTINGS)
+    assert again.plan == first.plan
+    assert (tmp_path / "search.jsonl").read_text() == journal
 
 
 def test_what_a_run_finished_is_kept_until_its_model_is_saved(tmp_path):
