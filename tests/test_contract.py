@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from support.checks import check_cache, check_causality, check_left_padding, check_without_package, logits
 from support.tiny import CONFIGS, DISTINCT, tiny_model, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from selfpruner_hub.calibration.statistics import LayerStatistics, calibrate
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of, linear, shape_of
@@ -198,6 +199,40 @@ def test_saved_and_reloaded_by_the_auto_class(saved, name):
     assert type(again) is type(pruned.model)
     assert torch.equal(logits(again, IDS), logits(pruned.model, IDS))
     assert PrunedModel.from_pretrained(directory).report == pruned.report
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_decoder_alone_and_under_other_heads(saved, name):
+    """AutoModel is what vLLM builds; classifiers are for those who train on."""
+    directory, pruned = saved[name]
+    with torch.no_grad():
+        wanted = pruned.model.get_decoder()(IDS).last_hidden_state
+        assert torch.equal(AutoModel.from_pretrained(directory).eval()(IDS).last_hidden_state, wanted)
+    autos = {"AutoModelForSequenceClassification", "AutoModelForTokenClassification"} & set(named(directory))
+    assert len(autos) == (1 if name == "gemma3" else 2)  # transformers has no more
+    for auto in autos:
+        model = getattr(transformers, auto).from_pretrained(directory, num_labels=3).eval()
+        with torch.no_grad():
+            assert torch.equal(model.base_model(IDS).last_hidden_state, wanted)
+        labels = torch.zeros((2,) if "Sequence" in auto else (2, 40), dtype=torch.long)
+        model(IDS, labels=labels).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        assert model.base_model.config is model.config
+
+
+def named(directory):
+    """The classes that a saved model names, by Auto class."""
+    return json.loads((directory / "config.json").read_text())["auto_map"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_code_beside_the_weights_holds_one_family(saved, name):
+    """So that a transformers which lacks another architecture can load it."""
+    directory, _ = saved[name]
+    code = (directory / "modeling_selfpruned.py").read_text()
+    assert f'\nFAMILIES = ("{CONFIGS[name].model_type}",)\n' in code
+    assert not [family for family in ARCHITECTURES if f'"{family}"' in code.replace(CONFIGS[name].model_type, "")]
+    assert list(named(directory))[:3] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
 
 
 @pytest.mark.heavy

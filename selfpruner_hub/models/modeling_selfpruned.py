@@ -1,7 +1,8 @@
-"""Causal language models whose decoder layers differ in width.
+"""Models whose decoder layers differ in width.
 
-This file imports torch and transformers only: it is copied beside the weights of every pruned model, so that
-`AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` works without `selfpruner_hub`.
+This file imports torch and transformers only: it is copied beside the weights of every pruned model, cut down to the
+family of that model, so that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)` and vLLM work
+without `selfpruner_hub`.
 
 A decoder layer is the stock layer of its architecture, built with its own widths; no forward pass is rewritten.
 The widths are in transformers' `per_layer_config` (`num_attention_heads`, `num_key_value_heads`,
@@ -11,42 +12,60 @@ The widths are in transformers' `per_layer_config` (`num_attention_heads`, `num_
 from __future__ import annotations
 
 import copy
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import (
-    ArceeForCausalLM,
+    CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
-    Cohere2ForCausalLM,
-    CohereForCausalLM,
-    CwmForCausalLM,
-    Ernie4_5ForCausalLM,
-    Exaone4ForCausalLM,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    GemmaForCausalLM,
-    Glm4ForCausalLM,
-    GlmForCausalLM,
-    GraniteForCausalLM,
-    HunYuanDenseV1ForCausalLM,
-    LlamaForCausalLM,
-    Ministral3ForCausalLM,
-    MinistralForCausalLM,
-    MistralForCausalLM,
-    Olmo2ForCausalLM,
-    Olmo3ForCausalLM,
-    Phi3ForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-    SeedOssForCausalLM,
-    SmolLM3ForCausalLM,
-    Starcoder2ForCausalLM,
-    VaultGemmaForCausalLM,
 )
+
+FAMILIES = (
+    "arcee",
+    "cohere",
+    "cohere2",
+    "cwm",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "granite",
+    "hunyuan_v1_dense",
+    "llama",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "seed_oss",
+    "smollm3",
+    "starcoder2",
+    "vaultgemma",
+)
+"""The dense `model_type`s that have classes here; a copy beside weights lists its own alone."""
+
+AUTO_CLASSES = (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+"""The Auto classes that find pruned models, if transformers has a class of the architecture for them."""
 
 
 class LayerConfig:
@@ -83,7 +102,7 @@ def _homogeneous(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 class SelfPrunedConfigMixin:
-    """Validates a configuration whose layers differ: stock checks on the dense values, width checks on each layer."""
+    """A configuration whose layers differ: stock checks on the dense values, width checks on each layer."""
 
     def validate(self) -> None:
         """Raise `ValueError` unless every layer has whole groups of query heads and at least one channel."""
@@ -94,6 +113,17 @@ class SelfPrunedConfigMixin:
                 raise ValueError(
                     f"Layer {index} cannot have {heads} query heads, {groups} KV heads and {channels} FFN channels."
                 )
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, and say which classes of this file, saved beside it, the Auto classes take."""
+        code = Path(__file__)
+        autos = [auto for auto in AUTO_CLASSES if type(self) in auto._model_mapping]
+        classes = {"AutoConfig": type(self), **{auto.__name__: auto._model_mapping[type(self)] for auto in autos}}
+        self.auto_map = {name: f"{code.stem}.{cls.__name__}" for name, cls in classes.items()}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        own = f'FAMILIES = ("{self.model_type.removeprefix(PREFIX)}",)'
+        text = re.sub(r"^FAMILIES = \([^)]*\)", own, code.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+        (Path(save_directory) / code.name).write_text(text, encoding="utf-8")
 
 
 class SelfPrunedMixin:
@@ -111,65 +141,44 @@ class SelfPrunedMixin:
         for module in self.modules():
             if isinstance(module, PreTrainedModel) and module.config is skeleton:
                 module.config = config
-        self.model.layers = nn.ModuleList(
+        self.base_model.layers = nn.ModuleList(
             self.layer_class(LayerConfig(config, **{name: getattr(layer, name) for name in WIDTHS}), index)
             for index, layer in enumerate(config.per_layer_config)
         )
         self.post_init()
 
 
-def _pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The pruned twin of a stock model class, with its own configuration class; both are attributes of this module."""
-    dense: type[PreTrainedConfig] = stock.config_class
-    config = type(
-        f"SelfPruned{dense.__name__}",
-        (SelfPrunedConfigMixin, dense),
-        {"__module__": __name__, "model_type": f"selfpruned_{dense.model_type}"},
-    )
-    layer = getattr(sys.modules[stock.__module__], stock._no_split_modules[0])  # such as LlamaDecoderLayer
-    members = {"config_class": config, "layer_class": layer, "__annotations__": {"config": config}}
-    model = type(f"SelfPruned{stock.__name__}", (SelfPrunedMixin, stock), {"__module__": __name__, **members})
-    globals().update({config.__name__: config, model.__name__: model})
-    return model
+PREFIX = "selfpruned_"
+"""What the `model_type` of a pruned model has before the dense one."""
 
 
-MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
-    stock.config_class.model_type: _pruned_class(stock)
-    for stock in (
-        ArceeForCausalLM,
-        Cohere2ForCausalLM,
-        CohereForCausalLM,
-        CwmForCausalLM,
-        Ernie4_5ForCausalLM,
-        Exaone4ForCausalLM,
-        Gemma2ForCausalLM,
-        Gemma3ForCausalLM,
-        GemmaForCausalLM,
-        Glm4ForCausalLM,
-        GlmForCausalLM,
-        GraniteForCausalLM,
-        HunYuanDenseV1ForCausalLM,
-        LlamaForCausalLM,
-        Ministral3ForCausalLM,
-        MinistralForCausalLM,
-        MistralForCausalLM,
-        Olmo2ForCausalLM,
-        Olmo3ForCausalLM,
-        Phi3ForCausalLM,
-        Qwen2ForCausalLM,
-        Qwen3ForCausalLM,
-        SeedOssForCausalLM,
-        SmolLM3ForCausalLM,
-        Starcoder2ForCausalLM,
-        VaultGemmaForCausalLM,
-    )
-}
-"""The pruned model class of each dense `model_type`."""
+def _subclass(mixin: type, stock: type, **attributes: Any) -> type:
+    """Define the pruned class of a stock class as an attribute of this module, named after it."""
+    name = f"SelfPruned{stock.__name__}"
+    globals()[name] = type(name, (mixin, stock), {"__module__": __name__, **attributes})
+    return globals()[name]
 
-for _class in MODEL_CLASSES.values():
-    # `register_for_auto_class` makes save_pretrained copy this file and write `auto_map`; `register` lets the Auto
-    # classes find these without `trust_remote_code` once this module is imported.
-    _class.config_class.register_for_auto_class()
-    _class.register_for_auto_class("AutoModelForCausalLM")
-    AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_class.config_class, _class, exist_ok=True)
+
+def _define(family: str) -> type[PreTrainedModel]:
+    """Define the classes of a dense `model_type`, tell the Auto classes of them, and return the language model.
+
+    `register_for_auto_class` makes `save_pretrained` copy this file; `register` lets the Auto classes find the classes
+    without `trust_remote_code` once this module is imported.
+    """
+    stock_config = CONFIG_MAPPING[family]
+    language_model = AutoModelForCausalLM._model_mapping[stock_config]
+    layer = getattr(sys.modules[language_model.__module__], language_model._no_split_modules[0])  # LlamaDecoderLayer
+    config = _subclass(SelfPrunedConfigMixin, stock_config, model_type=PREFIX + family)
+    config.register_for_auto_class()
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    for auto in AUTO_CLASSES:
+        if stock_config in auto._model_mapping:
+            stock = auto._model_mapping[stock_config]
+            auto.register(
+                config, _subclass(SelfPrunedMixin, stock, config_class=config, layer_class=layer), exist_ok=True
+            )
+    return AutoModelForCausalLM._model_mapping[config]
+
+
+MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {family: _define(family) for family in FAMILIES}
+"""The pruned language model class of each dense `model_type`."""

@@ -13,13 +13,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 REMOTE = """
 import sys, json, torch
 sys.modules["selfpruner_hub"] = None  # as in an environment that has only torch and transformers
-from transformers import AutoModelForCausalLM
-out = {}
+import transformers
+
+def load(auto, directory):
+    found = getattr(transformers, auto).from_pretrained(directory, trust_remote_code=True, dtype=torch.float32)
+    assert type(found).__module__.startswith("transformers_modules."), type(found).__module__
+    return found.eval()
+
 for directory, ids in json.load(open(sys.argv[1])).items():
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype=torch.float32).eval()
-    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    model, ids = load("AutoModelForCausalLM", directory), torch.tensor(ids)
     with torch.no_grad():
-        torch.save(model(torch.tensor(ids)).logits, directory + "/remote.pt")
+        torch.save(model(ids).logits, directory + "/remote.pt")
+        decoded = model.base_model(ids).last_hidden_state
+        for auto in set(model.config.auto_map) - {"AutoConfig", "AutoModelForCausalLM"}:
+            assert torch.equal(load(auto, directory).base_model(ids).last_hidden_state, decoded), auto
 """
 
 TOKENIZER = """
@@ -65,7 +72,10 @@ def check_left_padding(model: PreTrainedModel, ids: torch.Tensor, pad: int) -> N
 
 
 def check_without_package(directories: dict[Path, torch.Tensor], tmp_path: Path) -> dict[Path, torch.Tensor]:
-    """Load saved models in a process that cannot import selfpruner_hub, and return their float32 logits."""
+    """Load saved models in a process that cannot import selfpruner_hub, and return their float32 logits.
+
+    Every Auto class that a model names is loaded, and its decoder is compared with that of the language model.
+    """
     job = tmp_path / "job.json"
     job.write_text(json.dumps({str(d): ids.tolist() for d, ids in directories.items()}))
     env = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": ""}
