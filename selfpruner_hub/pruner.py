@@ -160,7 +160,8 @@ class AutoPruner:
         check_seed(seed)
         check_executor(executor)
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
-        budget = ParameterBudget(self.shape, beta, method.p_min, method.p_max, method.tied, method.multiple_of)
+        bounds = (method.p_min, method.p_max)
+        budget = ParameterBudget(self.shape, beta, *bounds, method.tied, method.multiple_of, method.kv_multiple)
         asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
         folder = None if run_dir is None else Path(run_dir)
         with contextlib.ExitStack() as stack:

@@ -38,6 +38,9 @@ class PruneSettings:
     """Largest rate of the attention or the FFN of a layer, in [β, 1)."""
     multiple_of: int = 1
     """FFN widths are multiples of this number. It must divide the dense width."""
+    kv_multiple: int = 1
+    """KV heads of every layer are a multiple of this number, such as the size of tensor parallelism. It must divide the
+    dense number."""
     window: int = 512
     """Tokens of a window of calibration and fitness text."""
     calibration_tokens: int = 65_536

@@ -44,6 +44,8 @@ class ParameterBudget:
         tied: Whether attention and FFN of a layer share one rate (arXiv 2502.14413) instead of two.
         multiple_of: Number of channels that every FFN width is a multiple of (32, 64 or 128 suit most hardware); it
             must divide the dense width. Coarser widths lose a little quality, and make β less exact in small models.
+        kv_multiple: Number of KV groups that the groups of every layer are a multiple of, such as the size of tensor
+            parallelism; it must divide the dense number of every layer.
 
     Raises:
         BudgetError: A value is out of its range, or β cannot be reached within the bounds.
@@ -55,23 +57,19 @@ class ParameterBudget:
     p_max: float = 0.9
     tied: bool = False
     multiple_of: int = 1
+    kv_multiple: int = 1
 
     def __post_init__(self) -> None:
         """Check every value, and whether β can be reached."""
         check_beta(self.beta)
         if not 0 <= self.p_min < self.p_max < 1:
             raise BudgetError(f"Rate bounds must satisfy 0 <= p_min < p_max < 1; got {self.p_min} and {self.p_max}.")
-        if self.multiple_of < 1 or any(w.intermediate_size % self.multiple_of for w in self.shape.dense.layers):
-            widths = sorted({w.intermediate_size for w in self.shape.dense.layers})
-            raise BudgetError(
-                f"multiple_of={self.multiple_of} does not divide the FFN width {widths}.",
-                "Choose a divisor of it, such as 1.",
-            )
+        self._check_multiples()
         least, most = self._reachable()
         if not least - self.tolerance <= self.beta <= most + self.tolerance:
-            groups = "every KV group kept" if self.shape.whole_attention else "at least one KV group a layer"
+            kept = "every KV group kept" if self.shape.whole_attention else f"at least {self.kv_multiple} KV head(s) a layer"
             raise BudgetError(
-                f"beta={self.beta:g} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and {groups}, "
+                f"beta={self.beta:g} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and {kept}, "
                 f"this model can lose between {least:.3f} and {most:.3f}.",
                 "Change beta or the bounds.",
             )
@@ -144,6 +142,21 @@ class ParameterBudget:
             [w.num_key_value_heads - g for w, g in zip(dense, groups, strict=True)],
         )
 
+    def _check_multiples(self) -> None:
+        if self.multiple_of < 1 or any(w.intermediate_size % self.multiple_of for w in self.shape.dense.layers):
+            widths = sorted({w.intermediate_size for w in self.shape.dense.layers})
+            raise BudgetError(
+                f"multiple_of={self.multiple_of} does not divide the FFN width {widths}.",
+                "Choose a divisor of it, such as 1.",
+            )
+        for index, w in enumerate(self.shape.dense.layers):
+            if self.kv_multiple < 1 or w.num_key_value_heads % self.kv_multiple:
+                raise BudgetError(
+                    f"kv_multiple={self.kv_multiple} does not divide the {w.num_key_value_heads} KV heads of layer "
+                    f"{index}.",
+                    "Choose a divisor of them, such as 1.",
+                )
+
     def _check(self, rates: Rates) -> None:
         for name, values in (("attention", rates.attention), ("ffn", rates.ffn)):
             if len(values) != self.shape.num_layers:
@@ -169,7 +182,10 @@ class ParameterBudget:
 
     def _group_limit(self, groups: int) -> int:
         """Maximum number of KV groups that a layer with `groups` of them loses."""
-        return 0 if self.shape.whole_attention else min(math.floor(self.p_max * groups + 1e-9), groups - 1)
+        if self.shape.whole_attention:
+            return 0
+        units = groups // self.kv_multiple
+        return self.kv_multiple * min(math.floor(self.p_max * units + 1e-9), units - 1)
 
     def _removed(self, groups: Sequence[int]) -> tuple[int, int]:
         """Minimum and maximum number of weights that a plan can remove if it removes these groups."""
@@ -204,15 +220,17 @@ class ParameterBudget:
         dense = self.shape.dense.layers
         limits = [self._group_limit(w.num_key_value_heads) for w in dense]
         wanted = [r * w.num_key_value_heads for r, w in zip(rates, dense, strict=True)]
-        groups = [min(max(math.floor(x + 0.5), 0), limit) for x, limit in zip(wanted, limits, strict=True)]
+        step = self.kv_multiple
+        nearest = [step * math.floor(x / step + 0.5) for x in wanted]
+        groups = [min(max(g, 0), limit) for g, limit in zip(nearest, limits, strict=True)]
         target = self.beta * self.shape.weights(self.shape.dense)
         slack = self.tolerance * self.shape.weights(self.shape.dense)
         while self._removed(groups)[1] < target - slack:
             layer = max((i for i, g in enumerate(groups) if g < limits[i]), key=lambda i: wanted[i] - groups[i])
-            groups[layer] += 1
+            groups[layer] += step
         while self._removed(groups)[0] > target + slack:
             layer = min((i for i, g in enumerate(groups) if g > 0), key=lambda i: wanted[i] - groups[i])
-            groups[layer] -= 1
+            groups[layer] -= step
         return groups
 
 

@@ -31,9 +31,13 @@ def budgets(draw, tied=None):
         draw(st.sampled_from([64, 576])), draw(st.sampled_from([16, 32])), draw(st.sampled_from([1, 3, 4])), dense
     )
     p_min, p_max = draw(st.sampled_from(BOUNDS))
-    beta, multiple_of = draw(st.floats(0.02, 0.88)), draw(st.sampled_from([1, 8, 32, 64]))
+    beta, multiple_of, kv_multiple = (
+        draw(one) for one in (st.floats(0.02, 0.88), st.sampled_from([1, 8, 32, 64]), st.sampled_from([1, 1, 2, 4]))
+    )
     try:
-        return ParameterBudget(shape, beta, p_min, p_max, draw(st.booleans()) if tied is None else tied, multiple_of)
+        return ParameterBudget(
+            shape, beta, p_min, p_max, draw(st.booleans()) if tied is None else tied, multiple_of, kv_multiple
+        )
     except BudgetError:
         assume(False)
 
@@ -66,6 +70,7 @@ def test_every_projection_is_on_the_budget(proposal):
     for kept, dense, rate, size in zip(
         plan.layers, budget.shape.dense.layers, budget.shape.rates(plan), sizes, strict=True
     ):
+        assert kept.num_key_value_heads % budget.kv_multiple == 0
         assert 1 <= kept.num_key_value_heads <= dense.num_key_value_heads
         assert kept.num_key_value_heads >= (1 - budget.p_max) * dense.num_key_value_heads - 1e-6
         assert kept.intermediate_size % budget.multiple_of == 0
@@ -234,6 +239,23 @@ def test_beta_below_p_min_is_refused():
 def test_multiple_of_must_divide_the_width(multiple_of):
     with pytest.raises(BudgetError, match=rf"multiple_of={multiple_of} does not divide.*1536"):
         ParameterBudget(SMOLLM2, 0.3, multiple_of=multiple_of)
+
+
+@pytest.mark.parametrize("kv_multiple", [0, -1, 2])
+def test_kv_multiple_must_divide_the_heads_of_every_layer(kv_multiple):
+    shape = ModelShape(576, 64, 3, Plan.of([1536] * 3, [4, 3, 4]))
+    layer, heads = (1, 3) if kv_multiple == 2 else (0, 4)
+    with pytest.raises(
+        BudgetError, match=f"kv_multiple={kv_multiple} does not divide the {heads} KV heads of layer {layer}"
+    ):
+        ParameterBudget(shape, 0.3, kv_multiple=kv_multiple)
+
+
+def test_every_layer_divides_by_kv_multiple():
+    shape = ModelShape(576, 64, 3, Plan.of([1536] * 30, [8] * 30))
+    budget = ParameterBudget(shape, 0.5, kv_multiple=2)
+    groups = {w.num_key_value_heads for w in budget.project(random_rates(30, 0)).layers}
+    assert groups == {2, 4, 6, 8}
 
 
 @pytest.mark.parametrize("tied", [False, True])
