@@ -258,6 +258,12 @@ def test_every_layer_divides_by_kv_multiple():
     assert groups == {2, 4, 6, 8}
 
 
+def test_kv_multiple_of_all_heads_cuts_the_ffn_alone():
+    plan = Budget(SMOLLM2, 0.3, kv_multiple=3).project(random_rates(30, 0))
+    assert {w.num_key_value_heads for w in plan.layers} == {3}
+    assert abs(SMOLLM2.beta(plan) - 0.3) <= 0.001
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("part", ["attention", "ffn"])
 @pytest.mark.parametrize("values", [(0.3,) * 29, (0.3,) * 31, ()])
