@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from exporters import machine
 from exporters.benchmark import other_python
 from exporters.benchmark.latency import interleaved, timing
-from exporters.benchmark.report import Case, Phase, Report, Side
+from exporters.benchmark.report import Case, Phase, Quality, Report, Side
 from exporters.benchmark.runtimes import RUNTIMES, Runtime, Setting
 from exporters.benchmark.worker import Worker, started
 from exporters.benchmark.workload import workload_of
 from exporters.export import export
 from exporters.writer import one_of
+from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import explain
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
@@ -29,6 +31,8 @@ from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 WARMUP = 2
 """Warm-up passes of each model, which are not counted."""
 LIBRARIES = ("selfpruner-hub", "torch", "transformers", "onnxruntime", "xllamacpp", "tensorrt", "openvino")
+WINDOW, WINDOWS = 512, 16
+"""Tokens of a window of text, and number of windows whose perplexity is measured."""
 MARGIN = 8
 """Spare tokens of context beyond the longest sequence."""
 Progress = Callable[[str, float, float], None]
@@ -48,6 +52,7 @@ def benchmark(
     device: str | None = None,
     exports: str | Path | None = None,
     python: str | Path | None = None,
+    text: str | None = None,
     loading: dict[str, Any] | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
@@ -66,6 +71,7 @@ def benchmark(
         device: `"cpu"`, or a GPU as PyTorch names it; None takes the runtime's default.
         exports: Directory that keeps the exports, in `dense` and `pruned`; None deletes them at the end.
         python: Path of the Python of a runtime that has an environment of its own (`"vllm"`).
+        text: Text whose perplexity is measured too: `"wikitext2"`, `"c4"`, or a path; None measures none.
         loading: Keyword arguments of transformers' `from_pretrained` for the parent: `gguf_file`, `revision`, …
         progress: Callback, called with (what, done, total).
 
@@ -91,7 +97,9 @@ def benchmark(
         raise UserError(
             f"{runtime} cannot run on {device}: PyTorch sees no NVIDIA GPU here.", "Choose another runtime."
         )
-    setting = Setting(threads, device, dtype, max(prompts) + new_tokens + MARGIN, max(batches))
+    read = _windows(text, configs[0], str(against), loading or {}) if text is not None else None
+    longest = max(*prompts, WINDOW if read is not None else 0) + new_tokens + MARGIN
+    setting = Setting(threads, device, dtype, longest, max(batches))
     with contextlib.ExitStack() as stack:
         if row.options is not None:
             directory = Path(exports or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -118,10 +126,11 @@ def benchmark(
             for batch in batches
             for prompt in prompts
         ]
-        memory = [worker.memory() for worker in workers]
+        memory = [worker.memory() for worker in workers]  # of the timed passes: logits of whole windows take more
+        quality = [None if read is None else _quality(worker, read) for worker in workers]
     dense, own = (
-        Side(Path(name).name if Path(name).exists() else name, workload_of(config), used)
-        for name, config, used in zip(names, configs, memory, strict=True)
+        Side(Path(name).name if Path(name).exists() else name, workload_of(config), used, found)
+        for name, config, used, found in zip(names, configs, memory, quality, strict=True)
     )
     return Report(
         runtime=runtime,
@@ -157,6 +166,19 @@ def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, **{**loading, "trust_remote_code": False})
     except Exception as error:  # transformers and the Hub client share no base class
         raise explain(name, error) from error
+
+
+def _windows(text: str, config: PreTrainedConfig, name: str, loading: dict[str, Any]) -> Corpus:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **{**loading, "trust_remote_code": False})
+    except Exception as error:  # as above
+        raise explain(name, error) from error
+    window = min(WINDOW, config.max_position_embeddings)
+    return consecutive_windows(text, tokenizer, window, WINDOWS)
+
+
+def _quality(worker: Worker, read: Corpus) -> Quality:
+    return Quality(math.exp(worker.cross_entropy(read.windows)), read.name, *read.windows.shape)
 
 
 def _exported(name: str, runtime: str, output: Path, loading: dict[str, Any], options: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Latency of several models: interleaved passes after a warm-up, as median and spread."""
+"""Latency of several models: interleaved passes after a warm-up, as median and spread; and their loss on text."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class Runner(Protocol):
         """Read prompts `[B, P]`, then generate greedy tokens one at a time; an end-of-text token does not stop it."""
         ...
 
+    def cross_entropy(self, windows: Tensor) -> float:
+        """Nats per predicted token of windows `[N, W]`, each predicted on its own from its second token on."""
+        ...
+
 
 class CausalLMRunner:
     """A model with the call interface of a transformers causal language model.
@@ -54,6 +58,15 @@ class CausalLMRunner:
             out = self.model(input_ids=token, cache=out.cache, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1:].argmax(-1)
         return Measured(1000 * (read - start), 1000 * (self._now() - read) / new_tokens)
+
+    @torch.inference_mode()
+    def cross_entropy(self, windows: Tensor) -> float:
+        """Measure the loss on text; see `Runner.cross_entropy`."""
+        losses = []
+        for window in windows.to(self.device):
+            logits = self.model(input_ids=window[None], use_cache=True).logits[0, :-1].float()
+            losses.append(torch.nn.functional.cross_entropy(logits, window[1:].to(logits.device)).item())
+        return statistics.fmean(losses)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -49,14 +49,28 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """Perplexity of one of the two models, in the runtime, and the text on which it was measured."""
+
+    perplexity: float
+    text: str
+    windows: int
+    """Number of windows of the text, each predicted on its own."""
+    window: int
+    """Tokens of a window."""
+
+
+@dataclass(frozen=True)
 class Side:
-    """Name, workload and memory of one of the two models."""
+    """Name, workload, memory and quality of one of the two models."""
 
     name: str
     workload: Workload
     memory: dict[str, float]
     """Memory of its process in MB (10⁶ bytes): `peak_mb` while it ran, `loading_mb` while it was loaded (both with
     libraries), and `gpu_mb`, what PyTorch allocated on a GPU."""
+    quality: Quality | None = None
+    """Perplexity; None where no text was given."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ class Report:
         """
         values = parse_versioned(text, source, SCHEMA_VERSION, {f.name for f in fields(cls)})
         try:
-            sides = {key: Side(**{**values[key], "workload": Workload(**values[key]["workload"])}) for key in _SIDES}
+            sides = {key: _side(values[key]) for key in _SIDES}
             cases = tuple(Case(**{**case, **{key: _phase(case[key]) for key in _PHASES}}) for case in values["cases"])
             return cls(**{**values, **sides, "cases": cases})
         except (TypeError, KeyError) as error:
@@ -118,6 +132,13 @@ class Report:
                     machine=where,
                     date=today,
                 )
+        if self.dense.quality is not None and (quality := self.pruned.quality) is not None:
+            found[f"perplexity in {self.runtime}, {self.dtype}"] = Metric(
+                value=round(quality.perplexity, 3),
+                dense=round(self.dense.quality.perplexity, 3),
+                protocol=f"{quality.text}, {quality.windows} windows of {quality.window} tokens",
+                date=today,
+            )
         return found
 
     def table(self) -> str:
@@ -141,6 +162,9 @@ class Report:
             if key in self.dense.memory:
                 before, after = (f"{side.memory[key]:.0f} MB" for side in (self.dense, self.pruned))
                 lines.append(f"{what:24} {before:>18} {after:>18}")
+        if self.dense.quality is not None and (quality := self.pruned.quality) is not None:
+            before, after = (f"{each.perplexity:.2f}" for each in (self.dense.quality, quality))
+            lines.append(f"{'perplexity':24} {before:>18} {after:>18}  {quality.windows} windows of {quality.text}")
         slow = [
             f"{name} of {case.batch} × {case.prompt} ({getattr(case, name).speedup.median:.2f}×)"
             for case in self.cases
@@ -153,6 +177,12 @@ class Report:
 
 
 _SIDES, _PHASES = ("dense", "pruned"), ("prefill", "decode")
+
+
+def _side(values: dict[str, Any]) -> Side:
+    quality = values.get("quality")
+    read = {"workload": Workload(**values["workload"]), "quality": quality and Quality(**quality)}
+    return Side(**{**values, **read})
 
 
 def _phase(values: dict[str, Any]) -> Phase:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gguf import GGML_QUANT_SIZES
 from torch import Tensor
 
 from exporters.benchmark.latency import CausalLMRunner, Measured, Runner
 from exporters.benchmark.other_python import VLLM_WORKER
+from exporters.to_gguf.dtypes import DTYPES
+from exporters.to_gguf.library import cross_entropy
 from exporters.to_gguf.llama_cpp import LlamaCpp
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.storage.export_record import read_export
@@ -40,17 +43,23 @@ class LlamaCppRunner:
     """llama.cpp with its own timings, which leave out the server's time for requests and text.
 
     Args:
-        model: Loaded GGUF file.
+        path: Path of the GGUF file.
+        setting: Length of the longest sequence, and number of threads.
     """
 
-    def __init__(self, model: LlamaCpp) -> None:
-        self.model = model
+    def __init__(self, path: Path, setting: Setting) -> None:
+        self.model = LlamaCpp(path, setting.longest, setting.threads)
+        self._path, self._threads = path, setting.threads
 
     def measure(self, ids: Tensor, new_tokens: int) -> Measured:
         """Time a pass; see `Runner.measure`."""
         # `prompt_ms` includes the first new token; `predicted_ms` is the time of the others.
         timings = self.model.complete(ids[0].tolist(), new_tokens + 1, ignore_eos=True)["timings"]
         return Measured(timings["prompt_ms"], timings["predicted_ms"] / new_tokens)
+
+    def cross_entropy(self, windows: Tensor) -> float:
+        """Measure the loss on text; see `Runner.cross_entropy`."""
+        return cross_entropy(self._path, windows, self._threads)
 
 
 def _torch(name: str, setting: Setting) -> Runner:
@@ -91,8 +100,7 @@ def _openvino(name: str, setting: Setting) -> Runner:
 
 def _gguf(name: str, setting: Setting) -> Runner:
     record = read_export(Path(name), "gguf")
-    path = Path(name) / f"model-{record.options['dtype']}.gguf"
-    return LlamaCppRunner(LlamaCpp(path, setting.longest, setting.threads))
+    return LlamaCppRunner(Path(name) / f"model-{record.options['dtype']}.gguf", setting)
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,16 @@ class Runtime:
     """Script that answers the requests of a `Worker` in another Python."""
 
 
+_GGUF_DTYPES = ("f16", *(name for name in DTYPES if name != "f16"))
+
+
+def _bytes(dtype: str) -> float:
+    block, size = GGML_QUANT_SIZES[DTYPES[dtype].tensor]
+    return size / block
+
+
 # int8 has a float32 scale for each block of 32 bytes, q8_0 a float16 scale. llama.cpp's KV cache is always float16.
+# The bits of K-quants are those of most matrices; a file also has finer ones, and others where 256 divides no row.
 RUNTIMES: dict[str, Runtime] = {
     "torch": Runtime(_torch, {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)}, options=None),
     "onnx": Runtime(_onnx, {"float32": (4, 4), "float16": (2, 2), "int8": (36 / 32, 4)}, _onnx_options),
@@ -123,7 +140,7 @@ RUNTIMES: dict[str, Runtime] = {
         _tensorrt, {"float16": (2, 2), "float32": (4, 4), "bfloat16": (2, 2)}, _tensorrt_options, device="cuda"
     ),
     "openvino": Runtime(_openvino, {"float32": (4, 4), "float16": (2, 4)}),
-    "gguf": Runtime(_gguf, {"f16": (2, 2), "f32": (4, 2), "q8_0": (34 / 32, 2)}, batched=False),
+    "gguf": Runtime(_gguf, {name: (_bytes(name), 2) for name in _GGUF_DTYPES}, batched=False),
     "vllm": Runtime(
         None,
         {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)},

@@ -48,6 +48,10 @@ class Worker:
         """Time a pass; see `Runner.measure`."""
         return Measured(**self.ask({"ids": ids.tolist(), "new_tokens": new_tokens}))
 
+    def cross_entropy(self, windows: Tensor) -> float:
+        """Measure the loss on text; see `Runner.cross_entropy`."""
+        return float(self.ask({"windows": windows.tolist()}))
+
     def memory(self) -> dict[str, float]:
         """Peak memory since the model was loaded, and while it was loaded, with libraries, in MB; see `Side.memory`."""
         return dict(self.ask({}))
@@ -134,7 +138,7 @@ def main() -> None:
 
 
 class _Server:
-    """Answers the requests of a `Worker`: load a model, time passes, report the memory."""
+    """Answers the requests of a `Worker`: load a model, time passes, measure the loss, report the memory."""
 
     runner: Runner
     loading: float
@@ -153,6 +157,8 @@ class _Server:
             ids = torch.tensor(request["ids"])
             time.sleep(PAUSE)
             return asdict(self.runner.measure(ids, request["new_tokens"]))
+        if "windows" in request:
+            return self.runner.cross_entropy(torch.tensor(request["windows"]))
         memory = {"peak_mb": peak_memory(), "loading_mb": self.loading}
         if self.device.startswith("cuda") and torch.cuda.is_initialized():
             memory["gpu_mb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e6, 1)

@@ -24,6 +24,9 @@ PROMPTS = (24, 9, 1)
 STEPS = 5
 LIKELIEST = 64
 """Number of llama.cpp's likeliest tokens whose log-probabilities are compared at each step."""
+LIKELY, MOST = 1 / 20, 16
+"""Where weights are rounded: least probability of a compared token, relative to the likeliest token's, and most tokens
+that are compared at each step."""
 PROBE = (
     "In 1984 the café's 3,141 guests didn't say: \"It's 50% off!\"\n\n  They'd ask\tfor naïve Überraschungen, "
     "漢字とかな, Привет мир and 🚀🙂.\r\n    return x != 10_000;  "
@@ -122,14 +125,19 @@ def answers(model: PreTrainedModel, longest: int) -> list[Answer]:
 
 
 def log_probability_difference(
-    told: list[Answer], path: Path, tokenizer: PreTrainedTokenizerBase | None = None
+    told: list[Answer], path: Path, tokenizer: PreTrainedTokenizerBase | None = None, rounded: bool = False
 ) -> float:
     """Compare the log-probabilities of a GGUF file in llama.cpp with those of the PyTorch model.
+
+    Rounded weights move unlikely tokens far, by 8 nats in q4_0 of SmolLM2, and that adds almost nothing to the KL
+    divergence. So tokens that are likely in PyTorch are compared for them.
 
     Args:
         told: Answers of the PyTorch model, from `answers`.
         path: Path of the GGUF file.
         tokenizer: Tokenizer to compare with the file's on `PROBE`; None leaves that comparison out.
+        rounded: Flag of a file in blocks: compares tokens that are likely in PyTorch, not llama.cpp's likeliest. One
+            that is not among llama.cpp's likeliest counts as the last of them.
 
     Returns:
         The largest absolute difference between log-probabilities of a token; NaN if any is not finite.
@@ -149,6 +157,10 @@ def log_probability_difference(
         # end within a character.
         reply = run.complete(answer.ids, 1, n_probs=LIKELIEST, cache_prompt=True)["choices"][0]["logprobs"]
         steps = reply["content"] if reply else []
-        found = [(entry["id"], entry["logprob"]) for step in steps for entry in step["top_logprobs"]]
-        differences += [abs(answer.log_probabilities[index].item() - value) for index, value in found]
+        found = {entry["id"]: entry["logprob"] for step in steps for entry in step["top_logprobs"]}
+        if rounded and found:
+            values, indices = answer.log_probabilities.topk(MOST)
+            likely = indices[values >= values[0] + math.log(LIKELY)].tolist()
+            found = {index: found.get(index, min(found.values())) for index in likely}
+        differences += [abs(answer.log_probabilities[index].item() - value) for index, value in found.items()]
     return max(differences) if differences and all(map(math.isfinite, differences)) else math.nan

@@ -9,47 +9,29 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.padding import padded_state
+from exporters.to_gguf.dtypes import DTYPES, FALLBACKS, HEAD, Dtype
+from exporters.to_gguf.importance import Importance, importance_matrix
+from exporters.to_gguf.library import library, quantise
 from exporters.to_gguf.llama_cpp import answers, log_probability_difference
+from exporters.to_gguf.modelfile import modelfile
 from exporters.to_gguf.tokenizer import TokenizerFields, converted_fields, copied_fields
 from exporters.writer import Written, one_of
 from selfpruner_hub.errors import UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import architecture_of, block_rows, decoder_layers, shape_of
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape
 
-
-@dataclass(frozen=True)
-class Dtype:
-    """Storage of the weight matrices; norms and biases are always float32."""
-
-    tensor: GGMLQuantizationType
-    file: LlamaFileType
-    multiple: int
-    """Divisor of the row lengths: FFN widths are zero-padded to multiples of it."""
-    tolerance: float
-    """Largest allowed distance of a log-probability from PyTorch's in float32, for each step's 64 likeliest tokens.
-
-    The largest distances on SmolLM2, dense and at β = 0.3 and 0.5, were 2.6e-4, 0.022 and 2.1. The last belongs to an
-    unlikely token, which adds almost nothing to the KL divergence (0.002 nats in total at β = 0.3); llama.cpp also
-    rounds the activations to 8 bits.
-    """
-
-
-DTYPES = {
-    "f32": Dtype(GGMLQuantizationType.F32, LlamaFileType.ALL_F32, 1, 1e-3),
-    "f16": Dtype(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16, 1, 0.1),
-    "q8_0": Dtype(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0, 32, 4.0),
-}
 WRITABLE = ("llama", "mistral", "qwen2", "phi3")
 """Architectures that `deci` can express. It has no q/k norms (Qwen3) and not Gemma's activation."""
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -64,19 +46,24 @@ class _Entry:
 
     name: str
     tensor: Tensor
+    kind: GGMLQuantizationType
     rotated_heads: int = 0
     """Number of heads within which the rows are permuted; 0 permutes nothing."""
+    importance: Tensor | None = None
+    """Importance of the columns, `[columns]`."""
 
-    def stored_as(self, dtype: Dtype) -> GGMLQuantizationType:
-        if self.tensor.ndim == 1:
-            return GGMLQuantizationType.F32
-        return dtype.tensor if self.tensor.shape[1] % dtype.multiple == 0 else GGMLQuantizationType.F16
-
-    def values(self, dtype: Dtype) -> np.ndarray:
+    def values(self) -> np.ndarray:
         tensor = self.tensor
         if self.rotated_heads:
             tensor = tensor.unflatten(0, (self.rotated_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-        return quants.quantize(tensor.float().contiguous().numpy(), self.stored_as(dtype))
+        values = tensor.float().contiguous().numpy()
+        if self.kind in _IN_PYTHON:
+            return quants.quantize(values, self.kind)
+        return quantise(values, self.kind, None if self.importance is None else self.importance.numpy())
+
+
+_IN_PYTHON = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0)
+"""Types that gguf writes without llama.cpp's library."""
 
 
 def write(
@@ -86,15 +73,19 @@ def write(
     *,
     dtype: str = "f16",
     tokenizer_from: str | None = None,
+    imatrix: str | None = None,
 ) -> Written:
-    """Write `model-DTYPE.gguf`, one tensor at a time, and compare its log-probabilities with PyTorch's.
+    """Write `model-DTYPE.gguf` one tensor at a time, and a `Modelfile`; compare its log-probabilities with PyTorch's.
 
     Args:
         model: Dense or pruned model, float32, on the CPU.
         tokenizer: Tokenizer of the model.
         staging: Directory of the file.
-        dtype: Dtype of the weight matrices: `"f32"`, `"f16"`, or `"q8_0"` (zero-pads FFN widths to multiples of 32).
+        dtype: Dtype of the weight matrices, a key of `DTYPES`. Those in blocks zero-pad FFN widths to multiples of 32,
+            K-quants to multiples of 256 where that takes fewer bytes.
         tokenizer_from: GGUF file (of the parent, for example) whose tokenizer is copied; None converts `tokenizer`.
+        imatrix: Text, as `AutoPruner.prune` takes it, whose activations weight the errors of quantisation; None weights
+            all columns alike.
 
     Returns:
         Report of what was written.
@@ -104,18 +95,24 @@ def write(
     """
     stored = DTYPES[one_of("dtype", dtype, tuple(DTYPES))]
     _check(model.config, model.get_decoder().rotary_emb)
+    _check_quantisation(dtype, imatrix)
     fields = _tokenizer_fields(tokenizer, tokenizer_from, model.config.vocab_size)
-    path = staging / f"model-{dtype}.gguf"
-    _write_file(path, model, fields, stored)
+    path, longest = staging / f"model-{dtype}.gguf", _context_length(model.config)
+    importance = importance_matrix(model, tokenizer, imatrix) if imatrix else {}
+    kinds = _write_file(path, model, fields, stored, importance)
+    (staging / "Modelfile").write_text(modelfile(path.name, model, tokenizer, longest), encoding="utf-8")
     model.config.to_json_file(staging / "config.json")  # for our benchmark's workload; llama.cpp needs none
-    longest, converted = _context_length(model.config), None if tokenizer_from else tokenizer
+    converted = None if tokenizer_from else tokenizer
     measurable = importlib.util.find_spec("xllamacpp") is not None
+    told = answers(model, longest) if measurable else []
+    measure = partial(log_probability_difference, told, path, converted, stored.quantised)
     return Written(
-        options={"dtype": dtype, "tokenizer_from": tokenizer_from},
+        options={"dtype": dtype, "tokenizer_from": tokenizer_from, "imatrix": imatrix},
         libraries=("gguf", *(("xllamacpp",) if measurable else ())),
         tolerance=stored.tolerance,
-        measure=partial(log_probability_difference, answers(model, longest), path, converted) if measurable else None,
+        measure=measure if measurable else None,
         unchecked="" if measurable else "xllamacpp is not installed",
+        remark=_remark(stored, kinds),
     )
 
 
@@ -140,6 +137,25 @@ def _check(config: PreTrainedConfig, rotary: nn.Module) -> None:
         )
 
 
+def _check_quantisation(dtype: str, imatrix: str | None) -> None:
+    """Refuse what cannot be quantised here, before text is read or written."""
+    if DTYPES[dtype].tensor not in _IN_PYTHON:
+        library()
+    elif imatrix:
+        others = ", ".join(name for name, each in DTYPES.items() if each.tensor not in _IN_PYTHON)
+        raise UserError(f"An importance matrix changes nothing in {dtype}.", f"Leave it out, or choose {others}.")
+
+
+def _remark(dtype: Dtype, kinds: list[GGMLQuantizationType]) -> str:
+    """Say how many matrices are not stored in the dtype's blocks because their rows do not divide by 256."""
+    matrices = [kind for kind in kinds if kind is not GGMLQuantizationType.F32]
+    fallen = [kind for kind in matrices if kind in (*FALLBACKS.values(), GGMLQuantizationType.F16)]
+    if dtype.tensor not in FALLBACKS or not fallen:
+        return ""
+    names = ", ".join(sorted({kind.name.lower() for kind in fallen}))
+    return f"{len(fallen)} of {len(matrices)} matrices are stored as {names}: 256 does not divide their rows."
+
+
 def _tokenizer_fields(
     tokenizer: PreTrainedTokenizerBase | None, source: str | None, vocabulary: int
 ) -> TokenizerFields:
@@ -150,12 +166,17 @@ def _tokenizer_fields(
     return converted_fields(tokenizer, vocabulary)
 
 
-def _write_file(path: Path, model: PreTrainedModel, fields: TokenizerFields, dtype: Dtype) -> None:
+def _write_file(
+    path: Path, model: PreTrainedModel, fields: TokenizerFields, dtype: Dtype, importance: Importance
+) -> list[GGMLQuantizationType]:
+    """Write the file; return the types of its tensors."""
     config, shape = model.config, shape_of(model.config)
     # Widths in the file, with padded FFNs.
     widths = [
-        LayerWidths(-(-w.intermediate_size // dtype.multiple) * dtype.multiple, w.num_key_value_heads)
-        for w in shape.dense.layers
+        LayerWidths(
+            dtype.ffn_width(w.intermediate_size, shape.hidden_size, index, shape.num_layers), w.num_key_value_heads
+        )
+        for index, w in enumerate(shape.dense.layers)
     ]
     writer = GGUFWriter(path, "llama" if len(set(widths)) == 1 else "deci")
     _describe(writer, config, shape, widths)
@@ -163,18 +184,21 @@ def _write_file(path: Path, model: PreTrainedModel, fields: TokenizerFields, dty
     writer.add_quantization_version(2)  # GGML_QNT_VERSION
     for key, value, kind, items in fields:
         writer.add_key_value(key, value, kind, items)
+    kinds = []
     try:
-        for entry in _entries(model, shape, widths):
-            stored, size = entry.stored_as(dtype), tuple(entry.tensor.shape)
-            count = math.prod(quants.quant_shape_to_byte_shape(size, stored))
-            writer.add_tensor_info(entry.name, size, np.dtype(np.float32), count, stored)
+        for entry in _entries(model, widths, dtype, importance):
+            kinds.append(entry.kind)
+            size = tuple(entry.tensor.shape)
+            count = math.prod(quants.quant_shape_to_byte_shape(size, entry.kind))
+            writer.add_tensor_info(entry.name, size, np.dtype(np.float32), count, entry.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry in _entries(model, shape, widths):
-            writer.write_tensor_data(entry.values(dtype))
+        for entry in _entries(model, widths, dtype, importance):
+            writer.write_tensor_data(entry.values())
     finally:
         writer.close()
+    return kinds
 
 
 def _describe(writer: GGUFWriter, config: PreTrainedConfig, shape: ModelShape, widths: list[LayerWidths]) -> None:
@@ -204,24 +228,45 @@ def _context_length(config: PreTrainedConfig) -> int:
     return min(getattr(config, "sliding_window", None) or longest, longest)
 
 
-def _entries(model: PreTrainedModel, shape: ModelShape, widths: list[LayerWidths]) -> Iterator[_Entry]:
+def _entries(
+    model: PreTrainedModel, widths: list[LayerWidths], dtype: Dtype, importance: Importance
+) -> Iterator[_Entry]:
     """Yield every tensor of the file, in order."""
-    decoder, config = model.get_decoder(), model.config
+    decoder, config, shape = model.get_decoder(), model.config, shape_of(model.config)
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    yield _Entry("token_embd.weight", embeddings.detach())  # type: ignore[operator]
-    yield _Entry("output_norm.weight", decoder.norm.weight.detach())
-    if head is not embeddings:
-        yield _Entry("output.weight", head.detach())
+    tied, hidden = head is embeddings, shape.hidden_size
+    yield _Entry("token_embd.weight", embeddings.detach(), dtype.kind(HEAD if tied else "token_embd", hidden))  # type: ignore[operator]
+    yield _Entry("output_norm.weight", decoder.norm.weight.detach(), GGMLQuantizationType.F32)
+    if not tied:
+        yield _Entry("output.weight", head.detach(), dtype.kind(HEAD, hidden))
     factors = _rope_factors(decoder.rotary_emb, config.rope_parameters["rope_theta"])
     if not torch.allclose(factors, torch.ones_like(factors)):
-        yield _Entry("rope_freqs.weight", factors)
+        yield _Entry("rope_freqs.weight", factors, GGMLQuantizationType.F32)
     for index, (layer, own, padded) in enumerate(zip(decoder_layers(model), shape.dense.layers, widths, strict=True)):
-        for entry in _layer_entries(padded_state(layer, config, own, padded), config, padded):
-            yield replace(entry, name=f"blk.{index}.{entry.name}")
+        for part in _layer_parts(padded_state(layer, config, own, padded), config, padded):
+            kind, counts = GGMLQuantizationType.F32, None
+            if part.tensor.ndim > 1:
+                columns = part.tensor.shape[1]
+                kind = dtype.kind(part.name, columns, index, shape.num_layers)
+                counts = importance.get((index, part.path))
+                if counts is not None:  # the columns that were added are zero
+                    counts = nn.functional.pad(counts, (0, columns - len(counts)), value=float(counts.min()))
+            yield _Entry(f"blk.{index}.{part.name}.{part.leaf}", part.tensor, kind, part.heads, counts)
 
 
-def _layer_entries(state: dict[str, Tensor], config: PreTrainedConfig, widths: LayerWidths) -> Iterator[_Entry]:
-    """Yield the tensors of a decoder layer, by their names within the layer."""
+class _Part(NamedTuple):
+    """A tensor of a decoder layer: its name in llama.cpp, weight or bias, and the module that it comes from."""
+
+    name: str
+    leaf: str
+    path: str
+    tensor: Tensor
+    heads: int = 0
+    """Number of heads to permute; 0 permutes nothing."""
+
+
+def _layer_parts(state: dict[str, Tensor], config: PreTrainedConfig, widths: LayerWidths) -> Iterator[_Part]:
+    """Yield the tensors of a decoder layer."""
     architecture, shape = architecture_of(config), shape_of(config)
     modules = {
         "attn_output": architecture.attention_output,
@@ -231,15 +276,15 @@ def _layer_entries(state: dict[str, Tensor], config: PreTrainedConfig, widths: L
     }
     for leaf in ("weight", "bias"):
         names = iter(INPUT_NAMES)
-        for projection in architecture.inputs:
-            rows = [block_rows(shape, widths, block) for block in projection.blocks]
-            parts = state[f"{projection.path}.{leaf}"].split(rows) if f"{projection.path}.{leaf}" in state else ()
-            for name, part in zip([next(names) for _ in rows], parts, strict=False):
-                heads = len(part) // shape.head_dim if name in ("attn_q", "attn_k") else 0
-                yield _Entry(f"{name}.{leaf}", part, heads)
+        for path, blocks in ((p.path, p.blocks) for p in architecture.inputs):
+            rows = [block_rows(shape, widths, block) for block in blocks]
+            parts = state[f"{path}.{leaf}"].split(rows) if f"{path}.{leaf}" in state else ()
+            for name, tensor in zip([next(names) for _ in rows], parts, strict=False):
+                heads = len(tensor) // shape.head_dim if name in ("attn_q", "attn_k") else 0
+                yield _Part(name, leaf, path, tensor, heads)
         for name, path in modules.items():
             if f"{path}.{leaf}" in state:
-                yield _Entry(f"{name}.{leaf}", state[f"{path}.{leaf}"])
+                yield _Part(name, leaf, path, state[f"{path}.{leaf}"])
 
 
 def _rope_factors(rotary: nn.Module, theta: float) -> Tensor:

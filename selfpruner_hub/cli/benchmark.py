@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device_map(parser)
     parser.add_argument("--python", type=Path, metavar="PATH", help="the Python of vLLM's environment (vllm only)")
     parser.add_argument("--exports", type=Path, metavar="DIR", help="keep the exports that are made for it here")
+    parser.add_argument("--text", metavar="DATA", help="measure perplexity too: on wikitext2, c4 or a path")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here as well")
     parser.add_argument("--save", action="store_true", help="write the figures into DIR's record and card as well")
     parser.add_argument("--revision", help="branch, tag or commit of MODEL")
@@ -78,6 +79,7 @@ def run(options: argparse.Namespace) -> str:
             device=options.device,
             exports=options.exports,
             python=options.python,
+            text=options.text,
             loading={key: value for key, value in named.items() if value is not None},
             progress=progress,
         )

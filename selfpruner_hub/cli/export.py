@@ -10,7 +10,7 @@ from typing import Any
 
 from selfpruner_hub.errors import UserError
 
-OPTIONS = ("dtype", "fusions", "compute_capability", "batch", "context", "width", "tokenizer_from")
+OPTIONS = ("dtype", "fusions", "compute_capability", "batch", "context", "width", "tokenizer_from", "imatrix")
 """Names of the options of the formats; each format refuses those of the others."""
 
 
@@ -27,13 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument("--gguf-file", metavar="FILE", help="load the weights from this GGUF file of MODEL_OR_DIR")
     of = parser.add_argument_group("options of the formats")
-    of.add_argument("--dtype", help="of the weights, in the format's words: float32, float16, int8, q8_0, …")
+    of.add_argument("--dtype", help="of the weights, in the format's words: float32, float16, int8, q4_k_m, …")
     of.add_argument("--fusions", help="onnx: operators of cpu, cuda, or none for a plain graph")
     of.add_argument("--compute-capability", metavar="C", help="tensorrt: of a GPU that is not here, such as 8.6")
     of.add_argument("--batch", type=int, metavar="N", help="tensorrt: most sequences at a time")
     of.add_argument("--context", type=int, metavar="N", help="tensorrt: most tokens of a sequence")
     of.add_argument("--width", help="padded: widest or dense")
     of.add_argument("--tokenizer-from", metavar="FILE", help="gguf: copy the tokenizer of this GGUF file")
+    of.add_argument("--imatrix", metavar="DATA", help="gguf: text that tells which weights count: self, a path, …")
 
 
 def run(options: argparse.Namespace) -> str:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 import torch
 from support.tiny import save_tiny, tiny_model
-from support.trained import VOCABULARY, trained_tokenizer
+from support.trained import TEXT, VOCABULARY, trained_tokenizer
 
 from exporters.benchmark import benchmark
 from exporters.benchmark import compare as module
@@ -23,8 +23,11 @@ from exporters.benchmark.report import Report
 from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.benchmark.worker import started
 from exporters.export import export
+from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import ModelError, SavedModelError, UserError
+from selfpruner_hub.evaluation.metrics import perplexity
+from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
@@ -188,21 +191,33 @@ def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
     ("runtime", "library", "dtype", "file"),
     [
         ("gguf", "xllamacpp", "q8_0", "model-q8_0.gguf"),
+        ("gguf", "xllamacpp", "q4_k_m", "model-q4_k_m.gguf"),
         ("onnx", "onnxruntime", "float32", "model.onnx"),
         ("openvino", "openvino", "float16", "openvino_model.xml"),
     ],
 )
 def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
+    """The runtime is timed, and has the perplexity of PyTorch: random models, so blocks change it little."""
     pytest.importorskip(library)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TEXT * 20))
     arguments = ["benchmark", str(pair[1]), "--against", str(pair[0]), "--runtime", runtime, "--dtype", dtype]
     arguments += ["--prompt", "16", "--new", "4", "--runs", "2", "--threads", "1", "--exports", str(tmp_path)]
+    arguments += ["--text", str(text)]
     assert main([*arguments, "--quiet", "--json"]) == 0
     found = Report.from_json(capsys.readouterr().out, "stdout")
     assert (found.runtime, found.dtype) == (runtime, dtype)
     assert library in found.versions
     assert found.cases[0].decode.pruned.median > 0
-    for side in ("dense", "pruned"):
+    windows = consecutive_windows(str(text), trained_tokenizer(), 128, 16).windows
+    for side, directory in zip(("dense", "pruned"), pair, strict=True):
         assert (tmp_path / side / file).is_file()
+        quality = getattr(found, side).quality
+        assert (quality.text, quality.windows, quality.window) == ("text.txt", 16, 128)
+        expected = perplexity(load_model(str(directory), dtype=torch.float32)[0], windows)
+        assert quality.perplexity == pytest.approx(expected, rel=0.2 if "q4" in dtype else 0.02)
+    assert "16 windows of text.txt" in found.table()
+    assert found.metrics()[f"perplexity in {runtime}, {dtype}"].value == round(found.pruned.quality.perplexity, 3)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +230,7 @@ def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
         (("--prompt", "1,x"), "--prompt expects whole numbers"),
         (("--new", "1,2"), "--new expects a whole number"),
         (("--runs", "1"), "runs at least 2"),
+        (("--text", "none.txt"), "Cannot read the text 'none.txt'"),
     ],
 )
 def test_mistakes(arguments, says, pair, capsys):

@@ -15,8 +15,9 @@ from support.tiny import CONFIGS, tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters.export import export, export_model
+from exporters.to_gguf.dtypes import DTYPES
 from exporters.to_gguf.llama_cpp import LlamaCpp, answers, log_probability_difference
-from exporters.to_gguf.writer import DTYPES, WRITABLE, write
+from exporters.to_gguf.writer import WRITABLE, write
 from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.storage.export_record import read_export
@@ -47,7 +48,7 @@ def test_every_writable_architecture_has_a_case():
     assert {CONFIGS[case.split()[0]].model_type for case in CASES} == set(WRITABLE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EXPECTED)
 @pytest.mark.parametrize("make", [tiny_model, tiny_pruned])
 @pytest.mark.parametrize("case", CASES)
 def test_log_probabilities_are_those_of_pytorch(case, make, dtype, tmp_path):
@@ -147,8 +148,8 @@ def test_partial_rotation_is_refused(tmp_path):
 
 def test_mistakes(tmp_path):
     model = built(tiny_pruned, "llama")
-    with pytest.raises(UserError, match="Unknown dtype 'q4_0'.*f32, f16, q8_0"):
-        write(model, trained_tokenizer(), tmp_path, dtype="q4_0")
+    with pytest.raises(UserError, match="Unknown dtype 'q3_k'.*f32, f16, q8_0"):
+        write(model, trained_tokenizer(), tmp_path, dtype="q3_k")
     with pytest.raises(UserError, match="tokenizer, and there is none"):
         write(model, None, tmp_path)
     with pytest.raises(ModelError, match="not a readable GGUF file"):
@@ -161,7 +162,7 @@ def test_an_export_and_its_record(tmp_path):
     trained_tokenizer().save_pretrained(directory)
     export(directory, "gguf", tmp_path / "out", dtype="q8_0")
     record = read_export(tmp_path / "out", "gguf")
-    assert record.options == {"dtype": "q8_0", "tokenizer_from": None}
+    assert record.options == {"dtype": "q8_0", "tokenizer_from": None, "imatrix": None}
     assert 1e-3 < record.max_difference <= record.tolerance
     assert {"gguf", "xllamacpp"} <= set(record.versions)
     assert (tmp_path / "out" / "model-q8_0.gguf").is_file()
