@@ -64,7 +64,8 @@ def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> fl
 
     Args:
         passes: Forward passes, from `expected`.
-        exported: Exported model; takes `input_ids`, `attention_mask`, `position_ids`, `cache` and `use_cache`.
+        exported: Exported model; takes `input_ids`, `attention_mask`, `position_ids`, `cache` and `use_cache`, and
+            returns logits of all new tokens, or of the last ones alone.
 
     Returns:
         The largest absolute difference between logits of real tokens; NaN if any is NaN.
@@ -74,8 +75,9 @@ def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> fl
         ids, mask = step.input_ids, step.attention_mask
         out = exported(input_ids=ids, attention_mask=mask, position_ids=step.position_ids, cache=cache, use_cache=True)
         cache = out.cache
-        real = mask[:, -ids.shape[1] :].bool()
-        difference = (step.logits[real] - out.logits.float().cpu()[real]).abs().max().item()
+        found = out.logits.float().cpu()
+        real = mask[:, -found.shape[1] :].bool()
+        difference = (step.logits[:, -found.shape[1] :][real] - found[real]).abs().max().item()
         worst = difference if difference != difference else max(worst, difference)  # NaN stays
         if worst != worst:
             break

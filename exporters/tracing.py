@@ -27,13 +27,14 @@ PADDED = 2
 """Number of masked positions in the sample's second row: the trace would drop a mask of ones only."""
 
 
-def decode_step(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+def decode_step(model: PreTrainedModel, last: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """Build the sample inputs of a trace, and the list of their dynamic axes.
 
     The export is several times faster with explicit axes than with `Dim.AUTO` for all of them.
 
     Args:
         model: A causal language model, dense or pruned.
+        last: Flag for a graph that returns logits of the last position alone, and takes no `logits_to_keep`.
 
     Returns:
         `input_ids` and `position_ids` `[B, S]`, `attention_mask` `[B, P + S]`, `cache` (keys and values `[B, G, P, D]`
@@ -48,7 +49,7 @@ def decode_step(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]
         "attention_mask": mask,
         "position_ids": positions(mask, LENGTH),
         "cache": cache,
-        "logits_to_keep": torch.arange(LENGTH - KEPT, LENGTH),
+        "logits_to_keep": 1 if last else torch.arange(LENGTH - KEPT, LENGTH),
         "use_cache": True,
     }
     dynamic = Dim.DYNAMIC
@@ -57,7 +58,7 @@ def decode_step(model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]
         "attention_mask": {0: dynamic, 1: dynamic},
         "position_ids": {0: dynamic, 1: dynamic},
         "cache": [{0: dynamic, 2: dynamic}] * (2 * len(cache.layers)),
-        "logits_to_keep": {0: dynamic},
+        "logits_to_keep": None if last else {0: dynamic},  # None: a constant
     }
     return inputs, shapes
 

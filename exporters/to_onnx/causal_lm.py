@@ -74,6 +74,11 @@ class OnnxCausalLM(GraphCausalLM):
         require("onnxruntime", "onnx")
         directory = resolve_directory(str(name), subfolder, **kwargs)
         record = read_export(directory, "onnx")
+        if record.options.get("layout") == "hub":
+            raise SavedModelError(
+                f"{str(directory)!r} is for ONNX Runtime GenAI and Transformers.js (layout hub).",
+                "Export the model without --layout hub.",
+            )
         return cls.open(
             directory, list(providers or [DEFAULT_PROVIDERS[record.options["fusions"]]]), threads, session_options
         )

@@ -15,18 +15,22 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.parity import Step, expected, logit_difference
+from exporters.to_onnx import hub_layout
 from exporters.to_onnx.attention_operator import OPSET, attending_by_operator
 from exporters.to_onnx.causal_lm import DEFAULT_PROVIDERS, OnnxCausalLM, default_options
-from exporters.to_onnx.int8 import quantize
+from exporters.to_onnx.matrix_bits import quantize
 from exporters.tracing import decode_step, tracing
 from exporters.writer import Written, one_line, one_of, require
-from selfpruner_hub.errors import ExportError
+from selfpruner_hub.errors import ExportError, UserError
 
-TOLERANCES = {"float32": 1e-3, "float16": 0.1, "int8": 1.0}
+TOLERANCES = {"float32": 1e-3, "float16": 0.1, "int8": 1.0, "int4": 8.0}
 """Largest allowed distance of a logit from PyTorch's in float32, by dtype."""
+DTYPES = ("float32", "float16", "int8")
+LAYOUTS = ("transformers", "hub")
 FUSIONS = tuple(DEFAULT_PROVIDERS)
 _ORT_FUSIONS: dict[str, Literal["cpu", "cuda"] | None] = {"cpu": "cpu", "cuda": "cuda", "none": None}
 EXTRA = "onnx"
+HUB_REMARK = "ONNX Runtime GenAI and Transformers.js load this directory; OnnxCausalLM does not."
 
 
 def write(
@@ -36,6 +40,7 @@ def write(
     *,
     dtype: str = "float32",
     fusions: str = "cpu",
+    layout: str = "transformers",
 ) -> Written:
     """Write `model.onnx`, a file of its weights, and the configuration; compare its logits with PyTorch's.
 
@@ -46,6 +51,8 @@ def write(
         dtype: Dtype of the weights: `"float32"`, `"float16"`, or `"int8"` (matrix products only, the rest float32).
         fusions: Provider of ONNX Runtime, `"cpu"` or `"cuda"`, whose special operators the graph is fused into;
             `"none"` leaves a plain graph for TensorRT and other runtimes.
+        layout: Names and files: `"transformers"`, those of transformers' exporter, for `OnnxCausalLM`; or `"hub"`,
+            those of ONNX Runtime GenAI and Transformers.js, with a graph in every dtype.
 
     Returns:
         Report of what was written.
@@ -54,12 +61,20 @@ def write(
         UserError: An option is unknown, or a library is missing.
         ExportError: The model cannot be traced.
     """
-    one_of("dtype", dtype, tuple(TOLERANCES))
+    one_of("dtype", dtype, DTYPES)
     one_of("fusions", fusions, FUSIONS)
+    if one_of("layout", layout, LAYOUTS) == "hub" and (dtype, fusions) != ("float32", "cpu"):
+        raise UserError("The layout hub has a graph in every dtype, fused for CPUs.", "Leave out dtype and fusions.")
     for library in ("onnx", "onnxscript", "onnxruntime"):
         require(library, EXTRA)
-    half = dtype == "float16"
-    exported = trace(nn.Module.half(copy.deepcopy(model)) if half else model, fusions)
+    options = {"dtype": dtype, "fusions": fusions, "layout": layout}
+    libraries = ("onnx", "onnxscript", importlib.metadata.packages_distributions()["onnxruntime"][0])
+    if layout == "hub":
+        _write_hub_layout(model, staging)
+        passes, config = expected(model), model.config
+        measure = partial(hub_layout.difference, passes, staging, config, TOLERANCES, _frugal_options())
+        return Written(options, libraries, TOLERANCES["float32"], measure, remark=HUB_REMARK)
+    exported = trace(nn.Module.half(copy.deepcopy(model)) if dtype == "float16" else model, fusions)
     if dtype == "int8":
         component = exported.components["model"]
         component.program = quantize(component.program)
@@ -68,20 +83,30 @@ def write(
     gc.collect()  # frees the graphs' reference cycles before the runtime loads the weights
     runnable = _can_run(fusions)
     return Written(
-        options={"dtype": dtype, "fusions": fusions},
-        libraries=("onnx", "onnxscript", importlib.metadata.packages_distributions()["onnxruntime"][0]),
+        options=options,
+        libraries=libraries,
         tolerance=TOLERANCES[dtype],
         measure=partial(_difference, expected(model), staging, fusions) if runnable else None,
         unchecked="" if runnable else f"this onnxruntime has no {DEFAULT_PROVIDERS[fusions]}",
     )
 
 
-def trace(model: PreTrainedModel, fusions: str) -> Any:
+def _write_hub_layout(model: PreTrainedModel, staging: Path) -> None:
+    hub_layout.save_graph(trace(model, "cpu", last=True).program, staging, "float32")
+    hub_layout.save_quantized(staging)
+    half = nn.Module.half(copy.deepcopy(model))
+    hub_layout.save_graph(trace(half, "cpu", last=True).program, staging, "float16")
+    hub_layout.save_configurations(model, staging)
+    gc.collect()
+
+
+def trace(model: PreTrainedModel, fusions: str, last: bool = False) -> Any:
     """Trace the decode graph of a model.
 
     Args:
         model: Model in the dtype of the graph.
         fusions: Target of the fusions, one of `FUSIONS`.
+        last: Flag for a graph that returns logits of the last position alone.
 
     Returns:
         transformers' `ExportedModel`; its `.program` is the graph, an `onnx_ir.Model` that shares the model's weights.
@@ -93,7 +118,7 @@ def trace(model: PreTrainedModel, fusions: str) -> Any:
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    inputs, shapes = decode_step(model)
+    inputs, shapes = decode_step(model, last)
     # On a GPU, ONNX Runtime fuses transformers' attention into its own operators; TensorRT fuses by itself.
     attending, opset = (attending_by_operator(model), OPSET) if fusions == "cpu" else (contextlib.nullcontext(), None)
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=_ORT_FUSIONS[fusions], opset_version=opset)
@@ -139,7 +164,12 @@ def _can_run(fusions: str) -> bool:
 
 
 def _difference(passes: list[Step], directory: Path, fusions: str) -> float:
+    provider = DEFAULT_PROVIDERS[fusions]
+    return logit_difference(passes, OnnxCausalLM.open(directory, [provider], session_options=_frugal_options()))
+
+
+def _frugal_options() -> Any:
     options = default_options()
     # Saves memory: weights are read from the file without a copy in the kernels' layout. The trace is still in memory.
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return logit_difference(passes, OnnxCausalLM.open(directory, [DEFAULT_PROVIDERS[fusions]], session_options=options))
+    return options

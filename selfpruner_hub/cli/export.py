@@ -10,7 +10,7 @@ from typing import Any
 
 from selfpruner_hub.errors import UserError
 
-OPTIONS = ("dtype", "fusions", "compute_capability", "batch", "context", "width", "tokenizer_from", "imatrix")
+OPTIONS = ("dtype", "fusions", "compute_capability", "batch", "context", "width", "tokenizer_from", "imatrix", "layout")
 """Names of the options of the formats; each format refuses those of the others."""
 
 
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     of = parser.add_argument_group("options of the formats")
     of.add_argument("--dtype", help="of the weights, in the format's words: float32, float16, int8, q4_k_m, …")
     of.add_argument("--fusions", help="onnx: operators of cpu, cuda, or none for a plain graph")
+    of.add_argument("--layout", help="onnx: transformers, or hub for ONNX Runtime GenAI and Transformers.js")
     of.add_argument("--compute-capability", metavar="C", help="tensorrt: of a GPU that is not here, such as 8.6")
     of.add_argument("--batch", type=int, metavar="N", help="tensorrt: most sequences at a time")
     of.add_argument("--context", type=int, metavar="N", help="tensorrt: most tokens of a sequence")

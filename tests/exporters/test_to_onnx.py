@@ -120,7 +120,7 @@ def test_other_ways_to_generate(how, exported):
 def test_other_weights_and_plain_graphs(options, allowed, size, exported):
     directory = exported("llama-mha-tied", **options)
     record = read_export(directory)
-    assert record.options == {"dtype": "float32", "fusions": "cpu", **options}
+    assert record.options == {"dtype": "float32", "fusions": "cpu", "layout": "transformers", **options}
     assert record.max_difference <= allowed
     parameters = sum(p.numel() for p in tiny_pruned("llama-mha-tied").parameters())
     assert (directory / "model.onnx.data").stat().st_size < 4 * size * parameters + 2**16

@@ -1,4 +1,4 @@
-"""Quantisation of an ONNX graph's matrices to int8, in blocks with one scale each."""
+"""Quantisation of an ONNX graph's matrices to 8 or 4 bits, in blocks with one scale each."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import numpy as np
 from exporters.tracing import quiet
 
 BLOCK = 32
-"""Number of weights that share a float32 scale, along the input dimension; 32 bytes."""
+"""Number of weights that share a float32 scale, along the input dimension."""
 ACCURACY_LEVEL = 4
 """Accuracy level of the operator MatMulNBits: 4 rounds activations to int8 too, for the CPU's integer kernels."""
 
 
-def quantize(program: Any) -> Any:
+def quantize(program: Any, bits: int = 8) -> Any:
     """Quantise the weights of all matrix products, including the output head.
 
     Embeddings, norms and biases stay as they are; an output head that is tied to the embeddings gets its own weights.
 
     Args:
         program: Graph, an `onnx_ir.Model`; do not use it after this call.
+        bits: Bits of a weight, 8 or 4.
 
     Returns:
         The quantised graph.
@@ -32,7 +33,7 @@ def quantize(program: Any) -> Any:
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
         config = DefaultWeightOnlyQuantConfig(
-            block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL, bits=8
+            block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL, bits=bits
         )
         quantizer = MatMulNBitsQuantizer(onnx_ir.to_proto(program), algo_config=config)
         quantizer.process()

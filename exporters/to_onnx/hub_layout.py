@@ -1,0 +1,211 @@
+"""ONNX as ONNX Runtime GenAI and Transformers.js read it: their names, their files, and a stock `model_type`.
+
+Both run graphs whose layers have caches of different widths: they read the shapes from the graph.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+from exporters.graph_causal_lm import GraphCausalLM
+from exporters.parity import Step, logit_difference
+from exporters.to_onnx.matrix_bits import quantize
+from exporters.tracing import cache_of, states_of
+from selfpruner_hub.errors import ExportError
+from selfpruner_hub.models.architectures import architecture_of, shape_of
+
+FOLDER = "onnx"
+SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized", "int4": "_q4"}
+"""What Transformers.js appends to the name of a file, by dtype of the weights."""
+BITS = {"int8": 8, "int4": 4}
+AXES = {
+    "batch": "batch_size",
+    "length": "sequence_length",
+    "past": "past_sequence_length",
+    "total": "total_sequence_length",
+}
+"""Names of the dynamic axes."""
+_CACHE = re.compile(r"(input|output)\.cache\.layers\.(\d+)\.(key|value)s")
+
+
+def file_of(dtype: str) -> str:
+    """Path of the graph of a dtype in an export; its weights are beside it in a file that ends in `_data`."""
+    return f"{FOLDER}/model{SUFFIXES[dtype]}.onnx"
+
+
+def save_graph(program: Any, directory: Path, dtype: str) -> None:
+    """Save a graph under the names of its inputs, outputs and axes that the runtimes know.
+
+    Args:
+        program: Graph of `trace(…, last=True)`, an `onnx_ir.Model`; its values are renamed.
+        directory: Directory of the export.
+        dtype: Key of `SUFFIXES`.
+    """
+    import onnx_ir
+
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        if found := _CACHE.fullmatch(value.name):
+            prefix = "past_key_values" if found[1] == "input" else "present"
+            value.name = f"{prefix}.{found[2]}.{found[3]}"
+            if prefix == "present":
+                value.shape = onnx_ir.Shape([AXES["batch"], value.shape[1], AXES["total"], value.shape[3]])
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape(
+                [dim if isinstance(dim, int) else AXES.get(str(dim.value), dim.value) for dim in value.shape]
+            )
+    path = directory / file_of(dtype)
+    path.parent.mkdir(exist_ok=True)
+    onnx_ir.save(program, str(path), external_data=f"{path.name}_data")
+
+
+def save_quantized(directory: Path) -> None:
+    """Quantise the matrices of a saved float32 graph to 8 and to 4 bits, each into files of its own.
+
+    Args:
+        directory: Directory of the export.
+    """
+    import onnx_ir
+
+    for dtype, bits in BITS.items():
+        program = onnx_ir.external_data.load_to_model(onnx_ir.load(str(directory / file_of("float32"))))
+        save_graph(quantize(program, bits), directory, dtype)
+        del program
+        gc.collect()  # frees reference cycles of the graph
+
+
+def save_configurations(model: PreTrainedModel, directory: Path) -> None:
+    """Write `config.json` for Transformers.js and `genai_config.json` for ONNX Runtime GenAI.
+
+    Args:
+        model: Dense or pruned model.
+        directory: Directory of the export.
+    """
+    config, shape = model.config, shape_of(model.config)
+    stock = architecture_of(config).model_type
+    values = {key: value for key, value in config.to_dict().items() if key != "auto_map"}
+    values |= {
+        "model_type": stock,
+        "architectures": [type(model).__name__.removeprefix("SelfPruned")],
+        "head_dim": shape.head_dim,
+        "transformers.js_config": {
+            "use_external_data_format": {Path(file_of(dtype)).name: 1 for dtype in SUFFIXES},
+            "kv_cache_dtype": {"fp16": "float16"},
+        },
+    }
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (directory / "genai_config.json").write_text(json.dumps(_genai(model, stock), indent=2) + "\n", encoding="utf-8")
+
+
+def _genai(model: PreTrainedModel, stock: str) -> dict[str, Any]:
+    config, shape, generation = model.config, shape_of(model.config), model.generation_config
+    widest = max(widths.num_key_value_heads for widths in shape.dense.layers)
+
+    def token(name: str) -> Any:
+        found = getattr(generation, name, None)
+        return getattr(config, name, None) if found is None else found
+
+    end = token("eos_token_id")
+    pad = token("pad_token_id")
+    first_end = end[0] if isinstance(end, list) else end
+    names = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    return {
+        "model": {
+            "type": stock,
+            "bos_token_id": token("bos_token_id"),
+            "eos_token_id": end,
+            "pad_token_id": first_end if pad is None else pad,
+            "context_length": config.max_position_embeddings,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": file_of("float32"),
+                "head_size": shape.head_dim,
+                "hidden_size": shape.hidden_size,
+                "num_attention_heads": widest * shape.queries_per_group,
+                "num_key_value_heads": widest,  # the graph has each layer's own
+                "num_hidden_layers": shape.num_layers,
+                "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids")} | names,
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": config.max_position_embeddings,
+            "past_present_share_buffer": False,  # the graph concatenates its cache
+        },
+    }
+
+
+class HubGraph(GraphCausalLM):
+    """A graph of this layout in ONNX Runtime, with `generate()`: logits of the last position alone.
+
+    Args:
+        path: Path of the graph.
+        config: Configuration of the exported model.
+        options: Options of ONNX Runtime's session.
+    """
+
+    def __init__(self, path: Path, config: PreTrainedConfig, options: Any) -> None:
+        import onnxruntime
+
+        super().__init__(config)
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._half = any("float16" in value.type for value in self._session.get_inputs())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of keys and values."""
+        return torch.float16 if self._half else torch.float32
+
+    def step(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache, logits_to_keep: Tensor
+    ) -> tuple[Tensor, Cache]:
+        """Run the graph once; see `GraphCausalLM.step`. `logits_to_keep` is always the last position."""
+        tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        names = [f"past_key_values.{index}.{what}" for index in range(len(cache.layers)) for what in ("key", "value")]
+        tensors |= dict(zip(names, states_of(cache), strict=True))
+        outputs = [name.replace("past_key_values", "present") for name in names]
+        logits, *states = self._session.run(["logits", *outputs], {name: t.numpy() for name, t in tensors.items()})
+        return torch.from_numpy(logits), cache_of([torch.from_numpy(state) for state in states])
+
+
+def difference(
+    passes: Sequence[Step], directory: Path, config: PreTrainedConfig, tolerances: dict[str, float], options: Any
+) -> float:
+    """Compare every graph of an export with PyTorch.
+
+    Args:
+        passes: Forward passes of the PyTorch model.
+        directory: Directory of the export.
+        config: Configuration of the exported model.
+        tolerances: Largest allowed distance of a logit, by dtype.
+        options: Options of ONNX Runtime's sessions.
+
+    Returns:
+        The largest distance of a logit of the float32 graph.
+
+    Raises:
+        ExportError: Another graph is further from PyTorch than its tolerance.
+    """
+    found = {}
+    for dtype in SUFFIXES:
+        found[dtype] = logit_difference(passes, HubGraph(directory / file_of(dtype), config, options))
+        if dtype != "float32" and not found[dtype] <= tolerances[dtype]:  # NaN too
+            raise ExportError(
+                f"{file_of(dtype)} differs from the PyTorch model by {found[dtype]:.2g} in a logit; "
+                f"{tolerances[dtype]:.2g} is allowed."
+            )
+    return found["float32"]

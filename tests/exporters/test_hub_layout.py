@@ -1,0 +1,178 @@
+"""ONNX under the names of the Hub: the real ONNX Runtime GenAI and Transformers.js write PyTorch's text."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from support.tiny import tiny_pruned
+from support.trained import VOCABULARY, trained_tokenizer
+
+from exporters import OnnxCausalLM
+from exporters.export import export_model
+from exporters.to_onnx import hub_layout
+from selfpruner_hub.errors import ExportError, SavedModelError, UserError
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.storage.export_record import read_export
+
+pytestmark = pytest.mark.heavy
+
+PROMPTS = ("The quick brown fox", "In 1984 they", "def quick(fox):")
+NEW = 16
+GENAI = """
+import json, sys
+import onnxruntime_genai as og
+model = og.Model(sys.argv[1])
+for ids in json.loads(sys.argv[2]):
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(ids) + int(sys.argv[3]))
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    print(json.dumps([int(index) for index in generator.get_sequence(0)]))
+"""
+TRANSFORMERS_JS = """
+import { AutoModelForCausalLM, AutoTokenizer, env } from '@huggingface/transformers';
+const [folder, name, dtype, prompts, count] = process.argv.slice(1);
+env.allowRemoteModels = false;
+env.localModelPath = folder;
+const tokenizer = await AutoTokenizer.from_pretrained(name);
+const model = await AutoModelForCausalLM.from_pretrained(name, { dtype, device: 'cpu' });
+for (const prompt of JSON.parse(prompts)) {
+  const out = await model.generate({ ...tokenizer(prompt), max_new_tokens: Number(count), do_sample: false });
+  console.log(JSON.stringify(out.tolist()[0].map(Number)));
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A pruned model whose layers have caches of different widths."""
+    return tiny_pruned("llama", vocab_size=VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def directory(model, tmp_path_factory):
+    output = tmp_path_factory.mktemp("hub") / "tiny"
+    return export_model(model, trained_tokenizer(), "onnx", output, layout="hub")
+
+
+@pytest.fixture(scope="module")
+def written(model):
+    """PyTorch's greedy text after each prompt, and the ids of the prompts."""
+    prompts = [trained_tokenizer()(text)["input_ids"] for text in PROMPTS]
+    told = [model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)[0].tolist() for ids in prompts]
+    return prompts, told
+
+
+def test_names_are_those_of_the_hub(model, directory):
+    for dtype, element in (("float32", onnx.TensorProto.FLOAT), ("float16", onnx.TensorProto.FLOAT16)):
+        graph = onnx.load(directory / hub_layout.file_of(dtype), load_external_data=False).graph
+        shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
+        assert shapes["input_ids"] == shapes["position_ids"] == ["batch_size", "sequence_length"]
+        assert shapes["attention_mask"] == ["batch_size", "total_sequence_length"]
+        widths = shape_of(model.config).dense.layers
+        assert len({layer.num_key_value_heads for layer in widths}) > 1
+        for index, layer in enumerate(widths):
+            for what in ("key", "value"):
+                past = ["batch_size", layer.num_key_value_heads, "past_sequence_length", 4]
+                assert shapes.pop(f"past_key_values.{index}.{what}") == past
+        assert set(shapes) == {"input_ids", "attention_mask", "position_ids"}
+        outputs = {v.name: v for v in graph.output}
+        logits = outputs.pop("logits").type.tensor_type
+        assert [d.dim_param or d.dim_value for d in logits.shape.dim] == ["batch_size", 1, VOCABULARY]
+        assert set(outputs) == {f"present.{i}.{what}" for i in range(len(widths)) for what in ("key", "value")}
+        assert outputs["present.0.key"].type.tensor_type.elem_type == element
+
+
+def test_files_and_configurations(model, directory):
+    names = {"model.onnx", "model_fp16.onnx", "model_q4.onnx", "model_quantized.onnx"}
+    assert {path.name for path in (directory / "onnx").iterdir()} == names | {f"{name}_data" for name in names}
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    assert "auto_map" not in config
+    assert set(config["transformers.js_config"]["use_external_data_format"]) == names
+    genai = json.loads((directory / "genai_config.json").read_text())
+    assert genai["model"]["type"] == "llama"
+    assert genai["search"]["past_present_share_buffer"] is False
+    record = read_export(directory, "onnx")
+    assert record.options["layout"] == "hub"
+    assert record.max_difference <= 1e-4
+    sizes = [(directory / f"onnx/{name}_data").stat().st_size for name in sorted(names)]
+    assert sizes[0] > sizes[1]  # float16
+    assert sizes[3] > sizes[2]  # 8 bits, 4 bits
+
+
+def test_onnx_runtime_writes_pytorchs_text(model, directory, written):
+    graph = hub_layout.HubGraph(directory / "onnx/model.onnx", model.config, None)
+    for ids, told in zip(*written, strict=True):
+        assert graph.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)[0].tolist() == told
+
+
+def test_genai_writes_pytorchs_text(directory, written):
+    """In a process of its own: the library is C++."""
+    pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")
+    command = [sys.executable, "-c", GENAI, directory, json.dumps(written[0]), str(NEW)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    # GenAI leaves an end-of-text token out of the sequence.
+    for line, told in zip(done.stdout.splitlines(), written[1], strict=True):
+        assert json.loads(line) == told[: len(json.loads(line))]
+        assert len(told) - len(json.loads(line)) <= 1
+
+
+@pytest.fixture(scope="module")
+def transformers_js():
+    """A folder in which Node finds Transformers.js: that of the variable TRANSFORMERS_JS, or the repository."""
+    folder = Path(os.environ.get("TRANSFORMERS_JS", Path(__file__).parents[2]))
+    if shutil.which("node") is None or not (folder / "node_modules" / "@huggingface" / "transformers").is_dir():
+        pytest.skip("needs Node, and npm install --ignore-scripts @huggingface/transformers")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "q8", "q4"])
+def test_transformers_js_writes_pytorchs_text(dtype, directory, written, transformers_js):
+    words = [directory.parent, directory.name, dtype, json.dumps(PROMPTS), str(NEW)]
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", TRANSFORMERS_JS, *words],
+        cwd=transformers_js, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-500:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    if dtype in ("fp32", "fp16"):
+        assert lines == written[1]
+    for line, ids in zip(lines, written[0], strict=True):  # rounded weights of a random model: another text
+        assert line[: len(ids)] == ids
+        assert len(line) > len(ids)
+
+
+def test_mistakes(model, directory, tmp_path, monkeypatch):
+    with pytest.raises(SavedModelError, match="layout hub"):
+        OnnxCausalLM.from_pretrained(directory)
+    for options, says in (
+        ({"layout": "web"}, "Unknown layout 'web'. Choose transformers, hub"),
+        ({"layout": "hub", "dtype": "int8"}, "a graph in every dtype"),
+        ({"layout": "hub", "fusions": "cuda"}, "a graph in every dtype"),
+    ):
+        with pytest.raises(UserError, match=says):
+            export_model(model, trained_tokenizer(), "onnx", tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_graph_is_compared(model, directory, monkeypatch):
+    """A 4-bit graph that is further from PyTorch than its tolerance is named."""
+    from exporters.parity import expected
+    from exporters.to_onnx.writer import TOLERANCES
+
+    passes = expected(model)
+    assert hub_layout.difference(passes, directory, model.config, TOLERANCES, None) <= 1e-4
+    with pytest.raises(ExportError, match=r"onnx/model_q4\.onnx differs from the PyTorch model"):
+        hub_layout.difference(passes, directory, model.config, {**TOLERANCES, "int4": 1e-3}, None)
