@@ -46,6 +46,9 @@ MANY_PARAMETERS = {
     "selfpruner_hub.pruner.prune",
     "exporters.benchmark.compare.benchmark",
     "exporters.export.export_model",
+    # The arguments are those of transformers' PushToHubMixin.
+    "selfpruner_hub.pruned_model.push_to_hub",
+    "selfpruner_hub.hub.publish.publish",
     # One form of sampling, with its settings, for all text that a model writes.
     "selfpruner_hub.calibration.generated_text.continuations",
     "selfpruner_hub.calibration.corpus.load_corpus",

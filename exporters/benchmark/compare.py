@@ -85,6 +85,8 @@ def benchmark(
     dtype = one_of("dtype", dtype or next(iter(row.dtypes)), tuple(row.dtypes))
     batches = batches or row.batches
     _check(row, runtime, batches, prompts, new_tokens, runs)
+    if text is not None and row.program is not None:
+        raise UserError(f"{runtime} is timed here, not scored on text.", "Leave out the text.")
     elsewhere = _elsewhere(row, runtime, python)
     threads = threads or machine.threads()
     names = (str(against), str(pruned))

@@ -67,10 +67,10 @@ class ParameterBudget:
         self._check_multiples()
         least, most = self._reachable()
         if not least - self.tolerance <= self.beta <= most + self.tolerance:
-            kept = "every KV group kept" if self.shape.whole_attention else f"at least {self.kv_multiple} KV head(s) a layer"
+            least_kept = "all" if self.shape.whole_attention else f"at least {self.kv_multiple}"
             raise BudgetError(
-                f"beta={self.beta:g} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and {kept}, "
-                f"this model can lose between {least:.3f} and {most:.3f}.",
+                f"beta={self.beta:g} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and "
+                f"{least_kept} of its KV heads in each layer, this model can lose between {least:.3f} and {most:.3f}.",
                 "Change beta or the bounds.",
             )
         nearest = self.shape.beta(self.project(Rates.tied([self.beta] * self.shape.num_layers)))

@@ -108,12 +108,8 @@ class RoundLine:
 JournalLine = SeedsLine | AskLine | ScoreLine | ProbeLine | RoundLine
 L = TypeVar("L", bound=JournalLine)
 _KINDS: dict[str, type[JournalLine]] = {
-    "seeds": SeedsLine,
-    "ask": AskLine,
-    "score": ScoreLine,
-    "probe": ProbeLine,
-    "round": RoundLine,
-}
+    "seeds": SeedsLine, "ask": AskLine, "score": ScoreLine, "probe": ProbeLine, "round": RoundLine,
+}  # fmt: skip
 
 
 class Journal:
@@ -295,10 +291,6 @@ def _read_rates(record: dict[str, Any]) -> Rates:
     return Rates(**{part: tuple(rates) for part, rates in record.items()})
 
 
-def _filed_seeds(seeds: dict[str, Rates]) -> dict[str, Any]:
-    return {name: asdict(rates) for name, rates in seeds.items()}
-
-
 def _read_seeds(record: dict[str, Any]) -> dict[str, Rates]:
     return {name: _read_rates(rates) for name, rates in record.items()}
 
@@ -324,7 +316,7 @@ def _read_fitness(value: float | None) -> float:
 
 
 _FORMS: dict[str, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "rates": ("rates", _filed_seeds, _read_seeds),
+    "rates": ("rates", lambda seeds: {name: asdict(rates) for name, rates in seeds.items()}, _read_seeds),
     "replies": ("replies", _filed_replies, _read_replies),
     "random_state": ("random_state", list, tuple),
     "fitness": ("fitness", _filed_fitness, _read_fitness),

@@ -47,7 +47,7 @@ def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
 
     Their number is limited by the CPUs that Ray has (`ray.init(num_cpus=…)` before, or RAY_ADDRESS of a cluster), and
     by memory or, where the model is on a GPU, by GPUs: each worker has one of its own, which this process may use too
-    if there is room for both. Scores do not depend on the number.
+    if its memory holds both. Scores do not depend on the number.
 
     Args:
         fitness: Fitness that each worker gets a copy of.
@@ -99,7 +99,7 @@ def count_workers(resources: dict[str, float], fitness: Fitness | SecondRepairSc
     return max(1, int(min(fitting)))
 
 
-def check_room(free: float, needed: float) -> None:
+def check_memory(free: float, needed: float) -> None:
     """Refuse a GPU that is too small for a worker, or that another process fills.
 
     Args:
@@ -112,7 +112,7 @@ def check_room(free: float, needed: float) -> None:
     if free < needed:
         raise WorkerError(
             f"A GPU has {free / 2**30:.1f} GiB free, and a worker needs {needed / 2**30:.1f}.",
-            "Use executor=None, or GPUs with more room.",
+            "Use executor=None, or GPUs with more memory.",
         )
 
 
@@ -132,7 +132,7 @@ class RayScorer:
         import ray
 
         torch.set_num_threads(THREADS)
-        check_room(free_memory(choose_device()), needed)
+        check_memory(free_memory(choose_device()), needed)
         self._fitness: Fitness | SecondRepairScore = ray.get(shared[0])
         self._fitness.size_batches()
 

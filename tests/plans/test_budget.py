@@ -259,7 +259,7 @@ def test_every_layer_divides_by_kv_multiple():
 
 
 def test_kv_multiple_of_all_heads_cuts_the_ffn_alone():
-    plan = Budget(SMOLLM2, 0.3, kv_multiple=3).project(random_rates(30, 0))
+    plan = ParameterBudget(SMOLLM2, 0.3, kv_multiple=3).project(random_rates(30, 0))
     assert {w.num_key_value_heads for w in plan.layers} == {3}
     assert abs(SMOLLM2.beta(plan) - 0.3) <= 0.001
 
@@ -286,7 +286,7 @@ def test_attention_that_stays_whole_limits_beta():
     whole = ModelShape(64, 16, 1, Plan.of([64, 64], [4, 4]), whole_attention=True)
     plan = ParameterBudget(whole, 0.3).project(Rates((0.5, 0.5), (0.1, 0.9)))
     assert [layer.num_key_value_heads for layer in plan.layers] == [4, 4]
-    with pytest.raises(BudgetError, match="every KV group kept, this model can lose between 0.000 and 0.3"):
+    with pytest.raises(BudgetError, match="all of its KV heads in each layer, this model can lose between 0.000 and 0.3"):
         ParameterBudget(whole, 0.5)
 
 

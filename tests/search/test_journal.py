@@ -24,7 +24,6 @@ from selfpruner_hub.search.proposers import Proposal
 SETTINGS = {"beta": 0.3, "seed": 0, "seeds": ("uniform", "ramp"), "data": {"name": "wikitext2"}}
 PLAN = Plan.of([8, 16], [2, 1])
 LINES = [
-    SeedsLine({"uniform": Rates((0.0, 0.5), (0.5, 0.1 + 0.2))}),
     ScoreLine(0, "seed:ramp", 0.25, 0.1 + 0.2, PLAN, 0.5),
     ScoreLine(0, "seed:ramp", 1.0, math.inf, PLAN, 2.0),
     ProbeLine(1, 1.25, StepEffects((0.5, math.inf), (-0.25, 0.0), (0.125, 1.0), (math.inf, -1e-06)), PLAN, 3.0),
@@ -42,15 +41,16 @@ LINES = [
     ),
     RoundLine(1, "crossover", {"accepted": 1, "refused": 1}, 0.000123, math.inf, "seed:ramp", 2.5, 12),
     RoundLine(2, "mutation", {}, None, 0.3, "self", 4.0, 12),
+    SeedsLine({"uniform": Rates((0.0, 0.5), (0.5, 0.1 + 0.2))}),
 ]
 FILE = r"""{"kind": "header", "schema_version": 1, "settings": {"beta": 0.3, "seed": 0, "seeds": ["uniform", "ramp"], "data": {"name": "wikitext2"}}}
-{"kind": "seeds", "rates": {"uniform": {"attention": [0.0, 0.5], "ffn": [0.5, 0.30000000000000004]}}}
 {"kind": "score", "round": 0, "origin": "seed:ramp", "share": 0.25, "fitness": 0.30000000000000004, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 0.5}
 {"kind": "score", "round": 0, "origin": "seed:ramp", "share": 1.0, "fitness": null, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 2.0}
 {"kind": "probe", "round": 1, "share": 1.25, "slopes": {"attention_removed": [0.5, null], "attention_restored": [-0.25, 0.0], "ffn_removed": [0.125, 1.0], "ffn_restored": [null, -1e-06]}, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 3.0}
 {"kind": "ask", "round": 1, "attempt": 0, "operation": "crossover", "proposer": "self", "random_state": [3, 1, 0], "replies": [{"rates": {"attention": [0.0, 0.5], "ffn": [0.5, 0.0]}, "parents": [0, 2], "prompt": "p", "reply": "r", "error": "", "tokens": 7, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "moved": 0.000123}, {"rates": null, "parents": [], "prompt": "p", "reply": "\u00e9 \u6f22 \"\n\u2028\u0085", "error": "no", "tokens": 5}], "seconds": 0.25}
 {"kind": "round", "round": 1, "operation": "crossover", "counts": {"accepted": 1, "refused": 1}, "moved": 0.000123, "best": null, "origin": "seed:ramp", "spent": 2.5, "tokens": 12}
 {"kind": "round", "round": 2, "operation": "mutation", "counts": {}, "moved": null, "best": 0.3, "origin": "self", "spent": 4.0, "tokens": 12}
+{"kind": "seeds", "rates": {"uniform": {"attention": [0.0, 0.5], "ffn": [0.5, 0.30000000000000004]}}}
 """  # noqa: E501
 """The same lines as files of earlier versions have them."""
 

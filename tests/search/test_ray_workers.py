@@ -16,7 +16,7 @@ from support.tiny import tiny_model
 
 from selfpruner_hub.errors import MissingExtraError, UserError, WorkerError
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.search.ray_workers import MEMORY, check_executor, check_room, count_workers, ray_workers
+from selfpruner_hub.search.ray_workers import MEMORY, check_executor, check_memory, count_workers, ray_workers
 
 pytestmark = pytest.mark.heavy
 ray = pytest.importorskip("ray", reason="ray is not installed")
@@ -120,9 +120,9 @@ def test_as_many_workers_as_fit():
 
 
 def test_a_gpu_that_is_too_small_or_of_another_kind_is_refused():
-    check_room(free=2e9, needed=2e9)
+    check_memory(free=2e9, needed=2e9)
     with pytest.raises(WorkerError, match=r"A GPU has 1.9 GiB free, and a worker needs 2.8. Use executor=None"):
-        check_room(free=2e9, needed=3e9)
+        check_memory(free=2e9, needed=3e9)
     on_mps = SimpleNamespace(device=torch.device("mps"), nbytes=1000)
     with pytest.raises(UserError, match="no devices of type 'mps'"), ray_workers(on_mps):
         pass
