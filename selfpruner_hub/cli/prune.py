@@ -134,6 +134,7 @@ def run(options: argparse.Namespace) -> str:
     if "search_text" in gains and "unseen_text" in gains:
         own, unseen = ("{:.4f} -> {:.4f}".format(*gains[text]) for text in ("search_text", "unseen_text"))
         lines.append(f"search: {name} {own} from the best seed on; on unseen text, {unseen}")
+        lines.append(report.search_verdict)
     replies = report.proposer["replies"]
     if replies.get("replaced"):
         lines.append(

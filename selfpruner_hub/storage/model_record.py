@@ -73,6 +73,19 @@ class Record:
         """The widths that every layer keeps."""
         return plan_of(self.widths)
 
+    @property
+    def search_verdict(self) -> str:
+        """What the search found beyond its best seed plan, in a sentence; empty if not measured on unseen text."""
+        gains = self.proposer.get("gains", {})
+        if not {"search_text", "unseen_text"} <= gains.keys():
+            return ""
+        own, unseen = (100 * (1 - after / before) for before, after in (gains["search_text"], gains["unseen_text"]))
+        if own <= 0:
+            return "The search found nothing better than its best seed plan."
+        if unseen <= 0:
+            return f"The search gained {own:.1f} % on its own text, and nothing on unseen text: the gain does not hold."
+        return f"The search gained {own:.1f} % on its own text, and {unseen:.1f} % on unseen text."
+
     def to_json(self) -> str:
         """Serialise, schema version first."""
         values = asdict(self)

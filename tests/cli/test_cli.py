@@ -100,10 +100,12 @@ def test_prune_writes_everything_and_leaves_no_run_directory(run, dense, text, t
     status, out, err = run(*prune(dense, tmp_path / "small", text))
     record = read_record(tmp_path / "small")
     assert (status, err) == (0, "")
-    first, second = out.splitlines()
+    first, second, third = out.splitlines()
     assert first == f"{tmp_path / 'small'}: {record.parameters['pruned']:,} of 39,584 parameters, β = 0.3000"
     own, unseen = ("{:.4f} -> {:.4f}".format(*record.proposer["gains"][t]) for t in ("search_text", "unseen_text"))
     assert second == f"search: kl {own} from the best seed on; on unseen text, {unseen}"
+    assert third == record.search_verdict
+    assert third.startswith("The search ")
     assert names(tmp_path) == {"small", *(f"small/{name}" for name in FILES)}
 
 

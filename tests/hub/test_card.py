@@ -240,3 +240,16 @@ def test_cards_of_models_that_we_made_are_those_of_their_records(name):
     card = render_card(read_record(directory), f"me/{name}", pictures=pictures, chat="instruct" in name)
     assert (directory / "README.md").read_text(encoding="utf-8") == card
     assert len(pictures) == 3
+
+
+@pytest.mark.parametrize(
+    ("search_text", "unseen_text", "says"),
+    [
+        ([0.08, 0.06], [0.09, 0.0855], "The search gained 25.0 % on its own text, and 5.0 % on unseen text."),
+        ([0.08, 0.06], [0.09, 0.091], "25.0 % on its own text, and nothing on unseen text: the gain does not hold."),
+        ([0.08, 0.08], [0.09, 0.09], "The search found nothing better than its best seed plan."),
+    ],
+)
+def test_it_says_what_the_search_found(search_text, unseen_text, says):
+    gains = {"search_text": search_text, "unseen_text": unseen_text}
+    assert says in render_card(replace(RECORD, proposer={**RECORD.proposer, "gains": gains}))
