@@ -190,7 +190,7 @@ def served(python, directory, log):
 @pytest.mark.slow
 def test_vllm_serves_the_real_model(vllm_python, real_pruner, few_tokens, tmp_path):
     """With KV heads of their own in each layer: the same greedy text as transformers in float32, five of five."""
-    pruned = real_pruner.prune(0.3, evaluations=0, seeds=("ramp",), **few_tokens)
+    pruned = real_pruner.prune(0.3, evaluations=0, seeds=("ramp",), tied=True, **few_tokens)
     pruned.model.float()
     assert len({widths.num_key_value_heads for widths in pruned.plan.layers}) > 1
     pruned.save_pretrained(tmp_path / "pruned")
