@@ -86,7 +86,14 @@ def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
 
 
 def count_workers(resources: dict[str, float], fitness: Fitness | SecondRepairScore) -> int:
-    """Return the number of model copies that fit in Ray's resources, at least one.
+    """Count the model copies that fit in Ray's resources.
+
+    Args:
+        resources: Resources of the cluster by name, as Ray gives them; memory in bytes.
+        fitness: Fitness that each worker gets a copy of.
+
+    Returns:
+        Number of workers, at least 1.
 
     Raises:
         WorkerError: The model is on a GPU, and Ray has none; a worker would be waited for without end.

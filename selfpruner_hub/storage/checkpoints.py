@@ -30,10 +30,13 @@ class Checkpoints:
         self._run = run
 
     def of(self, run: str) -> Checkpoints:
-        """The checkpoints in the same directory that belong to one run.
+        """Give the checkpoints of one run in the same directory.
 
         Args:
             run: All that the results of its stages depend on, as text.
+
+        Returns:
+            Checkpoints that load nothing of another run.
         """
         return Checkpoints(self._directory, hashlib.sha256(run.encode()).hexdigest())
 
