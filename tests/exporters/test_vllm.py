@@ -15,7 +15,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-import torch
 from support.tiny import save_tiny, tiny_model, tiny_pruned, tiny_tokenizer
 from transformers import AutoConfig
 
@@ -187,23 +186,34 @@ def served(python, directory, log):
             process.wait()
 
 
-@pytest.mark.slow
-def test_vllm_serves_the_real_model(vllm_python, real_pruner, few_tokens, tmp_path):
-    """With KV heads of their own in each layer: the same greedy text as transformers in float32, five of five."""
+@pytest.fixture(scope="module")
+def answered(vllm_python, real_pruner, few_tokens, tmp_path_factory):
+    """(directory of the real model, pruned; its greedy texts after prompts, from transformers, by the prompt's tokens).
+
+    Each is done before the server starts, which would share the processor.
+    """
     pruned = real_pruner.prune(0.3, evaluations=0, seeds=("ramp",), tied=True, **few_tokens)
     pruned.model.float()
     assert len({widths.num_key_value_heads for widths in pruned.plan.layers}) > 1
-    pruned.save_pretrained(tmp_path / "pruned")
-    prompts = ("The capital of France is", "def add(a, b):", "Water boils at", "Once upon a time", "1, 2, 3, 4,")
-    with served(vllm_python, tmp_path / "pruned", tmp_path / "log") as address:
-        for prompt in prompts:
-            ids = pruned.tokenizer(prompt, return_tensors="pt").input_ids
-            with torch.no_grad():
-                written = pruned.model.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
-            asked = {"model": "pruned", "prompt": ids[0].tolist(), "max_tokens": 32, "temperature": 0}
+    pruned.save_pretrained(directory := tmp_path_factory.mktemp("real") / "pruned")
+    texts = {}
+    for prompt in ("The capital of France is", "def add(a, b):", "Water boils at", "Once upon a time", "1, 2, 3, 4,"):
+        ids = pruned.tokenizer(prompt, return_tensors="pt").input_ids
+        written = pruned.model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+        texts[tuple(ids[0].tolist())] = pruned.tokenizer.decode(written, skip_special_tokens=True)
+    return directory, texts
+
+
+@pytest.mark.slow
+def test_vllm_serves_the_real_model(vllm_python, answered, tmp_path):
+    """With KV heads of their own in each layer: the same greedy text as transformers in float32, five of five."""
+    directory, texts = answered
+    assert len(set(texts.values())) == 5
+    with served(vllm_python, directory, tmp_path / "log") as address:
+        for ids, text in texts.items():
+            asked = {"model": "pruned", "prompt": list(ids), "max_tokens": 16, "temperature": 0}
             body = urllib.request.Request(address, json.dumps(asked).encode(), {"Content-Type": "application/json"})
-            reply = json.load(urllib.request.urlopen(body))["choices"][0]["text"]
-            assert reply == pruned.tokenizer.decode(written, skip_special_tokens=True), prompt
+            assert json.load(urllib.request.urlopen(body))["choices"][0]["text"] == text
 
 
 @pytest.mark.slow
