@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.machine import cores, processor
+from exporters.machine import cores, describe, processor
+from selfpruner_hub import __version__
 from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.evaluation.chat import SEED, ChatMeasure
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
@@ -139,15 +140,26 @@ def peak_of_memory() -> Iterator[Callable[[], float]]:
     yield lambda: memory("VmHWM")
 
 
-def write(name: str, protocol: str, results: Any) -> None:
-    """Write `benchmarks/NAME.json` and print its path."""
-    path = Path(__file__).with_name(f"{name}.json")
+def write(name: str, protocol: str, results: Any, directory: Path | None = None) -> None:
+    """Write `NAME.json` whole, so that a stop leaves the old or the new file, and print its name.
+
+    Args:
+        name: Name of the file.
+        protocol: What was measured, and how.
+        results: Figures, JSON-serialisable.
+        directory: Directory of the file; None takes that of the benchmarks.
+    """
+    path = (directory or Path(__file__).parent) / f"{name}.json"
+    gpu = {key: value for key, value in describe("cuda").items() if key == "gpu"}  # where there is one
     content = {
         "protocol": protocol,
         "date": date.today().isoformat(),
-        "machine": {"cpu": processor(), "cores": cores(), "threads": torch.get_num_threads(), "shared": True},
-        "versions": {name: version(name) for name in ("selfpruner-hub", "torch", "transformers")},
+        "machine": {"cpu": processor(), "cores": cores(), "threads": torch.get_num_threads(), "shared": True, **gpu},
+        "versions": {"selfpruner-hub": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         "results": results,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(".json.new")
+    whole.write_text(json.dumps(content, indent=2) + "\n")
+    whole.replace(path)
     print(f"wrote {path.name}")
