@@ -18,7 +18,7 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Step:
-    """Inputs of one forward pass, and the logits of the PyTorch model."""
+    """Inputs of one forward pass, and the logits of the model."""
 
     input_ids: Tensor
     """New tokens, `[B, S]`."""
@@ -27,7 +27,12 @@ class Step:
     position_ids: Tensor
     """Positions of the new tokens, `[B, S]`."""
     logits: Tensor
-    """Logits of the PyTorch model, float32, `[B, S, V]`."""
+    """Logits of the model, float32, `[B, S, V]`; of the last positions alone if it returns no others."""
+
+    @property
+    def next_tokens(self) -> Tensor:
+        """Likeliest next token of each sequence, `[B, 1]`."""
+        return self.logits[:, -1:].argmax(-1)
 
 
 @torch.inference_mode()
@@ -47,14 +52,37 @@ def expected(model: PreTrainedModel, prompts: Collection[int] = PROMPTS, steps: 
     longest = max(prompts)
     ids = torch.randint(model.config.vocab_size, (len(prompts), longest), generator=torch.Generator().manual_seed(0))
     mask = torch.stack([torch.arange(longest) >= longest - length for length in prompts]).long()
+    return greedy(model, ids, mask, steps)
+
+
+@torch.inference_mode()
+def greedy(
+    model: Callable[..., Any], ids: Tensor, mask: Tensor, steps: int, end: Collection[int] = frozenset()
+) -> list[Step]:
+    """Record a model's logits on prompts, then on decode steps with its likeliest tokens.
+
+    Args:
+        model: PyTorch model, or an exported one; see `logit_difference`.
+        ids: Tokens of the prompts, `[B, S]`.
+        mask: Mask with ones for real tokens, `[B, S]`.
+        steps: Largest number of decode steps.
+        end: Tokens that end a sequence; there are no more steps once every sequence of the batch has one.
+
+    Returns:
+        The forward passes in order.
+    """
     cache, passes = None, []
+    ended = torch.zeros(len(ids), 1, dtype=torch.bool)
     for _ in range(steps + 1):
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        out: Any = model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
         cache = out.cache
         passes.append(Step(ids, mask, positions, out.logits.float().cpu()))
-        ids = passes[-1].logits[:, -1:].argmax(-1)
+        ids = passes[-1].next_tokens
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        ended |= torch.isin(ids, torch.tensor(sorted(end)))
+        if ended.all():
+            break
     return passes
 
 

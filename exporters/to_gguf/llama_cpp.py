@@ -84,6 +84,22 @@ class LlamaCpp:
         request = {"prompt": list(prompt), "n_predict": new_tokens, "samplers": ["top_k"], "top_k": 1}
         return dict(self._server.handle_completions({**request, "cache_prompt": False, **options}))
 
+    def likeliest(self, ids: Sequence[int]) -> dict[int, float]:
+        """Return the log-probabilities of the likeliest next tokens.
+
+        One token per request, on the cache of the last request: in longer replies, llama.cpp leaves out tokens that end
+        within a character.
+
+        Args:
+            ids: Token ids so far.
+
+        Returns:
+            Log-probability by token, `LIKELIEST` of them, likeliest first; nothing where llama.cpp has no finite ones.
+        """
+        reply = self.complete(ids, 1, n_probs=LIKELIEST, cache_prompt=True)["choices"][0]["logprobs"]
+        steps = reply["content"] if reply else []
+        return {entry["id"]: entry["logprob"] for step in steps for entry in step["top_logprobs"]}
+
     def tokenize(self, text: str) -> list[int]:
         """Tokenize text, with the special tokens that the file's tokenizer adds."""
         body = json.dumps({"content": text, "add_special": True}).encode()
@@ -146,18 +162,34 @@ def log_probability_difference(
         ExportError: llama.cpp splits the text into other tokens.
     """
     run = LlamaCpp(path, max(PROMPTS) + STEPS + 8, exact=True)
-    if tokenizer is not None and run.tokenize(PROBE) != tokenizer(PROBE)["input_ids"]:
+    if tokenizer is not None:
+        check_tokens(run, tokenizer, PROBE)
+    return difference(told, run, rounded)
+
+
+def check_tokens(run: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Raise `ExportError` if llama.cpp splits a text into other tokens than the model's tokenizer does."""
+    if run.tokenize(text) != tokenizer(text)["input_ids"]:
         raise ExportError(
             "llama.cpp's tokenizer reads text as other tokens than the model's does.",
             "Give the parent's GGUF file as tokenizer_from, or export to onnx.",
         )
+
+
+def difference(told: list[Answer], run: LlamaCpp, rounded: bool = False) -> float:
+    """Compare log-probabilities with those of the PyTorch model; see `log_probability_difference`.
+
+    Args:
+        told: Answers of the PyTorch model.
+        run: The GGUF file, in a context that is longer than every answer.
+        rounded: Flag of a file in blocks.
+
+    Returns:
+        The largest absolute difference between log-probabilities of a token; NaN if any is not finite.
+    """
     differences: list[float] = []
     for answer in told:
-        # One token per request, on the cache of the last request: in longer replies, llama.cpp leaves out tokens that
-        # end within a character.
-        reply = run.complete(answer.ids, 1, n_probs=LIKELIEST, cache_prompt=True)["choices"][0]["logprobs"]
-        steps = reply["content"] if reply else []
-        found = {entry["id"]: entry["logprob"] for step in steps for entry in step["top_logprobs"]}
+        found = run.likeliest(answer.ids)
         if rounded and found:
             values, indices = answer.log_probabilities.topk(MOST)
             likely = indices[values >= values[0] + math.log(LIKELY)].tolist()

@@ -97,7 +97,7 @@ def write(
     _check(model.config, model.get_decoder().rotary_emb)
     _check_quantisation(dtype, imatrix)
     fields = _tokenizer_fields(tokenizer, tokenizer_from, model.config.vocab_size)
-    path, longest = staging / f"model-{dtype}.gguf", _context_length(model.config)
+    path, longest = staging / f"model-{dtype}.gguf", context_length(model.config)
     importance = importance_matrix(model, tokenizer, imatrix) if imatrix else {}
     kinds = _write_file(path, model, fields, stored, importance)
     (staging / "Modelfile").write_text(modelfile(path.name, model, tokenizer, longest), encoding="utf-8")
@@ -209,7 +209,7 @@ def _describe(writer: GGUFWriter, config: PreTrainedConfig, shape: ModelShape, w
 
     writer.add_type("model")
     writer.add_block_count(shape.num_layers)
-    writer.add_context_length(_context_length(config))
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_feed_forward_length(each([w.intermediate_size for w in widths]))
@@ -222,7 +222,7 @@ def _describe(writer: GGUFWriter, config: PreTrainedConfig, shape: ModelShape, w
     writer.add_rope_dimension_count(shape.head_dim)
 
 
-def _context_length(config: PreTrainedConfig) -> int:
+def context_length(config: PreTrainedConfig) -> int:
     """Longest context for which the file is exact, in tokens: `deci` and `llama` have no sliding window."""
     longest: int = config.max_position_embeddings
     return min(getattr(config, "sliding_window", None) or longest, longest)

@@ -20,7 +20,8 @@ from exporters.graph_causal_lm import GraphCausalLM
 from exporters.parity import Step, logit_difference
 from exporters.to_onnx.matrix_bits import quantize
 from exporters.tracing import cache_of, states_of
-from selfpruner_hub.errors import ExportError
+from exporters.writer import one_line, require
+from selfpruner_hub.errors import ExportError, SavedModelError
 from selfpruner_hub.models.architectures import architecture_of, shape_of
 
 FOLDER = "onnx"
@@ -156,13 +157,24 @@ class HubGraph(GraphCausalLM):
         path: Path of the graph.
         config: Configuration of the exported model.
         options: Options of ONNX Runtime's session.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        SavedModelError: The graph is missing or damaged.
     """
 
     def __init__(self, path: Path, config: PreTrainedConfig, options: Any) -> None:
+        require("onnxruntime", "onnx")
         import onnxruntime
 
         super().__init__(config)
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors share no base class
+            raise SavedModelError(
+                f"{str(path)!r} cannot be loaded, it may be damaged or cut off: {one_line(error)}",
+                "Export or download the model again.",
+            ) from error
         self._half = any("float16" in value.type for value in self._session.get_inputs())
 
     @property

@@ -18,6 +18,7 @@ from selfpruner_hub.cli import export as cli_export
 from selfpruner_hub.cli import prune as cli_prune
 from selfpruner_hub.cli import publish as cli_publish
 from selfpruner_hub.cli import settings as cli_settings
+from selfpruner_hub.cli import verify as cli_verify
 from selfpruner_hub.cli.options import from_pretrained, loading, number, verb
 from selfpruner_hub.errors import SelfPrunerError, UserError
 from selfpruner_hub.import_hook import after_import
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         after_import("transformers", lambda: _quieten(options))  # torch is not imported for usage errors
-        options.run(options)
+        status: int | None = options.run(options)
     except UserError as error:
         return _complain(error, options, 2)
     except SelfPrunerError as error:
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return status or 0
 
 
 def _quieten(options: argparse.Namespace) -> None:
@@ -96,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     export = verb(verbs, "export", _export, "write a model in another format, and compare it with PyTorch")
     cli_export.add_arguments(export)
 
+    verify = verb(verbs, "verify", _verify, "run an export beside its PyTorch model on a prompt, and compare them")
+    cli_verify.add_arguments(verify)
+
     benchmark = verb(verbs, "benchmark", _benchmark, "time a pruned model beside its dense parent, in any runtime")
     cli_benchmark.add_arguments(benchmark)
 
@@ -131,6 +135,15 @@ def _card(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     print(cli_export.run(options))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    text, failure = cli_verify.run(options)
+    print(text)
+    if failure is None:
+        return 0
+    print(f"selfpruner: {failure}", file=sys.stderr)
+    return 1
 
 
 def _benchmark(options: argparse.Namespace) -> None:

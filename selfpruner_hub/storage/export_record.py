@@ -22,7 +22,8 @@ class ExportRecord:
     format: str
     options: dict[str, Any]
     source: dict[str, Any]
-    """`name`, `model_type` and `parameters` of the PyTorch model, counted from the tensors, shared ones once."""
+    """`name`, `model_type`, `parameters` (counted from the tensors, shared ones once) and `weights_hash` of the PyTorch
+    model in float32; exports of older versions have no hash."""
     versions: dict[str, str]
     tolerance: float
     max_difference: float | None

@@ -1,0 +1,88 @@
+"""The verb `selfpruner verify`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfpruner_hub.errors import ExportError
+
+if TYPE_CHECKING:
+    from exporters.verify import Comparison, Verification
+
+PROMPT, NEW_TOKENS = "The capital of France is", 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb.
+
+    Args:
+        parser: Parser of the verb.
+    """
+    parser.add_argument("export", type=Path, metavar="EXPORT", help="a directory that selfpruner export wrote")
+    parser.add_argument(
+        "--model", metavar="MODEL_OR_DIR", help="the model that was exported (default: the one that its record names)"
+    )
+    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="text to go on from (default: %(default)s)")
+    parser.add_argument(
+        "--new-tokens", type=int, default=NEW_TOKENS, metavar="N", help="greedy tokens after it (default: %(default)s)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the model, if it is a Hub repository")
+    parser.add_argument("--gguf-file", metavar="FILE", help="load the model's weights from this GGUF file of it")
+
+
+def run(options: argparse.Namespace) -> tuple[str, ExportError | None]:
+    """Compare an export with its PyTorch model.
+
+    Args:
+        options: Parsed command line.
+
+    Returns:
+        Text to print, both sides or JSON; and the error of an export that differs by more than its tolerance, or None.
+
+    Raises:
+        UserError: There is no export or no model, the model is another one, or the runtime is missing.
+        ExportError: llama.cpp reads the prompt as other tokens than the model does.
+    """
+    from exporters.verify import verify
+    from selfpruner_hub.progress import Bars
+
+    loading = {name: value for name in ("revision", "gguf_file") if (value := getattr(options, name)) is not None}
+    with Bars(not options.quiet) as progress:
+        found = verify(
+            options.export, options.prompt, options.new_tokens, options.model, loading=loading, progress=progress
+        )
+    return (_as_json(found) if options.json else _side_by_side(found)), found.failure
+
+
+def _as_json(found: Verification) -> str:
+    values: dict[str, Any] = asdict(found)
+    for file in values["files"]:
+        if not math.isfinite(file["difference"]):
+            file["difference"] = None  # JSON has no NaN
+    failure = found.failure
+    said = {} if failure is None else {"error": failure.message, "hint": failure.hint}
+    return json.dumps({**said, "verified": failure is None, **values}, allow_nan=False)
+
+
+def _side_by_side(found: Verification) -> str:
+    texts = {"prompt": found.prompt, "PyTorch": found.text, **{file.file: file.text for file in found.files}}
+    widest = max(map(len, texts))
+    lines = [f"{name:{widest}}  {text!r}" for name, text in texts.items()]
+    return "\n".join([*lines, *(_line(file, found) for file in found.files)])
+
+
+def _line(file: Comparison, found: Verification) -> str:
+    same = (
+        f"all {len(found.tokens)} tokens are PyTorch's"
+        if file.differs_at is None
+        else f"token {file.differs_at + 1} of {len(found.tokens)} is the first that is not PyTorch's"
+    )
+    return (
+        f"{file.file}: {same}; a {found.measured} differs from PyTorch's float32 by {file.difference:.1e} at most "
+        f"({file.tolerance:.1e} is allowed)"
+    )

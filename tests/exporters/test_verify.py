@@ -1,0 +1,331 @@
+"""`selfpruner verify`: every format beside its PyTorch model, what was changed since, and what it cannot compare."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+from support.tiny import tiny_model, tiny_pruned
+from support.trained import VOCABULARY, trained_tokenizer
+from transformers import GenerationConfig
+
+from exporters import verify as verify_module
+from exporters.export import export_model
+from exporters.to_gguf.dtypes import DTYPES
+from selfpruner_hub.cli import main
+from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
+
+PROMPT, NEW = "In 1984 they counted", 6
+WIDE = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, "head_dim": 32}
+"""Rows of 256, one block of a K-quant."""
+EXPORTS = {
+    "padded": {},
+    "padded bfloat16": {"dtype": "bfloat16"},
+    **{f"gguf {dtype}": {"dtype": dtype} for dtype in DTYPES},
+    "onnx": {},
+    "onnx hub": {"layout": "hub"},
+    "openvino": {},
+}
+"""Options by format and a word for them."""
+CASES = [pytest.param(name, marks=pytest.mark.heavy if name[:2] in ("on", "op") else ()) for name in EXPORTS]
+EXACT = ("padded", "gguf f32", "onnx", "openvino")
+LIBRARY = {"onnx": "onnxruntime", "openvino": "openvino", "gguf": "xllamacpp"}
+
+
+def save(directory, seed=0, **changes):
+    """Save a pruned model that is sure of its answers, and whose layers change them little when they are rounded."""
+    model = tiny_pruned("llama", seed=seed, **{**WIDE, **changes})
+    for name, parameter in model.named_parameters():
+        if "norm" not in name and "lm_head" not in name:
+            parameter.data *= 0.3
+    model.save_pretrained(directory)
+    trained_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory with the model in `tiny`; exports of it are made beside that."""
+    home = tmp_path_factory.mktemp("verify")
+    save(home / "tiny")
+    return home
+
+
+@pytest.fixture(scope="module")
+def exported(home):
+    """A function: the directory of an export, made once."""
+
+    def exported(name):
+        to = name.split()[0]
+        if to in LIBRARY:
+            pytest.importorskip(LIBRARY[to])
+        directory = home / name.replace(" ", "-")
+        if not directory.is_dir():
+            model, tokenizer = load_model(str(home / "tiny"), device="cpu", dtype=torch.float32)
+            export_model(model, tokenizer, to, directory, name="tiny", **EXPORTS[name])
+        return directory
+
+    return exported
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*words):
+        capsys.readouterr()  # bars of what a test has loaded itself
+        status = main(["verify", *map(str, words), "--quiet"])
+        out, err = capsys.readouterr()
+        assert err.count("\n") == (status != 0)
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def verified(run):
+    def verified(directory, *words):
+        status, out, _ = run(directory, "--prompt", PROMPT, "--new-tokens", NEW, "--json", *words)
+        return status, json.loads(out)
+
+    return verified
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_export_is_its_model(name, exported, verified, home):
+    status, told = verified(exported(name))
+    assert (status, told["verified"]) == (0, True)
+    assert (told["model"], told["prompt"]) == (str(home / "tiny"), PROMPT)
+    assert told["measured"] == ("log-probability" if name.startswith("gguf") else "logit")
+    model, tokenizer = load_model(str(home / "tiny"), device="cpu", dtype=torch.float32)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    own = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert told["tokens"] == own
+    assert told["text"] == tokenizer.decode(own)
+    record = read_export(exported(name))
+    first, *others = told["files"]
+    assert first["tolerance"] == record.tolerance
+    assert len(others) == (3 if name == "onnx hub" else 0)
+    for file in told["files"]:
+        assert file["difference"] <= file["tolerance"]
+        assert (file["differs_at"] is None) == (file["tokens"] == own)
+    if name in EXACT:
+        assert first["differs_at"] is None
+        assert first["difference"] < 1e-3
+    else:
+        assert max(file["difference"] for file in told["files"]) > 1e-5
+
+
+def negate(path, dtype):
+    """Change the sign of a third of the weights in a file."""
+    weights = np.memmap(path, dtype, "r+", shape=path.stat().st_size // np.dtype(dtype).itemsize)
+    third = len(weights) // 3
+    weights[third : 2 * third] = -weights[third : 2 * third]
+
+
+def change_weight(directory, name):
+    """Change weights of an export; return the name of the file that must be noticed."""
+    if name.startswith("padded"):
+        state = load_file(directory / "model.safetensors")
+        state["model.layers.1.mlp.down_proj.weight"][0] += 1
+        save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+        return "the padded model"
+    if name.startswith("gguf"):
+        path = directory / f"model-{name.split()[1]}.gguf"
+        norm = next(tensor for tensor in GGUFReader(path, "r+").tensors if tensor.name == "output_norm.weight")
+        norm.data[:] = -norm.data  # float32 in every dtype
+        return path.name
+    if name == "openvino":
+        negate(directory / "openvino_model.bin", np.float32)
+        return "openvino_model.xml"
+    if name == "onnx hub":
+        negate(directory / "onnx/model_fp16.onnx_data", np.float16)
+        return "onnx/model_fp16.onnx"
+    negate(directory / "model.onnx.data", np.float32)
+    return "model.onnx"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_changed_weight_is_noticed(name, exported, verified, home, tmp_path):
+    directory = shutil.copytree(exported(name), tmp_path / "changed")
+    file = change_weight(directory, name)
+    status, told = verified(directory, "--model", home / "tiny")
+    assert (status, told["verified"]) == (1, False)
+    assert told["error"].startswith(f"{file} differs from the PyTorch model by ")
+    within = {f["file"]: f["difference"] is not None and f["difference"] <= f["tolerance"] for f in told["files"]}
+    assert [each for each, good in within.items() if not good] == [file]
+
+
+def test_side_by_side(exported, run, verified, home, tmp_path):
+    """The first token that differs, the largest difference, and one line on stderr with status 1."""
+    words = [exported("padded"), "--prompt", PROMPT, "--new-tokens", NEW]
+    status, out, _ = run(*words)
+    tokens = verified(exported("padded"))[1]["tokens"]
+    text = trained_tokenizer().decode(tokens)
+    assert (status, out.splitlines()[:3]) == (
+        0,
+        [f"prompt            {PROMPT!r}", f"PyTorch           {text!r}", f"the padded model  {text!r}"],
+    )
+    assert f"all {NEW} tokens are PyTorch's; a logit differs from PyTorch's float32 by" in out
+    at = next(index for index in range(1, NEW) if tokens[index] not in tokens[:index])
+    directory = shutil.copytree(exported("padded"), tmp_path / "changed")
+    state = load_file(directory / "model.safetensors")
+    state["lm_head.weight"][tokens[at]] *= -1
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    status, out, err = run(directory, *words[1:], "--model", home / "tiny")
+    assert status == 1
+    assert f"the padded model: token {at + 1} of {NEW} is the first that is not PyTorch's; a logit differs" in out
+    assert err.startswith("selfpruner: the padded model differs from the PyTorch model by ")
+
+
+@pytest.mark.parametrize("name", ["padded", "gguf f32"])
+def test_both_stop_at_an_end_token(name, exported, verified, home, tmp_path):
+    tokens = verified(exported(name))[1]["tokens"]
+    ending = shutil.copytree(home / "tiny", tmp_path / "ending")
+    GenerationConfig(eos_token_id=[tokens[2], 3]).save_pretrained(ending)
+    told = verified(exported(name), "--model", ending)[1]
+    assert told["tokens"] == told["files"][0]["tokens"] == tokens[: tokens.index(tokens[2]) + 1]
+
+
+def test_llama_cpps_own_end_token(verified, tmp_path):
+    """llama.cpp says nothing of the text of an end token, and its log-probability is compared all the same."""
+    pytest.importorskip("xllamacpp")
+    model, tokenizer = load_model(str(save(tmp_path / "tiny")), device="cpu", dtype=torch.float32)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.lm_head.weight.data[tokenizer.eos_token_id] = 0
+    step = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    hidden = model.model(step).last_hidden_state[0, -1].detach()
+    model.lm_head.weight.data[tokenizer.eos_token_id] = 100 * hidden / hidden.norm() ** 2
+    model.save_pretrained(tmp_path / "tiny")
+    export_model(model, tokenizer, "gguf", tmp_path / "out", name="tiny", dtype="f32")
+    status, told = verified(tmp_path / "out")
+    assert status == 0
+    assert told["tokens"] == told["files"][0]["tokens"] == [tokenizer.eos_token_id]
+    assert 0 < told["files"][0]["difference"] < 1e-3
+
+
+def test_the_model_is_found(exported, verified, home, tmp_path, monkeypatch):
+    """An export inside the directory of its model, as it is published; one beside it; one here."""
+    inside = shutil.copytree(home / "tiny", tmp_path / "a" / "published")
+    shutil.copytree(exported("padded"), inside / "padded")
+    assert verified(inside / "padded")[1]["model"] == str(inside)
+    shutil.copytree(exported("padded"), tmp_path / "elsewhere" / "out")
+    monkeypatch.chdir(home)
+    assert verified(tmp_path / "elsewhere" / "out")[1]["model"] == "tiny"
+
+
+def test_mistakes(exported, run, home, tmp_path):
+    padded = exported("padded")
+    alone = shutil.copytree(padded, tmp_path / "alone")
+    (tmp_path / "without").mkdir()
+    nameless = shutil.copytree(home / "tiny", tmp_path / "nameless")
+    for path in (*nameless.glob("tokenizer*"), *nameless.glob("special*")):
+        path.unlink()
+    tiny_model("qwen2").save_pretrained(tmp_path / "qwen2")
+    for words, says in (
+        ([tmp_path / "nowhere"], "holds no export (no readable selfpruner_export.json)"),
+        ([home / "tiny"], "holds no export"),
+        ([alone], "The model that was exported (tiny) is not beside the export. Name its directory"),
+        ([padded, "--model", tmp_path / "nowhere"], "Cannot find"),
+        ([padded, "--model", tmp_path / "without"], "holds no model"),
+        ([padded, "--model", tmp_path / "qwen2"], "it has model_type qwen2, not selfpruned_llama."),
+        ([padded, "--model", save(tmp_path / "thin", intermediate_size=480)], "it has parameters "),
+        ([padded, "--model", save(tmp_path / "other", seed=1)], "it has other weights."),
+        ([padded, "--model", nameless], "has no tokenizer, and a prompt needs one."),
+        ([padded, "--new-tokens", 0], "At least one new token is needed; got 0."),
+        ([padded, "--new-tokens", 128], "they are more than the 128 that the export takes."),
+    ):
+        status, out, err = run(*words)
+        assert (status, out) == (2, "")
+        assert says in err
+
+
+def test_a_prompt_without_tokens(exported, run, home, tmp_path):
+    bare = shutil.copytree(home / "tiny", tmp_path / "bare")
+    tokenizer = trained_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.save_pretrained(bare)
+    status, _, err = run(exported("padded"), "--model", bare, "--prompt", "")
+    assert status == 2
+    assert "The prompt has no tokens." in err
+
+
+@pytest.mark.parametrize("damage", ["model.onnx", "model.onnx.data"])
+@pytest.mark.heavy
+def test_damaged_onnx(damage, exported, run, home, tmp_path):
+    for name, folder in (("onnx", ""), ("onnx hub", "onnx/")):
+        directory = shutil.copytree(exported(name), tmp_path / name)
+        path = directory / (folder + (damage.replace(".data", "_data") if folder else damage))
+        path.write_bytes(path.read_bytes()[:100])
+        status, out, err = run(directory, "--model", home / "tiny")
+        assert (status, out) == (2, "")
+        assert "cannot be loaded, it may be damaged or cut off" in err
+
+
+@pytest.mark.parametrize(("to", "library"), LIBRARY.items())
+def test_a_missing_runtime(to, library, exported, run, home, monkeypatch, tmp_path):
+    """Said before the model is loaded, with the command that installs it."""
+    directory = as_format(exported("padded"), to, tmp_path / to)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else find(name))
+    status, out, err = run(directory, "--model", tmp_path / "nowhere")
+    assert (status, out) == (2, "")
+    assert err == f'selfpruner: {library} is not installed. Install it with: pip install "selfpruner-hub[{to}]"\n'
+
+
+def as_format(directory, to, output, **options):
+    """A copy of an export whose record has another format."""
+    shutil.copytree(directory, output)
+    record = json.loads((output / EXPORT_RECORD_FILE).read_text())
+    record |= {"format": to, "options": options}
+    (output / EXPORT_RECORD_FILE).write_text(json.dumps(record))
+    return output
+
+
+def test_a_record_of_an_older_version(exported, verified, home, tmp_path):
+    """It has no hash of the weights, so the logits alone tell another model."""
+    directory = as_format(exported("padded"), "padded", tmp_path / "old")
+    record = json.loads((directory / EXPORT_RECORD_FILE).read_text())
+    del record["source"]["weights_hash"]
+    (directory / EXPORT_RECORD_FILE).write_text(json.dumps(record))
+    assert verified(directory, "--model", home / "tiny")[0] == 0
+    assert verified(directory, "--model", save(tmp_path / "other", seed=1))[0] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an NVIDIA GPU is here")
+def test_tensorrt_without_a_gpu(exported, run, tmp_path):
+    directory = as_format(exported("padded"), "tensorrt", tmp_path / "trt", compute_capability="8.6")
+    status, _, err = run(directory)
+    assert status == 2
+    assert "PyTorch sees no NVIDIA GPU here; the engine is for compute capability 8.6." in err
+
+
+def test_tensorrt_is_compared(exported, verified, home, tmp_path, monkeypatch):
+    """With PyTorch in the place of an engine: the padded twin, in an engine's context."""
+    directory = as_format(exported("padded"), "tensorrt", tmp_path / "trt", context=32)
+    twin = load_model(str(exported("padded")), device="cpu", dtype=torch.float32)[0]
+    monkeypatch.setattr(verify_module, "check_fits", lambda record: None)
+    monkeypatch.setattr(verify_module.TensorRtCausalLM, "from_pretrained", lambda directory: twin)
+    status, told = verified(directory, "--model", home / "tiny")
+    assert (status, told["files"][0]["file"], told["files"][0]["differs_at"]) == (0, "model.engine", None)
+    status, told = verified(directory, "--model", home / "tiny", "--new-tokens", 30)
+    assert status == 2
+    assert "more than the 32 that the export takes." in told["error"]
+
+
+@pytest.mark.gpu
+@pytest.mark.heavy
+def test_tensorrt_on_a_gpu(home, verified):
+    """An engine for the GPU of this machine."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    model, tokenizer = load_model(str(home / "tiny"), device="cpu", dtype=torch.float32)
+    export_model(model, tokenizer, "tensorrt", home / "trt", name="tiny", context=64)
+    status, told = verified(home / "trt")
+    assert status == 0
+    assert told["files"][0]["difference"] > 0
