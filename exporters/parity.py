@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ PROMPTS = (24, 9, 1)
 """Lengths of the prompts of a parity check, in tokens; they form one left-padded batch."""
 STEPS = 4
 """Number of decode steps after the prompts."""
+LIKELY = 1 / 20
+"""Least probability of a token that is compared where weights are rounded, relative to the likeliest token's."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,23 @@ def greedy(
     return passes
 
 
+def likely(log_probabilities: Tensor) -> Tensor:
+    """Tell the likely tokens of distributions, `[…, V]`: a mask of the same shape."""
+    return log_probabilities >= log_probabilities.amax(-1, keepdim=True) + math.log(LIKELY)
+
+
 @torch.inference_mode()
-def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
+def logit_difference(passes: Sequence[Step], exported: Callable[..., Any], rounded: bool = False) -> float:
     """Compare an exported model's logits with those of the PyTorch model.
+
+    Weights in few bits move unlikely tokens far, by 1.2 in 8 bits of a pruned SmolLM2, and that adds almost nothing to
+    the KL divergence. For them, log-probabilities of likely tokens are compared.
 
     Args:
         passes: Forward passes, from `expected`.
         exported: Exported model; takes `input_ids`, `attention_mask`, `position_ids`, `cache` and `use_cache`, and
             returns logits of all new tokens, or of the last ones alone.
+        rounded: Flag of weights in few bits: compares log-probabilities of the tokens that are likely in PyTorch.
 
     Returns:
         The largest absolute difference between logits of real tokens; NaN if any is NaN.
@@ -105,7 +117,12 @@ def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> fl
         cache = out.cache
         found = out.logits.float().cpu()
         real = mask[:, -found.shape[1] :].bool()
-        difference = (step.logits[:, -found.shape[1] :][real] - found[real]).abs().max().item()
+        ours, theirs = step.logits[:, -found.shape[1] :][real], found[real]
+        if rounded:
+            ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+            kept = likely(ours)
+            ours, theirs = ours[kept], theirs[kept]
+        difference = (ours - theirs).abs().max().item()
         worst = difference if difference != difference else max(worst, difference)  # NaN stays
         if worst != worst:
             break

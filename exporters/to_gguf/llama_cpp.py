@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters import machine
+from exporters.parity import likely
 from exporters.writer import require
 from selfpruner_hub.calibration.generated_text import sample_windows
 from selfpruner_hub.errors import ExportError, ModelError
@@ -24,9 +25,8 @@ PROMPTS = (24, 9, 1)
 STEPS = 5
 LIKELIEST = 64
 """Number of llama.cpp's likeliest tokens whose log-probabilities are compared at each step."""
-LIKELY, MOST = 1 / 20, 16
-"""Where weights are rounded: least probability of a compared token, relative to the likeliest token's, and most tokens
-that are compared at each step."""
+MOST = 16
+"""Most tokens that are compared at each step where weights are rounded."""
 PROBE = (
     "In 1984 the café's 3,141 guests didn't say: \"It's 50% off!\"\n\n  They'd ask\tfor naïve Überraschungen, "
     "漢字とかな, Привет мир and 🚀🙂.\r\n    return x != 10_000;  "
@@ -192,7 +192,7 @@ def difference(told: list[Answer], run: LlamaCpp, rounded: bool = False) -> floa
         found = run.likeliest(answer.ids)
         if rounded and found:
             values, indices = answer.log_probabilities.topk(MOST)
-            likely = indices[values >= values[0] + math.log(LIKELY)].tolist()
-            found = {index: found.get(index, min(found.values())) for index in likely}
+            compared = indices[likely(values)].tolist()
+            found = {index: found.get(index, min(found.values())) for index in compared}
         differences += [abs(answer.log_probabilities[index].item() - value) for index, value in found.items()]
     return max(differences) if differences and all(map(math.isfinite, differences)) else math.nan

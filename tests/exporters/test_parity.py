@@ -107,3 +107,20 @@ def test_weights_are_let_go_once_they_are_written(consume, tmp_path):
     assert any(tensor.any() for tensor in model.parameters()) != consume  # pages that were given back are zeros
     if not consume:
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("token", "noticed"), [("likeliest", True), ("least likely", False)])
+def test_of_rounded_weights_the_likely_tokens_are_compared(token, noticed):
+    model = tiny_pruned("llama")
+    passes = expected(model, steps=0)
+
+    def rounded(**inputs):
+        out = model(**inputs)
+        logits = out.logits[0, -1]
+        logits[logits.argmax() if token == "likeliest" else logits.argmin()] -= 1
+        return out
+
+    assert logit_difference(passes, rounded) == pytest.approx(1, abs=1e-5)
+    difference = logit_difference(passes, rounded, rounded=True)
+    assert (difference > 0.5) == noticed
+    assert difference < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -11,7 +12,10 @@ import torch
 from exporters.benchmark import benchmark
 from exporters.export import export_model
 from exporters.parity import expected, logit_difference
+from exporters.to_gguf import write
+from exporters.to_gguf.library import cross_entropy
 from exporters.to_gguf.llama_cpp import LlamaCpp
+from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.cli.demo import embedded_model
 from selfpruner_hub.storage.export_record import read_export
 
@@ -99,6 +103,21 @@ def test_gguf(beta, real_pruner, real_pruned, tmp_path):
         assert len(divergences) == 48 * len(PROMPTS)
         assert agreed >= likeness, (dtype, agreed)
         assert divergence < allowed, (dtype, divergence)
+
+
+def test_k_quants(real_pruner, real_pruned, real_text, tmp_path):
+    """A pruned model loses as little to q4_k_m as dense ones do, and its file is smaller than the dense one's."""
+    pytest.importorskip("xllamacpp")
+    pruned = real_pruned(0.3).model
+    windows = consecutive_windows(str(real_text), real_pruner.tokenizer, 256, 4).windows
+    losses = {}
+    for dtype in ("f16", "q4_k_m"):
+        written = write(pruned, real_pruner.tokenizer, tmp_path, dtype=dtype)
+        losses[dtype] = cross_entropy(tmp_path / f"model-{dtype}.gguf", windows)
+    assert written.measure() <= written.tolerance
+    assert losses["q4_k_m"] - losses["f16"] < math.log(1.1)
+    size = (tmp_path / "model-q4_k_m.gguf").stat().st_size
+    assert size < 0.9 * 105_453_888  # that of the dense model, by llama-quantize
 
 
 def test_llama_cpp_is_really_faster(real_pruned, tmp_path):
