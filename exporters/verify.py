@@ -141,10 +141,10 @@ def verify(
         opened = load()
         own, distance = opened.tokens(expected), opened.difference(expected)
         differs = next((i for i, (a, b) in enumerate(zip_longest(own, tokens)) if a != b), None)
-        compared.append(Comparison(file, own, tokenizer.decode(own), differs, distance, tolerance))
+        compared.append(Comparison(file, own, str(tokenizer.decode(own)), differs, distance, tolerance))
     progress(VERIFYING, 3, 3, "done")
     measured = "log-probability" if record.format == "gguf" else "logit"
-    return Verification(name, prompt, measured, tokens, tokenizer.decode(tokens), compared)
+    return Verification(name, prompt, measured, tokens, str(tokenizer.decode(tokens)), compared)
 
 
 def _check_runtime(record: ExportRecord) -> None:
