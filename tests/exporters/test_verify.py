@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -141,7 +142,12 @@ def change_weight(directory, name):
         norm.data[:] = -norm.data  # float32 in every dtype
         return path.name
     if name == "openvino":
-        negate(directory / "openvino_model.bin", np.float32)
+        layers = ElementTree.parse(directory / "openvino_model.xml").iter("layer")
+        found = (layer.find("data").attrib for layer in layers if layer.get("type") == "Const")
+        largest = max((data for data in found if data["element_type"] == "f32"), key=lambda data: int(data["size"]))
+        shape, start = int(largest["size"]) // 4, int(largest["offset"])
+        weights = np.memmap(directory / "openvino_model.bin", np.float32, "r+", offset=start, shape=shape)
+        weights[:] = -weights
         return "openvino_model.xml"
     if name == "onnx hub":
         negate(directory / "onnx/model_fp16.onnx_data", np.float16)

@@ -69,7 +69,7 @@ def test_keeps_the_dtype(problem):
 
 def test_statistics_that_are_not_finite_are_refused(problem):
     weight, _, gram = problem
-    with pytest.raises(ModelError, match="degenerate"):
+    with pytest.raises(ModelError, match="not finite"):
         Repair(weight, gram * torch.nan)
 
 

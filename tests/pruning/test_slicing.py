@@ -15,6 +15,14 @@ from selfpruner_hub.pruning.importance import LayerOrder
 from selfpruner_hub.pruning.slicing import ordered, permute
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A process that a shell started in the background ignores interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def case():
     """A model, its weights, and an order that moves all of them."""
