@@ -62,7 +62,7 @@ def test_onnx(beta, real_pruner, real_pruned, tmp_path):
     assert 1024 * kilobytes < 3 * 4 * parameters
     assert (output / "model.onnx.data").stat().st_size < 4.05 * parameters  # the head is the embedding: once
     graph = OnnxCausalLM.from_pretrained(output)
-    # In float32, two orders of one sum: 0.0018 and 0.0060 were met after 64 steps, by processor, for logits up to 30.
+    # In float32, two orders of one sum: 0.0018 and 0.0060 were met after 64 steps, for logits up to 30.
     passes = expected(pruned.model, prompts=(40, 17, 1), steps=64)
     assert logit_difference(passes, graph) <= 1e-3 * max(step.logits.abs().max().item() for step in passes)
     for text in PROMPTS:
