@@ -193,8 +193,8 @@ def _has_graphs(device: torch.device) -> bool:
 
 def _forget(device: torch.device) -> None:
     """Free the memory of earlier graphs; a runner and its functions refer to each other."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

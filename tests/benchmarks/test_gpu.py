@@ -190,13 +190,13 @@ def test_tokens_a_second_of_dense_and_pruned(bench, monkeypatch):
     for row in rows:
         assert row["cuda_graphs"] is False
         tokens, took = row["batch"] * row["prompt"], row["prefill"]["milliseconds"]["median"]
-        assert row["prefill"]["tokens_per_second"] == pytest.approx(1000 * tokens / took, rel=1e-3)
+        assert row["prefill"]["tokens_per_second"] == pytest.approx(1000 * tokens / took, rel=1e-3, abs=0.06)
         took = row["decode"]["milliseconds"]["median"]
-        assert row["decode"]["tokens_per_second"] == pytest.approx(1000 * row["batch"] / took, rel=1e-3)
+        assert row["decode"]["tokens_per_second"] == pytest.approx(1000 * row["batch"] / took, rel=1e-3, abs=0.06)
     assert all(set(row["ideal"].values()) == {1.0} for row in rows[:2])
     assert 1 < rows[2]["ideal"]["decode"] < rows[4]["ideal"]["decode"]
     ratio = rows[0]["decode"]["milliseconds"]["median"] / rows[4]["decode"]["milliseconds"]["median"]
-    assert rows[4]["speedup"]["decode"] == pytest.approx(ratio, rel=1e-3)
+    assert rows[4]["speedup"]["decode"] == pytest.approx(ratio, rel=1e-2)
     bench.deadline = time.monotonic() - 1
     gpu.PARTS["speed-8b"].run(bench, "speed-8b")
     assert "0 s were left; a model took" in bench.rows()[-1]["skipped"]
