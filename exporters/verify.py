@@ -18,7 +18,7 @@ from exporters.to_gguf.dtypes import DTYPES
 from exporters.to_gguf.llama_cpp import Answer, LlamaCpp, check_tokens, difference
 from exporters.to_gguf.writer import context_length
 from exporters.to_onnx.causal_lm import OnnxCausalLM, default_options
-from exporters.to_onnx.hub_layout import HubGraph, file_of
+from exporters.to_onnx.hub_layout import BITS, HubGraph, file_of
 from exporters.to_onnx.writer import TOLERANCES
 from exporters.to_openvino.causal_lm import GRAPH, OpenVinoCausalLM
 from exporters.to_tensorrt.causal_lm import ENGINE, TensorRtCausalLM, check_fits
@@ -43,9 +43,11 @@ class Comparison:
     text: str
     differs_at: int | None
     """Index of the first of these tokens that is not PyTorch's; None if all are."""
+    measured: str
+    """What is compared: `"logit"` or `"log-probability"`."""
     difference: float
-    """Largest distance of a logit (GGUF: of a log-probability) from PyTorch's in float32, on the prompt and on
-    PyTorch's greedy tokens; NaN if any is not finite."""
+    """Largest distance from PyTorch in float32, on the prompt and on PyTorch's greedy tokens; NaN if any is not finite.
+    Where weights are rounded, tokens that are likely in PyTorch are compared."""
     tolerance: float
     """Largest allowed distance, from the record of the export."""
 
@@ -56,8 +58,6 @@ class Verification:
 
     model: str
     prompt: str
-    measured: str
-    """What is compared: `"logit"` or `"log-probability"`."""
     tokens: list[int]
     """PyTorch's greedy tokens after the prompt."""
     text: str
@@ -69,7 +69,7 @@ class Verification:
         for file in self.files:
             if not file.difference <= file.tolerance:  # NaN too
                 return ExportError(
-                    f"{file.file} differs from the PyTorch model by {file.difference:.2g} in a {self.measured}; "
+                    f"{file.file} differs from the PyTorch model by {file.difference:.2g} in a {file.measured}; "
                     f"{file.tolerance:.2g} is allowed.",
                     "Export the model again; if it is the same then, this prompt needs a wider dtype.",
                 )
@@ -141,10 +141,10 @@ def verify(
         opened = load()
         own, distance = opened.tokens(expected), opened.difference(expected)
         differs = next((i for i, (a, b) in enumerate(zip_longest(own, tokens)) if a != b), None)
-        compared.append(Comparison(file, own, str(tokenizer.decode(own)), differs, distance, tolerance))
+        text = str(tokenizer.decode(own))
+        compared.append(Comparison(file, own, text, differs, opened.measured, distance, tolerance))
     progress(VERIFYING, 3, 3, "done")
-    measured = "log-probability" if record.format == "gguf" else "logit"
-    return Verification(name, prompt, measured, tokens, str(tokenizer.decode(tokens)), compared)
+    return Verification(name, prompt, tokens, str(tokenizer.decode(tokens)), compared)
 
 
 def _check_runtime(record: ExportRecord) -> None:
@@ -215,14 +215,20 @@ class _Graph:
     """A model with the interface of a transformers model."""
 
     model: Callable[..., Any]
+    rounded: bool = False
+
+    @property
+    def measured(self) -> str:
+        """What is compared."""
+        return "log-probability" if self.rounded else "logit"
 
     def tokens(self, expected: _Expected) -> list[int]:
         """Greedy tokens after the prompt."""
         return _tokens(_run(self.model, expected.ids, expected.new_tokens, expected.end))
 
     def difference(self, expected: _Expected) -> float:
-        """Largest distance of a logit from PyTorch's."""
-        return logit_difference(expected.passes, self.model)
+        """Largest distance from PyTorch."""
+        return logit_difference(expected.passes, self.model, self.rounded)
 
 
 @dataclass(frozen=True)
@@ -233,6 +239,7 @@ class _GgufFile:
     rounded: bool
     converted: bool
     """Whether the file's tokenizer is the model's, converted."""
+    measured = "log-probability"
 
     def tokens(self, expected: _Expected) -> list[int]:
         """Greedy tokens after the prompt."""
@@ -244,7 +251,7 @@ class _GgufFile:
         return found
 
     def difference(self, expected: _Expected) -> float:
-        """Largest distance of a log-probability from PyTorch's."""
+        """Largest distance from PyTorch."""
         if self.converted:
             check_tokens(self.run, expected.tokenizer, expected.prompt)
         ids, told = list(expected.ids), []
@@ -260,11 +267,15 @@ _Files = Iterator[tuple[str, float, Callable[[], _Graph | _GgufFile]]]
 
 def _onnx(directory: Path, record: ExportRecord, config: PreTrainedConfig, longest: int) -> _Files:
     if record.options.get("layout") != "hub":
-        yield "model.onnx", record.tolerance, lambda: _Graph(OnnxCausalLM.from_pretrained(directory))
+        rounded = record.options["dtype"] in BITS
+        yield "model.onnx", record.tolerance, lambda: _Graph(OnnxCausalLM.from_pretrained(directory), rounded)
         return
     for dtype, allowed in {**TOLERANCES, "float32": record.tolerance}.items():
-        load = partial(HubGraph, directory / file_of(dtype), config, default_options())
-        yield file_of(dtype), allowed, lambda load=load: _Graph(load())  # type: ignore[misc]
+        yield file_of(dtype), allowed, partial(_hub_graph, directory / file_of(dtype), config, dtype in BITS)
+
+
+def _hub_graph(path: Path, config: PreTrainedConfig, rounded: bool) -> _Graph:
+    return _Graph(HubGraph(path, config, default_options()), rounded)
 
 
 def _openvino(directory: Path, record: ExportRecord, config: PreTrainedConfig, longest: int) -> _Files:

@@ -73,16 +73,16 @@ def _side_by_side(found: Verification) -> str:
     texts = {"prompt": found.prompt, "PyTorch": found.text, **{file.file: file.text for file in found.files}}
     widest = max(map(len, texts))
     lines = [f"{name:{widest}}  {text!r}" for name, text in texts.items()]
-    return "\n".join([*lines, *(_line(file, found) for file in found.files)])
+    return "\n".join([*lines, *(_line(file, len(found.tokens)) for file in found.files)])
 
 
-def _line(file: Comparison, found: Verification) -> str:
+def _line(file: Comparison, count: int) -> str:
     same = (
-        f"all {len(found.tokens)} tokens are PyTorch's"
+        f"all {count} tokens are PyTorch's"
         if file.differs_at is None
-        else f"token {file.differs_at + 1} of {len(found.tokens)} is the first that is not PyTorch's"
+        else f"token {file.differs_at + 1} of {count} is the first that is not PyTorch's"
     )
     return (
-        f"{file.file}: {same}; a {found.measured} differs from PyTorch's float32 by {file.difference:.1e} at most "
+        f"{file.file}: {same}; a {file.measured} differs from PyTorch's float32 by {file.difference:.1e} at most "
         f"({file.tolerance:.1e} is allowed)"
     )

@@ -31,6 +31,7 @@ EXPORTS = {
     "padded bfloat16": {"dtype": "bfloat16"},
     **{f"gguf {dtype}": {"dtype": dtype} for dtype in DTYPES},
     "onnx": {},
+    "onnx int8": {"dtype": "int8"},
     "onnx hub": {"layout": "hub"},
     "openvino": {},
 }
@@ -102,7 +103,6 @@ def test_an_export_is_its_model(name, exported, verified, home):
     status, told = verified(exported(name))
     assert (status, told["verified"]) == (0, True)
     assert (told["model"], told["prompt"]) == (str(home / "tiny"), PROMPT)
-    assert told["measured"] == ("log-probability" if name.startswith("gguf") else "logit")
     model, tokenizer = load_model(str(home / "tiny"), device="cpu", dtype=torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     own = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :].tolist()
@@ -111,6 +111,10 @@ def test_an_export_is_its_model(name, exported, verified, home):
     record = read_export(exported(name))
     first, *others = told["files"]
     assert first["tolerance"] == record.tolerance
+    rounded = ("onnx/model_quantized.onnx", "onnx/model_q4.onnx", "model.onnx" if name == "onnx int8" else "")
+    for file in told["files"]:
+        in_logs = name.startswith("gguf") or file["file"] in rounded
+        assert file["measured"] == ("log-probability" if in_logs else "logit")
     assert len(others) == (3 if name == "onnx hub" else 0)
     for file in told["files"]:
         assert file["difference"] <= file["tolerance"]
@@ -122,9 +126,8 @@ def test_an_export_is_its_model(name, exported, verified, home):
         assert max(file["difference"] for file in told["files"]) > 1e-5
 
 
-def negate(path, dtype):
-    """Change the sign of a third of the weights in a file."""
-    weights = np.memmap(path, dtype, "r+", shape=path.stat().st_size // np.dtype(dtype).itemsize)
+def negate(weights):
+    """Change the sign of a third of the values."""
     third = len(weights) // 3
     weights[third : 2 * third] = -weights[third : 2 * third]
 
@@ -139,20 +142,19 @@ def change_weight(directory, name):
     if name.startswith("gguf"):
         path = directory / f"model-{name.split()[1]}.gguf"
         norm = next(tensor for tensor in GGUFReader(path, "r+").tensors if tensor.name == "output_norm.weight")
-        norm.data[:] = -norm.data  # float32 in every dtype
+        norm.data[:] = -3 * norm.data  # float32 in every dtype
         return path.name
     if name == "openvino":
-        layers = ElementTree.parse(directory / "openvino_model.xml").iter("layer")
-        found = (layer.find("data").attrib for layer in layers if layer.get("type") == "Const")
-        largest = max((data for data in found if data["element_type"] == "f32"), key=lambda data: int(data["size"]))
-        shape, start = int(largest["size"]) // 4, int(largest["offset"])
-        weights = np.memmap(directory / "openvino_model.bin", np.float32, "r+", offset=start, shape=shape)
-        weights[:] = -weights
+        data = [layer.find("data") for layer in ElementTree.parse(directory / "openvino_model.xml").iter("layer")]
+        constants = [part.attrib for part in data if part is not None and "offset" in part.attrib]
+        largest = max(constants, key=lambda constant: int(constant["size"]))
+        weight = np.memmap(directory / "openvino_model.bin", np.float32, "r+", offset=int(largest["offset"]))
+        negate(weight[: int(largest["size"]) // 4])
         return "openvino_model.xml"
     if name == "onnx hub":
-        negate(directory / "onnx/model_fp16.onnx_data", np.float16)
+        negate(np.memmap(directory / "onnx/model_fp16.onnx_data", np.float16, "r+"))
         return "onnx/model_fp16.onnx"
-    negate(directory / "model.onnx.data", np.float32)
+    negate(np.memmap(directory / "model.onnx.data", np.float32 if name == "onnx" else np.int8, "r+"))
     return "model.onnx"
 
 
