@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from dataclasses import replace
 from itertools import cycle
@@ -11,7 +12,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 from support.endpoint_server import Server
-from support.tiny import tiny_model
+from support.tiny import tiny_model, tiny_pruned
 from support.trained import TEXT, VOCABULARY, trained_tokenizer
 
 from selfpruner_hub import PrunedModel, settings
@@ -120,6 +121,25 @@ def test_custom_proposer(run, model):
 def test_pipeline_by_hand(run, model):
     assert "parameters are left." in run("06_pipeline_by_hand.py", model, 1024)
     assert Path("pruned-by-hand/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantize_torchao(kind, run, tmp_path):
+    """Layers of their own widths, most of them with inputs that groups of 32 do not divide."""
+    pytest.importorskip("torchao", reason='needs pip install "torchao>=0.18,<0.19"')
+    pruned = tiny_pruned("llama", vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96)
+    pruned.save_pretrained(tmp_path / "saved")
+    trained_tokenizer().save_pretrained(tmp_path / "saved")
+    widths = [module.in_features for name, module in pruned.named_modules() if name.endswith("_proj")]
+    quantised = len(widths) if kind == "int8" else sum(width % 32 == 0 for width in widths)
+    assert 0 < sum(width % 32 == 0 for width in widths) < len(widths)
+    said = run("07_quantize_torchao.py", tmp_path / "saved", kind)
+    assert f"{quantised} of {len(widths) + 1} matrices are in {kind}." in said
+    assert "The capital of France is" in said
+    changed = float(re.search(r"changes by ([\d.]+) at most", said)[1])
+    assert 0 < changed < {"int8": 1, "int4": 10}[kind]
+    sizes = [(Path(path) / "model.safetensors").stat().st_size for path in (tmp_path / "saved", f"pruned-{kind}")]
+    assert sizes[1] < sizes[0] / 2  # saved in float32
 
 
 def test_notebook(model, monkeypatch, capsys):
