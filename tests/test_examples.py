@@ -17,6 +17,7 @@ from support.trained import TEXT, VOCABULARY, trained_tokenizer
 
 from selfpruner_hub import PrunedModel, settings
 from selfpruner_hub.calibration import text_sources
+from selfpruner_hub.models.loading import load_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LONGEST = 40
@@ -136,6 +137,7 @@ def test_quantize_torchao(kind, run, tmp_path):
     said = run("07_quantize_torchao.py", tmp_path / "saved", kind)
     assert f"{quantised} of {len(widths) + 1} matrices are in {kind}." in said
     assert "The capital of France is" in said
+    assert load_model(f"pruned-{kind}", device="cpu")[0].num_parameters() == pruned.num_parameters()
     changed = float(re.search(r"changes by ([\d.]+) at most", said)[1])
     assert 0 < changed < {"int8": 1, "int4": 10}[kind]
     sizes = [(Path(path) / "model.safetensors").stat().st_size for path in (tmp_path / "saved", f"pruned-{kind}")]
