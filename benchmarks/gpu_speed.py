@@ -20,7 +20,7 @@ from exporters.benchmark.compare import benchmark
 from exporters.benchmark.latency import CausalLMRunner, Measured, timing
 from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.benchmark.workload import workload_of
-from exporters.export import export
+from exporters.export import export_model
 from exporters.to_tensorrt.causal_lm import capture
 from exporters.to_tensorrt.library import find_library
 from selfpruner_hub.errors import MissingExtraError, SelfPrunerError
@@ -275,13 +275,12 @@ def exported(bench: Bench, part: str, runtime: str) -> None:
             row = {"runtime": runtime, "layers": sizes["num_hidden_layers"], "plan": kind.name, "beta": beta}
             try:
                 model = random_model(sizes, bench.device, kind.plan(sizes, beta) if beta else None)
-                model.save_pretrained(folder / f"{beta}")
+                export_model(model, None, runtime, folder / f"{beta}", **options(setting))  # type: ignore[misc]
                 del model
-                export(folder / f"{beta}", runtime, folder / f"{beta}-out", **options(setting))  # type: ignore[misc]
                 if beta:
                     report = benchmark(
-                        folder / f"{beta}-out",
-                        folder / "0.0-out",
+                        folder / f"{beta}",
+                        folder / "0.0",
                         runtime,
                         batches=batches,
                         prompts=(prompt,),

@@ -223,21 +223,36 @@ def test_other_runtimes(bench, monkeypatch):
         return SimpleNamespace(cases=[Case(1, 12, 4, phase, phase)])
 
     monkeypatch.setattr(gpu_speed, "benchmark", timing)
-    monkeypatch.setattr(gpu_speed, "export", lambda source, to, out, **how: exported.append((source.name, to, how)))
+    monkeypatch.setattr(
+        gpu_speed, "export_model", lambda _model, _, to, out, **how: exported.append((out.name, to, how))
+    )
     monkeypatch.setattr(gpu_speed, "_missing", lambda *_: None)
     gpu.PARTS["onnx"].run(bench, "onnx")
     assert exported == [(name, "onnx", {"dtype": "float32", "fusions": "cpu"}) for name in ("0.0", "0.3", "0.5")]
-    assert timed == [(f"{beta}-out", "0.0-out", "onnx", (1, 3), "cpu") for beta in (0.3, 0.5)]
+    assert timed == [(f"{beta}", "0.0", "onnx", (1, 3), "cpu") for beta in (0.3, 0.5)]
     rows = bench.rows()
     assert [(row["beta"], row["decode"]["ideal"]) for row in rows] == [(0.3, 1.4), (0.5, 1.4)]
 
     def fails(*_args, **_more):
         raise ExportError("The model cannot be traced.")
 
-    monkeypatch.setattr(gpu_speed, "export", fails)
+    monkeypatch.setattr(gpu_speed, "export_model", fails)
     gpu.PARTS["onnx"].run(bench, "onnx")
     assert bench.rows()[2]["failed"] == "The model cannot be traced."
     assert len(bench.rows()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.heavy
+def test_a_runtime_for_real(bench, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(gpu_speed, "BETAS", (0.3,))
+    monkeypatch.setattr(gpu_speed, "TINY_BATCHES", (2,))
+    gpu.PARTS["onnx"].run(bench, "onnx")
+    (row,) = bench.rows()
+    assert (row["runtime"], row["beta"], row["batch"]) == ("onnx", 0.3, 2)
+    assert row["decode"]["pruned_tokens_per_second"] > 0
+    assert row["decode"]["ideal"] > 1
 
 
 def test_runtimes_that_are_not_installed(bench, monkeypatch):
