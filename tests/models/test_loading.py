@@ -101,6 +101,16 @@ def test_weights_that_are_not_finite(value, model):
     assert f"not finite (first in {WEIGHT})" in refusal(model)
 
 
+def test_weights_that_cannot_tell_whether_they_are_finite(model, monkeypatch):
+    """Those that torchao has quantised."""
+
+    def refuse(_):
+        raise NotImplementedError("Int8Tensor dispatch: attempting to run unimplemented operator")
+
+    monkeypatch.setattr(torch.nn.Parameter, "isfinite", refuse)
+    assert load_model(str(model))[0].num_parameters() > 0
+
+
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
 def test_truncated_weights(share, model):
     path = model / "model.safetensors"
