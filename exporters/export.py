@@ -133,8 +133,8 @@ def export_model(
         difference = written.measure() if written.measure is not None else None
         if difference is not None and not difference <= allowed:  # NaN too
             raise ExportError(
-                f"The {to} export differs from the PyTorch model by {difference:.2g} in a logit; {allowed:.2g} is "
-                "allowed.",
+                f"The {to} export differs from the PyTorch model by {difference:.2g} in a {written.compared}; "
+                f"{allowed:.2g} is allowed.",
                 "Allow more with a larger tolerance, or choose a wider dtype.",
             )
         libraries = ("selfpruner-hub", "torch", "transformers", *written.libraries)

@@ -111,6 +111,7 @@ def write(
         libraries=("gguf", *(("xllamacpp",) if measurable else ())),
         tolerance=stored.tolerance,
         measure=measure if measurable else None,
+        compared="log-probability",
         unchecked="" if measurable else "xllamacpp is not installed",
         remark=_remark(stored, kinds),
     )

@@ -217,8 +217,9 @@ def difference(
         graph = HubGraph(directory / file_of(dtype), config, options)
         found[dtype] = logit_difference(passes, graph, rounded=dtype in BITS)
         if dtype != "float32" and not found[dtype] <= tolerances[dtype]:  # NaN too
+            compared = "log-probability" if dtype in BITS else "logit"
             raise ExportError(
-                f"{file_of(dtype)} differs from the PyTorch model by {found[dtype]:.2g} in a logit; "
+                f"{file_of(dtype)} differs from the PyTorch model by {found[dtype]:.2g} in a {compared}; "
                 f"{tolerances[dtype]:.2g} is allowed."
             )
     return found["float32"]

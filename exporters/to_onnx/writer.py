@@ -76,8 +76,9 @@ def write(
         passes, config = expected(model), model.config
         measure = partial(hub_layout.difference, passes, staging, config, TOLERANCES, _frugal_options())
         return Written(options, libraries, TOLERANCES["float32"], measure, remark=HUB_REMARK)
+    rounded = dtype == "int8"
     exported = trace(nn.Module.half(copy.deepcopy(model)) if dtype == "float16" else model, fusions)
-    if dtype == "int8":
+    if rounded:
         component = exported.components["model"]
         component.program = quantize(component.program)
     exported.save_pretrained(staging)
@@ -88,7 +89,8 @@ def write(
         options=options,
         libraries=libraries,
         tolerance=TOLERANCES[dtype],
-        measure=partial(_difference, expected(model), staging, fusions, dtype == "int8") if runnable else None,
+        measure=partial(_difference, expected(model), staging, fusions, rounded) if runnable else None,
+        compared="log-probability" if rounded else "logit",
         unchecked="" if runnable else f"this onnxruntime has no {DEFAULT_PROVIDERS[fusions]}",
     )
 

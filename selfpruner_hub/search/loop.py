@@ -75,7 +75,7 @@ def search(
 
     Args:
         proposer: Source of rates.
-        problem: ParameterBudget, seed plans and score.
+        problem: Budget, seed plans and score.
         journal: Journal of the search; its lines are replayed first, then new ones are appended.
         settings: Settings of the search: its length, and how the rounds spend it.
         seed: Random seed.

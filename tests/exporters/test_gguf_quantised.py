@@ -208,6 +208,6 @@ def test_nothing_is_left_of_blocks_that_are_wrong(tmp_path, monkeypatch):
     """The rows of every matrix are one off."""
     right = quantise
     monkeypatch.setattr("exporters.to_gguf.writer.quantise", lambda *given: np.roll(right(*given), 1, axis=0))
-    with pytest.raises(ExportError, match="differs from the PyTorch model"):
+    with pytest.raises(ExportError, match="differs from the PyTorch model by .* in a log-probability"):
         export_model(gentle(tiny_pruned), trained_tokenizer(), "gguf", tmp_path / "out", dtype="q4_k_m")
     assert not list(tmp_path.iterdir())

@@ -174,5 +174,5 @@ def test_every_graph_is_compared(model, directory, monkeypatch):
 
     passes = expected(model)
     assert hub_layout.difference(passes, directory, model.config, TOLERANCES, None) <= 1e-4
-    with pytest.raises(ExportError, match=r"onnx/model_q4\.onnx differs from the PyTorch model"):
+    with pytest.raises(ExportError, match=r"onnx/model_q4\.onnx differs from .* in a log-probability"):
         hub_layout.difference(passes, directory, model.config, {**TOLERANCES, "int4": 1e-3}, None)
