@@ -29,7 +29,8 @@ from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.importance import rank
-from selfpruner_hub.pruning.slicing import Slicer, ordered
+from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.settings import PruneSettings
 
 BETA, WINDOW, FEW = 0.3, 512, 32_768

@@ -18,9 +18,10 @@ from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.ordering import ordered
 from selfpruner_hub.pruning.prepare import Prepared, fisher_information
 from selfpruner_hub.pruning.sequential_repair import compensate
-from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.slicing import Slicer, slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal

@@ -23,8 +23,9 @@ from selfpruner_hub.plans.predicted_loss import LossCurves, loss_alone
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.importance import LayerOrder, rank
+from selfpruner_hub.pruning.ordering import ordered
 from selfpruner_hub.pruning.sequential_repair import compensate
-from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.slicing import Slicer, slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.local_model import ModelProposer

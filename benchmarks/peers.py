@@ -150,7 +150,7 @@ class Flap:
         """Cut a plan's decoder layers, and add the bias W_R E[x_R] of the removed columns R to each output projection.
 
         Args:
-            model: Dense model, in this order of importance (`slicing.ordered`).
+            model: Dense model, in this order of importance (`ordering.ordered`).
             plan: Widths to keep.
 
         Returns:

@@ -29,7 +29,8 @@ from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.importance import LayerOrder, rank
-from selfpruner_hub.pruning.slicing import Slicer, ordered
+from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.slicing import Slicer
 
 GRADIENT_WINDOWS = 16
 """Number of calibration windows for first-order scores; LLM-Pruner takes ten short ones."""

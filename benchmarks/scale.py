@@ -30,8 +30,9 @@ from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.ordering import ordered
 from selfpruner_hub.pruning.sequential_repair import compensate
-from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.slicing import Slicer, slice_model
 
 BETA, WINDOW, VOCABULARY = 0.3, 256, 8192
 BASE = {"layers": 8, "width": 512, "ffn": 1024, "tokens": 4096, "candidates": 4}

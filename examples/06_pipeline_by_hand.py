@@ -14,8 +14,9 @@ from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.importance import rank
+from selfpruner_hub.pruning.ordering import ordered
 from selfpruner_hub.pruning.sequential_repair import compensate
-from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.slicing import Slicer, slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
 
 name, tokens = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 32_768

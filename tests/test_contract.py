@@ -24,8 +24,9 @@ from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.importance import LayerOrder, rank
+from selfpruner_hub.pruning.ordering import ordered
 from selfpruner_hub.pruning.sequential_repair import compensate
-from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.slicing import Slicer, slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))

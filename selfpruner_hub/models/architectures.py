@@ -166,9 +166,11 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     )
 
 
+def unit_rows(shape: ModelShape, block: Block) -> int:
+    """Count the output rows of one KV group, or of one channel, in a block of this kind."""
+    return {"query": shape.queries_per_group * shape.head_dim, "key_value": shape.head_dim, "channel": 1}[block]
+
+
 def block_rows(shape: ModelShape, kept: LayerWidths, block: Block) -> int:
     """Count the output rows of a block of this kind in a layer with the widths `kept`."""
-    if block == "channel":
-        return kept.intermediate_size
-    heads = shape.queries_per_group if block == "query" else 1
-    return kept.num_key_value_heads * heads * shape.head_dim
+    return unit_rows(shape, block) * (kept.intermediate_size if block == "channel" else kept.num_key_value_heads)

@@ -14,7 +14,8 @@ from selfpruner_hub.calibration.fisher import Fisher, output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.importance import LayerOrder, rank
-from selfpruner_hub.pruning.slicing import Slicer, ordered
+from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 

@@ -1,10 +1,9 @@
-"""Cut layers: order dense weights by importance, build candidates as views of them, build compact models to save."""
+"""Cut layers: build candidates as views of ordered dense weights (`ordering.ordered`), build compact models to save."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -21,9 +20,9 @@ from selfpruner_hub.models.architectures import (
     linear,
     model_class,
     shape_of,
+    unit_rows,
 )
 from selfpruner_hub.models.modeling_selfpruned import WIDTHS, LayerConfig
-from selfpruner_hub.models.patching import uninterrupted
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.importance import LayerOrder, expand
@@ -109,7 +108,7 @@ class Slicer:
 
     def unit(self, block: Block) -> int:
         """Number of rows of one KV group (or one channel) in a block of this kind."""
-        return _unit(self.shape, block)
+        return unit_rows(self.shape, block)
 
     def layer(self, index: int, kept: LayerWidths) -> nn.Module:
         """Build layer `index` with the widths `kept`: views of the dense weights, and repaired output projections."""
@@ -215,67 +214,6 @@ def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
     return config
 
 
-@contextmanager
-def ordered(model: PreTrainedModel, order: Sequence[LayerOrder]) -> Iterator[None]:
-    """Put the dense weights into order of importance, in place, and restore the dense order on exit.
-
-    The model computes the same function throughout. One weight is copied at a time. An interrupt waits until all layers
-    are in one order.
-    """
-    permuted = False
-    try:
-        with uninterrupted():
-            permute(model, order)
-            permuted = True
-        yield
-    finally:
-        if permuted:
-            with uninterrupted():
-                permute(model, [o.inverse() for o in order])
-
-
-@torch.no_grad()
-def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
-    """Reorder KV groups and FFN channels of every layer in place; the model's function does not change.
-
-    On any error, such as too little memory for the copy of a weight, the model has its old order.
-    """
-    done: list[tuple[Tensor, int, Tensor]] = []
-    try:
-        for tensor, dim, indices in _moves(model, order):
-            tensor.copy_(tensor.index_select(dim, indices))
-            done.append((tensor, dim, indices))
-    except BaseException:
-        for tensor, dim, indices in reversed(done):
-            tensor.copy_(tensor.index_select(dim, indices.argsort()))
-        raise
-
-
-def _moves(model: PreTrainedModel, order: Sequence[LayerOrder]) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Yield each tensor to reorder, its dimension, and the new order of its indices."""
-    architecture, shape = architecture_of(model.config), shape_of(model.config)
-    for layer, by in zip(decoder_layers(model), order, strict=True):
-        parameters = dict(layer.named_parameters())
-        for projection in architecture.rows:
-            indices, offset = [], 0
-            for block in projection.blocks:
-                rows = expand(_indices(by, block), _unit(shape, block))
-                indices.append(rows + offset)
-                offset += len(rows)
-            rows = torch.cat(indices)
-            for name in (f"{projection.path}.weight", f"{projection.path}.bias"):
-                if name in parameters:
-                    tensor = parameters[name].data
-                    by_row = tensor.view(len(rows), -1)  # a norm's weight may be [heads, head_dim]
-                    yield by_row, 0, rows.to(tensor.device)
-        for path, columns in (
-            (architecture.attention_output, expand(by.groups, _unit(shape, "query"))),
-            (architecture.ffn_output, by.channels),
-        ):
-            weight = linear(layer, path).weight
-            yield weight.data, 1, columns.to(weight.device)
-
-
 def _cut(
     dense: nn.Module,
     model: PreTrainedModel,
@@ -317,11 +255,3 @@ def _cut(
 def units(widths: LayerWidths, part: Part) -> int:
     """Number of KV groups, or of channels, in `widths`."""
     return widths.num_key_value_heads if part == "attention" else widths.intermediate_size
-
-
-def _unit(shape: ModelShape, block: Block) -> int:
-    return {"query": shape.queries_per_group * shape.head_dim, "key_value": shape.head_dim, "channel": 1}[block]
-
-
-def _indices(order: LayerOrder, block: Block) -> Tensor:
-    return order.channels if block == "channel" else order.groups

@@ -10,7 +10,7 @@ from support.tiny import tiny_model
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.models.architectures import decoder_layers, shape_of
 from selfpruner_hub.models.patching import with_layers
-from selfpruner_hub.pruning.slicing import ordered
+from selfpruner_hub.pruning.ordering import ordered
 
 WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed(0))
 

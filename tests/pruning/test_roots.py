@@ -11,8 +11,9 @@ from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.least_squares import LinearFit, fit_inputs
+from selfpruner_hub.pruning.ordering import ordered
 from selfpruner_hub.pruning.sequential_repair import compensate
-from selfpruner_hub.pruning.slicing import Slicer, ordered, slice_model
+from selfpruner_hub.pruning.slicing import Slicer, slice_model
 
 WINDOWS = torch.randint(3, 128, (70, 16), generator=torch.Generator().manual_seed(0))
 

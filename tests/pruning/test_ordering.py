@@ -10,9 +10,9 @@ from support.tiny import tiny_model
 
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.patching import uninterrupted
-from selfpruner_hub.pruning import slicing
+from selfpruner_hub.pruning import ordering
 from selfpruner_hub.pruning.importance import LayerOrder
-from selfpruner_hub.pruning.slicing import ordered, permute
+from selfpruner_hub.pruning.ordering import ordered, permute
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def unchanged(model, weights):
 
 def at_call(number, act, monkeypatch):
     """Act at the so-manieth weight that is to be moved."""
-    moves, calls = slicing._moves, []
+    moves, calls = ordering._moves, []
 
     def watched(model, order):
         for move in moves(model, order):
@@ -50,7 +50,7 @@ def at_call(number, act, monkeypatch):
                 act()
             yield move
 
-    monkeypatch.setattr(slicing, "_moves", watched)
+    monkeypatch.setattr(ordering, "_moves", watched)
     return calls
 
 
