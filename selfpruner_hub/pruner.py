@@ -128,9 +128,9 @@ class AutoPruner:
         Args:
             beta: Mean share of the prunable weights to remove, 0 < β < 1.
             preset: Name of the preset: `"default"`, or `"paper"` for the settings of arXiv 2502.14413.
-            proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"random"`, a directory or Hub
-                repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object that
-                follows the `Proposer` protocol.
+            proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
+                Hub repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object
+                that follows the `Proposer` protocol.
             proposer_model: Name of the model at the endpoint; its key comes from the environment
                 (SELFPRUNER_API_KEY).
             data: Text of calibration and search. `"chat"` (conversations that the model writes through its chat

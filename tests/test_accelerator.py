@@ -94,7 +94,7 @@ def test_pruned_resumed_reloaded_and_measured(dense, accelerator, tmp_path):
 
 
 @pytest.mark.parametrize("dense", ["llama", "gemma3", "phi3"], indirect=True)
-@pytest.mark.parametrize("proposer", ["evolution", "random"])
+@pytest.mark.parametrize("proposer", ["evolution", "slopes", "random"])
 def test_the_papers_preset_scores_as_on_a_cpu(dense, proposer, accelerator):
     settings = {**SHORT, "preset": "paper", "population": 2, "proposer": proposer}
     made = AutoPruner.from_pretrained(dense).prune(0.3, data=TEXT, progress=False, **settings)

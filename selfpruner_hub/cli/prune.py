@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     searching.add_argument("--fitness", help=f"kl or perplexity ({_defaults('fitness')})")
     searching.add_argument(
         "--proposer", default="self",
-        help="self (the model), evolution, random, another model, or the URL of an endpoint (default: %(default)s)",
+        help="self (the model), evolution, slopes, random, another model, or an endpoint's URL (default: %(default)s)",
     )  # fmt: skip
     searching.add_argument("--proposer-model", metavar="M", help="name of the model at the endpoint")
     searching.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +13,15 @@ from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
+from selfpruner_hub.search.slopes import SlopesProposer
 from selfpruner_hub.settings import PruneSettings
+
+WITHOUT_MODEL: dict[str, Callable[[ParameterBudget], Proposer]] = {
+    "evolution": EvolutionProposer,
+    "slopes": SlopesProposer,
+    "random": RandomProposer,
+}
+"""Proposers that ask no language model, by name."""
 
 
 def choose_proposer(
@@ -42,10 +51,8 @@ def choose_proposer(
     """
     if not isinstance(proposer, str):
         return proposer
-    if proposer == "evolution" or not method.evaluations:
-        return EvolutionProposer(budget)
-    if proposer == "random":
-        return RandomProposer(budget)
+    if proposer in WITHOUT_MODEL or not method.evaluations:
+        return WITHOUT_MODEL.get(proposer, EvolutionProposer)(budget)
     if "://" in proposer:
         return EndpointProposer(proposer, endpoint_model, budget, subject, method)
     if proposer == "self":
@@ -55,7 +62,7 @@ def choose_proposer(
     else:
         raise UserError(
             f"Unknown proposer {proposer!r}.",
-            "Choose self, evolution, random, a directory or Hub repository of a language model, the URL of an "
+            "Choose self, evolution, slopes, random, a directory or Hub repository of a language model, the URL of an "
             "endpoint, or pass an object with ask and tell.",
         )
     if tokenizer is None:

@@ -369,7 +369,7 @@ def test_beta_out_of_range(beta, assert_mistake, dense, text, tmp_path):
     ("words", "said"),
     [
         (["--preset", "papers"], "Unknown preset 'papers'. Choose one of: default, paper."),
-        (["--proposer", "oracle"], "Unknown proposer 'oracle'. Choose self, evolution, random"),
+        (["--proposer", "oracle"], "Unknown proposer 'oracle'. Choose self, evolution, slopes, random"),
         (["--fitness", "accuracy"], "Unknown fitness 'accuracy'. Choose from: kl, perplexity."),
         (["--evaluations", "many"], "evaluations must be a number"),
         (["--dtype", "float13"], "float13"),

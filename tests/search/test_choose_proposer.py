@@ -10,6 +10,7 @@ from selfpruner_hub.search.choose_proposer import choose_proposer
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer
+from selfpruner_hub.search.slopes import SlopesProposer
 from selfpruner_hub.settings import resolve
 
 
@@ -30,6 +31,7 @@ def choose():
     [
         ("self", ModelProposer, "self"),
         ("evolution", EvolutionProposer, "evolution"),
+        ("slopes", SlopesProposer, "slopes"),
         ("random", RandomProposer, "random"),
     ],
 )
