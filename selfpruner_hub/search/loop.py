@@ -35,6 +35,8 @@ MeasureSteps = Callable[[Plan, float], StepEffects]
 PROBE_COST = 5.0
 """Cost of a probe, in scores on the same number of windows: a forward and a backward pass, and the dense parts
 again."""
+SURVIVING_SEEDS = 0.5
+"""Share of the seed plans that is scored on all windows."""
 ATTEMPTS = 2
 """Number of times that a proposer is asked before evolution's children replace its bad replies."""
 BARREN_ROUNDS = 8
@@ -232,14 +234,15 @@ class _Search:
     # -- scoring --------------------------------------------------------------------------------------------------
 
     def score_round(self, number: int, children: Sequence[tuple[str, Plan]]) -> list[Scored]:
-        """Score all plans on the first share of the windows, then the survivors (and all seed plans) on all windows."""
+        """Score all plans on the first share of the windows, then the survivors on all windows."""
         unique: dict[Plan, str] = {}
         for origin, plan in children:  # two seeds may give the same plan: the first is its origin
             unique.setdefault(plan, origin)
         scored = self._scored([(origin, plan) for plan, origin in unique.items()], self.settings.first_share, number)
         self.first.update({s.plan: s for s in scored})
         ranked = sorted(scored, key=lambda s: s.fitness)
-        keep = len(ranked) if number == 0 else max(1, math.ceil(self.settings.survivors * len(ranked)))
+        share = self.settings.survivors if number else SURVIVING_SEEDS
+        keep = max(1, math.ceil(share * len(ranked)))
         survivors = ranked if self.settings.first_share >= 1 else ranked[:keep]
         self._scored([(survivor.origin, survivor.plan) for survivor in survivors], 1.0, number)
         return scored

@@ -16,7 +16,7 @@ from selfpruner_hub.plans.plan import ModelShape, Plan, widths_of
 from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.search.journal import AskLine, Journal
-from selfpruner_hub.search.loop import PROBE_COST, Problem, search
+from selfpruner_hub.search.loop import PROBE_COST, SURVIVING_SEEDS, Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposal, RandomProposer
 from selfpruner_hub.search.schedule import rounds
 from selfpruner_hub.settings import PruneSettings
@@ -415,8 +415,8 @@ def test_evaluations_are_respected(first_share, evaluations):
     outcome = run(RandomProposer(BUDGET), score=counting, settings=settings)
     assert outcome.spent == pytest.approx(sum(shares))
     staged = first_share < 1
-    start = 2 * (first_share + staged)
-    assert sum(shares[: 4 if staged else 2]) == start  # both seeds, on all windows too
+    start = 2 * first_share + staged
+    assert sum(shares[: 3 if staged else 2]) == start  # both seeds, and one of them on all windows
     one_round = 4 * first_share + 2 * staged
     if evaluations <= start:
         assert outcome.spent == start
@@ -431,7 +431,7 @@ def test_only_the_survivors_of_a_round_are_scored_on_all_windows(tmp_path):
         first = sorted((r for r in scores if r["share"] < 1), key=lambda r: r["fitness"])
         full = [r["widths"] for r in scores if r["share"] == 1]
         assert full == [r["widths"] for r in first[: len(full)]]
-        assert len(full) == (len(first) if number == 0 else math.ceil(0.25 * len(first)))
+        assert len(full) == math.ceil((0.25 if number else SURVIVING_SEEDS) * len(first))
 
 
 def test_rounds_follow_the_settings():
