@@ -14,7 +14,7 @@ from selfpruner_hub.calibration.ridge import damped_factor
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.forward import Loss, draw, head_gradient
 from selfpruner_hub.models.layer_stream import Seen, Stream, check_finite
-from selfpruner_hub.models.patching import add_product, frozen, replaced
+from selfpruner_hub.models.patching import add_gram, frozen, replaced
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 Fisher = Sequence[tuple[Tensor | None, Tensor | None]]
@@ -114,7 +114,7 @@ def _products(
         back, *found = torch.autograd.grad(after, [leaf, *(each.output for each in outputs)], gradients[number])
         for total, gradient in zip(sums, found, strict=True):
             g = gradient.flatten(0, -2)
-            add_product(total, g, g)
+            add_gram(total, g)
         gradients[number].copy_(back)  # at the end, because `found` may contain the same tensor
     return sums
 

@@ -15,8 +15,10 @@ from selfpruner_hub.models.forward import draw, head_chunks
 from selfpruner_hub.models.patching import attending_by_group
 from selfpruner_hub.progress import Progress
 
-SAMPLE_BATCH = 128
+SAMPLE_BATCH = 256
 """Maximum number of sequences in a batch."""
+SMALL_CACHE = 1 << 30
+"""Bytes that a cache may take however small the model is."""
 ENDED = 0.2
 """Share of finished sequences above which they leave the batch; each time, the rest of the cache is copied."""
 ROOM = 64
@@ -203,8 +205,9 @@ class _GrowingLayer(DynamicLayer):
 
 
 def _batch_size(model: PreTrainedModel, length: int) -> int:
-    """Maximum number of sequences for which the cache is no larger than the weights."""
+    """Maximum number of sequences for which the cache is no larger than the weights, or than `SMALL_CACHE`."""
     shape = shape_of(model.config)
     groups = sum(layer.num_key_value_heads for layer in shape.dense.layers)
     cached = 2 * groups * shape.head_dim * length  # keys and values of one sequence, in numbers
-    return max(1, min(SAMPLE_BATCH, model.num_parameters() // cached))
+    room = max(model.num_parameters(), SMALL_CACHE // model.dtype.itemsize)
+    return max(1, min(SAMPLE_BATCH, room // cached))

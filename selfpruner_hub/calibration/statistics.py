@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.calibration.ridge import RIDGE, choose_ridge, held_out
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.layer_stream import Stream, check_finite
-from selfpruner_hub.models.patching import add_product
+from selfpruner_hub.models.patching import add_gram
 from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
@@ -136,7 +136,7 @@ class _Sums:
             x = inputs[0][rows.to(inputs[0].device)].flatten(0, -2)
             self._counts[which] += len(x)
             self._sum += x.sum(0, dtype=torch.float32)
-            add_product(self._products[which], x, x)
+            add_gram(self._products[which], x)
 
     def moments(self, store: TensorStore) -> Moments:
         fitted, held = self._products

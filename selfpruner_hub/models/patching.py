@@ -16,6 +16,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 NAME = "selfpruner_decoding"
+GRAM_BLOCKS = 4
+"""Number of blocks of columns of a symmetric product: with 4, it takes 10 of 16 products of blocks."""
 
 
 def grouped_sdpa(
@@ -139,6 +141,20 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.float().t(), right.float())
     finally:
         settings.fp32_precision = before
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Add xᵀ x to a symmetric float32 total, in place, as `add_product` does; the lower half is mirrored, not computed.
+
+    Args:
+        total: Sum, `[D, D]`, float32, symmetric.
+        x: Factors, `[N, D]`.
+    """
+    width = -(-x.shape[1] // GRAM_BLOCKS)
+    for first in range(0, x.shape[1], width):
+        rows = slice(first, first + width)
+        add_product(total[rows, first:], x[:, rows], x[:, first:])
+        total[first + width :, rows] = total[rows, first + width :].t()
 
 
 AttentionInterface.register(NAME, grouped_sdpa)

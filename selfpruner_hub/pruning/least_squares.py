@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from selfpruner_hub.calibration.ridge import as_seen, damped_factor, held_out
 from selfpruner_hub.models.devices import summed
-from selfpruner_hub.models.patching import add_product
+from selfpruner_hub.models.patching import add_gram, add_product
 
 T = TypeVar("T")
 ITERATIONS = 3
 """Maximum number of steps of conjugate gradients for gate_proj and up_proj."""
+GATE_STRIDE = 4
+"""One token in this many is read for E[f_k f_kᵀ], which only preconditions: it takes a tenth of the time otherwise."""
 DAMPING = 0.1
 """Damping of each factor of the preconditioner, in units of the factor's mean diagonal."""
 
@@ -91,7 +93,7 @@ class _Sums:
         if self._bias is not None:
             target = target.float() - self._bias.float()
         self.count += len(x)
-        add_product(self._gram, x, x)
+        add_gram(self._gram, x)
         add_product(self._cross, target, x)
 
     def solve(self, before: Tensor, ridge: float) -> Tensor:
@@ -144,7 +146,7 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     gradients = _Pair(start)
     for h, factors, rest in stream():
         gradients.add((rest @ down).unsqueeze(-2) * factors, h)
-        for gate, factor in zip(gates, factors.flatten(0, 1).unbind(1), strict=True):
+        for gate, factor in zip(gates, factors.flatten(0, 1)[::GATE_STRIDE].unbind(1), strict=True):
             gate += (factor.t() @ factor.contiguous()).float()
         read += (h.flatten(0, 1).t() @ h.flatten(0, 1)).float()
     fitted, held = gradients.sums

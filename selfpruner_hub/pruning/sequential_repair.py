@@ -19,6 +19,7 @@ from selfpruner_hub.calibration.fisher import Fisher, roots_of
 from selfpruner_hub.calibration.ridge import as_seen, held_out
 from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear, residual_scale
 from selfpruner_hub.models.layer_stream import Seen, Stream, watching
+from selfpruner_hub.models.patching import replaced
 from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
@@ -49,7 +50,8 @@ def compensate(
     that does not lower the error on the held-out windows, they keep their weights. The error of an output that differs
     from its target by δ is ‖R δ‖², with RᵀR the Fisher information of that output in the dense model.
 
-    Memory: six hidden states and two inputs of an FFN per token, and twice the statistics of one projection.
+    Memory: six hidden states, the input of o_proj and two inputs of an FFN per token, and twice the statistics of one
+    projection.
 
     Args:
         dense: The dense model.
@@ -77,13 +79,14 @@ def compensate(
             moved.advance(index, layer)
             continue
         wanted = _targets(architecture, index, whole, original, moved, store, scale)
-        _fit_attention(architecture, index, layer, moved, wanted, ridges, roots[index][0])
-        ffn = _Ffn(architecture, index, layer, moved, wanted, store, roots[index][1])
+        attention = _Attention(architecture, index, layer, moved, store)
+        attention.fit(wanted, ridges, roots[index][0])
+        ffn = _Ffn(architecture, layer, attention, wanted, store, roots[index][1])
         ffn.fit_down(ridges)
         if inputs and ffn.fit_inputs():
             ffn.fit_down(ridges)
         checkpoints.save(f"repair-{index}", layer.state_dict())
-        moved.advance(index, layer)
+        attention.advance()
         run.progress("repairing", index + 1, len(pairs))
 
 
@@ -118,22 +121,36 @@ def _targets(
     return wanted
 
 
-def _fit_attention(
-    architecture: Architecture,
-    index: int,
-    layer: nn.Module,
-    moved: Stream,
-    wanted: Targets,
-    ridges: Sequence[float],
-    root: Tensor | None,
-) -> None:
-    module = linear(layer, architecture.attention_output)
-    fit = LinearFit(module, ridges, root)
-    for number, targets in enumerate(wanted):
-        seen = Seen(module, last=True)
-        moved.run(index, layer, number, [seen])
-        fit.add(seen.input, targets[0])
-    fit.apply()
+class _Attention:
+    """The attention of a pruned layer, which runs once: what o_proj reads does not change when o_proj is fitted."""
+
+    def __init__(
+        self, architecture: Architecture, index: int, layer: nn.Module, moved: Stream, store: TensorStore
+    ) -> None:
+        self.output = linear(layer, architecture.attention_output)
+        self._owner = layer.get_submodule(architecture.attention_output.rpartition(".")[0])
+        self._index, self._layer, self._moved, self._store = index, layer, moved, store
+        self._read: list[Tensor] = []
+
+    def fit(self, wanted: Targets, ridges: Sequence[float], root: Tensor | None) -> None:
+        """Fit o_proj, and keep what it reads."""
+        fit = LinearFit(self.output, ridges, root)
+        for number, targets in enumerate(wanted):
+            seen = Seen(self.output, last=True)
+            self._moved.run(self._index, self._layer, number, [seen])
+            fit.add(seen.input, targets[0])
+            self._read.append(self._store(seen.input))
+        fit.apply()
+
+    def run(self, number: int, watched: Sequence[Seen] = ()) -> Tensor | None:
+        """Run the layer on one batch as `Stream.run` does, with the attention as it was read."""
+        with replaced(self._owner, "forward", lambda *_, **__: (self.output(self._read[number]), None)):
+            return self._moved.run(self._index, self._layer, number, watched)
+
+    def advance(self) -> None:
+        """Replace the hidden states of all batches by the output of the layer."""
+        for number, hidden in enumerate(self._moved.hidden):
+            hidden.copy_(cast(Tensor, self.run(number)))
 
 
 class _Ffn:
@@ -142,9 +159,8 @@ class _Ffn:
     def __init__(
         self,
         architecture: Architecture,
-        index: int,
         layer: nn.Module,
-        moved: Stream,
+        attention: _Attention,
         wanted: Targets,
         store: TensorStore,
         root: Tensor | None,
@@ -155,10 +171,9 @@ class _Ffn:
         self._inputs = [linear(layer, p.path) for p in architecture.ffn_inputs]
         self._down = linear(layer, architecture.ffn_output)
         self._batches: list[tuple[Tensor, Tensor]] = []
-        attention = linear(layer, architecture.attention_output)
         for number, (first, target) in enumerate(wanted):
-            outputs = Seen(attention), Seen(self._inputs[0], last=True)
-            moved.run(index, layer, number, outputs)
+            outputs = Seen(attention.output), Seen(self._inputs[0], last=True)
+            attention.run(number, outputs)
             if not architecture.output_norms:  # the error that remains after the attention
                 target = _sum(target, first, -outputs[0].output)
             self._batches.append((store(outputs[1].input), store(target)))
@@ -174,12 +189,11 @@ class _Ffn:
 
     def fit_inputs(self) -> bool:
         """Refit gate_proj and up_proj if that lowers the error on the held-out windows; return whether it does."""
-        rests = [self._store(self._rest(*batch)) for batch in self._batches]
-        factors = [self._store(self._factors(h)) for h, _ in self._batches]
+        expanded = [tuple(map(self._store, self._linearised(*batch))) for batch in self._batches]
 
         def stream() -> Iterator[Gated]:
-            for (h, _), factor, rest in zip(self._batches, factors, rests, strict=True):
-                yield Gated(h, factor, rest)
+            for (h, _), (factors, rest) in zip(self._batches, expanded, strict=True):
+                yield Gated(h, factors, rest)
 
         rows = [module.weight for module in self._inputs]
         before = [weight.clone() for weight in rows]
@@ -188,23 +202,24 @@ class _Ffn:
         moved = (stacked.float() + fit_inputs(stream, stacked, down)).flatten(0, 1)
         for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
             weight.copy_(new)
-        helps = _squared(self._rest(*pair) for pair in _held(self._batches)) < _squared(
-            rest for (rest,) in _held(zip(rests, strict=True))
+        helps = _squared(self._rest(self._run(h), target) for h, target in _held(self._batches)) < _squared(
+            rest for (rest,) in _held((rest,) for _, rest in expanded)
         )
         if not helps:  # the step was too long for the nonlinear FFN, or was zero
             for weight, old in zip(rows, before, strict=True):
                 weight.copy_(old)
         return helps
 
-    def _rest(self, h: Tensor, target: Tensor) -> Tensor:
+    def _rest(self, output: Tensor, target: Tensor) -> Tensor:
         """The residual, target minus output, times R."""
-        rest = _sum(target, -self._run(h))
+        rest = _sum(target, -output)
         return rest if self._root is None else nn.functional.linear(rest, self._root.to(rest.dtype))
 
-    def _factors(self, h: Tensor) -> Tensor:
-        """The derivative of down_proj's input with respect to the outputs of gate_proj and up_proj, `[N, W, K, F]`.
+    def _linearised(self, h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors and the residual of `least_squares.Gated`, from one pass.
 
-        down_proj's input is an elementwise function of these outputs, so the derivative is the gradient of its sum.
+        down_proj's input is an elementwise function of the outputs of gate_proj and up_proj, so its derivative with
+        respect to them is the gradient of its sum.
         """
         given: list[Tensor] = []
 
@@ -222,7 +237,8 @@ class _Ffn:
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.cat(gradients, -1).view(*h.shape[:-1], -1, seen.input.shape[-1])
+        factors = torch.cat(gradients, -1).view(*h.shape[:-1], -1, seen.input.shape[-1])
+        return factors, self._rest(self._down(seen.input.detach()), target)
 
 
 def _held(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:

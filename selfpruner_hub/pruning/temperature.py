@@ -19,7 +19,7 @@ from selfpruner_hub.pruning.least_squares import first_minimum
 
 SCALES = tuple(percent / 100 for percent in range(50, 101, 2))
 """Candidate factors, smallest first."""
-TOKENS = 8192
+TOKENS = 4096
 """Maximum number of tokens to choose the factor on; a single number needs few."""
 
 

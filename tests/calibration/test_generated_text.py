@@ -109,13 +109,20 @@ def test_batches_change_nothing_and_progress_tells_them(batch, monkeypatch):
     assert told == [("talking", done, 6) for done in (0, *range(batch, 6, batch), 6)]
 
 
-def test_the_cache_takes_no_more_than_the_weights():
-    model, told = tiny_model("llama"), []
+def test_the_cache_takes_no_more_than_the_weights_or_than_little(monkeypatch):
+    model = tiny_model("llama")
     one = 2 * 4 * 4 * 4 * (60 + 4)  # keys and values of 4 layers, 4 groups, 4 numbers a head, 64 tokens
     fits = model.num_parameters() // one
-    assert 1 < fits < 40
-    continuations(model, [[5] * 60] * 40, 4, progress=lambda _, done, __: told.append(done))
-    assert told[:2] == [0, fits]
+    assert 1 < fits < 38
+
+    def first_batch(little):
+        told = []
+        monkeypatch.setattr(generated_text, "SMALL_CACHE", little)
+        continuations(model, [[5] * 60] * 40, 4, progress=lambda _, done, __: told.append(done))
+        return told[1]
+
+    assert first_batch(0) == fits
+    assert first_batch((fits + 2) * one * model.dtype.itemsize) == fits + 2
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.tiny import DISTINCT, tiny_model
 
-from selfpruner_hub.models.patching import add_product, attending_by_group
+from selfpruner_hub.models.patching import add_gram, add_product, attending_by_group
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -75,3 +75,13 @@ def test_a_sum_of_products_is_not_rounded(left, right):
     add_product(total, a, b)
     torch.testing.assert_close(total.double(), 1 + a.double().t() @ b.double(), atol=1e-4, rtol=1e-5)
     assert settings.fp32_precision == before
+
+
+@pytest.mark.parametrize("width", [3, 4, 37, 128])
+def test_a_symmetric_sum_is_that_of_the_full_product(width):
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(64, width, generator=generator) for _ in range(2))
+    total = torch.zeros(width, width)
+    for x in (first, second):
+        add_gram(total, x)
+    torch.testing.assert_close(total, first.t() @ first + second.t() @ second)
