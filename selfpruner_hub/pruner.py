@@ -140,8 +140,9 @@ class AutoPruner:
                 `datasets.Dataset`. None: `"chat+wikitext2"` for a model with a chat template, else `"wikitext2"`, as
                 for the paper's preset.
             fitness: Score of plans, `"kl"` or `"perplexity"`; None uses the preset's.
-            evaluations: Length of the search in full-evaluation equivalents; None uses the preset's, 0 takes the best
-                seed plan. A round that has begun is finished.
+            evaluations: Length of the search in full-evaluation equivalents; 0 takes the best seed plan. None uses the
+                preset's from β = `search_from` on, or where a proposer is given, else 0. A round that has begun is
+                finished.
             seed: Random seed.
             run_dir: Directory of the journal and of the checkpoints of each stage; a run with the same directory
                 resumes.
@@ -160,6 +161,8 @@ class AutoPruner:
         check_seed(seed)
         check_executor(executor)
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
+        pays = beta >= method.search_from or evaluations is not None or proposer != "self"
+        method = method if pays else replace(method, evaluations=0.0)
         bounds = (method.p_min, method.p_max)
         budget = ParameterBudget(self.shape, beta, *bounds, method.tied, method.multiple_of, method.kv_multiple)
         asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
@@ -168,6 +171,8 @@ class AutoPruner:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(report, Bars):
                 report.say(f"{self.name} on {described(self.model)}")
+                if not pays:
+                    report.say(f"no search below β = {method.search_from:g}, where it found nothing (see evaluations)")
             run = Run(self._store, Checkpoints(folder and folder / "stages"), report, seed, executor)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             texts = self._texts.read(data, method, run)

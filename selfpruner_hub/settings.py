@@ -56,6 +56,9 @@ class PruneSettings:
     (sensitivity), and the mean of that and uniform rates (blend)."""
     evaluations: float = 10
     """Length of the search, in evaluations on the whole fitness text; 0 takes the best seed."""
+    search_from: float = 0.4
+    """Smallest β at which the dense model searches where neither `evaluations` nor a proposer is given. Below it, the
+    best seed is taken: a search gained 0.2 % or less on unseen text."""
     population: int = 0
     """New plans in the first round of the search."""
     crossover: int = 8
@@ -120,6 +123,7 @@ PRESETS = {
         calibration_tokens=32_768,  # norms of the inputs are all that it needs
         fitness_tokens=2_048,  # 430 evaluations, each on all of them
         evaluations=430,
+        search_from=0.0,
         population=30,
         crossover=10,
         mutation=10,
@@ -223,6 +227,7 @@ def resolve(preset: str, **changes: Any) -> PruneSettings:
     _check_kinds(method)
     for name, low, high in (
         ("evaluations", 0, 1e9),
+        ("search_from", 0, 1),
         ("window", 2, 1 << 20),
         ("calibration_tokens", 1, 1 << 40),
         ("fisher_tokens", 1, 1 << 40),

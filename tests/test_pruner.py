@@ -12,6 +12,7 @@ from selfpruner_hub import AutoPruner
 from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.errors import DataError, RunMismatchError
 from selfpruner_hub.provenance import describe
+from selfpruner_hub.search.proposers import RandomProposer
 
 WINDOW, CALIBRATION, FITNESS = 32, 20, 8
 
@@ -109,6 +110,31 @@ def test_the_default_text(tokenizer, preset, sources, monkeypatch):
     )  # fmt: skip
     assert asked == sources
     assert made.report.data["calibration"]["name"] == " and ".join(sources)
+
+
+@pytest.mark.parametrize(
+    ("beta", "settings", "searched"),
+    [
+        (0.3, {}, False),
+        (0.5, {}, True),
+        (0.3, {"evaluations": 1}, True),
+        (0.3, {"proposer": "random"}, True),
+        (0.3, {"search_from": 0.2}, True),
+        (0.5, {"evaluations": 0}, False),
+    ],
+)
+def test_the_default_searches_where_a_search_found_something(monkeypatch, capsys, beta, settings, searched):
+    """At high β, or where someone asks; elsewhere the best seed is taken, and a line says so."""
+    asked = []
+    monkeypatch.setattr(
+        "selfpruner_hub.pruner.choose_proposer",
+        lambda _name, _model, budget, method, *_: asked.append(method.evaluations) or RandomProposer(budget),
+    )
+    few = {"window": WINDOW, "calibration_tokens": WINDOW * 4, "fitness_tokens": WINDOW * 2, "sequential_repair": False}
+    made = AutoPruner(tiny_model("llama"), None, "tests/llama").prune(beta, data="self", **few, **settings)
+    assert asked == [made.report.method["evaluations"]]
+    assert bool(asked[0]) == searched
+    assert ("no search below β = 0.4" in capsys.readouterr().err) == (not searched and "evaluations" not in settings)
 
 
 class KilledError(Exception):

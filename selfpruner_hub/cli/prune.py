@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     searching = parser.add_argument_group("the search")
     searching.add_argument(
         "--evaluations", type=number, metavar="N",
-        help=f"length, in evaluations on the whole text; 0 takes the best starting point ({_defaults('evaluations')})",
+        help="length, in evaluations on the whole text; 0 takes the best starting point (default: "
+        f"{PRESETS['default'].evaluations} from β = {PRESETS['default'].search_from} on; paper: "
+        f"{PRESETS['paper'].evaluations})",
     )  # fmt: skip
     searching.add_argument("--fitness", help=f"kl or perplexity ({_defaults('fitness')})")
     searching.add_argument(

@@ -269,7 +269,7 @@ def test_help_of_prune_is_in_groups_with_the_defaults_that_matter(capsys):
     places = [told.index(group) for group in groups]
     assert places == sorted(places)
     default, paper = (PRESETS[name].evaluations for name in ("default", "paper"))
-    assert f"(default: {default}; paper: {paper})" in told
+    assert f"(default: {default} from β = {PRESETS['default'].search_from} on; paper: {paper})" in told
     assert "kl or perplexity (default: kl; paper: perplexity)" in told
     assert "(default: chat+wikitext2 for a chat model, else wikitext2)" in told
 
