@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfpruner_hub.settings import explained
+from selfpruner_hub.settings import PRESETS, explained
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
@@ -107,22 +107,25 @@ def _parameters(row: Mapping[str, Any]) -> float:
 
 
 def settings_table() -> str:
-    """Every setting: its name, its default, that of the paper's preset where it differs, and its meaning."""
+    """Every setting: its name, its default, those of the other presets where they differ, and its meaning."""
+    others = [preset for preset in PRESETS if preset != "default"]
     rows = [
         [
             f"`{default.name}`",
             f"`{json.dumps(default.default)}`",
-            "" if paper.default == default.default else f"`{json.dumps(paper.default)}`",
+            *("" if other.default == default.default else f"`{json.dumps(other.default)}`" for other in rest),
             default.meaning.replace("|", "\\|"),
         ]
-        for default, paper in zip(explained(), explained("paper"), strict=True)
+        for default, *rest in zip(explained(), *map(explained, others), strict=True)
     ]
-    return _table(["setting", "default", "paper", "meaning"], rows)
+    return _table(["setting", "default", *others, "meaning"], rows)
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
     rule = ["---:" if numbers else "---"] * len(names)
-    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (names, rule, *rows))
+    return "\n".join(
+        f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") for cells in (names, rule, *rows)
+    )
 
 
 GENERATED = (

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
+from selfpruner_hub.effort import within_minutes, without_barren_search
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
@@ -117,6 +118,7 @@ class AutoPruner:
         data: Any = None,
         fitness: str | None = None,
         evaluations: float | None = None,
+        minutes: float | None = None,
         seed: int = 0,
         run_dir: str | Path | None = None,
         executor: str | None = None,
@@ -127,7 +129,8 @@ class AutoPruner:
 
         Args:
             beta: Mean share of the prunable weights to remove, 0 < β < 1.
-            preset: Name of the preset: `"default"`, or `"paper"` for the settings of arXiv 2502.14413.
+            preset: Name of the preset: `"default"`, `"fast"` for a few minutes of a small model on two cores, `"best"`
+                for an hour, or `"paper"` for the settings of arXiv 2502.14413.
             proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
                 Hub repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object
                 that follows the `Proposer` protocol.
@@ -143,6 +146,8 @@ class AutoPruner:
             evaluations: Length of the search in full-evaluation equivalents; 0 takes the best seed plan. None uses the
                 preset's from β = `search_from` on, or where a proposer is given, else 0. A round that has begun is
                 finished.
+            minutes: Minutes that the run may take: the preset's amount of text is changed so that it takes about this
+                long on this machine (`effort.within_minutes`). None leaves the preset as it is.
             seed: Random seed.
             run_dir: Directory of the journal and of the checkpoints of each stage; a run with the same directory
                 resumes.
@@ -161,19 +166,23 @@ class AutoPruner:
         check_seed(seed)
         check_executor(executor)
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
-        pays = beta >= method.search_from or evaluations is not None or proposer != "self"
-        method = method if pays else replace(method, evaluations=0.0)
+        folder = None if run_dir is None else Path(run_dir)
+        checkpoints, lines = Checkpoints(folder and folder / "stages"), [f"{self.name} on {described(self.model)}"]
+        if evaluations is None and proposer == "self":
+            method, line = without_barren_search(method, beta)
+            lines.append(line)
+        if minutes is not None:
+            method, line = within_minutes(minutes, self.model, method, checkpoints)
+            lines.append(line)
         bounds = (method.p_min, method.p_max)
         budget = ParameterBudget(self.shape, beta, *bounds, method.tied, method.multiple_of, method.kv_multiple)
         asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
-        folder = None if run_dir is None else Path(run_dir)
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(report, Bars):
-                report.say(f"{self.name} on {described(self.model)}")
-                if not pays:
-                    report.say(f"no search below β = {method.search_from:g}, where it found nothing (see evaluations)")
-            run = Run(self._store, Checkpoints(folder and folder / "stages"), report, seed, executor)
+                for line in filter(None, lines):
+                    report.say(line)
+            run = Run(self._store, checkpoints, report, seed, executor)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             texts = self._texts.read(data, method, run)
             request = Request(self.name, budget, method, seed, asked.name, texts, self.licence)

@@ -110,6 +110,13 @@ OLD_NAMES = {"accumulate": "sequential_repair", "refit_inputs": "repair_gate_up"
 
 PRESETS = {
     "default": PruneSettings(),
+    "fast": PruneSettings(
+        calibration_tokens=8_192,
+        fisher_tokens=4_096,
+        fitness_tokens=4_096,
+        evaluations=0,
+    ),
+    "best": PruneSettings(calibration_tokens=196_608, fisher_tokens=16_384, evaluations=20, search_from=0.0),
     # arXiv 2502.14413: population 30, 20 iterations of 10 crossover and 10 mutation children, rates in 0.1 to 0.9,
     # one rate a layer, Wanda-sp, no repair, perplexity.
     "paper": PruneSettings(

@@ -22,7 +22,7 @@ LAYERS = (
     {"plans", "settings"},
     {"storage"},
     {"models"},
-    {"calibration"},
+    {"calibration", "effort"},
     {"pruning", "exporters"},
     {"evaluation"},
     {"search"},

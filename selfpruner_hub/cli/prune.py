@@ -63,14 +63,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("the method")
     method.add_argument("--preset", default="default", help=f"{', '.join(PRESETS)} (default: %(default)s)")
     method.add_argument(
+        "--minutes", type=number, metavar="N", help="as much text as fits into about N minutes on this machine"
+    )
+    method.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="any other setting; `selfpruner settings` lists them with their defaults",
     )  # fmt: skip
 
 
 def _defaults(name: str) -> str:
-    """Return the values of a setting in all presets, for its help."""
-    return "; ".join(f"{preset}: {getattr(method, name)}" for preset, method in PRESETS.items())
+    """Return the default of a setting, and its values in the presets that differ, for its help."""
+    usual = getattr(PRESETS["default"], name)
+    others = {preset: getattr(method, name) for preset, method in PRESETS.items()}
+    return "; ".join(f"{preset}: {value}" for preset, value in others.items() if preset == "default" or value != usual)
 
 
 def run(options: argparse.Namespace) -> str:
@@ -116,6 +121,7 @@ def run(options: argparse.Namespace) -> str:
         data=options.data,
         fitness=options.fitness,
         evaluations=options.evaluations,
+        minutes=options.minutes,
         seed=options.seed,
         run_dir=run_dir,
         executor=options.executor,

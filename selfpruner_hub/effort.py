@@ -1,0 +1,106 @@
+"""How much work a run does: whether it searches, and how much text it reads in the minutes that a user has."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.models.forward import last_hidden_states
+from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.storage.checkpoints import Checkpoints
+
+WINDOWS, WIDTH = 4, 512
+"""Windows of the forward pass that is timed, and their tokens."""
+PASSES = 24.0
+"""Cost of a calibration token, in forward passes of the decoder over one token: writing it, calibration, both repairs,
+and its share of the other texts (`benchmarks/stages.py`)."""
+FIXED = 150_000.0
+"""Cost of what does not depend on the text (order, factors, solutions), in the same unit."""
+SMALLEST, LARGEST = 4_096, 262_144
+"""Fewest and most calibration tokens to choose from."""
+
+
+def without_barren_search(method: PruneSettings, beta: float) -> tuple[PruneSettings, str]:
+    """Leave out the search where it was measured to find nothing, if the user has asked for none.
+
+    Args:
+        method: Settings.
+        beta: Mean rate, in (0, 1).
+
+    Returns:
+        The settings, and a line for the user; empty if the run searches.
+    """
+    if not method.evaluations or beta >= method.search_from:
+        return method, ""
+    line = f"no search below β = {method.search_from:g}, where it found nothing (evaluations=N asks for one)"
+    return replace(method, evaluations=0.0), line
+
+
+def within_minutes(
+    minutes: float, model: PreTrainedModel, method: PruneSettings, checkpoints: Checkpoints
+) -> tuple[PruneSettings, str]:
+    """Choose the amount of text so that a run takes about this long, without a search.
+
+    Quality grows with the number of calibration tokens (`benchmarks/scale.py`), and time in proportion to it. So the
+    largest number that fits is taken, and the other texts shrink with it. The estimate is rough.
+
+    Args:
+        minutes: Minutes for the whole run, above 0.
+        model: The dense model; a forward pass of it is timed.
+        method: Settings to start from; the tokens of the three texts change.
+        checkpoints: Checkpoints of the run, which keep the choice: a second timing might lead to another one.
+
+    Returns:
+        The settings, and a line that says what was chosen.
+
+    Raises:
+        UserError: `minutes` is no number above 0, or too short for the fewest tokens.
+    """
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
+        raise UserError(f"minutes must be a number above 0; got {minutes!r}.")
+    name = f"minutes-{minutes:g}"
+    known = checkpoints.load(name) or _choice(minutes, model)
+    checkpoints.save(name, known)
+    tokens, expected = int(known["tokens"]), float(known["minutes"])
+    few = max(SMALLEST // 2, tokens // 8)
+    chosen = replace(
+        method,
+        calibration_tokens=tokens,
+        fisher_tokens=min(method.fisher_tokens, few),
+        fitness_tokens=min(method.fitness_tokens, 2 * few),
+    )
+    return chosen, f"about {expected:.1f} minutes: {tokens} tokens of calibration text"
+
+
+def _choice(minutes: float, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The number of calibration tokens, and the minutes that they are expected to take."""
+    per_pass = _seconds_per_token(model) / 60
+    tokens, expected = LARGEST, (FIXED + PASSES * LARGEST) * per_pass
+    while expected > minutes and tokens > SMALLEST:
+        tokens //= 2
+        expected = (FIXED + PASSES * tokens) * per_pass
+    if expected > minutes:
+        raise UserError(
+            f"Pruning this model on this device takes about {expected:.1f} minutes or more; {minutes:g} are too few.",
+            "Give it more minutes, or a faster device.",
+        )
+    return {"tokens": torch.tensor(tokens), "minutes": torch.tensor(expected)}
+
+
+@torch.inference_mode()
+def _seconds_per_token(model: PreTrainedModel) -> float:
+    """Time of a forward pass of the decoder, per token; the second of two, because the first prepares kernels."""
+    width = min(WIDTH, getattr(model.config, "max_position_embeddings", WIDTH))
+    windows = torch.zeros(WINDOWS, width, dtype=torch.long)
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        for hidden in last_hidden_states(model, windows):
+            hidden.sum().item()  # waits for an accelerator
+        seconds = time.perf_counter() - started
+    return seconds / windows.numel()

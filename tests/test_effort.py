@@ -1,0 +1,103 @@
+"""How much work a run does: the text that fits into given minutes, and a choice that a resumed run keeps."""
+
+import pytest
+import torch
+from support.tiny import tiny_model, tiny_tokenizer
+
+from selfpruner_hub import AutoPruner, effort
+from selfpruner_hub.effort import FIXED, PASSES, SMALLEST, within_minutes, without_barren_search
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.settings import PRESETS
+from selfpruner_hub.storage.checkpoints import Checkpoints
+
+DEFAULT = PRESETS["default"]
+SECOND = 60.0 / (FIXED + PASSES * 65_536)
+"""Seconds of a token's forward pass on a machine that takes a minute for 65,536 calibration tokens."""
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Say how long the forward pass of a token takes here; tells how often it was timed."""
+    timed = []
+
+    def set_speed(seconds):
+        monkeypatch.setattr(effort, "_seconds_per_token", lambda _model: timed.append(seconds) or seconds)
+        return timed
+
+    return set_speed
+
+
+def choose(minutes, checkpoints=None, method=DEFAULT):
+    return within_minutes(minutes, None, method, checkpoints or Checkpoints())
+
+
+def test_the_most_text_that_fits_is_taken(machine):
+    machine(SECOND)
+    method, line = choose(1.0)
+    assert method.calibration_tokens == 65_536
+    assert line == "about 1.0 minutes: 65536 tokens of calibration text"
+    assert choose(0.99)[0].calibration_tokens == 32_768
+    assert choose(1000)[0].calibration_tokens == effort.LARGEST
+    machine(SECOND / 4)  # a machine that is four times as fast
+    assert choose(1.0)[0].calibration_tokens == 262_144
+
+
+def test_the_other_texts_shrink_with_it_and_grow_no_further_than_the_preset(machine):
+    machine(SECOND)
+    little, much = choose(0.3)[0], choose(1000)[0]
+    assert little.calibration_tokens < 16_384
+    assert (little.fisher_tokens, little.fitness_tokens) == (2_048, 4_096)
+    assert (much.fisher_tokens, much.fitness_tokens) == (DEFAULT.fisher_tokens, DEFAULT.fitness_tokens)
+
+
+def test_too_few_minutes_are_refused_with_what_it_takes(machine):
+    machine(SECOND)
+    least = (FIXED + PASSES * SMALLEST) * SECOND / 60
+    with pytest.raises(UserError, match=f"takes about {least:.1f} minutes or more; 0.01 are too few"):
+        choose(0.01)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, True, "ten", float("nan")])
+def test_minutes_are_a_number_above_zero(minutes):
+    with pytest.raises(UserError, match="minutes must be a number above 0"):
+        choose(minutes)
+
+
+def test_a_resumed_run_keeps_its_choice(machine, tmp_path):
+    timed = machine(SECOND)
+    first, _ = choose(1.0, Checkpoints(tmp_path))
+    machine(9 * SECOND)  # the machine is busy now
+    assert choose(1.0, Checkpoints(tmp_path))[0] == first
+    assert len(timed) == 1
+    assert choose(2.0, Checkpoints(tmp_path))[0] != first  # other minutes are another choice
+
+
+def test_the_forward_pass_of_the_model_is_timed():
+    model = tiny_model("llama")
+    calls = []
+    handle = model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
+    seconds = effort._seconds_per_token(model)
+    handle.remove()
+    assert len(calls) >= 2
+    assert 0 < seconds < 1
+
+
+def test_no_search_only_where_it_found_nothing():
+    assert without_barren_search(DEFAULT, 0.5) == (DEFAULT, "")
+    method, line = without_barren_search(DEFAULT, 0.3)
+    assert method.evaluations == 0
+    assert "no search below β = 0.4" in line
+    assert without_barren_search(PRESETS["paper"], 0.1)[0] is PRESETS["paper"]
+    assert without_barren_search(PRESETS["fast"], 0.5)[1] == ""  # it has no search to leave out
+
+
+def test_prune_takes_minutes_and_says_what_it_picked(machine, monkeypatch, capsys):
+    monkeypatch.setattr(effort, "LARGEST", 1_024)
+    monkeypatch.setattr(effort, "SMALLEST", 256)
+    machine(1e-9)
+    pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
+    made = pruner.prune(0.3, data="self", minutes=1, window=32, fitness_tokens=128)
+    assert made.report.method["calibration_tokens"] == made.report.data["calibration"]["tokens"] == 1_024
+    assert made.report.method["fitness_tokens"] == 128
+    assert "1024 tokens of calibration text" in capsys.readouterr().err
+    assert torch.isfinite(made.model(torch.ones(1, 4, dtype=torch.long)).logits).all()
