@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,18 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
 
 
 def pruned(
-    dense: str, beta: float, data: str, output: Path, measured: Callable[[PreTrainedModel], dict[str, float]]
+    dense: str,
+    beta: float,
+    data: str,
+    output: Path,
+    measured: Callable[[PreTrainedModel], dict[str, float]],
+    more: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Prune and measure one model; a model that was saved before is only measured."""
+    """Prune and measure one model, with `more` options; a model that was saved before is only measured."""
     timed, started = output.with_suffix(".json"), time.perf_counter()
     if not timed.exists():
         what = ["prune", dense, "--base-model", NAME, "--beta", str(beta), "--data", data, "--output", str(output)]
-        if status := selfpruner(what):
+        if status := selfpruner([*what, *more]):
             sys.exit(status)
         timed.write_text(json.dumps({"minutes": round((time.perf_counter() - started) / 60, 1)}))
     record = read_record(output)

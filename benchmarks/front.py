@@ -1,0 +1,172 @@
+"""Quality against minutes: our presets and other training-free methods, on one model and one text, timed in one run.
+
+Run: python benchmarks/front.py WORK SEARCH_TEXT UNSEEN_TEXT [BETA]
+(here: WikiText-2 raw, articles a beside the model's own conversations, articles b for the figures; 0.3)
+Rows that exist in WORK are reused. Where the package optipfair is installed, its row is made too.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from defaults import DATA, pruned
+from ours import removed
+from peers import Flap, block_influence, by_channels, taylor, without_blocks
+from protocol import PICTURES, Chat, Rows, Unseen, write
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.calibration.texts import Texts
+from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.models.patching import with_layers
+from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.seeds import seeds
+from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.pruning.importance import LayerOrder, rank
+from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.slicing import Slicer
+from selfpruner_hub.settings import resolve
+from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.run import Run
+
+PRESETS = ("fast", "default", "best")
+TOKENS, GRADIENT_WINDOWS = 32_768, 16
+"""Number of calibration tokens of the other methods, and of windows for those that take gradients or few passes."""
+Measure = Callable[[PreTrainedModel], dict[str, float]]
+
+
+class Peers:
+    """The other methods; each does all its work in one call, so that it can be timed.
+
+    Args:
+        pruner: Pruner of the dense model.
+        windows: Token ids of the calibration text, `[N, W]`.
+        beta: Share of the prunable weights to remove.
+    """
+
+    def __init__(self, pruner: AutoPruner, windows: Tensor, beta: float) -> None:
+        self._pruner, self._model, self._windows, self._beta = pruner, pruner.model, windows, beta
+        self._few = windows[:GRADIENT_WINDOWS]
+        budget = ParameterBudget(pruner.shape, beta)
+        self._uniform = budget.project(seeds(budget)["uniform"])
+        self.methods: dict[str, Callable[[], AbstractContextManager[nn.ModuleList]]] = {
+            "Wanda-sp, uniform rates": lambda: self._by(rank(self._model, self._calibrated(), "wanda-sp")),
+            "FLAP with bias": self._flap,
+            "first-order Taylor (LLM-Pruner), uniform rates": lambda: self._by(
+                by_channels(self._model, taylor(self._model, self._few))
+            ),
+            "whole layers by block influence (ShortGPT)": lambda: nullcontext(
+                without_blocks(self._model, block_influence(self._model, self._few), beta)
+            ),
+        }
+        if importlib.util.find_spec("optipfair"):
+            self.methods["optipfair 0.4, its data-driven MAW"] = self._optipfair
+
+    def _calibrated(self) -> list[Any]:
+        return calibrate(self._model, self._windows)
+
+    @contextmanager
+    def _by(self, order: list[LayerOrder]) -> Iterator[nn.ModuleList]:
+        with ordered(self._model, order):
+            yield Slicer(self._model, order, None).layers(self._uniform)
+
+    @contextmanager
+    def _flap(self) -> Iterator[nn.ModuleList]:
+        known = Flap(self._model, self._calibrated())
+        with ordered(self._model, known.order):
+            yield known.layers(self._model, known.plan(self._beta))
+
+    @contextmanager
+    def _optipfair(self) -> Iterator[nn.ModuleList]:
+        from optipfair import prune_model
+
+        shape = self._pruner.shape
+        channels = sum(w.intermediate_size for w in shape.dense.layers)
+        percent = 100 * self._beta * shape.weights(shape.dense) / (channels * shape.channel_weights)
+        batches = [{"input_ids": each, "attention_mask": each.new_ones(each.shape)} for each in self._few.split(4)]
+        made = prune_model(
+            copy.deepcopy(self._model), pruning_percentage=percent, dataloader=batches, show_progress=False
+        )
+        yield decoder_layers(made)
+
+
+def add_peers(rows: Rows, pruner: AutoPruner, windows: Tensor, beta: float, measure: Measure) -> None:
+    """Prune by each of the other methods, and measure."""
+    for method, make in Peers(pruner, windows, beta).methods.items():
+        if rows.have(method=method):
+            continue
+        started = time.perf_counter()
+        with make() as layers:
+            minutes = round((time.perf_counter() - started) / 60, 2)
+            with with_layers(pruner.model, layers) as model:
+                found = {"minutes": minutes, "removed": round(removed(pruner, layers), 4)}
+                rows.keep({"method": method, **found, **measure(model)})
+
+
+def draw(rows: Rows, beta: float) -> None:
+    """Draw perplexity, agreement and KL on conversations against minutes."""
+    from matplotlib.figure import Figure
+
+    panels = {"perplexity_512": "perplexity, articles b", "kl_chat": "KL on conversations", "agreement": "agreement"}
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        dense = next(row for row in rows if row["method"] == "dense")
+        for row in rows:
+            if row is not dense:
+                own = row["method"].startswith("ours")
+                axes.plot(max(row["minutes"], 0.05), row[name], "o" if own else "s", label=row["method"])
+        axes.axhline(dense[name], color="0.6", linestyle=":")
+        axes.set(xscale="log", xlabel="minutes on two cores", ylabel=label)
+        if name != "agreement":
+            axes.set_yscale("symlog" if name == "kl_chat" else "log")
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.suptitle(f"SmolLM2-135M-Instruct at β = {beta:g}; dotted: dense")
+    figure.savefig(PICTURES / "front.png", dpi=110)
+
+
+def main(work: Path, search_text: str, unseen_text: str, beta: float = 0.3) -> None:
+    """Make every row, write the JSON and the picture."""
+    rows, dense, pruner = Rows(work / "rows.jsonl"), work / "dense", load_embedded()
+    unseen, chat = Unseen(unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
+    protocol = (
+        f"SmolLM2-135M-Instruct in bfloat16 at β = {beta:g}. Ours: `selfpruner prune` with each preset, minutes of the "
+        f"whole command. The others: the first {TOKENS} tokens (Taylor, block influence, optipfair: {GRADIENT_WINDOWS} "
+        f"windows) of the calibration text of the default, {DATA}{Path(search_text).name}; minutes without the writing "
+        f"of that text. All rows in one run. Perplexity on the first windows of {Path(unseen_text).name}: "
+        f"{Unseen.WORDS}; {chat.words}"
+    )
+
+    def measure(model: PreTrainedModel) -> dict[str, float]:
+        return {**unseen.perplexities(model), **chat.figures(model)}
+
+    if not dense.exists():
+        pruner.model.save_pretrained(dense)
+        pruner.tokenizer.save_pretrained(dense)
+    if not rows.have(method="dense"):
+        rows.keep({"method": "dense", "minutes": 0.0, "removed": 0.0, **measure(pruner.model)})
+    method = resolve("default", evaluations=0)
+    text = Texts(pruner.model, pruner.tokenizer).read(
+        DATA + search_text, method, Run(checkpoints=Checkpoints(work / "text"))
+    )
+    add_peers(rows, pruner, text.calibration.windows[: TOKENS // method.window], beta, measure)
+    for preset in PRESETS:
+        if not rows.have(method=f"ours, {preset}"):
+            more = ("--preset", preset)
+            found = pruned(str(dense), beta, DATA + search_text, work / preset, measure, more)
+            rows.keep({"method": f"ours, {preset}", "removed": found["achieved_beta"], **found})
+        write("front", protocol, list(rows))
+        draw(rows, beta)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], *map(float, sys.argv[4:]))
