@@ -18,6 +18,7 @@ from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import check_one_device, described
 from selfpruner_hub.models.loading import is_repo_id, load_model
+from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.unsupported import refuse_quantized
 from selfpruner_hub.plans.budget import ParameterBudget, check_beta
 from selfpruner_hub.progress import Bars
@@ -58,7 +59,8 @@ class AutoPruner:
         store: TensorStore = MEMORY,
     ) -> None:
         refuse_quantized(model.config, name)
-        check_one_device(model)
+        if not streams(model):
+            check_one_device(model)
         self._store = store
         self.model = model
         self.tokenizer = tokenizer
@@ -86,8 +88,8 @@ class AutoPruner:
             base_model: Hub repository that a directory is a copy of: records, cards and Spaces name it as the parent,
                 and the licence is read from it where the directory has no card.
             offload_folder: Directory on a disk with space for four times the model: weights, statistics, hidden states
-                and the pruned model are in files there, and one layer at a time is in memory
-                (`storage.offload.DiskStore`). The files are deleted at the end.
+                and the pruned model are in files there (`storage.offload.DiskStore`), and one layer at a time is in
+                memory. An accelerator holds embeddings, head and the layer that runs. The files are deleted at the end.
             **kwargs: Keywords of transformers' `from_pretrained`: dtype, revision, token, gguf_file, …; a `device_map`
                 must put the whole model on one device.
 
@@ -167,7 +169,9 @@ class AutoPruner:
         check_executor(executor)
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
         folder = None if run_dir is None else Path(run_dir)
-        checkpoints, lines = Checkpoints(folder and folder / "stages"), [f"{self.name} on {described(self.model)}"]
+        layers = ", one layer at a time" if streams(self.model) else ""
+        lines = [f"{self.name} on {described(self.model)}{layers}"]
+        checkpoints = Checkpoints(folder and folder / "stages")
         if evaluations is None and proposer == "self":
             method, line = without_barren_search(method, beta)
             lines.append(line)

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from selfpruner_hub.cli import main
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
+from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.models.placement import stream_layers, streams
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
@@ -38,7 +40,7 @@ def accelerator(monkeypatch):
     def saved(model, *args, **kwargs):  # virtual tensors have no storage, which safetensors reads
         device = model.device
         save(model.to("cpu"), *args, **kwargs)
-        model.to(device)
+        stream_layers(model, device) if streams(model) else model.to(device)
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", saved)
     with virtual_accelerator():
@@ -91,6 +93,30 @@ def test_pruned_resumed_reloaded_and_measured(dense, accelerator, tmp_path):
     teacher = teach(pruner.model, IDS)
     assert divergence(loaded.model, IDS, teacher) == pytest.approx(divergence(made.model, IDS, teacher), rel=1e-4)
     assert perplexity(loaded.model, IDS) == pytest.approx(perplexity(again.model, IDS), rel=1e-4)
+
+
+def resting(model):
+    return {parameter.device.type for parameter in decoder_layers(model).parameters()}
+
+
+@pytest.mark.parametrize("dense", ["llama", "gemma3", "phi3"], indirect=True)  # apart, normalised outputs, fused
+def test_streamed_layer_by_layer(dense, accelerator, tmp_path):
+    """Weights are in files, and a layer is on the device while it works; the result is that of a CPU."""
+    settings = {**SHORT, "proposer": "evolution"}
+    told = []
+    for _ in range(2):
+        pruner = AutoPruner.from_pretrained(dense, offload_folder=tmp_path / "scratch")
+        assert pruner.model.device.type == "gpu"
+        told.clear()
+        made = pruner.prune(0.3, data=TEXT, run_dir=tmp_path / "run", progress=lambda *a: told.append(a[0]), **settings)
+        assert resting(pruner.model) == resting(made.model) == {"cpu"}
+    assert not {"sensitivities", "calibrating", "ordering", "repairing"} & set(told)  # all of it was loaded
+    assert_equal(on_cpu(dense, **settings), made)
+    before = perplexity(made.model, IDS)
+    made.save_pretrained(tmp_path / "pruned")
+    assert perplexity(PrunedModel.from_pretrained(tmp_path / "pruned").model, IDS) == pytest.approx(before, rel=1e-4)
+    assert perplexity(made.to("gpu").model, IDS) == pytest.approx(before, rel=1e-4)
+    assert resting(made.model) == {"gpu"}
 
 
 @pytest.mark.parametrize("dense", ["llama", "gemma3", "phi3"], indirect=True)

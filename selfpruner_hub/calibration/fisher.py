@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import cast
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +10,10 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.ridge import damped_factor
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
-from selfpruner_hub.models.forward import Loss, draw, head_gradient
-from selfpruner_hub.models.layer_stream import Seen, Stream, check_finite
-from selfpruner_hub.models.patching import add_gram, frozen, replaced
+from selfpruner_hub.models.forward import draw, head_gradient
+from selfpruner_hub.models.layer_stream import backward_by_layer
+from selfpruner_hub.models.patching import add_gram, frozen
+from selfpruner_hub.models.placement import placed
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 Fisher = Sequence[tuple[Tensor | None, Tensor | None]]
@@ -52,27 +51,25 @@ def output_fisher(
     architecture, layers = architecture_of(model.config), decoder_layers(model)
     paths = (architecture.attention_output, architecture.ffn_output)
     store, checkpoints = run.store, run.checkpoints
-    if known := _finished(layers, run):
+    if known := _finished(len(layers), model.device, run):
         return known
     generator = torch.Generator(model.device).manual_seed(run.seed)
 
     def drawn(logits: Tensor, _first: int) -> Tensor:
         return nn.functional.cross_entropy(logits, draw(logits.detach(), 1.0, generator), reduction="sum")
 
+    def last(_first: int, hidden: Tensor) -> Tensor:
+        """The head runs one window at a time."""
+        return torch.stack([head_gradient(model, each, drawn) for each in hidden])
+
+    def outputs(layer: nn.Module) -> list[nn.Module]:
+        return [linear(layer, path) for path in paths]
+
     roots: list[tuple[Tensor, Tensor]] = []
     with frozen(model):
-        stream = Stream(model, windows, store)
-        read = []
-        for index, layer in enumerate(layers):
-            read.append([store(hidden.clone()) for hidden in stream.hidden])
-            with torch.no_grad():
-                stream.advance(index, layer)
-        check_finite(stream.hidden)
-        batches = windows.split(len(stream.hidden[0]))
-        gradients = [store(_behind(model, *each, drawn)) for each in zip(batches, stream.hidden, strict=True)]
-        for index, layer in reversed(list(enumerate(layers))):
-            stream.hidden = read.pop()
-            sums = _products(stream, index, layer, [linear(layer, path) for path in paths], gradients)
+        for index, layer, batches in backward_by_layer(model, windows, last, outputs, store):
+            with placed(layer, model.device):
+                sums = _products(batches)
             first, second = (damped_factor(each.div_(windows.numel()), DAMPING).t().contiguous() for each in sums)
             checkpoints.save(f"fisher-{index}", {"attention": first, "ffn": second})
             roots.append((store(first), store(second)))
@@ -80,45 +77,29 @@ def output_fisher(
     return roots[::-1]
 
 
-def _finished(layers: nn.ModuleList, run: Run) -> list[tuple[Tensor, Tensor]] | None:
+def _products(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """Σ g gᵀ of each module's output."""
+    sums: list[Tensor] = []
+    for gradients in batches:
+        sums = sums or [torch.zeros(2 * each.shape[-1:], device=each.device) for each in gradients]
+        for total, gradient in zip(sums, gradients, strict=True):
+            g = gradient.flatten(0, -2)
+            add_gram(total, g)
+    return sums
+
+
+def _finished(layers: int, device: torch.device, run: Run) -> list[tuple[Tensor, Tensor]] | None:
     """Load the matrices of a finished pass; None if the pass is not finished (it ends at the first layer)."""
     roots = []
-    for index, layer in enumerate(layers):
-        found = run.checkpoints.load(f"fisher-{index}", next(layer.parameters()).device)
+    for index in range(layers):
+        found = run.checkpoints.load(f"fisher-{index}", device)
         if found is None:
             return None
         roots.append((run.store(found["attention"]), run.store(found["ffn"])))
     return roots
 
 
-def _behind(model: PreTrainedModel, batch: Tensor, hidden: Tensor, loss: Loss) -> Tensor:
-    """Gradient of the loss with respect to the last layer's output, `[B, W, H]`; the head runs one window at a time."""
-    leaf = hidden.detach().requires_grad_()
-    with ExitStack() as stack:
-        for layer in decoder_layers(model):
-            stack.enter_context(replaced(layer, "forward", lambda *_args, **_kwargs: leaf))
-        last = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
-    last.backward(torch.stack([head_gradient(model, each.detach(), loss) for each in last]))
-    return cast(Tensor, leaf.grad)
-
-
-def _products(
-    stream: Stream, index: int, layer: nn.Module, modules: list[nn.Linear], gradients: list[Tensor]
-) -> list[Tensor]:
-    """Σ g gᵀ of the modules' outputs; replaces `gradients` of the layer's output by those of its input, in place."""
-    sums = [torch.zeros(2 * module.weight.shape[:1], device=module.weight.device) for module in modules]
-    for number, hidden in enumerate(stream.hidden):
-        leaf = stream.hidden[number] = hidden.detach().requires_grad_()
-        outputs = [Seen(module) for module in modules]
-        after = cast(Tensor, stream.run(index, layer, number, outputs))
-        back, *found = torch.autograd.grad(after, [leaf, *(each.output for each in outputs)], gradients[number])
-        for total, gradient in zip(sums, found, strict=True):
-            g = gradient.flatten(0, -2)
-            add_gram(total, g)
-        gradients[number].copy_(back)  # at the end, because `found` may contain the same tensor
-    return sums
-
-
-def roots_of(fisher: Fisher | None, layers: int) -> Fisher:
-    """R of every layer's outputs; without Fisher information, None for each, so all errors have equal weight."""
-    return fisher or [(None, None)] * layers
+def roots_of(fisher: Fisher | None, layers: int, device: torch.device) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """Yield R of every layer's outputs on a device; without Fisher information, None: all errors have equal weight."""
+    for attention, ffn in fisher or [(None, None)] * layers:
+        yield None if attention is None else attention.to(device), None if ffn is None else ffn.to(device)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.devices import free_memory
 from selfpruner_hub.models.forward import draw, head_chunks
 from selfpruner_hub.models.patching import attending_by_group
 from selfpruner_hub.progress import Progress
@@ -21,6 +22,8 @@ SMALL_CACHE = 1 << 30
 """Bytes that a cache may take however small the model is."""
 ENDED = 0.2
 """Share of finished sequences above which they leave the batch; each time, the rest of the cache is copied."""
+CACHE_FREE = 0.5
+"""Maximum size of a cache, as a share of what is free on an accelerator."""
 ROOM = 64
 """Number of tokens by which a cache grows at a time."""
 
@@ -205,9 +208,9 @@ class _GrowingLayer(DynamicLayer):
 
 
 def _batch_size(model: PreTrainedModel, length: int) -> int:
-    """Maximum number of sequences for which the cache is no larger than the weights, or than `SMALL_CACHE`."""
+    """Maximum number of sequences: the cache is no larger than the weights, or `SMALL_CACHE`, and half of what is free."""
     shape = shape_of(model.config)
     groups = sum(layer.num_key_value_heads for layer in shape.dense.layers)
-    cached = 2 * groups * shape.head_dim * length  # keys and values of one sequence, in numbers
-    room = max(model.num_parameters(), SMALL_CACHE // model.dtype.itemsize)
-    return max(1, min(SAMPLE_BATCH, room // cached))
+    cached = 2 * groups * shape.head_dim * length * model.dtype.itemsize  # keys and values of one sequence, in bytes
+    size = max(model.num_parameters() * model.dtype.itemsize, SMALL_CACHE)
+    return max(1, min(SAMPLE_BATCH, int(min(size, CACHE_FREE * free_memory(model.device)) // cached)))

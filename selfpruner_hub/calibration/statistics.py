@@ -14,6 +14,7 @@ from selfpruner_hub.calibration.ridge import RIDGE, choose_ridge, held_out
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.layer_stream import Stream, check_finite
 from selfpruner_hub.models.patching import add_gram
+from selfpruner_hub.models.placement import placed
 from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
@@ -31,6 +32,10 @@ class Moments:
     mean: Tensor
     gram: Tensor
     ridge: float = RIDGE
+
+    def to(self, device: torch.device) -> Moments:
+        """The same moments on a device."""
+        return Moments(self.mean.to(device), self.gram.to(device), self.ridge)
 
     @property
     def energy(self) -> Tensor:
@@ -108,11 +113,12 @@ def calibrate(
         if index < len(known):
             stream.advance(index, layer)
             continue
-        modules = [linear(layer, path) for path in (architecture.attention_output, architecture.ffn_output)]
-        sums = [_Sums(module) for module in modules]
-        with _hooked(zip(modules, sums, strict=True)):
-            stream.advance(index, layer)
-        known.append(LayerStatistics(*(each.moments(store) for each in sums)))
+        with placed(layer, model.device):
+            modules = [linear(layer, path) for path in (architecture.attention_output, architecture.ffn_output)]
+            sums = [_Sums(module) for module in modules]
+            with _hooked(zip(modules, sums, strict=True)):
+                stream.advance(index, layer)
+            known.append(LayerStatistics(*(each.moments(store) for each in sums)))
         checkpoints.save(f"calibration-{index}", known[-1].tensors())
         run.progress("calibrating", index + 1, len(layers))
     return known

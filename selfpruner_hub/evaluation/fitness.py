@@ -54,9 +54,10 @@ class Fitness:
         self.metric = metric
         self.size_batches()
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
-        # A model that is offloaded to files does not fit in memory, so there is no memory to spare for hidden states.
-        spare = min(PREFIX_MEMORY * self.nbytes, PREFIX_FREE * free_memory(self.device))
-        self._prefixes = PrefixCache(0 if slicer.store.on_disk else spare)
+        free = free_memory(self.device)
+        # A model that is offloaded to files does not fit in memory; only what is known to be free can be spared.
+        none = slicer.store.on_disk and math.isinf(free)
+        self._prefixes = PrefixCache(0 if none else min(PREFIX_MEMORY * self.nbytes, PREFIX_FREE * free))
         self._token_size = slicer.shape.hidden_size * slicer.model.dtype.itemsize
 
     def size_batches(self) -> None:

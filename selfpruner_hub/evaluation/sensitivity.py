@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
+from selfpruner_hub.models.devices import summed
 from selfpruner_hub.models.forward import Loss, head_gradient
-from selfpruner_hub.models.patching import frozen, with_layers
+from selfpruner_hub.models.layer_stream import Seen, backward_by_layer, watching
+from selfpruner_hub.models.patching import add_product, frozen, with_layers
+from selfpruner_hub.models.placement import placed
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects, step_channels
 from selfpruner_hub.pruning.slicing import PARTS, Part, Slicer, units
-
-PROBE_BATCH_TOKENS = 1024
-"""Number of tokens in one forward and backward pass."""
 
 
 def measure_steps(
@@ -46,29 +47,37 @@ def measure_steps(
     Returns:
         The predicted changes of the mean loss per predicted token.
     """
-    model, layers = slicer.model, slicer.layers(plan)
-    changes = [_Change(slicer, index, part, plan) for index in range(len(layers)) for part in PARTS]
-    modules = [module for layer in layers for module in _outputs(model, layer)]
-    owners = [owner for layer in layers for owner in _owners(model, layer)]
-    size = max(1, PROBE_BATCH_TOKENS // windows.shape[1])
-    done = 0
-    with contextmanager(_watched)(changes, modules, owners), with_layers(model, layers):
-        for batch in windows.split(size):
-            done = _backward(model, batch, done, loss)
-            with torch.no_grad():
+    model, layers, whole = slicer.model, slicer.layers(plan), decoder_layers(slicer.model)
+    known: dict[str, list[float]] = {name: [float("inf")] * len(layers) for name in StepEffects.__annotations__}
+
+    def last(first: int, hidden: Tensor) -> Tensor:
+        """The head runs one window at a time; the last position of a window predicts nothing."""
+        width = hidden.shape[1] - 1
+        found = [head_gradient(model, each[:-1], loss, (first + i) * width) for i, each in enumerate(hidden)]
+        return nn.functional.pad(torch.stack(found), (0, 0, 0, 1))
+
+    with frozen(model), with_layers(model, layers):
+        for index, layer, batches in backward_by_layer(model, windows, last, partial(_outputs, model), slicer.store):
+            with placed(layer, model.device), placed(whole[index], model.device):
+                changes = [_Change(slicer, index, part, plan, whole[index], layer) for part in PARTS]
+                with _watched(changes):
+                    for gradients in batches:
+                        for change, gradient in zip(changes, gradients, strict=True):
+                            change.add(gradient)
                 for change in changes:
-                    change.add()
-    known: dict[str, list[float]] = {name: [] for name in StepEffects.__annotations__}
-    for change in changes:
-        for name, predicted in change.predicted(done, curves, remains).items():
-            known[f"{change.part}_{name}"].append(predicted)
+                    for name, predicted in change.predicted(windows[:, 1:].numel(), curves, remains).items():
+                        known[f"{change.part}_{name}"][index] = predicted
     return StepEffects(**{name: tuple(values) for name, values in known.items()})
 
 
 class _Change:
-    """The predicted change of the loss when one part of one layer loses a step, or gets one back."""
+    """The predicted change of the loss when one part of one layer loses a step, or gets one back.
 
-    def __init__(self, slicer: Slicer, index: int, part: Part, plan: Plan) -> None:
+    The first-order term is linear in the weight of the output projection: Σ gᵀ (W - W') x = ⟨W - W', Σ g xᵀ⟩, so the
+    repaired weights of other widths are needed once, not for each batch.
+    """
+
+    def __init__(self, slicer: Slicer, index: int, part: Part, plan: Plan, dense: nn.Module, layer: nn.Module) -> None:
         self.part = part
         self._index = index
         self._slicer = slicer
@@ -78,15 +87,14 @@ class _Change:
         self._widths = {n: w for n, w in self._widths.items() if 0 < w <= full and w != self._kept}
         if part == "attention" and slicer.shape.whole_attention:
             self._widths = {}
-        self._sums = dict.fromkeys(self._widths, 0.0)
-        dense = decoder_layers(slicer.model)[index]
         which = PARTS.index(part)
-        self._dense_owner, self._dense_output = (
-            _owners(slicer.model, dense)[which],
-            _outputs(slicer.model, dense)[which],
-        )
+        self.owner = _owners(slicer.model, layer)[which]
+        self._weight = _outputs(slicer.model, layer)[which].weight
+        self._dense_owner = _owners(slicer.model, dense)[which]
+        self._dense_output = _outputs(slicer.model, dense)[which]
         self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._output = self._gradient = torch.empty(0)
+        columns = max([self._kept, *self._widths.values()]) * self._weight.shape[1] // self._kept
+        self._sum = self._weight.new_zeros(len(self._weight), columns, dtype=torch.float32)
 
     def called(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the call arguments of the pruned attention or FFN."""
@@ -95,25 +103,15 @@ class _Change:
             {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()},
         )
 
-    def returned(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the output, and its gradient from the backward pass."""
-        self._output = output.detach()
-
-        def keep(gradient: Tensor) -> None:
-            self._gradient = gradient
-
-        output.register_hook(keep)
-
-    def add(self) -> None:
-        """Run the dense part on the pruned model's inputs, and add the first-order term of the other widths."""
-        seen: list[Tensor] = []
-        handle = self._dense_output.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
-        with _removed([handle]):
-            self._dense_owner(*self._call[0], **self._call[1])
-        for name, width in self._widths.items():
-            weight = self._slicer.output_weight(self._index, self.part, width)
-            moved = nn.functional.linear(seen[0][..., : weight.shape[1]], weight, self._dense_output.bias)
-            self._sums[name] += (self._gradient.float() * (moved - self._output).float()).sum().item()
+    @torch.no_grad()
+    def add(self, gradient: Tensor) -> None:
+        """Run the dense part on the pruned model's inputs, and add g xᵀ; x of a narrower part is its first columns."""
+        if self._widths:
+            seen = Seen(self._dense_output, last=True)
+            with watching([seen]):
+                self._dense_owner(*self._call[0], **self._call[1])
+            x = seen.input[..., : self._sum.shape[1]]
+            add_product(self._sum, gradient.flatten(0, -2), x.flatten(0, -2))
 
     def predicted(self, tokens: int, curves: Sequence[LossCurves] | None, remains: float) -> dict[str, float]:
         """Mean change of the loss per token in each direction; infinite if the width cannot change that way."""
@@ -121,25 +119,16 @@ class _Change:
         for name, width in self._widths.items():
             curve = None if curves is None else getattr(curves[self._index], self.part)
             alone = 0.0 if curve is None else float(curve[width] - curve[self._kept])
-            found[name] = remains * (self._sums[name] / tokens + abs(alone)) + (1 - remains) * alone
+            found[name] = remains * (self._first_order(width) / tokens + abs(alone)) + (1 - remains) * alone
         return found
 
-
-def _watched(changes: Sequence[_Change], modules: Sequence[nn.Module], owners: Sequence[nn.Module]) -> Iterator[None]:
-    handles = [m.register_forward_hook(c.returned) for c, m in zip(changes, modules, strict=True)]
-    handles += [m.register_forward_pre_hook(c.called, with_kwargs=True) for c, m in zip(changes, owners, strict=True)]
-    with _removed(handles):
-        yield
-
-
-def _backward(model: PreTrainedModel, batch: Tensor, done: int, loss: Loss) -> int:
-    """Run forward and backward, the head in chunks; `done` positions are finished before. Return how many are after."""
-    with frozen(model):
-        embedded = model.get_input_embeddings()(batch.to(model.device)).requires_grad_()
-        hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        predicting = hidden[:, :-1].flatten(0, 1)
-        predicting.backward(head_gradient(model, predicting.detach(), loss, done))
-    return done + len(predicting)
+    def _first_order(self, width: int) -> float:
+        """The change of the loss that another width of the part causes, to first order, summed over tokens."""
+        weight = self._slicer.output_weight(self._index, self.part, width).to(self._sum.device)
+        change = torch.zeros_like(self._sum)
+        change[:, : weight.shape[1]] += weight
+        change[:, : self._weight.shape[1]] -= self._weight.detach()
+        return summed(change * self._sum)
 
 
 def _outputs(model: PreTrainedModel, layer: nn.Module) -> tuple[nn.Linear, nn.Linear]:
@@ -155,7 +144,8 @@ def _owners(model: PreTrainedModel, layer: nn.Module) -> tuple[nn.Module, nn.Mod
 
 
 @contextmanager
-def _removed(handles: Sequence[Any]) -> Iterator[None]:
+def _watched(changes: Sequence[_Change]) -> Iterator[None]:
+    handles = [each.owner.register_forward_pre_hook(each.called, with_kwargs=True) for each in changes]
     try:
         yield
     finally:

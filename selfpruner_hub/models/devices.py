@@ -60,7 +60,8 @@ def check_one_device(model: PreTrainedModel) -> None:
     if len(devices) > 1 or "disk" in devices:
         raise ModelError(
             f"The model is spread over {', '.join(sorted(devices))}; pruning needs it on one device.",
-            "Leave out device_map and choose a device with room for it, or use a CPU with offload_folder (--offload).",
+            "Leave out device_map and choose a device: whole models run on one with room for them, and with "
+            "offload_folder (--offload), one layer at a time is on it.",
         )
 
 

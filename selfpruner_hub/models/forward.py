@@ -62,7 +62,7 @@ def windows_at_once(model: PreTrainedModel, width: int, tokens: int) -> int:
                 raise
             raise ModelError(
                 f"Not one window of {width} tokens fits in the memory of {model.device}.",
-                "Use shorter windows, or a CPU with offload_folder.",
+                "Use shorter windows, or offload_folder (--offload): one layer at a time is then on the device.",
             ) from error
     return known[width]
 

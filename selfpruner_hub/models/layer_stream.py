@@ -1,11 +1,13 @@
-"""Stream hidden states through the decoder layers one layer at a time, so that only one layer is worked on at once."""
+"""Stream hidden states through the decoder layers, and gradients back, so that only one layer is worked on at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +19,8 @@ from selfpruner_hub.storage.offload import MEMORY, TensorStore
 BATCH_TOKENS = 4096
 """Number of tokens in one forward pass of a layer."""
 
+Last = Callable[[int, Tensor], Tensor]
+"""(index of the first window, last hidden states `[B, W, H]`) → gradient of the loss with respect to them."""
 Call = Callable[[nn.Module, Tensor], Tensor]
 """Function that runs a decoder layer on hidden states, with the model's masks and positions for that layer."""
 
@@ -36,6 +40,7 @@ class Stream:
         batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
         self.hidden = [store(_embedded(model, batch)) for batch in batches]
         """Hidden states, one tensor `[B, W, H]` per batch."""
+        self._device = model.device
         self._calls = {len(batch): _calls(model, batch) for batch in (batches[0], batches[-1])}
 
     def run(self, index: int, layer: nn.Module, number: int, watched: Sequence[Seen] = ()) -> Tensor | None:
@@ -50,15 +55,86 @@ class Stream:
         Returns:
             Output of the layer; None if a hook ended the pass.
         """
-        hidden = self.hidden[number]
+        hidden = self.on_device(number)
         with watching(watched):
             return self._calls[len(hidden)][index](layer, hidden)
         return None
+
+    def on_device(self, number: int) -> Tensor:
+        """Hidden states of one batch, `[B, W, H]`, on the device of the model; a copy if they rest elsewhere."""
+        return self.hidden[number].to(self._device)
 
     def advance(self, index: int, layer: nn.Module) -> None:
         """Replace the hidden states of all batches by the output of a layer."""
         for number in range(len(self.hidden)):
             self.hidden[number].copy_(cast(Tensor, self.run(index, layer, number)))
+
+
+def backward_by_layer(
+    model: PreTrainedModel,
+    windows: Tensor,
+    last: Last,
+    modules: Callable[[nn.Module], Sequence[nn.Module]],
+    store: TensorStore,
+) -> Iterator[tuple[int, nn.Module, Iterator[list[Tensor]]]]:
+    """Run a model forward on all windows, then backward, last layer first; its weights must be frozen.
+
+    The forward pass keeps the inputs of each layer; the backward pass runs one layer at a time again.
+
+    Args:
+        model: A causal language model.
+        windows: Token ids, `[N, W]`.
+        last: Function that starts the backward pass.
+        modules: Function that returns the modules of a layer whose output gradients are wanted.
+        store: Store for one hidden state per token and layer.
+
+    Yields:
+        Index of a layer, the layer, and an iterator that runs it on each batch: the gradients of the outputs of its
+        modules, `[B, W, out]`. The iterator must end before the next layer.
+
+    Raises:
+        ModelError: The activations are not finite.
+    """
+    layers, stream = decoder_layers(model), Stream(model, windows, store)
+    read = []
+    for index, layer in enumerate(layers):
+        read.append([store(hidden.clone()) for hidden in stream.hidden])
+        with torch.no_grad():
+            stream.advance(index, layer)
+    check_finite(stream.hidden)
+    size = len(stream.hidden[0])
+    gradients = [
+        store(_behind(model, batch, stream.on_device(number), partial(last, number * size)))
+        for number, batch in enumerate(windows.split(size))
+    ]
+    for index, layer in reversed(list(enumerate(layers))):
+        stream.hidden = read.pop()
+        yield index, layer, _through(stream, index, layer, modules(layer), gradients)
+
+
+def _behind(model: PreTrainedModel, batch: Tensor, hidden: Tensor, last: Callable[[Tensor], Tensor]) -> Tensor:
+    """Gradient of the loss with respect to the last layer's output, `[B, W, H]`."""
+    leaf = hidden.detach().requires_grad_()
+    with ExitStack() as stack:
+        for layer in decoder_layers(model):
+            stack.enter_context(replaced(layer, "forward", lambda *_args, **_kwargs: leaf))
+        out = model.get_decoder()(batch.to(model.device), use_cache=False).last_hidden_state
+    out.backward(last(out.detach()))
+    return cast(Tensor, leaf.grad)
+
+
+def _through(
+    stream: Stream, index: int, layer: nn.Module, modules: Sequence[nn.Module], gradients: list[Tensor]
+) -> Iterator[list[Tensor]]:
+    """Yield the gradients of the modules' outputs; replace `gradients` of the layer's output by those of its input."""
+    for number, hidden in enumerate(stream.hidden):
+        leaf = stream.hidden[number] = hidden.detach().requires_grad_()
+        outputs = [Seen(module) for module in modules]
+        after = cast(Tensor, stream.run(index, layer, number, outputs))
+        wanted = [leaf, *(each.output for each in outputs)]
+        back, *found = torch.autograd.grad(after, wanted, gradients[number].to(after.device))
+        yield found
+        gradients[number].copy_(back)  # at the end, because `found` may contain the same tensor
 
 
 def check_finite(tensors: Iterable[Tensor]) -> None:

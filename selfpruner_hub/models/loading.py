@@ -31,6 +31,7 @@ from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchit
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
 from selfpruner_hub.models.devices import choose_device, out_of_memory
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
+from selfpruner_hub.models.placement import stream_layers
 from selfpruner_hub.models.unsupported import refuse_quantized
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
@@ -41,6 +42,7 @@ _WRAPPERS = ("gemma3", "mistral3")
 """Models of images and text whose text model is loaded alone."""
 _TEXT_KEYS = {r"^language_model\.lm_head": "lm_head", r"^(model\.)?language_model\.(model\.)?": "model."}
 """Names of its weights in a wrapper, old and new → its own names."""
+_OFFLOADED = "Only weights from safetensors that no device_map places can be offloaded to files."
 _WEIGHTS = ["*.safetensors", "*.json"]
 _GIVE = "Give a Hub repository, or a directory that `save_pretrained` wrote."
 
@@ -63,7 +65,8 @@ def load_model(
         name: Directory or Hub repository.
         any_architecture: Whether to accept models that cannot be pruned, such as a proposer.
         quantized: Whether to accept quantised weights, which cannot be cut.
-        store: Store for the weights; a store on disk reads them one by one from safetensors.
+        store: Store for the weights; a store on disk reads them one by one from safetensors, and each decoder layer is
+            on the device only while it runs.
         device: Device, such as `"cuda:1"` or `"cpu"`; None takes the accelerator where there is one. With
             `device_map`, transformers places the weights instead.
         **kwargs: Keywords of transformers' `from_pretrained`.
@@ -76,9 +79,11 @@ def load_model(
             any weight is read.
         ModelError: The model is missing, gated, unreachable or truncated, or has weights that are not finite.
         UserError: There is no such device, it is given together with a device map, or a store on disk is combined with
-            a GGUF file, an accelerator or quantization.
+            a GGUF file, a device map or quantization.
     """
-    kwargs["device_map"] = _device_map(device, kwargs.get("device_map"), store)
+    chosen = _device(device, kwargs.get("device_map"), store)
+    if chosen.type != "cpu" and not kwargs.get("device_map"):
+        kwargs["device_map"] = {"": chosen}  # weights go to it one by one, without a copy in memory
     where = _for_files(kwargs)
     kwargs["trust_remote_code"] = where["trust_remote_code"]
     if kwargs.get("gguf_file"):
@@ -94,7 +99,7 @@ def load_model(
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
             model, found = loaded
         else:
-            model, found = _one_by_one(name, store, **{**kwargs, "config": config})
+            model, found = _one_by_one(name, store, chosen, **{**kwargs, "config": config})
     except SelfPrunerError:
         raise
     except Exception as error:  # transformers, the Hub client and safetensors share no base class
@@ -110,16 +115,13 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _device_map(device: str | torch.device | None, given: Any, store: TensorStore) -> Any:
-    """What `from_pretrained` is given: weights go to an accelerator one by one, without a copy in memory."""
+def _device(device: str | torch.device | None, given: Any, store: TensorStore) -> torch.device:
+    """The device to load on, where no device map is given."""
     if device is not None and given is not None:
         raise UserError("A model is placed by device or by device_map, not by both.", "Leave out one of them.")
-    if not store.on_disk:
-        placed = choose_device(device)
-        return given if given is not None or placed.type == "cpu" else {"": placed}
-    if given is not None or (device is not None and choose_device(device).type != "cpu"):
-        raise UserError("Weights can be offloaded from safetensors to a CPU only.", "Leave out GGUF files and devices.")
-    return None
+    if given is not None and store.on_disk:
+        raise UserError(_OFFLOADED, "Give a device instead: each layer is on it while it works.")
+    return choose_device(device)
 
 
 def _check_weights(name: str, model: PreTrainedModel, missing_keys: Iterable[str]) -> None:
@@ -180,14 +182,15 @@ def _for_files(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _one_by_one(
     name: str,
     store: TensorStore,
+    device: torch.device,
     config: PreTrainedConfig,
     dtype: str | torch.dtype = "auto",
     key_mapping: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Build a model and move each weight to `store` as it is read, so that they are never in memory all at once."""
+    """Build a model, each weight moved to `store` as it is read, and each layer on the device only while it runs."""
     if kwargs.get("gguf_file") or kwargs.get("quantization_config"):
-        raise UserError("Weights can be offloaded from safetensors to a CPU only.", "Leave out GGUF files and devices.")
+        raise UserError(_OFFLOADED, "Leave out GGUF files and quantization.")
     where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     directory = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_WEIGHTS, **where))
     index = directory / SAFE_WEIGHTS_INDEX_NAME
@@ -203,6 +206,7 @@ def _one_by_one(
                 _put(model, _renamed(key, key_mapping), opened.get_tensor(key), named, store)
     missing = {key for key, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
     model.tie_weights(missing_keys=missing)
+    stream_layers(model, device)
     return model, {"missing_keys": missing}
 
 

@@ -147,13 +147,15 @@ def rank(
         raise UserError(f"Unknown importance {importance!r}.", f"Choose one of: {', '.join(ORDERS)}.")
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     orders: list[LayerOrder] = []
-    roots = roots_of(fisher, shape.num_layers)
+    roots = roots_of(fisher, shape.num_layers, model.device)
     for layer, known, (attention, ffn) in zip(decoder_layers(model), statistics, roots, strict=True):
         if done := run.checkpoints.load(f"order-{len(orders)}", model.device):
             orders.append(LayerOrder(**done))
             continue
         groups, channels = (
-            ORDERS[importance](linear(layer, path).weight.float(), moments, unit, root)
+            ORDERS[importance](
+                linear(layer, path).weight.to(model.device).float(), moments.to(model.device), unit, root
+            )
             for path, moments, unit, root in (
                 (architecture.attention_output, known.attention, shape.queries_per_group * shape.head_dim, attention),
                 (architecture.ffn_output, known.ffn, 1, ffn),

@@ -19,7 +19,7 @@ class Repair:
 
     Args:
         weight: W, `[out, in]`, columns in order of importance; kept by reference, so it must not change.
-        gram: H = E[x xᵀ], `[in, in]`, in the same order.
+        gram: H = E[x xᵀ], `[in, in]`, in the same order, on the device that repairs.
         ridge: λ, at least 0.
         store: Store for the factor.
         root: R of the Fisher information, `[out, out]` (`fisher.output_fisher`): errors are ‖R (W x - W*_K x_K)‖². The
@@ -37,18 +37,20 @@ class Repair:
         store: TensorStore = MEMORY,
         root: Tensor | None = None,
     ) -> None:
-        self._factor = store(damped_factor(gram, ridge))
+        factor, self._device = damped_factor(gram, ridge), gram.device
+        self._factor = store(factor)
         self._weight = weight.detach()
         # W L itself is not kept: that would take half as much memory as the factors.
-        self._norms = (as_seen(self._weight, root) @ self._factor).square().sum(0)
+        self._norms = (as_seen(self._weight.to(self._device), root) @ factor).square().sum(0)
 
     def weight(self, kept: int) -> Tensor:
-        """Least-squares weight of the first `kept` columns, `[out, kept]`, in the dtype of the original."""
+        """Least-squares weight of the first `kept` columns, `[out, kept]`, with dtype and device of the original."""
+        dense, factor = self._weight.to(self._device), self._factor.to(self._device)
         # A copy, because the last bits of a product depend on memory alignment, which differs for loaded weights.
-        lost = self._weight[:, kept:].to(torch.float32, copy=True) @ self._factor[kept:, :kept]
-        moved = torch.linalg.solve_triangular(self._factor[:kept, :kept], lost, upper=False, left=False)
-        repaired = self._weight[:, :kept].float() + moved
-        return repaired.to(self._weight.dtype).contiguous()  # from column-major memory, slow in a linear layer
+        lost = dense[:, kept:].to(torch.float32, copy=True) @ factor[kept:, :kept]
+        moved = torch.linalg.solve_triangular(factor[:kept, :kept], lost, upper=False, left=False)
+        repaired = (dense[:, :kept].float() + moved).to(dense.dtype)
+        return repaired.contiguous().to(self._weight.device)  # from column-major memory, slow in a linear layer
 
     def errors(self) -> Tensor:
         """E‖R (W x - W*_K x_K)‖² for a kept prefix of 0, 1, …, `in` columns, `[in + 1]`; it never increases."""

@@ -20,6 +20,7 @@ from selfpruner_hub.calibration.ridge import as_seen, held_out
 from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear, residual_scale
 from selfpruner_hub.models.layer_stream import Seen, Stream, watching
 from selfpruner_hub.models.patching import replaced
+from selfpruner_hub.models.placement import on, placed
 from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
@@ -71,22 +72,24 @@ def compensate(
     architecture, scale = architecture_of(dense.config), residual_scale(dense.config)
     original, moved = Stream(dense, windows, store), Stream(dense, windows, store)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
-    roots = roots_of(fisher, len(pairs))
-    for index, (whole, layer) in enumerate(pairs):
+    roots = roots_of(fisher, len(pairs), dense.device)
+    for index, ((whole, layer), (root, ffn_root)) in enumerate(zip(pairs, roots, strict=True)):
         if done := checkpoints.load(f"repair-{index}"):
             layer.load_state_dict(done)
             original.advance(index, whole)
             moved.advance(index, layer)
             continue
-        wanted = _targets(architecture, index, whole, original, moved, store, scale)
-        attention = _Attention(architecture, index, layer, moved, store)
-        attention.fit(wanted, ridges, roots[index][0])
-        ffn = _Ffn(architecture, layer, attention, wanted, store, roots[index][1])
-        ffn.fit_down(ridges)
-        if inputs and ffn.fit_inputs():
+        with placed(whole, dense.device):
+            wanted = _targets(architecture, index, whole, original, moved, store, scale)
+        with placed(layer, dense.device, changed=True):
+            attention = _Attention(architecture, index, layer, moved, store)
+            attention.fit(wanted, ridges, root)
+            ffn = _Ffn(architecture, layer, attention, wanted, store, ffn_root)
             ffn.fit_down(ridges)
-        checkpoints.save(f"repair-{index}", layer.state_dict())
-        attention.advance()
+            if inputs and ffn.fit_inputs():
+                ffn.fit_down(ridges)
+            checkpoints.save(f"repair-{index}", layer.state_dict())
+            attention.advance()
         run.progress("repairing", index + 1, len(pairs))
 
 
@@ -115,7 +118,8 @@ def _targets(
         after = original.run(index, whole, number, outputs)
         first, second = (each.output for each in outputs)
         if not architecture.output_norms:
-            first = _sum(first, hidden.float() / scale, -moved.hidden[number].float() / scale)
+            before, drifted = original.on_device(number), moved.on_device(number)
+            first = _sum(first, before.float() / scale, -drifted.float() / scale)
         wanted.append([store(first), store(second)])
         hidden.copy_(cast(Tensor, after))
     return wanted
@@ -135,16 +139,17 @@ class _Attention:
     def fit(self, wanted: Targets, ridges: Sequence[float], root: Tensor | None) -> None:
         """Fit o_proj, and keep what it reads."""
         fit = LinearFit(self.output, ridges, root)
-        for number, targets in enumerate(wanted):
+        for number, (target, _) in enumerate(on(self.output.weight.device, wanted)):
             seen = Seen(self.output, last=True)
             self._moved.run(self._index, self._layer, number, [seen])
-            fit.add(seen.input, targets[0])
+            fit.add(seen.input, target)
             self._read.append(self._store(seen.input))
         fit.apply()
 
     def run(self, number: int, watched: Sequence[Seen] = ()) -> Tensor | None:
         """Run the layer on one batch as `Stream.run` does, with the attention as it was read."""
-        with replaced(self._owner, "forward", lambda *_, **__: (self.output(self._read[number]), None)):
+        read = self._read[number].to(self.output.weight.device)
+        with replaced(self._owner, "forward", lambda *_, **__: (self.output(read), None)):
             return self._moved.run(self._index, self._layer, number, watched)
 
     def advance(self) -> None:
@@ -171,16 +176,20 @@ class _Ffn:
         self._inputs = [linear(layer, p.path) for p in architecture.ffn_inputs]
         self._down = linear(layer, architecture.ffn_output)
         self._batches: list[tuple[Tensor, Tensor]] = []
-        for number, (first, target) in enumerate(wanted):
+        for number, (first, target) in enumerate(on(self._down.weight.device, wanted)):
             outputs = Seen(attention.output), Seen(self._inputs[0], last=True)
             attention.run(number, outputs)
             if not architecture.output_norms:  # the error that remains after the attention
                 target = _sum(target, first, -outputs[0].output)
             self._batches.append((store(outputs[1].input), store(target)))
 
+    def _each(self) -> Iterator[tuple[Tensor, ...]]:
+        """The input and the target of each batch, on the device of the layer."""
+        return on(self._down.weight.device, self._batches)
+
     def fit_down(self, ridges: Sequence[float]) -> None:
         fit = LinearFit(self._down, ridges, self._root)
-        for h, target in self._batches:
+        for h, target in self._each():
             seen = Seen(self._down, last=True)
             with watching([seen]):
                 self._run(h)
@@ -189,10 +198,10 @@ class _Ffn:
 
     def fit_inputs(self) -> bool:
         """Refit gate_proj and up_proj if that lowers the error on the held-out windows; return whether it does."""
-        expanded = [tuple(map(self._store, self._linearised(*batch))) for batch in self._batches]
+        expanded = [tuple(map(self._store, self._linearised(*batch))) for batch in self._each()]
 
         def stream() -> Iterator[Gated]:
-            for (h, _), (factors, rest) in zip(self._batches, expanded, strict=True):
+            for (h, _), (factors, rest) in zip(self._each(), on(rows[0].device, expanded), strict=True):
                 yield Gated(h, factors, rest)
 
         rows = [module.weight for module in self._inputs]
@@ -202,7 +211,7 @@ class _Ffn:
         moved = (stacked.float() + fit_inputs(stream, stacked, down)).flatten(0, 1)
         for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
             weight.copy_(new)
-        helps = _squared(self._rest(self._run(h), target) for h, target in _held(self._batches)) < _squared(
+        helps = _squared(self._rest(self._run(h), target) for h, target in _held(self._each())) < _squared(
             rest for (rest,) in _held((rest,) for _, rest in expanded)
         )
         if not helps:  # the step was too long for the nonlinear FFN, or was zero

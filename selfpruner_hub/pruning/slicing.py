@@ -23,6 +23,7 @@ from selfpruner_hub.models.architectures import (
     unit_rows,
 )
 from selfpruner_hub.models.modeling_selfpruned import WIDTHS, LayerConfig
+from selfpruner_hub.models.placement import stream_layers, streams
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.importance import LayerOrder, expand
@@ -64,7 +65,7 @@ class Slicer:
         self._paths = (self._architecture.attention_output, self._architecture.ffn_output)
         self.repairs: list[tuple[Repair, Repair]] | None = None
         if statistics is not None:
-            roots = roots_of(fisher, len(self._dense))
+            roots = roots_of(fisher, len(self._dense), model.device)
             self.repairs = [self._repairs(*known) for known in zip(self._dense, order, statistics, roots, strict=True)]
         self._cache: OrderedDict[tuple[int, Part, int], Tensor] = OrderedDict()
         outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
@@ -73,11 +74,13 @@ class Slicer:
     def _repairs(
         self, layer: nn.Module, order: LayerOrder, known: LayerStatistics, roots: tuple[Tensor | None, Tensor | None]
     ) -> tuple[Repair, Repair]:
+        device = self.model.device
         pairs = ((known.attention, expand(order.groups, self.unit("query"))), (known.ffn, order.channels))
-        return tuple(  # type: ignore[return-value]
-            Repair(linear(layer, path).weight, moments.gram[columns][:, columns], moments.ridge, self.store, root)
-            for path, (moments, columns), root in zip(self._paths, pairs, roots, strict=True)
-        )
+        repairs = []
+        for path, (moments, columns), root in zip(self._paths, pairs, roots, strict=True):
+            gram = moments.gram.to(device)[columns][:, columns]
+            repairs.append(Repair(linear(layer, path).weight, gram, moments.ridge, self.store, root))
+        return repairs[0], repairs[1]
 
     def errors(self) -> list[tuple[Tensor, Tensor]]:
         """Expected squared output error of each layer after the first repair, by width, loss-weighted by `fisher`.
@@ -187,6 +190,8 @@ def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
         original = buffers.get(f"{name.removesuffix('inv_freq')}original_inv_freq", buffer)
         model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = original.clone()
     model.generation_config = dense.generation_config
+    if streams(dense):
+        stream_layers(model, dense.device)
     return model.eval()
 
 

@@ -69,8 +69,10 @@ def test_the_pruned_model_is_the_same_to_the_bit(architecture, tmp_path):
 
 def test_what_cannot_be_offloaded_is_refused(tmp_path):
     saved = str(save_tiny("llama", tmp_path / "dense"))
-    with pytest.raises(UserError, match="offloaded"):
+    with pytest.raises(UserError, match="offloaded to files. Give a device instead"):
         load_model(saved, store=DiskStore(tmp_path), device_map="auto")
+    with pytest.raises(UserError, match="There is no device 'cuda:7'"):
+        load_model(saved, store=DiskStore(tmp_path), device="cuda:7")
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
     with pytest.raises(ModelError, match="do not fit"):

@@ -1,11 +1,13 @@
 """A virtual accelerator: CPU values behind tensors of the device `gpu` that refuse to mix with tensors of the CPU.
 
-It shows every tensor, and every random generator, on the wrong device. It shows nothing of speed.
+It shows every tensor, and every random generator, on the wrong device, and counts the bytes on the device. It shows
+nothing of speed.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +50,40 @@ class _Backend(_DummyBackendModule):
     def empty_cache(self) -> None: ...
 
 
+class Bytes:
+    """Bytes of the tensors on the device; tensors that share memory count once.
+
+    What a single operator takes while it runs is not seen.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, int] = {}  # key: storage
+        self.now = self.peak = 0
+
+    def add(self, tensor: torch.Tensor, held: torch.Tensor) -> None:
+        storage = held.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        self._tensors[key] = self._tensors.get(key, 0) + 1
+        if self._tensors[key] == 1:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._tensors[key] -= 1
+        if not self._tensors[key]:
+            del self._tensors[key]
+            self.now -= size
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.now
+
+
+BYTES = Bytes()
+"""Bytes on the device in this process."""
+
+
 class MixedDevicesError(RuntimeError):
     """An operator was given tensors of different devices."""
 
@@ -67,6 +103,7 @@ class _Virtual(torch.Tensor):
             layout=real.layout, device=torch.device(GPU, 0), requires_grad=False,
         )  # fmt: skip
         made.held = real
+        BYTES.add(made, real)
         return made
 
     def __repr__(self) -> str:

@@ -1,0 +1,88 @@
+"""Decoder layers whose weights rest in host memory or in files; each is on the device only while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.models.patching import with_layers
+
+
+@contextmanager
+def placed(module: nn.Module, device: torch.device, *, changed: bool = False) -> Iterator[None]:
+    """Use copies of a module's weights on a device temporarily; weights that are there already are used themselves.
+
+    Args:
+        module: A decoder layer, or a part of one.
+        device: Device to work on.
+        changed: Whether the work changes the weights, so that they are copied back at the end.
+    """
+    resting: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for owner in module.modules():
+            for own in cast(Sequence[dict[str, Any]], (owner._parameters, owner._buffers)):
+                for name, tensor in own.items():
+                    if tensor is None or tensor.device == device:
+                        continue
+                    copy = tensor.detach().to(device)
+                    resting.append((own, name, tensor))
+                    own[name] = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+        yield
+    finally:
+        for own, name, tensor in resting:
+            if changed:
+                tensor.data.copy_(own[name].data)
+            own[name] = tensor
+
+
+def on(device: torch.device, batches: Iterable[Iterable[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield batches of stored tensors on the device that works on them, one batch at a time."""
+    for batch in batches:
+        yield tuple(tensor.to(device) for tensor in batch)
+
+
+def stream_layers(model: PreTrainedModel, device: torch.device) -> None:
+    """Put a model on a device without its decoder layers; each of them is there only while it runs.
+
+    Embeddings, last norm and head stay on the device, so it is `model.device`.
+
+    Args:
+        model: A causal language model; the weights of its layers stay where they are.
+        device: Device that the model runs on.
+    """
+    layers, inputs, outputs = decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()
+    tied = inputs.weight is outputs.weight
+    with with_layers(model, nn.ModuleList()):
+        cast(nn.Module, model).to(device)
+    if tied:
+        outputs.weight = inputs.weight  # not every device keeps them one
+    for layer in layers:
+        if not isinstance(layer, _RunsWithInput):
+            # Candidates are built by the class of the dense layer. mypy takes a class for its instances.
+            layer.__class__ = _streamed(type(layer))  # type: ignore[arg-type]
+
+
+class _RunsWithInput(nn.Module):
+    """A decoder layer that runs on the device of its input, wherever its weights are."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        with placed(self, hidden.device):  # no hooks, which an interrupt would skip
+            return super().forward(*args, **kwargs)
+
+
+@cache
+def _streamed(kind: Any) -> type[nn.Module]:
+    return type(kind.__name__, (_RunsWithInput, kind), {})
+
+
+def streams(model: PreTrainedModel) -> bool:
+    """Whether `stream_layers` was called for a model."""
+    return isinstance(decoder_layers(model)[0], _RunsWithInput)
