@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
 import torch
 from support.tiny import CONFIGS, tiny_model, tiny_tokenizer
-from support.virtual_device import MixedDevicesError, virtual_accelerator
-from transformers import PreTrainedModel
+from support.virtual_device import BYTES, MixedDevicesError, virtual_accelerator
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
 
 from selfpruner_hub.cli import main
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
-from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
+from selfpruner_hub.models.layer_stream import BATCH_TOKENS
 from selfpruner_hub.models.placement import stream_layers, streams
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
@@ -117,6 +119,53 @@ def test_streamed_layer_by_layer(dense, accelerator, tmp_path):
     assert perplexity(PrunedModel.from_pretrained(tmp_path / "pruned").model, IDS) == pytest.approx(before, rel=1e-4)
     assert perplexity(made.to("gpu").model, IDS) == pytest.approx(before, rel=1e-4)
     assert resting(made.model) == {"gpu"}
+
+
+SMALLER = 64
+
+
+def scaled(config, hidden, ffn, heads, groups, head_dim, **others):
+    """A configuration of a model's proportions: its widths are `SMALLER` times smaller."""
+    return config(
+        hidden_size=hidden // SMALLER, intermediate_size=ffn // SMALLER, num_attention_heads=heads // 4,
+        num_key_value_heads=groups // 4, head_dim=head_dim // 16, num_hidden_layers=6, vocab_size=128,
+        max_position_embeddings=64, pad_token_id=0, dtype="bfloat16", **others,
+    )  # fmt: skip
+
+
+SCALED = {
+    "Llama-3.1-8B": scaled(LlamaConfig, 4096, 14336, 32, 8, 128),
+    "Qwen2.5-7B": scaled(Qwen2Config, 3584, 18944, 28, 4, 128),
+    "Gemma-2-9B": scaled(Gemma2Config, 3584, 14336, 16, 8, 256),
+    "Phi-4": scaled(Phi3Config, 5120, 17920, 40, 8, 128),  # of 10 groups
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "Phi-4")) for name in SCALED])
+def test_the_memory_of_a_streamed_run(name, accelerator, tmp_path, monkeypatch):
+    """The device holds embeddings, head, and at most ten times what one layer needs, at the peak of all stages.
+
+    The widest matrices are those of the second repair's step of gate_proj and up_proj.
+    """
+    for module in ("models.layer_stream", "models.forward", "evaluation.fitness"):  # batches are smaller too
+        monkeypatch.setattr(f"selfpruner_hub.{module}.BATCH_TOKENS", BATCH_TOKENS // SMALLER)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SCALED[name])
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    outside = sum(parameter.nbytes for key, parameter in model.named_parameters() if ".layers." not in key)
+    layer, row = decoder_layers(model)[0], architecture_of(model.config)
+    statistics = [4 * linear(layer, path).in_features ** 2 for path in (row.attention_output, row.ffn_output)]
+    needs = sum(parameter.nbytes for parameter in layer.parameters()) + sum(statistics)
+    gc.collect()
+    before = BYTES.now
+    BYTES.restart()
+    settings = {**SHORT, "proposer": "evolution"}
+    pruner = AutoPruner.from_pretrained(str(tmp_path / "dense"), offload_folder=tmp_path / "scratch")
+    made = pruner.prune(0.3, data=TEXT, progress=False, **settings)
+    made.save_pretrained(tmp_path / "pruned")
+    assert BYTES.peak - before <= outside + 10 * needs
+    assert made.model.device.type == "gpu"
 
 
 @pytest.mark.parametrize("dense", ["llama", "gemma3", "phi3"], indirect=True)

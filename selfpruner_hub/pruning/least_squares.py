@@ -153,7 +153,10 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     if not held.any():
         return start
     squares = down.float().t() @ down.float()
-    left = torch.stack([damped_factor(gate * squares, DAMPING) for gate in gates])
+    for gate in gates:  # in place, because they are the largest matrices of the repair
+        gate.copy_(damped_factor(gate.mul_(squares), DAMPING))
+    left = gates
+    del squares
     right = damped_factor(read, DAMPING)
     best, change, error = start, start.clone(), 0.0
     curved = start.clone()  # the matrix of the held-out windows times the change
