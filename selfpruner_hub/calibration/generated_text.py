@@ -208,7 +208,7 @@ class _GrowingLayer(DynamicLayer):
 
 
 def _batch_size(model: PreTrainedModel, length: int) -> int:
-    """Maximum number of sequences: the cache is no larger than the weights, or `SMALL_CACHE`, and half of what is free."""
+    """Maximum number of sequences: the cache takes at most the weights or `SMALL_CACHE`, and half of what is free."""
     shape = shape_of(model.config)
     groups = sum(layer.num_key_value_heads for layer in shape.dense.layers)
     cached = 2 * groups * shape.head_dim * length * model.dtype.itemsize  # keys and values of one sequence, in bytes
