@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from math import isfinite
 from typing import Any
@@ -14,7 +15,7 @@ from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.weights import count_parameters, weights_hash
 from selfpruner_hub.plans.budget import ParameterBudget
-from selfpruner_hub.plans.plan import widths_of
+from selfpruner_hub.plans.plan import Plan, widths_of
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.outcome import Found
@@ -66,6 +67,7 @@ def fingerprint(model: PreTrainedModel, request: Request) -> dict[str, Any]:
         "beta": request.budget.beta,
         "seed": request.seed,
         "proposer": request.proposer,
+        **_target(request.budget),
         **method.record(),
         "prompts": [prompts.template(operation, method.template_directory) for operation in replies.PARENTS],
         "data": [texts.calibration.sha256, texts.search.sha256],
@@ -101,12 +103,12 @@ def describe(
     )
     return Record(
         base_model=request.name,
-        beta=budget.beta,
+        beta=round(budget.shape.beta(plan), 6) if budget.target else budget.beta,
         achieved_beta=round(budget.shape.beta(plan), 6),
         rates=tuple(round(rate, 6) for rate in budget.shape.rates(plan)),
         widths=widths_of(plan),
         parameters={"dense": count_parameters(dense), "pruned": count_parameters(pruned)},
-        method=method.record(),
+        method={**method.record(), **_target(budget, plan)},
         seed=request.seed,
         proposer={
             "name": request.proposer,
@@ -135,6 +137,49 @@ def describe(
             ),
         },
     )
+
+
+def _target(budget: ParameterBudget, plan: Plan | None = None) -> dict[str, Any]:
+    """Return the target of a budget, with what is predicted of a plan, under the key of files; nothing for a β."""
+    if budget.target is None:
+        return {}
+    target, costs = budget.target, budget.costs
+    known: dict[str, Any] = {**target.record(), "costs": costs.digest()}
+    if plan is not None:
+        known["predicted"] = round(target.figure(costs.of(plan), costs.dense), 6)
+    return {"target": known}
+
+
+def reached(record: Record, budget: ParameterBudget, measured: tuple[float, float] | str) -> Record:
+    """Add what was measured of a target to the record, beside what was predicted.
+
+    Args:
+        record: Record of the pruned model, from `describe`.
+        budget: Budget of the search, with its target.
+        measured: Cost of the dense and of the pruned model, or the reason why they were not measured.
+
+    Returns:
+        The record: `method["target"]` has `predicted` and `measured` in the terms of the target, and the costs of both
+        models are a metric.
+    """
+    target, costs = budget.target, budget.costs
+    assert target is not None
+    known = dict(record.method["target"])
+    if isinstance(measured, str):
+        return replace(record, method={**record.method, "target": {**known, "measured": None, "why": measured}})
+    dense, pruned = measured
+    known["measured"] = round(target.figure(pruned, dense), 6)
+    metric = Metric(
+        value=round(pruned, 2),
+        dense=round(dense, 2),
+        protocol=f"{target.charged}; asked for {target.name}: predicted {known['predicted']:.4g}, measured "
+        f"{known['measured']:.4g}; predicted {costs.of(record.plan):.4g} {target.unit}, and {costs.dense:.4g} dense",
+        unit=target.unit,
+        machine=platform.processor() or platform.machine(),
+        date=datetime.now(UTC).date().isoformat(),
+    )
+    metrics = {**record.metrics, f"{target.quantity} in {target.runtime}": metric}
+    return replace(record, method={**record.method, "target": known}, metrics=metrics)
 
 
 def _gains(measured: dict[str, tuple[float, float]]) -> dict[str, list[float]]:

@@ -21,6 +21,7 @@ from selfpruner_hub.hub.publish import Published, check_request, publish
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.layout import WEIGHTS
@@ -279,6 +280,23 @@ class PrunedModel:
             )
         journal = directory / JOURNAL_FILE
         return cls(model, tokenizer, report, journal.read_text(encoding="utf-8") if journal.is_file() else "")
+
+
+def meter_of(runtime: str) -> Meter:
+    """Make what measures costs in a runtime.
+
+    Args:
+        runtime: Name of the runtime: `"torch"`, `"onnx"` or `"gguf"`.
+
+    Returns:
+        The meter.
+
+    Raises:
+        UserError: Targets cannot be measured in the runtime, or its library is missing.
+    """
+    from exporters.benchmark.meter import RuntimeMeter  # it imports this package
+
+    return RuntimeMeter(runtime)
 
 
 def _export(directory: Path, formats: Sequence[str]) -> None:

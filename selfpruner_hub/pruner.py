@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
 from selfpruner_hub.effort import within_minutes, without_barren_search
-from selfpruner_hub.errors import UserError
+from selfpruner_hub.errors import SelfPrunerError, UserError
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import check_one_device, described
@@ -21,9 +21,10 @@ from selfpruner_hub.models.loading import is_repo_id, load_model
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.unsupported import refuse_quantized
 from selfpruner_hub.plans.budget import ParameterBudget, check_beta
+from selfpruner_hub.plans.target import Meter, Target, target_of
 from selfpruner_hub.progress import Bars
-from selfpruner_hub.provenance import Request, describe, fingerprint
-from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.provenance import Request, describe, fingerprint, reached
+from selfpruner_hub.pruned_model import PrunedModel, meter_of
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import slice_model
@@ -33,10 +34,14 @@ from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import check_executor
-from selfpruner_hub.settings import check_seed, resolve
+from selfpruner_hub.settings import PruneSettings, check_seed, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.model_record import Record
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
 from selfpruner_hub.storage.run import Run
+
+REQUEST = (128, 32)
+"""Tokens of the prompt, and of the answer, of the request that a target's time is for."""
 
 
 class AutoPruner:
@@ -112,8 +117,11 @@ class AutoPruner:
 
     def prune(
         self,
-        beta: float,
+        beta: float | None = None,
         *,
+        target: Mapping[str, Any] | None = None,
+        runtime: str | Meter = "torch",
+        request: tuple[int, int] = REQUEST,
         preset: str = "default",
         proposer: str | Proposer = "self",
         proposer_model: str | None = None,
@@ -127,10 +135,16 @@ class AutoPruner:
         progress: bool | Callable[..., None] = True,
         **settings: Any,
     ) -> PrunedModel:
-        """Find the rates of all layers under the mean rate β, and prune the model by them.
+        """Find the rates of all layers under the mean rate β or a target, and prune the model by them.
 
         Args:
             beta: Mean share of the prunable weights to remove, 0 < β < 1.
+            target: Target in place of β, one of `{"speedup": 1.5}`, `{"latency": MILLISECONDS}`, `{"memory": "200MB"}`
+                and `{"kv_cache": BYTES_PER_TOKEN}`; below 1, the last two are shares of the dense model's. The costs
+                of all widths are measured in the runtime, once for a shape of model on a machine.
+            runtime: Runtime of the target: `"torch"`, `"onnx"` or `"gguf"` (llama.cpp), or an object that follows the
+                `Meter` protocol.
+            request: Tokens of the prompt, and tokens generated after it, of the request that the target's time is for.
             preset: Name of the preset: `"default"`, `"fast"` for a few minutes of a small model on two cores, `"best"`
                 for an hour, or `"paper"` for the settings of arXiv 2502.14413.
             proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
@@ -164,7 +178,8 @@ class AutoPruner:
         Raises:
             UserError: An argument is wrong, the text too short, or `run_dir` belongs to another search.
         """
-        check_beta(beta)
+        meter = None if target is None else (meter_of(runtime) if isinstance(runtime, str) else runtime)
+        aim = _aim(beta, target, meter, request)
         check_seed(seed)
         check_executor(executor)
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
@@ -172,25 +187,24 @@ class AutoPruner:
         layers = ", one layer at a time" if streams(self.model) else ""
         lines = [f"{self.name} on {described(self.model)}{layers}"]
         checkpoints = Checkpoints(folder and folder / "stages")
-        if evaluations is None and proposer == "self":
+        if evaluations is None and proposer == "self" and beta is not None:
             method, line = without_barren_search(method, beta)
             lines.append(line)
         if minutes is not None:
             method, line = within_minutes(minutes, self.model, method, checkpoints)
             lines.append(line)
-        bounds = (method.p_min, method.p_max)
-        budget = ParameterBudget(self.shape, beta, *bounds, method.tied, method.multiple_of, method.kv_multiple)
-        asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(report, Bars):
                 for line in filter(None, lines):
                     report.say(line)
+            budget = self._budget(aim, meter, method, report)
+            asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
             run = Run(self._store, checkpoints, report, seed, executor)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             texts = self._texts.read(data, method, run)
-            request = Request(self.name, budget, method, seed, asked.name, texts, self.licence)
-            search_id = fingerprint(self.model, request)
+            asked_for = Request(self.name, budget, method, seed, asked.name, texts, self.licence)
+            search_id = fingerprint(self.model, asked_for)
             journal = Journal(folder, search_id)
             run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))
 
@@ -203,5 +217,41 @@ class AutoPruner:
             if method.repairs_twice:
                 compensate(self.model, model, calibration, inputs=method.repair_gate_up, fisher=fisher, run=run)
             scale = match_confidence(self.model, model, texts.search.windows, report) if method.confidence else 1.0
-        record = describe(self.model, model, request, found, scale)
+            record = describe(self.model, model, asked_for, found, scale)
+            if meter is not None:
+                record = self._measured(record, model, budget, meter, report)
         return PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)
+
+    def _budget(
+        self, aim: float | Target, meter: Meter | None, method: PruneSettings, report: Callable[..., None]
+    ) -> ParameterBudget:
+        """Make the budget of a β, or that of a target from the costs in its runtime."""
+        names = ("p_min", "p_max", "tied", "multiple_of", "kv_multiple")
+        bounds = {name: getattr(method, name) for name in names}
+        if not isinstance(aim, Target) or meter is None:
+            return ParameterBudget(self.shape, aim, **bounds)  # type: ignore[arg-type]
+        costs = meter.costs(self.model, self.tokenizer, aim, report)
+        return ParameterBudget.for_target(self.shape, costs, aim, **bounds)
+
+    def _measured(
+        self, record: Record, model: PreTrainedModel, budget: ParameterBudget, meter: Meter, report: Callable[..., None]
+    ) -> Record:
+        """Measure what the pruned model reaches; a failure is recorded, since the model itself is there."""
+        assert budget.target is not None
+        try:
+            return reached(record, budget, meter.measure(self.model, model, self.tokenizer, budget.target, report))
+        except SelfPrunerError as error:
+            return reached(record, budget, str(error))
+
+
+def _aim(
+    beta: float | None, target: Mapping[str, Any] | None, meter: Meter | None, request: tuple[int, int]
+) -> float | Target:
+    """Return the checked β, or the checked target: exactly one of them is given."""
+    if target is None or meter is None:
+        check_beta(beta)
+        return beta  # type: ignore[return-value]
+    if beta is not None:
+        raise UserError("beta and a target are both given.", "Give one of them.")
+    prompt, new_tokens = request
+    return target_of(target, meter.name, prompt, new_tokens)

@@ -26,7 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("model", metavar="MODEL", help="a directory or a Hub repository")
     made = parser.add_argument_group("what is made")
-    made.add_argument("--beta", required=True, type=number, help="mean fraction of weights to remove, 0 < β < 1")
+    asked = made.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--beta", type=number, help="mean fraction of weights to remove, 0 < β < 1")
+    asked.add_argument(
+        "--target", metavar="NAME=VALUE",
+        help="in place of it: speedup=1.5, latency=MS, memory=200MB or kv_cache=0.5 (or bytes a token) in the runtime",
+    )  # fmt: skip
+    made.add_argument("--runtime", default="torch", help="of the target: torch, onnx or gguf (default: %(default)s)")
+    made.add_argument(
+        "--request", metavar="P+N", default="128+32",
+        help="tokens of the prompt and of the answer that the target's time is for (default: %(default)s)",
+    )  # fmt: skip
     made.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the pruned model goes")
     model = parser.add_argument_group("the model")
     model.add_argument(
@@ -92,10 +102,17 @@ def run(options: argparse.Namespace) -> str:
         OutputError: The output cannot be written.
     """
     from selfpruner_hub.plans.budget import check_beta
+    from selfpruner_hub.plans.target import parse_target, target_of
     from selfpruner_hub.storage.staging import check_writable
 
     settings = _settings(options.set)
-    check_beta(options.beta)  # before torch and the model are loaded, which takes seconds
+    # All that is wrong is said before torch and the model are loaded, which takes seconds.
+    target = None if options.target is None else parse_target(options.target)
+    request = _request(options.request)
+    if target is None:
+        check_beta(options.beta)
+    else:
+        target_of(target, options.runtime, *request)
     check_seed(options.seed)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
     check_writable(options.output)
@@ -115,6 +132,9 @@ def run(options: argparse.Namespace) -> str:
     )
     pruned = pruner.prune(
         options.beta,
+        target=target,
+        runtime=options.runtime,
+        request=request,
         preset=options.preset,
         proposer=options.proposer,
         proposer_model=options.proposer_model,
@@ -138,6 +158,9 @@ def run(options: argparse.Namespace) -> str:
         return json.dumps({"output": str(options.output), **asdict(report)})
     dense, left = report.parameters["dense"], report.parameters["pruned"]
     lines = [f"{options.output}: {left:,} of {dense:,} parameters, β = {report.achieved_beta:.4f}"]
+    if known := report.method.get("target"):
+        found = "{:.4g}".format(known["measured"]) if known["measured"] is not None else f"not ({known['why']})"
+        lines.append(f"{options.target} in {known['runtime']}: predicted {known['predicted']:.4g}, measured {found}")
     gains, name = report.proposer["gains"], report.method["fitness"]
     if "search_text" in gains and "unseen_text" in gains:
         own, unseen = ("{:.4f} -> {:.4f}".format(*gains[text]) for text in ("search_text", "unseen_text"))
@@ -150,6 +173,13 @@ def run(options: argparse.Namespace) -> str:
             f"{report.proposer['name']}: {options.output / 'search.jsonl'} says why."
         )
     return "\n".join(lines)
+
+
+def _request(text: str) -> tuple[int, int]:
+    prompt, plus, new_tokens = text.partition("+")
+    if not (plus and prompt.isdecimal() and new_tokens.isdecimal()):
+        raise UserError(f"--request expects two numbers of tokens, such as 128+32; got {text!r}.")
+    return int(prompt), int(new_tokens)
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:

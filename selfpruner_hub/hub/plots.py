@@ -88,9 +88,16 @@ def _curve(spending: Sequence[ScoreLine | ProbeLine], settings: dict[str, Any]) 
     axes.step(x, np.minimum.accumulate(y), where="post", color="black", linewidth=1, label="best so far")
     axes.set_xlabel("full-evaluation equivalents")
     axes.set_ylabel(f"{settings['fitness']} on the search text")
-    axes.set_title(f"{settings['model']}, β = {settings['beta']}")
+    axes.set_title(f"{settings['model']}, {_asked(settings)}")
     axes.legend()
     return figure
+
+
+def _asked(settings: dict[str, Any]) -> str:
+    """Name β, or the target in place of it."""
+    if (target := settings.get("target")) is None:
+        return f"β = {settings['beta']}"
+    return f"{target['quantity']} = {target['value']:g} in {target['runtime']}"
 
 
 def _population(scores: Sequence[ScoreLine], shape: ModelShape) -> Figure:
@@ -118,7 +125,8 @@ def _rates(best: ScoreLine, shape: ModelShape, settings: dict[str, Any]) -> Figu
     axes = figure.add_subplot()
     axes.bar(layers, 100 * ffn / sizes, label="FFN")
     axes.bar(layers, 100 * attention / sizes, bottom=100 * ffn / sizes, label="attention")
-    axes.axhline(100 * settings["beta"], color="black", linestyle="--", linewidth=1, label="β")
+    if "target" not in settings:
+        axes.axhline(100 * settings["beta"], color="black", linestyle="--", linewidth=1, label="β")
     axes.set_xlabel("layer")
     axes.set_ylabel("removed, % of the layer")
     axes.set_ylim(0, min(100, 1.15 * math.ceil(100 * max(shape.rates(plan))) + 1))

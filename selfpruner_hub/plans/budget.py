@@ -1,13 +1,17 @@
-"""Turn rates into plans; every plan from this module removes the fraction β of the prunable weights."""
+"""Turn rates into plans; every plan from this module removes the fraction β of the weights, or of their cost."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from selfpruner_hub.errors import BudgetError
+from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.rounding import freed, largest_remainder, shift_to_sum
+from selfpruner_hub.plans.target import Target
 
 TOLERANCE = 1e-3
 """Maximum difference between the requested and the achieved β, if the granularity of the model allows it."""
@@ -37,7 +41,7 @@ class ParameterBudget:
 
     Args:
         shape: Geometry of the dense model.
-        beta: Fraction of all prunable weights to remove, 0 < β < 1.
+        beta: Fraction of all prunable weights to remove, 0 < β < 1; of their cost, with a target.
         p_min: Minimum rate of any layer, in [0, β].
         p_max: Maximum rate of any layer's attention or FFN (of the whole layer if they are tied), in [β, 1). Every
             layer keeps at least one KV group.
@@ -46,9 +50,12 @@ class ParameterBudget:
             must divide the dense width. Coarser widths lose a little quality, and make β less exact in small models.
         kv_multiple: Number of KV groups that the groups of every layer are a multiple of, such as the size of tensor
             parallelism; it must divide the dense number of every layer.
+        costs: Cost of every width of every part, in whose unit the budget is kept; None counts weights. Parts that
+            cost nothing stay whole.
+        target: Target in a runtime that β was computed from (`for_target`); None for a β of weights.
 
     Raises:
-        BudgetError: A value is out of its range, or β cannot be reached within the bounds.
+        BudgetError: A value is out of its range, or β or the target cannot be reached within the bounds.
     """
 
     shape: ModelShape
@@ -58,34 +65,121 @@ class ParameterBudget:
     tied: bool = False
     multiple_of: int = 1
     kv_multiple: int = 1
+    costs: Costs = field(default=None, compare=False)  # type: ignore[assignment]
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         """Check every value, and whether β can be reached."""
-        check_beta(self.beta)
+        if self.costs is None:
+            object.__setattr__(self, "costs", Costs.of_parameters(self.shape))
+        if self.target is None:
+            check_beta(self.beta)
+        elif self.tied:
+            raise BudgetError(
+                "A target needs a rate for attention and one for the FFN, and tied=true gives both the same.",
+                "Set tied=false, or give beta.",
+            )
         if not 0 <= self.p_min < self.p_max < 1:
             raise BudgetError(f"Rate bounds must satisfy 0 <= p_min < p_max < 1; got {self.p_min} and {self.p_max}.")
+        if self.whole_ffn and self.p_min:
+            raise BudgetError(f"p_min={self.p_min:g} has no meaning where FFN channels cost nothing.", "Leave it out.")
         self._check_multiples()
         least, most = self._reachable()
         if not least - self.tolerance <= self.beta <= most + self.tolerance:
             least_kept = "all" if self.shape.whole_attention else f"at least {self.kv_multiple}"
             raise BudgetError(
-                f"beta={self.beta:g} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and "
-                f"{least_kept} of its KV heads in each layer, this model can lose between {least:.3f} and {most:.3f}.",
-                "Change beta or the bounds.",
+                f"{self._said} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and "
+                f"{least_kept} of its KV heads in each layer, this model can {self._between(least, most)}.",
+                f"Change {'the target' if self.target else 'beta'} or the bounds.",
             )
-        nearest = self.shape.beta(self.project(Rates.tied([self.beta] * self.shape.num_layers)))
+        nearest = self.removed_share(self.project(self.spread([self.beta] * self.shape.num_layers)))
         if abs(nearest - self.beta) > self.tolerance + 1e-12:
+            near = self.target.said(self.costs, nearest) if self.target else f"{nearest:.3f}"
             raise BudgetError(
-                f"beta={self.beta:g} cannot be reached: it lies between two KV groups, where the FFN cannot reach; "
-                f"the nearest is {nearest:.3f}.",
-                "Change beta or the bounds.",
+                f"{self._said} cannot be reached: it lies between two KV groups, where the FFN cannot reach; "
+                f"the nearest is {near}.",
+                f"Change {'the target' if self.target else 'beta'} or the bounds.",
             )
+
+    @classmethod
+    def for_target(cls, shape: ModelShape, costs: Costs, target: Target, **bounds: float) -> ParameterBudget:
+        """Make the budget of a target.
+
+        Args:
+            shape: Geometry of the dense model.
+            costs: Cost of every width of every part in the target's runtime.
+            target: Target to reach.
+            **bounds: Other fields of the budget.
+
+        Returns:
+            The budget, whose β is a share of the cost.
+
+        Raises:
+            BudgetError: The target cannot be reached; the message says what can.
+        """
+        if not costs.prunable > 0:
+            raise BudgetError(
+                f"In {target.runtime}, narrower layers were not measured to save anything of {target.charged}.",
+                "Give beta, or another target.",
+            )
+        return cls(shape, target.share(costs), **bounds, costs=costs, target=target)  # type: ignore[arg-type]
+
+    @property
+    def whole_ffn(self) -> bool:
+        """Whether every FFN stays whole, because its channels cost nothing."""
+        return not self._unit
+
+    def removed_share(self, plan: Plan) -> float:
+        """Share that a plan removes of what the budget counts: weights, or their cost."""
+        return self.costs.share(plan) if self.target else self.shape.beta(plan)
+
+    def spread(self, values: Sequence[float]) -> Rates:
+        """Rates of the layers for the part that bears the budget, the FFN if it costs anything; both if tied."""
+        if self.tied:
+            return Rates.tied(values)
+        nothing = (0.0,) * len(values)
+        return Rates(tuple(values), nothing) if self.whole_ffn else Rates(nothing, tuple(values))
+
+    @property
+    def _said(self) -> str:
+        return f"{self.target.name} in {self.target.runtime}" if self.target else f"beta={self.beta:g}"
+
+    def _between(self, least: float, most: float) -> str:
+        if self.target is None:
+            return f"lose between {least:.3f} and {most:.3f}"
+        return f"reach from {self.target.said(self.costs, least)} to {self.target.said(self.costs, most)}"
 
     @property
     def tolerance(self) -> float:
         """Maximum accepted difference from β: 0.001, or half the model's smallest step if that is larger."""
-        step = self.multiple_of * self.shape.channel_weights / self.shape.weights(self.shape.dense)
-        return max(TOLERANCE, step / 2 + 1e-9)
+        step = self._unit or self.kv_multiple * max(map(self.costs.group, range(self.shape.num_layers)))
+        return max(TOLERANCE, step / self.costs.prunable / 2 + 1e-9)
+
+    @cached_property
+    def _unit(self) -> float:
+        """Mean cost of `multiple_of` FFN channels: what an FFN's savings are counted in."""
+        channels = sum(w.intermediate_size for w in self.shape.dense.layers)
+        return self.multiple_of * float(sum(table[-1] for table in self.costs.ffn)) / channels
+
+    @cached_property
+    def _savings(self) -> list[list[float]]:
+        """For each layer, the cost saved without 0, 1, … units of `multiple_of` channels, in `_unit`s.
+
+        That is 0, 1, … where costs are linear.
+        """
+        tables = {id(table): table for table in self.costs.ffn}
+        saved = {key: ((t[-1] - t[:: -self.multiple_of]) / (self._unit or 1.0)).tolist() for key, t in tables.items()}
+        return [saved[id(table)] for table in self.costs.ffn]
+
+    def _saved(self, layer: int, units: float) -> float:
+        """Cost that the FFN of a layer saves without so many units; between whole numbers, by linear interpolation."""
+        table = self._savings[layer]
+        whole = min(max(int(units), 0), len(table) - 2)
+        return table[whole] + (units - whole) * (table[whole + 1] - table[whole])
+
+    def _saved_by_groups(self, groups: Sequence[int]) -> float:
+        """Cost that is saved without these numbers of KV groups."""
+        return sum(float(t[-1] - t[len(t) - 1 - g]) for t, g in zip(self.costs.attention, groups, strict=True))
 
     def rates(self, plan: Plan) -> Rates:
         """The rates of `plan`: separate for attention and FFN, or one per layer if they are tied."""
@@ -130,13 +224,11 @@ class ParameterBudget:
         if self.tied:
             rates = self._project_tied(rates.ffn, free)
         groups = self._round_groups(rates.attention)
-        removed = self.beta * self.shape.weights(self.shape.dense)
-        for_ffn = removed - sum(groups) * self.shape.group_weights
+        for_ffn = (self.beta * self.costs.prunable - self._saved_by_groups(groups)) / (self._unit or 1.0)
         bounds = self._ffn_bounds(groups)
-        unit = self.multiple_of * self.shape.channel_weights
         wanted = [rate * w.intermediate_size / self.multiple_of for rate, w in zip(rates.ffn, dense, strict=True)]
-        shifted = _shift_to_sum(wanted, _freed(bounds, wanted, free), for_ffn / unit)
-        units = _largest_remainder(shifted, bounds, for_ffn / unit)
+        shifted = shift_to_sum(wanted, freed(bounds, wanted, free), for_ffn, self._saved)
+        units = largest_remainder(shifted, bounds, for_ffn, self._saved)
         return Plan.of(
             [w.intermediate_size - u * self.multiple_of for w, u in zip(dense, units, strict=True)],
             [w.num_key_value_heads - g for w, g in zip(dense, groups, strict=True)],
@@ -173,6 +265,9 @@ class ParameterBudget:
         bounds = []
         unit = self.multiple_of * self.shape.channel_weights
         for w, removed_groups in zip(self.shape.dense.layers, groups, strict=True):
+            if self.whole_ffn:
+                bounds.append((0, 0))
+                continue
             units, gone = w.intermediate_size // self.multiple_of, removed_groups * self.shape.group_weights
             size = self.shape.layer_weights(w)
             low = math.ceil((self.p_min * size - gone) / unit - 1e-9)
@@ -187,16 +282,15 @@ class ParameterBudget:
         units = groups // self.kv_multiple
         return self.kv_multiple * min(math.floor(self.p_max * units + 1e-9), units - 1)
 
-    def _removed(self, groups: Sequence[int]) -> tuple[int, int]:
-        """Minimum and maximum number of weights that a plan can remove if it removes these groups."""
-        bounds = self._ffn_bounds(groups)
-        unit = self.multiple_of * self.shape.channel_weights
-        gone = sum(groups) * self.shape.group_weights
-        return gone + unit * sum(low for low, _ in bounds), gone + unit * sum(high for _, high in bounds)
+    def _removed(self, groups: Sequence[int]) -> tuple[float, float]:
+        """Minimum and maximum cost that a plan can remove if it removes these groups."""
+        gone, bounds = self._saved_by_groups(groups), self._ffn_bounds(groups)
+        low, high = (sum(self._saved(i, bound[end]) for i, bound in enumerate(bounds)) for end in (0, 1))
+        return gone + self._unit * low, gone + self._unit * high
 
     def _reachable(self) -> tuple[float, float]:
         limits = [self._group_limit(w.num_key_value_heads) for w in self.shape.dense.layers]
-        total = self.shape.weights(self.shape.dense)
+        total = self.costs.prunable
         return self._removed([0] * len(limits))[0] / total, self._removed(limits)[1] / total
 
     def _project_tied(self, rates: Sequence[float], free: Sequence[bool]) -> Rates:
@@ -206,7 +300,7 @@ class ParameterBudget:
         bounds = [(self.p_min * n, self.p_max * n) for n in weights]
         total = self.beta * sum(weights)
         wanted = [r * n for r, n in zip(rates, weights, strict=True)]
-        shifted = _shift_to_sum(wanted, _freed(bounds, wanted, free), total)
+        shifted = shift_to_sum(wanted, freed(bounds, wanted, free), total)
         attention = [removed / n for removed, n in zip(shifted, weights, strict=True)]
         groups = self._round_groups(attention)
         ffn = [
@@ -223,8 +317,7 @@ class ParameterBudget:
         step = self.kv_multiple
         nearest = [step * math.floor(x / step + 0.5) for x in wanted]
         groups = [min(max(g, 0), limit) for g, limit in zip(nearest, limits, strict=True)]
-        target = self.beta * self.shape.weights(self.shape.dense)
-        slack = self.tolerance * self.shape.weights(self.shape.dense)
+        target, slack = self.beta * self.costs.prunable, self.tolerance * self.costs.prunable
         while self._removed(groups)[1] < target - slack:
             layer = max((i for i, g in enumerate(groups) if g < limits[i]), key=lambda i: wanted[i] - groups[i])
             groups[layer] += step
@@ -253,43 +346,3 @@ def _differing(rates: Rates, parent: Rates) -> list[bool]:
     """One flag per layer: whether its rates differ from the parent's."""
     pairs = zip(rates.attention, rates.ffn, parent.attention, parent.ffn, strict=True)
     return [(a, f) != (old_a, old_f) for a, f, old_a, old_f in pairs]
-
-
-def _freed(
-    bounds: Sequence[tuple[float, float]], values: Sequence[float], free: Sequence[bool]
-) -> list[tuple[float, float]]:
-    """The given bounds for layers that are free to move; for the others, bounds that fix their values."""
-    return [bound if moves else (value, value) for bound, value, moves in zip(bounds, values, free, strict=True)]
-
-
-def _shift_to_sum(values: Sequence[float], bounds: Sequence[tuple[float, float]], total: float) -> list[float]:
-    """Euclidean projection of `values` onto {x : low <= x <= high, Σ x = total}: clip(values + t) for one t."""
-
-    def clipped(shift: float) -> list[float]:
-        return [min(max(v + shift, low), high) for v, (low, high) in zip(values, bounds, strict=True)]
-
-    low = min(b[0] - v for v, b in zip(values, bounds, strict=True))
-    high = max(b[1] - v for v, b in zip(values, bounds, strict=True))
-    for _ in range(200):
-        middle = (low + high) / 2
-        if sum(clipped(middle)) < total:
-            low = middle
-        else:
-            high = middle
-    return clipped(high)
-
-
-def _largest_remainder(values: Sequence[float], bounds: Sequence[tuple[int, int]], total: float) -> list[int]:
-    """Round to integers within bounds, with a sum as near to `total` as possible; the largest remainders round up."""
-    units = [min(max(math.floor(v + 1e-9), low), high) for v, (low, high) in zip(values, bounds, strict=True)]
-    missing = round(total) - sum(units)
-    while missing:
-        step = 1 if missing > 0 else -1
-        open_layers = [i for i, u in enumerate(units) if bounds[i][0] <= u + step <= bounds[i][1]]
-        if not open_layers:
-            break
-        by_remainder = sorted(open_layers, key=lambda i: step * (values[i] - units[i]), reverse=True)
-        for layer in by_remainder[: abs(missing)]:
-            units[layer] += step
-            missing -= step
-    return units

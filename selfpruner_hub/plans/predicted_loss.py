@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.costs import Costs
+from selfpruner_hub.plans.plan import Plan
 
 STEP = 0.05
 """Step of an FFN, as a fraction of its dense channels; the step of an attention is one KV group."""
@@ -61,34 +62,36 @@ class StepEffects:
         return cls(**{name: tuple(math.inf if x is None else float(x) for x in v) for name, v in values.items()})
 
 
-def paying_moves(effects: StepEffects, shape: ModelShape) -> dict[str, list[int]]:
+def paying_moves(effects: StepEffects, costs: Costs) -> dict[str, list[int]]:
     """Select steps that together lower the loss: restored parts save more loss than the removed parts cost.
 
-    Steps are taken in order of the loss per weight that they save or cost, until the two prices meet. This is a
+    Steps are taken in order of the loss per cost that they save or take, until the two prices meet. Parts that cost
+    nothing stay as they are. This is a
     knapsack over one step of every part, around the plan where the effects were measured.
 
     Args:
         effects: Predicted changes of the loss.
-        shape: Geometry of the dense model.
+        costs: Cost of every width of every part, such as its weights.
 
     Returns:
         Indices of the layers to change (from 0), by field of `StepEffects`, best first. Each part of a layer is either
         removed or restored, not both.
     """
     sizes = {
-        "attention": [shape.group_weights] * shape.num_layers,
-        "ffn": [step_channels(w.intermediate_size) * shape.channel_weights for w in shape.dense.layers],
+        "attention": [costs.group(layer) for layer in range(len(costs.attention))],
+        "ffn": [step_channels(len(t) - 1) * costs.channel(layer) for layer, t in enumerate(costs.ffn)],
     }
     ranked: dict[str, list[tuple[float, str, int]]] = {"removed": [], "restored": []}
     for name, changes in vars(effects).items():
         part, _, way = name.partition("_")
         sign = 1 if way == "removed" else -1
-        ranked[way] += [(sign * c / sizes[part][i], part, i) for i, c in enumerate(changes) if math.isfinite(c)]
+        known = [(i, c) for i, c in enumerate(changes) if math.isfinite(c) and sizes[part][i]]
+        ranked[way] += [(sign * c / sizes[part][i], part, i) for i, c in known]
     removed, restored = sorted(ranked["removed"]), sorted(ranked["restored"], reverse=True)
     found: dict[str, list[int]] = {name: [] for name in vars(effects)}
     taken: set[tuple[str, int]] = set()
-    spare = 0  # weights removed and not yet restored; if negative, weights that are still to be removed
-    cost = gain = 0.0  # loss per weight of the steps that were taken last
+    spare = 0.0  # cost removed and not yet restored; if negative, cost that is still to be removed
+    cost = gain = 0.0  # loss per cost of the steps that were taken last
     while moves := (restored if spare > 0 else removed):
         price, part, layer = moves.pop(0)
         if (part, layer) in taken:

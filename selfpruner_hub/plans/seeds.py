@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import Plan
@@ -35,7 +34,7 @@ def seeds(
     layers = budget.shape.num_layers
     depth = np.linspace(-1, 1, layers) if layers > 1 else np.zeros(1)
     flat = np.full(layers, budget.beta)
-    found = {"uniform": _rates(budget, flat), "ramp": _rates(budget, flat * (1 + RAMP * depth))}
+    found = {"uniform": budget.spread(flat.tolist()), "ramp": budget.spread((flat * (1 + RAMP * depth)).tolist())}
     if curves is not None:
         best = knapsack(budget, curves if loss is None else _as_measured(budget, curves, loss))
         found["sensitivity"] = best
@@ -65,41 +64,41 @@ def _as_measured(
     return [LossCurves(attention * c.attention, ffn * c.ffn) for c in curves]
 
 
-def _rates(budget: ParameterBudget, ffn: NDArray[np.float64]) -> Rates:
-    """Tied rates if the budget ties them; otherwise FFN rates only, as a KV group per layer is too much to remove."""
-    attention = ffn if budget.tied else np.zeros_like(ffn)
-    return Rates(tuple(attention.tolist()), tuple(ffn.tolist()))
-
-
 def _blend(a: Rates, b: Rates) -> Rates:
     """FFN rates half-way between two proposals, with the attention rates of the first."""
     return Rates(a.attention, tuple((x + y) / 2 for x, y in zip(a.ffn, b.ffn, strict=True)))
 
 
 def knapsack(budget: ParameterBudget, curves: Sequence[LossCurves]) -> Rates:
-    """Find the rates of least total predicted loss: each part minimises loss + μ · weights, with μ by bisection.
+    """Find the rates of least total predicted loss: each part minimises loss + μ · cost, with μ by bisection.
 
     The layers' losses are assumed to add up; the search finds how they interact.
     """
-    shape = budget.shape
-    target = (1 - budget.beta) * shape.weights(shape.dense)
-    parts = [(c.attention, shape.group_weights) for c in curves] + [(c.ffn, shape.channel_weights) for c in curves]
-    floors = [1 + int((1 - budget.p_max) * (len(loss) - 1) - 1e-9) for loss, _ in parts]
+    shape, costs = budget.shape, budget.costs
+    target = (1 - budget.beta) * costs.prunable
+    losses = [c.attention for c in curves] + [c.ffn for c in curves]
+    # The cost of a unit, and the cost of each width in such units: 0, 1, 2, … where it is linear.
+    units = [float(table[-1]) / (len(table) - 1) for table in (*costs.attention, *costs.ffn)]
+    charged = [table / (unit or 1.0) for table, unit in zip((*costs.attention, *costs.ffn), units, strict=True)]
+    parts = list(zip(losses, units, charged, strict=True))
+    floors = [1 + int((1 - budget.p_max) * (len(loss) - 1) - 1e-9) for loss in losses]
     if shape.whole_attention:
         floors[: len(curves)] = [len(c.attention) - 1 for c in curves]
+    if budget.whole_ffn:
+        floors[len(curves) :] = [len(c.ffn) - 1 for c in curves]
 
     def kept(price: float) -> list[int]:
         return [
-            floor + int(np.argmin(loss[floor:] + price * cost * np.arange(floor, len(loss))))
-            for (loss, cost), floor in zip(parts, floors, strict=True)
+            floor + int(np.argmin(loss[floor:] + price * unit * each[floor:]))
+            for (loss, unit, each), floor in zip(parts, floors, strict=True)
         ]
 
-    low, high = 0.0, max(float(loss.max()) / cost for loss, cost in parts) + 1e-12
+    low, high = 0.0, max(float(loss.max()) / unit for loss, unit, _ in parts if unit) + 1e-12
     for _ in range(100):
         middle = (low + high) / 2
-        weights = sum(k * cost for k, (_, cost) in zip(kept(middle), parts, strict=True))
-        low, high = (middle, high) if weights > target else (low, middle)
-    rates = [1 - k / (len(loss) - 1) for k, (loss, _) in zip(kept(high), parts, strict=True)]
+        cost = sum(float(each[k]) * unit for k, (_, unit, each) in zip(kept(middle), parts, strict=True))
+        low, high = (middle, high) if cost > target else (low, middle)
+    rates = [1 - k / (len(loss) - 1) for k, loss in zip(kept(high), losses, strict=True)]
     layers = shape.num_layers
     if budget.tied:
         sizes = [shape.layer_weights(w) for w in shape.dense.layers]

@@ -147,10 +147,13 @@ class EvolutionProposer:
 
 
 def random_rates(budget: ParameterBudget, rng: np.random.Generator) -> Rates:
-    """Draw FFN rates uniformly in ±60 % of β; each layer loses one KV group with probability β / 2."""
+    """Draw FFN rates uniformly in ±60 % of β; each layer loses one KV group with probability β / 2.
+
+    Where FFN channels cost nothing, the attention rates are drawn in place of the FFN's.
+    """
     layers = budget.shape.num_layers
-    ffn = tuple(rng.uniform(0.4 * budget.beta, 1.6 * budget.beta, layers).clip(0, 1).tolist())
-    if budget.tied:
-        return Rates.tied(ffn)
+    drawn = tuple(rng.uniform(0.4 * budget.beta, 1.6 * budget.beta, layers).clip(0, 1).tolist())
+    if budget.tied or budget.whole_ffn:
+        return budget.spread(drawn)
     groups = np.array([w.num_key_value_heads for w in budget.shape.dense.layers])
-    return Rates(tuple(((rng.random(layers) < budget.beta / 2) / groups).tolist()), ffn)
+    return Rates(tuple(((rng.random(layers) < budget.beta / 2) / groups).tolist()), drawn)

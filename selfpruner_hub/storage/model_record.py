@@ -42,7 +42,7 @@ class Record:
 
     base_model: str
     beta: float
-    """Mean rate that was asked for, in (0, 1)."""
+    """Mean rate that was asked for, in (0, 1); `achieved_beta` where a target was asked for."""
     achieved_beta: float
     """Share of the prunable weights (q, k, v, o, gate, up, down) that was removed, counted from the widths."""
     rates: tuple[float, ...]
@@ -52,7 +52,8 @@ class Record:
     parameters: dict[str, int]
     """Number of parameters of `dense` and `pruned`, counted from the tensors, shared ones once."""
     method: dict[str, Any]
-    """Every setting of the method."""
+    """Every setting of the method; and `target`, where one was asked for: its fields, and what was `predicted` and
+    `measured` in its terms."""
     seed: int
     proposer: dict[str, Any]
     """The proposer and its search: name, evaluations, origin of the best plan, counts of replies, tokens. `gains`:

@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from selfpruner_hub.errors import BudgetError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates, _largest_remainder, _shift_to_sum
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.rounding import largest_remainder, shift_to_sum
 
 SMOLLM2 = ModelShape(hidden_size=576, head_dim=64, queries_per_group=3, dense=Plan.of([1536] * 30, [3] * 30))
 BOUNDS = [(0.0, 0.9), (0.1, 0.9)]  # ours, the paper's
@@ -306,8 +307,8 @@ def test_distance_is_the_mean_change_over_both_parts():
         ([-7, 30], [(0, 4), (0, 4)], 4, [0, 4]),
     ],
 )
-def test_shift_to_sum_by_hand(values, bounds, total, expected):
-    assert _shift_to_sum(values, bounds, total) == pytest.approx(expected, abs=1e-9)
+def testshift_to_sum_by_hand(values, bounds, total, expected):
+    assert shift_to_sum(values, bounds, total) == pytest.approx(expected, abs=1e-9)
 
 
 small_bounds = st.lists(st.tuples(st.integers(0, 2), st.integers(2, 5)), min_size=1, max_size=3)
@@ -325,10 +326,10 @@ def squares(a, b):
 
 @properties
 @given(small_bounds, st.data())
-def test_shift_to_sum_finds_the_nearest_point(bounds, data):
+def testshift_to_sum_finds_the_nearest_point(bounds, data):
     values = [data.draw(st.floats(-3, 8)) for _ in bounds]
     total = data.draw(st.integers(sum(low for low, _ in bounds), sum(high for _, high in bounds)))
-    found = _shift_to_sum(values, bounds, total)
+    found = shift_to_sum(values, bounds, total)
     assert sum(found) == pytest.approx(total, abs=1e-9)
     assert all(low <= x <= high for x, (low, high) in zip(found, bounds, strict=True))
     assert all(squares(values, found) <= squares(values, point) + 1e-9 for point in grid(bounds, total))
@@ -336,9 +337,9 @@ def test_shift_to_sum_finds_the_nearest_point(bounds, data):
 
 @properties
 @given(small_bounds, st.data())
-def test_largest_remainder_is_the_nearest_rounding(bounds, data):
+def testlargest_remainder_is_the_nearest_rounding(bounds, data):
     values = [data.draw(st.floats(low, high)) for low, high in bounds]
-    found = _largest_remainder(values, bounds, sum(values))
+    found = largest_remainder(values, bounds, sum(values))
     assert found in [list(p) for p in grid(bounds, round(sum(values)))]
     assert all(squares(values, found) <= squares(values, point) + 1e-6 for point in grid(bounds, sum(found)))
 
@@ -354,5 +355,5 @@ def test_largest_remainder_is_the_nearest_rounding(bounds, data):
         ([2.0, 2.0], [(1, 2)] * 2, 0, [1, 1]),
     ],
 )
-def test_largest_remainder_by_hand(values, bounds, total, expected):
-    assert _largest_remainder(values, bounds, total) == expected
+def testlargest_remainder_by_hand(values, bounds, total, expected):
+    assert largest_remainder(values, bounds, total) == expected

@@ -25,7 +25,7 @@ class Question:
     history: Sequence[Scored]
     """Scored plans, best first; if empty, every operation asks for whole solutions."""
     budget: ParameterBudget
-    """Parameter budget, with β, the bounds of rates and the geometry of the model."""
+    """Budget, with β, the costs, the bounds of rates and the geometry of the model."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Question:
         slopes = next((s.slopes for s in self.shown if s.slopes), None)
         if slopes is None:
             return {}
-        moves = paying_moves(slopes, self.budget.shape)
+        moves = paying_moves(slopes, self.budget.costs)
         found = {
             (part, way): [layer + 1 for layer in moves[f"{'ffn' if part == 'rates' else part}_{direction}"]][:LISTED]
             for part in self.parts

@@ -157,22 +157,23 @@ def _changed(parent: Rates, value: dict[str, Any], budget: ParameterBudget) -> R
     """Return the parent's rates with less removed from some layers and more from others, within [0, 1].
 
     Attention changes by whole KV groups, and an FFN that loses less gets `points` back. The FFNs that lose more make up
-    for the weights that were given back.
+    for the cost of what was given back.
     """
-    shape, dense = budget.shape, budget.shape.dense.layers
+    costs, dense = budget.costs, budget.shape.dense.layers
     attention, ffn = [*parent.attention], [*parent.ffn]
-    spare = 0.0  # weights still to remove, in place of those given back
+    spare = 0.0  # cost still to remove, in place of those given back
     more, less, _ = ([], [], 0.0) if budget.tied else _change(value, "attention", budget)
     for layer, sign in [(n, 1) for n in more] + [(n, -1) for n in less]:
         before, groups = attention[layer], dense[layer].num_key_value_heads
         attention[layer] = min(max(before + sign / groups, 0.0), 1.0)
-        spare -= (attention[layer] - before) * groups * shape.group_weights
-    sizes = [shape.layer_weights(w) if budget.tied else w.intermediate_size * shape.channel_weights for w in dense]
+        spare -= (attention[layer] - before) * groups * costs.group(layer)
+    sizes = [float(f[-1] + a[-1] if budget.tied else f[-1]) for a, f in zip(costs.attention, costs.ffn, strict=True)]
     more, less, points = _change(value, "rates" if budget.tied else "ffn", budget)
     for layer in less:
         before, ffn[layer] = ffn[layer], max(ffn[layer] - points, 0.0)
         spare += (before - ffn[layer]) * sizes[layer]
-    step = min(max(spare / sum(sizes[layer] for layer in more), 0.0), REACH / 100) if more else 0.0
+    charged = sum(sizes[layer] for layer in more)
+    step = min(max(spare / charged, 0.0), REACH / 100) if charged else 0.0
     for layer in more:
         ffn[layer] = min(ffn[layer] + step, 1.0)
     return Rates.tied(ffn) if budget.tied else Rates(tuple(attention), tuple(ffn))

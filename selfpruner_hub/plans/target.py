@@ -1,0 +1,147 @@
+"""A target in a runtime: a speed-up, a latency, or bytes; and the share of the cost that it asks to remove."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.plans.costs import Costs
+
+QUANTITIES = {"speedup": "ms", "latency": "ms", "memory": "bytes", "kv_cache": "bytes"}
+"""What a target can name, with the unit of its costs."""
+SCALES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+REMEDY = "Give one of speedup=1.5, latency=MS, memory=200MB and kv_cache=0.5."
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the pruned model must reach in a runtime."""
+
+    quantity: str
+    """A key of `QUANTITIES`."""
+    value: float
+    """Factor above 1 for `speedup`, milliseconds of a request for `latency`. For `memory`, the bytes of the files of
+    weights; for `kv_cache`, the bytes of a token. Below 1, both are shares of what the dense model needs."""
+    runtime: str
+    """Name of the runtime."""
+    prompt: int = 128
+    """Tokens of the prompt of a request, one at a time."""
+    new_tokens: int = 32
+    """Tokens that are generated after it."""
+
+    @property
+    def unit(self) -> str:
+        """Unit of the costs: `ms` or `bytes`."""
+        return QUANTITIES[self.quantity]
+
+    @property
+    def name(self) -> str:
+        """The target as the command line writes it."""
+        return f"{self.quantity}={self.value:.10g}"
+
+    @property
+    def charged(self) -> str:
+        """What is charged for, in words."""
+        return {
+            "ms": f"the time of a request of {self.prompt} + {self.new_tokens} tokens in {self.runtime}",
+            "bytes": f"the bytes of {'the KV cache' if self.quantity == 'kv_cache' else 'the weights'} in "
+            f"{self.runtime}",
+        }[self.unit]
+
+    def wanted(self, costs: Costs) -> float:
+        """Cost of a model that just reaches the target."""
+        if self.quantity == "speedup":
+            return costs.dense / self.value
+        relative = self.unit == "bytes" and self.value < 1
+        return self.value * costs.dense if relative else self.value
+
+    def share(self, costs: Costs) -> float:
+        """Share of the prunable cost that the target asks to remove; outside of [0, 1) where no plan reaches it."""
+        return (costs.dense - self.wanted(costs)) / costs.prunable
+
+    def figure(self, cost: float, dense: float) -> float:
+        """Return what a model of this cost reaches, in the terms of the target."""
+        if self.quantity == "speedup":
+            return dense / cost
+        return cost / dense if self.unit == "bytes" and self.value < 1 else cost
+
+    def said(self, costs: Costs, share: float) -> str:
+        """Write what a plan reaches that removes this share of the prunable cost."""
+        found = self.figure(costs.dense - share * costs.prunable, costs.dense)
+        if self.quantity == "speedup" or (self.unit == "bytes" and self.value < 1):
+            return f"{found:.3f}"
+        return f"{found:.2f} ms" if self.unit == "ms" else f"{found:.0f} bytes"
+
+    def record(self) -> dict[str, Any]:
+        """All fields, JSON-serialisable."""
+        return asdict(self)
+
+
+class Meter(Protocol):
+    """A runtime in which costs are measured."""
+
+    name: str
+
+    def costs(self, model: Any, tokenizer: Any, target: Target, report: Callable[..., None]) -> Costs:
+        """Measure what each width of each part costs, or read the table of an earlier measurement."""
+        ...
+
+    def measure(
+        self, dense: Any, pruned: Any, tokenizer: Any, target: Target, report: Callable[..., None]
+    ) -> tuple[float, float]:
+        """Measure what the dense and the pruned model cost, one beside the other."""
+        ...
+
+
+def target_of(wanted: Mapping[str, Any], runtime: str, prompt: int = 128, new_tokens: int = 32) -> Target:
+    """Check a target.
+
+    Args:
+        wanted: One quantity and its value: a number, or for bytes also text such as `"200MB"`.
+        runtime: Name of the runtime.
+        prompt: Tokens of the prompt of a request, at least 1.
+        new_tokens: Tokens generated after it, at least 1.
+
+    Returns:
+        The target.
+
+    Raises:
+        UserError: It is not one quantity, or a value is out of its range.
+    """
+    if not isinstance(wanted, Mapping) or len(wanted) != 1 or not set(wanted) <= set(QUANTITIES):
+        raise UserError(f"A target is one quantity and its value; got {wanted!r}.", REMEDY)
+    ((quantity, given),) = wanted.items()
+    value = _value(given, quantity)
+    if quantity == "speedup" and value <= 1:
+        raise UserError(f"A target's speedup must be above 1; got {value:g}.", REMEDY)
+    if value == 1 and QUANTITIES[quantity] == "bytes":
+        raise UserError(f"{quantity}=1 is neither a share below 1 nor a number of bytes.", REMEDY)
+    for name, count in (("prompt", prompt), ("new_tokens", new_tokens)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise UserError(f"{name} must be a whole number from 1 on; got {count!r}.")
+    return Target(quantity, value, runtime, prompt, new_tokens)
+
+
+def parse_target(text: str) -> dict[str, str]:
+    """Read a target from the command line, NAME=VALUE, for `target_of`."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"A target is NAME=VALUE; got {text!r}.", REMEDY)
+    return {name.strip(): value.strip()}
+
+
+def _value(given: Any, quantity: str) -> float:
+    """Return the positive number that a value stands for; bytes may have a unit."""
+    match = re.fullmatch(r"([0-9.eE+-]+?)\s*([kmg]?i?b)?", str(given).strip(), re.IGNORECASE)
+    try:
+        number = math.nan if match is None or isinstance(given, bool) else float(match[1])
+    except ValueError:
+        number = math.nan
+    unit = (match[2] or "").lower() if match else ""
+    if not 0 < number < math.inf or (unit and QUANTITIES[quantity] != "bytes") or unit not in SCALES:
+        raise UserError(f"{quantity} must be a number above 0; got {given!r}.", REMEDY)
+    return number * SCALES[unit]

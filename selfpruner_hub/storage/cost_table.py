@@ -1,0 +1,159 @@
+"""Cost tables: what a runtime charged on a machine for models of several widths, kept in a file and reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfpruner_hub.errors import SavedModelError
+from selfpruner_hub.plans.costs import Costs, Table
+from selfpruner_hub.plans.plan import ModelShape
+from selfpruner_hub.plans.target import Target
+from selfpruner_hub.storage.staging import write_atomically
+from selfpruner_hub.storage.versioned_json import parse_versioned
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a model whose layers all have the same widths was charged."""
+
+    num_hidden_layers: int
+    num_key_value_heads: int
+    intermediate_size: int
+    prefill: float
+    """Milliseconds of the prompt."""
+    decode: float
+    """Milliseconds of each token after it."""
+    size: int
+    """Bytes of the files of weights."""
+
+    def cost(self, target: Target) -> float:
+        """Return what a target counts: milliseconds of a request, or bytes."""
+        return self.prefill + target.new_tokens * self.decode if target.unit == "ms" else float(self.size)
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Content of the file of a table; field names are its keys."""
+
+    key: dict[str, Any]
+    """Shape of the model, runtime, machine, versions and request that the table is for, as JSON values."""
+    points: tuple[Point, ...]
+    """The whole dense model first; then models of fewer layers: dense ones, and such with narrower FFNs or attentions,
+    not both."""
+    schema_version: int = SCHEMA_VERSION
+
+    def costs(self, shape: ModelShape, target: Target) -> Costs:
+        """Interpolate the cost of every width; the cost of the dense model is the measured one.
+
+        Args:
+            shape: Geometry of the dense model that the table was measured for.
+            target: Target that says what is counted.
+
+        Returns:
+            The costs, in the unit of the target.
+        """
+        whole, dense, *narrower = self.points
+        saved: dict[str, dict[int, float]] = {"num_key_value_heads": {}, "intermediate_size": {}}
+        for point in narrower:
+            for part, each in saved.items():
+                if (width := getattr(point, part)) != getattr(dense, part):
+                    each[width] = (dense.cost(target) - point.cost(target)) / dense.num_hidden_layers
+        attention = _table(dense.num_key_value_heads, saved["num_key_value_heads"])
+        ffn = _table(dense.intermediate_size, saved["intermediate_size"])
+        by_attention = {n: attention[: n + 1] for n in {w.num_key_value_heads for w in shape.dense.layers}}
+        by_ffn = {n: ffn[: n + 1] for n in {w.intermediate_size for w in shape.dense.layers}}
+        found = Costs(
+            tuple(by_attention[w.num_key_value_heads] for w in shape.dense.layers),
+            tuple(by_ffn[w.intermediate_size] for w in shape.dense.layers),
+            unit=target.unit,
+        )
+        return Costs(found.attention, found.ffn, whole.cost(target) - found.prunable, target.unit)
+
+    def to_json(self) -> str:
+        """Serialise, schema version first."""
+        values = asdict(self)
+        return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> CostTable:
+        """Read strictly.
+
+        Args:
+            text: Content of the file.
+            source: Name of the file, for error messages.
+
+        Returns:
+            The table.
+
+        Raises:
+            SavedModelError: The text is not such a table.
+        """
+        values = parse_versioned(text, source, SCHEMA_VERSION, {f.name for f in fields(cls)})
+        try:
+            return cls(**{**values, "points": tuple(Point(**point) for point in values["points"])})
+        except TypeError as error:
+            raise SavedModelError(f"{source} is damaged: {error}.", "Delete it.") from error
+
+
+def _table(width: int, saved: Mapping[int, float]) -> Table:
+    """Costs of 0 to `width` units from what narrower widths save; below the narrowest, the line of the last two.
+
+    Measured times scatter, and no width may seem to cost more than a wider one. A part that has no narrower width
+    costs nothing: it cannot be cut.
+    """
+    if not saved:
+        return np.zeros(width + 1)
+    widths = np.array([*sorted(saved), width], dtype=np.float64)
+    costs = np.minimum.accumulate([0.0, *(-saved[w] for w in sorted(saved, reverse=True))])[::-1]
+    slope = (costs[1] - costs[0]) / (widths[1] - widths[0])
+    widths, costs = np.array([0.0, *widths]), np.array([costs[0] - slope * widths[0], *costs])
+    table: Table = np.interp(np.arange(width + 1), widths, costs - costs[0])
+    return table
+
+
+def folder() -> Path:
+    """Directory of the tables of this user on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfpruner_hub" / "costs"
+
+
+def read_table(key: Mapping[str, Any]) -> CostTable | None:
+    """Read the table with a key; None where there is none that can be read."""
+    path = _path(key)
+    try:
+        table = CostTable.from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, SavedModelError):  # measured again, and replaced
+        return None
+    return table if table.key == key else None
+
+
+def keep_table(key: Mapping[str, Any], points: Sequence[Point]) -> CostTable:
+    """Write a table where `read_table` finds it, and return it.
+
+    Args:
+        key: What the table is for, as JSON values.
+        points: What was measured, as in `CostTable.points`.
+
+    Returns:
+        The table.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    table, path = CostTable(dict(key), tuple(points)), _path(key)
+    write_atomically(path, table.to_json())
+    return table
+
+
+def _path(key: Mapping[str, Any]) -> Path:
+    text = json.dumps(key, sort_keys=True)
+    return folder() / f"{key['runtime']}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
