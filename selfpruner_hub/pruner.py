@@ -20,8 +20,8 @@ from selfpruner_hub.models.devices import check_one_device, described
 from selfpruner_hub.models.loading import is_repo_id, load_model
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.unsupported import refuse_quantized
-from selfpruner_hub.plans.budget import ParameterBudget, check_beta
-from selfpruner_hub.plans.target import Meter, Target, target_of
+from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.target import Meter, Target, check_beta, target_of
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import Request, describe, fingerprint, reached
 from selfpruner_hub.pruned_model import PrunedModel, meter_of

@@ -101,8 +101,7 @@ def run(options: argparse.Namespace) -> str:
         UserError: An option is wrong, or the model or the text cannot be loaded.
         OutputError: The output cannot be written.
     """
-    from selfpruner_hub.plans.budget import check_beta
-    from selfpruner_hub.plans.target import parse_target, target_of
+    from selfpruner_hub.plans.target import check_beta, parse_target, target_of
     from selfpruner_hub.storage.staging import check_writable
 
     settings = _settings(options.set)

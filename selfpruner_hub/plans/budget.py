@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from selfpruner_hub.errors import BudgetError
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape, Plan
-from selfpruner_hub.plans.rounding import freed, largest_remainder, shift_to_sum
-from selfpruner_hub.plans.target import Target
+from selfpruner_hub.plans.rounding import clipped, freed, largest_remainder, shift_to_sum
+from selfpruner_hub.plans.target import Target, check_beta
 
 TOLERANCE = 1e-3
 """Maximum difference between the requested and the achieved β, if the granularity of the model allows it."""
@@ -65,7 +67,7 @@ class ParameterBudget:
     tied: bool = False
     multiple_of: int = 1
     kv_multiple: int = 1
-    costs: Costs = field(default=None, compare=False)  # type: ignore[assignment]
+    costs: Costs = field(default=None, compare=False, repr=False)  # type: ignore[assignment]
     target: Target | None = None
 
     def __post_init__(self) -> None:
@@ -82,22 +84,22 @@ class ParameterBudget:
         if not 0 <= self.p_min < self.p_max < 1:
             raise BudgetError(f"Rate bounds must satisfy 0 <= p_min < p_max < 1; got {self.p_min} and {self.p_max}.")
         if self.whole_ffn and self.p_min:
-            raise BudgetError(f"p_min={self.p_min:g} has no meaning where FFN channels cost nothing.", "Leave it out.")
+            raise BudgetError("p_min has no meaning where FFN channels cost nothing.", "Leave it out.")
         self._check_multiples()
         least, most = self._reachable()
         if not least - self.tolerance <= self.beta <= most + self.tolerance:
             least_kept = "all" if self.shape.whole_attention else f"at least {self.kv_multiple}"
             raise BudgetError(
                 f"{self._said} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and "
-                f"{least_kept} of its KV heads in each layer, this model can {self._between(least, most)}.",
+                f"{least_kept} of its KV heads in each layer, this model can "
+                f"{'reach' if self.target else 'lose'} between {self._figure(least)} and {self._figure(most)}.",
                 f"Change {'the target' if self.target else 'beta'} or the bounds.",
             )
         nearest = self.removed_share(self.project(self.spread([self.beta] * self.shape.num_layers)))
         if abs(nearest - self.beta) > self.tolerance + 1e-12:
-            near = self.target.said(self.costs, nearest) if self.target else f"{nearest:.3f}"
             raise BudgetError(
                 f"{self._said} cannot be reached: it lies between two KV groups, where the FFN cannot reach; "
-                f"the nearest is {near}.",
+                f"the nearest is {self._figure(nearest)}.",
                 f"Change {'the target' if self.target else 'beta'} or the bounds.",
             )
 
@@ -117,11 +119,6 @@ class ParameterBudget:
         Raises:
             BudgetError: The target cannot be reached; the message says what can.
         """
-        if not costs.prunable > 0:
-            raise BudgetError(
-                f"In {target.runtime}, narrower layers were not measured to save anything of {target.charged}.",
-                "Give beta, or another target.",
-            )
         return cls(shape, target.share(costs), **bounds, costs=costs, target=target)  # type: ignore[arg-type]
 
     @property
@@ -144,15 +141,16 @@ class ParameterBudget:
     def _said(self) -> str:
         return f"{self.target.name} in {self.target.runtime}" if self.target else f"beta={self.beta:g}"
 
-    def _between(self, least: float, most: float) -> str:
-        if self.target is None:
-            return f"lose between {least:.3f} and {most:.3f}"
-        return f"reach from {self.target.said(self.costs, least)} to {self.target.said(self.costs, most)}"
+    def _figure(self, share: float) -> str:
+        return self.target.said(self.costs, share) if self.target else f"{share:.3f}"
 
-    @property
+    @cached_property
     def tolerance(self) -> float:
-        """Maximum accepted difference from β: 0.001, or half the model's smallest step if that is larger."""
-        step = self._unit or self.kv_multiple * max(map(self.costs.group, range(self.shape.num_layers)))
+        """Maximum accepted difference from β: 0.001, or half the largest step of the FFNs (of KV groups without)."""
+        tables, stride = (
+            (self.costs.attention, self.kv_multiple) if self.whole_ffn else (self.costs.ffn, self.multiple_of)
+        )
+        step = max(float(-np.diff(table[::-stride]).min()) for table in tables)
         return max(TOLERANCE, step / self.costs.prunable / 2 + 1e-9)
 
     @cached_property
@@ -218,7 +216,7 @@ class ParameterBudget:
             BudgetError: The number of rates is not `L`, or a rate is not finite.
         """
         self._check(rates)
-        rates = Rates(_clipped(rates.attention), _clipped(rates.ffn))
+        rates = Rates(clipped(rates.attention), clipped(rates.ffn))
         dense = self.shape.dense.layers
         free = [True] * len(dense) if parent is None else _differing(rates, parent)
         if self.tied:
@@ -262,12 +260,11 @@ class ParameterBudget:
         p_min bounds the rate of the layer. p_max bounds the rate of the layer if attention and FFN are tied, and the
         rate of the FFN otherwise.
         """
+        if self.whole_ffn:
+            return [(0, 0)] * len(groups)
         bounds = []
         unit = self.multiple_of * self.shape.channel_weights
         for w, removed_groups in zip(self.shape.dense.layers, groups, strict=True):
-            if self.whole_ffn:
-                bounds.append((0, 0))
-                continue
             units, gone = w.intermediate_size // self.multiple_of, removed_groups * self.shape.group_weights
             size = self.shape.layer_weights(w)
             low = math.ceil((self.p_min * size - gone) / unit - 1e-9)
@@ -325,21 +322,6 @@ class ParameterBudget:
             layer = min((i for i, g in enumerate(groups) if g > 0), key=lambda i: wanted[i] - groups[i])
             groups[layer] -= step
         return groups
-
-
-def check_beta(beta: object) -> None:
-    """Raise `BudgetError` unless β is a number with 0 < β < 1."""
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-        raise BudgetError(f"beta must be a number between 0 and 1; got {beta!r}.", "Pass for example beta=0.3.")
-    if not 0 < beta < 1:
-        raise BudgetError(
-            f"beta must satisfy 0 < beta < 1; got {beta:g}.", "It is the mean fraction of weights removed."
-        )
-
-
-def _clipped(rates: Sequence[float]) -> tuple[float, ...]:
-    """Limit rates to [-1, 2], so that extreme values act like values just outside [0, 1]."""
-    return tuple(min(max(rate, -1.0), 2.0) for rate in rates)
 
 
 def _differing(rates: Rates, parent: Rates) -> list[bool]:

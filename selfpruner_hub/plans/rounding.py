@@ -13,6 +13,11 @@ def _itself(_layer: int, units: float) -> float:
     return units
 
 
+def clipped(rates: Sequence[float]) -> tuple[float, ...]:
+    """Limit rates to [-1, 2], so that extreme values act like values just outside [0, 1]."""
+    return tuple(min(max(rate, -1.0), 2.0) for rate in rates)
+
+
 def freed(
     bounds: Sequence[tuple[float, float]], values: Sequence[float], free: Sequence[bool]
 ) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""A target in a runtime: a speed-up, a latency, or bytes; and the share of the cost that it asks to remove."""
+"""What is asked for: β, or a target in a runtime, a speed-up, a latency or bytes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from selfpruner_hub.errors import UserError
-from selfpruner_hub.plans.costs import Costs
+from selfpruner_hub.errors import BudgetError, UserError
+
+if TYPE_CHECKING:  # NumPy takes a tenth of a second, and a mistake on the command line is told at once
+    from selfpruner_hub.plans.costs import Costs
 
 QUANTITIES = {"speedup": "ms", "latency": "ms", "memory": "bytes", "kv_cache": "bytes"}
 """What a target can name, with the unit of its costs."""
@@ -61,6 +63,11 @@ class Target:
 
     def share(self, costs: Costs) -> float:
         """Share of the prunable cost that the target asks to remove; outside of [0, 1) where no plan reaches it."""
+        if not costs.prunable > 0:
+            raise BudgetError(
+                f"In {self.runtime}, narrower layers were not measured to save anything of {self.charged}.",
+                "Give beta, or another target.",
+            )
         return (costs.dense - self.wanted(costs)) / costs.prunable
 
     def figure(self, cost: float, dense: float) -> float:
@@ -95,6 +102,16 @@ class Meter(Protocol):
     ) -> tuple[float, float]:
         """Measure what the dense and the pruned model cost, one beside the other."""
         ...
+
+
+def check_beta(beta: object) -> None:
+    """Raise `BudgetError` unless β is a number with 0 < β < 1."""
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise BudgetError(f"beta must be a number between 0 and 1; got {beta!r}.", "Pass for example beta=0.3.")
+    if not 0 < beta < 1:
+        raise BudgetError(
+            f"beta must satisfy 0 < beta < 1; got {beta:g}.", "It is the mean fraction of weights removed."
+        )
 
 
 def target_of(wanted: Mapping[str, Any], runtime: str, prompt: int = 128, new_tokens: int = 32) -> Target:

@@ -54,7 +54,7 @@ class SlopesProposer:
         if measured is None:
             return self._unmeasured.ask(operation, history, count, rng)
         slopes = history[measured].slopes
-        moves = paying_moves(slopes, self._budget.shape) if slopes else {}
+        moves = paying_moves(slopes, self._budget.costs) if slopes else {}
         if not any(moves.values()):
             return []
         return [Proposal(self._moved(history[measured].rates, moves, rng), (measured,)) for _ in range(count)]

@@ -9,7 +9,9 @@ from support.solutions import SLOPES, TIED, UNTIED, history
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.target import target_of
 from selfpruner_hub.search.llm.prompts import render, solution
 from selfpruner_hub.search.llm.question import SHOWN, Question
 from selfpruner_hub.search.llm.reply_schema import PARENTS
@@ -30,6 +32,17 @@ def test_a_tied_solution_shows_rates_whose_mean_is_beta():
     budget = ParameterBudget(ModelShape(576, 64, 3, Plan.of([1536] * 4, [3] * 4)), 0.2, tied=True)
     plan = budget.project(Rates.tied([0.2] * 4))
     assert json.loads(solution(budget, budget.rates(plan))) == {"rates": [20] * 4}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_prompt_for_a_target_names_what_is_charged_for(operation):
+    costs = Costs.linear(UNTIED.shape, 30.0, 0.5, 20.0, "ms")
+    budget = ParameterBudget.for_target(UNTIED.shape, costs, target_of({"speedup": 1.25}, "onnx"))
+    prompt = render(Question(operation, history(UNTIED, 2), budget), "m")
+    assert "What is removed must save 21.2 % of the time of a request of 128 + 32 tokens in onnx" in prompt
+    assert "1 % of the attention saves 0.85 %, 1 % of the feed-forward saves 0.15 %" in prompt
+    assert "weights must be" not in prompt
+    assert "The mean over all weights must be 30 %." in render(Question(operation, history(UNTIED, 2), UNTIED), "m")
 
 
 # -- what was measured ------------------------------------------------------------------------------------------------

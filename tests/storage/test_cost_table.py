@@ -1,0 +1,72 @@
+"""Tables of costs: interpolated between what was measured, and kept for the next run."""
+
+import numpy as np
+import pytest
+
+from selfpruner_hub.errors import SavedModelError
+from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.target import target_of
+from selfpruner_hub.storage import cost_table
+from selfpruner_hub.storage.cost_table import CostTable, Point, keep_table, read_table
+
+SHAPE = ModelShape(32, 8, 2, Plan.of([100] * 10, [4] * 10))
+KEY = {"runtime": "onnx", "intermediate_size": [100] * 10, "version": "1"}
+REQUEST = target_of({"speedup": 1.5}, "onnx", 64, 8)
+
+
+def points(group=3.0, channel=0.2, constant=40.0, decode=0.25):
+    """Models of ten and four layers: a KV group takes 3 ms of the prompt, a channel 0.2, a quarter for a token."""
+
+    def point(layers, groups, channels):
+        work = layers * (group * groups + channel * channels)
+        return Point(layers, groups, channels, constant + work, decode * work, round(1000 * work) + 77)
+
+    return [point(10, 4, 100), point(4, 4, 100), point(4, 1, 100), point(4, 2, 100), point(4, 4, 60), point(4, 4, 30)]
+
+
+def test_linear_costs_are_found_again():
+    costs = CostTable(KEY, tuple(points())).costs(SHAPE, REQUEST)
+    request = 1 + REQUEST.new_tokens * 0.25
+    assert costs.constant == pytest.approx(40)
+    for table, unit in ((costs.attention[0], 3.0), (costs.ffn[9], 0.2)):
+        assert table == pytest.approx(request * unit * np.arange(len(table)))
+    size = CostTable(KEY, tuple(points())).costs(SHAPE, target_of({"memory": 0.5}, "onnx"))
+    assert (size.unit, size.constant) == ("bytes", pytest.approx(77))
+    assert size.ffn[0][50] == pytest.approx(10_000)
+
+
+def test_costs_are_interpolated_between_the_measured_widths():
+    bent = [*points()[:4], *points(channel=0.3)[4:]]
+    table = CostTable(KEY, tuple(bent)).costs(SHAPE, REQUEST).ffn[0]
+    assert table[80] - table[60] == pytest.approx((table[100] - table[60]) / 2)
+    assert table[20] == pytest.approx(table[10] * 2)
+
+
+def test_no_width_costs_more_than_a_wider_one():
+    noisy = points()
+    noisy[4] = Point(4, 4, 60, 1e3, 1e3, 1)  # slower than the dense one
+    costs = CostTable(KEY, tuple(noisy)).costs(SHAPE, REQUEST)
+    assert np.diff(costs.ffn[0]).min() >= 0
+    assert costs.ffn[0][60] == costs.ffn[0][100]
+    assert costs.dense == noisy[0].cost(REQUEST)
+
+
+def test_attention_without_narrower_widths_costs_nothing():
+    costs = CostTable(KEY, tuple(p for p in points() if p.num_key_value_heads == 4)).costs(SHAPE, REQUEST)
+    assert not costs.attention[0].any()
+    assert costs.ffn[0][-1] > 0
+
+
+def test_a_table_is_kept_for_its_key_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert read_table(KEY) is None
+    kept = keep_table(KEY, points())
+    assert read_table(KEY) == kept
+    assert read_table({**KEY, "version": "2"}) is None
+    (file,) = cost_table.folder().iterdir()
+    assert file.is_relative_to(tmp_path)
+    for damage in ("{}", file.read_text()[:-40], file.read_text().replace('"prefill"', '"other"')):
+        file.write_text(damage)
+        assert read_table(KEY) is None
+        with pytest.raises(SavedModelError):
+            CostTable.from_json(damage, "table")
