@@ -1,6 +1,8 @@
 """A budget in milliseconds or bytes: every plan meets its target, whatever the costs of the widths look like."""
 
+import hashlib
 import math
+import random
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from selfpruner_hub.errors import BudgetError
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.costs import Costs
-from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.plan import ModelShape, Plan, widths_of
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import knapsack, seeds
 from selfpruner_hub.plans.target import target_of
@@ -65,6 +67,27 @@ def test_parameters_are_the_case_of_linear_cost():
     assert budget.beta == pytest.approx(0.3)
     assert budget.project(rates) == beta.project(rates)
     assert beta.costs.share(beta.project(rates)) == pytest.approx(0.3, abs=beta.tolerance)
+
+
+def test_plans_of_beta_are_those_of_before_there_were_costs():
+    """Of random budgets, proposals and curves, to the last bit: the hash was made when only weights were counted."""
+    rng, found = random.Random(0), hashlib.sha256()
+    for _ in range(60):
+        layers, groups = rng.choice([1, 2, 6]), rng.choice([1, 3, 8])
+        shape = ModelShape(rng.choice([64, 576]), 16, rng.choice([1, 3]), Plan.of([96] * layers, [groups] * layers))
+        bounds = (rng.choice([0.0, 0.1]), 0.9, rng.random() < 0.3, rng.choice([1, 8, 32]))
+        try:
+            budget = ParameterBudget(shape, rng.uniform(0.05, 0.6), *bounds)
+        except BudgetError as error:
+            found.update(str(error).encode())
+            continue
+        losses = [
+            LossCurves(rng.random() * np.linspace(1, 0, groups + 1) ** 2, rng.random() * np.linspace(1, 0, 97) ** 3)
+            for _ in range(layers)
+        ]
+        for rates in (knapsack(budget, losses), Rates(*(tuple(rng.random() for _ in range(layers)) for _ in "af"))):
+            found.update(repr((rates, widths_of(budget.project(rates)), budget.tolerance)).encode())
+    assert found.hexdigest() == "5ecd7dafda2f2030ab902592159772782cbf008aa1520c7306a90019490f0a75"
 
 
 def curves(seed=0):
