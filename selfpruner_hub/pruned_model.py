@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,14 +17,17 @@ from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.evaluation.figures import text_figures
 from selfpruner_hub.evaluation.metrics import teach
+from selfpruner_hub.hub.bundle import EXPORT_OPTIONS, ONNX, check_export
 from selfpruner_hub.hub.card import render_card
-from selfpruner_hub.hub.publish import Published, check_request, publish
+from selfpruner_hub.hub.publish import STATIC, Published, check_request, publish
+from selfpruner_hub.hub.space import DENSE
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 from selfpruner_hub.storage.layout import WEIGHTS
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
@@ -180,7 +184,7 @@ class PrunedModel:
         private: bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-        space: bool = False,
+        space: bool | str = False,
         exports: Sequence[str] = (),
         token: str | bool | None = None,
         commit_message: str | None = None,
@@ -194,15 +198,15 @@ class PrunedModel:
             private: Visibility of a new repository; None uses the account's default.
             revision: Branch; created if missing. None is the main branch.
             create_pr: Whether to open a pull request instead of a commit.
-            space: Whether to publish the demo Space `REPO_ID-demo` as well.
-            exports: Formats to publish beside the weights, such as `("onnx", "gguf")`.
+            space: Kind of the Space to publish as well, as for `hub.publish.publish`.
+            exports: Formats to publish too, such as `("onnx", "gguf")`; graphs of ONNX go to `REPO_ID-ONNX`.
             token: Hub token; None or True uses the stored one, or HF_TOKEN.
             commit_message: Message of the commit, one line; None writes one.
             commit_description: Text below the message, or None.
             max_shard_size: Maximum size of a file of weights, as for `save_pretrained`.
 
         Returns:
-            Addresses of the model and the Space, and whether a commit was made.
+            Addresses of the model, its graphs and the Space, and whether a commit to the model was made.
 
         Raises:
             UserError: The Hub refuses.
@@ -211,7 +215,7 @@ class PrunedModel:
         check_request(space=space, create_pr=create_pr, exports=exports)
         with tempfile.TemporaryDirectory() as temporary:
             self._write(directory := Path(temporary) / "model", max_shard_size)
-            _export(directory, exports)
+            make_exports(directory, exports, static=space == STATIC)
             published = publish(
                 directory,
                 repo_id,
@@ -299,9 +303,44 @@ def meter_of(runtime: str) -> Meter:
     return RuntimeMeter(runtime)
 
 
-def _export(directory: Path, formats: Sequence[str]) -> None:
-    """Export a saved model, each format into a folder of its name."""
+def make_exports(directory: Path, formats: Sequence[str], *, static: bool = False, parent: str | None = None) -> None:
+    """Export a saved model for publishing, each format into a folder of its name; exports of this model are kept.
+
+    Args:
+        directory: Directory of the model.
+        formats: Formats of the exports.
+        static: Whether a static Space needs the graphs of ONNX, and those of the dense parent beside them.
+        parent: Directory or Hub repository of the parent; None takes the one that the record names.
+    """
     from exporters.export import export  # it imports this package
 
-    for name in dict.fromkeys(formats):
-        export(directory, name, directory / name)
+    record = read_record(directory)
+    for name in dict.fromkeys((*formats, *([ONNX] if static else []))):
+        target, options = directory / name, EXPORT_OPTIONS.get(name, {})
+        if target.exists():
+            try:
+                found = check_export(directory, name, record).options
+                if all(found.get(option) == value for option, value in options.items()):
+                    continue
+            except SavedModelError:
+                read_export(target, name)  # fails where it is no export of this package, so it is not deleted
+            shutil.rmtree(target)
+        export(directory, name, target, **options)
+    if static:
+        _export_parent(directory / ONNX / DENSE, record, parent or record.base_model)
+
+
+def _export_parent(target: Path, record: Record, parent: str) -> None:
+    """Make the graphs of a dense parent, without the one in float32, unless they are there."""
+    if target.exists():
+        return
+    from exporters.export import export  # it imports this package
+
+    with tempfile.TemporaryDirectory() as temporary, save_directory(target) as staging:
+        made = export(parent, ONNX, Path(temporary) / DENSE, **EXPORT_OPTIONS[ONNX])
+        found, wanted = read_export(made).source["parameters"], record.parameters["dense"]
+        if found != wanted:
+            raise UserError(f"{parent!r} is not the parent: it has {found:,} parameters, the parent {wanted:,}.")
+        for path in (made / EXPORT_RECORD_FILE, *(made / ONNX).iterdir()):
+            if not path.name.startswith("model.onnx"):
+                shutil.move(path, staging)

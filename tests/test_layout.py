@@ -281,9 +281,9 @@ def test_the_wheel_carries(source, place, wheel_names):
     assert not missing, f"the wheel lacks {', '.join(missing)} of {source}/"
 
 
-def test_the_wheel_carries_the_template_of_cards_and_no_card(wheel_names):
+def test_the_wheel_carries_the_templates_of_cards_and_no_card(wheel_names):
     cards = [name for name in wheel_names if name.startswith(f"{PACKAGE}/model_cards/")]
-    assert cards == [f"{PACKAGE}/model_cards/template.md"]
+    assert sorted(cards) == [f"{PACKAGE}/model_cards/{name}.md" for name in ("onnx_template", "template")]
 
 
 def test_the_wheel_has_two_packages_and_the_plug_in(wheel_names):

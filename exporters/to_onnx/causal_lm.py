@@ -74,7 +74,7 @@ class OnnxCausalLM(GraphCausalLM):
         require("onnxruntime", "onnx")
         directory = resolve_directory(str(name), subfolder, **kwargs)
         record = read_export(directory, "onnx")
-        if record.options.get("layout") == "hub":
+        if record.has_hub_layout:
             raise SavedModelError(
                 f"{str(directory)!r} is for ONNX Runtime GenAI and Transformers.js (layout hub).",
                 "Export the model without --layout hub.",

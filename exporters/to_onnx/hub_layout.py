@@ -35,6 +35,8 @@ AXES = {
     "total": "total_sequence_length",
 }
 """Names of the dynamic axes."""
+LEFT_OUT = ("auto_map", "_name_or_path")
+"""Keys of a configuration that an export leaves out: classes that are not beside it, and a path of this machine."""
 _CACHE = re.compile(r"(input|output)\.cache\.layers\.(\d+)\.(key|value)s")
 
 
@@ -92,7 +94,7 @@ def save_configurations(model: PreTrainedModel, directory: Path) -> None:
     """
     config, shape = model.config, shape_of(model.config)
     stock = architecture_of(config).model_type
-    values = {key: value for key, value in config.to_dict().items() if key != "auto_map"}
+    values = {key: value for key, value in config.to_dict().items() if key not in LEFT_OUT}
     values |= {
         "model_type": stock,
         "architectures": [type(model).__name__.removeprefix("SelfPruned")],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +16,15 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("directory", metavar="DIR", type=Path, help="a saved model")
     parser.add_argument("repo", metavar="REPO", help="where it goes: NAME, or NAMESPACE/NAME")
-    parser.add_argument("--space", action="store_true", help="publish the demo Space REPO-demo too")
+    parser.add_argument(
+        "--space",
+        nargs="?",
+        const="gradio",
+        default=False,
+        metavar="KIND",
+        help="publish a Space too: gradio (REPO-demo, the default), or static (REPO-browser; makes ONNX graphs)",
+    )
+    parser.add_argument("--against", metavar="MODEL", help="static: the dense parent (default: the one of the record)")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="push to this branch (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
@@ -27,7 +34,7 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FORMAT",
-        help="export to these first, into DIR, and publish them too: onnx, gguf, …",
+        help="export to these first, into DIR, and publish them too: onnx (into REPO-ONNX), gguf, …",
     )
 
 
@@ -47,13 +54,13 @@ def push(options: argparse.Namespace) -> str:
     """
     from huggingface_hub.utils.tqdm import enable_progress_bars
 
-    from selfpruner_hub.hub.publish import check_request, publish
+    from selfpruner_hub.hub.publish import STATIC, check_request, publish
+    from selfpruner_hub.pruned_model import make_exports
 
     if not options.quiet:
         enable_progress_bars()
     check_request(space=options.space, create_pr=options.create_pr, exports=options.exports)
-    for name in options.exports:
-        _export(options.directory, name)
+    make_exports(options.directory, options.exports, static=options.space == STATIC, parent=options.against)
     done = publish(
         options.directory,
         options.repo,
@@ -65,26 +72,7 @@ def push(options: argparse.Namespace) -> str:
     if options.json:
         return json.dumps(asdict(done))
     where = done.url if done.changed else f"{done.url} (it was up to date)"
-    return f"{where}\n{done.space}" if done.space else where
-
-
-def _export(directory: Path, name: str) -> None:
-    """Make an export, unless there is one of this model."""
-    from exporters.export import export
-    from selfpruner_hub.errors import SavedModelError
-    from selfpruner_hub.hub.bundle import check_export
-    from selfpruner_hub.storage.export_record import read_export
-    from selfpruner_hub.storage.model_record import read_record
-
-    record, target = read_record(directory), directory / name
-    if target.exists():
-        try:
-            check_export(directory, name, record)
-            return
-        except SavedModelError:
-            read_export(target, name)  # fails where it is no export of this package, so it is not deleted
-            shutil.rmtree(target)
-    export(directory, name, target)
+    return "\n".join(filter(None, (where, done.graphs, done.space)))
 
 
 def add_card_arguments(parser: argparse.ArgumentParser) -> None:

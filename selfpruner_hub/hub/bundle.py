@@ -15,8 +15,9 @@ from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.card import CHAT_TEMPLATE, render_card
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.hub.privacy import check_private
+from selfpruner_hub.hub.space import DENSE
 from selfpruner_hub.search.journal import JOURNAL_FILE
-from selfpruner_hub.storage.export_record import read_export
+from selfpruner_hub.storage.export_record import ExportRecord, read_export
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import save_directory
@@ -31,24 +32,34 @@ PATTERNS = (
 )
 """Names of the files that publishing writes to a repository, beside the card, the plots and the exports. Other files of
 the directory are not uploaded, and other files of the repository are not changed."""
+ONNX = "onnx"
+EXPORT_OPTIONS = {ONNX: {"layout": "hub"}}
+"""Options of the exports that publishing makes, by format."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 """Patterns of files that are also published, where the directory has them; they are never deleted from a repository."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Files of one saved model by their path in a repository, without the card."""
+    """Files of one saved model by their path in a repository, without the cards."""
 
     record: Record
     files: dict[str, Path]
     pictures: dict[str, bytes]
     exports: tuple[str, ...]
     """Formats of the exports; each is a folder of `files`."""
+    graphs: dict[str, Path]
+    """Files for ONNX Runtime GenAI and Transformers.js, by their path in a repository of their own."""
 
     @property
     def chat(self) -> bool:
         """Whether the model has a chat template."""
         return CHAT_TEMPLATE in self.files
+
+    @property
+    def has_dense_graphs(self) -> bool:
+        """Whether the graphs have those of the dense parent beside them."""
+        return any(name.startswith(f"{DENSE}/") for name in self.graphs)
 
     @property
     def weights(self) -> dict[str, Path]:
@@ -71,15 +82,16 @@ def collect(directory: Path) -> Bundle:
     record = read_record(directory)
     files = _matching(directory, (*PATTERNS, *LICENCES))
     _check_whole(directory, files)
-    exports = tuple(name for name in EXPORTS if (directory / name).is_dir())
-    for name in exports:
-        check_export(directory, name, record)
-        files |= {
-            path.relative_to(directory).as_posix(): path
-            for path in sorted((directory / name).rglob("*"))
-            if path.is_file() and not path.name.startswith(".")
-        }
-    return Bundle(record, files, _pictures(directory), exports)
+    exports, graphs = [], {}
+    for name in EXPORTS:
+        if not (directory / name).is_dir():
+            continue
+        if check_export(directory, name, record).has_hub_layout:
+            graphs = _within(directory / name, directory / name)
+        else:
+            exports.append(name)
+            files |= _within(directory / name, directory)
+    return Bundle(record, files, _pictures(directory), tuple(exports), graphs)
 
 
 def write_card(directory: Path, repo_id: str, output: Path) -> None:
@@ -105,24 +117,28 @@ def write_card(directory: Path, repo_id: str, output: Path) -> None:
             (staging / name).write_bytes(content)
 
 
-def check_export(directory: Path, name: str, record: Record) -> None:
-    """Refuse an export that was not made from this model.
+def check_export(directory: Path, name: str, record: Record) -> ExportRecord:
+    """Read the record of an export; refuse one that was not made from this model.
 
     Args:
         directory: Directory of the model.
         name: Format of the export, which names its folder.
         record: Record of the model.
 
+    Returns:
+        The record of the export.
+
     Raises:
         SavedModelError: The folder holds no export, one of another format, or one of another model.
     """
-    read_export(directory / name, name)
+    found = read_export(directory / name, name)
     made_from = read_record(directory / name)
     if replace(made_from, metrics={}) != replace(record, metrics={}):  # later measurements change no weights
         raise SavedModelError(
             f"{str(directory / name)!r} is an export of another model than {str(directory)!r} holds.",
             f"Delete it, then push with --with {name}.",
         )
+    return found
 
 
 def is_ours(name: str) -> bool:
@@ -134,6 +150,12 @@ def is_ours(name: str) -> bool:
 def _matching(directory: Path, patterns: Iterable[str]) -> dict[str, Path]:
     found = (path for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file())
     return {path.relative_to(directory).as_posix(): path for path in found}
+
+
+def _within(folder: Path, root: Path) -> dict[str, Path]:
+    """Return the files below a folder by their path from `root`, without hidden ones."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(root).as_posix(): path for path in found}
 
 
 def _check_whole(directory: Path, files: dict[str, Path]) -> None:

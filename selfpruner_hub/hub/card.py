@@ -19,6 +19,9 @@ from selfpruner_hub.storage.staging import write_atomically
 CHAT_TEMPLATE = "chat_template.jinja"
 """Name of the file with the chat template; a saved model that has it is a chat model."""
 
+WEIGHTS_OF_GRAPHS = {"": "float32", "_fp16": "float16", "_quantized": "8 bits", "_q4": "4 bits"}
+"""Weights of a graph, by what Transformers.js appends to the name of its file."""
+
 
 def render_card(
     record: Record,
@@ -27,6 +30,7 @@ def render_card(
     *,
     pictures: Collection[str] = (),
     exports: Collection[str] = (),
+    graphs: str = "",
     chat: bool = False,
 ) -> str:
     """Render `model_cards/template.md`.
@@ -37,6 +41,7 @@ def render_card(
         revision: Branch of the repository, for the code blocks; None names none.
         pictures: Paths of the plots of the search, relative to the card.
         exports: Formats of the exports, each in a folder of its name beside the card.
+        graphs: Hub repository of the graphs for ONNX Runtime GenAI and Transformers.js; empty where there is none.
         chat: Whether the tokenizer has a chat template: the code blocks use it, and the card reports figures of chat.
 
     Returns:
@@ -44,7 +49,7 @@ def render_card(
     """
     on_hub = is_repo_id(record.base_model)
     name = record.base_model.rpartition("/")[2]  # a path of this machine means nothing to a reader
-    title = f"{name}, pruned by {100 * record.achieved_beta:.0f} %"
+    title = _title(record)
     figures = {key: metric for key, metric in record.metrics.items() if not _is_of_the_search(key)}
     results = [_eval_result(key, metric) for key, metric in figures.items() if metric.dataset]
     data = ModelCardData(
@@ -59,10 +64,7 @@ def render_card(
         license_name=record.licence.get("license_name"),
         license_link=record.licence.get("license_link"),
     )
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
-        (asset("model_cards") / "template.md").read_text(encoding="utf-8")
-    )
-    return template.render(
+    return _template("template.md").render(
         card_data=data.to_yaml(),
         title=title,
         base_model=record.base_model if on_hub else name,
@@ -70,7 +72,7 @@ def render_card(
         record=record,
         chat=chat,
         answers={key: figures[key] for key in CHAT_FIGURES if key in figures},
-        answered=_answered(figures),
+        answered=answered(figures),
         quality={key: metric for key, metric in figures.items() if not metric.machine and key not in CHAT_FIGURES},
         speed={key: metric for key, metric in figures.items() if metric.machine},
         search={key: metric for key, metric in record.metrics.items() if _is_of_the_search(key)},
@@ -80,7 +82,68 @@ def render_card(
         revision=revision,
         pictures=pictures,
         exports=exports,
+        graphs=graphs,
     )
+
+
+def render_onnx_card(
+    record: Record,
+    repo: str,
+    model: str,
+    graphs: Mapping[str, Path],
+    *,
+    revision: str | None = None,
+    dense: str = "",
+    chat: bool = False,
+) -> str:
+    """Render `model_cards/onnx_template.md`, the card of graphs for ONNX Runtime GenAI and Transformers.js.
+
+    Args:
+        record: Record of the model.
+        repo: Hub repository of the graphs.
+        model: Hub repository of the model.
+        graphs: Files of the repository.
+        revision: Branch of both repositories, for the code blocks; None names none.
+        dense: Folder with graphs of the dense parent; empty where there is none.
+        chat: Whether the tokenizer has a chat template, which the code blocks then use.
+
+    Returns:
+        Markdown with YAML front matter.
+    """
+    on_hub = is_repo_id(record.base_model)
+    data = ModelCardData(
+        library_name="transformers.js",
+        pipeline_tag="text-generation",
+        tags=["onnx", "onnxruntime-genai", "pruned", "structured-pruning", "selfpruner"],
+        base_model=model,
+        base_model_relation="quantized",
+        license=record.licence.get("license"),
+        license_name=record.licence.get("license_name"),
+        license_link=record.licence.get("license_link"),
+    )
+    sizes = [(f"onnx/model{suffix}.onnx", weights) for suffix, weights in WEIGHTS_OF_GRAPHS.items()]
+    return _template("onnx_template.md").render(
+        card_data=data.to_yaml(),
+        title=f"{_title(record)}: ONNX",
+        base_model=record.base_model,
+        base_link=f"https://huggingface.co/{record.base_model}" if on_hub else "",
+        graphs=[(name, weights, graphs[f"{name}_data"].stat().st_size) for name, weights in sizes],
+        licence=_licence(record.licence),
+        repo=repo,
+        model=model,
+        revision=revision,
+        dense=dense,
+        chat=chat,
+    )
+
+
+def _title(record: Record) -> str:
+    return f"{record.base_model.rpartition('/')[2]}, pruned by {100 * record.achieved_beta:.0f} %"
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string((asset("model_cards") / name).read_text(encoding="utf-8"))
 
 
 def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
@@ -104,7 +167,7 @@ def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
     return record
 
 
-def _answered(figures: Mapping[str, Metric]) -> str:
+def answered(figures: Mapping[str, Metric]) -> str:
     """Return the share of answered questions as a sentence; empty where it was not measured."""
     if (kept := figures.get(KEPT)) is not None:
         return f"Of the plain questions that its parent answers, it answers {100 * kept.value:.0f} %."

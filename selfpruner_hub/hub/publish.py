@@ -18,13 +18,17 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from selfpruner_hub.errors import HubError, SelfPrunerError, UserError
-from selfpruner_hub.hub.bundle import CARD, Bundle, collect, is_ours
-from selfpruner_hub.hub.card import render_card
+from selfpruner_hub.hub.bundle import CARD, ONNX, Bundle, collect, is_ours
+from selfpruner_hub.hub.card import render_card, render_onnx_card
 from selfpruner_hub.hub.privacy import check_private
-from selfpruner_hub.hub.space import VENDORED, space_files
+from selfpruner_hub.hub.space import DENSE, VENDORED, space_files, static_files
 from selfpruner_hub.models.hub_errors import explain_hub, may_have_committed, pause
 from selfpruner_hub.storage.layout import EXPORTS
 
+GRAPHS = "-ONNX"
+"""Ending of the name of the repository with a model's graphs, as in the Hub's onnx-community."""
+SPACES = GRADIO, STATIC = ("gradio", "static")
+"""Kinds of Spaces: an app on the Hub's machine, or a page that runs in the visitor's browser."""
 PAUSES = (2.0, 8.0)
 """Pauses before the second and the third try, in seconds: the Hub's client retries uploads itself, but not commits."""
 Tree = dict[str, RepoFile]
@@ -45,23 +49,29 @@ class Published:
     commit: str
     changed: bool
     """Whether a commit was made: False where the repository was up to date."""
+    graphs: str | None = None
+    """Address of the graphs for ONNX Runtime GenAI and Transformers.js; None where there are none."""
     space: str | None = None
     """Address of the demo Space; None where none was published."""
 
 
-def check_request(*, space: bool, create_pr: bool, exports: Sequence[str] = ()) -> None:
+def check_request(*, space: bool | str, create_pr: bool, exports: Sequence[str] = ()) -> None:
     """Refuse options that cannot be published, before any export is made.
 
     Args:
-        space: Whether to publish the demo Space as well.
+        space: Kind of the Space to publish as well, one of `SPACES`; True is Gradio's, False none.
         create_pr: Whether to open a pull request instead of a commit.
         exports: Formats of the exports that are made first.
 
     Raises:
         UserError: A Space is requested together with a pull request, or a format is unknown.
     """
+    if space not in (True, False, *SPACES):
+        raise UserError(f"Unknown kind of Space {space!r}.", f"Choose {' or '.join(SPACES)}.")
     if space and create_pr:
         raise UserError("A Space shows a model that is there, not one in a pull request.", "Push it after the merge.")
+    if "onnx" in exports and create_pr:
+        raise UserError("ONNX graphs have a repository of their own, not a pull request.", "Push them after the merge.")
     if unknown := sorted(set(exports) - set(EXPORTS)):
         raise UserError(f"Unknown export {unknown[0]!r}.", f"Choose from: {', '.join(EXPORTS)}.")
 
@@ -73,7 +83,7 @@ def publish(
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    space: bool = False,
+    space: bool | str = False,
     token: str | bool | None = None,
     commit_message: str | None = None,
     commit_description: str | None = None,
@@ -81,18 +91,21 @@ def publish(
     """Publish a saved model in one commit, completely or not at all.
 
     Args:
-        directory: Directory of a saved model; its exports, in folders such as `directory/onnx`, are published too.
+        directory: Directory of a saved model; its exports, in folders such as `directory/gguf`, are published too.
+            Graphs for ONNX Runtime GenAI and Transformers.js go to the repository `REPO_ID-ONNX`, except with
+            `create_pr`.
         repo_id: Hub repository, `name` or `namespace/name`; created if missing.
         private: Visibility of a new repository; None uses the account's default.
         revision: Branch; created if missing. None is the main branch.
         create_pr: Whether to open a pull request instead of a commit.
-        space: Whether to publish the demo Space `REPO_ID-demo` as well.
+        space: Kind of the Space to publish as well: True or `"gradio"` for `REPO_ID-demo`; `"static"` for
+            `REPO_ID-browser`, which needs graphs of the model and its parent; False publishes none.
         token: Hub token; None uses the stored one, or HF_TOKEN.
         commit_message: Message of the commit, one line; None writes one.
         commit_description: Text below the message, or None.
 
     Returns:
-        Addresses of the model and the Space, and whether a commit was made.
+        Addresses of the model, its graphs and the Space, and whether a commit to the model was made.
 
     Raises:
         SavedModelError: The directory holds no complete pruned model, or an export of another one.
@@ -102,8 +115,17 @@ def publish(
     directory = Path(directory)
     check_request(space=space, create_pr=create_pr)
     bundle = collect(directory)
+    if space == STATIC and not bundle.has_dense_graphs:
+        raise UserError(
+            "A static Space runs ONNX graphs of the model and of its dense parent, which are not there.",
+            "Push with --space static on the command line, which makes them.",
+        )
     check_private(
-        {**bundle.files, CARD: render_card(bundle.record, repo_id).encode()},
+        {
+            **bundle.files,
+            **{f"{ONNX}/{name}": path for name, path in bundle.graphs.items()},
+            CARD: render_card(bundle.record, repo_id).encode(),
+        },
         directory,
         [token if isinstance(token, str) else None],
     )
@@ -113,18 +135,52 @@ def publish(
     model.create(private)
     message = (commit_message or "Publish the pruned model", commit_description)
     published = model.commit(lambda tree: _model_changes(bundle, model, tree), message, create_pr)
-    if not space:
-        return published
-    demo = _Repository(api, f"{model.repo_id}-demo", "space")
-    files = space_files(bundle.record, model.repo_id, revision)
+    if bundle.graphs and not create_pr:
+        graphs = _Repository(api, f"{model.repo_id}{GRAPHS}", "model", revision)
+        with _after("its ONNX graphs are"):
+            graphs.create(private)
+            done = graphs.commit(
+                lambda tree: _graph_changes(bundle, graphs, model, tree), ("Publish the ONNX graphs", None)
+            )
+        published = replace(published, graphs=done.url)
+    if space:
+        if space == STATIC:
+            demo = _Repository(api, f"{model.repo_id}-browser", "space")
+            files = static_files(bundle.record, graphs.repo_id, api.endpoint, revision)
+        else:
+            demo = _Repository(api, f"{model.repo_id}-demo", "space")
+            files = space_files(bundle.record, model.repo_id, revision)
+        with _after("its Space is"):
+            demo.create(private, STATIC if space == STATIC else GRADIO)
+            done = demo.commit(
+                lambda tree: (files, [n for n in _in(VENDORED, tree) if n not in files]), ("Publish the demo", None)
+            )
+        published = replace(published, space=done.url)
+    return published
+
+
+@contextmanager
+def _after(what: str) -> Iterator[None]:
+    """Say, of an error, that the model itself is published; `what` names the rest, with its verb."""
     try:
-        demo.create(private)
-        shown = demo.commit(
-            lambda tree: (files, [n for n in _in(VENDORED, tree) if n not in files]), ("Publish the demo", None)
-        )
+        yield
     except SelfPrunerError as error:
-        raise type(error)(f"The model is published, its Space is not: {error.message}", error.hint) from error
-    return replace(published, space=shown.url)
+        raise type(error)(f"The model is published, {what} not: {error.message}", error.hint) from error
+
+
+def _graph_changes(bundle: Bundle, repo: _Repository, model: _Repository, tree: Tree) -> Changes:
+    """Return the changes that make a repository hold the graphs of this model, and no files of an earlier one."""
+    card = render_onnx_card(
+        bundle.record,
+        repo.repo_id,
+        model.repo_id,
+        bundle.graphs,
+        revision=repo.revision,
+        dense=DENSE if bundle.has_dense_graphs else "",
+        chat=bundle.chat,
+    )
+    files: dict[str, Path | bytes] = {**bundle.graphs, CARD: card.encode()}
+    return files, [name for name in tree if is_ours(name) and name not in files]
 
 
 def _model_changes(bundle: Bundle, repo: _Repository, tree: Tree) -> Changes:
@@ -142,6 +198,7 @@ def _model_changes(bundle: Bundle, repo: _Repository, tree: Tree) -> Changes:
         repo.revision,
         pictures=list(bundle.pictures),
         exports=exports,
+        graphs=f"{repo.repo_id}{GRAPHS}" if bundle.graphs else "",
         chat=bundle.chat,
     )
     files: dict[str, Path | bytes] = {**bundle.files, **bundle.pictures, CARD: card.encode()}
@@ -171,9 +228,8 @@ class _Repository:
         self.kind = kind
         self.revision = revision
 
-    def create(self, private: bool | None) -> None:
-        """Create the repository if missing."""
-        sdk = "gradio" if self.kind == "space" else None
+    def create(self, private: bool | None, sdk: str | None = None) -> None:
+        """Create the repository if missing; a Space with its SDK."""
         self.repo_id = self._patiently(
             lambda: (
                 self._api.create_repo(

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import SpaceCard
 
+from selfpruner_hub.hub.card import answered
 from selfpruner_hub.models.loading import is_repo_id
 from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import Record
@@ -18,6 +19,8 @@ VENDORED = ("selfpruner_hub", "exporters")
 requirement that pip does not find stops the build of the Space."""
 SETTINGS = "model.json"
 """Name of the file that the app reads: the model, its revision and its dense parent."""
+DENSE = "dense"
+"""Folder, beside a model's graphs, of the graphs of its dense parent, which a static Space compares it with."""
 _CARRIED = ("*.py", "templates/*.txt")
 
 
@@ -42,6 +45,40 @@ def space_files(record: Record, repo_id: str, revision: str | None = None) -> di
         found = (path for pattern in _CARRIED for path in package.rglob(pattern))
         found = (path for path in found if app not in path.parents)  # a wheel has the app inside the package
         files |= {f"{name}/{path.relative_to(package).as_posix()}": path for path in found}
+    return files
+
+
+def static_files(record: Record, graphs: str, host: str, revision: str | None = None) -> dict[str, Path | bytes]:
+    """Collect the files of a static Space, which runs a published model and its parent in the visitor's browser.
+
+    Args:
+        record: Record of the model.
+        graphs: Hub repository of its graphs, and of its parent's in the folder `DENSE`.
+        host: Address of the Hub.
+        revision: Branch of the graphs; None is the main branch.
+
+    Returns:
+        Files by their path in the Space.
+    """
+    page = asset("spaces") / "static"
+    files: dict[str, Path | bytes] = {path.name: path for path in page.iterdir() if path.is_file()}
+    name = record.base_model.rpartition("/")[2]
+    said = [
+        f"The same prompt, answered in your browser by {name} and by a copy that lost "
+        f"{100 * record.achieved_beta:.0f} % of its layers' weights without retraining. Nothing that you type leaves "
+        "your machine.",
+        answered(record.metrics),
+    ]
+    settings = {
+        "graphs": graphs,
+        "revision": revision,
+        "host": f"{host.rstrip('/')}/",
+        "title": f"{name}, {100 * (1 - record.parameters['pruned'] / record.parameters['dense']):.0f} % smaller",
+        "about": " ".join(filter(None, said)),
+        "parameters": record.parameters,
+    }
+    files[SETTINGS] = f"{json.dumps(settings, indent=2)}\n".encode()
+    files["README.md"] = _front_page(page / "README.md", record, graphs).encode()
     return files
 
 

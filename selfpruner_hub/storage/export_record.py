@@ -27,13 +27,18 @@ class ExportRecord:
     versions: dict[str, str]
     tolerance: float
     max_difference: float | None
-    """Largest difference of a logit from PyTorch's in float32, measured before the export was moved to its
-    directory."""
+    """Largest difference of a logit from PyTorch's in float32, measured before the export was moved to its directory;
+    of ONNX in int8 the KL divergence in nats from PyTorch with rounded weights."""
     unchecked: str
     """Reason why `max_difference` is None; empty where it is measured."""
     remark: str
     """Note for the users of the export; empty where there is none."""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def has_hub_layout(self) -> bool:
+        """Whether the export is for ONNX Runtime GenAI and Transformers.js (`--layout hub`)."""
+        return self.options.get("layout") == "hub"
 
     def to_json(self) -> str:
         """Serialise, schema version first."""

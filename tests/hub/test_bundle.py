@@ -21,7 +21,12 @@ def put_export(directory, name, record):
     folder = directory / name
     folder.mkdir()
     (folder / MODEL_RECORD_FILE).write_text(record.to_json())
-    values = {**{f.name: None for f in fields(ExportRecord)}, "format": name, "schema_version": SCHEMA_VERSION}
+    values = {
+        **{f.name: None for f in fields(ExportRecord)},
+        "format": name,
+        "options": {},
+        "schema_version": SCHEMA_VERSION,
+    }
     (folder / EXPORT_RECORD_FILE).write_text(json.dumps(values))
     (folder / "model.bin").write_bytes(b"graph")
     return folder

@@ -63,15 +63,17 @@ def run(hub_client, work):
 
 @pytest.fixture(scope="module")
 def files(hub, run, work):
-    """Every file of the model and of its Space, by path."""
+    """Every file of the model, of its graphs and of its Space, by path."""
     run.prune()
     run("push", work / "model", NAME, "--space", *EXPORTS, "--quiet")
     space = {f"space/{path}": content for path, content in hub.files(f"{NAME}-demo", "space").items()}
-    return {**hub.files(NAME), **space}
+    graphs = {f"graphs/{path}": content for path, content in hub.files(f"{NAME}-ONNX").items()}
+    return {**hub.files(NAME), **graphs, **space}
 
 
 def test_exports_are_there(files):
-    for path in ("onnx/model.onnx", "onnx/selfpruner_export.json", "gguf/model-f16.gguf", "gguf/selfpruner.json"):
+    graphs = ("graphs/onnx/model.onnx", "graphs/selfpruner_export.json")
+    for path in (*graphs, "gguf/model-f16.gguf", "gguf/selfpruner.json"):
         assert path in files
 
 
@@ -103,7 +105,7 @@ def test_the_card_is_valid_and_its_numbers_are_those_of_the_record(files, work):
     record = read_record(work / "model")
     assert check_yaml(str(card)) == []
     assert card.data.library_name == "transformers"
-    assert {"onnx", "gguf", "pruned"} <= set(card.data.tags)
+    assert {"gguf", "pruned"} <= set(card.data.tags)
     for value in (f"{record.parameters['pruned']:,}", f"{record.achieved_beta}", record.data["fitness"]["tokens"]):
         assert str(value) in card.text
     for layer, rate in enumerate(record.rates, 1):
@@ -124,19 +126,31 @@ for block in re.findall(r"```python\\n(.*?)```", card, re.DOTALL):
 """
 
 
-def test_the_code_of_the_card_runs(files, hub, tmp_path):
-    command = [sys.executable, "-c", RUN_BLOCKS, NAME]
+def run_blocks(name, hub, tmp_path):
+    """Run the Python of a card; what each block prints."""
+    command = [sys.executable, "-c", RUN_BLOCKS, name]
     env = environment(hub.url, tmp_path)
     done = subprocess.run(
         command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "[y/N]" not in done.stdout
-    plain, package, onnx, gguf = done.stdout.split("--- end of block\n")[:-1]
-    assert plain == package == onnx  # the same model, so the same greedy text
+    return done.stdout.split("--- end of block\n")[:-1]
+
+
+def test_the_code_of_the_card_runs(files, hub, tmp_path):
+    plain, package, gguf = run_blocks(NAME, hub, tmp_path)
+    assert plain == package  # the same model, so the same greedy text
     assert "The capital of France is" in plain
     assert len(plain) > len("<s>The capital of France is") + 5
     assert gguf.strip()
+
+
+def test_the_code_of_the_graphs_card_runs(files, hub, tmp_path):
+    pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")
+    (written,) = run_blocks(f"{NAME}-ONNX", hub, tmp_path)
+    assert written.startswith("The capital of France is")
+    assert len(written) > len("The capital of France is") + 5
 
 
 def test_a_second_push_makes_no_export_anew(files, hub, run, work):
@@ -160,5 +174,4 @@ def test_exports_of_an_older_model_are_refused_or_made_anew(files, hub, hub_clie
     new = hub.files(NAME)
     assert new["gguf/model-f16.gguf"] != old["gguf/model-f16.gguf"]
     assert read_record(work / "model" / "gguf").beta == 0.4
-    assert not [path for path in new if path.startswith("onnx/")]  # of other weights, so it has gone
-    assert "OnnxCausalLM" not in new["README.md"].decode()
+    assert f"{NAME}-ONNX" not in new["README.md"].decode()  # its graphs are of other weights

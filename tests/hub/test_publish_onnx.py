@@ -1,0 +1,187 @@
+"""Graphs for ONNX Runtime GenAI and Transformers.js, in a repository beside the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+from support.hub_server import check_yaml
+
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.hub.bundle import collect
+from selfpruner_hub.hub.publish import publish
+from selfpruner_hub.pruned_model import make_exports
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
+
+pytestmark = pytest.mark.heavy
+GRAPHS = {f"onnx/model{suffix}.onnx{data}" for suffix in ("", "_fp16", "_quantized", "_q4") for data in ("", "_data")}
+
+
+@pytest.fixture(scope="module")
+def exported(hub, hub_client, saved_models, tmp_path_factory):
+    """A model that was pushed with its graphs, and what was printed."""
+    pytest.importorskip("onnxruntime", reason='needs pip install -e ".[onnx]"')
+    model = shutil.copytree(saved_models / "first", tmp_path_factory.mktemp("graphs") / "model")
+    done = hub_client("push", model, "me/graphs", "--with", "onnx", "--quiet", HF_TOKEN="hf_write_token_of_me")
+    assert done.status == 0, done.err
+    return model, done.out
+
+
+@pytest.fixture
+def model(exported, tmp_path):
+    """That model, for a test of its own."""
+    return shutil.copytree(exported[0], tmp_path / "exported")
+
+
+def test_graphs_have_a_repository_of_their_own(exported, hub):
+    model, out = exported
+    assert out == f"{hub.url}/me/graphs\n{hub.url}/me/graphs-ONNX\n"
+    files = hub.files("me/graphs-ONNX")
+    assert {name for name in files if "/" in name} == GRAPHS
+    assert json.loads(files["config.json"])["model_type"] == "llama"
+    assert {"genai_config.json", "tokenizer.json", "selfpruner.json", EXPORT_RECORD_FILE} <= set(files)
+    for name in GRAPHS:
+        assert files[name] == (model / "onnx" / name).read_bytes()
+    assert not [name for name in hub.files("me/graphs") if name.startswith("onnx/")]
+    card = hub.files("me/graphs")["README.md"].decode()
+    assert "[me/graphs-ONNX](https://huggingface.co/me/graphs-ONNX)" in card
+    assert "OnnxCausalLM" not in card
+
+
+def test_the_card_of_the_graphs(exported, hub):
+    model, _ = exported
+    card = hub.files("me/graphs-ONNX")["README.md"].decode()
+    assert check_yaml(card) == []
+    told = yaml.safe_load(card.split("---\n")[1])
+    assert told["base_model"] == "me/graphs"
+    assert told["base_model_relation"] == "quantized"
+    assert (told["library_name"], told["license"]) == ("transformers.js", "mit")
+    assert "[me/graphs](https://huggingface.co/me/graphs)" in card
+    assert 'og.Model(snapshot_download("me/graphs-ONNX"' in card
+    assert "pipeline('text-generation', 'me/graphs-ONNX', { dtype: 'q8' })" in card
+    for name, size in re.findall(r"\| `(onnx/\S+)` \| .+ \| ([\d.]+) MB \|", card):
+        assert float(size) == round((model / "onnx" / f"{name}_data").stat().st_size / 1e6, 1)
+    assert len(re.findall(r"\| `onnx/", card)) == 4
+
+
+def test_a_second_push_makes_and_sends_nothing(exported, hub, push):
+    before = hub.files("me/graphs-ONNX")
+    out = push(exported[0], "me/graphs", "--with", "onnx").out
+    assert out == f"{hub.url}/me/graphs (it was up to date)\n{hub.url}/me/graphs-ONNX\n"
+    assert hub.received == 0
+    assert hub.files("me/graphs-ONNX") == before
+
+
+def test_files_of_an_earlier_model_go(model, hub, push, repo_name):
+    push(model, repo_name)
+    repo = hub.repo(f"{repo_name}-ONNX")
+    old = {name: hub.put(b"old", False) for name in ("onnx/model_bnb4.onnx", "chat_template.jinja", "film.mp4")}
+    repo.commit("main", {**repo.commits[repo.refs["main"]], **old}, "By hand")
+    push(model, repo_name)
+    assert set(old) & set(hub.files(f"{repo_name}-ONNX")) == {"film.mp4"}
+
+
+def test_a_branch(model, hub, push, repo_name):
+    push(model, repo_name, "--revision", "trial")
+    card = hub.files(f"{repo_name}-ONNX", revision="trial")["README.md"].decode()
+    assert f'snapshot_download("{repo_name}-ONNX", revision="trial"' in card
+    assert f"'{repo_name}-ONNX', {{ dtype: 'q8', revision: 'trial' }})" in card
+
+
+def test_the_model_is_there_where_its_graphs_fail(model, hub, push, repo_name):
+    hub.plan(rf"POST /api/models/{repo_name}-ONNX/commit", status=500, times=9)
+    done = push(model, repo_name)
+    assert done.status == 1
+    assert "The model is published, its ONNX graphs are not: " in done.err
+    assert "model.safetensors" in hub.files(repo_name)
+
+
+def test_no_pull_request(model, hub, push, repo_name):
+    done = push(model, repo_name, "--with", "onnx", "--create-pr")
+    assert (done.status, done.out) == (2, "")
+    assert "ONNX graphs have a repository of their own, not a pull request. Push them after the merge." in done.err
+    assert not hub.requests
+
+
+def test_a_pull_request_of_a_model_that_has_graphs(model, hub, push, repo_name):
+    push(model, repo_name)
+    hub.reset()
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
+    assert push(model, repo_name, "--create-pr").out == f"{hub.url}/{repo_name}/discussions/1\n"
+    assert not [request for request in hub.requests if "-ONNX" in request]
+
+
+def test_another_layout_stays_beside_the_model(model, push, hub, repo_name):
+    """A graph for `OnnxCausalLM` is published with the model; `--with onnx` makes the other one in its place."""
+    record = read_export(model / "onnx")
+    path = model / "onnx" / EXPORT_RECORD_FILE
+    text = path.read_text()
+    path.write_text(text.replace('"layout": "hub"', '"layout": "transformers"'))
+    bundle = collect(model)
+    assert (bundle.exports, bundle.graphs) == (("onnx",), {})
+    assert "onnx/config.json" in bundle.files
+    path.write_text(text)
+    bundle = collect(model)
+    assert (bundle.exports, set(bundle.graphs) >= GRAPHS) == ((), True)
+    assert record.has_hub_layout
+
+
+def test_an_export_in_another_layout_is_made_anew(model, monkeypatch):
+    made = []
+    monkeypatch.setattr("exporters.export.export", lambda *words, **options: made.append((*words, options)))
+    make_exports(model, ["onnx"])
+    assert made == []  # it is there
+    path = model / "onnx" / EXPORT_RECORD_FILE
+    path.write_text(path.read_text().replace('"layout": "hub"', '"layout": "transformers"'))
+    make_exports(model, ["onnx"])
+    assert made == [(model, "onnx", model / "onnx", {"layout": "hub"})]
+    assert not (model / "onnx").exists()
+
+
+# -- a static Space ---------------------------------------------------------------------------------------------------
+
+
+def test_a_static_space(model, hub, push, repo_name):
+    """The page, the names that it reads, and the graphs of both models."""
+    (model / "onnx" / "dense").mkdir()
+    (model / "onnx" / "dense" / "model_quantized.onnx").write_bytes(b"graph of the parent")
+    out = push(model, repo_name, "--space", "static").out
+    assert out == f"{hub.url}/{repo_name}\n{hub.url}/{repo_name}-ONNX\n{hub.url}/spaces/{repo_name}-browser\n"
+    files = hub.files(f"{repo_name}-browser", "space")
+    assert set(files) == {".gitattributes", "README.md", "index.html", "page.js", "worker.js", "model.json"}
+    assert hub.repo(f"{repo_name}-browser", "space").sdk == "static"
+    card = files["README.md"].decode()
+    assert check_yaml(card) == []
+    told = yaml.safe_load(card.split("---\n")[1])
+    assert (told["sdk"], told["models"]) == ("static", [f"{repo_name}-ONNX", "tests/llama"])
+    settings = json.loads(files["model.json"])
+    assert (settings["graphs"], settings["host"], settings["revision"]) == (f"{repo_name}-ONNX", f"{hub.url}/", None)
+    assert settings["parameters"]["dense"] > settings["parameters"]["pruned"]
+    graphs = hub.files(f"{repo_name}-ONNX")
+    assert graphs["dense/model_quantized.onnx"] == b"graph of the parent"
+    assert 'ignore_patterns=["onnx/model_*", "dense/*"]' in graphs["README.md"].decode()
+    assert push(model, repo_name, "--space", "static").out == out.replace("\n", " (it was up to date)\n", 1)
+
+
+def test_graphs_of_another_parent(model, monkeypatch):
+    """Another model than the one that was pruned is no parent; nothing of it is left."""
+    monkeypatch.setattr("exporters.export.export", lambda *words, **options: model / "onnx")
+    with pytest.raises(UserError, match=r"'other' is not the parent: it has [\d,]+ parameters, the parent [\d,]+"):
+        make_exports(model, [], static=True, parent="other")
+    assert not (model / "onnx" / "dense").exists()
+
+
+def test_a_static_space_needs_graphs(saved_model, model):
+    for directory in (saved_model, model):
+        with pytest.raises(UserError, match="ONNX graphs of the model and of its dense parent, which are not there"):
+            publish(directory, "me/nothing", space="static")
+
+
+def test_another_kind_of_space(model, hub, push, repo_name):
+    done = push(model, repo_name, "--space", "docker")
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert "Unknown kind of Space 'docker'. Choose gradio or static." in done.err
+    assert not hub.requests
