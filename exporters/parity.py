@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from selfpruner_hub.calibration.generated_text import sample_windows
 
 PROMPTS = (24, 9, 1)
 """Lengths of the prompts of a parity check, in tokens; they form one left-padded batch."""
@@ -39,7 +41,9 @@ class Step:
 
 
 @torch.inference_mode()
-def expected(model: PreTrainedModel, prompts: Collection[int] = PROMPTS, steps: int = STEPS) -> list[Step]:
+def expected(
+    model: PreTrainedModel, prompts: Collection[int] = PROMPTS, steps: int = STEPS, text: Tensor | None = None
+) -> list[Step]:
     """Record the PyTorch model's logits on a left-padded batch of unequal prompts, then on decode steps.
 
     The record does not hold the model, so a later comparison needs no second model in memory.
@@ -48,14 +52,22 @@ def expected(model: PreTrainedModel, prompts: Collection[int] = PROMPTS, steps: 
         model: The PyTorch model.
         prompts: Lengths of the batch's prompts, in tokens.
         steps: Number of greedy decode steps after them.
+        text: Tokens of the prompts, `[B, S]`, of which each keeps its last ones; None draws them at random.
 
     Returns:
         The forward passes in order.
     """
     longest = max(prompts)
-    ids = torch.randint(model.config.vocab_size, (len(prompts), longest), generator=torch.Generator().manual_seed(0))
+    if text is None:
+        random = torch.Generator().manual_seed(0)
+        text = torch.randint(model.config.vocab_size, (len(prompts), longest), generator=random)
     mask = torch.stack([torch.arange(longest) >= longest - length for length in prompts]).long()
-    return greedy(model, ids, mask, steps)
+    return greedy(model, text, mask, steps)
+
+
+def own_text(model: PreTrainedModel, prompts: Collection[int] = PROMPTS) -> Tensor:
+    """Let the model write prompts: tokens `[B, S]`, for `expected`. A model is unsure of random tokens."""
+    return sample_windows(model, len(prompts), max(prompts), seed=0)
 
 
 @torch.inference_mode()
@@ -94,36 +106,48 @@ def likely(log_probabilities: Tensor) -> Tensor:
     return log_probabilities >= log_probabilities.amax(-1, keepdim=True) + math.log(LIKELY)
 
 
-@torch.inference_mode()
-def logit_difference(passes: Sequence[Step], exported: Callable[..., Any], rounded: bool = False) -> float:
+def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
     """Compare an exported model's logits with those of the PyTorch model.
-
-    Weights in few bits move unlikely tokens far, by 1.2 in 8 bits of a pruned SmolLM2, and that adds almost nothing to
-    the KL divergence. For them, log-probabilities of likely tokens are compared.
 
     Args:
         passes: Forward passes, from `expected`.
         exported: Exported model; takes `input_ids`, `attention_mask`, `position_ids`, `cache` and `use_cache`, and
             returns logits of all new tokens, or of the last ones alone.
-        rounded: Flag of weights in few bits: compares log-probabilities of the tokens that are likely in PyTorch.
 
     Returns:
         The largest absolute difference between logits of real tokens; NaN if any is NaN.
     """
-    cache, worst = None, 0.0
+    differences = [(ours - theirs).abs().max() for ours, theirs in _beside(passes, exported)]
+    return torch.stack(differences).max().item()  # NaN stays
+
+
+def divergence(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
+    """Compare an exported model's probabilities with those of the PyTorch model.
+
+    Logits of single tokens tell little of weights in few bits: unlikely ones move far, and nobody samples them.
+
+    Args:
+        passes: Forward passes, from `expected`.
+        exported: Exported model, as for `logit_difference`.
+
+    Returns:
+        The mean KL divergence from PyTorch over real tokens, in nats, at least 0; NaN if a probability is NaN.
+    """
+    found = []
+    for ours, theirs in _beside(passes, exported):
+        ours, theirs = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+        found.append((ours.exp() * (ours - theirs)).sum(-1))
+    return torch.cat(found).mean().clamp_min(0).item()
+
+
+@torch.inference_mode()
+def _beside(passes: Sequence[Step], exported: Callable[..., Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run an exported model; yield the logits of real tokens of each pass, `[N, V]`: PyTorch's, and its own."""
+    cache = None
     for step in passes:
         ids, mask = step.input_ids, step.attention_mask
         out = exported(input_ids=ids, attention_mask=mask, position_ids=step.position_ids, cache=cache, use_cache=True)
         cache = out.cache
         found = out.logits.float().cpu()
         real = mask[:, -found.shape[1] :].bool()
-        ours, theirs = step.logits[:, -found.shape[1] :][real], found[real]
-        if rounded:
-            ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
-            kept = likely(ours)
-            ours, theirs = ours[kept], theirs[kept]
-        difference = (ours - theirs).abs().max().item()
-        worst = difference if difference != difference else max(worst, difference)  # NaN stays
-        if worst != worst:
-            break
-    return worst
+        yield step.logits[:, -found.shape[1] :][real], found[real]

@@ -13,12 +13,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.export import identity
-from exporters.parity import Step, greedy, logit_difference
+from exporters.parity import Step, divergence, greedy, logit_difference
 from exporters.to_gguf.dtypes import DTYPES
 from exporters.to_gguf.llama_cpp import Answer, LlamaCpp, check_tokens, difference
 from exporters.to_gguf.writer import context_length
 from exporters.to_onnx.causal_lm import OnnxCausalLM, default_options
 from exporters.to_onnx.hub_layout import BITS, HubGraph, file_of
+from exporters.to_onnx.matrix_bits import rounded
 from exporters.to_onnx.writer import TOLERANCES
 from exporters.to_openvino.causal_lm import GRAPH, OpenVinoCausalLM
 from exporters.to_tensorrt.causal_lm import ENGINE, TensorRtCausalLM, check_fits
@@ -44,10 +45,11 @@ class Comparison:
     differs_at: int | None
     """Index of the first of these tokens that is not PyTorch's; None if all are."""
     measured: str
-    """What is compared: `"logit"` or `"log-probability"`."""
+    """What is compared: `"logit"`, `"log-probability"` or `"KL divergence"`."""
     difference: float
     """Largest distance from PyTorch in float32, on the prompt and on PyTorch's greedy tokens; NaN if any is not finite.
-    Where weights are rounded, tokens that are likely in PyTorch are compared."""
+    Where weights are rounded: in GGUF, of tokens that are likely in PyTorch; in ONNX, the mean divergence in nats from
+    the PyTorch model with weights that are rounded in the same way."""
     tolerance: float
     """Largest allowed distance, from the record of the export."""
 
@@ -87,6 +89,8 @@ class _Expected:
     end: frozenset[int]
     """Tokens that end the text."""
     passes: list[Step]
+    rounded: dict[int, list[Step]]
+    """What the model with matrices of so many bits says, by the bits that the export has."""
 
 
 def verify(
@@ -131,7 +135,9 @@ def verify(
     _check_length(ids, new_tokens, loaded.config, record)
     progress(VERIFYING, 1, 3, "running PyTorch")
     end = _end_tokens(loaded)
-    expected = _Expected(prompt, ids, tokenizer, new_tokens, end, _run(loaded, ids, new_tokens, end))
+    passes = _run(loaded, ids, new_tokens, end)
+    in_bits = {bits: _run(rounded(loaded, bits), ids, new_tokens, end) for bits in _bits(record)}
+    expected = _Expected(prompt, ids, tokenizer, new_tokens, end, passes, in_bits)
     config, compared = loaded.config, []
     del loaded  # one model in memory at a time
     tokens = _tokens(expected.passes)
@@ -196,6 +202,13 @@ def _check_length(ids: list[int], new_tokens: int, config: PreTrainedConfig, rec
         )
 
 
+def _bits(record: ExportRecord) -> set[int]:
+    """Bits of the matrices of an ONNX export, where they are rounded."""
+    if record.format != "onnx":
+        return set()
+    return set(BITS.values()) if record.has_hub_layout else {BITS[d] for d in (record.options["dtype"],) if d in BITS}
+
+
 def _end_tokens(model: PreTrainedModel) -> frozenset[int]:
     end = getattr(model.generation_config, "eos_token_id", None)
     return frozenset(end if isinstance(end, list) else [] if end is None else [end])
@@ -215,20 +228,23 @@ class _Graph:
     """A model with the interface of a transformers model."""
 
     model: Callable[..., Any]
-    rounded: bool = False
+    bits: int | None = None
+    """Bits of its matrices, where ONNX Runtime multiplies with rounded ones."""
 
     @property
     def measured(self) -> str:
         """What is compared."""
-        return "log-probability" if self.rounded else "logit"
+        return "KL divergence" if self.bits else "logit"
 
     def tokens(self, expected: _Expected) -> list[int]:
         """Greedy tokens after the prompt."""
         return _tokens(_run(self.model, expected.ids, expected.new_tokens, expected.end))
 
     def difference(self, expected: _Expected) -> float:
-        """Largest distance from PyTorch."""
-        return logit_difference(expected.passes, self.model, self.rounded)
+        """Distance from PyTorch."""
+        if self.bits:
+            return divergence(expected.rounded[self.bits], self.model)
+        return logit_difference(expected.passes, self.model)
 
 
 @dataclass(frozen=True)
@@ -266,16 +282,16 @@ _Files = Iterator[tuple[str, float, Callable[[], _Graph | _GgufFile]]]
 
 
 def _onnx(directory: Path, record: ExportRecord, config: PreTrainedConfig, longest: int) -> _Files:
-    if record.options.get("layout") != "hub":
-        rounded = record.options["dtype"] in BITS
-        yield "model.onnx", record.tolerance, lambda: _Graph(OnnxCausalLM.from_pretrained(directory), rounded)
+    if not record.has_hub_layout:
+        bits = BITS.get(record.options["dtype"])
+        yield "model.onnx", record.tolerance, lambda: _Graph(OnnxCausalLM.from_pretrained(directory), bits)
         return
     for dtype, allowed in {**TOLERANCES, "float32": record.tolerance}.items():
-        yield file_of(dtype), allowed, partial(_hub_graph, directory / file_of(dtype), config, dtype in BITS)
+        yield file_of(dtype), allowed, partial(_hub_graph, directory / file_of(dtype), config, BITS.get(dtype))
 
 
-def _hub_graph(path: Path, config: PreTrainedConfig, rounded: bool) -> _Graph:
-    return _Graph(HubGraph(path, config, default_options()), rounded)
+def _hub_graph(path: Path, config: PreTrainedConfig, bits: int | None) -> _Graph:
+    return _Graph(HubGraph(path, config, default_options()), bits)
 
 
 def _openvino(directory: Path, record: ExportRecord, config: PreTrainedConfig, longest: int) -> _Files:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from exporters.graph_causal_lm import GraphCausalLM
-from exporters.parity import Step, logit_difference
+from exporters.parity import Step, divergence, logit_difference
 from exporters.to_onnx.matrix_bits import quantize
 from exporters.tracing import cache_of, states_of
 from exporters.writer import one_line, require
@@ -197,15 +196,15 @@ class HubGraph(GraphCausalLM):
 
 
 def difference(
-    passes: Sequence[Step], directory: Path, config: PreTrainedConfig, tolerances: dict[str, float], options: Any
+    passes: dict[str, list[Step]], directory: Path, config: PreTrainedConfig, tolerances: dict[str, float], options: Any
 ) -> float:
     """Compare every graph of an export with PyTorch.
 
     Args:
-        passes: Forward passes of the PyTorch model.
+        passes: Forward passes in PyTorch by dtype; for 8 and 4 bits, of the model with rounded matrices.
         directory: Directory of the export.
         config: Configuration of the exported model.
-        tolerances: Largest allowed distance of a logit, by dtype.
+        tolerances: Largest allowed distance by dtype: of a logit, for 8 and 4 bits the KL divergence.
         options: Options of ONNX Runtime's sessions.
 
     Returns:
@@ -217,11 +216,11 @@ def difference(
     found = {}
     for dtype in SUFFIXES:
         graph = HubGraph(directory / file_of(dtype), config, options)
-        found[dtype] = logit_difference(passes, graph, rounded=dtype in BITS)
+        found[dtype] = (divergence if dtype in BITS else logit_difference)(passes[dtype], graph)
         if dtype != "float32" and not found[dtype] <= tolerances[dtype]:  # NaN too
-            compared = "log-probability" if dtype in BITS else "logit"
+            measured = "KL divergence" if dtype in BITS else "logit"
             raise ExportError(
-                f"{file_of(dtype)} differs from the PyTorch model by {found[dtype]:.2g} in a {compared}; "
+                f"{file_of(dtype)} differs from the PyTorch model by {found[dtype]:.2g} in a {measured}; "
                 f"{tolerances[dtype]:.2g} is allowed."
             )
     return found["float32"]

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
 
 from exporters.tracing import quiet
 
 BLOCK = 32
 """Number of weights that share a float32 scale, along the input dimension."""
+HEAD_BITS = 8
+"""Bits of the output head. In 4 bits, a pruned SmolLM2 has perplexity 52.8 with a head in 4 bits and 49.0 with one in 8
+(float32: 42.6); the file grows by 8 %."""
 ACCURACY_LEVEL = 4
 """Accuracy level of the operator MatMulNBits: 4 rounds activations to int8 too, for the CPU's integer kernels."""
 
@@ -21,7 +29,7 @@ def quantize(program: Any, bits: int = 8) -> Any:
 
     Args:
         program: Graph, an `onnx_ir.Model`; do not use it after this call.
-        bits: Bits of a weight, 8 or 4.
+        bits: Bits of a weight, 8 or 4; the output head has `HEAD_BITS`.
 
     Returns:
         The quantised graph.
@@ -29,15 +37,47 @@ def quantize(program: Any, bits: int = 8) -> Any:
     import onnx_ir
 
     _own_transposed_weights(program)
+    proto = onnx_ir.to_proto(program)
+    products = [node.name for node in proto.graph.node if node.op_type == "MatMul"]
     with quiet():
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-        config = DefaultWeightOnlyQuantConfig(
-            block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL, bits=bits
-        )
-        quantizer = MatMulNBitsQuantizer(onnx_ir.to_proto(program), algo_config=config)
-        quantizer.process()
-    return onnx_ir.from_proto(quantizer.model.model)
+        for width, others in ((HEAD_BITS, products[:-1]), (bits, [])):  # the head is the last product
+            config = DefaultWeightOnlyQuantConfig(
+                block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL, bits=width
+            )
+            quantizer = MatMulNBitsQuantizer(proto, algo_config=config, nodes_to_exclude=others)
+            quantizer.process()
+            proto = quantizer.model.model
+    return onnx_ir.from_proto(proto)
+
+
+def rounded(model: PreTrainedModel, bits: int) -> PreTrainedModel:
+    """Copy a model, with its matrices rounded as `quantize` rounds them: what the quantised graph computes, in PyTorch.
+
+    Args:
+        model: Model in float32 on the CPU.
+        bits: Bits of a weight, 8 or 4; the output head has `HEAD_BITS`.
+
+    Returns:
+        The copy. An output head that is tied to the embeddings has weights of its own.
+    """
+    copied = copy.deepcopy(model)
+    head = copied.get_output_embeddings()
+    for module in copied.modules():
+        if isinstance(module, nn.Linear):
+            weight = _rounded(module.weight.data, HEAD_BITS if module is head else bits)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    return copied
+
+
+def _rounded(weight: Tensor, bits: int) -> Tensor:
+    """Round a weight `[out, in]` in blocks; a block's weight of the largest size becomes the least integer, exactly."""
+    blocks = functional.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    least = -(2 ** (bits - 1))
+    scale = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)) / least
+    integers = torch.where(scale == 0, 0, blocks / scale).round().clamp(least, -least - 1)
+    return (integers * scale).flatten(1)[:, : weight.shape[1]].contiguous()
 
 
 def _own_transposed_weights(program: Any) -> None:

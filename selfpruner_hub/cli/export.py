@@ -6,9 +6,12 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfpruner_hub.errors import UserError
+
+if TYPE_CHECKING:
+    from selfpruner_hub.storage.export_record import ExportRecord
 
 OPTIONS = ("dtype", "fusions", "compute_capability", "batch", "context", "width", "tokenizer_from", "imatrix", "layout")
 """Names of the options of the formats; each format refuses those of the others."""
@@ -74,10 +77,14 @@ def run(options: argparse.Namespace) -> str:
     record = read_export(directory)
     if options.json:
         return json.dumps({"output": str(directory), **asdict(record)})
-    checked = record.unchecked or (
-        f"logits within {record.max_difference:.1e} of PyTorch's float32 ({record.tolerance:.1e} is allowed)"
-    )
+    checked = record.unchecked or f"{_found(record)} ({record.tolerance:.1e} is allowed)"
     return f"{directory}: {checked}{f'. {record.remark}' if record.remark else ''}"
+
+
+def _found(record: ExportRecord) -> str:
+    if record.format == "onnx" and record.options["dtype"] == "int8":
+        return f"KL divergence {record.max_difference:.1e} from PyTorch with rounded weights"
+    return f"logits within {record.max_difference:.1e} of PyTorch's float32"
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def _line(file: Comparison, count: int) -> str:
         if file.differs_at is None
         else f"token {file.differs_at + 1} of {count} is the first that is not PyTorch's"
     )
-    return (
-        f"{file.file}: {same}; a {file.measured} differs from PyTorch's float32 by {file.difference:.1e} at most "
-        f"({file.tolerance:.1e} is allowed)"
+    told = (
+        f"KL divergence from PyTorch with rounded weights {file.difference:.1e}"
+        if file.measured == "KL divergence"
+        else f"a {file.measured} differs from PyTorch's float32 by {file.difference:.1e} at most"
     )
+    return f"{file.file}: {same}; {told} ({file.tolerance:.1e} is allowed)"

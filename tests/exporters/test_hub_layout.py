@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import onnx
 import pytest
 import torch
+from support.javascript import transformers_js
 from support.tiny import tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters import OnnxCausalLM
 from exporters.export import export_model
+from exporters.parity import expected, logit_difference
 from exporters.to_onnx import hub_layout
+from exporters.to_onnx.causal_lm import default_options
+from exporters.to_onnx.matrix_bits import rounded
+from exporters.to_onnx.writer import TOLERANCES, expected_by_dtype
 from selfpruner_hub.errors import ExportError, SavedModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.storage.export_record import read_export
@@ -129,21 +132,12 @@ def test_genai_writes_pytorchs_text(directory, written):
         assert len(told) - len(json.loads(line)) <= 1
 
 
-@pytest.fixture(scope="module")
-def transformers_js():
-    """A folder in which Node finds Transformers.js: that of the variable TRANSFORMERS_JS, or the repository."""
-    folder = Path(os.environ.get("TRANSFORMERS_JS", Path(__file__).parents[2]))
-    if shutil.which("node") is None or not (folder / "node_modules" / "@huggingface" / "transformers").is_dir():
-        pytest.skip("needs Node, and npm install --ignore-scripts @huggingface/transformers")
-    return folder
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "q8", "q4"])
-def test_transformers_js_writes_pytorchs_text(dtype, directory, written, transformers_js):
+def test_transformers_js_writes_pytorchs_text(dtype, directory, written):
     words = [directory.parent, directory.name, dtype, json.dumps(PROMPTS), str(NEW)]
     done = subprocess.run(
         ["node", "--input-type=module", "-e", TRANSFORMERS_JS, *words],
-        cwd=transformers_js, capture_output=True, text=True, check=False,
+        cwd=transformers_js(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-500:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -167,12 +161,45 @@ def test_mistakes(model, directory, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_graph_is_compared(model, directory, monkeypatch):
-    """A 4-bit graph that is further from PyTorch than its tolerance is named."""
-    from exporters.parity import expected
-    from exporters.to_onnx.writer import TOLERANCES
+def compared(model, directory, **tolerances):
+    passes, _ = expected_by_dtype(model)
+    return hub_layout.difference(passes, directory, model.config, {**TOLERANCES, **tolerances}, default_options())
 
-    passes = expected(model)
-    assert hub_layout.difference(passes, directory, model.config, TOLERANCES, None) <= 1e-4
-    with pytest.raises(ExportError, match=r"onnx/model_q4\.onnx differs from .* in a log-probability"):
-        hub_layout.difference(passes, directory, model.config, {**TOLERANCES, "int4": 1e-3}, None)
+
+def test_every_graph_is_compared(model, directory):
+    """A 4-bit graph that is further from PyTorch than its tolerance is named."""
+    assert compared(model, directory) <= 1e-4
+    with pytest.raises(ExportError, match=r"onnx/model_q4\.onnx differs from .* in a KL divergence"):
+        compared(model, directory, int4=1e-9)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_matrices_are_rounded_as_the_runtime_rounds_them(bits, model, directory):
+    """Without rounded activations, the graph and PyTorch with rounded matrices compute the same."""
+    graph, path = {8: "int8", 4: "int4"}[bits], directory / "exact.onnx"
+    program = onnx.load(directory / hub_layout.file_of(graph))
+    for node in program.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1  # activations in float32
+    onnx.save(program, path)
+    exact = hub_layout.HubGraph(path, model.config, default_options())
+    path.unlink()
+    assert logit_difference(expected(rounded(model, bits)), exact) < 1e-4
+    assert logit_difference(expected(model), exact) > 1e-3
+    assert model.lm_head.weight.equal(model.get_output_embeddings().weight)  # the model itself is as it was
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_wrong_graph_in_few_bits_is_noticed(dtype, model, directory, tmp_path):
+    """What rounding to 4 bits alone does is far more than the tolerance; a graph that does another thing is found."""
+    copied = shutil.copytree(directory, tmp_path / "copied")
+    path = copied / hub_layout.file_of(dtype)
+    program = onnx.load(path)
+    product = next(node for node in program.graph.node if node.op_type == "MatMulNBits")
+    scales = next(value for value in program.graph.initializer if value.name == product.input[2])
+    values = onnx.numpy_helper.to_array(scales)
+    scales.CopyFrom(onnx.numpy_helper.from_array(-values, scales.name))
+    onnx.save(program, path)
+    with pytest.raises(ExportError, match=f"{hub_layout.file_of(dtype)} differs from the PyTorch model"):
+        compared(model, copied)

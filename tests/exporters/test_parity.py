@@ -9,7 +9,7 @@ import torch
 from support.tiny import tiny_pruned, tiny_tokenizer
 
 from exporters.export import export_model
-from exporters.parity import PROMPTS, STEPS, expected, logit_difference
+from exporters.parity import PROMPTS, STEPS, divergence, expected, logit_difference, own_text
 from selfpruner_hub.storage.export_record import read_export
 
 
@@ -109,18 +109,44 @@ def test_weights_are_let_go_once_they_are_written(consume, tmp_path):
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("token", "noticed"), [("likeliest", True), ("least likely", False)])
-def test_of_rounded_weights_the_likely_tokens_are_compared(token, noticed):
+def test_divergence_is_that_of_the_probabilities():
     model = tiny_pruned("llama")
-    passes = expected(model, steps=0)
+    passes = expected(model, steps=0, text=own_text(model))
+    assert divergence(passes, model) == 0
 
-    def rounded(**inputs):
+    def surer(**inputs):
         out = model(**inputs)
-        logits = out.logits[0, -1]
-        logits[logits.argmax() if token == "likeliest" else logits.argmin()] -= 1
+        out.logits = out.logits * 1.5
         return out
 
-    assert logit_difference(passes, rounded) == pytest.approx(1, abs=1e-5)
-    difference = logit_difference(passes, rounded, rounded=True)
-    assert (difference > 0.5) == noticed
-    assert difference < 1
+    real = passes[0].attention_mask.bool()
+    ours, theirs = (factor * passes[0].logits[real] for factor in (1, 1.5))
+    kl = torch.nn.functional.kl_div(theirs.log_softmax(-1), ours.softmax(-1), reduction="none").sum(-1)
+    assert divergence(passes, surer) == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert math.isnan(divergence(expected(model), other(lambda _: math.nan)))
+
+
+@pytest.mark.parametrize("steps", [1, STEPS])
+def test_divergence_is_of_every_pass_and_of_real_tokens_alone(steps):
+    model = tiny_pruned("llama")
+    calls = iter(range(STEPS + 1))
+
+    def noisy(attention_mask, **inputs):
+        out = model(attention_mask=attention_mask, **inputs)
+        out.logits[attention_mask[:, -out.logits.shape[1] :] == 0] = 1e9
+        if next(calls) == steps:
+            out.logits[..., 7] += 5
+        return out
+
+    assert divergence(expected(model, steps=steps - 1), noisy) == 0
+    calls = iter(range(STEPS + 1))
+    assert divergence(expected(model, steps=steps), noisy) > 1e-3
+
+
+def test_a_models_own_text_is_its_own():
+    """The prompts of the comparison are what the model writes, not random tokens."""
+    model = tiny_pruned("llama")
+    text = own_text(model)
+    assert text.shape == (len(PROMPTS), max(PROMPTS))
+    assert expected(model, text=text)[0].input_ids.equal(text)
+    assert own_text(model).equal(text)

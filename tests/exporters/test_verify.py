@@ -113,8 +113,8 @@ def test_an_export_is_its_model(name, exported, verified, home):
     assert first["tolerance"] == record.tolerance
     rounded = ("onnx/model_quantized.onnx", "onnx/model_q4.onnx", "model.onnx" if name == "onnx int8" else "")
     for file in told["files"]:
-        in_logs = name.startswith("gguf") or file["file"] in rounded
-        assert file["measured"] == ("log-probability" if in_logs else "logit")
+        measured = "log-probability" if name.startswith("gguf") else "logit"
+        assert file["measured"] == ("KL divergence" if file["file"] in rounded else measured)
     assert len(others) == (3 if name == "onnx hub" else 0)
     for file in told["files"]:
         assert file["difference"] <= file["tolerance"]
