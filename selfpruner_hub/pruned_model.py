@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,17 +16,14 @@ from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.evaluation.figures import text_figures
 from selfpruner_hub.evaluation.metrics import teach
-from selfpruner_hub.hub.bundle import EXPORT_OPTIONS, ONNX, check_export
+from selfpruner_hub.exporting import make_exports
 from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.hub.publish import STATIC, Published, check_request, publish
-from selfpruner_hub.hub.space import DENSE
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
-from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 from selfpruner_hub.storage.layout import WEIGHTS
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
@@ -284,63 +280,3 @@ class PrunedModel:
             )
         journal = directory / JOURNAL_FILE
         return cls(model, tokenizer, report, journal.read_text(encoding="utf-8") if journal.is_file() else "")
-
-
-def meter_of(runtime: str) -> Meter:
-    """Make what measures costs in a runtime.
-
-    Args:
-        runtime: Name of the runtime: `"torch"`, `"onnx"` or `"gguf"`.
-
-    Returns:
-        The meter.
-
-    Raises:
-        UserError: Targets cannot be measured in the runtime, or its library is missing.
-    """
-    from exporters.benchmark.meter import RuntimeMeter  # it imports this package
-
-    return RuntimeMeter(runtime)
-
-
-def make_exports(directory: Path, formats: Sequence[str], *, static: bool = False, parent: str | None = None) -> None:
-    """Export a saved model for publishing, each format into a folder of its name; exports of this model are kept.
-
-    Args:
-        directory: Directory of the model.
-        formats: Formats of the exports.
-        static: Whether a static Space needs the graphs of ONNX, and those of the dense parent beside them.
-        parent: Directory or Hub repository of the parent; None takes the one that the record names.
-    """
-    from exporters.export import export  # it imports this package
-
-    record = read_record(directory)
-    for name in dict.fromkeys((*formats, *([ONNX] if static else []))):
-        target, options = directory / name, EXPORT_OPTIONS.get(name, {})
-        if target.exists():
-            try:
-                found = check_export(directory, name, record).options
-                if all(found.get(option) == value for option, value in options.items()):
-                    continue
-            except SavedModelError:
-                read_export(target, name)  # fails where it is no export of this package, so it is not deleted
-            shutil.rmtree(target)
-        export(directory, name, target, **options)
-    if static:
-        _export_parent(directory / ONNX / DENSE, record, parent or record.base_model)
-
-
-def _export_parent(target: Path, record: Record, parent: str) -> None:
-    """Make the graphs of a dense parent, without the one in float32, unless they are there."""
-    if target.exists():
-        return
-    from exporters.export import export  # it imports this package
-
-    with tempfile.TemporaryDirectory() as temporary, save_directory(target) as staging:
-        made = export(parent, ONNX, Path(temporary) / DENSE, **EXPORT_OPTIONS[ONNX])
-        found, wanted = read_export(made).source["parameters"], record.parameters["dense"]
-        if found != wanted:
-            raise UserError(f"{parent!r} is not the parent: it has {found:,} parameters, the parent {wanted:,}.")
-        for path in (made / EXPORT_RECORD_FILE, *(made / ONNX).iterdir()):
-            if not path.name.startswith("model.onnx"):
-                shutil.move(path, staging)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
 from selfpruner_hub.effort import within_minutes, without_barren_search
 from selfpruner_hub.errors import SelfPrunerError, UserError
+from selfpruner_hub.exporting import meter_of
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import check_one_device, described
@@ -24,7 +25,7 @@ from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.target import Meter, Target, check_beta, target_of
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import Request, describe, fingerprint, reached
-from selfpruner_hub.pruned_model import PrunedModel, meter_of
+from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import slice_model

@@ -54,8 +54,8 @@ def push(options: argparse.Namespace) -> str:
     """
     from huggingface_hub.utils.tqdm import enable_progress_bars
 
+    from selfpruner_hub.exporting import make_exports
     from selfpruner_hub.hub.publish import STATIC, check_request, publish
-    from selfpruner_hub.pruned_model import make_exports
 
     if not options.quiet:
         enable_progress_bars()

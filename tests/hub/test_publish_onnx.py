@@ -11,9 +11,9 @@ import yaml
 from support.hub_server import check_yaml
 
 from selfpruner_hub.errors import UserError
+from selfpruner_hub.exporting import make_exports
 from selfpruner_hub.hub.bundle import collect
 from selfpruner_hub.hub.publish import publish
-from selfpruner_hub.pruned_model import make_exports
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 
 pytestmark = pytest.mark.heavy

@@ -17,9 +17,9 @@ from support.javascript import transformers_js
 from support.tiny import tiny_model
 from support.trained import VOCABULARY, trained_tokenizer
 
+from selfpruner_hub.exporting import make_exports
 from selfpruner_hub.hub.space import static_files
 from selfpruner_hub.models.loading import load_model
-from selfpruner_hub.pruned_model import make_exports
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.model_record import read_record
 
