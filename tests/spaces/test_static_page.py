@@ -30,6 +30,8 @@ FLAGS += [f"--disable-{what}" for what in ("background-networking", "component-u
 CDN = "https://cdn.jsdelivr.net/npm/"
 GRAPHS = "me/tiny-ONNX"
 PROMPT = "the quick brown fox"
+MISSING = "dense/model_q4.onnx"
+"""File that a test takes away; the library complains of it on the console."""
 PATIENCE = 600_000
 """Milliseconds: tests share their machine."""
 TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
@@ -128,7 +130,7 @@ def page(address, browser):
     page.wait_for_function("document.querySelector('#where').textContent.startsWith('Runs on')")
     yield page
     context.close()
-    assert not complaints
+    assert not [complaint for complaint in complaints if MISSING not in complaint]
 
 
 def expected(model, tokens):
@@ -164,7 +166,7 @@ def counts(model, which):
 
 def test_a_model_that_is_not_there(page, address, model):
     """One line says so, and the page can be asked again."""
-    page.route("**/dense/**", lambda route: route.fulfill(status=404))
+    page.route(f"**/{MISSING}", lambda route: route.fulfill(status=404))
     page.get_by_label("Weights").select_option("q4")
     page.get_by_role("button", name="Compare").click()
     page.wait_for_function("document.querySelector('#dense-took').textContent.includes('cannot be run')")
