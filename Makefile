@@ -3,6 +3,8 @@ BIN    := .venv/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # What pip would do with one core. Some packages carry templates that are no Python.
 COMPILE = PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+# A process that is lost ends the run: pytest-xdist would replace it, run its test again, and hang.
+BESIDE := --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 TYPED  := $(wildcard selfpruner_hub exporters)
 
 .PHONY: demo test test-fast lint fix docs clean
@@ -11,10 +13,10 @@ demo: .venv/.core  ## prune the small real model, and show what it gained and lo
 	$(BIN)/selfpruner demo
 
 test: lint  ## everything that CI checks
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 20
+	$(BIN)/python -m pytest $(BESIDE) --no-loadscope-reorder --durations 20
 
 test-fast: .venv/.dev  ## for work: no real model, no browser, no server; under two minutes on two cores
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow and not heavy and not gpu"
+	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not heavy and not gpu"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.time_limit import time_limit
+from support.time_limit import SilentRun, time_limit
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1
@@ -20,6 +20,11 @@ CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_
 os.environ.setdefault("OMP_NUM_THREADS", str(CORES))  # of the processes that tests start
 torch.set_num_threads(1)  # tiny models are many times faster so, above all on a busy machine
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_configure(config):
+    if config.getoption("dist", "no") != "no":  # this process hands out the tests, and runs none
+        config.pluginmanager.register(SilentRun(config))
 
 
 def pytest_collection_modifyitems(items):
