@@ -20,7 +20,6 @@ from support.checks import (
 )
 from transformers import AutoModelForCausalLM
 
-from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.calibration.generated_text import sample_windows
 from selfpruner_hub.cli.demo import NAME
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
@@ -111,13 +110,8 @@ def test_it_still_speaks(real_pruner, case):
     searched_kl, uniform_kl = (divergence(p.model, windows, teacher) for p in (pruned, uniform))
     assert searched_kl < 0.9 * uniform_kl
     assert searched_kl < 0.8  # nats a token; cut without repair it is above 1.5
-
-
-def test_perplexity_on_real_text(real_pruner, case, real_text):
-    windows = consecutive_windows(str(real_text), real_pruner.tokenizer, 512, 8).windows
-    dense, left = perplexity(real_pruner.model, windows), perplexity(case[0].model, windows)
-    assert 20 < dense < 40
-    assert dense < left < 4 * dense
+    dense, left = perplexity(real_pruner.model, windows), perplexity(pruned.model, windows)
+    assert dense < left < 2.5 * dense  # on text of its parent, about exp(KL) times; 2.0 is measured of the defaults
 
 
 def test_command_line_evaluates_the_saved_model(case, tmp_path):

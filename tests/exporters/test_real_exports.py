@@ -41,8 +41,7 @@ def written(model, tokenizer, text, new_tokens=32):
     return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)[0].tolist()
 
 
-@pytest.mark.parametrize("beta", [0.3, 0.5])
-def test_onnx(beta, real_pruner, real_pruned, tmp_path):
+def test_onnx(real_pruner, real_pruned, tmp_path):
     """Prompts of unequal length in one padded batch, 64 cached steps, and three greedy texts.
 
     The export takes one to two minutes of one core, and at most three times the model beyond the libraries. The aim is
@@ -51,7 +50,7 @@ def test_onnx(beta, real_pruner, real_pruned, tmp_path):
     pytest.importorskip("onnxruntime")
     from exporters.to_onnx.causal_lm import OnnxCausalLM
 
-    pruned, output = real_pruned(beta), tmp_path / "out"
+    pruned, output = real_pruned(0.5), tmp_path / "out"
     pruned.save_pretrained(tmp_path / "pruned")
     words = ["export", tmp_path / "pruned", "--to", "onnx", "--output", output, "--quiet"]
     done = subprocess.run([sys.executable, "-c", MEASURED, *words], capture_output=True, text=True, check=False)
@@ -81,11 +80,10 @@ def test_openvino(real_pruner, real_pruned, tmp_path):
     assert written(graph, real_pruner.tokenizer, text) == written(model, real_pruner.tokenizer, text)
 
 
-@pytest.mark.parametrize("beta", [0.3, 0.5])
-def test_gguf(beta, real_pruner, real_pruned, tmp_path):
+def test_gguf(real_pruner, real_pruned, tmp_path):
     """48 greedy tokens after three prompts: the same in f32, each within 5e-3; f16 and q8_0 are near."""
     pytest.importorskip("xllamacpp")
-    model = real_pruned(beta).model
+    model = real_pruned(0.5).model
     for dtype, likeness, allowed in (("f32", 1, 1e-3), ("f16", 0.9, 2e-3), ("q8_0", 0.7, 2e-2)):
         export_model(model, real_pruner.tokenizer, "gguf", tmp_path / dtype, dtype=dtype)
         run = LlamaCpp(tmp_path / dtype / f"model-{dtype}.gguf", 128, exact=dtype == "f32")

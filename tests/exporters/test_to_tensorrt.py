@@ -57,8 +57,7 @@ def exported(tmp_path_factory):
 
 @rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", ["8.0", "8.6", "8.9"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("gpu", "dtype"), [("8.0", "float32"), ("8.6", "bfloat16"), ("8.9", "float16")])
 def test_engines_are_built_without_a_gpu(gpu, dtype, traced):
     library = tensorrt_library.find_library("tensorrt_rtx")
     graph = traced("llama", getattr(torch, dtype))

@@ -113,7 +113,7 @@ def browser():
 
 
 @pytest.fixture
-def visit_page(served, browser, request):
+def visit_page(browser, served, request):
     """Open the page in a window of some kind; complains of whatever the browser complains of."""
     opened = []
 
