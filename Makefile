@@ -7,7 +7,7 @@ COMPILE = PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 .venv/lib |
 BESIDE := --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 TYPED  := $(wildcard selfpruner_hub exporters)
 
-.PHONY: demo test test-fast lint fix docs clean
+.PHONY: demo test test-fast mutants lint fix docs clean
 
 demo: .venv/.core  ## prune the small real model, and show what it gained and lost
 	$(BIN)/selfpruner demo
@@ -17,6 +17,9 @@ test: lint  ## everything that CI checks
 
 test-fast: .venv/.dev  ## for work: no real model, no browser, no server; under two minutes on two cores
 	$(BIN)/python -m pytest $(BESIDE) -m "not slow and not heavy and not gpu"
+
+mutants: .venv/.dev  ## put faults into the code, one at a time, and see which test notices
+	$(BIN)/python tests/mutants/run.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Fill the generated tables of the pages: figures from defaults.json, settings from the settings' docstrings.
+"""Fill the generated tables of the pages: figures from defaults.json, settings from the settings' docstrings, faults.
 
 Run: python benchmarks/tables.py
 It imports no torch. `tests/test_docs.py` holds the pages equal to what is made here.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ DEFAULTS = ROOT / "benchmarks" / "defaults.json"
 ARTICLES = ROOT / "benchmarks" / "defaults_articles.json"
 """What defaults.py wrote of 0.1.0."""
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
+FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml", "results.json"))
+"""Faults that were put into the code, and what `make mutants` wrote of them."""
 UNKNOWN = "–"
 """Stands where a row has no such figure."""
 TEXTS = {
@@ -121,6 +124,23 @@ def settings_table() -> str:
     return _table(["setting", "default", *others, "meaning"], rows)
 
 
+def faults_table() -> str:
+    """Every fault of `make mutants`, file by file: the test that noticed it, or why none needs to."""
+    found = {(row["file"], row["what"]): row["failed"] for row in json.loads(NOTICED.read_text(encoding="utf-8"))}
+    rows, untried = [], 0
+    for module in tomllib.loads(FAULTS.read_text(encoding="utf-8"))["module"]:
+        rows.append([f"**`{module['file']}`**", ""])
+        for fault in module["fault"]:
+            failed = found.get((module["file"], fault["what"]))
+            untried += failed is None
+            reason = "not tried yet" if failed is None else failed or f"none: {fault.get('lives', 'a test is missing')}"
+            name = reason.partition("[")[0]  # without the parameters of a test
+            rows.append([fault["what"], f"`{name}`" if "::" in name else reason])
+    noticed = sum(map(bool, found.values()))
+    still = f" {untried} were not tried yet." if untried else ""
+    return f"{noticed} of {len(found)} faults are noticed.{still}\n\n{_table(['fault', 'noticed first by'], rows)}"
+
+
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
     rule = ["---:" if numbers else "---"] * len(names)
     return "\n".join(
@@ -133,6 +153,7 @@ GENERATED = (
     ("docs/results.md", "articles", articles_table),
     ("docs/results.md", "search", search_table),
     ("docs/settings.md", "settings", settings_table),
+    ("docs/testing.md", "faults", faults_table),
 )
 """Pages, the name of the markers in them, and what makes the text between these."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from support.tiny import tiny_model, tiny_tokenizer
 from selfpruner_hub import pruner
 from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.plans.budget import Rates
 from selfpruner_hub.pruning import prepare
 
 STAGES = {
@@ -100,6 +103,21 @@ def test_the_predicted_losses_are_those_of_the_fisher_information(default):
 def test_the_plan_that_was_found_is_cut(default):
     made, _, calls, _ = default
     assert calls["slice_model"]["plan"] == calls["find_plan"].result.outcome.best.plan == made.plan
+
+
+def test_the_plan_that_was_found_is_cut_though_a_seed_is_another(monkeypatch):
+    find = pruner.find_plan
+
+    @functools.wraps(find)
+    def search(proposer, budget, *stages):
+        found = find(proposer, budget, *stages)
+        seed = replace(found.outcome.best, plan=budget.project(Rates.tied((0.6, 0.1, 0.4, 0.1))))
+        return replace(found, outcome=replace(found.outcome, best_seed=seed))
+
+    monkeypatch.setattr(pruner, "find_plan", search)
+    made, _, calls, _ = prune(sequential_repair=False)
+    outcome = calls["find_plan"].result.outcome
+    assert calls["slice_model"]["plan"] == made.plan == outcome.best.plan != outcome.best_seed.plan
 
 
 def test_each_stage_reads_its_text(default):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.tiny import tiny_pruned, tiny_tokenizer
 
 from exporters.export import export_model
-from exporters.parity import PROMPTS, STEPS, divergence, expected, logit_difference, own_text
+from exporters.parity import PROMPTS, STEPS, divergence, expected, greedy, likely, logit_difference, own_text
 from selfpruner_hub.storage.export_record import read_export
 
 
@@ -150,3 +151,20 @@ def test_a_models_own_text_is_its_own():
     assert text.shape == (len(PROMPTS), max(PROMPTS))
     assert expected(model, text=text)[0].input_ids.equal(text)
     assert own_text(model).equal(text)
+
+
+def test_a_token_is_likely_from_a_twentieth_of_the_likeliest_on():
+    probabilities = torch.tensor([[0.6, 0.031, 0.029, 0.34], [0.05, 0.9, 0.04, 0.01]])
+    assert likely(probabilities.log()).tolist() == [[True, True, False, True], [True, True, False, False]]
+
+
+def test_a_batch_ends_when_all_of_its_sequences_have():
+    written = iter([[7, 5], [5, 6], [5, 7], [5, 5]])
+
+    def model(input_ids, **_inputs):
+        logits = torch.nn.functional.one_hot(torch.tensor(next(written)), 8).float()
+        return SimpleNamespace(logits=logits[:, None].expand(-1, input_ids.shape[1], -1), cache=None)
+
+    prompts = torch.ones(2, 3, dtype=torch.long)
+    passes = greedy(model, prompts, prompts, steps=5, end={7})
+    assert [step.next_tokens.flatten().tolist() for step in passes] == [[7, 5], [5, 6], [5, 7]]

@@ -121,6 +121,12 @@ def test_a_folder_right_under_the_root_is_found_only_as_a_path(monkeypatch):
     refused({"a.json": b"/planted/model"}, Path("/elsewhere/model"))
 
 
+def test_the_root_is_no_path_of_this_machine(monkeypatch):
+    """As the home of a user in a container; every address has two of its bars."""
+    monkeypatch.setenv("HOME", "/")
+    check_private({"a.json": b"https://huggingface.co/me/model"}, Path("/elsewhere/model"))
+
+
 def test_words_of_a_vocabulary_are_no_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/app")
     check_private({"tokenizer.json": b'{"/app/": 7}'}, tmp_path)

@@ -197,3 +197,20 @@ def test_the_first_minimum_is_sought_past_one_bump(errors, best, read):
     asked = []
     assert first_minimum(errors, lambda error: asked.append(error) or error) == best
     assert len(asked) == read
+
+
+def test_with_too_few_windows_to_hold_one_out_the_strongest_ridge_is_taken():
+    generator = torch.Generator().manual_seed(0)
+    x, target = (torch.randn(2, 5, size, generator=generator) for size in (4, 3))
+    before = torch.randn(3, 4, generator=generator)
+
+    def fitted(ridges):
+        module = nn.Linear(4, 3, bias=False).requires_grad_(False)
+        module.weight.copy_(before)
+        fit = LinearFit(module, ridges)
+        fit.add(x, target)
+        fit.apply()
+        return module.weight
+
+    assert torch.equal(fitted((0.01, 1.0, 100.0)), fitted((100.0,)))
+    assert not torch.allclose(fitted((100.0,)), fitted((0.01,)))

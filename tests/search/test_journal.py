@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -228,3 +229,13 @@ def test_a_line_of_another_form_is_damage(changed, journal, tmp_path):
     for open_it in (lambda: Journal(tmp_path, SETTINGS), lambda: read_journal(journal.path)):
         with pytest.raises(RunMismatchError, match="damaged at line 2"):
             open_it()
+
+
+def test_a_line_is_flushed_to_the_disk(tmp_path, monkeypatch):
+    """For the case that the machine stops, not only the process."""
+    flushed = []
+    monkeypatch.setattr("os.fsync", lambda file: flushed.append(os.fstat(file).st_size))
+    journal = Journal(tmp_path, SETTINGS)
+    journal.append(LINES[0])
+    sizes = [len(line) + 1 for line in journal.text().splitlines()]
+    assert flushed == [sizes[0], sum(sizes)]

@@ -1,0 +1,61 @@
+"""The list of faults is current, and the runner says which test notices one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from mutants.run import RESULTS, ROOT, Fault, Trial, faults, tried
+
+FAULTS = faults()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.file}: {fault.what}")
+def test_every_fault_can_be_put_in(fault):
+    text = (ROOT / fault.file).read_text(encoding="utf-8")
+    assert fault.put_in(text) != text
+    assert all((ROOT / name.partition("::")[0]).is_file() for name in fault.tests)
+
+
+def test_every_fault_that_was_tried_is_noticed_or_has_a_reason():
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
+    known = {(fault.file, fault.what): fault for fault in FAULTS}
+    assert len(known) == len(FAULTS)
+    for row in rows:
+        assert bool(row["failed"]) != bool(known[row["file"], row["what"]].lives), row
+    assert sum(bool(row["failed"]) for row in rows) >= 0.9 * len(rows)
+
+
+def test_every_test_that_noticed_is_still_there():
+    for row in json.loads(RESULTS.read_text(encoding="utf-8")):
+        file, _, name = row["failed"].partition("[")[0].rpartition("::")
+        assert not file or f"def {name}(" in (ROOT / file.partition("::")[0]).read_text(encoding="utf-8"), row
+
+
+TWICE = Fault("twice.py", "twice is thrice", "2 * x", "3 * x", ("test_twice.py",), "")
+
+
+@pytest.mark.parametrize("text", ["def twice(x): return x + x\n", "2 * x, 2 * x\n"])
+def test_a_text_that_is_gone_or_not_alone_ends_the_run(text):
+    with pytest.raises(
+        SystemExit, match=r"twice\.py has the text of the fault 'twice is thrice' (0|2) times, not once"
+    ):
+        TWICE.put_in(text)
+
+
+def test_the_runner_tells_what_is_noticed(tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "twice.py").write_text("def twice(x): return 2 * x  # a comment\n")
+    (copy / "test_twice.py").write_text(
+        "from twice import twice\ndef test_of_nothing(): twice(0)\ndef test_of_one(): assert twice(1) == 2\n"
+    )
+    unnoticed = replace(TWICE, what="another comment", old="a comment", new="none")
+    told = dict(tried([TWICE, unnoticed], Trial(copy, tmp_path / "log"), {}))
+    assert told == {TWICE: "test_twice.py::test_of_one", unnoticed: ""}
+    assert "return 2 * x  # a comment" in (copy / "twice.py").read_text()
+
+    (copy / "twice.py").write_text("def twice(x): return 4 + 2 * x\n")
+    with pytest.raises(SystemExit, match=r"test_twice\.py::test_of_one fails without any fault\."):
+        list(tried([TWICE], Trial(copy, tmp_path / "log"), {}))
