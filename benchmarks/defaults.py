@@ -71,7 +71,7 @@ def pruned(
         **json.loads(timed.read_text()),
         "achieved_beta": round(record.achieved_beta, 4),
         "logit_scale": record.metrics["search_logit_scale"].value,
-        "search": record.proposer["gains"],
+        **({"search": record.proposer["gains"]} if record.method["evaluations"] else {}),
     }
     model, _ = load_model(str(output), dtype="auto")
     return {"beta": beta, **found, **measured(model)}

@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
 ARTICLES = ROOT / "benchmarks" / "defaults_articles.json"
 """What defaults.py wrote of 0.1.0."""
+SEARCHED = ROOT / "benchmarks" / "defaults_searched.json"
+"""What it wrote when it searched for 10 evaluations at every β."""
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
 FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml", "results.json"))
 """Faults that were put into the code, and what `make mutants` wrote of them."""
@@ -36,7 +38,8 @@ TEXTS = {
 def defaults_table() -> str:
     """What is left of the model at each β, as a Markdown table, what that means for chat, and how it was measured."""
     rows = _defaults()
-    return f"{_figures_table(rows)}\n\n{_kept(rows)}\n\n{_protocol(DEFAULTS)}"
+    notes = "".join(f" {row['note']}" for row in rows if "note" in row)
+    return f"{_figures_table(rows)}\n\n{_kept(rows)}{notes}\n\n{_protocol(DEFAULTS)}"
 
 
 def articles_table() -> str:
@@ -60,7 +63,7 @@ def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def search_table() -> str:
     """What the search gained at each β, on every text that it was measured on."""
-    rows = [row for row in _defaults() if row.get("search")]
+    rows = [row for row in (*_rows(SEARCHED), *_defaults()) if row.get("search")]
     texts = list(dict.fromkeys(text for row in rows for text in row["search"]))
     names = [f"{TEXTS.get(text, text)}: {which}" for text in texts for which in ("best seed", "found")]
     found = [[value for text in texts for value in row["search"].get(text) or (None, None)] for row in rows]
