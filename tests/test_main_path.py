@@ -129,6 +129,7 @@ def test_each_stage_reads_its_text(default):
         assert sha256(calls[stage]["windows"]) == data["calibration"]
     assert sha256(calls["match_confidence"]["windows"]) == data["fitness"]
     few = calls["output_fisher"]["windows"]
+    assert few.numel() == made.report.method["fisher_tokens"]
     assert torch.equal(few, calls["calibrate"]["windows"][: len(few)])
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selfpruner_hub.calibration.ridge import HELD_OUT, RIDGES, STRONGEST, damped_factor, held_out, rounded_factor
+from selfpruner_hub.calibration.ridge import (
+    HELD_OUT,
+    RIDGES,
+    STRONGEST,
+    choose_ridge,
+    damped_factor,
+    held_out,
+    rounded_factor,
+)
 from selfpruner_hub.errors import ModelError
 
 D = 12
@@ -95,3 +103,26 @@ def test_one_window_in_so_many_is_held_out_however_they_come(batches):
         first += count
     assert held == [(index + 1) % HELD_OUT == 0 for index in range(40)]
     assert sum(held) == 40 // HELD_OUT
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.3, 3.0])
+def test_of_all_ridges_that_of_least_error_on_what_is_held_out_is_chosen(noise):
+    """By brute force, in float64: the removed half of the columns is predicted from the half that is kept."""
+    generator = torch.Generator().manual_seed(1)
+    few, more = (torch.randn(count, 5, generator=generator) for count in (16, 400))
+    mixed = torch.randn(5, D, generator=generator)
+    scale = torch.linspace(3, 0.2, D)  # the kept columns have a greater mean than all
+    x, held = ((each @ mixed + noise * torch.randn(len(each), D, generator=generator)) * scale for each in (few, more))
+    weight = torch.randn(4, D, generator=generator)
+    order = (x.square().sum(0) * weight.square().sum(0)).argsort(descending=True)
+    kept, gone = order[: D // 2], order[D // 2 :]
+    unit = x.double().square().sum(0).mean()
+
+    def error(ridge):
+        inputs, lost = x.double()[:, kept], x.double()[:, gone] @ weight.double()[:, gone].t()
+        damped = inputs.t() @ inputs + ridge * unit * torch.eye(D // 2)
+        moved = torch.linalg.solve(damped, inputs.t() @ lost)
+        wanted = held.double()[:, gone] @ weight.double()[:, gone].t()
+        return (wanted - held.double()[:, kept] @ moved).square().sum().item()
+
+    assert choose_ridge(weight, x.t() @ x, held.t() @ held) == min(RIDGES, key=error)

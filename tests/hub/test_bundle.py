@@ -47,6 +47,24 @@ def test_everything_of_the_model_and_nothing_else(saved_model):
     assert bundle.exports == ()
 
 
+def test_weights_that_are_cut_off_stay_at_home(saved_model):
+    weights = saved_model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(SavedModelError, match=r"model\.safetensors is damaged or cut off"):
+        collect(saved_model)
+
+
+def test_a_model_without_one_of_its_shards_stays_at_home(saved_model):
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    (saved_model / "model.safetensors").rename(saved_model / names[0])
+    index = {"weight_map": dict(zip(("first", "second"), names, strict=True))}
+    (saved_model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SavedModelError, match=f"not a whole model: {names[1]} is missing"):
+        collect(saved_model)
+    shutil.copy(saved_model / names[0], saved_model / names[1])
+    assert set(names) <= set(collect(saved_model).weights)
+
+
 def test_a_chat_template_is_published(saved_model, tmp_path):
     """Without it, what is loaded from the Hub cannot chat; the card says whether it can."""
     tokenizer = chat_tokenizer()

@@ -22,6 +22,12 @@ def test_scores_on_a_case_worked_by_hand():
         torch.testing.assert_close(score(weight, moments), torch.tensor(values))
 
 
+def test_a_group_counts_by_the_sum_of_its_columns():
+    moments = Moments(torch.zeros(4), torch.eye(4))
+    weight = torch.tensor([[3.0, 0.0, 2.0, 2.0]])
+    assert ORDERS["wanda-sp"](weight, moments, 2, None).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("unit", [1, 3])
 def test_obs_equals_brute_force(unit, alike, monkeypatch):

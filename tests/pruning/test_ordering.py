@@ -25,11 +25,11 @@ def interruptible():
 
 @pytest.fixture
 def case():
-    """A model, its weights, and an order that moves all of them."""
+    """A model, its weights, and an order that moves all of them, and that does not undo itself."""
     model = tiny_model("llama")
     shape = shape_of(model.config)
     order = [
-        LayerOrder(torch.arange(w.num_key_value_heads).flip(0), torch.arange(w.intermediate_size).flip(0))
+        LayerOrder(torch.arange(w.num_key_value_heads).roll(1), torch.arange(w.intermediate_size).roll(1))
         for w in shape.dense.layers
     ]
     return model, {key: value.clone() for key, value in model.state_dict().items()}, order

@@ -38,6 +38,12 @@ def follows(value, rule):
     return names and all(follows(v, rule["properties"][name]) for name, v in value.items())
 
 
+def test_small_models_name_parents_of_the_better_half():
+    question = Question("crossover", history(UNTIED, MANY), UNTIED)
+    numbers = {narrow: schema(question, narrow=narrow)["properties"]["parents"]["items"] for narrow in (True, False)}
+    assert (numbers[True]["maximum"], numbers[False]["maximum"]) == (3, MANY)
+
+
 # -- parse ------------------------------------------------------------------------------------------------------------
 
 
