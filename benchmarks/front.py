@@ -1,7 +1,7 @@
 """Quality against minutes: our presets and other training-free methods, on one model and one text, timed in one run.
 
-Run: python benchmarks/front.py WORK SEARCH_TEXT UNSEEN_TEXT [BETA]
-(here: WikiText-2 raw, articles a beside the model's own conversations, articles b for the figures; 0.3)
+Run: python benchmarks/front.py WORK SEARCH_TEXT UNSEEN_TEXT [PRESET …]
+(here: WikiText-2 raw, articles a beside the model's own conversations, articles b for the figures)
 Rows that exist in WORK are reused. Where the package optipfair is installed, its row is made too.
 """
 
@@ -11,7 +11,7 @@ import copy
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from selfpruner_hub.settings import resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
-PRESETS = ("fast", "default", "best")
+BETA, PRESETS = 0.3, ("fast", "default", "best")
 TOKENS, GRADIENT_WINDOWS = 32_768, 16
 """Number of calibration tokens of the other methods, and of windows for those that take gradients or few passes."""
 Measure = Callable[[PreTrainedModel], dict[str, float]]
@@ -112,7 +112,7 @@ def add_peers(rows: Rows, pruner: AutoPruner, windows: Tensor, beta: float, meas
                 rows.keep({"method": method, **found, **measure(model)})
 
 
-def draw(rows: Rows, beta: float) -> None:
+def draw(rows: Rows) -> None:
     """Draw perplexity, agreement and KL on conversations against minutes."""
     from matplotlib.figure import Figure
 
@@ -130,16 +130,16 @@ def draw(rows: Rows, beta: float) -> None:
             axes.set_yscale("symlog" if name == "kl_chat" else "log")
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.suptitle(f"SmolLM2-135M-Instruct at β = {beta:g}; dotted: dense")
+    figure.suptitle(f"SmolLM2-135M-Instruct at β = {BETA:g}; dotted: dense")
     figure.savefig(PICTURES / "front.png", dpi=110)
 
 
-def main(work: Path, search_text: str, unseen_text: str, beta: float = 0.3) -> None:
+def main(work: Path, search_text: str, unseen_text: str, presets: Sequence[str] = PRESETS) -> None:
     """Make every row, write the JSON and the picture."""
     rows, dense, pruner = Rows(work / "rows.jsonl"), work / "dense", load_embedded()
     unseen, chat = Unseen(unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
     protocol = (
-        f"SmolLM2-135M-Instruct in bfloat16 at β = {beta:g}. Ours: `selfpruner prune` with each preset, minutes of the "
+        f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA:g}. Ours: `selfpruner prune` with each preset, minutes of the "
         f"whole command. The others: the first {TOKENS} tokens (Taylor, block influence, optipfair: {GRADIENT_WINDOWS} "
         f"windows) of the calibration text of the default, {DATA}{Path(search_text).name}; minutes without the writing "
         f"of that text. All rows in one run. Perplexity on the first windows of {Path(unseen_text).name}: "
@@ -158,15 +158,15 @@ def main(work: Path, search_text: str, unseen_text: str, beta: float = 0.3) -> N
     text = Texts(pruner.model, pruner.tokenizer).read(
         DATA + search_text, method, Run(checkpoints=Checkpoints(work / "text"))
     )
-    add_peers(rows, pruner, text.calibration.windows[: TOKENS // method.window], beta, measure)
-    for preset in PRESETS:
+    add_peers(rows, pruner, text.calibration.windows[: TOKENS // method.window], BETA, measure)
+    for preset in presets:
         if not rows.have(method=f"ours, {preset}"):
             more = ("--preset", preset)
-            found = pruned(str(dense), beta, DATA + search_text, work / preset, measure, more)
+            found = pruned(str(dense), BETA, DATA + search_text, work / preset, measure, more)
             rows.keep({"method": f"ours, {preset}", "removed": found["achieved_beta"], **found})
-        write("front", protocol, list(rows))
-        draw(rows, beta)
+    write("front", protocol, list(rows))
+    draw(rows)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], *map(float, sys.argv[4:]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:] or PRESETS)

@@ -149,8 +149,9 @@ def test_the_code_of_the_card_runs(files, hub, tmp_path):
 def test_the_code_of_the_graphs_card_runs(files, hub, tmp_path):
     pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")
     (written,) = run_blocks(f"{NAME}-ONNX", hub, tmp_path)
-    assert written.startswith("The capital of France is")
-    assert len(written) > len("The capital of France is") + 5
+    prompt, _, more = written.partition("The capital of France is")
+    assert not prompt
+    assert more.strip()  # a random model writes few letters, and not the same number everywhere
 
 
 def test_a_second_push_makes_no_export_anew(files, hub, run, work):
