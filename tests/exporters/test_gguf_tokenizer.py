@@ -6,7 +6,7 @@ import copy
 import json
 
 import pytest
-from gguf import GGUFReader
+from gguf import GGUFReader, TokenType
 from support.tiny import tiny_model
 from support.trained import KINDS, VOCABULARY, trained_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -71,6 +71,29 @@ def test_a_chat_template_goes_along():
         tokenizer.chat_template = one_or_more
         fields = {name: value for name, value, *_ in converted_fields(tokenizer, VOCABULARY)}
         assert fields[key] == template
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "sentencepiece"])
+def test_special_tokens_are_no_plain_text_and_bos_is_added_where_the_tokenizer_adds_it(kind):
+    tokenizer = trained_tokenizer(kind)
+    fields = {name: value for name, value, *_ in converted_fields(tokenizer, VOCABULARY)}
+    types = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"], strict=True))
+    assert types["<s>"] == types["</s>"] == TokenType.CONTROL
+    assert types["a"] == TokenType.NORMAL
+    assert fields["tokenizer.ggml.add_bos_token"]
+    fields = {name: value for name, value, *_ in converted_fields(_without(tokenizer, post_processor=None), VOCABULARY)}
+    assert not fields["tokenizer.ggml.add_bos_token"]
+
+
+def test_earlier_merges_have_higher_scores():
+    tokenizer = trained_tokenizer("sentencepiece")
+    fields = {name: value for name, value, *_ in converted_fields(tokenizer, VOCABULARY)}
+    scores = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
+    pairs = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    merged = [scores["".join(pair)] for pair in pairs]
+    assert merged == sorted(merged, reverse=True)
+    assert merged[-1] < merged[0]
+    assert scores["a"] < merged[-1]
 
 
 def test_a_copy_equals_its_source(case):

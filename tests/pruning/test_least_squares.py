@@ -214,3 +214,36 @@ def test_with_too_few_windows_to_hold_one_out_the_strongest_ridge_is_taken():
 
     assert torch.equal(fitted((0.01, 1.0, 100.0)), fitted((100.0,)))
     assert not torch.allclose(fitted((100.0,)), fitted((0.01,)))
+
+
+@torch.no_grad()
+def test_where_a_batch_ends_does_not_matter():
+    x, target = normal(40, 6, F), normal(40, 6, H, seed=1)
+    weights = []
+    for size in (3, 40):
+        module = nn.Linear(F, H, bias=False)
+        module.weight.copy_(normal(H, F, seed=2))
+        fit = LinearFit(module, (0.01, 1.0, 100.0))
+        for windows, wanted in zip(x.split(size), target.split(size), strict=True):
+            fit.add(windows, wanted)
+        fit.apply()
+        weights.append(module.weight)
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_ridge_suits_the_outputs_that_the_loss_minds():
+    """The first output is the input times a weight, the others are noise: they want the weakest and the strongest."""
+    x, truth = normal(16, 2, F), normal(F, seed=2)
+    target = torch.cat([(x @ truth)[..., None], 100 * normal(16, 2, H - 1, seed=1)], -1)
+
+    def first_row(minded):
+        module = nn.Linear(F, H, bias=False)
+        module.weight.zero_()
+        fit = LinearFit(module, (1e-4, 1e3), None if minded is None else torch.tensor(minded).diag())
+        fit.add(x, target)
+        fit.apply()
+        return module.weight[0]
+
+    torch.testing.assert_close(first_row([1e3] + [1e-3] * (H - 1)), truth, atol=1e-2, rtol=1e-2)
+    assert first_row(None).abs().max() < 0.1 * truth.abs().max()

@@ -9,6 +9,8 @@ from support.tiny import DISTINCT, tiny_model
 
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.pruning import sequential_repair
+from selfpruner_hub.pruning.least_squares import LinearFit
 from selfpruner_hub.pruning.prepare import prepared
 from selfpruner_hub.pruning.sequential_repair import RIDGES, compensate
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
@@ -115,6 +117,55 @@ def test_gate_and_up_move_toward_what_the_loss_minds():
         distances.append((states[0] - states[1]).square().mean((0, 1)))
     assert distances[1][:2].sum() < 0.97 * distances[0][:2].sum()
     assert distances[1][2:].sum() > distances[0][2:].sum()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_where_outputs_are_normalised_they_are_fitted_to_the_dense_ones(name, monkeypatch):
+    """Without the drift of the layers before, which is in other units."""
+    model, wanted, seen = tiny_model(name), {}, {}
+    pruned, architecture = cut(model), architecture_of(model.config)
+
+    class Fit(LinearFit):
+        def add(self, x, target):
+            wanted.setdefault(self._module, []).append(target.clone())
+            super().add(x, target)
+
+    monkeypatch.setattr(sequential_repair, "LinearFit", Fit)
+    compensate(model, pruned, WINDOWS, inputs=False)
+    pairs = [
+        [linear(layer, path) for layer in layers]
+        for layers in zip(decoder_layers(model), decoder_layers(pruned), strict=True)
+        for path in (architecture.attention_output, architecture.ffn_output)
+    ]
+    for dense, _ in pairs:
+        dense.register_forward_hook(lambda module, _inputs, output: seen.update({module: output}))
+    with torch.no_grad():
+        model(WINDOWS)
+    for dense, fitted in pairs:
+        torch.testing.assert_close(torch.cat(wanted[fitted]), seen[dense], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_down_proj_is_fitted_again_where_gate_and_up_moved(helps, monkeypatch):
+    model, done = tiny_model("llama"), []
+    ffn = sequential_repair._Ffn
+    monkeypatch.setattr(ffn, "fit_down", lambda *_: done.append("down"))
+    monkeypatch.setattr(ffn, "fit_inputs", lambda _: done.append("inputs") or helps)
+    compensate(model, cut(model), WINDOWS)
+    assert done == ["down", "inputs", *(["down"] if helps else [])] * len(decoder_layers(model))
+
+
+def test_gate_and_up_stay_where_their_step_helps_no_window_that_is_held_out(monkeypatch):
+    model = tiny_model("llama")
+    pruned = cut(model)
+    before = [
+        (layer.mlp.gate_proj.weight.clone(), layer.mlp.up_proj.weight.clone()) for layer in decoder_layers(pruned)
+    ]
+    monkeypatch.setattr(sequential_repair, "fit_inputs", lambda _stream, inputs, _down: 10 * torch.ones_like(inputs))
+    compensate(model, pruned, WINDOWS)
+    for layer, (gate, up) in zip(decoder_layers(pruned), before, strict=True):
+        assert torch.equal(layer.mlp.gate_proj.weight, gate)
+        assert torch.equal(layer.mlp.up_proj.weight, up)
 
 
 def test_too_few_windows_to_hold_one_out():
