@@ -27,7 +27,7 @@ from selfpruner_hub.search.proposers import EvolutionProposer
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import DEFAULT_RUN
 
-WINDOW, CALIBRATION, FITNESS, BETA = 512, 16_384, 8_192, 0.3
+WINDOW, CALIBRATION, FITNESS, BETA = 512, 8_192, 4_096, 0.3
 SETTINGS = PruneSettings(evaluations=10)
 MEMORY = fitness_module.PREFIX_MEMORY
 
