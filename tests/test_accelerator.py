@@ -176,8 +176,7 @@ def test_the_papers_preset_scores_as_on_a_cpu(dense, proposer, accelerator):
     assert_equal(on_cpu(dense, **settings), made)
 
 
-def test_a_trial_of_batch_sizes_is_not_among_the_recorded_states(accelerator):
-    """A fitness without a teacher runs no model before its first candidate, which records its hidden states."""
+def test_a_fitness_without_a_teacher_sizes_its_batches_on_the_dense_model(accelerator):
     one, near = Plan.of([30, 40], [2, 4]), Plan.of([30, 41], [2, 3])
     scores = []
     for device in ("cpu", "gpu"):

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.metrics import divergence, label_loss, perplexity, teach, teacher_loss
-from selfpruner_hub.evaluation.prefix_cache import PrefixCache
 from selfpruner_hub.evaluation.sensitivity import measure_steps
-from selfpruner_hub.models.devices import free_memory
 from selfpruner_hub.models.forward import BATCH_TOKENS, windows_at_once
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.plan import Plan
@@ -20,10 +18,6 @@ from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects, loss_al
 from selfpruner_hub.pruning.slicing import Slicer
 
 METRICS = ("kl", "perplexity")
-PREFIX_MEMORY = 0.5
-"""Memory for hidden states of earlier candidates, per number of windows, as a multiple of the dense model's weights."""
-PREFIX_FREE = 0.25
-"""Maximum of that memory, as a share of what is free on an accelerator."""
 REMAINS = 0.3
 """Weight of the excess, the loss beyond the sum of the layers' predicted losses, in scores before a second repair; that
 repair takes part of the excess away. Values up to 0.7 ranked four plans of one model at one β as their final losses
@@ -54,16 +48,11 @@ class Fitness:
         self.metric = metric
         self.size_batches()
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
-        free = free_memory(self.device)
-        # A model that is offloaded to files does not fit in memory; only what is known to be free can be spared.
-        none = slicer.store.on_disk and math.isinf(free)
-        self._prefixes = PrefixCache(0 if none else min(PREFIX_MEMORY * self.nbytes, PREFIX_FREE * free))
-        self._token_size = slicer.shape.hidden_size * slicer.model.dtype.itemsize
 
     def size_batches(self) -> None:
-        """Find the number of windows in a pass by trial, with the dense layers; once in every process.
+        """Find the number of windows in a pass by trial, with the dense layers, which need most memory.
 
-        Candidates record hidden states as they run, so that a trial with their layers would be recorded too.
+        It is done once in every process that scores.
         """
         windows_at_once(self._slicer.model, self._windows.shape[1], BATCH_TOKENS)
 
@@ -80,17 +69,12 @@ class Fitness:
     def __call__(self, plan: Plan, share: float = 1.0) -> float:
         """Score `plan` on the first `share` of the windows (at least one); NaN becomes infinity."""
         windows = self._first(share)
-        start = self._prefixes.start(plan, len(windows), windows.numel() * self._token_size)
-        layers = start.layers(lambda index: self._slicer.layer(index, plan.layers[index]))
-        with with_layers(self._slicer.model, layers) as model:
+        with with_layers(self._slicer.model, self._slicer.layers(plan)) as model:
             if self._teacher is None:
                 value = perplexity(model, windows)
             else:
                 value = divergence(model, windows, self._teacher)
-        if not math.isfinite(value):
-            value = math.inf
-        self._prefixes.keep(start, len(windows), value)
-        return value
+        return value if math.isfinite(value) else math.inf
 
     def loss(self, plan: Plan, share: float = 1.0) -> float:
         """Measure the loss of `plan` above the dense model's on the first `share` of the windows, in nats per token."""
