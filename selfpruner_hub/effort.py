@@ -18,11 +18,48 @@ WINDOWS, WIDTH = 4, 512
 """Windows of the forward pass that is timed, and their tokens."""
 PASSES = 24.0
 """Cost of a calibration token, in forward passes of the decoder over one token: writing it, calibration, both repairs,
-and its share of the other texts (`benchmarks/stages.py`)."""
+and its share of the other texts. An estimate; `benchmarks/stages.py` measures the stages."""
 FIXED = 150_000.0
-"""Cost of what does not depend on the text (order, factors, solutions), in the same unit."""
+"""Cost of what does not depend on the text (order, factors, solutions), in the same unit. An estimate."""
 SMALLEST, LARGEST = 4_096, 262_144
 """Fewest and most calibration tokens to choose from."""
+
+
+def with_effort(
+    method: PruneSettings,
+    model: PreTrainedModel,
+    checkpoints: Checkpoints,
+    *,
+    beta: float | None,
+    minutes: float | None,
+    search_asked: bool,
+) -> tuple[PruneSettings, list[str]]:
+    """Decide what nobody has asked for: whether the run searches, and how much text it reads.
+
+    Args:
+        method: Settings to start from.
+        model: The dense model.
+        checkpoints: Checkpoints of the run.
+        beta: Mean rate; None with a target.
+        minutes: Minutes that the run may take; None leaves the text as it is.
+        search_asked: Whether the user has asked for a search; then it stays, and comes on top of the minutes.
+
+    Returns:
+        The settings, and lines for the user.
+
+    Raises:
+        UserError: The minutes are no number above 0, or too few.
+    """
+    lines = []
+    if not search_asked and minutes is not None:
+        method = replace(method, evaluations=0.0)
+    elif not search_asked and beta is not None:
+        method, line = without_barren_search(method, beta)
+        lines.append(line)
+    if minutes is not None:
+        method, line = within_minutes(minutes, model, method, checkpoints)
+        lines.append(line)
+    return method, [line for line in lines if line]
 
 
 def without_barren_search(method: PruneSettings, beta: float) -> tuple[PruneSettings, str]:
@@ -44,7 +81,7 @@ def without_barren_search(method: PruneSettings, beta: float) -> tuple[PruneSett
 def within_minutes(
     minutes: float, model: PreTrainedModel, method: PruneSettings, checkpoints: Checkpoints
 ) -> tuple[PruneSettings, str]:
-    """Choose the amount of text so that a run takes about this long, without a search.
+    """Choose the amount of text so that a run without a search takes about this long.
 
     Quality grows with the number of calibration tokens (`benchmarks/scale.py`), and time in proportion to it. So the
     largest number that fits is taken, and the other texts shrink with it. The estimate is rough.

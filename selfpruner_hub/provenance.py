@@ -15,7 +15,9 @@ from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.weights import count_parameters, weights_hash
 from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import Plan, widths_of
+from selfpruner_hub.plans.target import Target
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.outcome import Found
@@ -150,20 +152,19 @@ def _target(budget: ParameterBudget, plan: Plan | None = None) -> dict[str, Any]
     return {"target": known}
 
 
-def reached(record: Record, budget: ParameterBudget, measured: tuple[float, float] | str) -> Record:
+def reached(record: Record, target: Target, costs: Costs, measured: tuple[float, float] | str) -> Record:
     """Add what was measured of a target to the record, beside what was predicted.
 
     Args:
         record: Record of the pruned model, from `describe`.
-        budget: Budget of the search, with its target.
+        target: Target of the run.
+        costs: What each width was expected to cost.
         measured: Cost of the dense and of the pruned model, or the reason why they were not measured.
 
     Returns:
         The record: `method["target"]` has `predicted` and `measured` in the terms of the target, and the costs of both
         models are a metric.
     """
-    target, costs = budget.target, budget.costs
-    assert target is not None
     known = dict(record.method["target"])
     if isinstance(measured, str):
         return replace(record, method={**record.method, "target": {**known, "measured": None, "why": measured}})

@@ -11,20 +11,19 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfpruner_hub.aim import aim_of
 from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
-from selfpruner_hub.effort import within_minutes, without_barren_search
-from selfpruner_hub.errors import SelfPrunerError, UserError
-from selfpruner_hub.exporting import meter_of
+from selfpruner_hub.effort import with_effort
+from selfpruner_hub.errors import UserError
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import check_one_device, described
 from selfpruner_hub.models.loading import is_repo_id, load_model
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.unsupported import refuse_quantized
-from selfpruner_hub.plans.budget import ParameterBudget
-from selfpruner_hub.plans.target import Meter, Target, check_beta, target_of
+from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.progress import Bars
-from selfpruner_hub.provenance import Request, describe, fingerprint, reached
+from selfpruner_hub.provenance import Request, describe, fingerprint
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
@@ -35,9 +34,8 @@ from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import check_executor
-from selfpruner_hub.settings import PruneSettings, check_seed, resolve
+from selfpruner_hub.settings import check_seed, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
-from selfpruner_hub.storage.model_record import Record
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
 from selfpruner_hub.storage.run import Run
 
@@ -179,27 +177,23 @@ class AutoPruner:
         Raises:
             UserError: An argument is wrong, the text too short, or `run_dir` belongs to another search.
         """
-        meter = None if target is None else (meter_of(runtime) if isinstance(runtime, str) else runtime)
-        aim = _aim(beta, target, meter, request)
+        aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
         check_executor(executor)
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
         folder = None if run_dir is None else Path(run_dir)
-        layers = ", one layer at a time" if streams(self.model) else ""
-        lines = [f"{self.name} on {described(self.model)}{layers}"]
         checkpoints = Checkpoints(folder and folder / "stages")
-        if evaluations is None and proposer == "self" and beta is not None:
-            method, line = without_barren_search(method, beta)
-            lines.append(line)
-        if minutes is not None:
-            method, line = within_minutes(minutes, self.model, method, checkpoints)
-            lines.append(line)
+        asked_to_search = evaluations is not None or proposer != "self"
+        method, lines = with_effort(
+            method, self.model, checkpoints, beta=beta, minutes=minutes, search_asked=asked_to_search
+        )
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(report, Bars):
-                for line in filter(None, lines):
+                layers = ", one layer at a time" if streams(self.model) else ""
+                for line in (f"{self.name} on {described(self.model)}{layers}", *lines):
                     report.say(line)
-            budget = self._budget(aim, meter, method, report)
+            budget = aim.budget(method, report)
             asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
             run = Run(self._store, checkpoints, report, seed, executor)
             data = PLAIN_DATA if data is None and preset == "paper" else data
@@ -218,41 +212,5 @@ class AutoPruner:
             if method.repairs_twice:
                 compensate(self.model, model, calibration, inputs=method.repair_gate_up, fisher=fisher, run=run)
             scale = match_confidence(self.model, model, texts.search.windows, report) if method.confidence else 1.0
-            record = describe(self.model, model, asked_for, found, scale)
-            if meter is not None:
-                record = self._measured(record, model, budget, meter, report)
+            record = aim.measured(describe(self.model, model, asked_for, found, scale), budget, model, report)
         return PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)
-
-    def _budget(
-        self, aim: float | Target, meter: Meter | None, method: PruneSettings, report: Callable[..., None]
-    ) -> ParameterBudget:
-        """Make the budget of a β, or that of a target from the costs in its runtime."""
-        names = ("p_min", "p_max", "tied", "multiple_of", "kv_multiple")
-        bounds = {name: getattr(method, name) for name in names}
-        if not isinstance(aim, Target) or meter is None:
-            return ParameterBudget(self.shape, aim, **bounds)  # type: ignore[arg-type]
-        costs = meter.costs(self.model, self.tokenizer, aim, report)
-        return ParameterBudget.for_target(self.shape, costs, aim, **bounds)
-
-    def _measured(
-        self, record: Record, model: PreTrainedModel, budget: ParameterBudget, meter: Meter, report: Callable[..., None]
-    ) -> Record:
-        """Measure what the pruned model reaches; a failure is recorded, since the model itself is there."""
-        assert budget.target is not None
-        try:
-            return reached(record, budget, meter.measure(self.model, model, self.tokenizer, budget.target, report))
-        except SelfPrunerError as error:
-            return reached(record, budget, str(error))
-
-
-def _aim(
-    beta: float | None, target: Mapping[str, Any] | None, meter: Meter | None, request: tuple[int, int]
-) -> float | Target:
-    """Return the checked β, or the checked target: exactly one of them is given."""
-    if target is None or meter is None:
-        check_beta(beta)
-        return beta  # type: ignore[return-value]
-    if beta is not None:
-        raise UserError("beta and a target are both given.", "Give one of them.")
-    prompt, new_tokens = request
-    return target_of(target, meter.name, prompt, new_tokens)

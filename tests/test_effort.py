@@ -5,7 +5,7 @@ import torch
 from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub import AutoPruner, effort
-from selfpruner_hub.effort import FIXED, PASSES, SMALLEST, within_minutes, without_barren_search
+from selfpruner_hub.effort import FIXED, PASSES, SMALLEST, with_effort, within_minutes, without_barren_search
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.settings import PRESETS
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -89,6 +89,21 @@ def test_no_search_only_where_it_found_nothing():
     assert "no search below β = 0.4" in line
     assert without_barren_search(PRESETS["paper"], 0.1)[0] is PRESETS["paper"]
     assert without_barren_search(PRESETS["fast"], 0.5)[1] == ""  # it has no search to leave out
+
+
+@pytest.mark.parametrize(("beta", "minutes", "asked", "searches", "said"), [
+    (0.5, None, False, True, []),
+    (0.3, None, False, False, ["no search"]),
+    (0.3, None, True, True, []),
+    (None, None, False, True, []),
+    (0.5, 1.0, False, False, ["about"]),
+    (0.5, 1.0, True, True, ["about"]),
+])  # fmt: skip
+def test_minutes_have_room_for_a_search_only_where_one_is_asked_for(machine, beta, minutes, asked, searches, said):
+    machine(SECOND)
+    method, lines = with_effort(DEFAULT, None, Checkpoints(), beta=beta, minutes=minutes, search_asked=asked)
+    assert bool(method.evaluations) == searches
+    assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
 
 
 def test_prune_takes_minutes_and_says_what_it_picked(machine, monkeypatch, capsys):

@@ -28,7 +28,7 @@ LAYERS = (
     {"search"},
     {"hub", "provenance"},
     {"exporting"},
-    {"pruned_model"},
+    {"pruned_model", "aim"},
     {"pruner"},
     {"cli"},
     {PACKAGE},  # selfpruner_hub/__init__.py

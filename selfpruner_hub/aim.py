@@ -1,0 +1,111 @@
+"""What a run aims at: a share of the weights, or a target in a runtime whose costs are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selfpruner_hub.errors import SelfPrunerError, UserError
+from selfpruner_hub.exporting import meter_of
+from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.target import Meter, Target, check_beta, target_of
+from selfpruner_hub.provenance import reached
+from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.storage.model_record import Record
+
+Report = Callable[..., None]
+"""Function that is called with (what, done, total)."""
+
+
+class Aim(Protocol):
+    """Where the budget of a run comes from, and what is measured of it in the end."""
+
+    def budget(self, method: PruneSettings, report: Report) -> ParameterBudget:
+        """Make the budget under the bounds of these settings."""
+        ...
+
+    def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
+        """Add to the record what the pruned model reaches."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShareOfWeights:
+    """A mean rate β: nothing is measured."""
+
+    beta: float
+    dense: PreTrainedModel
+
+    def budget(self, method: PruneSettings, report: Report) -> ParameterBudget:
+        """Make the budget of β."""
+        return ParameterBudget(shape_of(self.dense.config), self.beta, **_bounds(method))
+
+    def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
+        """Return the record as it is."""
+        return record
+
+
+@dataclass(frozen=True)
+class TargetInRuntime:
+    """A target, with the meter of its runtime."""
+
+    target: Target
+    meter: Meter
+    dense: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def budget(self, method: PruneSettings, report: Report) -> ParameterBudget:
+        """Make the budget from what each width costs in the runtime."""
+        costs = self.meter.costs(self.dense, self.tokenizer, self.target, report)
+        return ParameterBudget.for_target(shape_of(self.dense.config), costs, self.target, **_bounds(method))
+
+    def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
+        """Measure both models in the runtime; a failure is recorded, since the pruned model itself is there."""
+        try:
+            found = self.meter.measure(self.dense, pruned, self.tokenizer, self.target, report)
+        except SelfPrunerError as error:
+            return reached(record, self.target, budget.costs, str(error))
+        return reached(record, self.target, budget.costs, found)
+
+
+def aim_of(
+    beta: float | None,
+    target: Mapping[str, Any] | None,
+    runtime: str | Meter,
+    request: tuple[int, int],
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Aim:
+    """Check what is aimed at: exactly one of β and a target.
+
+    Args:
+        beta: Mean share of the prunable weights to remove, or None.
+        target: One quantity and its value, as for `AutoPruner.prune`, or None.
+        runtime: Name or meter of the target's runtime.
+        request: Tokens of the prompt, and tokens generated after it.
+        dense: Dense model.
+        tokenizer: Tokenizer of the model, or None.
+
+    Returns:
+        The aim.
+
+    Raises:
+        UserError: Both or neither are given, or a value is out of its range.
+    """
+    if target is None:
+        check_beta(beta)
+        assert beta is not None  # as checked
+        return ShareOfWeights(beta, dense)
+    if beta is not None:
+        raise UserError("beta and a target are both given.", "Give one of them.")
+    meter = meter_of(runtime) if isinstance(runtime, str) else runtime
+    return TargetInRuntime(target_of(target, meter.name, *request), meter, dense, tokenizer)
+
+
+def _bounds(method: PruneSettings) -> dict[str, Any]:
+    names = ("p_min", "p_max", "tied", "multiple_of", "kv_multiple")
+    return {name: getattr(method, name) for name in names}
