@@ -144,8 +144,8 @@ class AutoPruner:
             runtime: Runtime of the target: `"torch"`, `"onnx"` or `"gguf"` (llama.cpp), or an object that follows the
                 `Meter` protocol.
             request: Tokens of the prompt, and tokens generated after it, of the request that the target's time is for.
-            preset: Name of the preset: `"default"`, `"fast"` for a few minutes of a small model on two cores, `"best"`
-                for an hour, or `"paper"` for the settings of arXiv 2502.14413.
+            preset: Name of the preset: `"default"`, `"fast"` for little text and a shorter second repair, `"best"`
+                for three times the text and a search, or `"paper"` for the settings of arXiv 2502.14413.
             proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
                 Hub repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object
                 that follows the `Proposer` protocol.

@@ -110,7 +110,6 @@ OLD_NAMES = {"accumulate": "sequential_repair", "refit_inputs": "repair_gate_up"
 
 PRESETS = {
     "default": PruneSettings(),
-    # Twice the text buys more than a second repair of gate_proj and up_proj, in the same time.
     "fast": PruneSettings(
         repair_gate_up=False,
         calibration_tokens=12_288,

@@ -27,8 +27,8 @@ from selfpruner_hub.errors import ExportError, UserError
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.1, "int8": 0.1, "int4": 0.1}
 """Largest allowed distance from PyTorch in float32, by dtype: of a logit; for int8 and int4 the KL divergence in nats
-from the PyTorch model with rounded matrices, on text that the model writes. Kernels round activations to 8 bits, which
-is 0.003 nats on a pruned SmolLM2."""
+from the PyTorch model with rounded matrices, on text that the model writes, to allow for kernels that round activations
+to 8 bits."""
 DTYPES = ("float32", "float16", "int8")
 LAYOUTS = ("transformers", "hub")
 FUSIONS = tuple(DEFAULT_PROVIDERS)

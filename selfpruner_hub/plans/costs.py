@@ -19,8 +19,9 @@ class Costs:
     """Costs of the parts of a model, by the widths that they keep; the costs of a plan add up.
 
     Attributes:
-        attention: For each layer, the cost of 0, 1, …, G KV groups, `[G + 1]`: it starts at 0 and never falls.
-        ffn: For each layer, the cost of 0, 1, …, F channels, `[F + 1]`, likewise.
+        attention: One table per layer, `[G + 1]`: entry g is the cost of g KV groups. Entry 0 is 0, and no entry is
+            less than the one before.
+        ffn: One table per layer, `[F + 1]`: entry f is the cost of f channels, with the same two properties.
         constant: Cost of everything that pruning leaves as it is: embeddings, output head, norms.
         unit: Unit of all costs: `weights`, `ms` or `bytes`.
     """

@@ -66,8 +66,8 @@ def paying_moves(effects: StepEffects, costs: Costs) -> dict[str, list[int]]:
     """Select steps that together lower the loss: restored parts save more loss than the removed parts cost.
 
     Steps are taken in order of the loss per cost that they save or take, until the two prices meet. Parts that cost
-    nothing stay as they are. This is a
-    knapsack over one step of every part, around the plan where the effects were measured.
+    nothing stay as they are. This is a knapsack over one step of every part, around the plan where the effects were
+    measured.
 
     Args:
         effects: Predicted changes of the loss.

@@ -16,7 +16,7 @@ T = TypeVar("T")
 ITERATIONS = 3
 """Maximum number of steps of conjugate gradients for gate_proj and up_proj."""
 GATE_STRIDE = 4
-"""One token in this many is read for E[f_k f_kᵀ], which only preconditions: it takes a tenth of the time otherwise."""
+"""One token in this many is read for E[f_k f_kᵀ], which only preconditions: a sample is enough."""
 DAMPING = 0.1
 """Damping of each factor of the preconditioner, in units of the factor's mean diagonal."""
 

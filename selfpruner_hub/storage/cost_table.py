@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,12 @@ class CostTable:
         ffn = _table(dense.intermediate_size, saved["intermediate_size"])
         by_attention = {n: attention[: n + 1] for n in {w.num_key_value_heads for w in shape.dense.layers}}
         by_ffn = {n: ffn[: n + 1] for n in {w.intermediate_size for w in shape.dense.layers}}
-        found = Costs(
+        parts = Costs(
             tuple(by_attention[w.num_key_value_heads] for w in shape.dense.layers),
             tuple(by_ffn[w.intermediate_size] for w in shape.dense.layers),
             unit=target.unit,
         )
-        return Costs(found.attention, found.ffn, whole.cost(target) - found.prunable, target.unit)
+        return replace(parts, constant=whole.cost(target) - parts.prunable)
 
     def to_json(self) -> str:
         """Serialise, schema version first."""

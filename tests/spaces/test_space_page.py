@@ -6,7 +6,6 @@ SCREENSHOTS=directory keeps pictures of every step, to be looked at.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,9 +22,6 @@ from transformers import GenerationConfig
 from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.slow
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += [f"--disable-{what}" for what in ("background-networking", "component-update", "sync")]
 SECRET = "a walrus called Bartholomew"
 """Typed by a visitor; nothing that the app writes may hold it."""
 REFUSED = "422 (Unprocessable"
@@ -99,17 +95,6 @@ def served(real_pruner, tmp_path_factory):
     served = serve(real_pruner, tmp_path_factory.mktemp("page"), evaluations=0, seeds=("uniform", "ramp"), **small)
     yield served
     served.stop()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

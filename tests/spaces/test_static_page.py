@@ -24,9 +24,6 @@ from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.slow
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += [f"--disable-{what}" for what in ("background-networking", "component-update", "sync")]
 CDN = "https://cdn.jsdelivr.net/npm/"
 GRAPHS = "me/tiny-ONNX"
 PROMPT = "the quick brown fox"
@@ -91,17 +88,6 @@ def address(model, tmp_path_factory):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield url
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
