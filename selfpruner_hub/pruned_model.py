@@ -124,6 +124,33 @@ class PrunedModel:
         self.report = replace(self.report, metrics={**self.report.metrics, **found})
         return found
 
+    def retrained(self, model: PreTrainedModel, how: str) -> PrunedModel:
+        """Return this model with weights that were trained after pruning, without the figures of the old weights.
+
+        Args:
+            model: Trained model, with the widths of this one and its adapters merged.
+            how: Method and data of the training, in one line for the record and the card.
+
+        Returns:
+            The model with its new record, to be measured and saved.
+
+        Raises:
+            UserError: The model has other widths, adapters or values that are not finite, or `how` is not one line.
+        """
+        if not how.strip() or "\n" in how:
+            raise UserError("Say in one line how the model was trained.", 'For example "LoRA of rank 16 on my-data".')
+        if any(".base_layer." in name for name, _ in model.named_parameters()):
+            raise UserError("The model still has adapters.", "Merge them first: model.merge_and_unload().")
+        if shape_of(model.config).dense != self.plan:
+            raise UserError(
+                "The trained model has other widths than the pruned one.", "Train this model: pruned.model."
+            )
+        broken = [name for name, weights in model.named_parameters() if not weights.isfinite().all()]
+        if broken:
+            raise UserError(f"The training diverged: {broken[0]} is not finite.", "Train with a lower learning rate.")
+        report = replace(self.report, metrics={}, method={**self.report.method, "training": how.strip()})
+        return PrunedModel(model, self.tokenizer, report, self._journal)
+
     def save_pretrained(
         self,
         directory: str | Path,

@@ -144,6 +144,20 @@ def test_quantize_torchao(kind, run, tmp_path):
     assert sizes[1] < sizes[0] / 2  # saved in float32
 
 
+def test_recover_with_lora(run, model, tmp_path):
+    """A model of random weights learns a text: its perplexity falls, and the record has no older figures."""
+    pytest.importorskip("peft", reason='needs pip install "peft>=0.21,<0.22"')
+    run("01_prune.py", model)
+    (tmp_path / "text.txt").write_text("\n".join(TEXT * 200))
+    said = run("08_recover_with_lora.py", "pruned-b30", tmp_path / "text.txt", tmp_path / "text.txt", 30)
+    before, after = map(float, re.search(r"perplexity.*: ([\d.]+) before, ([\d.]+) after", said).groups())
+    assert after < 0.9 * before
+    report = PrunedModel.from_pretrained("pruned-b30-lora").report
+    assert report.method["training"] == ("LoRA of rank 16 on all linear layers, 30 steps of 4 x 256 tokens of text.txt")
+    assert [name for name in report.metrics if name.startswith("search_")] == []
+    assert report.plan == PrunedModel.from_pretrained("pruned-b30").plan
+
+
 def test_notebook(model, monkeypatch, capsys):
     monkeypatch.setenv("MODEL", model)
     cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text())["cells"]

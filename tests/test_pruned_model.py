@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from selfpruner_hub import pruned_model
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.pruned_model import PrunedModel
-from selfpruner_hub.storage.model_record import read_record
+from selfpruner_hub.storage.model_record import Metric, read_record
 
 IDS = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(0))
 
@@ -55,6 +56,55 @@ def test_a_pipeline_takes_it(saved_model):
     ]
     assert texts[0] == texts[1]
     assert len(pruned.tokenizer(texts[0])["input_ids"])
+
+
+def test_trained_weights_have_no_figures_of_the_old_ones(saved_model, tmp_path):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    pruned.report = replace(pruned.report, metrics={"perplexity": Metric(3.0, None, "once")})
+    trained = copy.deepcopy(pruned.model)
+    with torch.no_grad():
+        trained.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    made = pruned.retrained(trained, "one step by hand")
+    assert pruned.report.metrics
+    made.save_pretrained(tmp_path / "trained")
+    again = PrunedModel.from_pretrained(tmp_path / "trained")
+    assert torch.equal(again(IDS).logits, trained(IDS).logits)
+    assert again.report.metrics == {}
+    assert again.report.treatment == "and was then trained (one step by hand)"
+    card = (tmp_path / "trained" / "README.md").read_text()
+    assert "Then it was trained: one step by hand." in card
+    assert "not retrained" not in card
+    assert "It was not retrained." in (saved_model / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "how", "said"),
+    [
+        (lambda model: model, " ", "in one line how"),
+        (lambda model: model, "two\nlines", "in one line how"),
+        (lambda model: tiny_model("llama"), "by hand", "other widths"),
+        (lambda model: model.mul_(float("nan")), "by hand", "diverged: model.embed_tokens.weight is not finite"),
+        (lambda model: model.adapt(), "by hand", "still has adapters"),
+    ],
+    ids=["no words", "lines", "widths", "diverged", "adapters"],
+)
+def test_what_is_no_trained_form_of_it_is_refused(spoil, how, said, saved_model):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    model = copy.deepcopy(pruned.model)
+
+    def spread(factor):
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(factor)
+        return model
+
+    def adapt():  # as PEFT names what it wraps
+        layer = model.model.layers[0].mlp
+        layer.down_proj = torch.nn.ModuleDict({"base_layer": layer.down_proj})
+        return model
+
+    model.mul_, model.adapt = spread, adapt
+    with pytest.raises(UserError, match=said):
+        pruned.retrained(spoil(model), how)
 
 
 def test_what_it_measures_is_in_its_record(saved_model, tmp_path):

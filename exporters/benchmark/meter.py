@@ -28,9 +28,9 @@ from selfpruner_hub.storage.cost_table import Point, keep_table, read_table
 
 LIBRARIES = {"torch": "torch", "onnx": "onnxruntime", "gguf": "xllamacpp"}
 """Runtimes of targets, and the library whose version a table is for."""
-LAYER_WEIGHTS = 32_000_000
-"""Largest number of weights in the layers of a model that is built to be measured: 128 MB in float32, more than what
-the caches of a processor hold."""
+LAYER_WEIGHTS = 128_000_000
+"""Largest number of weights in the layers of a model that is built to be measured: 512 MB in float32, far more than
+what the caches of a processor hold."""
 FFN_SHARES = (0.6, 0.3)
 """FFN widths that are measured, as shares of the dense width."""
 RUNS, WARMUP = 7, 1

@@ -65,8 +65,8 @@ def static_files(record: Record, graphs: str, host: str, revision: str | None = 
     name = record.base_model.rpartition("/")[2]
     said = [
         f"The same prompt, answered in your browser by {name} and by a copy that lost "
-        f"{100 * record.achieved_beta:.0f} % of its layers' weights without retraining. Nothing that you type leaves "
-        "your machine.",
+        f"{100 * record.achieved_beta:.0f} % of its layers' weights {record.treatment}. Nothing that you type "
+        "leaves your machine.",
         answered(record.metrics),
     ]
     settings = {

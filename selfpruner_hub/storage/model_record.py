@@ -52,8 +52,8 @@ class Record:
     parameters: dict[str, int]
     """Number of parameters of `dense` and `pruned`, counted from the tensors, shared ones once."""
     method: dict[str, Any]
-    """Every setting of the method; and `target`, where one was asked for: its fields, and what was `predicted` and
-    `measured` in its terms."""
+    """Every setting of the method; `target`, where one was asked for: its fields, and what was `predicted` and
+    `measured` in its terms; and `training`, where the weights were trained after pruning: how, in a line."""
     seed: int
     proposer: dict[str, Any]
     """The proposer and its search: name, evaluations, origin of the best plan, counts of replies, tokens. `gains`:
@@ -73,6 +73,12 @@ class Record:
     def plan(self) -> Plan:
         """The widths that every layer keeps."""
         return plan_of(self.widths)
+
+    @property
+    def treatment(self) -> str:
+        """How the weights that are left were treated, as the end of a sentence."""
+        training = self.method.get("training")
+        return f"and was then trained ({training})" if training else "without retraining"
 
     @property
     def search_verdict(self) -> str:
