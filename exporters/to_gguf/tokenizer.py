@@ -92,6 +92,8 @@ def converted_fields(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tok
     model = state["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _unknown(f"{model['type']} tokenizers")
+    if not model["merges"]:  # the file's format has no empty lists
+        raise _unknown("BPE tokenizers without merges")
     if len(tokenizer) > vocabulary:
         raise UserError(f"The tokenizer has {len(tokenizer)} tokens, the model {vocabulary}.", "Give the model's own.")
     tokens, types = _vocabulary(tokenizer, state, vocabulary)

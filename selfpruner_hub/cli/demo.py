@@ -16,16 +16,19 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.benchmark.latency import CausalLMRunner, interleaved, timing
+from exporters.benchmark.meter import RuntimeMeter
 from selfpruner_hub.calibration.generated_text import sample_windows
 from selfpruner_hub.errors import MissingExtraError, ModelError, SelfPrunerError
 from selfpruner_hub.evaluation.chat import ChatMeasure
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.evaluation.questions import replies
+from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.models.loading import resolve_directory
 from selfpruner_hub.models.weights import count_parameters
+from selfpruner_hub.plans.target import Target
 from selfpruner_hub.progress import Bars, Progress
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.storage.layout import asset
+from selfpruner_hub.storage.layout import PLOTS, asset
 from selfpruner_hub.storage.model_record import read_record
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -45,6 +48,8 @@ MEASURED_WINDOWS, CONVERSATIONS = 16, 16
 search has read them."""
 NEW_TOKENS = 16
 """Number of tokens generated after a prompt, to time decoding."""
+REQUEST = Target("speedup", 2.0, "gguf")
+"""Request that is timed in llama.cpp; its value asks for nothing."""
 QUESTIONS = ("What is the capital of France?", "What do bees make?", "What language do most people speak in Japan?")
 
 
@@ -98,10 +103,14 @@ def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = N
         again = AutoModelForCausalLM.from_pretrained(directory, dtype=pruner.model.dtype)
         size = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 1e6
         say(f"Saved ({size:.0f} MB of weights) and reloaded{f' from {directory}' if output else ''}.")
+        if output:
+            plot_search(directory, directory / PLOTS, formats=("png",))
+            say(f"What was removed from each layer: {directory / PLOTS / 'rates.png'}")
     say("Measuring both models, on text and conversations that the dense one writes for it …")
     with Bars(progress) as report:
-        measured, said = table(pruner, again, report), answers(pruner, again, report)
-    say(f"\n{measured}\n\n{said}")
+        measured, served = table(pruner, again, report), in_llama_cpp(pruner, again, report)
+        said = answers(pruner, again, report)
+    say(f"\n{measured}\n{served}\n\n{said}")
     counts = pruned.report.proposer
     say(
         f"\nThe best plan came from {counts['best_from']}; the model wrote {counts['tokens']} tokens of proposals "
@@ -156,6 +165,17 @@ def table(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:
         f"{windows.shape[1]} tokens and {NEW_TOKENS} after it, median of {len(passes[0])} interleaved runs"
     )
     return "\n".join(lines)
+
+
+def in_llama_cpp(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:
+    """Return what a request takes in llama.cpp, dense and pruned; or why that was not timed."""
+    what = f"llama.cpp, a request of {REQUEST.prompt} + {REQUEST.new_tokens} tokens in float16"
+    try:
+        meter = RuntimeMeter(REQUEST.runtime)
+        dense, own = meter.measure(pruner.model, pruned, _tokenizer(pruner), REQUEST, report)
+    except SelfPrunerError as error:
+        return f"{what}: not timed. {error}"
+    return f"{what}: dense {dense:.0f} ms, pruned {own:.0f} ms, {dense / own:.2f}×"
 
 
 def answers(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:

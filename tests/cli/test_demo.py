@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
-from support.chatting import chat_tokenizer
+from support.chatting import TEMPLATE
 from support.tiny import tiny_model
+from support.trained import VOCABULARY, trained_tokenizer
 
 from selfpruner_hub.cli import demo
 from selfpruner_hub.pruned_model import PrunedModel
@@ -14,7 +18,10 @@ from selfpruner_hub.pruner import AutoPruner
 @pytest.fixture
 def said(monkeypatch):
     """Run it, and give back what was said."""
-    tiny = AutoPruner(tiny_model("llama", max_position_embeddings=1024), chat_tokenizer(), demo.NAME)
+    model, tokenizer = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=1024), trained_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model.generation_config.eos_token_id = list(range(2, VOCABULARY, 10))  # random weights end their turns too
+    tiny = AutoPruner(model, tokenizer, demo.NAME)
     few = {"window": 32, "calibration_tokens": 512, "fisher_tokens": 128, "fitness_tokens": 128}
     monkeypatch.setattr(demo, "load_embedded", lambda: tiny)
     monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **few})
@@ -32,17 +39,27 @@ def said(monkeypatch):
 def test_what_it_says(said):
     text = said(0.3)
     order = ["Loading", "Searching", "Saved (", "Measuring", "agreement", "dense ", "pruned ", "other conversations"]
-    order += [demo.QUESTIONS[0], "dense:", "pruned:", *demo.QUESTIONS[1:], "The best plan", "What to try next:"]
+    order += ["llama.cpp, a request of 128 + 32 tokens", demo.QUESTIONS[0], "dense:", "pruned:", *demo.QUESTIONS[1:]]
+    order += ["The best plan", "What to try next:"]
     place = -1
     for each in order:
         place = text.index(each, place + 1)
     assert "--output smollm2-pruned" in text
+    assert re.search(r"float16: dense \d+ ms, pruned \d+ ms, \d\.\d\d×", text)
+
+
+def test_what_it_says_without_llama_cpp(said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    assert "in float16: not timed. " in (text := said(0.3))
+    assert "What to try next:" in text
 
 
 def test_what_it_keeps(said, tmp_path):
     text = said(0.4, tmp_path / "kept")
     assert f"reloaded from {tmp_path / 'kept'}" in text
     assert f"selfpruner demo {tmp_path / 'kept'} " in text
+    assert (picture := tmp_path / "kept" / "plots" / "rates.png").stat().st_size > 10_000
+    assert f"from each layer: {picture}" in text
     report = PrunedModel.from_pretrained(tmp_path / "kept").report
     assert report.beta == 0.4
     assert report.data["calibration"]["name"] == "chat and self"

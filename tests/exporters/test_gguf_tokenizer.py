@@ -150,6 +150,7 @@ def test_tokenizers_that_llama_cpp_does_not_know_are_refused():
         unigram,
         _without(byte_level, pre_tokenizer=split),
         _without(byte_level, ignore_merges=True),
+        _without(byte_level, merges=[]),
         _without(byte_level, normalizer=lower),
         _without(sentencepiece, normalizer=lower),
         _without(sentencepiece, pre_tokenizer=split),
