@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.forward import last_hidden_states
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import SEARCH, PruneSettings
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
 WINDOWS, WIDTH = 4, 512
@@ -21,6 +21,7 @@ PASSES = 24.0
 and its share of the other texts. An estimate; `benchmarks/stages.py` measures the stages."""
 FIXED = 150_000.0
 """Cost of what does not depend on the text (order, factors, solutions), in the same unit. An estimate."""
+NO_SEARCH = "no search: the best starting point is taken (evaluations=N asks for one)"
 SMALLEST, LARGEST = 4_096, 262_144
 """Fewest and most calibration tokens to choose from."""
 
@@ -30,19 +31,19 @@ def with_effort(
     model: PreTrainedModel,
     checkpoints: Checkpoints,
     *,
-    beta: float | None,
+    evaluations: float | None,
+    proposer_given: bool,
     minutes: float | None,
-    search_asked: bool,
 ) -> tuple[PruneSettings, list[str]]:
-    """Decide what nobody has asked for: whether the run searches, and how much text it reads.
+    """Decide what nobody has asked for: whether the run searches and how long, and how much text it reads.
 
     Args:
         method: Settings to start from.
         model: The dense model.
         checkpoints: Checkpoints of the run.
-        beta: Mean rate; None with a target.
-        minutes: Minutes that the run may take; None leaves the text as it is.
-        search_asked: Whether the user has asked for a search; then it stays, and comes on top of the minutes.
+        evaluations: Length of the search that the user has asked for, which `method` has; or None.
+        proposer_given: Whether the user has chosen a proposer, and so asked for a search.
+        minutes: Minutes that the run may take; None leaves the text as it is. A search that was asked for comes on top.
 
     Returns:
         The settings, and lines for the user.
@@ -51,31 +52,16 @@ def with_effort(
         UserError: The minutes are no number above 0, or too few.
     """
     lines = []
-    if not search_asked and minutes is not None:
-        method = replace(method, evaluations=0.0)
-    elif not search_asked and beta is not None:
-        method, line = without_barren_search(method, beta)
-        lines.append(line)
+    if evaluations is None and proposer_given:
+        method = replace(method, evaluations=method.evaluations or SEARCH)
+    elif evaluations is None and minutes is not None:
+        method = replace(method, evaluations=0)
+    if evaluations is None and not method.evaluations:
+        lines.append(NO_SEARCH)
     if minutes is not None:
         method, line = within_minutes(minutes, model, method, checkpoints)
         lines.append(line)
-    return method, [line for line in lines if line]
-
-
-def without_barren_search(method: PruneSettings, beta: float) -> tuple[PruneSettings, str]:
-    """Leave out the search where it was measured to find nothing, if the user has asked for none.
-
-    Args:
-        method: Settings.
-        beta: Mean rate, in (0, 1).
-
-    Returns:
-        The settings, and a line for the user; empty if the run searches.
-    """
-    if not method.evaluations or beta >= method.search_from:
-        return method, ""
-    line = f"no search below β = {method.search_from:g}, where it found nothing (evaluations=N asks for one)"
-    return replace(method, evaluations=0.0), line
+    return method, lines
 
 
 def within_minutes(

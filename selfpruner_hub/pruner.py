@@ -145,7 +145,7 @@ class AutoPruner:
                 `Meter` protocol.
             request: Tokens of the prompt, and tokens generated after it, of the request that the target's time is for.
             preset: Name of the preset: `"default"`, `"fast"` for little text and a shorter second repair, `"best"`
-                for three times the text and a search, or `"paper"` for the settings of arXiv 2502.14413.
+                for three times the text, or `"paper"` for the settings of arXiv 2502.14413.
             proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
                 Hub repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object
                 that follows the `Proposer` protocol.
@@ -159,8 +159,8 @@ class AutoPruner:
                 for the paper's preset.
             fitness: Score of plans, `"kl"` or `"perplexity"`; None uses the preset's.
             evaluations: Length of the search in full-evaluation equivalents; 0 takes the best seed plan. None uses the
-                preset's from β = `search_from` on, or where a proposer is given, else 0. A round that has begun is
-                finished.
+                preset's (0 in all but `"paper"`), or `settings.SEARCH` where another proposer is given. A round that
+                has begun is finished.
             minutes: Minutes that the run may take: the preset's amount of text is changed so that it takes about this
                 long on this machine (`effort.within_minutes`). None leaves the preset as it is.
             seed: Random seed.
@@ -183,9 +183,13 @@ class AutoPruner:
         method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
         folder = None if run_dir is None else Path(run_dir)
         checkpoints = Checkpoints(folder and folder / "stages")
-        asked_to_search = evaluations is not None or proposer != "self"
         method, lines = with_effort(
-            method, self.model, checkpoints, beta=beta, minutes=minutes, search_asked=asked_to_search
+            method,
+            self.model,
+            checkpoints,
+            evaluations=evaluations,
+            proposer_given=proposer != "self",
+            minutes=minutes,
         )
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))

@@ -5,9 +5,9 @@ import torch
 from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub import AutoPruner, effort
-from selfpruner_hub.effort import FIXED, PASSES, SMALLEST, with_effort, within_minutes, without_barren_search
+from selfpruner_hub.effort import FIXED, PASSES, SMALLEST, with_effort, within_minutes
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.settings import PRESETS
+from selfpruner_hub.settings import PRESETS, SEARCH, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
 DEFAULT = PRESETS["default"]
@@ -82,27 +82,24 @@ def test_the_forward_pass_of_the_model_is_timed():
     assert 0 < seconds < 1
 
 
-def test_no_search_only_where_it_found_nothing():
-    assert without_barren_search(DEFAULT, 0.5) == (DEFAULT, "")
-    method, line = without_barren_search(DEFAULT, 0.3)
-    assert method.evaluations == 0
-    assert "no search below β = 0.4" in line
-    assert without_barren_search(PRESETS["paper"], 0.1)[0] is PRESETS["paper"]
-    assert without_barren_search(PRESETS["fast"], 0.5)[1] == ""  # it has no search to leave out
-
-
-@pytest.mark.parametrize(("beta", "minutes", "asked", "searches", "said"), [
-    (0.5, None, False, True, []),
-    (0.3, None, False, False, ["no search"]),
-    (0.3, None, True, True, []),
-    (None, None, False, True, []),
-    (0.5, 1.0, False, False, ["about"]),
-    (0.5, 1.0, True, True, ["about"]),
+@pytest.mark.parametrize(("preset", "evaluations", "proposer", "minutes", "length", "said"), [
+    ("default", None, False, None, 0, ["no search"]),
+    ("default", 7, False, None, 7, []),
+    ("default", None, True, None, SEARCH, []),
+    ("default", 0, True, None, 0, []),
+    ("paper", None, False, None, 430, []),
+    ("paper", None, True, None, 430, []),
+    ("paper", None, False, 1.0, 0, ["no search", "about"]),
+    ("paper", None, True, 1.0, 430, ["about"]),
+    ("default", 7, False, 1.0, 7, ["about"]),
 ])  # fmt: skip
-def test_minutes_have_room_for_a_search_only_where_one_is_asked_for(machine, beta, minutes, asked, searches, said):
+def test_a_run_searches_where_one_asks_for_it(machine, preset, evaluations, proposer, minutes, length, said):
     machine(SECOND)
-    method, lines = with_effort(DEFAULT, None, Checkpoints(), beta=beta, minutes=minutes, search_asked=asked)
-    assert bool(method.evaluations) == searches
+    method, lines = with_effort(
+        resolve(preset, evaluations=evaluations), None, Checkpoints(),
+        evaluations=evaluations, proposer_given=proposer, minutes=minutes,
+    )  # fmt: skip
+    assert method.evaluations == length
     assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
 
 

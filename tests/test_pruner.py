@@ -13,6 +13,7 @@ from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.errors import DataError, RunMismatchError
 from selfpruner_hub.provenance import describe
 from selfpruner_hub.search.proposers import RandomProposer
+from selfpruner_hub.settings import SEARCH
 
 WINDOW, CALIBRATION, FITNESS = 32, 20, 8
 
@@ -113,28 +114,20 @@ def test_the_default_text(tokenizer, preset, sources, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("beta", "settings", "searched"),
-    [
-        (0.3, {}, False),
-        (0.5, {}, True),
-        (0.3, {"evaluations": 1}, True),
-        (0.3, {"proposer": "random"}, True),
-        (0.3, {"search_from": 0.2}, True),
-        (0.5, {"evaluations": 0}, False),
-    ],
+    ("settings", "length"),
+    [({}, 0), ({"evaluations": 1}, 1), ({"proposer": "random"}, SEARCH), ({"proposer": "random", "evaluations": 0}, 0)],
 )
-def test_the_default_searches_where_a_search_found_something(monkeypatch, capsys, beta, settings, searched):
-    """At high β, or where someone asks; elsewhere the best seed is taken, and a line says so."""
+def test_the_default_searches_where_someone_asks(monkeypatch, capsys, settings, length):
+    """Elsewhere the best seed is taken, and a line says so."""
     asked = []
     monkeypatch.setattr(
         "selfpruner_hub.pruner.choose_proposer",
         lambda _name, _model, budget, method, *_: asked.append(method.evaluations) or RandomProposer(budget),
     )
     few = {"window": WINDOW, "calibration_tokens": WINDOW * 4, "fitness_tokens": WINDOW * 2, "sequential_repair": False}
-    made = AutoPruner(tiny_model("llama"), None, "tests/llama").prune(beta, data="self", **few, **settings)
-    assert asked == [made.report.method["evaluations"]]
-    assert bool(asked[0]) == searched
-    assert ("no search below β = 0.4" in capsys.readouterr().err) == (not searched and "evaluations" not in settings)
+    made = AutoPruner(tiny_model("llama"), None, "tests/llama").prune(0.5, data="self", **few, **settings)
+    assert asked == [made.report.method["evaluations"]] == [length]
+    assert ("no search" in capsys.readouterr().err) == (not settings)
 
 
 class KilledError(Exception):

@@ -95,7 +95,7 @@ def test_a_search_without_evaluations_needs_no_children():
         ({"population": -1}, "must not be negative"),
         ({"crossover": -1}, "must not be negative"),
         ({"mutation": -1}, "must not be negative"),
-        ({"crossover": 0, "mutation": 0}, "needs crossover or mutation.*above 0"),
+        ({"crossover": 0, "mutation": 0, "evaluations": 1}, "needs crossover or mutation.*above 0"),
         ({"evaluations": "many"}, "evaluations must be a number; got 'many'"),
         ({"p_max": "high"}, "p_max must be a number"),
         ({"window": 32.5}, "window must be a whole number"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from selfpruner_hub.cli.options import from_pretrained, loading, number
 from selfpruner_hub.errors import OutputError, UserError
-from selfpruner_hub.settings import PRESETS, check_seed, resolve
+from selfpruner_hub.settings import PRESETS, SEARCH, check_seed, resolve
 
 OWN_OPTIONS = ("fitness", "evaluations")
 """Names of the settings that have their own option."""
@@ -55,9 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     searching = parser.add_argument_group("the search")
     searching.add_argument(
         "--evaluations", type=number, metavar="N",
-        help="length, in evaluations on the whole text; 0 takes the best starting point (default: "
-        f"{PRESETS['default'].evaluations} from β = {PRESETS['default'].search_from} on; paper: "
-        f"{PRESETS['paper'].evaluations})",
+        help="length, in evaluations on the whole text; 0 takes the best starting point "
+        f"({_defaults('evaluations')}; {SEARCH} with another proposer)",
     )  # fmt: skip
     searching.add_argument("--fitness", help=f"kl or perplexity ({_defaults('fitness')})")
     searching.add_argument(

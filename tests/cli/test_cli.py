@@ -23,7 +23,7 @@ from selfpruner_hub.cli import main
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import perplexity
 from selfpruner_hub.hub import licences
-from selfpruner_hub.settings import PRESETS, PruneSettings
+from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Record, read_record
 
 SMALL = [
@@ -280,8 +280,7 @@ def test_help_of_prune_is_in_groups_with_the_defaults_that_matter(capsys):
     groups = ["what is made:", "the model:", "the text of calibration and search:", "the search:", "the method:"]
     places = [told.index(group) for group in groups]
     assert places == sorted(places)
-    default, paper = (PRESETS[name].evaluations for name in ("default", "paper"))
-    assert f"(default: {default} from β = {PRESETS['default'].search_from} on; paper: {paper})" in told
+    assert "(default: 0; paper: 430; 10 with another proposer)" in told
     assert "kl or perplexity (default: kl; paper: perplexity)" in told
     assert "(default: chat+wikitext2 for a chat model, else wikitext2)" in told
 
