@@ -15,11 +15,13 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import answers
 import charts
+import engines
 import facts
 import gradio as gr
 import live
-from answers import LONGEST_PROMPT, MOST_TOKENS, Answer, UnavailableError
+from answers import LONGEST_PROMPT, MOST_TOKENS, Answer
 from look import CSS, theme
+from shown import UnavailableError, record
 
 EXAMPLES = [
     "What is the capital of France?",
@@ -62,7 +64,7 @@ def compare(prompt: str, tokens: float) -> Iterator[tuple[str, str, str, str, st
     yield *said["pruned"], *said["dense"], ""
     for which in said:
         try:
-            answers.load(which)
+            engines.load(which)
             for answer in answers.answer(which, prompt, int(tokens)):
                 said[which] = (answer.text, _took(answer))
                 yield *said["pruned"], *said["dense"], ""
@@ -70,7 +72,8 @@ def compare(prompt: str, tokens: float) -> Iterator[tuple[str, str, str, str, st
         except UnavailableError as error:
             said[which] = ("", f"⚠️ {error}")
             yield *said["pruned"], *said["dense"], ""
-    yield *said["pruned"], *said["dense"], _verdict(**done) if len(done) == 2 else ""
+    verdict = _verdict(**done) if len(done) == 2 else ""
+    yield *said["pruned"], *said["dense"], f"{verdict} {_in_pytorch()}".strip()
 
 
 def _took(answer: Answer) -> str:
@@ -85,6 +88,12 @@ def _verdict(pruned: Answer, dense: Answer) -> str:
     few = "; so few tokens tell little" if min(pruned.tokens, dense.tokens) < FEW else ""
     ratio = pruned.rate / dense.rate
     return f"The pruned model wrote at **{ratio:.2f} ×** the speed of its parent, on this machine and this prompt{few}."
+
+
+def _in_pytorch() -> str:
+    """Say why a GGUF file that was published with the model is not used; empty where it is, or where there is none."""
+    why = engines.why_pytorch()
+    return f"Both models run in PyTorch, not in llama.cpp. {why}" if why else ""
 
 
 def prune(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str, Any, Any]]:
@@ -145,7 +154,7 @@ def build() -> gr.Blocks:
 
 
 def _compare_tab() -> None:
-    count = answers.record()["parameters"]
+    count = record()["parameters"]
     prompt = gr.Textbox(
         label="Prompt",
         info=f"Up to {LONGEST_PROMPT:,} characters. Shift + Enter sends it.",
@@ -155,8 +164,6 @@ def _compare_tab() -> None:
         elem_id="prompt",
     )
     gr.Examples(EXAMPLES, prompt, label="Examples")
-    if left := facts.answered():
-        gr.Markdown(left, elem_id="answered")
     tokens = gr.Slider(8, MOST_TOKENS, value=64, step=8, label="Longest answer, in tokens", elem_id="tokens")
     button, stop = _buttons("Compare", "compare")
     outputs = []
@@ -189,7 +196,7 @@ def _buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
 
 
 def _facts_tab() -> None:
-    known, records = answers.record(), facts.journal()
+    known, records = record(), facts.journal()
     settings = facts.header(records)
     gr.Markdown(facts.figures())
     charts.rates(
@@ -268,7 +275,7 @@ def main() -> None:
 def _load_all() -> None:
     for which in ("pruned", "dense"):
         try:
-            answers.load(which)
+            engines.load(which)
         except UnavailableError:
             return  # a visitor who sends a prompt sees the error
 

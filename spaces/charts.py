@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import answers
 import facts
 import gradio as gr
 import pandas as pd
+from shown import record
 
 PARTS = {"FFN": "#0d9488", "attention": "#f59e0b", "layer": "#0d9488"}
 """Colours of the parts, with enough contrast on white and on black."""
@@ -17,7 +17,7 @@ FITNESS = {"kl": "KL to the dense model", "perplexity": "perplexity"}
 
 def rates(value: pd.DataFrame, fitting: int, **settings: Any) -> gr.BarPlot:
     """Plot one bar per layer; with more than `fitting` layers, only every fifth is labelled."""
-    layers = len(answers.record()["rates"])
+    layers = len(record()["rates"])
     return gr.BarPlot(
         value,
         x="layer",

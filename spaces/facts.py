@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
-from answers import record, shown
+from shown import record, shown
 
 REMOVED = ["layer", "part", "removed"]
 SCORED = ["evaluations", "fitness", "from"]
@@ -87,38 +87,46 @@ def header(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def title() -> tuple[str, str]:
-    """Return a headline and a description of the model."""
+    """Return a headline, and a description of the model: what it lost, what is left of it, and who searched."""
     known = record()
     count = known["parameters"]
     name = known["base_model"].rpartition("/")[2]
     who = "The model itself proposed" if known["proposer"]["name"] == "self" else "A search found"
-    return (
-        f"{name}, {100 * (1 - count['pruned'] / count['dense']):.0f} % smaller",
+    training = known["method"].get("training")
+    said = (
         f"The same prompt, answered by **{name}** and by a copy that lost {100 * known['achieved_beta']:.0f} % of its "
-        f"layers' weights without retraining. {who} how much each layer can lose.",
+        f"layers' weights {f'and was then trained ({training})' if training else 'without retraining'}.",
+        quality(),
+        f"{who} how much each layer can lose.",
     )
+    return f"{name}, {100 * (1 - count['pruned'] / count['dense']):.0f} % smaller", " ".join(filter(None, said))
 
 
-def answered() -> str:
-    """Return the figures of a chat model's answers in one or two sentences; empty where they were not measured."""
-    known = {name: metric["value"] for name, metric in record()["metrics"].items() if name in CHAT}
+def quality() -> str:
+    """Return what is left of the model in a sentence or two: its answers, else text; empty where none was measured."""
+    known = record()["metrics"]
+    value = {name: metric["value"] for name, metric in known.items()}
     said = []
-    if KEPT in known:
-        said.append(f"Of the plain questions that its parent answers, it answers **{100 * known[KEPT]:.0f} %**.")
-    elif ANSWERED in known:
-        said.append(f"It answers **{100 * known[ANSWERED]:.0f} %** of the plain questions.")
-    if AGREEMENT in known:
-        said.append(f"On **{100 * known[AGREEMENT]:.0f} %** of the tokens of its parent's answers it chooses the same.")
+    if KEPT in value:
+        said.append(f"Of the plain questions that its parent answers, it answers **{100 * value[KEPT]:.0f} %**.")
+    elif ANSWERED in value:
+        said.append(f"It answers **{100 * value[ANSWERED]:.0f} %** of the plain questions.")
+    if AGREEMENT in value:
+        said.append(f"On **{100 * value[AGREEMENT]:.0f} %** of the tokens of its parent's answers it chooses the same.")
+    text = next((metric for name, metric in known.items() if name.startswith("perplexity (")), None)
+    if text and not said:
+        parent = "" if text["dense"] is None else f", its parent's {text['dense']:.4g}"
+        said.append(f"Its perplexity on text is **{text['value']:.4g}**{parent}.")
     return " ".join(said)
 
 
 def _rank(name: str, metric: dict[str, Any]) -> int:
-    """Return the rank of a figure in the table: answers, then other quality, then speed, then figures of the search."""
+    """Return the rank of a figure in the table: answers in the order of `CHAT`, text, speed, figures of the search."""
+    if name in CHAT:
+        return CHAT.index(name)
     if name.startswith("search_"):
-        return 3
-    if metric.get("machine") or metric.get("unit"):
-        return 2
-    return 0 if name in CHAT else 1
+        return len(CHAT) + 2
+    return len(CHAT) + bool(metric.get("machine") or metric.get("unit"))
 
 
 def figures() -> str:

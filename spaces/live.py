@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answers import UnavailableError, encode, fast_dtype, record, shown
+from engines import encode, fast_dtype
 from facts import header, lines, removed
+from shown import UnavailableError, record, shown
 
 SMALL = 400_000_000
 """Maximum number of parameters of a parent that is pruned live; for a larger one, `STAND_IN` is pruned."""

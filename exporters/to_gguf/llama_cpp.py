@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,11 @@ class LlamaCpp:
         require("xllamacpp", "gguf")
         import xllamacpp
 
+        self.threads = threads or machine.threads()
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
         parameters.n_ctx, parameters.n_parallel = context, 1
-        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads or machine.threads()
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = self.threads
         parameters.cache_prompt, parameters.cache_ram_mib = False, 0
         parameters.verbosity = -1
         parameters.endpoint_metrics = True
@@ -81,8 +82,35 @@ class LlamaCpp:
         Returns:
             llama.cpp's reply: `choices`, and `timings` (`prompt_ms`, `predicted_ms`, `predicted_n`, …).
         """
-        request = {"prompt": list(prompt), "n_predict": new_tokens, "samplers": ["top_k"], "top_k": 1}
-        return dict(self._server.handle_completions({**request, "cache_prompt": False, **options}))
+        return dict(self._server.handle_completions(_greedy(prompt, new_tokens, **options)))
+
+    def stream(self, prompt: Sequence[int], new_tokens: int, told: Callable[[str, int], bool]) -> None:
+        """Generate greedy tokens after a prompt, and hand them to a callback one by one.
+
+        Args:
+            prompt: Token ids of the prompt.
+            new_tokens: Number of new tokens; an end-of-text token stops earlier.
+            told: Callback with each piece of text and the number of tokens so far; it returns whether to stop. A piece
+                that ends within a character waits for the next token. What it raises stops the tokens and is raised.
+
+        Raises:
+            ModelError: llama.cpp refuses the request or fails.
+        """
+        failed: list[Exception] = []
+
+        def receive(reply: dict[str, Any]) -> bool:
+            try:
+                if "choices" not in reply:
+                    said = reply.get("error", reply).get("message", "it does not say why")
+                    raise ModelError(f"llama.cpp does not run the model: {said}.")
+                return told(reply["choices"][0]["text"], reply["timings"]["predicted_n"])
+            except Exception as error:  # xllamacpp would drop it
+                failed.append(error)
+                return True
+
+        self._server.handle_completions(_greedy(prompt, new_tokens, stream=True, timings_per_token=True), receive)
+        if failed:
+            raise failed[0]
 
     def likeliest(self, ids: Sequence[int]) -> dict[int, float]:
         """Return the log-probabilities of the likeliest next tokens.
@@ -108,6 +136,12 @@ class LlamaCpp:
         )
         with urllib.request.urlopen(request, timeout=60) as reply:
             return list(json.load(reply)["tokens"])
+
+
+def _greedy(prompt: Sequence[int], new_tokens: int, **options: Any) -> dict[str, Any]:
+    """Return a completion request for the likeliest tokens after a prompt."""
+    request = {"prompt": list(prompt), "n_predict": new_tokens, "samplers": ["top_k"], "top_k": 1}
+    return {**request, "cache_prompt": False, **options}
 
 
 @dataclass(frozen=True)

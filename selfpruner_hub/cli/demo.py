@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -18,11 +19,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from exporters.benchmark.latency import CausalLMRunner, interleaved, timing
 from exporters.benchmark.meter import RuntimeMeter
 from selfpruner_hub.calibration.generated_text import sample_windows
-from selfpruner_hub.errors import MissingExtraError, ModelError, SelfPrunerError
+from selfpruner_hub.errors import MissingExtraError, ModelError, SavedModelError, SelfPrunerError
 from selfpruner_hub.evaluation.chat import ChatMeasure
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.evaluation.questions import replies
+from selfpruner_hub.hub.bundle import check_export
 from selfpruner_hub.hub.plots import plot_search
+from selfpruner_hub.hub.space import gguf_of
 from selfpruner_hub.models.loading import resolve_directory
 from selfpruner_hub.models.weights import count_parameters
 from selfpruner_hub.plans.target import Target
@@ -120,7 +123,7 @@ def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = N
 
 
 def open_space(directory: str) -> None:
-    """Run the app of the Space with a saved model on this machine.
+    """Run the app of the Space with a saved model on this machine, in llama.cpp if it was exported to `DIR/gguf`.
 
     Args:
         directory: Directory of a saved model, or its Hub repository.
@@ -132,10 +135,14 @@ def open_space(directory: str) -> None:
     """
     if importlib.util.find_spec("gradio") is None:
         raise MissingExtraError("gradio", "space")
-    read_record(resolve_directory(directory))
-    name = str(Path(directory).resolve()) if Path(directory).is_dir() else directory
+    record, local = read_record(resolve_directory(directory)), Path(directory).resolve()
+    variables = {"PRUNED_MODEL": str(local) if local.is_dir() else directory}
+    with contextlib.suppress(SavedModelError):  # no export of this model
+        check_export(local, "gguf", record)
+        if (path := gguf_of(file.relative_to(local).as_posix() for file in local.glob("gguf/*"))) is not None:
+            variables["PRUNED_GGUF"] = path
     app = [sys.executable, str(asset("spaces") / "app.py")]  # in a separate process, as in a Space
-    if subprocess.run(app, env={**os.environ, "PRUNED_MODEL": name}, check=False).returncode:
+    if subprocess.run(app, env={**os.environ, **variables}, check=False).returncode:
         raise SelfPrunerError("The demo stopped with an error.", "What it said stands above.")
 
 

@@ -6,38 +6,25 @@ repeated: large files that arrived are not sent again, and a repository that is 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from huggingface_hub import HfApi
 
-from selfpruner_hub.errors import HubError, SelfPrunerError, UserError
+from selfpruner_hub.errors import SelfPrunerError, UserError
 from selfpruner_hub.hub.bundle import CARD, ONNX, Bundle, collect, is_ours
 from selfpruner_hub.hub.card import render_card, render_onnx_card
 from selfpruner_hub.hub.privacy import check_private
-from selfpruner_hub.hub.space import DENSE, VENDORED, space_files, static_files
-from selfpruner_hub.models.hub_errors import explain_hub, may_have_committed, pause
+from selfpruner_hub.hub.repository import Changes, Repository, Tree, same_content
+from selfpruner_hub.hub.space import DENSE, VENDORED, gguf_of, space_files, static_files
 from selfpruner_hub.storage.layout import EXPORTS
 
 GRAPHS = "-ONNX"
 """Ending of the name of the repository with a model's graphs, as in the Hub's onnx-community."""
 SPACES = GRADIO, STATIC = ("gradio", "static")
 """Kinds of Spaces: an app on the Hub's machine, or a page that runs in the visitor's browser."""
-PAUSES = (2.0, 8.0)
-"""Pauses before the second and the third try, in seconds: the Hub's client retries uploads itself, but not commits."""
-Tree = dict[str, RepoFile]
-"""Files of a repository, by path."""
-Changes = tuple[dict[str, Path | bytes], list[str]]
-"""Files to write, by path, and paths of files to delete."""
-Message = tuple[str, str | None]
-"""Message of a commit, one line, and the text below it."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -131,12 +118,13 @@ def publish(
     )
 
     api = HfApi(token=token, library_name="selfpruner-hub")
-    model = _Repository(api, repo_id, "model", revision)
+    model = Repository(api, repo_id, "model", revision)
     model.create(private)
     message = (commit_message or "Publish the pruned model", commit_description)
-    published = model.commit(lambda tree: _model_changes(bundle, model, tree), message, create_pr)
+    done = model.commit(lambda tree: _model_changes(bundle, model, tree), message, create_pr)
+    published = Published(*done)
     if bundle.graphs and not create_pr:
-        graphs = _Repository(api, f"{model.repo_id}{GRAPHS}", "model", revision)
+        graphs = Repository(api, f"{model.repo_id}{GRAPHS}", "model", revision)
         with _after("its ONNX graphs are"):
             graphs.create(private)
             done = graphs.commit(
@@ -145,11 +133,11 @@ def publish(
         published = replace(published, graphs=done.url)
     if space:
         if space == STATIC:
-            demo = _Repository(api, f"{model.repo_id}-browser", "space")
+            demo = Repository(api, f"{model.repo_id}-browser", "space")
             files = static_files(bundle.record, graphs.repo_id, api.endpoint, revision)
         else:
-            demo = _Repository(api, f"{model.repo_id}-demo", "space")
-            files = space_files(bundle.record, model.repo_id, revision)
+            demo = Repository(api, f"{model.repo_id}-demo", "space")
+            files = space_files(bundle.record, model.repo_id, revision, gguf_of(model.content))
         with _after("its Space is"):
             demo.create(private, STATIC if space == STATIC else GRADIO)
             done = demo.commit(
@@ -168,7 +156,7 @@ def _after(what: str) -> Iterator[None]:
         raise type(error)(f"The model is published, {what} not: {error.message}", error.hint) from error
 
 
-def _graph_changes(bundle: Bundle, repo: _Repository, model: _Repository, tree: Tree) -> Changes:
+def _graph_changes(bundle: Bundle, repo: Repository, model: Repository, tree: Tree) -> Changes:
     """Return the changes that make a repository hold the graphs of this model, and no files of an earlier one."""
     card = render_onnx_card(
         bundle.record,
@@ -183,13 +171,13 @@ def _graph_changes(bundle: Bundle, repo: _Repository, model: _Repository, tree: 
     return files, [name for name in tree if is_ours(name) and name not in files]
 
 
-def _model_changes(bundle: Bundle, repo: _Repository, tree: Tree) -> Changes:
+def _model_changes(bundle: Bundle, repo: Repository, tree: Tree) -> Changes:
     """Return the changes that make a repository hold this model, and no files of an earlier one.
 
     Exports that only the repository has are kept if they were made from the same weights.
     """
     kept = [name for name in EXPORTS if name not in bundle.exports and _in([name], tree)]
-    if kept and not all(name in tree and _same(path, tree[name]) for name, path in bundle.weights.items()):
+    if kept and not all(name in tree and same_content(path, tree[name]) for name, path in bundle.weights.items()):
         kept = []
     exports = [name for name in EXPORTS if name in (*bundle.exports, *kept)]
     card = render_card(
@@ -209,89 +197,3 @@ def _model_changes(bundle: Bundle, repo: _Repository, tree: Tree) -> Changes:
 def _in(folders: Sequence[str], tree: Tree) -> list[str]:
     """Return the paths of a repository that are in one of the given folders."""
     return [name for name in tree if "/" in name and name.partition("/")[0] in folders]
-
-
-def _same(path: Path, there: RepoFile) -> bool:
-    """Return whether a file equals that of the repository, by the hash that the Hub stores."""
-    if there.lfs is None:
-        return git_hash(path.read_bytes()) == there.blob_id
-    with path.open("rb") as file:
-        return sha_fileobj(file).hex() == there.lfs.sha256
-
-
-class _Repository:
-    """A Hub repository to write to: temporary failures are retried, others raise one of this package's errors."""
-
-    def __init__(self, api: HfApi, repo_id: str, kind: str, revision: str | None = None) -> None:
-        self._api = api
-        self.repo_id = repo_id
-        self.kind = kind
-        self.revision = revision
-
-    def create(self, private: bool | None, sdk: str | None = None) -> None:
-        """Create the repository if missing; a Space with its SDK."""
-        self.repo_id = self._patiently(
-            lambda: (
-                self._api.create_repo(
-                    self.repo_id, repo_type=self.kind, private=private, space_sdk=sdk, exist_ok=True
-                ).repo_id
-            )
-        )
-
-    def commit(self, changes: Callable[[Tree], Changes], message: Message, create_pr: bool = False) -> Published:
-        """Commit the changes to the current content, if there are any; the branch is created if missing."""
-        branch = self.revision
-        if branch and not create_pr and not branch.startswith("refs/"):
-            self._patiently(lambda: self._create_branch(branch))
-        return self._patiently(lambda: self._commit(changes, message, create_pr), once=create_pr)
-
-    def _create_branch(self, branch: str) -> None:
-        self._api.create_branch(self.repo_id, branch=branch, repo_type=self.kind, exist_ok=True)
-
-    def _commit(self, changes: Callable[[Tree], Changes], message: Message, create_pr: bool) -> Published:
-        head = self._api.repo_info(self.repo_id, repo_type=self.kind, revision=self.revision).sha
-        listed = self._api.list_repo_tree(self.repo_id, repo_type=self.kind, revision=head, recursive=True)
-        files, stale = changes({entry.path: entry for entry in listed if isinstance(entry, RepoFile)})
-        done = self._api.create_commit(
-            self.repo_id,
-            [
-                *(CommitOperationAdd(name, source) for name, source in sorted(files.items())),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            repo_type=self.kind,
-            revision=self.revision,
-            commit_message=message[0],
-            commit_description=message[1],
-            create_pr=create_pr,
-            parent_commit=head,  # fails if the repository has changed since it was listed
-        )
-        prefix = "spaces/" if self.kind == "space" else ""
-        url = done.pr_url or f"{self._api.endpoint}/{prefix}{self.repo_id}"
-        return Published(url, done.oid, done.oid != head)
-
-    def _patiently(self, call: Callable[[], T], once: bool = False) -> T:
-        """Call, and retry after temporary failures; with `once`, not where the first call may have succeeded."""
-        with self._explained(once):
-            for wait in PAUSES:
-                try:
-                    return call()
-                except Exception as error:  # the Hub's client raises many kinds
-                    asked = pause(error)
-                    if asked is None or (once and may_have_committed(error)):
-                        raise
-                time.sleep(max(wait, asked))
-            return call()
-
-    @contextmanager
-    def _explained(self, once: bool) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if once and may_have_committed(error):
-                raise HubError(
-                    "The Hub failed, or the connection dropped, while a pull request was opened.",
-                    "See whether it is there before you repeat.",
-                ) from error
-            if told := explain_hub(error, self.repo_id):
-                raise told from error
-            raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,37 @@ VENDORED = ("selfpruner_hub", "exporters")
 """Packages that are copied into a Space. Its `requirements.txt` cannot name this package before it is on an index: a
 requirement that pip does not find stops the build of the Space."""
 SETTINGS = "model.json"
-"""Name of the file that the app reads: the model, its revision and its dense parent."""
+"""Name of the file that the app reads: the model, its revision, its dense parent and its GGUF file."""
+REQUIREMENTS = "requirements.txt"
+LLAMA_CPP = "xllamacpp>=2026.10"
+"""Requirement of a Space that runs a GGUF file: that of this package's extra `gguf`."""
 DENSE = "dense"
 """Folder, beside a model's graphs, of the graphs of its dense parent, which a static Space compares it with."""
 _CARRIED = ("*.py", "templates/*.txt")
 
 
-def space_files(record: Record, repo_id: str, revision: str | None = None) -> dict[str, Path | bytes]:
+def gguf_of(names: Iterable[str]) -> str | None:
+    """Choose the GGUF file that a demo runs: with several dtypes the first by name, which is a float's.
+
+    Args:
+        names: Paths of the files in the model's directory or repository.
+
+    Returns:
+        Path of the file; None where there is none.
+    """
+    return min((name for name in names if fnmatch(name, "gguf/model-*.gguf")), default=None)
+
+
+def space_files(
+    record: Record, repo_id: str, revision: str | None = None, gguf: str | None = None
+) -> dict[str, Path | bytes]:
     """Collect the files of a Space that shows one published model.
 
     Args:
         record: Record of the model.
         repo_id: Hub repository of the model.
         revision: Branch of the model; None is the main branch.
+        gguf: Path of the model's GGUF file in its repository, which the Space then runs; None runs PyTorch.
 
     Returns:
         Files by their path in the Space.
@@ -38,6 +58,9 @@ def space_files(record: Record, repo_id: str, revision: str | None = None) -> di
     app = asset("spaces")
     files: dict[str, Path | bytes] = {path.name: path for path in app.iterdir() if path.suffix in (".py", ".txt")}
     settings = {"pruned": repo_id, "revision": revision, "dense": record.base_model}
+    if gguf is not None:
+        settings["gguf"] = gguf
+        files[REQUIREMENTS] = f"{(app / REQUIREMENTS).read_text(encoding='utf-8').rstrip()}\n{LLAMA_CPP}\n".encode()
     files[SETTINGS] = f"{json.dumps(settings, indent=2)}\n".encode()
     files["README.md"] = _front_page(app / "README.md", record, repo_id).encode()
     for name in VENDORED:

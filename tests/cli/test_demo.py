@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from subprocess import CompletedProcess
 
 import pytest
 from support.chatting import TEMPLATE
@@ -13,6 +14,8 @@ from support.trained import VOCABULARY, trained_tokenizer
 from selfpruner_hub.cli import demo
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE
 
 
 @pytest.fixture
@@ -63,3 +66,22 @@ def test_what_it_keeps(said, tmp_path):
     report = PrunedModel.from_pretrained(tmp_path / "kept").report
     assert report.beta == 0.4
     assert report.data["calibration"]["name"] == "chat and self"
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_model_that_was_exported_to_gguf_is_opened_in_llama_cpp(other, saved_models, saved_model, monkeypatch):
+    """Not the file of another model, which an earlier one may have left there."""
+    record = ExportRecord("gguf", {"dtype": "f16"}, {}, {}, 0.1, 0.0, "", "")
+    (saved_model / "gguf").mkdir()
+    (saved_model / "gguf" / EXPORT_RECORD_FILE).write_text(record.to_json())
+    (saved_model / "gguf" / "model-f16.gguf").touch()
+    made_from = saved_models / ("second" if other else "first") / MODEL_RECORD_FILE
+    (saved_model / "gguf" / MODEL_RECORD_FILE).write_text(made_from.read_text())
+    monkeypatch.delenv("PRUNED_GGUF", raising=False)
+    started = []
+    monkeypatch.setattr(demo.subprocess, "run", lambda app, env, check: started.append(env) or CompletedProcess(app, 0))
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: object())
+    demo.open_space(str(saved_model))
+    (environment,) = started
+    assert environment["PRUNED_MODEL"] == str(saved_model)
+    assert environment.get("PRUNED_GGUF") == (None if other else "gguf/model-f16.gguf")

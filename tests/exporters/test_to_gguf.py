@@ -253,6 +253,41 @@ def test_a_model_is_given_out_once_its_thread_answers(tmp_path, monkeypatch):
     assert called == [True, "handle_metrics"]
 
 
+@pytest.fixture
+def loaded(tmp_path):
+    write(built(tiny_pruned, "llama"), trained_tokenizer(), tmp_path)
+    return LlamaCpp(tmp_path / "model-f16.gguf", 64)
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(loaded):
+    whole = loaded.complete([5, 6, 7], 12, ignore_eos=False)
+    pieces = []
+    loaded.stream([5, 6, 7], 12, lambda *piece: pieces.append(piece))
+    assert "".join(text for text, _ in pieces) == whole["choices"][0]["text"]
+    counts = [count for _, count in pieces]
+    assert counts[-1] == whole["timings"]["predicted_n"]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 3
+
+
+def test_a_stream_ends_when_it_is_told_to(loaded):
+    pieces = []
+    loaded.stream([5, 6, 7], 40, lambda *piece: pieces.append(piece) or len(pieces) == 3)
+    assert len(pieces) == 3
+    loaded.stream([5, 6, 7], 4, lambda *piece: pieces.append(piece))  # and another begins
+    assert len(pieces) > 3
+
+
+def test_what_the_callback_raises_is_raised(loaded):
+    with pytest.raises(ZeroDivisionError):
+        loaded.stream([5, 6, 7], 12, lambda *piece: 1 / 0)
+
+
+def test_what_llama_cpp_refuses_is_one_line(loaded):
+    with pytest.raises(ModelError, match=r"llama\.cpp does not run the model: .*context"):
+        loaded.stream([5] * 300, 12, lambda *piece: False)
+
+
 def test_a_truncated_file_is_one_line(tmp_path):
     """In a process of its own: llama.cpp is C++, and could take the test session with it."""
     write(built(tiny_pruned, "llama"), trained_tokenizer(), tmp_path)

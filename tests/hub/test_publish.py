@@ -7,12 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from support.hub_client import environment
 
 from exporters.export import FORMATS
-from selfpruner_hub.storage.layout import EXPORTS
+from selfpruner_hub.hub.space import LLAMA_CPP
+from selfpruner_hub.storage.layout import EXPORTS, asset
 from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.heavy
@@ -139,6 +142,31 @@ def test_a_space_with_its_files(push, hub, saved_model, repo_name, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("space") or str(tmp_path / "space") in done.stdout
+
+
+def test_a_space_runs_the_gguf_file_of_its_model(push, hub, saved_models, saved_model, repo_name):
+    """As long as the repository has one of these weights, pushed now or before."""
+
+    def shown():
+        files = hub.files(f"{repo_name}-demo", "space")
+        return json.loads(files["model.json"]).get("gguf"), files["requirements.txt"].decode()
+
+    plain = (asset("spaces") / "requirements.txt").read_text()
+    push(saved_model, repo_name, "--space")
+    assert shown() == (None, plain)
+    repo = hub.repo(repo_name)
+    names = ("gguf/model-q8_0.gguf", "gguf/model-f16.gguf", "gguf/Modelfile")
+    by_hand = {name: hub.put(name.encode(), True) for name in names}
+    repo.commit("main", {**repo.commits[repo.refs["main"]], **by_hand}, "By hand")
+    push(saved_model, repo_name, "--space")
+    assert shown() == ("gguf/model-f16.gguf", f"{plain}{LLAMA_CPP}\n")
+    push(saved_models / "second", repo_name, "--space")
+    assert shown() == (None, plain)
+
+
+def test_a_space_requires_the_llama_cpp_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["optional-dependencies"]["gguf"] == [LLAMA_CPP]
 
 
 def test_reloaded_by_its_name_in_a_fresh_process(push, hub, saved_models, repo_name, tmp_path):

@@ -1,12 +1,37 @@
-"""The browser that the tests of pages share."""
+"""The app on tiny models, and the browser that the tests of pages share."""
 
+import importlib
 import shutil
+import sys
 
 import pytest
+from support.tiny import save_tiny
 
+from selfpruner_hub.storage.layout import asset
+
+MODULES = [path.stem for path in asset("spaces").glob("*.py")]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += [f"--disable-{what}" for what in ("background-networking", "component-update", "sync")]
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("space") / "dense")
+
+
+@pytest.fixture
+def space(saved_models, dense, monkeypatch):
+    """Import the Space's modules anew, for the model `first`; gives back one by its name."""
+    pytest.importorskip("gradio", reason='needs pip install -e ".[space]"')
+    monkeypatch.setenv("PRUNED_MODEL", str(saved_models / "first"))
+    monkeypatch.setenv("DENSE_MODEL", str(dense))
+    monkeypatch.syspath_prepend(str(asset("spaces")))
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in MODULES:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import re
@@ -11,12 +10,12 @@ import threading
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from support.hub_server import check_yaml
-from support.tiny import save_tiny
 
 from selfpruner_hub.hub.space import VENDORED, space_files
 from selfpruner_hub.plans.plan import ModelShape, Plan
@@ -25,26 +24,7 @@ from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.heavy
-MODULES = ("app", "answers", "facts", "live")
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return save_tiny("llama", tmp_path_factory.mktemp("space") / "dense")
-
-
-@pytest.fixture
-def space(saved_models, dense, monkeypatch):
-    """Import the Space's modules anew, for the model `first`; gives back one by its name."""
-    pytest.importorskip("gradio", reason='needs pip install -e ".[space]"')
-    monkeypatch.setenv("PRUNED_MODEL", str(saved_models / "first"))
-    monkeypatch.setenv("DENSE_MODEL", str(dense))
-    monkeypatch.syspath_prepend(str(asset("spaces")))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module
-    for name in MODULES:
-        sys.modules.pop(name, None)
+MODULES = [path.stem for path in asset("spaces").glob("*.py")]
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -54,7 +34,8 @@ def space(saved_models, dense, monkeypatch):
 def test_an_answer_streams_and_is_counted(which, space):
     answers = space("answers")
     seen = [(a.text, a.tokens, a.done) for a in answers.answer(which, "a b c d", 12)]
-    model, tokenizer = answers.load(which)
+    engine = answers.load(which)
+    model, tokenizer = engine.model, engine.tokenizer
     inputs = tokenizer("a b c d", return_tensors="pt")
     expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     text, tokens, done = seen[-1]
@@ -67,18 +48,30 @@ def test_speed_is_that_of_the_tokens_after_the_first(space):
     answer = space("answers").Answer("text", tokens=11, first=0.5, seconds=2.5)
     assert answer.rate == 5.0
     assert answer.took() == "**5.0** tokens/s · first token after **0.50 s** · 11 tokens"
+    answer.runtime = "llama.cpp, f16, 2 threads"
+    assert answer.took().endswith(" · 11 tokens · llama.cpp, f16, 2 threads")
     assert space("answers").Answer(tokens=1, first=0.5, seconds=0.5).rate is None
 
 
 def test_a_visitor_who_leaves_stops_the_model(space):
-    answers = space("answers")
+    answers, counts = space("answers"), []
+    model = answers.load("pruned").model
+    model.register_forward_hook(lambda *_: counts.append(1))
     stream = answers.answer("pruned", "a b c d", 100)
     next(stream)
-    answer = next(stream)
+    next(stream)
     stream.close()  # joins the thread that writes
-    written = answer.tokens
-    assert written < 100
-    assert answer.tokens == written
+    written = len(counts)
+    assert 0 < written < 100
+    time.sleep(0.1)
+    assert len(counts) == written
+
+
+def test_an_answer_that_takes_too_long_ends(space, monkeypatch):
+    answers, clock = space("answers"), itertools.count(0, 50)
+    monkeypatch.setattr(answers, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    *_, last = answers.answer("pruned", "a b c d", 100)
+    assert 2 <= last.tokens <= 3  # the second came after 100 s; transformers is a token ahead of what it streams
 
 
 def test_a_prompt_that_the_model_cannot_read(space):
@@ -101,10 +94,10 @@ def test_a_missing_parent(space, monkeypatch):
 
 
 def test_a_model_that_is_too_large(space, monkeypatch):
-    answers = space("answers")
-    monkeypatch.setattr(answers, "_memory_left", lambda: 50_000.0)
-    with pytest.raises(answers.UnavailableError, match="The dense model is too large for this machine"):
-        answers.load("dense")
+    engines = space("engines")
+    monkeypatch.setattr(engines, "_memory_left", lambda: 50_000.0)
+    with pytest.raises(engines.UnavailableError, match="The dense model is too large for this machine"):
+        engines.load("dense")
 
 
 def test_no_path_of_the_machine_is_told(space, saved_model, monkeypatch):
@@ -118,8 +111,7 @@ def test_no_path_of_the_machine_is_told(space, saved_model, monkeypatch):
 
 def test_a_model_that_fails_while_it_writes(space, monkeypatch):
     answers = space("answers")
-    model, _ = answers.load("pruned")
-    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    monkeypatch.setattr(answers.load("pruned").model, "generate", lambda **_: 1 / 0)
     with pytest.raises(answers.UnavailableError, match=r"The pruned model failed \(ZeroDivisionError\)"):
         list(answers.answer("pruned", "abc", 8))
 
@@ -178,6 +170,7 @@ def test_figures_are_those_of_the_record(space, saved_model, monkeypatch):
         },
         "prefill": {"value": 7.5, "dense": None, "protocol": "6 runs", "unit": "ms"},
         "agreement (conversations)": {"value": 0.814, "dense": 0.99, "protocol": "16 conversations"},
+        "KL (conversations)": {"value": 0.4, "dense": 0.0, "protocol": "16 conversations"},
         "plain questions kept": {"value": 0.71, "dense": None, "protocol": "150 questions"},
         **record["metrics"],
     }
@@ -188,13 +181,25 @@ def test_figures_are_those_of_the_record(space, saved_model, monkeypatch):
     assert "| perplexity | 10.25 | 12.5 |" in said
     assert "| prefill | – | 7.5 ms |" in said
     assert "* **perplexity**: 44 windows; wikitext; 2026-11-05." in said
-    names = ("agreement (conv", "plain questions kept", "perplexity", "prefill", "search fitness", "search logit scale")
+    names = ("plain questions kept", "agreement (conv", "KL (conv", "perplexity", "prefill")
+    names += ("search fitness", "search logit scale")
     places = [said.index(f"| {name}") for name in names]
     assert places == sorted(places)  # answers, other quality, speed, figures of the search
-    assert space("facts").answered() == (
+    assert space("facts").quality() == (
         "Of the plain questions that its parent answers, it answers **71 %**. "
         "On **81 %** of the tokens of its parent's answers it chooses the same."
     )
+    told = space("facts").title()[1]
+    places = [told.index(said) for said in ("without retraining", "Of the plain questions", "A search found")]
+    assert places == sorted(places)
+
+
+def test_quality_is_that_of_text_where_no_answers_were_measured(space, saved_model, monkeypatch):
+    record = json.loads((saved_model / "selfpruner.json").read_text())
+    record["metrics"]["perplexity (512)"] = {"value": 12.53, "dense": 10.25, "protocol": "44 windows"}
+    (saved_model / "selfpruner.json").write_text(json.dumps(record))
+    monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
+    assert space("facts").quality() == "Its perplexity on text is **12.53**, its parent's 10.25."
 
 
 def test_who_searched_is_told_as_it_was(space, saved_model, monkeypatch):
@@ -205,6 +210,14 @@ def test_who_searched_is_told_as_it_was(space, saved_model, monkeypatch):
     for name in MODULES:
         sys.modules.pop(name, None)
     assert "The model itself proposed" in space("facts").title()[1]
+
+
+def test_training_after_pruning_is_told(space, saved_model, monkeypatch):
+    record = json.loads((saved_model / "selfpruner.json").read_text())
+    record["method"]["training"] = "LoRA, 100 steps"
+    (saved_model / "selfpruner.json").write_text(json.dumps(record))
+    monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
+    assert "of its layers' weights and was then trained (LoRA, 100 steps). " in space("facts").title()[1]
 
 
 # -- live -------------------------------------------------------------------------------------------------------------
@@ -300,7 +313,7 @@ def test_an_answer_has_at_least_one_token(tokens, space):
 def test_one_token_is_an_answer_and_more_than_the_most_are_cut(space, monkeypatch):
     monkeypatch.setattr(space("answers"), "MOST_TOKENS", 12)
     for asked, written in ((1, 1), (100_000, 12)):
-        assert list(space("app").compare("abc", asked))[-1][1].endswith(f" · {written} tokens")
+        assert list(space("app").compare("abc", asked))[-1][1].count(f" · {written} tokens · PyTorch, ") == 1
 
 
 def test_what_a_visitor_types_is_told_to_nobody(space, capfd, caplog, tmp_path, monkeypatch):
@@ -384,7 +397,7 @@ def visited(space, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     app, answers = space("app"), space("answers")
     writer = Writer(answers)
-    monkeypatch.setattr(answers, "load", lambda which: None)
+    monkeypatch.setattr(space("engines"), "load", lambda which: None)
     monkeypatch.setattr(answers, "answer", writer)
     page = app.build()
     _, url, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_error=False)

@@ -6,6 +6,7 @@ SCREENSHOTS=directory keeps pictures of every step, to be looked at.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,8 +18,12 @@ from pathlib import Path
 
 import pytest
 from support.space_load import visit
+from support.tiny import tiny_model, tiny_tokenizer
+from support.trained import VOCABULARY, trained_tokenizer
 from transformers import GenerationConfig
 
+from exporters.export import export
+from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.slow
@@ -75,14 +80,16 @@ class Served:
             self.process.wait()
 
 
-def serve(pruner, home, **settings):
-    """Save a model and its pruned copy, and open the page on them."""
+def serve(pruner, home, gguf="", **settings):
+    """Save a model and its pruned copy, which is exported to GGUF if a dtype is given, and open the page on them."""
     pruner.model.save_pretrained(home / "dense")
     pruner.tokenizer.save_pretrained(home / "dense")
     pruned = pruner.prune(0.3, data="self", proposer="evolution", progress=False, **settings)
     pruned.save_pretrained(home / "pruned")
     for name in ("dense", "pruned"):
         GenerationConfig.from_pretrained(home / name, min_new_tokens=SHORTEST).save_pretrained(home / name)
+    if gguf:
+        export(home / "pruned", "gguf", home / "pruned" / "gguf", dtype=gguf)
     served = Served(home / "pruned", home / "dense", home)
     served.wait()
     return served
@@ -170,7 +177,7 @@ def test_both_answers_stream_one_after_the_other(visit_page):
         took = page.locator(f"#{name}-took").inner_text()
         assert "tokens/s" in took
         assert "first token after" in took
-        assert int(took.split("· ")[-1].split()[0]) <= 40
+        assert int(re.search(r"(\d+) tokens · PyTorch, \w+, \d threads?$", took)[1]) <= 40
 
 
 def test_the_length_of_the_answer(visit_page):
@@ -180,8 +187,8 @@ def test_the_length_of_the_answer(visit_page):
     number.press("Tab")
     page.get_by_label("Prompt").press("Shift+Enter")  # no mouse needed
     watch_answers(page)
-    assert page.locator("#pruned-took").inner_text().endswith(f" {SHORTEST} tokens")
-    assert page.locator("#dense-took").inner_text().endswith(f" {SHORTEST} tokens")
+    assert page.locator("#pruned-took").inner_text().count(f" {SHORTEST} tokens · PyTorch, ") == 1
+    assert page.locator("#dense-took").inner_text().count(f" {SHORTEST} tokens · PyTorch, ") == 1
 
 
 def test_an_example_fills_the_prompt(visit_page):
@@ -283,16 +290,40 @@ def test_what_a_visitor_types_is_kept_nowhere(served, visit_page):
     assert "Traceback" not in served.log.read_text()
 
 
+TINY = {"window": 32, "calibration_tokens": 256, "fitness_tokens": 64, "evaluations": 0}
+"""Settings of the pruning of a tiny model."""
+
+
+def test_a_gguf_file_answers_in_llama_cpp(browser, tmp_path):
+    """The parent too, which the page converts itself."""
+    pytest.importorskip("gradio", reason='needs pip install -e ".[space]"')
+    pytest.importorskip("xllamacpp", reason='needs pip install -e ".[gguf]"')
+    pruner = AutoPruner(tiny_model("llama", vocab_size=VOCABULARY), trained_tokenizer(), "tests/llama")
+    served = serve(pruner, tmp_path, gguf="f16", **TINY)
+    context = browser.new_context()
+    try:
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.goto(served.url)
+        page.get_by_label("number input for Longest answer, in tokens").fill("64")
+        page.get_by_label("Prompt").fill("The quick brown fox")
+        page.get_by_label("Prompt").press("Shift+Enter")
+        lengths = watch_answers(page)
+        picture(page, "llama.cpp")
+        for name, seen in zip(("pruned", "dense"), zip(*lengths, strict=True), strict=True):
+            took = page.locator(f"#{name}-took").inner_text()
+            assert re.fullmatch(r"[\d.]+ tokens/s · first .* · \d+ tokens · llama\.cpp, f16, \d+ threads?", took)
+            assert max(seen) > 0
+        assert "PyTorch" not in page.locator("#verdict").inner_text()
+    finally:
+        context.close()
+        served.stop()
+
+
 def test_ten_visitors_at_once(tmp_path):
     """A short one, on a tiny model; `python tests/support/space_load.py` does the same for as long as one likes."""
     pytest.importorskip("gradio_client", reason='needs pip install -e ".[space]"')
-    from support.tiny import tiny_model, tiny_tokenizer
-
-    from selfpruner_hub.pruner import AutoPruner
-
-    pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
-    small = {"window": 32, "calibration_tokens": 256, "fitness_tokens": 64, "evaluations": 0}
-    served = serve(pruner, tmp_path, **small)
+    served = serve(AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama"), tmp_path, **TINY)
     try:
         visit(served.url, served.process.pid, users=10, seconds=1, tokens=16)  # warms up
         load = visit(served.url, served.process.pid, users=10, seconds=8, tokens=16)

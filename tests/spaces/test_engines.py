@@ -1,0 +1,163 @@
+"""Which engine the Space runs: llama.cpp where a GGUF file was published, else PyTorch. Both write the same text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from support.tiny import save_tiny, tiny_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+
+from exporters.export import export
+from exporters.to_gguf.writer import write
+from selfpruner_hub.models.loading import load_model
+
+pytestmark = pytest.mark.heavy
+PROMPT = "a b c d"
+
+
+def with_a_merge():
+    """The tiny tokenizer with a merge in place of its last token: GGUF has no empty lists."""
+    state = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    vocabulary = {token: index for token, index in state["vocab"].items() if index != 127} | {"ab": 127}
+    tokenizer = Tokenizer(BPE(vocabulary, [("a", "b")], unk_token="<pad>"))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+
+
+@pytest.fixture(scope="module")
+def model(saved_models, dense, tmp_path_factory):
+    """The model `first` with a GGUF file in float32, which decides between near tokens as PyTorch does."""
+    pytest.importorskip("xllamacpp", reason='needs pip install -e ".[gguf]"')
+    directory = tmp_path_factory.mktemp("engines")
+    write(load_model(str(dense), device="cpu", dtype=torch.float32)[0], with_a_merge(), directory, dtype="f16")
+    model = shutil.copytree(saved_models / "first", directory / "model")
+    # The tokenizer knows ASCII alone, so it is not compared on other text.
+    export(model, "gguf", model / "gguf", dtype="f32", tokenizer_from=str(directory / "model-f16.gguf"))
+    return model
+
+
+@pytest.fixture
+def published(space, model, monkeypatch):
+    """The Space's modules, for that model."""
+    monkeypatch.setenv("PRUNED_MODEL", str(model))
+    monkeypatch.setenv("PRUNED_GGUF", "gguf/model-f32.gguf")
+    return space
+
+
+def test_both_engines_write_the_same_text(published, tmp_path, monkeypatch):
+    """The parent is converted once, and nothing is left of that."""
+    answers, engines = published("answers"), published("engines")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for which in ("pruned", "dense"):
+        seen = [(a.text, a.tokens, a.runtime, a.done) for a in answers.answer(which, PROMPT, 12)]
+        assert seen[-1][2:] == ("llama.cpp, f32, 1 thread", True)
+        assert len(seen) > 6  # a stream
+        pytorch, pieces = engines._in_pytorch(which), []
+        ids = engines.encode(pytorch.tokenizer, PROMPT)["input_ids"][0].tolist()
+        pytorch.write(ids, 12, lambda *piece: pieces.append(piece) or False)  # noqa: B023
+        assert seen[-1][:2] == ("".join(text for text, _ in pieces), 12)
+        assert pieces[-1][1] == 12
+    assert engines.why_pytorch() == ""
+    assert list(tmp_path.iterdir()) == []
+    (verdict,) = list(published("app").compare(PROMPT, 4))[-1][-1:]
+    assert "PyTorch" not in verdict
+
+
+@pytest.fixture
+def alone(published, monkeypatch):
+    """The same with the pruned model alone in llama.cpp, which saves the conversion of the parent."""
+    engines = published("engines")
+    engine = engines.LlamaCppEngine(engines.shown().file("gguf/model-f32.gguf"))
+    monkeypatch.setattr(engines, "_in_llama_cpp", lambda: ({"pruned": engine}, ""))
+    return published("answers"), engine
+
+
+def test_a_visitor_who_leaves_stops_llama_cpp(alone, monkeypatch):
+    (answers, engine), counts = alone, []
+    write = engine.write
+    watched = lambda told: lambda text, count: counts.append(count) or told(text, count)  # noqa: E731
+    monkeypatch.setattr(engine, "write", lambda ids, tokens, told: write(ids, tokens, watched(told)))
+    answer = answers.answer("pruned", PROMPT, 100)
+    next(answer)
+    next(answer)
+    answer.close()
+    assert 0 < counts[-1] < 100
+
+
+def test_the_prompt_and_the_answer_fit_into_the_context(alone):
+    answers, engine = alone
+    assert engine.longest == 128
+    *_, last = answers.answer("pruned", "a" * 120, 100)
+    assert last.tokens <= 8
+    with pytest.raises(answers.UnavailableError, match="longer than the model can read"):
+        list(answers.answer("pruned", "a" * 128, 8))
+
+
+def in_pytorch(space, why):
+    """Both models answer in PyTorch, and the page says why."""
+    *_, (pruned, took, dense, dense_took, verdict) = space("app").compare(PROMPT, 4)
+    assert pruned
+    assert dense
+    for said in (took, dense_took):
+        assert "PyTorch" in said
+    assert verdict.endswith(f" Both models run in PyTorch, not in llama.cpp. {why}")
+
+
+def test_without_xllamacpp(published, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    in_pytorch(published, "llama.cpp is not installed here.")
+
+
+@pytest.mark.parametrize("size", [0, 5000])
+def test_a_damaged_file(size, published, model, tmp_path, monkeypatch, caplog):
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    path = damaged / "gguf" / "model-f32.gguf"
+    path.write_bytes(path.read_bytes()[:size])
+    monkeypatch.setenv("PRUNED_MODEL", str(damaged))
+    in_pytorch(published, "The published GGUF file cannot be loaded.")
+    assert "llama.cpp is not used: " in caplog.text  # for the owner
+
+
+def test_a_file_that_is_not_there(published, monkeypatch):
+    monkeypatch.setenv("PRUNED_GGUF", "gguf/model-q8_0.gguf")
+    in_pytorch(published, "The published GGUF file cannot be loaded.")
+
+
+def test_a_parent_that_cannot_be_converted(published, tmp_path, monkeypatch):
+    monkeypatch.setenv("DENSE_MODEL", str(save_tiny("gemma", tmp_path / "gemma")))
+    in_pytorch(published, "The dense model cannot be converted to GGUF here.")
+
+
+def test_a_parent_that_is_too_large_to_convert(published, monkeypatch):
+    engines = published("engines")
+    needed = 4 * engines.record()["parameters"]["dense"] * engines._GROWTH
+    monkeypatch.setattr(engines, "_memory_left", lambda: needed - 1)
+    said = "For a conversion to GGUF, the dense model is too large for this machine: it needs about"
+    assert engines.why_pytorch().startswith(said)
+
+
+def test_a_gpu_keeps_pytorch(published, monkeypatch):
+    engines = published("engines")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert engines._in_llama_cpp() == ({}, "")
+
+
+def test_the_file_belongs_to_the_model_that_publishing_named(published, model, tmp_path, monkeypatch):
+    """A Space's `model.json` names model and file; where the environment names another model, the file is not its."""
+    shown = published("shown")
+    (tmp_path / "model.json").write_text('{"pruned": "me/first", "gguf": "gguf/model-f16.gguf"}')
+    monkeypatch.setattr(shown, "__file__", str(tmp_path / "shown.py"))
+    monkeypatch.delenv("PRUNED_GGUF")
+    assert shown.shown().gguf is None
+    shown.shown.cache_clear()
+    monkeypatch.delenv("PRUNED_MODEL")
+    assert (shown.shown().pruned, shown.shown().gguf) == ("me/first", "gguf/model-f16.gguf")
