@@ -126,7 +126,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _push(options: argparse.Namespace) -> None:
-    print(cli_publish.push(options))
+    text, note = cli_publish.push(options)
+    print(text)
+    if note:
+        print(f"selfpruner: {note}", file=sys.stderr)
 
 
 def _card(options: argparse.Namespace) -> None:

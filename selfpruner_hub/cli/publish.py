@@ -38,14 +38,14 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def push(options: argparse.Namespace) -> str:
+def push(options: argparse.Namespace) -> tuple[str, str]:
     """Make the requested exports, then publish a saved model.
 
     Args:
         options: Parsed command line.
 
     Returns:
-        Text to print: the addresses, or JSON.
+        Text to print: the addresses, or JSON. A line about what is not up to date beside it, or nothing.
 
     Raises:
         UserError: An option is wrong, a file holds a secret, or the Hub refuses.
@@ -69,10 +69,12 @@ def push(options: argparse.Namespace) -> str:
         create_pr=options.create_pr,
         space=options.space,
     )
+    stale = done.stale_graphs
+    note = f"{stale} holds ONNX graphs of an earlier model. Renew them by pushing with --with onnx." if stale else ""
     if options.json:
-        return json.dumps(asdict(done))
+        return json.dumps(asdict(done)), note
     where = done.url if done.changed else f"{done.url} (it was up to date)"
-    return "\n".join(filter(None, (where, done.graphs, done.space)))
+    return "\n".join(filter(None, (where, done.graphs, done.space))), note
 
 
 def add_card_arguments(parser: argparse.ArgumentParser) -> None:

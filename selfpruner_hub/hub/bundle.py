@@ -134,12 +134,17 @@ def check_export(directory: Path, name: str, record: Record) -> ExportRecord:
     """
     found = read_export(directory / name, name)
     made_from = read_record(directory / name)
-    if replace(made_from, metrics={}) != replace(record, metrics={}):  # later measurements change no weights
+    if not same_model(made_from, record):
         raise SavedModelError(
             f"{str(directory / name)!r} is an export of another model than {str(directory)!r} holds.",
             f"Delete it, then push with --with {name}.",
         )
     return found
+
+
+def same_model(one: Record, other: Record) -> bool:
+    """Return whether two records are of the same weights: later measurements change none."""
+    return replace(one, metrics={}) == replace(other, metrics={})
 
 
 def is_ours(name: str) -> bool:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from selfpruner_hub.errors import SelfPrunerError, UserError
-from selfpruner_hub.hub.bundle import CARD, ONNX, Bundle, collect, is_ours
+from selfpruner_hub.errors import SavedModelError, SelfPrunerError, UserError
+from selfpruner_hub.hub.bundle import CARD, ONNX, Bundle, collect, is_ours, same_model
 from selfpruner_hub.hub.card import render_card, render_onnx_card
 from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.hub.repository import Changes, Repository, Tree, same_content
 from selfpruner_hub.hub.space import DENSE, VENDORED, gguf_of, space_files, static_files
 from selfpruner_hub.storage.layout import EXPORTS
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 
 GRAPHS = "-ONNX"
 """Ending of the name of the repository with a model's graphs, as in the Hub's onnx-community."""
@@ -37,9 +38,11 @@ class Published:
     changed: bool
     """Whether a commit was made: False where the repository was up to date."""
     graphs: str | None = None
-    """Address of the graphs for ONNX Runtime GenAI and Transformers.js; None where there are none."""
+    """Address of the graphs for ONNX Runtime GenAI and Transformers.js; None where none were published."""
     space: str | None = None
     """Address of the demo Space; None where none was published."""
+    stale_graphs: str | None = None
+    """Repository that still holds graphs of an earlier model; None where there is none."""
 
 
 def check_request(*, space: bool | str, create_pr: bool, exports: Sequence[str] = ()) -> None:
@@ -120,11 +123,13 @@ def publish(
     api = HfApi(token=token, library_name="selfpruner-hub")
     model = Repository(api, repo_id, "model", revision)
     model.create(private)
+    graphs = Repository(api, f"{model.repo_id}{GRAPHS}", "model", revision)
+    there = True if bundle.graphs else _are_of(bundle.record, graphs)
+    linked = graphs.repo_id if there else ""
     message = (commit_message or "Publish the pruned model", commit_description)
-    done = model.commit(lambda tree: _model_changes(bundle, model, tree), message, create_pr)
-    published = Published(*done)
+    done = model.commit(lambda tree: _model_changes(bundle, model, tree, linked), message, create_pr)
+    published = Published(*done, stale_graphs=graphs.repo_id if there is False else None)
     if bundle.graphs and not create_pr:
-        graphs = Repository(api, f"{model.repo_id}{GRAPHS}", "model", revision)
         with _after("its ONNX graphs are"):
             graphs.create(private)
             done = graphs.commit(
@@ -156,6 +161,16 @@ def _after(what: str) -> Iterator[None]:
         raise type(error)(f"The model is published, {what} not: {error.message}", error.hint) from error
 
 
+def _are_of(record: Record, graphs: Repository) -> bool | None:
+    """Return whether the graphs on the Hub are of the model with this record; None where there are none of ours."""
+    if (found := graphs.read(MODEL_RECORD_FILE)) is None:
+        return None
+    try:
+        return same_model(read_record(found.parent), record)
+    except SavedModelError:
+        return False
+
+
 def _graph_changes(bundle: Bundle, repo: Repository, model: Repository, tree: Tree) -> Changes:
     """Return the changes that make a repository hold the graphs of this model, and no files of an earlier one."""
     card = render_onnx_card(
@@ -171,10 +186,11 @@ def _graph_changes(bundle: Bundle, repo: Repository, model: Repository, tree: Tr
     return files, [name for name in tree if is_ours(name) and name not in files]
 
 
-def _model_changes(bundle: Bundle, repo: Repository, tree: Tree) -> Changes:
+def _model_changes(bundle: Bundle, repo: Repository, tree: Tree, graphs: str) -> Changes:
     """Return the changes that make a repository hold this model, and no files of an earlier one.
 
-    Exports that only the repository has are kept if they were made from the same weights.
+    Exports that only the repository has are kept if they were made from the same weights. The card links to the
+    repository `graphs`, unless that is empty.
     """
     kept = [name for name in EXPORTS if name not in bundle.exports and _in([name], tree)]
     if kept and not all(name in tree and same_content(path, tree[name]) for name, path in bundle.weights.items()):
@@ -186,7 +202,7 @@ def _model_changes(bundle: Bundle, repo: Repository, tree: Tree) -> Changes:
         repo.revision,
         pictures=list(bundle.pictures),
         exports=exports,
-        graphs=f"{repo.repo_id}{GRAPHS}" if bundle.graphs else "",
+        graphs=graphs,
         chat=bundle.chat,
     )
     files: dict[str, Path | bytes] = {**bundle.files, **bundle.pictures, CARD: card.encode()}

@@ -14,7 +14,7 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.exporting import make_exports
 from selfpruner_hub.hub.bundle import collect
 from selfpruner_hub.hub.publish import publish
-from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
 
 pytestmark = pytest.mark.heavy
 GRAPHS = {f"onnx/model{suffix}.onnx{data}" for suffix in ("", "_fp16", "_quantized", "_q4") for data in ("", "_data")}
@@ -139,6 +139,82 @@ def test_an_export_in_another_layout_is_made_anew(model, monkeypatch):
     make_exports(model, ["onnx"])
     assert made == [(model, "onnx", model / "onnx", {"layout": "hub"})]
     assert not (model / "onnx").exists()
+
+
+# -- another model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handmade(saved_model):
+    """A saved model with graphs that take no time to make: publishing does not run them."""
+    folder = saved_model / "onnx"
+    (folder / "onnx").mkdir(parents=True)
+    (folder / EXPORT_RECORD_FILE).write_text(
+        ExportRecord("onnx", {"layout": "hub"}, {}, {}, 0.1, 0.0, "", "").to_json()
+    )
+    shutil.copy(saved_model / "selfpruner.json", folder)
+    for name in GRAPHS:
+        (folder / name).write_bytes(name.encode())
+    return saved_model
+
+
+def test_graphs_of_an_earlier_model_are_named_and_not_linked(handmade, saved_models, hub, push, repo_name):
+    """Nobody asked to delete another repository, and the card must not lead to graphs of other weights."""
+    push(handmade, repo_name)
+    before = hub.files(f"{repo_name}-ONNX")
+    hub.reset()
+    done = push(saved_models / "second", repo_name)
+    assert (done.status, done.out) == (0, f"{hub.url}/{repo_name}\n")
+    assert done.err == (
+        f"selfpruner: {repo_name}-ONNX holds ONNX graphs of an earlier model. Renew them by pushing with --with onnx.\n"
+    )
+    assert f"{repo_name}-ONNX" not in hub.files(repo_name)["README.md"].decode()
+    assert hub.files(f"{repo_name}-ONNX") == before
+    again = push(saved_models / "second", repo_name, "--json")
+    assert json.loads(again.out)["stale_graphs"] == f"{repo_name}-ONNX"
+    assert again.err == done.err
+
+
+def test_graphs_of_this_model_stay_linked(handmade, hub, push, repo_name):
+    """After they were deleted here, and after a measurement, which changes the record but no weights."""
+    push(handmade, repo_name)
+    shutil.rmtree(handmade / "onnx")
+    record = json.loads((handmade / "selfpruner.json").read_text())
+    record["metrics"]["perplexity"] = {"value": 12.5, "dense": 10.25, "protocol": "text.txt, 4 windows"}
+    (handmade / "selfpruner.json").write_text(json.dumps(record))
+    done = push(handmade, repo_name)
+    assert (done.out, done.err) == (f"{hub.url}/{repo_name}\n", "")
+    card = hub.files(repo_name)["README.md"].decode()
+    assert f"[{repo_name}-ONNX](https://huggingface.co/{repo_name}-ONNX)" in card
+    assert "| perplexity | 10.25 | 12.5 |" in card
+
+
+def test_graphs_of_another_branch_are_not_those_of_this_one(handmade, saved_models, hub, push, repo_name):
+    push(handmade, repo_name)
+    done = push(saved_models / "second", repo_name, "--revision", "trial")
+    assert (done.status, done.err) == (0, "")
+    assert f"{repo_name}-ONNX" not in hub.files(repo_name, revision="trial")["README.md"].decode()
+
+
+@pytest.mark.parametrize(("record", "ours"), [(None, False), (b"{", True)], ids=["none", "damaged"])
+def test_graphs_without_a_record(record, ours, handmade, saved_models, hub, push, repo_name):
+    """A repository of that name that is not ours is not spoken of; one with a damaged record is of another model."""
+    push(handmade, repo_name)
+    repo = hub.repo(f"{repo_name}-ONNX")
+    tree = {name: oid for name, oid in repo.commits[repo.refs["main"]].items() if name != "selfpruner.json"}
+    repo.commit("main", tree if record is None else {**tree, "selfpruner.json": hub.put(record, False)}, "By hand")
+    done = push(saved_models / "second", repo_name)
+    assert done.status == 0
+    assert bool(done.err) == ours
+    assert f"{repo_name}-ONNX" not in hub.files(repo_name)["README.md"].decode()
+
+
+def test_the_hub_fails_when_it_is_asked_for_graphs(saved_models, hub, push, repo_name):
+    hub.plan(rf"GET /api/models/{repo_name}-ONNX", status=503)
+    assert push(saved_models / "second", repo_name).status == 0
+    hub.plan(rf"GET /api/models/{repo_name}-ONNX", status=503, times=99)
+    done = push(saved_models / "second", repo_name)
+    assert (done.status, done.err.count("\n")) == (1, 1)
 
 
 # -- a static Space ---------------------------------------------------------------------------------------------------
