@@ -8,20 +8,16 @@ those are measured.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from protocol import Rows, write
+from serving import exported, phase_row
 
 from exporters.benchmark import benchmark
-from exporters.benchmark.report import Phase
-from exporters.benchmark.runtimes import RUNTIMES
-from exporters.export import export
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.progress import Bars
-from selfpruner_hub.storage.export_record import read_export
 
 RUNS = (("torch", "float32"), ("onnx", "float32"), ("gguf", "f16"))
 BETAS = (0.3, 0.5)
@@ -58,34 +54,10 @@ def make_models(work: Path) -> dict[str, dict[str, Any]]:
     return cases
 
 
-def exported(work: Path, name: str, runtime: str, dtype: str) -> tuple[Path, dict[str, Any]]:
-    """Directory that a runtime loads, distance of its logits from PyTorch's, and, if exported now, the seconds."""
-    if RUNTIMES[runtime].options is None:
-        return work / name, {}
-    directory, found = work / f"{runtime}-{dtype}" / name, dict[str, Any]()
-    if not directory.is_dir():
-        started = time.perf_counter()
-        export(work / name, runtime, directory, dtype=dtype)
-        found["export_s"] = round(time.perf_counter() - started, 1)
-    return directory, {"max_difference": read_export(directory).max_difference, **found}
-
-
-def phase_row(name: str, phase: Phase) -> dict[str, float]:
-    """Figures of prefill or decode."""
-    return {
-        f"{name}_speedup": round(phase.speedup.median, 3),
-        f"{name}_speedup_spread": round(phase.speedup.spread, 3),
-        f"{name}_ideal": round(phase.ideal, 3),
-        f"{name}_of_ideal": round(phase.speedup.median / phase.ideal, 3),
-        f"{name}_ms": round(phase.pruned.median, 2),
-        f"dense_{name}_ms": round(phase.dense.median, 2),
-    }
-
-
 def case_rows(work: Path, name: str, case: dict[str, Any], runtime: str, dtype: str) -> list[dict[str, Any]]:
     """Compare a pruned model with the dense one in a runtime, in one row per prompt length."""
-    dense, _ = exported(work, DENSE, runtime, dtype)
-    directory, made = exported(work, name, runtime, dtype)
+    longest = max(PROMPTS) + NEW_TOKENS
+    (dense, _), (directory, made) = (exported(work, work / each, runtime, dtype, longest) for each in (DENSE, name))
     with Bars() as progress:
         report = benchmark(
             directory,

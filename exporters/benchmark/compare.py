@@ -30,7 +30,10 @@ from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 
 WARMUP = 2
 """Warm-up passes of each model, which are not counted."""
-LIBRARIES = ("selfpruner-hub", "torch", "transformers", "onnxruntime", "xllamacpp", "tensorrt", "openvino")
+LIBRARIES = (
+    *("selfpruner-hub", "torch", "transformers", "onnxruntime", "onnxruntime-genai", "xllamacpp", "tensorrt"),
+    "openvino",
+)
 WINDOW, WINDOWS = 512, 16
 """Tokens of a window of text, and number of windows whose perplexity is measured."""
 MARGIN = 8
@@ -85,7 +88,7 @@ def benchmark(
     dtype = one_of("dtype", dtype or next(iter(row.dtypes)), tuple(row.dtypes))
     batches = batches or row.batches
     _check(row, runtime, batches, prompts, new_tokens, runs)
-    if text is not None and row.program is not None:
+    if text is not None and not row.scored:
         raise UserError(f"{runtime} is timed here, not scored on text.", "Leave out the text.")
     elsewhere = _elsewhere(row, runtime, python)
     threads = threads or machine.threads()
@@ -106,7 +109,7 @@ def benchmark(
         if row.options is not None:
             directory = Path(exports or stack.enter_context(tempfile.TemporaryDirectory()))
             loaded = [
-                _exported(name, runtime, directory / side, keywords, row.options(setting))
+                _exported(name, row.format or runtime, directory / side, keywords, row.options(setting))
                 for name, side, keywords in zip(names, ("dense", "pruned"), loadings, strict=True)
             ]
             settings = [setting, setting]
@@ -183,11 +186,11 @@ def _quality(worker: Worker, read: Corpus) -> Quality:
     return Quality(math.exp(worker.cross_entropy(read.windows)), read.name, *read.windows.shape)
 
 
-def _exported(name: str, runtime: str, output: Path, loading: dict[str, Any], options: dict[str, Any]) -> str:
+def _exported(name: str, to: str, output: Path, loading: dict[str, Any], options: dict[str, Any]) -> str:
     """Return the directory of a model's export: `name` if it is an export, else a new one in `output`."""
     if (Path(name) / EXPORT_RECORD_FILE).is_file():
         return name
-    return str(export(name, runtime, output, loading=loading, **options))
+    return str(export(name, to, output, loading=loading, **options))
 
 
 def _case(

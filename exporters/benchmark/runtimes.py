@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,8 @@ from exporters.benchmark.other_python import VLLM_WORKER
 from exporters.to_gguf.dtypes import DTYPES
 from exporters.to_gguf.library import cross_entropy
 from exporters.to_gguf.llama_cpp import LlamaCpp
+from exporters.to_onnx.hub_layout import file_of
+from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.storage.export_record import read_export
 
@@ -62,6 +66,53 @@ class LlamaCppRunner:
         return cross_entropy(self._path, windows, self._threads)
 
 
+class GenaiRunner:
+    """ONNX Runtime GenAI, which owns the KV cache.
+
+    Args:
+        directory: Directory of an export to ONNX with the layout `hub`.
+        setting: Dtype of the graph, and number of threads.
+
+    Raises:
+        UserError: onnxruntime-genai is not installed.
+        SavedModelError: The directory holds another export.
+    """
+
+    def __init__(self, directory: Path, setting: Setting) -> None:
+        try:
+            import onnxruntime_genai
+        except ImportError as error:
+            raise UserError(
+                "onnxruntime-genai is not installed.", "Install it with: pip install onnxruntime-genai"
+            ) from error
+        if not read_export(directory, "onnx").has_hub_layout:
+            raise SavedModelError(f"{str(directory)!r} is not for GenAI.", "Export the model with --layout hub.")
+        config = onnxruntime_genai.Config(str(directory))
+        session = {"intra_op_num_threads": setting.threads}
+        config.overlay(
+            json.dumps({"model": {"decoder": {"filename": file_of(setting.dtype), "session_options": session}}})
+        )
+        self._library, self._model = onnxruntime_genai, onnxruntime_genai.Model(config)
+
+    def measure(self, ids: Tensor, new_tokens: int) -> Measured:
+        """Time a pass; see `Runner.measure`."""
+        length = ids.shape[1] + new_tokens + 1
+        parameters = self._library.GeneratorParams(self._model)
+        parameters.set_search_options(batch_size=len(ids), max_length=length, min_length=length)
+        generator = self._library.Generator(self._model, parameters)
+        start = time.perf_counter()
+        generator.append_tokens(ids.numpy().astype("int32"))
+        generator.generate_next_token()
+        read = time.perf_counter()
+        for _ in range(new_tokens):
+            generator.generate_next_token()
+        return Measured(1000 * (read - start), 1000 * (time.perf_counter() - read) / new_tokens)
+
+    def cross_entropy(self, windows: Tensor) -> float:
+        """Refuse: these graphs compute the logits of the last position alone."""
+        raise UserError("genai is timed here, not scored on text.", "Leave out the text.")
+
+
 def _torch(name: str, setting: Setting) -> Runner:
     device = None if "device_map" in setting.loading else setting.device
     model, _ = load_model(name, dtype=setting.dtype, device=device, **setting.loading)
@@ -103,6 +154,10 @@ def _gguf(name: str, setting: Setting) -> Runner:
     return LlamaCppRunner(Path(name) / f"model-{record.options['dtype']}.gguf", setting)
 
 
+def _genai(name: str, setting: Setting) -> Runner:
+    return GenaiRunner(Path(name), setting)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """A runtime: how it loads a model, and what it can run."""
@@ -112,13 +167,17 @@ class Runtime:
     dtypes: dict[str, tuple[float, float]]
     """Bytes of a weight and of a KV-cache element, by dtype; the first dtype is the default."""
     options: Callable[[Setting], dict[str, Any]] | None = lambda setting: {"dtype": setting.dtype}
-    """Options of an export to the format with this runtime's name; None for a runtime that loads PyTorch's files."""
+    """Options of an export; None for a runtime that loads PyTorch's files."""
+    format: str = ""
+    """Format of the exports; empty for that of the runtime's name."""
     device: str = "cpu"
     """Default device."""
     batched: bool = True
     """Whether it can run several prompts at a time."""
     batches: tuple[int, ...] = (1,)
     """Default batch sizes."""
+    scored: bool = True
+    """Whether it can measure the perplexity of text."""
     program: Path | None = None
     """Script that answers the requests of a `Worker` in another Python."""
 
@@ -131,11 +190,19 @@ def _bytes(dtype: str) -> float:
     return size / block
 
 
-# int8 has a float32 scale for each block of 32 bytes, q8_0 a float16 scale. llama.cpp's KV cache is always float16.
-# The bits of K-quants are those of most matrices; a file also has finer ones, and others where 256 divides no row.
+# int8 and int4 have a float32 scale for each block of 32 weights, q8_0 a float16 scale. llama.cpp's KV cache is always
+# float16. The bits of K-quants, and of int4, are those of most matrices; a file also has finer ones, and others where
+# 256 divides no row.
 RUNTIMES: dict[str, Runtime] = {
     "torch": Runtime(_torch, {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)}, options=None),
     "onnx": Runtime(_onnx, {"float32": (4, 4), "float16": (2, 2), "int8": (36 / 32, 4)}, _onnx_options),
+    "genai": Runtime(
+        _genai,
+        {"float32": (4, 4), "float16": (2, 2), "int8": (36 / 32, 4), "int4": (20 / 32, 4)},
+        lambda setting: {"layout": "hub"},
+        format="onnx",
+        scored=False,
+    ),
     "tensorrt": Runtime(
         _tensorrt, {"float16": (2, 2), "float32": (4, 4), "bfloat16": (2, 2)}, _tensorrt_options, device="cuda"
     ),
@@ -146,6 +213,7 @@ RUNTIMES: dict[str, Runtime] = {
         {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)},
         options=None,
         batches=(1, 8, 32),
+        scored=False,
         program=VLLM_WORKER,
     ),
 }

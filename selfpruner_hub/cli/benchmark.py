@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR", help="a pruned model, or an export of it for the runtime")
     parser.add_argument("--against", required=True, metavar="MODEL", help="its dense parent, or the parent's export")
     parser.add_argument(
-        "--runtime", default="torch", help="torch, onnx, tensorrt, openvino, gguf or vllm (default: %(default)s)"
+        "--runtime", default="torch", help="torch, onnx, genai, tensorrt, openvino, gguf or vllm (default: %(default)s)"
     )
     parser.add_argument("--batch", metavar="N,…", help="prompts at a time (default: 1; vllm: 1,8,32)")
     parser.add_argument("--prompt", default="128,512", metavar="N,…", help="tokens of a prompt (default: %(default)s)")

@@ -230,6 +230,7 @@ def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
         (("--prompt", "1,x"), "--prompt expects whole numbers"),
         (("--new", "1,2"), "--new expects a whole number"),
         (("--runs", "1"), "runs at least 2"),
+        (("--runtime", "genai", "--text", "wikitext2"), "genai is timed here, not scored on text"),
         (("--text", "none.txt"), "Cannot read the text 'none.txt'"),
     ],
 )

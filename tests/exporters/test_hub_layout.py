@@ -15,6 +15,8 @@ from support.tiny import tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters import OnnxCausalLM
+from exporters.benchmark.runtimes import RUNTIMES, Setting
+from exporters.benchmark.worker import started
 from exporters.export import export_model
 from exporters.parity import expected, logit_difference
 from exporters.to_onnx import hub_layout
@@ -23,7 +25,7 @@ from exporters.to_onnx.matrix_bits import rounded
 from exporters.to_onnx.writer import TOLERANCES, expected_by_dtype
 from selfpruner_hub.errors import ExportError, SavedModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.storage.export_record import read_export
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 
 pytestmark = pytest.mark.heavy
 
@@ -130,6 +132,32 @@ def test_genai_writes_pytorchs_text(directory, written):
     for line, told in zip(done.stdout.splitlines(), written[1], strict=True):
         assert json.loads(line) == told[: len(json.loads(line))]
         assert len(told) - len(json.loads(line)) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+def test_genai_is_timed(dtype, directory):
+    """Two prompts at a time, and an end-of-text token does not stop it."""
+    pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")
+    ids = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
+    with started("genai", str(directory), Setting(threads=1, device="cpu", dtype=dtype, longest=64)) as worker:
+        for count in (1, 40):
+            measured = worker.measure(ids, count)
+            assert 0 < measured.decode < 1000
+            assert 0 < measured.prefill < 10_000
+        with pytest.raises(UserError, match="genai is timed here, not scored on text"):
+            worker.cross_entropy(ids)
+
+
+def test_genai_reads_this_layout_alone(directory, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")
+    setting = Setting(threads=1, device="cpu", dtype="float32", longest=64)
+    text = (directory / EXPORT_RECORD_FILE).read_text()
+    (tmp_path / EXPORT_RECORD_FILE).write_text(text.replace('"layout": "hub"', '"layout": "transformers"'))
+    with pytest.raises(SavedModelError, match="is not for GenAI. Export the model with --layout hub"):
+        RUNTIMES["genai"].load(str(tmp_path), setting)
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    with pytest.raises(UserError, match="pip install onnxruntime-genai"):
+        RUNTIMES["genai"].load(str(directory), setting)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "q8", "q4"])

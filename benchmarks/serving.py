@@ -1,0 +1,195 @@
+"""Speed and memory of pruned models where models are served: one table of all runtimes, with the ideal beside each.
+
+Run: python benchmarks/serving.py WORK DENSE PRUNED …
+WORK keeps exports and rows, and a run that was stopped goes on. DENSE and PRUNED are directories of saved models: the
+parent, and its pruned models, such as those at β = 0.3 and 0.5. `--python PATH` names the Python of vLLM's environment;
+without it, vLLM is left out. `--help` lists the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import Rows, write
+
+from exporters.benchmark import benchmark
+from exporters.benchmark.report import Phase
+from exporters.benchmark.runtimes import RUNTIMES, Setting
+from exporters.export import export
+from exporters.machine import threads
+from selfpruner_hub.errors import SelfPrunerError
+from selfpruner_hub.progress import Bars
+from selfpruner_hub.storage.export_record import read_export
+from selfpruner_hub.storage.model_record import read_record
+
+RUNS = (
+    ("torch", "float32"),
+    ("torch", "bfloat16"),
+    ("onnx", "float32"),
+    ("genai", "float32"),
+    ("openvino", "float32"),
+    ("gguf", "f16"),
+    ("gguf", "q8_0"),
+    ("gguf", "q4_k_m"),
+    ("vllm", "float32"),
+)
+NAMES = {
+    "torch": "PyTorch",
+    "onnx": "ONNX Runtime",
+    "genai": "ONNX Runtime GenAI",
+    "openvino": "OpenVINO",
+    "gguf": "llama.cpp",
+    "vllm": "vLLM",
+}
+PHASES = ("prefill", "decode")
+
+
+def exported(work: Path, source: Path, runtime: str, dtype: str, longest: int) -> tuple[Path, dict[str, Any]]:
+    """Export a model for a runtime, once.
+
+    Args:
+        work: Directory of the exports.
+        source: Directory of the model.
+        runtime: Key of `RUNTIMES`.
+        dtype: Dtype of the weights.
+        longest: Longest sequence, in tokens.
+
+    Returns:
+        The directory that the runtime loads, and figures of the export: its distance from PyTorch's logits, and the
+        seconds that it took, if it was made now.
+    """
+    row = RUNTIMES[runtime]
+    if row.options is None:
+        return source, {}
+    directory, found = work / f"{runtime}-{dtype}" / source.name, dict[str, Any]()
+    if not directory.is_dir():
+        started = time.perf_counter()
+        export(source, row.format or runtime, directory, **row.options(Setting(threads(), row.device, dtype, longest)))
+        found["export_s"] = round(time.perf_counter() - started, 1)
+    return directory, {"max_difference": read_export(directory).max_difference, **found}
+
+
+def phase_row(name: str, phase: Phase) -> dict[str, float]:
+    """Figures of prefill or decode."""
+    return {
+        f"{name}_speedup": round(phase.speedup.median, 3),
+        f"{name}_speedup_spread": round(phase.speedup.spread, 3),
+        f"{name}_ideal": round(phase.ideal, 3),
+        f"{name}_of_ideal": round(phase.speedup.median / phase.ideal, 3),
+        f"{name}_ms": round(phase.pruned.median, 2),
+        f"dense_{name}_ms": round(phase.dense.median, 2),
+    }
+
+
+def compared(
+    work: Path, models: tuple[Path, Path], run: tuple[str, str], **sizes: Any
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Compare a pruned model with the dense one in a runtime.
+
+    Args:
+        work: Directory of the exports.
+        models: Directories of the dense and of the pruned model.
+        run: Runtime and dtype.
+        **sizes: Arguments of `exporters.benchmark.benchmark`: prompts, new_tokens, runs, python.
+
+    Returns:
+        One row per prompt length, and the versions of the libraries.
+    """
+    runtime, dtype = run
+    longest = max(sizes["prompts"]) + sizes["new_tokens"]
+    (dense, _), (pruned, made) = (exported(work, model, runtime, dtype, longest) for model in models)
+    with Bars() as progress:
+        report = benchmark(pruned, dense, runtime, batches=(1,), dtype=dtype, progress=progress, **sizes)
+    rows = [
+        {
+            "prompt": case.prompt,
+            **phase_row("prefill", case.prefill),
+            **phase_row("decode", case.decode),
+            "peak_mb": report.pruned.memory["peak_mb"],
+            "dense_peak_mb": report.dense.memory["peak_mb"],
+            **made,
+        }
+        for case in report.cases
+    ]
+    return rows, report.versions
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Format rows as a Markdown table: speed-ups with the ideal in brackets, and the peak memory of both models."""
+    prompts = sorted({row["prompt"] for row in rows})
+    headings = [f"{what} {prompt}" for prompt in prompts for what in ("prompt of", "a token after")]
+    lines = [
+        f"| runtime | β | {' | '.join(headings)} | memory in MB, dense → pruned |",
+        f"| --- | ---: |{' ---: |' * (len(headings) + 1)}",
+    ]
+    for kind in dict.fromkeys((row["runtime"], row["dtype"], row["model"]) for row in rows):
+        own = {row["prompt"]: row for row in rows if (row["runtime"], row["dtype"], row["model"]) == kind}
+        last = max(own.values(), key=lambda row: row["peak_mb"])
+        cells = [
+            f"{own[prompt][f'{phase}_speedup']:.2f} ({own[prompt][f'{phase}_ideal']:.2f})" if prompt in own else ""
+            for prompt in prompts
+            for phase in PHASES
+        ]
+        memory = f"{last['dense_peak_mb']:.0f} → {last['peak_mb']:.0f}"
+        lines.append(f"| {NAMES[kind[0]]}, {kind[1]} | {last['beta']:g} | {' | '.join(cells)} | {memory} |")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Time every pruned model and the dense one in every runtime."""
+    options = _parser().parse_args(words)
+    rows = Rows(options.work / "rows.jsonl")
+    known = {path.name: read_record(path).beta for path in options.pruned}
+    sizes = {"prompts": options.prompts, "new_tokens": options.new, "runs": options.passes}
+    for run in RUNS:
+        own_python = RUNTIMES[run[0]].program is not None
+        if (options.only and ":".join(run) not in options.only) or (own_python and options.python is None):
+            continue
+        there = {"python": options.python} if own_python else {}
+        for pruned in options.pruned:
+            key = {"runtime": run[0], "dtype": run[1], "model": pruned.name, "beta": known[pruned.name]}
+            if rows.have(**key):
+                continue
+            try:
+                found, versions = compared(options.work, (options.dense, pruned), run, **sizes, **there)
+            except SelfPrunerError as error:  # a library that is missing, for example
+                print(f"{NAMES[run[0]]}, {run[1]}: {error}", flush=True)
+                break
+            for row in found:
+                rows.keep({**key, **row, "versions": versions})
+    order = [*RUNS]
+    kept = sorted(rows, key=lambda row: (order.index((row["runtime"], row["dtype"])), row["beta"], row["prompt"]))
+    print(table(kept))
+    write(
+        "serving",
+        f"{options.dense.name}, CPU, {torch.get_num_threads()} threads, batch 1, {options.new} tokens after a prompt; "
+        f"dense and pruned in a process each, turn by turn, medians of {options.passes} passes, each behind one that "
+        "does not count; speed-ups of neighbouring passes; ideal: floating-point operations of a prompt, bytes that a "
+        "step reads; peak_mb: memory of the process while it ran, libraries included",
+        kept,
+        options.output,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, metavar="WORK")
+    parser.add_argument("dense", type=Path, metavar="DENSE")
+    parser.add_argument("pruned", type=Path, metavar="PRUNED", nargs="+")
+    parser.add_argument("--python", type=Path, metavar="PATH", help="the Python of vLLM's environment")
+    names = [":".join(run) for run in RUNS]
+    parser.add_argument("--only", nargs="+", choices=names, help="runtimes and dtypes (default: all)")
+    parser.add_argument("--prompts", nargs="+", type=int, default=[128, 512], metavar="N", help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=32, metavar="N", help="tokens written after it")
+    parser.add_argument("--passes", type=int, default=9, metavar="N", help="passes of each model")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="directory of serving.json (default: benchmarks)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
