@@ -25,9 +25,9 @@ from shown import UnavailableError, record
 
 EXAMPLES = [
     "What is the capital of France?",
-    "What do bees make?",
-    "What language do most people speak in Japan?",
-    "What color do you get when you mix red and yellow?",
+    "How many legs does a spider have?",
+    "Which season is the coldest?",
+    "What beans is chocolate made from?",
 ]
 """Plain questions, which a small pruned model still answers."""
 FEW = 24
