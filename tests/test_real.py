@@ -25,33 +25,40 @@ from selfpruner_hub.cli.demo import NAME
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.search.journal import ScoreLine, read_journal
+from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.slow
-SETTINGS = {"data": "self", "window": 128, "calibration_tokens": 2048, "fitness_tokens": 1024, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def case(real_pruner, tmp_path_factory):
-    """(pruned by its own search, directory where it was saved, the directory loaded in float32)."""
-    seeds = ("uniform", "sensitivity")
-    pruned = real_pruner.prune(0.3, evaluations=8, population=4, crossover=4, mutation=4, seeds=seeds, **SETTINGS)
-    directory = tmp_path_factory.mktemp("real") / "smollm2-b30"
-    pruned.save_pretrained(directory)
-    return pruned, directory, AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+def directory(real_pruned):
+    """The saved model."""
+    return real_pruned / "model"
 
 
 @pytest.fixture(scope="module")
-def ids(real_pruner):
-    text = "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. It is named after"
-    return real_pruner.tokenizer(text, return_tensors="pt")["input_ids"]
+def model(directory):
+    """The saved model, loaded in float32."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
-def test_counts_and_rates(real_pruner, case):
-    pruned, directory, _ = case
+@pytest.fixture(scope="module")
+def before(real_pruned):
+    """Token ids, and the model's logits before it was saved."""
+    return torch.load(real_pruned / "before.pt")
+
+
+@pytest.fixture(scope="module")
+def ids(before):
+    return before["ids"]
+
+
+def test_counts_and_rates(real_pruner, directory, model):
     record = json.loads((directory / "selfpruner.json").read_text())
     with safe_open(directory / "model.safetensors", "pt") as file:
         stored = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
-    assert stored == record["parameters"]["pruned"] == sum(p.numel() for p in pruned.model.parameters())
+    assert stored == record["parameters"]["pruned"] == sum(p.numel() for p in model.parameters())
     assert record["parameters"]["dense"] == 134_515_008
     assert abs(sum(record["rates"]) / 30 - 0.3) < 0.001
     assert abs(record["achieved_beta"] - 0.3) < 0.001
@@ -59,64 +66,71 @@ def test_counts_and_rates(real_pruner, case):
     assert record["base_model"] == NAME
 
 
-def test_it_proposed_rates_itself(case):
-    pruned, directory, _ = case
+def test_it_proposed_rates_itself(directory):
     asks = [json.loads(line) for line in (directory / "search.jsonl").read_text().splitlines() if '"ask"' in line]
-    replies = [r for ask in asks if ask["proposer"] == "self" for r in ask["replies"]]
+    own = [ask for ask in asks if ask["proposer"] == "self"]
+    replies = [reply for ask in own for reply in ask["replies"]]
+    assert {ask["operation"] for ask in own} == {"mutation", "crossover"}
     assert len(replies) >= 8
     assert all(r["rates"] for r in replies)  # constrained decoding: every reply is well-formed
-    assert pruned.report.proposer["replies"]["accepted"] >= 8
+    assert json.loads((directory / "selfpruner.json").read_text())["proposer"]["replies"]["accepted"] >= 8
 
 
-def test_saved_and_reloaded(case, ids):
-    pruned, directory, _ = case
-    again = PrunedModel.from_pretrained(directory, dtype=pruned.model.dtype)
-    assert torch.equal(logits(again.model, ids), logits(pruned.model, ids))
-    assert again.report == pruned.report
-    assert again.tokenizer.decode(ids[0]) == pruned.tokenizer.decode(ids[0])
+def test_saved_and_reloaded(real_pruner, real_pruned, before):
+    again = PrunedModel.from_pretrained(real_pruned / "model", dtype=before["logits"].dtype)
+    assert torch.equal(logits(again.model, before["ids"]), before["logits"])
+    assert again.report.to_json() == (real_pruned / "before.json").read_text()
+    assert again.tokenizer.decode(before["ids"][0]) == real_pruner.tokenizer.decode(before["ids"][0])
 
 
-def test_loaded_without_the_package(case, ids, tmp_path):
-    _, directory, model = case
-    found = check_without_package({directory: ids}, tmp_path)[directory]
+def test_loaded_without_the_package(directory, model, ids, tmp_path):
+    linked = tmp_path / "model"  # logits are written beside the weights
+    linked.mkdir()
+    for path in directory.iterdir():
+        (linked / path.name).symlink_to(path)
+    found = check_without_package({linked: ids}, tmp_path)[linked]
     torch.testing.assert_close(found, logits(model, ids), atol=1e-3, rtol=1e-3)
 
 
-def test_tokenizer_without_the_package(case, real_pruner, tmp_path):
-    check_tokenizer_without_package(case[1], real_pruner.tokenizer, tmp_path)
+def test_tokenizer_without_the_package(directory, real_pruner, tmp_path):
+    check_tokenizer_without_package(directory, real_pruner.tokenizer, tmp_path)
 
 
-def test_causality(case, ids):
+def test_causality(model, ids):
     """In float64: in float32 the kernels of two lengths round apart, by 1e-4 in the dense model as in the pruned."""
-    model, half = copy.deepcopy(case[2]).double(), ids.shape[1] // 2
-    torch.testing.assert_close(logits(model, ids)[:, :half], logits(model, ids[:, :half]), atol=1e-6, rtol=1e-6)
-    check_causality(model, ids[:, :6])
+    precise, half = copy.deepcopy(model).double(), ids.shape[1] // 2
+    torch.testing.assert_close(logits(precise, ids)[:, :half], logits(precise, ids[:, :half]), atol=1e-6, rtol=1e-6)
+    check_causality(precise, ids[:, :6])
 
 
-def test_cache(case, ids):
-    check_cache(case[2], ids)
+def test_cache(model, ids):
+    check_cache(model, ids)
 
 
-def test_left_padding(case, ids):
-    check_left_padding(case[2], ids, pad=2)
+def test_left_padding(model, ids):
+    check_left_padding(model, ids, pad=2)
 
 
-def test_it_still_speaks(real_pruner, case):
-    """On text that neither calibration nor search saw, it is better than its uniform twin, and near its parent."""
-    pruned, _, _ = case
-    uniform = real_pruner.prune(0.3, evaluations=0, seeds=("uniform",), **SETTINGS)
+def test_its_plan_is_better_than_uniform_rates(directory):
+    """Both were scored on the same windows, as what the second repair leaves."""
+    _, lines = read_journal(directory / "search.jsonl")
+    scored = [line for line in lines if isinstance(line, ScoreLine) and line.share < 1]
+    (uniform,) = [line.fitness for line in scored if line.origin == "seed:uniform"]
+    (found,) = [line.fitness for line in scored if line.plan == read_record(directory).plan]
+    assert found < 0.9 * uniform
+
+
+def test_it_still_speaks(real_pruner, model):
+    """On text that neither calibration nor search saw, it is near its parent."""
     windows = sample_windows(real_pruner.model, 16, 128, seed=1)
-    teacher = teach(real_pruner.model, windows)
-    searched_kl, uniform_kl = (divergence(p.model, windows, teacher) for p in (pruned, uniform))
-    assert searched_kl < 0.9 * uniform_kl
-    assert searched_kl < 0.8  # nats a token; cut without repair it is above 1.5
-    dense, left = perplexity(real_pruner.model, windows), perplexity(pruned.model, windows)
-    assert dense < left < 2.5 * dense  # on text of its parent, about exp(KL) times; 2.0 is measured of the defaults
+    assert divergence(model, windows, teach(real_pruner.model, windows)) < 0.8  # nats a token; without repair above 1.5
+    dense, left = perplexity(real_pruner.model, windows), perplexity(model, windows)
+    assert dense < left < 2.5 * dense  # on text of its parent, about exp(KL) times
 
 
-def test_command_line_evaluates_the_saved_model(case, tmp_path):
+def test_command_line_evaluates_the_saved_model(directory, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, and then it sleeps in the warm sun. " * 40)
-    command = [sys.executable, "-m", "selfpruner_hub.cli", "evaluate", str(case[1]), "--data", str(text)]
+    command = [sys.executable, "-m", "selfpruner_hub.cli", "evaluate", str(directory), "--data", str(text), "--no-chat"]
     done = subprocess.run([*command, "--window", "128", "--json"], capture_output=True, text=True, check=True)
     assert 1 < json.loads(done.stdout)["metrics"]["perplexity (128)"]["value"] < 50

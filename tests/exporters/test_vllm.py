@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from support.tiny import save_tiny, tiny_model, tiny_pruned, tiny_tokenizer
 from transformers import AutoConfig
 
@@ -22,6 +23,7 @@ from exporters.benchmark import benchmark
 from exporters.benchmark.other_python import environment, staged
 from selfpruner_hub.cli import main
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.pruned_model import PrunedModel
 
 VARIABLE = "SELFPRUNER_VLLM_PYTHON"
 FAKE = """
@@ -187,21 +189,19 @@ def served(python, directory, log):
 
 
 @pytest.fixture(scope="module")
-def answered(vllm_python, real_pruner, few_tokens, tmp_path_factory):
+def answered(vllm_python, real_pruned):
     """(directory of the real model, pruned; its greedy texts after prompts, from transformers, by the prompt's tokens).
 
     Each is done before the server starts, which would share the processor.
     """
-    pruned = real_pruner.prune(0.3, evaluations=0, seeds=("ramp",), tied=True, **few_tokens)
-    pruned.model.float()
+    pruned = PrunedModel.from_pretrained(real_pruned / "model", dtype=torch.float32)
     assert len({widths.num_key_value_heads for widths in pruned.plan.layers}) > 1
-    pruned.save_pretrained(directory := tmp_path_factory.mktemp("real") / "pruned")
     texts = {}
     for prompt in ("The capital of France is", "def add(a, b):", "Water boils at", "Once upon a time", "1, 2, 3, 4,"):
         ids = pruned.tokenizer(prompt, return_tensors="pt").input_ids
         written = pruned.model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
         texts[tuple(ids[0].tolist())] = pruned.tokenizer.decode(written, skip_special_tokens=True)
-    return directory, texts
+    return real_pruned / "model", texts
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -80,12 +81,11 @@ class Served:
             self.process.wait()
 
 
-def serve(pruner, home, gguf="", **settings):
-    """Save a model and its pruned copy, which is exported to GGUF if a dtype is given, and open the page on them."""
-    pruner.model.save_pretrained(home / "dense")
-    pruner.tokenizer.save_pretrained(home / "dense")
-    pruned = pruner.prune(0.3, data="self", proposer="evolution", progress=False, **settings)
-    pruned.save_pretrained(home / "pruned")
+def serve(model, tokenizer, pruned, home, gguf=""):
+    """Save a dense model, copy its pruned model, export that to GGUF if a dtype is given, and open the page on them."""
+    model.save_pretrained(home / "dense")
+    tokenizer.save_pretrained(home / "dense")
+    shutil.copytree(pruned, home / "pruned")
     for name in ("dense", "pruned"):
         GenerationConfig.from_pretrained(home / name, min_new_tokens=SHORTEST).save_pretrained(home / name)
     if gguf:
@@ -96,10 +96,9 @@ def serve(pruner, home, gguf="", **settings):
 
 
 @pytest.fixture(scope="module")
-def served(real_pruner, tmp_path_factory):
+def served(real_pruner, real_pruned, tmp_path_factory):
     pytest.importorskip("gradio", reason='needs pip install -e ".[space]"')
-    small = {"window": 32, "calibration_tokens": 1024, "fitness_tokens": 256, "sequential_repair": False}
-    served = serve(real_pruner, tmp_path_factory.mktemp("page"), evaluations=0, seeds=("uniform", "ramp"), **small)
+    served = serve(real_pruner.model, real_pruner.tokenizer, real_pruned / "model", tmp_path_factory.mktemp("page"))
     yield served
     served.stop()
 
@@ -278,7 +277,7 @@ def test_pruning_live(visit_page):
     page.locator("#live-rates canvas, #live-rates svg.marks").first.wait_for()
 
 
-def test_what_a_visitor_types_is_kept_nowhere(served, visit_page):
+def test_what_a_visitor_types_is_kept_nowhere(visit_page, served):
     page = visit_page()
     page.get_by_label("Prompt").fill(f"{SECRET} " * 100)
     page.get_by_role("button", name="Compare").click()
@@ -298,8 +297,10 @@ def test_a_gguf_file_answers_in_llama_cpp(browser, tmp_path):
     """The parent too, which the page converts itself."""
     pytest.importorskip("gradio", reason='needs pip install -e ".[space]"')
     pytest.importorskip("xllamacpp", reason='needs pip install -e ".[gguf]"')
-    pruner = AutoPruner(tiny_model("llama", vocab_size=VOCABULARY), trained_tokenizer(), "tests/llama")
-    served = serve(pruner, tmp_path, gguf="f16", **TINY)
+    model, tokenizer = tiny_model("llama", vocab_size=VOCABULARY), trained_tokenizer()
+    pruned = AutoPruner(model, tokenizer, "tests/llama").prune(0.3, data="self", progress=False, **TINY)
+    pruned.save_pretrained(tmp_path / "saved")
+    served = serve(model, tokenizer, tmp_path / "saved", tmp_path, gguf="f16")
     context = browser.new_context()
     try:
         context.set_default_timeout(PATIENCE)
@@ -320,10 +321,10 @@ def test_a_gguf_file_answers_in_llama_cpp(browser, tmp_path):
         served.stop()
 
 
-def test_ten_visitors_at_once(tmp_path):
+def test_ten_visitors_at_once(saved_models, tmp_path):
     """A short one, on a tiny model; `python tests/support/space_load.py` does the same for as long as one likes."""
     pytest.importorskip("gradio_client", reason='needs pip install -e ".[space]"')
-    served = serve(AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama"), tmp_path, **TINY)
+    served = serve(tiny_model("llama"), tiny_tokenizer(), saved_models / "first", tmp_path)
     try:
         visit(served.url, served.process.pid, users=10, seconds=1, tokens=16)  # warms up
         load = visit(served.url, served.process.pid, users=10, seconds=8, tokens=16)
