@@ -1,4 +1,4 @@
-"""A search killed with SIGKILL at ten points and resumed reaches the plan of an undisturbed one."""
+"""A search killed with SIGKILL at four points and resumed reaches the plan of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(words: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_ten_times(tmp_path, monkeypatch):
+def test_killed_four_times(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # tiny models are many times faster so
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["selfpruner_hub.cli", "selfpruner_hub.pruner"])  # imported once
@@ -53,7 +53,7 @@ def test_killed_ten_times(tmp_path, monkeypatch):
     whole = lines(tmp_path / "undisturbed-run" / "search.jsonl")
     journal = tmp_path / "killed-run" / "search.jsonl"
     kills = 0
-    for at in sorted(random.Random(0).sample(range(1, whole - 2), 10)):
+    for at in sorted(random.Random(0).sample(range(1, whole - 2), 4)):
         process = started("killed")
         while process.is_alive() and lines(journal) < at:
             time.sleep(0.002)
@@ -61,7 +61,7 @@ def test_killed_ten_times(tmp_path, monkeypatch):
         process.join()
         kills += process.exitcode == -signal.SIGKILL
         assert not (tmp_path / "killed").exists() or process.exitcode == 0  # no half-written output
-    assert kills >= 8  # a late kill may find the process done
+    assert kills >= 3  # a late kill may find the process done
     with journal.open("a") as file:
         file.write('{"kind": "score", "torn')  # and what a crash in the middle of a write leaves
     finished("killed")
