@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from support.tiny import CONFIGS, DISTINCT, tiny_model, tiny_tokenizer
+from support.tiny import CONFIGS, tiny_model, tiny_tokenizer
 from support.virtual_device import BYTES, MixedDevicesError, virtual_accelerator
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
 
@@ -74,7 +74,7 @@ def assert_equal(one, other):
         torch.testing.assert_close(a.cpu(), b.cpu(), atol=2e-3, rtol=2e-2)
 
 
-@pytest.mark.parametrize("dense", [*DISTINCT, "ministral3"], indirect=True)  # the last: frequencies that adapt
+@pytest.mark.parametrize("dense", CONFIGS, indirect=True)
 def test_pruned_resumed_reloaded_and_measured(dense, accelerator, tmp_path):
     settings = {**SHORT, "proposer": "evolution"}
     made = AutoPruner.from_pretrained(dense).prune(
