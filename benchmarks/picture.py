@@ -1,7 +1,7 @@
-"""README's picture: quality against speed of the dense and pruned models, from defaults.json and exports.json.
+"""README's picture: quality against speed of the dense and pruned models, from defaults.json and serving.json.
 
 Run: python benchmarks/picture.py
-The quality is that of models with the default settings, the speed that of models with the same β and uniform FFN rates.
+Both are of the models that `prune` makes with its defaults.
 The file holds its figures as text, and `tests/test_docs.py` compares them with the JSON.
 """
 
@@ -19,28 +19,28 @@ QUALITY = {
 }
 """Axis labels by key of defaults.json; a key that is missing in the rows is left out."""
 SERIES = {
-    "ONNX Runtime float32, prompt of 512": ("onnx", "prefill_speedup", 512),
-    "ONNX Runtime float32, a token after 128": ("onnx", "decode_speedup", 128),
-    "llama.cpp f16, prompt of 512": ("gguf", "prefill_speedup", 512),
-    "llama.cpp f16, a token after 128": ("gguf", "decode_speedup", 128),
+    "ONNX Runtime float32, prompt of 512": ("onnx", "float32", "prefill_speedup", 512),
+    "ONNX Runtime float32, a token after 128": ("onnx", "float32", "decode_speedup", 128),
+    "llama.cpp f16, prompt of 512": ("gguf", "f16", "prefill_speedup", 512),
+    "llama.cpp f16, a token after 128": ("gguf", "f16", "decode_speedup", 128),
 }
-"""Runtime, key of exports.json and prompt length, in tokens, of each series."""
+"""Runtime, dtype, key of serving.json and prompt length, in tokens, of each series."""
 
 
 def points() -> dict[str, dict[str, list[list[float]]]]:
     """(β, speed-up, quality) of each model, the dense one first, by quality key and series."""
-    defaults, exports = (_results(name) for name in ("defaults", "exports"))
+    defaults, serving = (_results(name) for name in ("defaults", "serving"))
     found: dict[str, dict[str, list[list[float]]]] = {}
     for quality in QUALITY:
         known = {row["beta"]: row[quality] for row in defaults if row.get(quality) is not None}
         known |= {0.0: 1.0} if quality == "kept" and known else {}
         if len(known) < 2 or 0.0 not in known:
             continue
-        for series, (runtime, speed, prompt) in SERIES.items():
+        for series, (runtime, dtype, speed, prompt) in SERIES.items():
             fast = {
                 row["beta"]: row[speed]
-                for row in exports
-                if (row["runtime"], row["prompt"], row["multiple_of"], row["tied"]) == (runtime, prompt, 1, False)
+                for row in serving
+                if (row["runtime"], row["dtype"], row["prompt"]) == (runtime, dtype, prompt)
             }
             both = sorted(known.keys() & fast.keys())
             rows = [[beta, fast[beta], known[beta]] for beta in both]

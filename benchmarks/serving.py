@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from protocol import Rows, write
+from tables import RUNTIME_NAMES, speeds
 
 from exporters.benchmark import benchmark
 from exporters.benchmark.report import Phase
@@ -38,15 +39,6 @@ RUNS = (
     ("gguf", "q4_k_m"),
     ("vllm", "float32"),
 )
-NAMES = {
-    "torch": "PyTorch",
-    "onnx": "ONNX Runtime",
-    "genai": "ONNX Runtime GenAI",
-    "openvino": "OpenVINO",
-    "gguf": "llama.cpp",
-    "vllm": "vLLM",
-}
-PHASES = ("prefill", "decode")
 
 
 def exported(work: Path, source: Path, runtime: str, dtype: str, longest: int) -> tuple[Path, dict[str, Any]]:
@@ -119,27 +111,6 @@ def compared(
     return rows, report.versions
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format rows as a Markdown table: speed-ups with the ideal in brackets, and the peak memory of both models."""
-    prompts = sorted({row["prompt"] for row in rows})
-    headings = [f"{what} {prompt}" for prompt in prompts for what in ("prompt of", "a token after")]
-    lines = [
-        f"| runtime | β | {' | '.join(headings)} | memory in MB, dense → pruned |",
-        f"| --- | ---: |{' ---: |' * (len(headings) + 1)}",
-    ]
-    for kind in dict.fromkeys((row["runtime"], row["dtype"], row["model"]) for row in rows):
-        own = {row["prompt"]: row for row in rows if (row["runtime"], row["dtype"], row["model"]) == kind}
-        last = max(own.values(), key=lambda row: row["peak_mb"])
-        cells = [
-            f"{own[prompt][f'{phase}_speedup']:.2f} ({own[prompt][f'{phase}_ideal']:.2f})" if prompt in own else ""
-            for prompt in prompts
-            for phase in PHASES
-        ]
-        memory = f"{last['dense_peak_mb']:.0f} → {last['peak_mb']:.0f}"
-        lines.append(f"| {NAMES[kind[0]]}, {kind[1]} | {last['beta']:g} | {' | '.join(cells)} | {memory} |")
-    return "\n".join(lines)
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Time every pruned model and the dense one in every runtime."""
     options = _parser().parse_args(words)
@@ -158,13 +129,13 @@ def main(words: Sequence[str] | None = None) -> None:
             try:
                 found, versions = compared(options.work, (options.dense, pruned), run, **sizes, **there)
             except SelfPrunerError as error:  # a library that is missing, for example
-                print(f"{NAMES[run[0]]}, {run[1]}: {error}", flush=True)
+                print(f"{RUNTIME_NAMES[run[0]]}, {run[1]}: {error}", flush=True)
                 break
             for row in found:
                 rows.keep({**key, **row, "versions": versions})
     order = [*RUNS]
     kept = sorted(rows, key=lambda row: (order.index((row["runtime"], row["dtype"])), row["beta"], row["prompt"]))
-    print(table(kept))
+    print(speeds(kept))
     write(
         "serving",
         f"{options.dense.name}, CPU, {torch.get_num_threads()} threads, batch 1, {options.new} tokens after a prompt; "

@@ -26,6 +26,15 @@ FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml",
 """Faults that were put into the code, and what `make mutants` wrote of them."""
 UNKNOWN = "–"
 """Stands where a row has no such figure."""
+SERVING = ROOT / "benchmarks" / "serving.json"
+RUNTIME_NAMES = {
+    "torch": "PyTorch",
+    "onnx": "ONNX Runtime",
+    "genai": "ONNX Runtime GenAI",
+    "openvino": "OpenVINO",
+    "gguf": "llama.cpp",
+    "vllm": "vLLM",
+}
 TEXTS = {
     "search_text": "fitness text",
     "unseen_text": "unseen text",
@@ -112,6 +121,29 @@ def _parameters(row: Mapping[str, Any]) -> float:
     return float(dense - row.get("achieved_beta", row["beta"]) * prunable)
 
 
+def serving_table() -> str:
+    """Speed and memory in every runtime, and how they were measured."""
+    return f"{speeds(json.loads(SERVING.read_text(encoding='utf-8'))['results'])}\n\n{_protocol(SERVING)}"
+
+
+def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Speed-ups, each with its ideal in brackets, and the peak memory of both models, as a Markdown table."""
+    prompts = sorted({row["prompt"] for row in rows})
+    names = [f"{what} {prompt}" for prompt in prompts for what in ("prompt of", "a token after")]
+    cells = []
+    for kind in dict.fromkeys((row["runtime"], row["dtype"], row["model"]) for row in rows):
+        own = {row["prompt"]: row for row in rows if (row["runtime"], row["dtype"], row["model"]) == kind}
+        last = max(own.values(), key=lambda row: row["peak_mb"])
+        found = [
+            f"{own[prompt][f'{phase}_speedup']:.2f} ({own[prompt][f'{phase}_ideal']:.2f})" if prompt in own else UNKNOWN
+            for prompt in prompts
+            for phase in ("prefill", "decode")
+        ]
+        memory = f"{last['dense_peak_mb']:.0f} → {last['peak_mb']:.0f}"
+        cells.append([f"{RUNTIME_NAMES[kind[0]]}, {kind[1]}", f"{last['beta']:g}", *found, memory])
+    return _table(["runtime", "β", *names, "memory in MB, dense → pruned"], cells)
+
+
 def settings_table() -> str:
     """Every setting: its name, its default, those of the other presets where they differ, and its meaning."""
     others = [preset for preset in PRESETS if preset != "default"]
@@ -155,6 +187,7 @@ GENERATED = (
     ("README.md", "defaults", defaults_table),
     ("docs/results.md", "articles", articles_table),
     ("docs/results.md", "search", search_table),
+    ("docs/results.md", "serving", serving_table),
     ("docs/settings.md", "settings", settings_table),
     ("docs/testing.md", "faults", faults_table),
 )

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import serving
+import tables
 from support.tiny import save_tiny
 
 from exporters.benchmark.latency import Timing
@@ -83,4 +84,4 @@ def test_a_runtime_that_is_unknown(run, capsys):
 def test_every_row_of_the_table_is_a_runtime():
     for runtime, dtype in serving.RUNS:
         assert dtype in serving.RUNTIMES[runtime].dtypes
-        assert runtime in serving.NAMES
+        assert runtime in tables.RUNTIME_NAMES
