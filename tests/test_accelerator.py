@@ -148,8 +148,8 @@ LAYERS = {"Llama-3.1-8B": 32, "Qwen2.5-7B": 28, "Gemma-2-9B": 42, "Phi-4": 40}
 def test_the_memory_of_a_streamed_run(name, accelerator, tmp_path, monkeypatch):
     """The device holds embeddings, head, and at most ten times what one layer needs, at the peak of all stages.
 
-    The widest matrices are those of the second repair's step of gate_proj and up_proj. The depth adds nothing: at that of
-    the real models, the peak is below 1.3 times the weights and five times what one layer needs.
+    The widest matrices are those of the second repair's step of gate_proj and up_proj. The depth adds nothing: at the
+    depth of the real models, the peak is below 1.3 times the weights and five times what one layer needs.
     """
     for module in ("models.layer_stream", "models.forward", "evaluation.fitness"):  # batches are smaller too
         monkeypatch.setattr(f"selfpruner_hub.{module}.BATCH_TOKENS", BATCH_TOKENS // SMALLER)
