@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,8 @@ from exporters.writer import one_of
 from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import explain
-from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
+from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 
 WARMUP = 2
 """Warm-up passes of each model, which are not counted."""
@@ -167,6 +169,12 @@ def _elsewhere(row: Runtime, runtime: str, python: str | Path | None) -> dict[st
 
 
 def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
+    """Read a configuration; that of graphs in the Hub's layout has a stock type, which takes no widths by layer."""
+    directory = Path(name)
+    if (directory / EXPORT_RECORD_FILE).is_file() and read_export(directory).has_hub_layout:
+        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config: PreTrainedConfig = MODEL_CLASSES[values.pop("model_type")].config_class.from_dict(values)
+        return config
     try:
         return AutoConfig.from_pretrained(name, **{**loading, "trust_remote_code": False})
     except Exception as error:  # transformers and the Hub client share no base class

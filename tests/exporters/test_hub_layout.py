@@ -11,12 +11,14 @@ import onnx
 import pytest
 import torch
 from support.javascript import transformers_js
-from support.tiny import tiny_pruned
+from support.tiny import tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters import OnnxCausalLM
+from exporters.benchmark import benchmark
 from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.benchmark.worker import started
+from exporters.benchmark.workload import workload_of
 from exporters.export import export_model
 from exporters.parity import expected, logit_difference
 from exporters.to_onnx import hub_layout
@@ -146,6 +148,17 @@ def test_genai_is_timed(dtype, directory):
             assert 0 < measured.prefill < 10_000
         with pytest.raises(UserError, match="genai is timed here, not scored on text"):
             worker.cross_entropy(ids)
+
+
+def test_genai_is_compared_by_the_widths_of_every_layer(model, directory, tmp_path):
+    """The export of the dense parent beside it, as `benchmarks/serving.py` has them."""
+    pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")
+    dense = tiny_model("llama", vocab_size=VOCABULARY)
+    parent = export_model(dense, trained_tokenizer(), "onnx", tmp_path / "dense", layout="hub")
+    found = benchmark(directory, parent, "genai", prompts=(8,), new_tokens=2, runs=2, dtype="float32", threads=1)
+    works = [workload_of(each.config) for each in (dense, model)]
+    assert [found.dense.workload, found.pruned.workload] == works
+    assert found.cases[0].prefill.ideal > 1
 
 
 def test_genai_reads_this_layout_alone(directory, tmp_path, monkeypatch):
