@@ -138,7 +138,8 @@ def main(words: Sequence[str] | None = None) -> None:
     print(speeds(kept))
     write(
         "serving",
-        f"{options.dense.name}, CPU, {torch.get_num_threads()} threads, batch 1, {options.new} tokens after a prompt; "
+        f"{read_record(options.pruned[0]).base_model} and its pruned models, CPU, {torch.get_num_threads()} threads, "
+        f"batch 1, {options.new} tokens after a prompt; "
         f"dense and pruned in a process each, turn by turn, medians of {options.passes} passes, each behind one that "
         "does not count; speed-ups of neighbouring passes; ideal: floating-point operations of a prompt, bytes that a "
         "step reads; peak_mb: memory of the process while it ran, libraries included",

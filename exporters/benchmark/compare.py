@@ -173,7 +173,7 @@ def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
     directory = Path(name)
     if (directory / EXPORT_RECORD_FILE).is_file() and read_export(directory).has_hub_layout:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        config: PreTrainedConfig = MODEL_CLASSES[values.pop("model_type")].config_class.from_dict(values)
+        config: PreTrainedConfig = MODEL_CLASSES[values.pop("model_type")].config_class.from_dict(values)  # type: ignore[union-attr]
         return config
     try:
         return AutoConfig.from_pretrained(name, **{**loading, "trust_remote_code": False})
