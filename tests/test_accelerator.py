@@ -141,7 +141,7 @@ SCALED = {
 }
 
 
-LAYERS = {"Llama-3.1-8B": 32, "Qwen2.5-7B": 28, "Gemma-2-9B": 42, "Phi-4": 40}
+DEPTHS = {"Llama-3.1-8B": 32, "Qwen2.5-7B": 28, "Gemma-2-9B": 42, "Phi-4": 40}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "Phi-4")) for name in SCALED])
@@ -170,7 +170,7 @@ def test_the_memory_of_a_streamed_run(name, accelerator, tmp_path, monkeypatch):
     made = pruner.prune(0.3, data=TEXT, progress=False, **settings)
     made.save_pretrained(tmp_path / "pruned")
     assert BYTES.peak - before <= outside + 10 * needs
-    assert BYTES.peak - before <= 1.3 * (outside + LAYERS[name] * weights) + 5 * needs
+    assert BYTES.peak - before <= 1.3 * (outside + DEPTHS[name] * weights) + 5 * needs
     assert made.model.device.type == "gpu"
 
 

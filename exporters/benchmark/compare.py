@@ -23,12 +23,13 @@ from exporters.benchmark.runtimes import RUNTIMES, Runtime, Setting
 from exporters.benchmark.worker import Worker, started
 from exporters.benchmark.workload import workload_of
 from exporters.export import export
+from exporters.to_onnx.hub_layout import GENAI_CONFIG
 from exporters.writer import one_of
 from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import explain
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
-from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 
 WARMUP = 2
 """Warm-up passes of each model, which are not counted."""
@@ -171,7 +172,7 @@ def _elsewhere(row: Runtime, runtime: str, python: str | Path | None) -> dict[st
 def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
     """Read a configuration; that of graphs in the Hub's layout has a stock type, which takes no widths by layer."""
     directory = Path(name)
-    if (directory / EXPORT_RECORD_FILE).is_file() and read_export(directory).has_hub_layout:
+    if (directory / GENAI_CONFIG).is_file():
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config: PreTrainedConfig = MODEL_CLASSES[values.pop("model_type")].config_class.from_dict(values)  # type: ignore[union-attr]
         return config

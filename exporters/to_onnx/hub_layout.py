@@ -24,6 +24,7 @@ from selfpruner_hub.errors import ExportError, SavedModelError
 from selfpruner_hub.models.architectures import architecture_of, shape_of
 
 FOLDER = "onnx"
+GENAI_CONFIG = "genai_config.json"
 SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized", "int4": "_q4"}
 """What Transformers.js appends to the name of a file, by dtype of the weights."""
 BITS = {"int8": 8, "int4": 4}
@@ -104,7 +105,7 @@ def save_configurations(model: PreTrainedModel, directory: Path) -> None:
         },
     }
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (directory / "genai_config.json").write_text(json.dumps(_genai(model, stock), indent=2) + "\n", encoding="utf-8")
+    (directory / GENAI_CONFIG).write_text(json.dumps(_genai(model, stock), indent=2) + "\n", encoding="utf-8")
 
 
 def _genai(model: PreTrainedModel, stock: str) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
 WINDOW, CALIBRATION, FITNESS = 8, 8, 4
-METHOD = PruneSettings(window=WINDOW, calibration_tokens=WINDOW * CALIBRATION, fitness_tokens=WINDOW * FITNESS)
+METHOD = PruneSettings(
+    window=WINDOW, calibration_tokens=WINDOW * CALIBRATION, fitness_tokens=WINDOW * FITNESS, evaluations=10
+)
 UNSEARCHED = replace(METHOD, evaluations=0)
 
 

@@ -27,6 +27,7 @@ from exporters.to_onnx.matrix_bits import rounded
 from exporters.to_onnx.writer import TOLERANCES, expected_by_dtype
 from selfpruner_hub.errors import ExportError, SavedModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 
 pytestmark = pytest.mark.heavy
@@ -74,8 +75,12 @@ def directory(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(model):
-    """PyTorch's greedy text after each prompt, and the ids of the prompts."""
-    prompts = [trained_tokenizer()(text)["input_ids"] for text in PROMPTS]
+    return in_pytorch(model, trained_tokenizer())
+
+
+def in_pytorch(model, tokenizer):
+    """The ids of the prompts, and PyTorch's greedy text after each."""
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     told = [model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)[0].tolist() for ids in prompts]
     return prompts, told
 
@@ -124,7 +129,7 @@ def test_onnx_runtime_writes_pytorchs_text(model, directory, written):
         assert graph.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False)[0].tolist() == told
 
 
-def test_genai_writes_pytorchs_text(directory, written):
+def check_genai(directory, written):
     """In a process of its own: the library is C++."""
     pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")
     command = [sys.executable, "-c", GENAI, directory, json.dumps(written[0]), str(NEW)]
@@ -134,6 +139,10 @@ def test_genai_writes_pytorchs_text(directory, written):
     for line, told in zip(done.stdout.splitlines(), written[1], strict=True):
         assert json.loads(line) == told[: len(json.loads(line))]
         assert len(told) - len(json.loads(line)) <= 1
+
+
+def test_genai_writes_pytorchs_text(directory, written):
+    check_genai(directory, written)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int4"])
@@ -173,15 +182,20 @@ def test_genai_reads_this_layout_alone(directory, tmp_path, monkeypatch):
         RUNTIMES["genai"].load(str(directory), setting)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "q8", "q4"])
-def test_transformers_js_writes_pytorchs_text(dtype, directory, written):
+def in_transformers_js(dtype, directory):
+    """The token ids that it writes after each prompt, prompts included."""
     words = [directory.parent, directory.name, dtype, json.dumps(PROMPTS), str(NEW)]
     done = subprocess.run(
         ["node", "--input-type=module", "-e", TRANSFORMERS_JS, *words],
         cwd=transformers_js(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-500:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "q8", "q4"])
+def test_transformers_js_writes_pytorchs_text(dtype, directory, written):
+    lines = in_transformers_js(dtype, directory)
     if dtype in ("fp32", "fp16"):
         assert lines == written[1]
     for line, ids in zip(lines, written[0], strict=True):  # rounded weights of a random model: another text
@@ -244,3 +258,13 @@ def test_a_wrong_graph_in_few_bits_is_noticed(dtype, model, directory, tmp_path)
     onnx.save(program, path)
     with pytest.raises(ExportError, match=f"{hub_layout.file_of(dtype)} differs from the PyTorch model"):
         compared(model, copied)
+
+
+@pytest.mark.slow
+def test_the_real_model_writes_pytorchs_text(real_pruned, tmp_path):
+    """In GenAI and in Transformers.js; the graphs in 8 and 4 bits pass their own comparison with PyTorch."""
+    pruned = PrunedModel.from_pretrained(real_pruned / "model", dtype=torch.float32)
+    directory = pruned.export("onnx", tmp_path / "real", layout="hub")
+    written = in_pytorch(pruned.model, pruned.tokenizer)
+    check_genai(directory, written)
+    assert in_transformers_js("fp32", directory) == written[1]
