@@ -74,7 +74,9 @@ def uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        # A handler of a C library cannot be put back. The default action would end the process without a word.
+        before = signal.default_int_handler if before is None else before
+        signal.signal(signal.SIGINT, before)
         if held and callable(before):
             before(*held[0])
 
