@@ -97,9 +97,7 @@ def aim_of(
         UserError: Both or neither are given, or a value is out of its range.
     """
     if target is None:
-        check_beta(beta)
-        assert beta is not None  # as checked
-        return ShareOfWeights(beta, dense)
+        return ShareOfWeights(check_beta(beta), dense)
     if beta is not None:
         raise UserError("beta and a target are both given.", "Give one of them.")
     meter = meter_of(runtime) if isinstance(runtime, str) else runtime

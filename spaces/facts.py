@@ -92,6 +92,8 @@ def title() -> tuple[str, str]:
     count = known["parameters"]
     name = known["base_model"].rpartition("/")[2]
     who = "The model itself proposed" if known["proposer"]["name"] == "self" else "A search found"
+    if not known["method"].get("evaluations", 1):
+        who = "Measurements of its layers, without a search, say"
     training = known["method"].get("training")
     said = (
         f"The same prompt, answered by **{name}** and by a copy that lost {100 * known['achieved_beta']:.0f} % of its "

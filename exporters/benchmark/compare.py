@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +22,11 @@ from exporters.benchmark.runtimes import RUNTIMES, Runtime, Setting
 from exporters.benchmark.worker import Worker, started
 from exporters.benchmark.workload import workload_of
 from exporters.export import export
-from exporters.to_onnx.hub_layout import GENAI_CONFIG
+from exporters.to_onnx.hub_layout import read_configuration
 from exporters.writer import one_of
 from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import explain
-from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 
 WARMUP = 2
@@ -170,14 +168,10 @@ def _elsewhere(row: Runtime, runtime: str, python: str | Path | None) -> dict[st
 
 
 def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
-    """Read a configuration; that of graphs in the Hub's layout has a stock type, which takes no widths by layer."""
-    directory = Path(name)
-    if (directory / GENAI_CONFIG).is_file():
-        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        config: PreTrainedConfig = MODEL_CLASSES[values.pop("model_type")].config_class.from_dict(values)  # type: ignore[union-attr]
-        return config
     try:
-        return AutoConfig.from_pretrained(name, **{**loading, "trust_remote_code": False})
+        return read_configuration(Path(name)) or AutoConfig.from_pretrained(
+            name, **{**loading, "trust_remote_code": False}
+        )
     except Exception as error:  # transformers and the Hub client share no base class
         raise explain(name, error) from error
 

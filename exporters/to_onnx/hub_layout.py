@@ -22,6 +22,7 @@ from exporters.tracing import cache_of, states_of
 from exporters.writer import one_line, require
 from selfpruner_hub.errors import ExportError, SavedModelError
 from selfpruner_hub.models.architectures import architecture_of, shape_of
+from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
 
 FOLDER = "onnx"
 GENAI_CONFIG = "genai_config.json"
@@ -106,6 +107,24 @@ def save_configurations(model: PreTrainedModel, directory: Path) -> None:
     }
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (directory / GENAI_CONFIG).write_text(json.dumps(_genai(model, stock), indent=2) + "\n", encoding="utf-8")
+
+
+def read_configuration(directory: Path) -> PreTrainedConfig | None:
+    """Read the `config.json` that `save_configurations` wrote, in the class of pruned models.
+
+    The class of its stock `model_type` takes no widths by layer.
+
+    Args:
+        directory: Directory of an export.
+
+    Returns:
+        The configuration; None where the directory has no graphs in this layout.
+    """
+    if not (directory / GENAI_CONFIG).is_file():
+        return None
+    values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    family = MODEL_CLASSES.get(values.pop("model_type", ""))
+    return None if family is None or family.config_class is None else family.config_class.from_dict(values)
 
 
 def _genai(model: PreTrainedModel, stock: str) -> dict[str, Any]:

@@ -104,14 +104,15 @@ class Meter(Protocol):
         ...
 
 
-def check_beta(beta: object) -> None:
-    """Raise `BudgetError` unless β is a number with 0 < β < 1."""
+def check_beta(beta: object) -> float:
+    """Return β; raise `BudgetError` unless it is a number with 0 < β < 1."""
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
         raise BudgetError(f"beta must be a number between 0 and 1; got {beta!r}.", "Pass for example beta=0.3.")
     if not 0 < beta < 1:
         raise BudgetError(
             f"beta must satisfy 0 < beta < 1; got {beta:g}.", "It is the mean fraction of weights removed."
         )
+    return beta
 
 
 def target_of(wanted: Mapping[str, Any], runtime: str, prompt: int = 128, new_tokens: int = 32) -> Target:

@@ -210,6 +210,12 @@ def test_who_searched_is_told_as_it_was(space, saved_model, monkeypatch):
     for name in MODULES:
         sys.modules.pop(name, None)
     assert "The model itself proposed" in space("facts").title()[1]
+    record = json.loads(path.read_text())
+    record["method"]["evaluations"] = 0  # the default
+    path.write_text(json.dumps(record))
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    assert "Measurements of its layers, without a search, say how much each" in space("facts").title()[1]
 
 
 def test_training_after_pruning_is_told(space, saved_model, monkeypatch):
