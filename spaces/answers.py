@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from engines import encode, load, tokenizer
+from engines import load
 from shown import UnavailableError
+from tokens import encode, tokenizer
 
 try:  # Hugging Face's package on a ZeroGPU Space; elsewhere the import may find this folder itself
     from spaces import GPU

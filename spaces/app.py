@@ -91,9 +91,9 @@ def _verdict(pruned: Answer, dense: Answer) -> str:
 
 
 def _in_pytorch() -> str:
-    """Say why a GGUF file that was published with the model is not used; empty where it is, or where there is none."""
+    """Say why an export that was published with the model is not used; empty where it is, or where there is none."""
     why = engines.why_pytorch()
-    return f"Both models run in PyTorch, not in llama.cpp. {why}" if why else ""
+    return f"Both models run in PyTorch, not in the export that was published. {why}" if why else ""
 
 
 def prune(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str, Any, Any]]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import encode, fast_dtype
 from facts import header, lines, removed
+from in_pytorch import fast_dtype
 from shown import UnavailableError, record, shown
+from tokens import encode
 
 SMALL = 400_000_000
 """Maximum number of parameters of a parent that is pruned live; for a larger one, `STAND_IN` is pruned."""

@@ -28,6 +28,8 @@ class Shown:
     """Directory or Hub repository of the dense parent; None uses the one that the record names."""
     gguf: str | None
     """Path of the pruned model's GGUF file in its directory or repository; None where it has none."""
+    graphs: str | None
+    """Directory or Hub repository of its ONNX graphs (layout hub); None where it has none."""
 
     def file(self, name: str) -> Path:
         """Return the path of a file of the pruned model, which is downloaded if necessary."""
@@ -51,8 +53,11 @@ def shown() -> Shown:
             "Set PRUNED_MODEL to a model made with selfpruner-hub (a Hub repository or a directory)."
         )
     revision = os.environ.get("PRUNED_REVISION") or written.get("revision")
-    gguf = os.environ.get("PRUNED_GGUF") or (written.get("gguf") if name == written.get("pruned") else None)
-    return Shown(name, revision, os.environ.get("DENSE_MODEL"), gguf)
+    exports = {}
+    for kind in ("gguf", "graphs"):  # those that were written are of the model that was written
+        of_model = written.get(kind) if name == written.get("pruned") else None
+        exports[kind] = os.environ.get(f"PRUNED_{kind.upper()}") or of_model
+    return Shown(name, revision, os.environ.get("DENSE_MODEL"), **exports)
 
 
 @cache

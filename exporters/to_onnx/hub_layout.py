@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from exporters.graph_causal_lm import GraphCausalLM
 from exporters.parity import Step, divergence, logit_difference
@@ -36,6 +36,9 @@ AXES = {
     "total": "total_sequence_length",
 }
 """Names of the dynamic axes."""
+CONFIGURATIONS = ("config.json", "generation_config.json", GENAI_CONFIG)
+FLOAT32_FILES = (*CONFIGURATIONS, *(f"{FOLDER}/model.onnx{weights}" for weights in ("", "_data")))
+"""Files of an export that `open_graph` reads."""
 LEFT_OUT = ("auto_map", "_name_or_path")
 """Keys of a configuration that an export leaves out: classes that are not beside it, and a path of this machine."""
 _CACHE = re.compile(r"(input|output)\.cache\.layers\.(\d+)\.(key|value)s")
@@ -178,17 +181,20 @@ class HubGraph(GraphCausalLM):
         path: Path of the graph.
         config: Configuration of the exported model.
         options: Options of ONNX Runtime's session.
+        generation_config: Defaults of `generate()`.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         SavedModelError: The graph is missing or damaged.
     """
 
-    def __init__(self, path: Path, config: PreTrainedConfig, options: Any) -> None:
+    def __init__(
+        self, path: Path, config: PreTrainedConfig, options: Any, generation_config: GenerationConfig | None = None
+    ) -> None:
         require("onnxruntime", "onnx")
         import onnxruntime
 
-        super().__init__(config)
+        super().__init__(config, generation_config)
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no base class
@@ -213,6 +219,28 @@ class HubGraph(GraphCausalLM):
         outputs = [name.replace("past_key_values", "present") for name in names]
         logits, *states = self._session.run(["logits", *outputs], {name: t.numpy() for name, t in tensors.items()})
         return torch.from_numpy(logits), cache_of([torch.from_numpy(state) for state in states])
+
+
+def open_graph(directory: Path, options: Any) -> HubGraph:
+    """Open the float32 graph of an export of a pruned model.
+
+    Args:
+        directory: Directory of the export; `FLOAT32_FILES` of it are read.
+        options: Options of ONNX Runtime's session.
+
+    Returns:
+        The graph, with `generate()`.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        SavedModelError: The directory holds no such export, or it is damaged.
+    """
+    config = read_configuration(directory)
+    if config is None:
+        raise SavedModelError(f"{str(directory)!r} holds no graphs of a pruned model in the layout hub.")
+    found = (directory / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(directory) if found else None
+    return HubGraph(directory / file_of("float32"), config, options, generation)
 
 
 def difference(

@@ -33,7 +33,7 @@ DTYPES = ("float32", "float16", "int8")
 LAYOUTS = ("transformers", "hub")
 FUSIONS = tuple(DEFAULT_PROVIDERS)
 _ORT_FUSIONS: dict[str, Literal["cpu", "cuda"] | None] = {"cpu": "cpu", "cuda": "cuda", "none": None}
-EXTRA = "onnx"
+EXTRA, LIBRARIES = "onnx", ("onnx", "onnxscript", "onnxruntime")
 HUB_REMARK = "ONNX Runtime GenAI and Transformers.js load this directory; OnnxCausalLM does not."
 
 
@@ -69,7 +69,7 @@ def write(
     one_of("fusions", fusions, FUSIONS)
     if one_of("layout", layout, LAYOUTS) == "hub" and (dtype, fusions) != ("float32", "cpu"):
         raise UserError("The layout hub has a graph in every dtype, fused for CPUs.", "Leave out dtype and fusions.")
-    for library in ("onnx", "onnxscript", "onnxruntime"):
+    for library in LIBRARIES:
         require(library, EXTRA)
     options = {"dtype": dtype, "fusions": fusions, "layout": layout}
     libraries = ("onnx", "onnxscript", importlib.metadata.packages_distributions()["onnxruntime"][0])
@@ -97,6 +97,27 @@ def write(
         unchecked="" if runnable else f"this onnxruntime has no {DEFAULT_PROVIDERS[fusions]}",
         remark=remark,
     )
+
+
+def write_graph(model: PreTrainedModel, directory: Path) -> hub_layout.HubGraph:
+    """Write the float32 graph of a model in the layout hub, without comparing its logits with PyTorch's, and open it.
+
+    Args:
+        model: Dense or pruned model, float32, on the CPU.
+        directory: Directory of the graph.
+
+    Returns:
+        The graph, with `generate()`.
+
+    Raises:
+        MissingExtraError: A library is not installed.
+        ExportError: The model cannot be traced.
+    """
+    for library in LIBRARIES:
+        require(library, EXTRA)
+    hub_layout.save_graph(trace(model, "cpu", last=True).program, directory, "float32")
+    path = directory / hub_layout.file_of("float32")
+    return hub_layout.HubGraph(path, model.config, default_options(), model.generation_config)
 
 
 def expected_by_dtype(

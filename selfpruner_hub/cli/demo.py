@@ -23,7 +23,7 @@ from selfpruner_hub.errors import MissingExtraError, ModelError, SavedModelError
 from selfpruner_hub.evaluation.chat import ChatMeasure
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.evaluation.questions import replies
-from selfpruner_hub.hub.bundle import check_export
+from selfpruner_hub.hub.bundle import ONNX, check_export
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.hub.space import gguf_of
 from selfpruner_hub.models.loading import resolve_directory
@@ -123,7 +123,9 @@ def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = N
 
 
 def open_space(directory: str) -> None:
-    """Run the app of the Space with a saved model on this machine, in llama.cpp if it was exported to `DIR/gguf`.
+    """Run the app of the Space with a saved model on this machine.
+
+    If it was exported to `DIR/gguf`, it runs in llama.cpp; else, if to `DIR/onnx` with the layout hub, in ONNX Runtime.
 
     Args:
         directory: Directory of a saved model, or its Hub repository.
@@ -141,6 +143,9 @@ def open_space(directory: str) -> None:
         check_export(local, "gguf", record)
         if (path := gguf_of(file.relative_to(local).as_posix() for file in local.glob("gguf/*"))) is not None:
             variables["PRUNED_GGUF"] = path
+    with contextlib.suppress(SavedModelError):
+        if check_export(local, ONNX, record).has_hub_layout:
+            variables["PRUNED_GRAPHS"] = str(local / ONNX)
     app = [sys.executable, str(asset("spaces") / "app.py")]  # in a separate process, as in a Space
     if subprocess.run(app, env={**os.environ, **variables}, check=False).returncode:
         raise SelfPrunerError("The demo stopped with an error.", "What it said stands above.")

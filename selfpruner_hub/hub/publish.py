@@ -18,11 +18,11 @@ from selfpruner_hub.hub.bundle import CARD, ONNX, Bundle, collect, is_ours, same
 from selfpruner_hub.hub.card import render_card, render_onnx_card
 from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.hub.repository import Changes, Repository, Tree, same_content
-from selfpruner_hub.hub.space import DENSE, VENDORED, gguf_of, space_files, static_files
+from selfpruner_hub.hub.space import DENSE, GGUF, GRAPHS, VENDORED, gguf_of, space_files, static_files
 from selfpruner_hub.storage.layout import EXPORTS
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 
-GRAPHS = "-ONNX"
+ONNX_ENDING = "-ONNX"
 """Ending of the name of the repository with a model's graphs, as in the Hub's onnx-community."""
 SPACES = GRADIO, STATIC = ("gradio", "static")
 """Kinds of Spaces: an app on the Hub's machine, or a page that runs in the visitor's browser."""
@@ -123,7 +123,7 @@ def publish(
     api = HfApi(token=token, library_name="selfpruner-hub")
     model = Repository(api, repo_id, "model", revision)
     model.create(private)
-    graphs = Repository(api, f"{model.repo_id}{GRAPHS}", "model", revision)
+    graphs = Repository(api, f"{model.repo_id}{ONNX_ENDING}", "model", revision)
     there = True if bundle.graphs else _are_of(bundle.record, graphs)
     linked = graphs.repo_id if there else ""
     message = (commit_message or "Publish the pruned model", commit_description)
@@ -142,7 +142,7 @@ def publish(
             files = static_files(bundle.record, graphs.repo_id, api.endpoint, revision)
         else:
             demo = Repository(api, f"{model.repo_id}-demo", "space")
-            files = space_files(bundle.record, model.repo_id, revision, gguf_of(model.content))
+            files = space_files(bundle.record, model.repo_id, revision, _shown_export(model, linked))
         with _after("its Space is"):
             demo.create(private, STATIC if space == STATIC else GRADIO)
             done = demo.commit(
@@ -169,6 +169,13 @@ def _are_of(record: Record, graphs: Repository) -> bool | None:
         return same_model(read_record(found.parent), record)
     except SavedModelError:
         return False
+
+
+def _shown_export(model: Repository, graphs: str) -> tuple[str, str] | None:
+    """Return the export that a Space runs: a GGUF file, else the repository `graphs`, unless that is empty."""
+    if (path := gguf_of(model.content)) is not None:
+        return GGUF, path
+    return (GRAPHS, graphs) if graphs else None
 
 
 def _graph_changes(bundle: Bundle, repo: Repository, model: Repository, tree: Tree) -> Changes:

@@ -20,10 +20,15 @@ VENDORED = ("selfpruner_hub", "exporters")
 """Packages that are copied into a Space. Its `requirements.txt` cannot name this package before it is on an index: a
 requirement that pip does not find stops the build of the Space."""
 SETTINGS = "model.json"
-"""Name of the file that the app reads: the model, its revision, its dense parent and its GGUF file."""
+"""Name of the file that the app reads: the model, its revision, its dense parent, and its export."""
 REQUIREMENTS = "requirements.txt"
-LLAMA_CPP = "xllamacpp>=2026.10"
-"""Requirement of a Space that runs a GGUF file: that of this package's extra `gguf`."""
+GGUF, GRAPHS = "gguf", "graphs"
+"""Exports that a Space runs, as keys of `SETTINGS`: a file in the model's repository, or a repository of graphs."""
+RUNTIMES = {
+    GGUF: ("xllamacpp>=2026.10",),
+    GRAPHS: ("onnx>=1.23,<2", "onnxscript>=0.7.2,<0.8", "onnxruntime>=1.32,<2"),
+}
+"""Requirements of a Space that runs an export, by its kind: those of this package's extras `gguf` and `onnx`."""
 DENSE = "dense"
 """Folder, beside a model's graphs, of the graphs of its dense parent, which a static Space compares it with."""
 _CARRIED = ("*.py", "templates/*.txt")
@@ -42,7 +47,7 @@ def gguf_of(names: Iterable[str]) -> str | None:
 
 
 def space_files(
-    record: Record, repo_id: str, revision: str | None = None, gguf: str | None = None
+    record: Record, repo_id: str, revision: str | None = None, export: tuple[str, str] | None = None
 ) -> dict[str, Path | bytes]:
     """Collect the files of a Space that shows one published model.
 
@@ -50,7 +55,8 @@ def space_files(
         record: Record of the model.
         repo_id: Hub repository of the model.
         revision: Branch of the model; None is the main branch.
-        gguf: Path of the model's GGUF file in its repository, which the Space then runs; None runs PyTorch.
+        export: Export that the Space runs: `GGUF` and the file's path in the repository, or `GRAPHS` and the
+            repository of the graphs. None runs PyTorch.
 
     Returns:
         Files by their path in the Space.
@@ -58,9 +64,11 @@ def space_files(
     app = asset("spaces")
     files: dict[str, Path | bytes] = {path.name: path for path in app.iterdir() if path.suffix in (".py", ".txt")}
     settings = {"pruned": repo_id, "revision": revision, "dense": record.base_model}
-    if gguf is not None:
-        settings["gguf"] = gguf
-        files[REQUIREMENTS] = f"{(app / REQUIREMENTS).read_text(encoding='utf-8').rstrip()}\n{LLAMA_CPP}\n".encode()
+    if export is not None:
+        kind, where = export
+        settings[kind] = where
+        needed = [(app / REQUIREMENTS).read_text(encoding="utf-8").rstrip(), *RUNTIMES[kind]]
+        files[REQUIREMENTS] = "\n".join([*needed, ""]).encode()
     files[SETTINGS] = f"{json.dumps(settings, indent=2)}\n".encode()
     files["README.md"] = _front_page(app / "README.md", record, repo_id).encode()
     for name in VENDORED:

@@ -69,19 +69,32 @@ def test_what_it_keeps(said, tmp_path):
 
 
 @pytest.mark.parametrize("other", [False, True])
-def test_a_model_that_was_exported_to_gguf_is_opened_in_llama_cpp(other, saved_models, saved_model, monkeypatch):
-    """Not the file of another model, which an earlier one may have left there."""
-    record = ExportRecord("gguf", {"dtype": "f16"}, {}, {}, 0.1, 0.0, "", "")
-    (saved_model / "gguf").mkdir()
-    (saved_model / "gguf" / EXPORT_RECORD_FILE).write_text(record.to_json())
-    (saved_model / "gguf" / "model-f16.gguf").touch()
+@pytest.mark.parametrize(
+    ("form", "options", "name", "variable"),
+    [
+        ("gguf", {"dtype": "f16"}, "model-f16.gguf", "PRUNED_GGUF"),
+        ("onnx", {"layout": "hub"}, "config.json", "PRUNED_GRAPHS"),
+        ("onnx", {"layout": "transformers"}, "config.json", None),
+    ],
+)
+def test_a_model_that_was_exported_is_opened_in_its_engine(
+    form, options, name, variable, other, saved_models, saved_model, monkeypatch
+):
+    """Not in an export of another model, which an earlier one may have left there."""
+    record = ExportRecord(form, options, {}, {}, 0.1, 0.0, "", "")
+    (saved_model / form).mkdir()
+    (saved_model / form / EXPORT_RECORD_FILE).write_text(record.to_json())
+    (saved_model / form / name).touch()
     made_from = saved_models / ("second" if other else "first") / MODEL_RECORD_FILE
-    (saved_model / "gguf" / MODEL_RECORD_FILE).write_text(made_from.read_text())
-    monkeypatch.delenv("PRUNED_GGUF", raising=False)
+    (saved_model / form / MODEL_RECORD_FILE).write_text(made_from.read_text())
+    variables = {"PRUNED_GGUF": f"gguf/{name}", "PRUNED_GRAPHS": str(saved_model / "onnx")}
+    for each in variables:
+        monkeypatch.delenv(each, raising=False)
     started = []
     monkeypatch.setattr(demo.subprocess, "run", lambda app, env, check: started.append(env) or CompletedProcess(app, 0))
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: object())
     demo.open_space(str(saved_model))
     (environment,) = started
     assert environment["PRUNED_MODEL"] == str(saved_model)
-    assert environment.get("PRUNED_GGUF") == (None if other else "gguf/model-f16.gguf")
+    found = {each: environment[each] for each in variables if each in environment}
+    assert found == ({} if other or variable is None else {variable: variables[variable]})

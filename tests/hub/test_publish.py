@@ -14,7 +14,7 @@ import pytest
 from support.hub_client import environment
 
 from exporters.export import FORMATS
-from selfpruner_hub.hub.space import LLAMA_CPP
+from selfpruner_hub.hub.space import GGUF, GRAPHS, RUNTIMES
 from selfpruner_hub.storage.layout import EXPORTS, asset
 from selfpruner_hub.storage.model_record import read_record
 
@@ -159,14 +159,15 @@ def test_a_space_runs_the_gguf_file_of_its_model(push, hub, saved_models, saved_
     by_hand = {name: hub.put(name.encode(), True) for name in names}
     repo.commit("main", {**repo.commits[repo.refs["main"]], **by_hand}, "By hand")
     push(saved_model, repo_name, "--space")
-    assert shown() == ("gguf/model-f16.gguf", f"{plain}{LLAMA_CPP}\n")
+    assert shown() == ("gguf/model-f16.gguf", f"{plain}{RUNTIMES[GGUF][0]}\n")
     push(saved_models / "second", repo_name, "--space")
     assert shown() == (None, plain)
 
 
-def test_a_space_requires_the_llama_cpp_of_the_package():
+@pytest.mark.parametrize(("kind", "extra"), [(GGUF, "gguf"), (GRAPHS, "onnx")])
+def test_a_space_requires_the_runtime_of_the_package(kind, extra):
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["optional-dependencies"]["gguf"] == [LLAMA_CPP]
+    assert project["optional-dependencies"][extra] == list(RUNTIMES[kind])
 
 
 def test_reloaded_by_its_name_in_a_fresh_process(push, hub, saved_models, repo_name, tmp_path):

@@ -75,6 +75,28 @@ def test_a_second_push_makes_and_sends_nothing(exported, hub, push):
     assert hub.files("me/graphs-ONNX") == before
 
 
+def test_a_space_runs_the_graphs(model, hub, push, repo_name, saved_models):
+    """Those that are pushed, or that are there of these weights; where there is a GGUF file, that one."""
+
+    def shown():
+        files = hub.files(f"{repo_name}-demo", "space")
+        settings = json.loads(files["model.json"])
+        return settings.get("gguf"), settings.get("graphs"), "onnxruntime" in files["requirements.txt"].decode()
+
+    push(model, repo_name, "--space")
+    assert shown() == (None, f"{repo_name}-ONNX", True)
+    shutil.rmtree(model / "onnx")
+    push(model, repo_name, "--space")
+    assert shown() == (None, f"{repo_name}-ONNX", True)
+    repo = hub.repo(repo_name)
+    by_hand = {"gguf/model-f16.gguf": hub.put(b"a file", True)}
+    repo.commit("main", {**repo.commits[repo.refs["main"]], **by_hand}, "By hand")
+    push(model, repo_name, "--space")
+    assert shown() == ("gguf/model-f16.gguf", None, False)
+    push(saved_models / "second", repo_name, "--space")
+    assert shown() == (None, None, False)
+
+
 def test_files_of_an_earlier_model_go(model, hub, push, repo_name):
     push(model, repo_name)
     repo = hub.repo(f"{repo_name}-ONNX")

@@ -1,4 +1,4 @@
-"""Which engine the Space runs: llama.cpp where a GGUF file was published, else PyTorch. Both write the same text."""
+"""Which engine the Space runs: that of the export that was published, else PyTorch. All write the same text."""
 
 from __future__ import annotations
 
@@ -45,24 +45,44 @@ def model(saved_models, dense, tmp_path_factory):
     return model
 
 
+@pytest.fixture(scope="module")
+def graphs(model, dense):
+    """Its graphs for ONNX Runtime GenAI and Transformers.js, which the Space runs too."""
+    pytest.importorskip("onnxruntime", reason='needs pip install -e ".[onnx]"')
+    return export(model, "onnx", model / "onnx", layout="hub")
+
+
 @pytest.fixture
 def published(space, model, monkeypatch):
-    """The Space's modules, for that model."""
+    """The Space's modules, for that model and its GGUF file."""
     monkeypatch.setenv("PRUNED_MODEL", str(model))
     monkeypatch.setenv("PRUNED_GGUF", "gguf/model-f32.gguf")
     return space
 
 
-def test_both_engines_write_the_same_text(published, tmp_path, monkeypatch):
+@pytest.fixture
+def with_graphs(published, graphs, monkeypatch):
+    """The same for its graphs."""
+    monkeypatch.delenv("PRUNED_GGUF")
+    monkeypatch.setenv("PRUNED_GRAPHS", str(graphs))
+    return published
+
+
+@pytest.mark.parametrize(
+    ("modules", "runtime"),
+    [("published", "llama.cpp, f32, 1 thread"), ("with_graphs", "ONNX Runtime, float32, 1 thread")],
+)
+def test_both_engines_write_the_same_text(modules, runtime, request, tmp_path, monkeypatch):
     """The parent is converted once, and nothing is left of that."""
-    answers, engines = published("answers"), published("engines")
+    published = request.getfixturevalue(modules)
+    answers, engines, tokens = published("answers"), published("engines"), published("tokens")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for which in ("pruned", "dense"):
         seen = [(a.text, a.tokens, a.runtime, a.done) for a in answers.answer(which, PROMPT, 12)]
-        assert seen[-1][2:] == ("llama.cpp, f32, 1 thread", True)
+        assert seen[-1][2:] == (runtime, True)
         assert len(seen) > 6  # a stream
-        pytorch, pieces = engines._in_pytorch(which), []
-        ids = engines.encode(pytorch.tokenizer, PROMPT)["input_ids"][0].tolist()
+        pytorch, pieces = published("in_pytorch").load(which), []
+        ids = tokens.encode(pytorch.tokenizer, PROMPT)["input_ids"][0].tolist()
         pytorch.write(ids, 12, lambda *piece: pieces.append(piece) or False)  # noqa: B023
         assert seen[-1][:2] == ("".join(text for text, _ in pieces), 12)
         assert pieces[-1][1] == 12
@@ -75,9 +95,8 @@ def test_both_engines_write_the_same_text(published, tmp_path, monkeypatch):
 @pytest.fixture
 def alone(published, monkeypatch):
     """The same with the pruned model alone in llama.cpp, which saves the conversion of the parent."""
-    engines = published("engines")
-    engine = engines.LlamaCppEngine(engines.shown().file("gguf/model-f32.gguf"))
-    monkeypatch.setattr(engines, "_in_llama_cpp", lambda: ({"pruned": engine}, ""))
+    engine = published("in_llama_cpp").LlamaCppEngine(published("shown").shown().file("gguf/model-f32.gguf"))
+    monkeypatch.setattr(published("engines"), "_exported", lambda: ({"pruned": engine}, ""))
     return published("answers"), engine
 
 
@@ -109,7 +128,7 @@ def in_pytorch(space, why):
     assert dense
     for said in (took, dense_took):
         assert "PyTorch" in said
-    assert verdict.endswith(f" Both models run in PyTorch, not in llama.cpp. {why}")
+    assert verdict.endswith(f" Both models run in PyTorch, not in the export that was published. {why}")
 
 
 def test_without_xllamacpp(published, monkeypatch):
@@ -124,7 +143,7 @@ def test_a_damaged_file(size, published, model, tmp_path, monkeypatch, caplog):
     path.write_bytes(path.read_bytes()[:size])
     monkeypatch.setenv("PRUNED_MODEL", str(damaged))
     in_pytorch(published, "The published GGUF file cannot be loaded.")
-    assert "llama.cpp is not used: " in caplog.text  # for the owner
+    assert "the export is not used: " in caplog.text  # for the owner
 
 
 def test_a_file_that_is_not_there(published, monkeypatch):
@@ -137,27 +156,68 @@ def test_a_parent_that_cannot_be_converted(published, tmp_path, monkeypatch):
     in_pytorch(published, "The dense model cannot be converted to GGUF here.")
 
 
-def test_a_parent_that_is_too_large_to_convert(published, monkeypatch):
-    engines = published("engines")
-    needed = 4 * engines.record()["parameters"]["dense"] * engines._GROWTH
-    monkeypatch.setattr(engines, "_memory_left", lambda: needed - 1)
-    said = "For a conversion to GGUF, the dense model is too large for this machine: it needs about"
-    assert engines.why_pytorch().startswith(said)
+@pytest.mark.parametrize(
+    ("modules", "form", "copies"),
+    [("published", "GGUF", 1), ("with_graphs", "ONNX", 2)],
+)
+def test_a_parent_that_is_too_large_to_convert(modules, form, copies, request, monkeypatch):
+    published = request.getfixturevalue(modules)
+    engine = published("engine")
+    needed = copies * 4 * published("shown").record()["parameters"]["dense"] * engine.GROWTH
+    monkeypatch.setattr(engine, "memory_left", lambda: needed - 1)
+    said = f"For a conversion to {form}, the dense model is too large for this machine: it needs about"
+    assert published("engines").why_pytorch().startswith(said)
+
+
+@pytest.mark.parametrize("library", ["onnxruntime", "onnxscript"])
+def test_without_onnx_runtime(library, with_graphs, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    in_pytorch(with_graphs, "ONNX Runtime is not installed here.")
+
+
+@pytest.mark.parametrize("name", ["config.json", "onnx/model.onnx", "onnx/model.onnx_data"])
+def test_a_damaged_graph(name, with_graphs, graphs, tmp_path, monkeypatch):
+    damaged = shutil.copytree(graphs, tmp_path / "damaged")
+    (damaged / name).write_bytes((damaged / name).read_bytes()[:100])
+    monkeypatch.setenv("PRUNED_GRAPHS", str(damaged))
+    in_pytorch(with_graphs, "The published ONNX graph cannot be loaded.")
+
+
+def test_graphs_of_another_kind(with_graphs, graphs, tmp_path, monkeypatch):
+    """Without GenAI's file they are none of this layout."""
+    other = shutil.copytree(graphs, tmp_path / "other")
+    (other / "genai_config.json").unlink()
+    monkeypatch.setenv("PRUNED_GRAPHS", str(other))
+    in_pytorch(with_graphs, "The published ONNX graph cannot be loaded.")
+
+
+def test_only_the_graph_in_float32_is_downloaded(with_graphs, graphs, monkeypatch):
+    """A repository has graphs in other dtypes, and those of the parent, too."""
+    asked = {}
+    module = with_graphs("in_onnx_runtime")
+    monkeypatch.setattr(module, "snapshot_download", lambda *name, **given: asked.update(given) or str(graphs))
+    monkeypatch.setenv("PRUNED_GRAPHS", "me/first-ONNX")
+    monkeypatch.setenv("PRUNED_REVISION", "trial")
+    assert set(with_graphs("in_onnx_runtime").load("me/first-ONNX")) == {"pruned", "dense"}
+    assert asked["revision"] == "trial"
+    assert {name for name in asked["allow_patterns"] if "/" in name} == {"onnx/model.onnx", "onnx/model.onnx_data"}
+    for name in asked["allow_patterns"]:
+        assert (graphs / name).is_file(), name
 
 
 def test_a_gpu_keeps_pytorch(published, monkeypatch):
-    engines = published("engines")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert engines._in_llama_cpp() == ({}, "")
+    assert published("engines")._exported() == ({}, "")
 
 
 def test_the_file_belongs_to_the_model_that_publishing_named(published, model, tmp_path, monkeypatch):
     """A Space's `model.json` names model and file; where the environment names another model, the file is not its."""
     shown = published("shown")
-    (tmp_path / "model.json").write_text('{"pruned": "me/first", "gguf": "gguf/model-f16.gguf"}')
+    written = {"pruned": "me/first", "gguf": "gguf/model-f16.gguf", "graphs": "me/first-ONNX"}
+    (tmp_path / "model.json").write_text(json.dumps(written))
     monkeypatch.setattr(shown, "__file__", str(tmp_path / "shown.py"))
     monkeypatch.delenv("PRUNED_GGUF")
-    assert shown.shown().gguf is None
+    assert (shown.shown().gguf, shown.shown().graphs) == (None, None)
     shown.shown.cache_clear()
     monkeypatch.delenv("PRUNED_MODEL")
-    assert (shown.shown().pruned, shown.shown().gguf) == ("me/first", "gguf/model-f16.gguf")
+    assert (shown.shown().pruned, shown.shown().gguf, shown.shown().graphs) == tuple(written.values())

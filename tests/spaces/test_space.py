@@ -95,7 +95,7 @@ def test_a_missing_parent(space, monkeypatch):
 
 def test_a_model_that_is_too_large(space, monkeypatch):
     engines = space("engines")
-    monkeypatch.setattr(engines, "_memory_left", lambda: 50_000.0)
+    monkeypatch.setattr(space("engine"), "memory_left", lambda: 50_000.0)
     with pytest.raises(engines.UnavailableError, match="The dense model is too large for this machine"):
         engines.load("dense")
 

@@ -1,0 +1,89 @@
+"""The two models in PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from engine import Engine, Told, check_size, threads, warm
+from shown import UnavailableError, cannot_be_loaded, record, shown
+from tokens import tokenizer
+from transformers import AutoModelForCausalLM, StoppingCriteria, TextStreamer
+
+
+@dataclass(frozen=True)
+class Generating:
+    """A model with transformers' `generate()`, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    runtime: str
+    """Runtime, dtype and threads, in words."""
+
+    @property
+    def longest(self) -> int:
+        """Longest prompt and answer together, in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", 1 << 20))
+
+    def write(self, ids: list[int], tokens: int, told: Told) -> None:
+        """Generate; see `Engine.write`."""
+        prompt, streamer = torch.tensor([ids], device=self.model.device), _Streamer(self.tokenizer, told)
+        own = self.tokenizer
+        self.model.generate(
+            inputs=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=own.eos_token_id if own.pad_token_id is None else own.pad_token_id,
+            streamer=streamer,
+            stopping_criteria=[_Stop(streamer)],
+        )
+
+
+class _Streamer(TextStreamer):
+    """Text streamer that counts tokens, and hands pieces to a callback."""
+
+    def __init__(self, tokenizer: Any, told: Told) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stop = False
+        self._told, self._tokens = told, 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Receive the prompt, then one token at a time."""
+        self._tokens += not self.next_tokens_are_prompt
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Receive the piece of text that a token completes, which may be empty."""
+        self.stop = self._told(text, self._tokens)
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, streamer: _Streamer) -> None:
+        self._streamer = streamer
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._streamer.stop, device=input_ids.device)
+
+
+def load(which: str) -> Engine:
+    """Load the model `pruned` or `dense`, on a GPU where there is one."""
+    at = shown()
+    name, where = (at.pruned, {"revision": at.revision}) if which == "pruned" else (at.parent, {})
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else fast_dtype()
+    check_size(f"The {which} model", int(record()["parameters"][which]) * dtype.itemsize)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=which == "pruned", dtype=dtype, **where)
+    except Exception as error:  # as above
+        raise UnavailableError(cannot_be_loaded(name, error)) from error
+    where_it_runs = "GPU" if gpu else threads(torch.get_num_threads())
+    runtime = f"PyTorch, {str(dtype).removeprefix('torch.')}, {where_it_runs}"
+    return warm(Generating(model.eval().to("cuda" if gpu else "cpu"), tokenizer(), runtime), gpu)
+
+
+def fast_dtype() -> torch.dtype:
+    """Return bfloat16 where this CPU multiplies it natively, else float32 (emulated bfloat16 is slower)."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
