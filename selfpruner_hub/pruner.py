@@ -145,7 +145,7 @@ class AutoPruner:
                 `Meter` protocol.
             request: Tokens of the prompt, and tokens generated after it, of the request that the target's time is for.
             preset: Name of the preset: `"default"`, `"fast"` for little text and a shorter second repair, `"best"`
-                for three times the text, or `"paper"` for the settings of arXiv 2502.14413.
+                for twice the text, or `"paper"` for the settings of arXiv 2502.14413.
             proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
                 Hub repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object
                 that follows the `Proposer` protocol.

@@ -85,21 +85,27 @@ def last_hidden_states(model: PreTrainedModel, windows: Tensor, counted: Tensor 
         yield hidden.flatten(0, 1) if counted is None else hidden[counted[first : first + size].to(hidden.device)]
 
 
-def head_chunks(model: PreTrainedModel, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+def head_chunks(model: PreTrainedModel, hidden: Tensor, *, capped: bool = True) -> Iterator[tuple[int, Tensor]]:
     """Run the language-model head on blocks of positions.
 
     Args:
         model: A causal language model.
         hidden: Last hidden states, `[P, H]`.
+        capped: Whether to apply `softcapped`.
 
     Yields:
         The index of the first position, and the block's float32 logits `[≤ HEAD_TOKENS, V]`.
     """
-    head, softcap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
-    scale = logit_scale(model.config)
+    head, scale = model.get_output_embeddings(), logit_scale(model.config)
     for first in range(0, len(hidden), HEAD_TOKENS):
         logits = scale * head(hidden[first : first + HEAD_TOKENS]).float()
-        yield first, logits if softcap is None else (logits / softcap).tanh() * softcap
+        yield first, softcapped(model, logits) if capped else logits
+
+
+def softcapped(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """Cap logits as the model does, if it does (Gemma 2)."""
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

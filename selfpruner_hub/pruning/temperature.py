@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from selfpruner_hub.models.architectures import architecture_of
-from selfpruner_hub.models.forward import head_chunks, last_hidden_states
+from selfpruner_hub.models.forward import head_chunks, last_hidden_states, softcapped
 from selfpruner_hub.progress import Progress
-from selfpruner_hub.pruning.least_squares import first_minimum
 
 SCALES = tuple(percent / 100 for percent in range(50, 101, 2))
 """Candidate factors, smallest first."""
@@ -29,32 +27,32 @@ def match_confidence(
 ) -> float:
     """Scale the logits, in place, to minimise their KL divergence from the dense model.
 
-    The divergence is over the whole vocabulary. Over the likeliest tokens only, as in the score of candidates, a model
-    that gives too little probability to the other tokens would not be penalised.
+    The head of both models runs once, and its logits are scaled by every factor. The divergence is over the whole
+    vocabulary. Over the likeliest tokens only, as in the score of candidates, a model that gives too little probability
+    to the other tokens would not be penalised.
 
     Args:
         dense: The dense model.
         pruned: Its pruned copy.
         windows: Token ids of text that the pruned model was not fitted to, `[N, W]`.
-        progress: Callback that receives the number of factors that are done; most factors are skipped.
+        progress: Callback that receives the number of predictions that are done.
 
     Returns:
         The factor, one of `SCALES`; 1 leaves the model unchanged.
     """
-    few = windows[: max(1, TOKENS // windows.shape[1])]
-    theirs, ours = (torch.cat(list(last_hidden_states(model, few))) for model in (dense, pruned))
-
-    def diverged(scale: float) -> float:
-        pairs = zip(head_chunks(dense, theirs), head_chunks(pruned, scale * ours), strict=True)
-        logs = ((p.log_softmax(-1), q.log_softmax(-1)) for (_, p), (_, q) in pairs)
-        total = sum(kl_div(q, p, reduction="sum", log_target=True).item() for p, q in logs)
+    read = windows[: max(1, TOKENS // windows.shape[1])]
+    theirs, ours = (torch.cat(list(last_hidden_states(model, read))) for model in (dense, pruned))
+    crossed = [0.0] * len(SCALES)  # Σ of cross-entropies, which differ from the divergences by a constant
+    for (first, wanted), (_, logits) in zip(
+        head_chunks(dense, theirs), head_chunks(pruned, ours, capped=False), strict=True
+    ):
+        shares = wanted.softmax(-1)
+        for index, scale in enumerate(SCALES):
+            scaled = softcapped(pruned, scale * logits)
+            crossed[index] += (scaled.logsumexp(-1) - torch.linalg.vecdot(shares, scaled)).sum().item()
         if progress:
-            progress("matching confidence", len(SCALES) - SCALES.index(scale), len(SCALES))
-        return total
-
-    scale = first_minimum(reversed(SCALES), diverged)
-    if progress:
-        progress("matching confidence", len(SCALES), len(SCALES))
+            progress("matching confidence", first + len(logits), len(ours))
+    scale = SCALES[crossed.index(min(crossed))]
     norm, unit = pruned.get_decoder().norm, architecture_of(pruned.config).norm_unit
     norm.weight.copy_(scale * (norm.weight.float() + unit) - unit)
     if getattr(norm, "bias", None) is not None:
