@@ -1,7 +1,7 @@
 """Quality against minutes: our presets and other training-free methods, on one model and one text, timed in one run.
 
-Run: python benchmarks/front.py WORK SEARCH_TEXT UNSEEN_TEXT [PRESET …]
-(here: WikiText-2 raw, articles a beside the model's own conversations, articles b for the figures)
+Run: python benchmarks/front.py WORK SEARCH_TEXT UNSEEN_TEXT TASKS_DIR [PRESET …]
+(here: WikiText-2 raw, articles a beside the model's own conversations, articles b and the task items for the figures)
 Rows that exist in WORK are reused. Where the package optipfair is installed, its row is made too.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from defaults import DATA, pruned
@@ -26,6 +28,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.calibration.texts import Texts
 from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.evaluation.tasks import evaluate_tasks
 from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import ParameterBudget
@@ -41,6 +44,7 @@ from selfpruner_hub.storage.run import Run
 BETA, PRESETS = 0.3, ("fast", "default", "best")
 TOKENS, GRADIENT_WINDOWS = 32_768, 16
 """Number of calibration tokens of the other methods, and of windows for those that take gradients or few passes."""
+TASKS, ITEMS = ("arc_easy", "piqa", "winogrande"), 100
 Measure = Callable[[PreTrainedModel], dict[str, float]]
 
 
@@ -134,7 +138,7 @@ def draw(rows: Rows) -> None:
     figure.savefig(PICTURES / "front.png", dpi=110)
 
 
-def main(work: Path, search_text: str, unseen_text: str, presets: Sequence[str] = PRESETS) -> None:
+def main(work: Path, search_text: str, unseen_text: str, tasks: Path, presets: Sequence[str] = PRESETS) -> None:
     """Make every row, write the JSON and the picture."""
     rows, dense, pruner = Rows(work / "rows.jsonl"), work / "dense", load_embedded()
     unseen, chat = Unseen(unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
@@ -143,11 +147,16 @@ def main(work: Path, search_text: str, unseen_text: str, presets: Sequence[str] 
         f"whole command. The others: the first {TOKENS} tokens (Taylor, block influence, optipfair: {GRADIENT_WINDOWS} "
         f"windows) of the calibration text of the default, {DATA}{Path(search_text).name}; minutes without the writing "
         f"of that text. All rows in one run. Perplexity on the first windows of {Path(unseen_text).name}: "
-        f"{Unseen.WORDS}; {chat.words}"
+        f"{Unseen.WORDS}; {chat.words}; mean accuracy, with its standard error, on the first {ITEMS} items of each of "
+        f"{', '.join(TASKS)}"
     )
 
     def measure(model: PreTrainedModel) -> dict[str, float]:
-        return {**unseen.perplexities(model), **chat.figures(model)}
+        scores = evaluate_tasks(model, pruner.tokenizer, TASKS, directory=tasks, limit=ITEMS, progress=False)
+        error = math.hypot(*(each.errors["acc"] for each in scores)) / len(scores)
+        accuracy = {"accuracy": mean(each.figures["acc"] for each in scores), "accuracy_error": error}
+        rounded = {name: round(value, 4) for name, value in accuracy.items()}
+        return {**unseen.perplexities(model), **chat.figures(model), **rounded}
 
     if not dense.exists():
         pruner.model.save_pretrained(dense)
@@ -169,4 +178,4 @@ def main(work: Path, search_text: str, unseen_text: str, presets: Sequence[str] 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:] or PRESETS)
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), sys.argv[5:] or PRESETS)

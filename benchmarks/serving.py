@@ -87,7 +87,7 @@ def compared(
         work: Directory of the exports.
         models: Directories of the dense and of the pruned model.
         run: Runtime and dtype.
-        **sizes: Arguments of `exporters.benchmark.benchmark`: prompts, new_tokens, runs, python.
+        **sizes: Arguments of `exporters.benchmark.benchmark`: prompts, new_tokens, runs, python, text.
 
     Returns:
         One row per prompt length, and the versions of the libraries.
@@ -97,6 +97,10 @@ def compared(
     (dense, _), (pruned, made) = (exported(work, model, runtime, dtype, longest) for model in models)
     with Bars() as progress:
         report = benchmark(pruned, dense, runtime, batches=(1,), dtype=dtype, progress=progress, **sizes)
+    sides = {"perplexity": report.pruned.quality, "dense_perplexity": report.dense.quality}
+    sizes_of = {"mb": pruned, "dense_mb": dense}
+    files = {name: round(sum(f.stat().st_size for f in at.rglob("*")) / 1e6, 1) for name, at in sizes_of.items()}
+    read = {name: round(quality.perplexity, 2) for name, quality in sides.items() if quality is not None}
     rows = [
         {
             "prompt": case.prompt,
@@ -104,6 +108,8 @@ def compared(
             **phase_row("decode", case.decode),
             "peak_mb": report.pruned.memory["peak_mb"],
             "dense_peak_mb": report.dense.memory["peak_mb"],
+            **files,
+            **read,
             **made,
         }
         for case in report.cases
@@ -122,6 +128,8 @@ def main(words: Sequence[str] | None = None) -> None:
         if (options.only and ":".join(run) not in options.only) or (own_python and options.python is None):
             continue
         there = {"python": options.python} if own_python else {}
+        if RUNTIMES[run[0]].scored:
+            there["text"] = options.text
         for pruned in options.pruned:
             key = {"runtime": run[0], "dtype": run[1], "model": pruned.name, "beta": known[pruned.name]}
             if rows.have(**key):
@@ -142,7 +150,9 @@ def main(words: Sequence[str] | None = None) -> None:
         f"batch 1, {options.new} tokens after a prompt; "
         f"dense and pruned in a process each, turn by turn, medians of {options.passes} passes, each behind one that "
         "does not count; speed-ups of neighbouring passes; ideal: floating-point operations of a prompt, bytes that a "
-        "step reads; peak_mb: memory of the process while it ran, libraries included",
+        "step reads; peak_mb: memory of the process while it ran, libraries included; mb: size of the files that "
+        "the runtime loads; perplexity, where it was measured: in that runtime, on windows of a text on which nothing "
+        "was chosen",
         kept,
         options.output,
     )
@@ -154,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("dense", type=Path, metavar="DENSE")
     parser.add_argument("pruned", type=Path, metavar="PRUNED", nargs="+")
     parser.add_argument("--python", type=Path, metavar="PATH", help="the Python of vLLM's environment")
+    parser.add_argument("--text", metavar="PATH", help="measure the perplexity on this text too")
     names = [":".join(run) for run in RUNS]
     parser.add_argument("--only", nargs="+", choices=names, help="runtimes and dtypes (default: all)")
     parser.add_argument("--prompts", nargs="+", type=int, default=[128, 512], metavar="N", help="tokens of a prompt")

@@ -26,6 +26,7 @@ FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml",
 """Faults that were put into the code, and what `make mutants` wrote of them."""
 UNKNOWN = "–"
 """Stands where a row has no such figure."""
+FRONT = ROOT / "benchmarks" / "front.json"
 SERVING = ROOT / "benchmarks" / "serving.json"
 RUNTIME_NAMES = {
     "torch": "PyTorch",
@@ -127,8 +128,8 @@ def serving_table() -> str:
 
 
 def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Speed-ups, each with its ideal in brackets, and the peak memory of both models, as a Markdown table."""
-    prompts = sorted({row["prompt"] for row in rows})
+    """Speed-ups, each with its ideal in brackets, peak memory, and perplexity where it was measured, as a table."""
+    prompts, read = sorted({row["prompt"] for row in rows}), any("perplexity" in row for row in rows)
     names = [f"{what} {prompt}" for prompt in prompts for what in ("prompt of", "a token after")]
     cells = []
     for kind in dict.fromkeys((row["runtime"], row["dtype"], row["model"]) for row in rows):
@@ -139,9 +140,32 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
             for prompt in prompts
             for phase in ("prefill", "decode")
         ]
-        memory = f"{last['dense_peak_mb']:.0f} → {last['peak_mb']:.0f}"
-        cells.append([f"{RUNTIME_NAMES[kind[0]]}, {kind[1]}", f"{last['beta']:g}", *found, memory])
-    return _table(["runtime", "β", *names, "memory in MB, dense → pruned"], cells)
+        cells.append([f"{RUNTIME_NAMES[kind[0]]}, {kind[1]}", f"{last['beta']:g}", *found])
+        cells[-1].append(f"{last['dense_peak_mb']:.0f} → {last['peak_mb']:.0f}")
+        if read:
+            both = [_figure(last, name, "{:.1f}") for name in ("dense_perplexity", "perplexity")]
+            cells[-1].append(UNKNOWN if UNKNOWN in both else " → ".join(both))
+    told = ["memory in MB", *(["perplexity"] if read else [])]
+    return _table(["runtime", "β", *names, *(f"{name}, dense → pruned" for name in told)], cells)
+
+
+def front_table() -> str:
+    """Quality and minutes of every method, quickest first, and how they were measured."""
+    rows = json.loads(FRONT.read_text(encoding="utf-8"))["results"]
+    columns = (
+        ("method", lambda row: str(row["method"])),
+        ("minutes", lambda row: f"{row['minutes']:.1f}" if row["minutes"] else UNKNOWN),
+        ("perplexity, 512", lambda row: _figure(row, "perplexity_512", "{:.1f}")),
+        ("perplexity, 2048", lambda row: _figure(row, "perplexity_2048", "{:.1f}")),
+        ("KL, chat", lambda row: _figure(row, "kl_chat", "{:.2f}")),
+        ("agreement", lambda row: _share(row, "agreement")),
+        ("questions kept", lambda row: _share(row, "kept")),
+        ("KL, code", lambda row: _figure(row, "kl_code", "{:.2f}")),
+        ("mean accuracy", lambda row: f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_error']:.1f} %"),
+    )
+    ordered = sorted(rows, key=lambda row: row["minutes"])
+    cells = [[show(row) for _, show in columns] for row in ordered]
+    return f"{_table([name for name, _ in columns], cells)}\n\n{_protocol(FRONT)}"
 
 
 def settings_table() -> str:
@@ -187,6 +211,7 @@ GENERATED = (
     ("README.md", "defaults", defaults_table),
     ("docs/results.md", "articles", articles_table),
     ("docs/results.md", "search", search_table),
+    ("docs/results.md", "front", front_table),
     ("docs/results.md", "serving", serving_table),
     ("docs/settings.md", "settings", settings_table),
     ("docs/testing.md", "faults", faults_table),

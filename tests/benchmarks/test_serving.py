@@ -10,7 +10,7 @@ import tables
 from support.tiny import save_tiny
 
 from exporters.benchmark.latency import Timing
-from exporters.benchmark.report import Case, Phase, Report, Side
+from exporters.benchmark.report import Case, Phase, Quality, Report, Side
 from exporters.benchmark.workload import Workload
 from selfpruner_hub.errors import UserError
 
@@ -20,9 +20,12 @@ def phase(speedup, ideal):
     return Phase(*times, ideal, 100.0, 100.0 * speedup)
 
 
-def report(prompts):
+def report(prompts, read=None):
     work = Workload(1, 1, 1, 1)
-    sides = [Side(name, work, {"peak_mb": memory}) for name, memory in (("dense", 900.4), ("pruned", 700.0))]
+    sides = [
+        Side(name, work, {"peak_mb": memory}, read and Quality(perplexity, read, 16, 512))
+        for name, memory, perplexity in (("dense", 900.4, 26.7), ("pruned", 700.0, 52.21))
+    ]
     cases = tuple(Case(1, prompt, 2, phase(1.5, 1.6), phase(1.25, 1.3)) for prompt in prompts)
     return Report("torch", "float32", "cpu", 1, {}, {"torch": "2"}, *sides, cases)
 
@@ -34,9 +37,10 @@ def run(saved_models, tmp_path, monkeypatch):
 
     def benchmark(pruned, dense, runtime, **options):
         if runtime == "vllm":
+            assert "text" not in options  # benchmark refuses it for a runtime that gives no logits
             raise UserError("The environment has no vLLM.", "Install it.")
         measured.append((pruned.name, dense.name, runtime, options["dtype"]))
-        return report(options["prompts"])
+        return report(options["prompts"], options.get("text"))
 
     monkeypatch.setattr(serving, "benchmark", benchmark)
 
@@ -67,6 +71,19 @@ def test_every_runtime_that_is_there_is_measured_once(run, capsys):
     measured, rows = run("--only", "torch:float32", "torch:bfloat16")
     assert measured == [(name, "dense", "torch", "bfloat16") for name in ("second", "first")]
     assert len(rows) == 8
+
+
+def test_the_perplexity_where_a_runtime_measures_it(run, capsys):
+    run("--only", "torch:float32")
+    only = ("torch:float32", "torch:bfloat16", "vllm:float32")
+    _, rows = run("--only", *only, "--text", "articles.txt", "--python", "/opt/vllm/bin/python")
+    read = {row["dtype"]: (row.get("dense_perplexity"), row.get("perplexity")) for row in rows}
+    assert read == {"float32": (None, None), "bfloat16": (26.7, 52.21)}
+    assert all(row["mb"] > 0 < row["dense_mb"] for row in rows)
+    table = tables.speeds(rows).splitlines()
+    assert table[0].endswith("| memory in MB, dense → pruned | perplexity, dense → pruned |")
+    assert {line.split("|")[-2].strip() for line in table[2:] if "bfloat16" in line} == {"26.7 → 52.2"}
+    assert {line.split("|")[-2].strip() for line in table[2:] if "float32" in line} == {"–"}
 
 
 def test_a_runtime_that_fails_is_one_line(run, capsys):

@@ -1,18 +1,15 @@
 """The app on tiny models, and the browser that the tests of pages share."""
 
 import importlib
-import shutil
 import sys
 
 import pytest
+from browser import FLAGS, chromium
 from support.tiny import save_tiny
 
 from selfpruner_hub.storage.layout import asset
 
 MODULES = [path.stem for path in asset("spaces").glob("*.py")]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += [f"--disable-{what}" for what in ("background-networking", "component-update", "sync")]
 
 
 @pytest.fixture(scope="session")
@@ -36,10 +33,10 @@ def space(saved_models, dense, monkeypatch):
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None:
+    if chromium() is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = started.chromium.launch(executable_path=chromium(), args=FLAGS)
         yield browser
         browser.close()
