@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.effort import seconds_per_token
 from selfpruner_hub.settings import resolve
 
 BETA = 0.3
@@ -36,15 +37,17 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self._whole: set[Any] = set()  # operators that have no parts: to ask each time would slow what is timed
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count one operator; called by PyTorch."""
         packet, kwargs = func._overloadpacket, kwargs or {}
-        if packet not in flop_registry:
+        if packet not in flop_registry and func not in self._whole:
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
+            self._whole.add(func)
         out = func(*args, **kwargs)
         if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             self.counts[str(args[0].dtype)] += sdpa_flop_count(*(each.shape for each in args[:3]))
@@ -95,6 +98,7 @@ def _seconds(call: Callable[[], object]) -> float:
 def main(text: str, changes: dict[str, Any]) -> None:
     """Prune the real model, and say what each stage took and what the machine allows."""
     pruner = load_embedded()
+    token = statistics.median(seconds_per_token(pruner.model) for _ in range(3))
     with Operations() as operations:
         stages = Stages(operations)
         pruner.prune(BETA, data=f"chat+{text}", progress=stages, **changes)
@@ -108,6 +112,7 @@ def main(text: str, changes: dict[str, Any]) -> None:
             {
                 "stage": what,
                 "seconds": round(seconds, 1),
+                "passes": round(seconds / token),
                 **{f"gflop_{dtype.removeprefix('torch.')}": round(n / 1e9) for dtype, n in sorted(counted.items())},
                 "share_of_machine": round(allowed / seconds, 2) if seconds else None,
             }
@@ -121,8 +126,12 @@ def main(text: str, changes: dict[str, Any]) -> None:
         "progress is charged to the stage that reports; operations are those of matrix products and attention, counted "
         "as they run; the share is the time that they would take at this machine's rate of such products, over the "
         "time that the stage took (factorisations, elementwise functions and sampling are not counted, so it is a "
-        "lower bound)",
-        {"gflops": {dtype.removeprefix("torch."): round(n / 1e9) for dtype, n in rates.items()}, "stages": rows},
+        "lower bound); passes: the time in forward passes of the decoder over one token, as `--minutes` times them",
+        {
+            "token_ms": round(1000 * token, 3),
+            "gflops": {dtype.removeprefix("torch."): round(n / 1e9) for dtype, n in rates.items()},
+            "stages": rows,
+        },
     )
 
 

@@ -26,7 +26,7 @@ FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml",
 """Faults that were put into the code, and what `make mutants` wrote of them."""
 UNKNOWN = "–"
 """Stands where a row has no such figure."""
-FRONT = ROOT / "benchmarks" / "front.json"
+FRONT, STAGES = (ROOT / "benchmarks" / f"{name}.json" for name in ("front", "stages"))
 SERVING = ROOT / "benchmarks" / "serving.json"
 RUNTIME_NAMES = {
     "torch": "PyTorch",
@@ -168,6 +168,18 @@ def front_table() -> str:
     return f"{_table([name for name, _ in columns], cells)}\n\n{_protocol(FRONT)}"
 
 
+def stages_table() -> str:
+    """Seconds and operations of each stage of a `prune`, and how they were measured."""
+    found = json.loads(STAGES.read_text(encoding="utf-8"))["results"]
+    columns = {"stage": "stage", "seconds": "seconds", "passes": "passes", "gflop_bfloat16": "GFLOP, bfloat16"}
+    columns |= {"gflop_float32": "GFLOP, float32", "share_of_machine": "share of the machine"}
+    rows = [row for row in found["stages"] if row["seconds"]]
+    cells = [[str(row.get(key, UNKNOWN)) for key in columns] for row in rows]
+    rates = " and ".join(f"{rate} GFLOP/s in {dtype}" for dtype, rate in found["gflops"].items())
+    total = f"All stages: {sum(row['seconds'] for row in rows):.0f} s. The machine's products reach {rates}."
+    return f"{_table([*columns.values()], cells)}\n\n{total} {_protocol(STAGES)}"
+
+
 def settings_table() -> str:
     """Every setting: its name, its default, those of the other presets where they differ, and its meaning."""
     others = [preset for preset in PRESETS if preset != "default"]
@@ -212,6 +224,7 @@ GENERATED = (
     ("docs/results.md", "articles", articles_table),
     ("docs/results.md", "search", search_table),
     ("docs/results.md", "front", front_table),
+    ("docs/results.md", "stages", stages_table),
     ("docs/results.md", "serving", serving_table),
     ("docs/settings.md", "settings", settings_table),
     ("docs/testing.md", "faults", faults_table),

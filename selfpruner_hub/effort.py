@@ -102,7 +102,7 @@ def within_minutes(
 
 def _choice(minutes: float, model: PreTrainedModel) -> dict[str, Tensor]:
     """The number of calibration tokens, and the minutes that they are expected to take."""
-    per_pass = _seconds_per_token(model) / 60
+    per_pass = seconds_per_token(model) / 60
     tokens, expected = LARGEST, (FIXED + PASSES * LARGEST) * per_pass
     while expected > minutes and tokens > SMALLEST:
         tokens //= 2
@@ -116,8 +116,15 @@ def _choice(minutes: float, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def _seconds_per_token(model: PreTrainedModel) -> float:
-    """Time of a forward pass of the decoder, per token; the second of two, because the first prepares kernels."""
+def seconds_per_token(model: PreTrainedModel) -> float:
+    """Time a forward pass of the decoder; the second of two, because the first prepares kernels.
+
+    Args:
+        model: The dense model.
+
+    Returns:
+        Seconds per token.
+    """
     width = min(WIDTH, getattr(model.config, "max_position_embeddings", WIDTH))
     windows = torch.zeros(WINDOWS, width, dtype=torch.long)
     seconds = 0.0

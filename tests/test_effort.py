@@ -21,7 +21,7 @@ def machine(monkeypatch):
     timed = []
 
     def set_speed(seconds):
-        monkeypatch.setattr(effort, "_seconds_per_token", lambda _model: timed.append(seconds) or seconds)
+        monkeypatch.setattr(effort, "seconds_per_token", lambda _model: timed.append(seconds) or seconds)
         return timed
 
     return set_speed
@@ -76,7 +76,7 @@ def test_the_forward_pass_of_the_model_is_timed():
     model = tiny_model("llama")
     calls = []
     handle = model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
-    seconds = effort._seconds_per_token(model)
+    seconds = effort.seconds_per_token(model)
     handle.remove()
     assert len(calls) >= 2
     assert 0 < seconds < 1
