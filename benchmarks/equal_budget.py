@@ -65,7 +65,8 @@ class CmaEs:
 
     name = "cmaes"
 
-    def __init__(self, budget: ParameterBudget) -> None:
+    def __init__(self, budget: ParameterBudget, children: int = PAPER.mutation) -> None:
+        self._children = children  # of a round; fewer are asked for in place of duplicates
         self._bounds = np.array([[budget.p_min, budget.p_max]] * budget.shape.num_layers)
 
     def ask(
@@ -77,10 +78,10 @@ class CmaEs:
         by_round = sorted(history, key=lambda scored: scored.round)
         start = min((s for s in by_round if s.round == 0), key=lambda s: s.fitness)
         inside = np.clip(start.rates.ffn, *self._bounds.T)
-        optimiser = CMA(mean=inside, sigma=SIGMA, bounds=self._bounds, population_size=count, seed=0)
+        optimiser = CMA(mean=inside, sigma=SIGMA, bounds=self._bounds, population_size=self._children, seed=0)
         for _, of_round in groupby((s for s in by_round if s.round), key=lambda scored: scored.round):
             told = [(np.array(s.rates.ffn), s.fitness) for s in of_round]
-            if len(told) == count:
+            if len(told) == self._children:
                 optimiser.tell(told)
         optimiser.reseed_rng(int(rng.integers(2**31)))
         return [Proposal(Rates.tied(optimiser.ask().tolist())) for _ in range(count)]
@@ -94,7 +95,7 @@ def proposers(pruner: AutoPruner, budget: ParameterBudget, endpoint: str | None)
     found: dict[str, Callable[[], Proposer]] = {
         "evolution": lambda: EvolutionProposer(budget),
         "random": lambda: RandomProposer(budget),
-        "cmaes": lambda: CmaEs(budget),
+        "cmaes": lambda: CmaEs(budget, SETTINGS.mutation),
         "self": lambda: ModelProposer(pruner.model, pruner.tokenizer, budget, NAME, SETTINGS),
     }
     if endpoint is not None:
@@ -173,8 +174,8 @@ def main(words: Sequence[str] | None = None) -> None:
                 rows.keep(row)
     write(
         "equal_budget",
-        f"SmolLM2-135M-Instruct, {pruner.dtype}: the paper's settings (preset paper: one rate a layer, Wanda-sp, no "
-        f"repair, perplexity on {PAPER.fitness_tokens} tokens of {Path(options.search_text).name}), "
+        f"SmolLM2-135M-Instruct, {pruner.model.dtype}: the paper's settings (preset paper: one rate a layer, Wanda-sp, "
+        f"no repair, perplexity on {PAPER.fitness_tokens} tokens of {Path(options.search_text).name}), "
         f"{options.evaluations:g} evaluations for each method, those of the {PAPER.population} plans of the starting "
         "population included, which is the same for all methods of a seed; minutes: of the last start, where a run was "
         f"stopped. Perplexity on {WINDOWS} windows of {PAPER.window} tokens of {Path(options.unseen_text).name}, on "

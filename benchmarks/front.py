@@ -116,22 +116,26 @@ def add_peers(rows: Rows, pruner: AutoPruner, windows: Tensor, beta: float, meas
                 rows.keep({"method": method, **found, **measure(model)})
 
 
-def draw(rows: Rows) -> None:
+def draw(rows: Sequence[dict[str, Any]]) -> None:
     """Draw perplexity, agreement and KL on conversations against minutes."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     panels = {"perplexity_512": "perplexity, articles b", "kl_chat": "KL on conversations", "agreement": "agreement"}
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         dense = next(row for row in rows if row["method"] == "dense")
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row["minutes"]):
             if row is not dense:
                 own = row["method"].startswith("ours")
                 axes.plot(max(row["minutes"], 0.05), row[name], "o" if own else "s", label=row["method"])
         axes.axhline(dense[name], color="0.6", linestyle=":")
         axes.set(xscale="log", xlabel="minutes on two cores", ylabel=label)
-        if name != "agreement":
-            axes.set_yscale("symlog" if name == "kl_chat" else "log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        if name == "perplexity_512":
+            axes.set(yscale="log", yticks=[25, 50, 100, 200])
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(f"SmolLM2-135M-Instruct at β = {BETA:g}; dotted: dense")

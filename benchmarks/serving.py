@@ -150,9 +150,9 @@ def main(words: Sequence[str] | None = None) -> None:
         f"batch 1, {options.new} tokens after a prompt; "
         f"dense and pruned in a process each, turn by turn, medians of {options.passes} passes, each behind one that "
         "does not count; speed-ups of neighbouring passes; ideal: floating-point operations of a prompt, bytes that a "
-        "step reads; peak_mb: memory of the process while it ran, libraries included; mb: size of the files that "
-        "the runtime loads; perplexity, where it was measured: in that runtime, on windows of a text on which nothing "
-        "was chosen",
+        "step reads; peak_mb: memory of the process while it ran, libraries included; mb: size of the export, which "
+        "has graphs in four dtypes for GenAI; perplexity, where it was measured: in that runtime, on windows of a text "
+        "on which nothing was chosen",
         kept,
         options.output,
     )

@@ -16,11 +16,11 @@ from selfpruner_hub.storage.checkpoints import Checkpoints
 
 WINDOWS, WIDTH = 4, 512
 """Windows of the forward pass that is timed, and their tokens."""
-PASSES = 24.0
+PASSES = 12.0
 """Cost of a calibration token, in forward passes of the decoder over one token: writing it, calibration, both repairs,
-and its share of the other texts. An estimate; `benchmarks/stages.py` measures the stages."""
-FIXED = 150_000.0
-"""Cost of what does not depend on the text (order, factors, solutions), in the same unit. An estimate."""
+and its share of the other texts. Fitted by hand to runs of 16 k tokens (`benchmarks/stages.json`) and 65 k."""
+FIXED = 140_000.0
+"""Cost of what does not depend on the text (order, factors, solutions), in the same unit."""
 NO_SEARCH = "no search: the best starting point is taken (evaluations=N asks for one)"
 SMALLEST, LARGEST = 4_096, 262_144
 """Fewest and most calibration tokens to choose from."""
