@@ -94,7 +94,7 @@ def save_configurations(model: PreTrainedModel, directory: Path) -> None:
 
     Args:
         model: Dense or pruned model.
-        directory: Directory of the export.
+        directory: Directory of the export, which has the tokenizer already.
     """
     config, shape = model.config, shape_of(model.config)
     stock = architecture_of(config).model_type
@@ -110,6 +110,16 @@ def save_configurations(model: PreTrainedModel, directory: Path) -> None:
     }
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (directory / GENAI_CONFIG).write_text(json.dumps(_genai(model, stock), indent=2) + "\n", encoding="utf-8")
+    _repeat_chat_template(directory)
+
+
+def _repeat_chat_template(directory: Path) -> None:
+    """Copy the chat template into `tokenizer_config.json`: Transformers.js does not read transformers' file of it."""
+    template, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    if template.is_file() and settings.is_file():
+        values = json.loads(settings.read_text(encoding="utf-8"))
+        values.setdefault("chat_template", template.read_text(encoding="utf-8"))
+        settings.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_configuration(directory: Path) -> PreTrainedConfig | None:

@@ -10,6 +10,7 @@ import sys
 import onnx
 import pytest
 import torch
+from support.chatting import chat_tokenizer
 from support.javascript import transformers_js
 from support.tiny import tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
@@ -58,6 +59,16 @@ for (const prompt of JSON.parse(prompts)) {
   const out = await model.generate({ ...tokenizer(prompt), max_new_tokens: Number(count), do_sample: false });
   console.log(JSON.stringify(out.tolist()[0].map(Number)));
 }
+"""
+
+CHAT = """
+import { AutoTokenizer, env } from '@huggingface/transformers';
+const [folder, messages] = process.argv.slice(1);
+env.allowRemoteModels = false;
+env.localModelPath = folder;
+const tokenizer = await AutoTokenizer.from_pretrained('model');
+const options = { add_generation_prompt: true, tokenize: false };
+console.log(JSON.stringify(tokenizer.apply_chat_template(JSON.parse(messages), options)));
 """
 
 
@@ -139,6 +150,24 @@ def check_genai(directory, written):
     for line, told in zip(done.stdout.splitlines(), written[1], strict=True):
         assert json.loads(line) == told[: len(json.loads(line))]
         assert len(told) - len(json.loads(line)) <= 1
+
+
+def test_transformers_js_has_the_chat_template(model, tmp_path):
+    """It does not read `chat_template.jinja`: without a template, a chat model would be asked in the wrong form."""
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    hub_layout.save_configurations(model, tmp_path / "model")
+    messages = [{"role": "user", "content": "abc"}]
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", CHAT, tmp_path, json.dumps(messages)],
+        cwd=transformers_js(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert json.loads(done.stdout) == wanted
 
 
 def test_genai_writes_pytorchs_text(directory, written):
