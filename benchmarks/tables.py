@@ -26,7 +26,7 @@ FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml",
 """Faults that were put into the code, and what `make mutants` wrote of them."""
 UNKNOWN = "–"
 """Stands where a row has no such figure."""
-FRONT, STAGES = (ROOT / "benchmarks" / f"{name}.json" for name in ("front", "stages"))
+BROWSER, FRONT, STAGES = (ROOT / "benchmarks" / f"{name}.json" for name in ("browser", "front", "stages"))
 SERVING = ROOT / "benchmarks" / "serving.json"
 RUNTIME_NAMES = {
     "torch": "PyTorch",
@@ -149,6 +149,18 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
     return _table(["runtime", "β", *names, *(f"{name}, dense → pruned" for name in told)], cells)
 
 
+def browser_table() -> str:
+    """Speed and answers in a browser, and how they were measured."""
+    rows = json.loads(BROWSER.read_text(encoding="utf-8"))["results"]
+    names = ("weights", "prompt", "tokens/s, dense", "pruned", "ratio", "dense wrote", "pruned wrote")
+    speeds_of = ("dense_tokens_per_s", "pruned_tokens_per_s", "ratio")
+    cells = [
+        [row["dtype"], row["prompt"], *(str(row.get(key, UNKNOWN)) for key in speeds_of), row["dense"], row["pruned"]]
+        for row in rows
+    ]
+    return f"{_table(names, [[cell.replace('|', '') for cell in line] for line in cells])}\n\n{_protocol(BROWSER)}"
+
+
 def front_table() -> str:
     """Quality and minutes of every method, quickest first, and how they were measured."""
     rows = json.loads(FRONT.read_text(encoding="utf-8"))["results"]
@@ -226,6 +238,7 @@ GENERATED = (
     ("docs/results.md", "front", front_table),
     ("docs/results.md", "stages", stages_table),
     ("docs/results.md", "serving", serving_table),
+    ("docs/results.md", "browser", browser_table),
     ("docs/settings.md", "settings", settings_table),
     ("docs/testing.md", "faults", faults_table),
 )
