@@ -357,3 +357,18 @@ def testlargest_remainder_is_the_nearest_rounding(bounds, data):
 )
 def testlargest_remainder_by_hand(values, bounds, total, expected):
     assert largest_remainder(values, bounds, total) == expected
+
+
+SIX = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64] * 6, [4] * 6))
+
+
+def test_the_ffn_of_a_tied_layer_makes_up_for_groups_that_are_too_coarse():
+    """A group of four is a quarter: a layer that may lose 40 % loses one, and more of its FFN."""
+    plan = ParameterBudget(SIX, 0.3, 0.0, 0.4, tied=True).project(Rates.tied([1.0] * 3 + [0.0] * 3))
+    assert SIX.rates(plan)[:3] == pytest.approx([0.4] * 3, abs=0.011)
+
+
+def test_the_groups_that_a_layer_lost_count_for_its_least_rate():
+    rates = Rates((0.5, 0, 0, 0, 0, 0), (0.0, 0.6, 0.6, 0.6, 0.6, 0.6))
+    plan = ParameterBudget(SIX, 0.3, 0.1).project(rates)
+    assert (plan.layers[0].num_key_value_heads, plan.layers[0].intermediate_size) == (2, 64)

@@ -539,3 +539,13 @@ def test_a_search_in_which_nothing_is_finite_ends(tmp_path):
     assert outcome.best.fitness == math.inf
     assert outcome.spent >= SHORT.evaluations
     strict_json(tmp_path)
+
+
+def test_half_of_the_seeds_are_scored_on_all_windows():
+    """More than of later rounds: a seed that looks bad on few windows may be the best."""
+    starts = {f"seed-{n}": Rates.tied([0.3 + 0.01 * n * way for way in (1, -1) * 3]) for n in range(8)}
+    asked = []
+    few = replace(FOUR, evaluations=0, first_share=0.25, survivors=0.125)
+    problem = Problem(BUDGET, starts, lambda plan, share: asked.append(share) or score(plan, share))
+    search(RandomProposer(BUDGET), problem, Journal(None, SETTINGS), few)
+    assert Counter(asked) == {0.25: 8, 1.0: 8 * SURVIVING_SEEDS}
