@@ -32,6 +32,7 @@ def load(graphs: str) -> dict[str, Engine]:
         from exporters.to_onnx.writer import write_graph
         from selfpruner_hub.models.loading import load_model
     with or_say("The published ONNX graph cannot be loaded."):
+        check_size("The pruned model", int(record()["parameters"]["pruned"]) * FLOAT32)
         folder = Path(graphs)
         if not folder.is_dir():
             folder = Path(snapshot_download(graphs, revision=shown().revision, allow_patterns=list(FLOAT32_FILES)))
