@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
-from protocol import Rows, write
+from optimisers import CmaEs, CmaEsWithModel
+from protocol import Rows, paired, write
 
 from selfpruner_hub.calibration.corpus import consecutive_windows, load_corpus
 from selfpruner_hub.cli.demo import NAME, load_embedded
@@ -37,11 +37,8 @@ from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.outcome import Standing
 from selfpruner_hub.search.proposers import (
     EvolutionProposer,
-    Operation,
-    Proposal,
     Proposer,
     RandomProposer,
-    Scored,
     random_rates,
 )
 from selfpruner_hub.settings import PRESETS
@@ -49,54 +46,26 @@ from selfpruner_hub.settings import PRESETS
 PAPER = PRESETS["paper"]
 SETTINGS = replace(PAPER, population=0)
 """The starting population takes the place of the first proposals."""
-CONTROL = "evolution"
-"""Method that the others are compared with, window by window."""
+CONTROLS = {"cmaes+self": "cmaes"}
+"""Method that another is compared with, window by window; the others are compared with evolution."""
 WINDOWS = 32
-SIGMA = 0.1
-"""First step of CMA-ES, as a rate."""
 
 
-class CmaEs:
-    """CMA-ES of the package cmaes over the layers' rates, from the best of the starting population.
+def proposers(
+    pruner: AutoPruner, budget: ParameterBudget, endpoint: str | None, directory: Path
+) -> dict[str, Callable[[], Proposer]]:
+    """Functions that make each proposer; `directory` is for prompts of their own."""
 
-    It is built anew for every question, from the scores of all rounds, so a run that was stopped goes on as if it had
-    not been. It learns from the rates of the plans that were scored, which the projection has moved onto the budget.
-    """
+    def own(templates: Path | None = None) -> Proposer:
+        settings = replace(SETTINGS, templates=str(templates or ""))
+        return ModelProposer(pruner.model, pruner.tokenizer, budget, NAME, settings)
 
-    name = "cmaes"
-
-    def __init__(self, budget: ParameterBudget, children: int = PAPER.mutation) -> None:
-        self._children = children  # of a round; fewer are asked for in place of duplicates
-        self._bounds = np.array([[budget.p_min, budget.p_max]] * budget.shape.num_layers)
-
-    def ask(
-        self, operation: Operation, history: Sequence[Scored], count: int, rng: np.random.Generator
-    ) -> list[Proposal]:
-        """Sample from the distribution that all scores so far have led to."""
-        from cmaes import CMA
-
-        by_round = sorted(history, key=lambda scored: scored.round)
-        start = min((s for s in by_round if s.round == 0), key=lambda s: s.fitness)
-        inside = np.clip(start.rates.ffn, *self._bounds.T)
-        optimiser = CMA(mean=inside, sigma=SIGMA, bounds=self._bounds, population_size=self._children, seed=0)
-        for _, of_round in groupby((s for s in by_round if s.round), key=lambda scored: scored.round):
-            told = [(np.array(s.rates.ffn), s.fitness) for s in of_round]
-            if len(told) == self._children:
-                optimiser.tell(told)
-        optimiser.reseed_rng(int(rng.integers(2**31)))
-        return [Proposal(Rates.tied(optimiser.ask().tolist())) for _ in range(count)]
-
-    def tell(self, scored: Sequence[Scored]) -> None:
-        """Ignore the scores: the history holds them."""
-
-
-def proposers(pruner: AutoPruner, budget: ParameterBudget, endpoint: str | None) -> dict[str, Callable[[], Proposer]]:
-    """Functions that make each proposer."""
     found: dict[str, Callable[[], Proposer]] = {
         "evolution": lambda: EvolutionProposer(budget),
         "random": lambda: RandomProposer(budget),
         "cmaes": lambda: CmaEs(budget, SETTINGS.mutation),
-        "self": lambda: ModelProposer(pruner.model, pruner.tokenizer, budget, NAME, SETTINGS),
+        "self": own,
+        "cmaes+self": lambda: CmaEsWithModel(budget, SETTINGS.mutation, directory / "prompts", own),
     }
     if endpoint is not None:
         found["endpoint"] = lambda: EndpointProposer(endpoint, None, budget, NAME, SETTINGS)
@@ -118,16 +87,16 @@ def by_window(slicer: Slicer, layers: Any, windows: torch.Tensor) -> list[float]
 
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The paired difference of each run from the control of the same seed on unseen text, with its standard error."""
-    control = {(row["beta"], row["seed"]): row["nats"] for row in rows if row["method"] == CONTROL}
+    """The paired difference of each run from its control of the same seed on unseen text, with its standard error."""
+    nats = {(row["method"], row["beta"], row["seed"]): row["nats"] for row in rows}
     found = []
     for row in rows:
         told = {key: value for key, value in row.items() if key != "nats"}
-        told["unseen_perplexity"] = round(math.exp(statistics.mean(row["nats"])), 2)
-        if row["method"] != CONTROL and (other := control.get((row["beta"], row["seed"]))):
-            gaps = [own - theirs for own, theirs in zip(row["nats"], other, strict=True)]
-            told["difference"] = round(statistics.mean(gaps), 4)
-            told["standard_error"] = round(statistics.stdev(gaps) / math.sqrt(len(gaps)), 4)
+        told["unseen_perplexity"] = round(math.exp(mean(row["nats"])), 2)
+        control = CONTROLS.get(row["method"], "evolution")
+        other = nats.get((control, row["beta"], row["seed"]))
+        if other is not None and control != row["method"]:
+            told |= {"control": control, **paired(row["nats"], other)}
         found.append(told)
     return found
 
@@ -155,7 +124,7 @@ def main(words: Sequence[str] | None = None) -> None:
                     continue
                 directory, started = options.work / "-".join(map(str, key.values())), time.perf_counter()
                 journal = Journal(directory, key)
-                proposer = proposers(pruner, budget, options.endpoint)[method]()
+                proposer = proposers(pruner, budget, options.endpoint, directory)[method]()
                 settings = replace(SETTINGS, evaluations=options.evaluations)
                 found = search(proposer, Problem(budget, starts, fitness), journal, settings, seed=seed, report=_tell)
                 scored = [line for line in journal.lines if isinstance(line, RoundLine)]
@@ -179,7 +148,7 @@ def main(words: Sequence[str] | None = None) -> None:
         f"{options.evaluations:g} evaluations for each method, those of the {PAPER.population} plans of the starting "
         "population included, which is the same for all methods of a seed; minutes: of the last start, where a run was "
         f"stopped. Perplexity on {WINDOWS} windows of {PAPER.window} tokens of {Path(options.unseen_text).name}, on "
-        f"which nothing was chosen; difference: mean difference in nats a token from {CONTROL} with the same seed on "
+        "which nothing was chosen; difference: mean difference in nats a token from the control with the same seed on "
         "the same windows, and its standard error over windows",
         compared(sorted(rows, key=lambda row: (row["beta"], row["seed"], row["method"]))),
         options.output,
@@ -197,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("search_text", metavar="SEARCH_TEXT")
     parser.add_argument("unseen_text", metavar="UNSEEN_TEXT")
     parser.add_argument("--beta", type=float, default=0.3)
-    parser.add_argument("--methods", nargs="+", default=["evolution", "random", "cmaes", "self"])
+    parser.add_argument("--methods", nargs="+", default=["evolution", "random", "cmaes", "cmaes+self", "self"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=float, default=PAPER.evaluations)
     parser.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible endpoint, for the method endpoint")

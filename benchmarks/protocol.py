@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import platform
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -123,6 +124,15 @@ class Chat:
         work.mkdir(parents=True, exist_ok=True)
         (work / "code.txt").write_text("\n".join(texts), encoding="utf-8")
         return str(work / "code.txt")
+
+
+def paired(own: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """The mean difference of two models over the same windows, and its standard error over windows."""
+    gaps = [one - other for one, other in zip(own, theirs, strict=True)]
+    return {
+        "difference": round(mean(gaps), 4),
+        "standard_error": round(stdev(gaps) / math.sqrt(len(gaps)), 4),
+    }
 
 
 def memory(key: str = "VmRSS") -> float:

@@ -1,158 +1,139 @@
-"""Comparison of proposers (the model itself, evolution, random), from the same seeds with equal evaluations.
+"""What a long search finds beyond the default's starting plans, judged after the second repair on unseen text.
 
-Run: python benchmarks/search.py SEARCH_TEXT UNSEEN_TEXT BETA [METHODS]
-(here: WikiText-2 raw, articles a for calibration and search, articles b as the unseen text; β = 0.3 with all methods,
-0.5 with self,evolution,random)
+Run: python benchmarks/search.py WORK SEARCH_TEXT UNSEEN_TEXT [--betas …] [--methods …] [--evaluations N] [--tokens N]
+(here: WikiText-2 raw, articles a beside the model's own conversations, articles b for the figures)
+WORK keeps a row for each β and method, the journals and the text that the model writes: a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
-import sys
-from collections.abc import Sequence
+import argparse
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from protocol import PICTURES, write
+from defaults import DATA
+from protocol import Chat, Rows, Unseen, paired, write
+from transformers import PreTrainedModel
 
-from selfpruner_hub.calibration.corpus import consecutive_windows, load_corpus
+from selfpruner_hub.calibration.texts import RunTexts, Texts
 from selfpruner_hub.cli.demo import NAME, load_embedded
-from selfpruner_hub.evaluation.fitness import Fitness
-from selfpruner_hub.evaluation.metrics import label_loss, mean_losses, teach, teacher_loss
-from selfpruner_hub.models.patching import with_layers
+from selfpruner_hub.evaluation.metrics import divergence, teach
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.plans.seeds import seeds
+from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
-from selfpruner_hub.pruning.slicing import Slicer
+from selfpruner_hub.pruning.sequential_repair import compensate
+from selfpruner_hub.pruning.slicing import slice_model
+from selfpruner_hub.pruning.temperature import match_confidence
+from selfpruner_hub.search.choose_proposer import choose_proposer
+from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal, RoundLine
-from selfpruner_hub.search.llm.local_model import ModelProposer
-from selfpruner_hub.search.loop import Problem, search
-from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
-from selfpruner_hub.settings import PruneSettings
-from selfpruner_hub.storage.run import DEFAULT_RUN
+from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT
+from selfpruner_hub.settings import SEARCH, PruneSettings
+from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.run import Run
 
-WINDOW, CALIBRATION, FITNESS, UNSEEN = 512, 65_536, 8_192, 32
-EVALUATIONS, SEEDS = 18, (0, 1, 2)
-SETTINGS = PruneSettings(evaluations=EVALUATIONS, population=4, probe_share=0.5)
-CHANCE = 50.0
-"""Temperature at which the model's choice among what the schema allows is almost uniform."""
+CONTROL = "no search"
+"""The best of the starting plans, which the default takes."""
 
 
-def proposers(pruner: Any, budget: ParameterBudget) -> dict[str, Proposer]:
-    """All proposers; "chance" has the model's prompts, measurements and schema, but an almost uniform choice."""
-    model, tokenizer = pruner.model, pruner.tokenizer
-    return {
-        "self": ModelProposer(model, tokenizer, budget, NAME, SETTINGS),
-        "chance": ModelProposer(model, tokenizer, budget, NAME, replace(SETTINGS, temperature=CHANCE), name="chance"),
-        "evolution": EvolutionProposer(budget),
-        "random": RandomProposer(budget),
-    }
-
-
-class Unseen:
-    """Measures candidates on text that was not used for any choice; each plan is measured once."""
-
-    def __init__(self, slicer: Slicer, windows: Any) -> None:
-        self._slicer = slicer
-        self._windows = windows
-        self._losses = teacher_loss(teach(slicer.model, windows)), label_loss(windows)
-        self._known: dict[Plan, dict[str, float]] = {}
-
-    def __call__(self, plan: Plan) -> dict[str, float]:
-        """KL and perplexity of a plan after the first repair."""
-        if plan not in self._known:
-            self._known[plan] = self.of(self._slicer.layers(plan))
-        return self._known[plan]
-
-    def of(self, layers: Any) -> dict[str, float]:
-        """KL and perplexity of any decoder layers."""
-        with with_layers(self._slicer.model, layers) as model:
-            kl, entropy = mean_losses(model, self._windows, *self._losses)
-        return {"unseen_kl": round(kl, 4), "unseen_perplexity": round(math.exp(entropy), 2)}
-
-
-def draw(rows: Sequence[dict[str, Any]], beta: float, path: Path) -> None:
-    """Plot the best fitness so far against the evaluations spent, with a line for each run."""
-    figure = Figure(figsize=(7, 4))
-    axes = figure.add_subplot()
-    colours = dict(zip(("self", "chance", "evolution", "random"), ("C0", "C2", "C1", "C7"), strict=True))
-    for method, colour in colours.items():
-        runs = [row["curve"] for row in rows if row["method"] == method]  # empty if the method was left out
-        for number, curve in enumerate(runs):
-            x, y = np.array(curve).T
-            axes.step(x, y, where="post", color=colour, alpha=0.8, label=method if number == 0 else None)
-    axes.set_xlabel("full-evaluation equivalents")
-    axes.set_ylabel("KL on the search text, best so far")
-    axes.set_title(f"SmolLM2-135M-Instruct, β = {beta:g}")
-    axes.legend()
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-
-
-def main(search_text: str, unseen_text: str, beta: float, methods: Sequence[str]) -> None:
-    """Run every proposer with every random seed, and measure its best plan on unseen text."""
-    pruner = load_embedded()
-    model, tokenizer = pruner.model, pruner.tokenizer
-    corpus = load_corpus(search_text, tokenizer, tokens=CALIBRATION + FITNESS, window=WINDOW)
-    calibration, fitness_text = corpus.split(CALIBRATION, FITNESS)
-    fisher = fisher_information(model, calibration.windows, PruneSettings(), DEFAULT_RUN)
-    rows: list[dict[str, Any]] = []
-
-    def add(**row: Any) -> None:
-        rows.append(row)
-        print({key: value for key, value in row.items() if key != "curve"}, flush=True)
-
-    with prepared(model, calibration.windows, PruneSettings(), fisher) as ready:
-        slicer, curves = ready.slicer, ready.curves
-        fitness = Fitness(slicer, fitness_text.windows, "kl")
-        score, measure_steps = (
-            cache(fitness),
-            cache(partial(fitness.measure_steps, curves=curves)),
-        )  # runs share scores of plans; each still pays for all plans that it asks for
-        unseen = Unseen(slicer, consecutive_windows(unseen_text, tokenizer, WINDOW, UNSEEN).windows)
-        budget = ParameterBudget(pruner.shape, beta)
-        starts = seeds(budget, curves, fitness.loss)
-        uniform = budget.project(starts["uniform"])
-        add(method="dense", kl=0.0, **unseen.of(model.get_decoder().layers))
-        add(method="uniform, no repair", **unseen.of(Slicer(model, ready.order, None).layers(uniform)))
-        for name, rates in starts.items():
-            plan = budget.project(rates)
-            add(method=f"seed: {name}", kl=round(score(plan, 1.0), 4), **unseen(plan))
-        for seed in SEEDS:
-            for name in methods:
-                proposer, journal = proposers(pruner, budget)[name], Journal(None, {})
-                probe = measure_steps if getattr(proposer, "reads_slopes", False) else None
-                found = search(proposer, Problem(budget, starts, score, probe), journal, SETTINGS, seed=seed)
-                add(
-                    method=name,
-                    seed=seed,
-                    kl=round(found.best.fitness, 4),
-                    **unseen(found.best.plan),
-                    best_from=found.best.origin,
-                    evaluations=found.spent,
-                    replies=found.counts,
-                    curve=[(line.spent, round(line.best, 4)) for line in journal.lines if isinstance(line, RoundLine)],
-                )
-    for method in methods:
-        runs = [row for row in rows if row["method"] == method]
-        figures = ("kl", "unseen_kl", "unseen_perplexity")
-        add(method=f"{method}, median of {len(runs)}", **{f: statistics.median(r[f] for r in runs) for f in figures})
-    draw(rows, beta, PICTURES / f"search-{beta:g}.png")
+def main(words: Sequence[str] | None = None) -> None:
+    """Search with every method at every β, repair the best plan of each, and measure it."""
+    options = _parser().parse_args(words)
+    rows, pruner = Rows(options.work / "rows.jsonl"), load_embedded()
+    method = replace(
+        PruneSettings(),
+        calibration_tokens=options.tokens,
+        fisher_tokens=options.tokens // 4,
+        fitness_tokens=options.tokens // 2,
+        evaluations=options.evaluations,
+    )
+    run = Run(checkpoints=Checkpoints(options.work / "text"), progress=_tell)
+    texts = Texts(pruner.model, pruner.tokenizer).read(DATA + options.search_text, method, run)
+    articles = Unseen(options.unseen_text, pruner.tokenizer).windows[512]
+    teachers = [teach(pruner.model, window[None]) for window in articles]
+    chat = Chat(pruner.model, pruner.tokenizer, options.work)
+    for beta in options.betas:
+        missing = [name for name in options.methods if not rows.have(beta=beta, method=name)]
+        for row, model in searched(pruner, beta, missing, texts, method, options.work) if missing else ():
+            if not rows.have(beta=beta, method=row["method"]):
+                nats = [divergence(model, w[None], t) for w, t in zip(articles, teachers, strict=True)]
+                rows.keep({**row, **chat.figures(model), "nats": [round(value, 5) for value in nats]})
     write(
-        f"search-{beta:g}",
-        f"SmolLM2-135M-Instruct, {str(model.dtype)}, β = {beta:g}; {calibration.tokens} calibration and "
-        f"{fitness_text.tokens} fitness tokens of {Path(search_text).name}, stretches without common articles, windows "
-        f"of {WINDOW}; KL to the dense model on the latter; {EVALUATIONS} full-evaluation equivalents each (seeds and "
-        f"probes included), seeds {list(SEEDS)}; first repair only; unseen: the first {UNSEEN} windows of {WINDOW} "
-        f"tokens of {Path(unseen_text).name}, on which nothing was chosen",
-        rows,
+        "search",
+        f"SmolLM2-135M-Instruct, {pruner.model.dtype}: the default's settings with {method.calibration_tokens} "
+        f"calibration, {method.fisher_tokens} Fisher and {method.fitness_tokens} fitness tokens of "
+        f"{DATA}{Path(options.search_text).name}, and {options.evaluations:g} evaluations in place of the "
+        f"{SEARCH} of a usual search; selected: the score that a search lowers, elsewhere: the same on text that "
+        "neither it nor a repair has read. The best plan of each is repaired twice and its confidence matched. KL to "
+        f"the dense model on {len(articles)} windows of 512 tokens of {Path(options.unseen_text).name}, on which "
+        f"nothing was chosen; difference: mean difference in nats a token from {CONTROL} on the same windows, and its "
+        f"standard error over windows; {chat.words}",
+        compared(sorted(rows, key=lambda row: (row["beta"], row["method"] != CONTROL, row["method"]))),
+        options.output,
     )
 
 
+def searched(
+    pruner: AutoPruner, beta: float, methods: Sequence[str], texts: RunTexts, method: PruneSettings, work: Path
+) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
+    """Yield the figures of a search, and its best plan repaired; the best of the starting plans comes first."""
+    budget, windows, run = ParameterBudget(pruner.shape, beta), texts.calibration.windows, Run(progress=_tell)
+    fisher = fisher_information(pruner.model, windows, method, run)
+    rows: list[tuple[dict[str, Any], Plan]] = []
+    with prepared(pruner.model, windows, method, fisher, run) as ready:
+        for name in methods:
+            journal = Journal(work / f"{beta:g}-{name}", {"beta": beta, **method.record()})
+            proposer = choose_proposer(name, None, budget, method, NAME, (pruner.model, pruner.tokenizer))
+            found = find_plan(proposer, budget, ready, texts, journal, method, run)
+            pairs = zip(("selected", "elsewhere"), (found.gains[t] for t in (SEARCH_TEXT, UNSEEN_TEXT)), strict=True)
+            gains = {key: [round(value, 4) for value in pair] for key, pair in pairs}
+            for index, best in enumerate((found.outcome.best_seed, found.outcome.best)):
+                told = {"best_from": best.origin, **{key: pair[index] for key, pair in gains.items()}}
+                rows.append(({"method": (CONTROL, name)[index], "beta": beta, **told}, best.plan))
+            curve = [(line.spent, round(line.best, 4)) for line in journal.lines if isinstance(line, RoundLine)]
+            rows[-1][0].update(evaluations=found.outcome.spent, replies=found.outcome.counts, curve=curve)
+        models = {plan: slice_model(ready.slicer, plan) for plan in {plan for _, plan in rows}}
+    for model in models.values():
+        compensate(pruner.model, model, windows, fisher=fisher, run=run)
+        match_confidence(pruner.model, model, texts.search.windows)
+    for row, plan in rows:
+        yield row, models[plan]
+
+
+def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures of all rows, each with its difference from no search at the same β."""
+    control = {row["beta"]: row["nats"] for row in rows if row["method"] == CONTROL}
+    found = []
+    for row in rows:
+        told = {key: value for key, value in row.items() if key != "nats"}
+        told["kl_articles"] = round(mean(row["nats"]), 4)
+        if row["method"] != CONTROL:
+            told |= paired(row["nats"], control[row["beta"]])
+        found.append(told)
+    return found
+
+
+def _tell(what: str, done: int | float, total: int | float) -> None:
+    if done == total or (what == "searching" and not round(done) % 10):
+        print(f"{what}: {done:g} of {total:g}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, metavar="WORK")
+    parser.add_argument("search_text", metavar="SEARCH_TEXT")
+    parser.add_argument("unseen_text", metavar="UNSEEN_TEXT")
+    parser.add_argument("--betas", nargs="+", type=float, default=[0.3, 0.5])
+    parser.add_argument("--methods", nargs="+", default=["evolution", "slopes"])
+    parser.add_argument("--evaluations", type=float, default=10 * SEARCH)
+    parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="directory of the JSON (default: benchmarks)")
+    return parser
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), (sys.argv[4:] or ["self,chance,evolution,random"])[0].split(","))
+    main()

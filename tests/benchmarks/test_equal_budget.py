@@ -1,22 +1,28 @@
-"""The comparison of proposers in the paper's setting: CMA-ES learns, runs go on where they stopped, pairs are kept."""
+"""Proposers compared in the paper's setting: CMA-ES learns, a model is told of it, runs go on, pairs are kept."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import equal_budget
 import numpy as np
 import pytest
+from optimisers import CmaEs, CmaEsWithModel, told
 from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.journal import AskLine, Journal
+from selfpruner_hub.search.llm.prompts import render
+from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.loop import Problem, search
-from selfpruner_hub.search.proposers import RandomProposer
+from selfpruner_hub.search.proposers import Proposal, RandomProposer, Scored, random_rates
 
 SMALL = replace(equal_budget.PAPER, window=32, calibration_tokens=256, fitness_tokens=64, population=4)
+CHILDREN = equal_budget.SETTINGS.mutation
 SHORT = replace(equal_budget.SETTINGS, crossover=4, mutation=4)
 
 
@@ -39,16 +45,63 @@ def found(proposer, budget, journal=None, evaluations=200.0):
 
 def test_cmaes_learns_from_the_scores(pruner):
     budget = ParameterBudget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
-    reached = {each.name: found(each, budget).best for each in (equal_budget.CmaEs(budget), RandomProposer(budget))}
+    reached = {each.name: found(each, budget).best for each in (CmaEs(budget, CHILDREN), RandomProposer(budget))}
     assert reached["cmaes"].origin == "cmaes"
     assert reached["cmaes"].fitness < reached["random"].fitness
 
 
 def test_a_search_by_cmaes_that_was_stopped_goes_on_as_if_not(pruner, tmp_path):
     budget = ParameterBudget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
-    whole = found(equal_budget.CmaEs(budget), budget)
-    found(equal_budget.CmaEs(budget), budget, Journal(tmp_path, {}), evaluations=90.0)
-    assert found(equal_budget.CmaEs(budget), budget, Journal(tmp_path, {})) == whole
+    whole = found(CmaEs(budget, CHILDREN), budget)
+    found(CmaEs(budget, CHILDREN), budget, Journal(tmp_path, {}), evaluations=90.0)
+    assert found(CmaEs(budget, CHILDREN), budget, Journal(tmp_path, {})) == whole
+
+
+class Writes:
+    """Keeps the prompts that a model would read, and answers with the uniform rates."""
+
+    name = "writes"
+
+    def __init__(self, budget, templates):
+        self.budget, self.templates, self.prompts = budget, templates, []
+
+    def ask(self, operation, history, count, rng):
+        question = Question(operation, history, self.budget)
+        self.prompts.append(render(question, "a model", self.templates))
+        return [Proposal(None, prompt=self.prompts[-1], error="nothing to say")] * count
+
+
+def test_the_model_inside_cmaes_is_told_where_the_optimiser_stands(pruner, tmp_path):
+    budget = ParameterBudget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
+    made = []
+    proposer = CmaEsWithModel(budget, CHILDREN, tmp_path, lambda at: made.append(Writes(budget, at)) or made[0])
+    found(proposer, budget, Journal(tmp_path, {}), evaluations=60)
+    asks = [line for line in Journal(tmp_path, {}).lines if isinstance(line, AskLine) and not line.attempt]
+    assert proposer.name == "cmaes+writes"
+    assert [sum(bool(reply.proposal.prompt) for reply in ask.replies) for ask in asks] == [3] * len(asks)  # of 10
+    first, *_, last = made[0].prompts
+    assert "Its step: 10.0 points" in first
+    assert "Its step: 10.0 points" not in last
+    assert last.count(", predicted ") == 20
+    assert len(re.findall(r"\d\. loss", last)) == 5
+
+
+def test_what_the_model_is_told_follows_the_scores(pruner):
+    budget = ParameterBudget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
+    rng, layers = np.random.default_rng(0), budget.shape.num_layers
+    history = []
+    for number in range(60):
+        plan = budget.project(random_rates(budget, rng))
+        rates = budget.rates(plan)
+        loss = math.exp(1 + 2 * rates.ffn[1] + 0.5 * rates.ffn[layers - 1])
+        history.append(Scored(plan, rates, loss, 1.0, "seed:x", min(number // 10, 1)))
+    history.sort(key=lambda scored: scored.fitness)
+    said = told(budget, history, CmaEs(budget, CHILDREN)._learned(history))
+    effects = said["effects"]
+    assert max(range(layers), key=effects.__getitem__) == 1
+    pairs = [re.match(r"loss ([\d.]+), predicted ([\d.]+):", line).groups() for line in said["trials"].split("\n")]
+    measured, predicted = np.array(pairs, float).T
+    assert np.corrcoef(measured, predicted)[0, 1] > 0.9
 
 
 def test_every_method_starts_from_the_same_plans():
