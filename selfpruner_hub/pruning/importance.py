@@ -91,8 +91,8 @@ def _losses(inverse: Tensor, columns: Tensor, unit: int) -> Tensor:
     return whitened.square().sum((1, 2))
 
 
-STEPS = 512
-"""Maximum number of steps of `obs` for one projection; with 2048 the error on other text is no lower."""
+STEPS = 128
+"""Maximum number of steps of `obs` for one projection; with 512 or 2048 the error on other text is no lower."""
 COMPACTED = 32
 """Number of steps of `obs` after which its matrices are reduced to the remaining units."""
 ORDERS: dict[str, Order] = {
