@@ -177,7 +177,7 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path, presets: S
             more = ("--preset", preset)
             found = pruned(str(dense), BETA, DATA + search_text, work / preset, measure, more)
             rows.keep({"method": f"ours, {preset}", "removed": found["achieved_beta"], **found})
-    write("front", protocol, list(rows))
+    write("front", protocol, sorted(rows, key=lambda row: float(row["minutes"])))
     draw(rows)
 
 

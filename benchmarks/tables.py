@@ -10,8 +10,11 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from columns import RUNTIME_NAMES, UNKNOWN, figure, markdown, of_benchmark, protocol, share, shown
 
 from selfpruner_hub.settings import PRESETS, explained
 
@@ -24,18 +27,7 @@ SEARCHED = ROOT / "benchmarks" / "defaults_searched.json"
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
 FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml", "results.json"))
 """Faults that were put into the code, and what `make mutants` wrote of them."""
-UNKNOWN = "–"
-"""Stands where a row has no such figure."""
-BROWSER, FRONT, STAGES = (ROOT / "benchmarks" / f"{name}.json" for name in ("browser", "front", "stages"))
-SERVING = ROOT / "benchmarks" / "serving.json"
-RUNTIME_NAMES = {
-    "torch": "PyTorch",
-    "onnx": "ONNX Runtime",
-    "genai": "ONNX Runtime GenAI",
-    "openvino": "OpenVINO",
-    "gguf": "llama.cpp",
-    "vllm": "vLLM",
-}
+SERVING, STAGES = (ROOT / "benchmarks" / f"{name}.json" for name in ("serving", "stages"))
 TEXTS = {
     "search_text": "fitness text",
     "unseen_text": "unseen text",
@@ -49,26 +41,26 @@ def defaults_table() -> str:
     """What is left of the model at each β, as a Markdown table, what that means for chat, and how it was measured."""
     rows = _defaults()
     notes = "".join(f" {row['note']}" for row in rows if "note" in row)
-    return f"{_figures_table(rows)}\n\n{_kept(rows)}{notes}\n\n{_protocol(DEFAULTS)}"
+    return f"{_figures_table(rows)}\n\n{_kept(rows)}{notes}\n\n{protocol(DEFAULTS)}"
 
 
 def articles_table() -> str:
     """The same of the defaults of 0.1.0, which read articles alone."""
-    return f"{_figures_table(_rows(ARTICLES))}\n\n{_protocol(ARTICLES)}"
+    return f"{_figures_table(_rows(ARTICLES))}\n\n{protocol(ARTICLES)}"
 
 
 def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = (
         ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense"),
         ("parameters", lambda row: f"{_parameters(row) / 1e6:.1f} M"),
-        ("perplexity, 512", lambda row: _figure(row, "perplexity_512", "{:.1f}")),
-        ("perplexity, 2048", lambda row: _figure(row, "perplexity_2048", "{:.1f}")),
-        ("agreement", lambda row: _share(row, "agreement")),
-        ("questions kept", lambda row: _share(row, "kept")),
-        ("KL, code", lambda row: _figure(row, "kl_code", "{:.2f}")),
-        ("minutes", lambda row: _figure(row, "minutes", "{:.0f}")),
+        ("perplexity, 512", lambda row: figure(row, "perplexity_512", "{:.1f}")),
+        ("perplexity, 2048", lambda row: figure(row, "perplexity_2048", "{:.1f}")),
+        ("agreement", lambda row: share(row, "agreement")),
+        ("questions kept", lambda row: share(row, "kept")),
+        ("KL, code", lambda row: figure(row, "kl_code", "{:.2f}")),
+        ("minutes", lambda row: figure(row, "minutes", "{:.0f}")),
     )
-    return _table([name for name, _ in columns], [[show(row) for _, show in columns] for row in rows], numbers=True)
+    return shown(rows, columns, numbers=True)
 
 
 def search_table() -> str:
@@ -79,12 +71,7 @@ def search_table() -> str:
     found = [[value for text in texts for value in row["search"].get(text) or (None, None)] for row in rows]
     cells = [[UNKNOWN if value is None else f"{value:.3f}" for value in values] for values in found]
     betas = [f"{row['beta']:g}" for row in rows]
-    return _table(["β", *names], [[beta, *those] for beta, those in zip(betas, cells, strict=True)], numbers=True)
-
-
-def _protocol(file: Path) -> str:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return f"Protocol ({found['date']}): {found['protocol']}."
+    return markdown(["β", *names], [[beta, *those] for beta, those in zip(betas, cells, strict=True)], numbers=True)
 
 
 def _defaults() -> list[dict[str, Any]]:
@@ -97,19 +84,11 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _kept(rows: Sequence[Mapping[str, Any]]) -> str:
-    shares = [f"{_share(row, 'kept')} at β = {row['beta']:g}" for row in rows if row["beta"] and "kept" in row]
+    shares = [f"{share(row, 'kept')} at β = {row['beta']:g}" for row in rows if row["beta"] and "kept" in row]
     if not shares:
         return "Agreement, plain questions and code have not been measured for these models yet."
     listed = " and ".join(filter(None, (", ".join(shares[:-1]), shares[-1])))
     return f"Of the plain questions that the dense model answers rightly, the pruned one still answers {listed}."
-
-
-def _figure(row: Mapping[str, Any], key: str, form: str) -> str:
-    return form.format(row[key]) if row.get(key) is not None else UNKNOWN
-
-
-def _share(row: Mapping[str, Any], key: str) -> str:
-    return f"{100 * row[key]:.0f} %" if row.get(key) is not None else UNKNOWN
 
 
 def _parameters(row: Mapping[str, Any]) -> float:
@@ -124,7 +103,7 @@ def _parameters(row: Mapping[str, Any]) -> float:
 
 def serving_table() -> str:
     """Speed and memory in every runtime, and how they were measured."""
-    return f"{speeds(json.loads(SERVING.read_text(encoding='utf-8'))['results'])}\n\n{_protocol(SERVING)}"
+    return f"{speeds(json.loads(SERVING.read_text(encoding='utf-8'))['results'])}\n\n{protocol(SERVING)}"
 
 
 def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -143,41 +122,10 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
         cells.append([f"{RUNTIME_NAMES[kind[0]]}, {kind[1]}", f"{last['beta']:g}", *found])
         cells[-1].append(f"{last['dense_peak_mb']:.0f} → {last['peak_mb']:.0f}")
         if read:
-            both = [_figure(last, name, "{:.1f}") for name in ("dense_perplexity", "perplexity")]
+            both = [figure(last, name, "{:.1f}") for name in ("dense_perplexity", "perplexity")]
             cells[-1].append(UNKNOWN if UNKNOWN in both else " → ".join(both))
     told = ["memory in MB", *(["perplexity"] if read else [])]
-    return _table(["runtime", "β", *names, *(f"{name}, dense → pruned" for name in told)], cells)
-
-
-def browser_table() -> str:
-    """Speed and answers in a browser, and how they were measured."""
-    rows = json.loads(BROWSER.read_text(encoding="utf-8"))["results"]
-    names = ("weights", "prompt", "tokens/s, dense", "pruned", "ratio", "dense wrote", "pruned wrote")
-    speeds_of = ("dense_tokens_per_s", "pruned_tokens_per_s", "ratio")
-    cells = [
-        [row["dtype"], row["prompt"], *(str(row.get(key, UNKNOWN)) for key in speeds_of), row["dense"], row["pruned"]]
-        for row in rows
-    ]
-    return f"{_table(names, [[cell.replace('|', '') for cell in line] for line in cells])}\n\n{_protocol(BROWSER)}"
-
-
-def front_table() -> str:
-    """Quality and minutes of every method, quickest first, and how they were measured."""
-    rows = json.loads(FRONT.read_text(encoding="utf-8"))["results"]
-    columns = (
-        ("method", lambda row: str(row["method"])),
-        ("minutes", lambda row: f"{row['minutes']:.1f}" if row["minutes"] else UNKNOWN),
-        ("perplexity, 512", lambda row: _figure(row, "perplexity_512", "{:.1f}")),
-        ("perplexity, 2048", lambda row: _figure(row, "perplexity_2048", "{:.1f}")),
-        ("KL, chat", lambda row: _figure(row, "kl_chat", "{:.2f}")),
-        ("agreement", lambda row: _share(row, "agreement")),
-        ("questions kept", lambda row: _share(row, "kept")),
-        ("KL, code", lambda row: _figure(row, "kl_code", "{:.2f}")),
-        ("mean accuracy", lambda row: f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_error']:.1f} %"),
-    )
-    ordered = sorted(rows, key=lambda row: row["minutes"])
-    cells = [[show(row) for _, show in columns] for row in ordered]
-    return f"{_table([name for name, _ in columns], cells)}\n\n{_protocol(FRONT)}"
+    return markdown(["runtime", "β", *names, *(f"{name}, dense → pruned" for name in told)], cells)
 
 
 def stages_table() -> str:
@@ -189,7 +137,7 @@ def stages_table() -> str:
     cells = [[str(row.get(key, UNKNOWN)) for key in columns] for row in rows]
     rates = " and ".join(f"{rate} GFLOP/s in {dtype}" for dtype, rate in found["gflops"].items())
     total = f"All stages: {sum(row['seconds'] for row in rows):.0f} s. The machine's products reach {rates}."
-    return f"{_table([*columns.values()], cells)}\n\n{total} {_protocol(STAGES)}"
+    return f"{markdown([*columns.values()], cells)}\n\n{total} {protocol(STAGES)}"
 
 
 def settings_table() -> str:
@@ -204,7 +152,7 @@ def settings_table() -> str:
         ]
         for default, *rest in zip(explained(), *map(explained, others), strict=True)
     ]
-    return _table(["setting", "default", *others, "meaning"], rows)
+    return markdown(["setting", "default", *others, "meaning"], rows)
 
 
 def faults_table() -> str:
@@ -221,24 +169,17 @@ def faults_table() -> str:
             rows.append([fault["what"], f"`{name}`" if "::" in name else reason])
     noticed = sum(map(bool, found.values()))
     still = f" {untried} were not tried yet." if untried else ""
-    return f"{noticed} of {len(found)} faults are noticed.{still}\n\n{_table(['fault', 'noticed first by'], rows)}"
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
-    rule = ["---:" if numbers else "---"] * len(names)
-    return "\n".join(
-        f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") for cells in (names, rule, *rows)
-    )
+    return f"{noticed} of {len(found)} faults are noticed.{still}\n\n{markdown(['fault', 'noticed first by'], rows)}"
 
 
 GENERATED = (
     ("README.md", "defaults", defaults_table),
     ("docs/results.md", "articles", articles_table),
     ("docs/results.md", "search", search_table),
-    ("docs/results.md", "front", front_table),
+    ("docs/results.md", "front", partial(of_benchmark, "front")),
     ("docs/results.md", "stages", stages_table),
     ("docs/results.md", "serving", serving_table),
-    ("docs/results.md", "browser", browser_table),
+    ("docs/results.md", "browser", partial(of_benchmark, "browser")),
     ("docs/settings.md", "settings", settings_table),
     ("docs/testing.md", "faults", faults_table),
 )

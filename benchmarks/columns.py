@@ -1,0 +1,130 @@
+"""Tables of what benchmarks wrote: the columns of each, and how a row fills them. It imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+Columns = Sequence[tuple[str, Callable[[Row], str]]]
+"""Names of columns, and what a row has in them."""
+UNKNOWN = "–"
+"""Stands where a row has no such figure."""
+RUNTIME_NAMES = {
+    "torch": "PyTorch",
+    "onnx": "ONNX Runtime",
+    "genai": "ONNX Runtime GenAI",
+    "openvino": "OpenVINO",
+    "gguf": "llama.cpp",
+    "vllm": "vLLM",
+}
+
+
+def figure(row: Row, key: str, form: str) -> str:
+    """A number of a row, in a form."""
+    return form.format(row[key]) if row.get(key) is not None else UNKNOWN
+
+
+def share(row: Row, key: str) -> str:
+    """A share of a row, in percent."""
+    return f"{100 * row[key]:.0f} %" if row.get(key) is not None else UNKNOWN
+
+
+def difference(row: Row) -> str:
+    """A paired difference with its standard error."""
+    return f"{row['difference']:+.4f} ± {row['standard_error']:.4f}" if "difference" in row else UNKNOWN
+
+
+def text(key: str) -> tuple[str, Callable[[Row], str]]:
+    """A column of words or whole numbers, named like its key."""
+    return key, lambda row: str(row.get(key, UNKNOWN)).replace("|", "")
+
+
+BETA = ("β", lambda row: f"{row['beta']:g}")
+CHAT: Columns = (
+    ("KL, chat", lambda row: figure(row, "kl_chat", "{:.2f}")),
+    ("agreement", lambda row: share(row, "agreement")),
+    ("questions kept", lambda row: share(row, "kept")),
+    ("KL, code", lambda row: figure(row, "kl_code", "{:.2f}")),
+)
+COLUMNS: dict[str, Columns] = {
+    "browser": (
+        ("weights", lambda row: row["dtype"]),
+        text("prompt"),
+        ("tokens/s, dense", text("dense_tokens_per_s")[1]),
+        ("pruned", text("pruned_tokens_per_s")[1]),
+        text("ratio"),
+        ("dense wrote", text("dense")[1]),
+        ("pruned wrote", text("pruned")[1]),
+    ),
+    "front": (
+        text("method"),
+        ("minutes", lambda row: f"{row['minutes']:.1f}" if row["minutes"] else UNKNOWN),
+        ("perplexity, 512", lambda row: figure(row, "perplexity_512", "{:.1f}")),
+        ("perplexity, 2048", lambda row: figure(row, "perplexity_2048", "{:.1f}")),
+        *CHAT,
+        ("mean accuracy", lambda row: f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_error']:.1f} %"),
+    ),
+    "targets": (
+        ("runtime", lambda row: RUNTIME_NAMES[row["runtime"]]),
+        text("plan"),
+        ("β", lambda row: f"{row['achieved_beta']:.3f}"),
+        ("KV groups", text("kv_groups")[1]),
+        ("FFN channels", text("channels")[1]),
+        ("predicted", lambda row: f"{row['predicted']:.2f}×"),
+        ("measured", lambda row: f"{row['measured']:.2f}×"),
+        ("KL, articles b", lambda row: figure(row, "kl_articles", "{:.3f}")),
+        *CHAT,
+    ),
+    "equal_budget": (
+        BETA,
+        text("seed"),
+        ("proposer", text("method")[1]),
+        ("search text: best start", lambda row: f"{row['best_start']:.1f}"),
+        ("found", lambda row: f"{row['fitness']:.1f}"),
+        ("articles b", lambda row: f"{row['unseen_perplexity']:.1f}"),
+        ("difference, nats", difference),
+        ("from", text("control")[1]),
+        ("minutes", lambda row: figure(row, "minutes", "{:.0f}")),
+    ),
+    "search": (
+        BETA,
+        ("proposer", text("method")[1]),
+        ("best plan from", text("best_from")[1]),
+        ("fitness text", lambda row: f"{row['selected']:.4f}"),
+        ("elsewhere", lambda row: f"{row['elsewhere']:.4f}"),
+        ("KL, articles b", lambda row: f"{row['kl_articles']:.3f}"),
+        ("difference", difference),
+        *CHAT,
+    ),
+}
+"""Columns of a table, by the name of the benchmark's JSON."""
+
+
+def of_benchmark(name: str) -> str:
+    """The rows of `NAME.json` as a Markdown table, and their protocol."""
+    file = Path(__file__).with_name(f"{name}.json")
+    return f"{shown(json.loads(file.read_text(encoding='utf-8'))['results'], COLUMNS[name])}\n\n{protocol(file)}"
+
+
+def protocol(file: Path) -> str:
+    """What a benchmark says of how it measured."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return f"Protocol ({found['date']}): {found['protocol']}."
+
+
+def shown(rows: Sequence[Row], columns: Columns, *, numbers: bool = False) -> str:
+    """Rows as a Markdown table."""
+    return markdown(
+        [name for name, _ in columns], [[show(row) for _, show in columns] for row in rows], numbers=numbers
+    )
+
+
+def markdown(names: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
+    """A Markdown table of cells; numbers stand right."""
+    rule = ["---:" if numbers else "---"] * len(names)
+    return "\n".join(
+        f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") for cells in (names, rule, *rows)
+    )
