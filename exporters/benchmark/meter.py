@@ -33,7 +33,8 @@ LAYER_WEIGHTS = 128_000_000
 what the caches of a processor hold."""
 FFN_SHARES = (0.6, 0.3)
 """FFN widths that are measured, as shares of the dense width."""
-RUNS, WARMUP = 7, 1
+RUNS, WARMUP = 21, 1
+"""Passes that are timed, in turn, and passes before them. One pass of a quiet machine is off by a tenth."""
 MARGIN = 8
 """Spare tokens of context."""
 WEIGHTS = {".onnx", ".data", ".gguf", ".safetensors"}
@@ -49,13 +50,14 @@ class RuntimeMeter:
 
     Args:
         runtime: A key of `LIBRARIES`.
+        runs: Number of passes that are timed; None takes `RUNS`.
 
     Raises:
         UserError: Targets cannot be measured in the runtime.
         MissingExtraError: Its library is not installed.
     """
 
-    def __init__(self, runtime: str) -> None:
+    def __init__(self, runtime: str, runs: int | None = None) -> None:
         if runtime in RUNTIMES and runtime not in LIBRARIES:
             raise UserError(
                 f"A target cannot be measured in {runtime}.", f"Choose one of {', '.join(LIBRARIES)}, or give beta."
@@ -65,6 +67,7 @@ class RuntimeMeter:
             require(LIBRARIES[runtime], runtime)
         self._row = RUNTIMES[runtime]
         self._dtype = next(iter(self._row.dtypes))
+        self._runs = RUNS if runs is None else runs
 
     def costs(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, target: Target, report: Report
@@ -149,7 +152,7 @@ class RuntimeMeter:
         report: Report,
     ) -> list[Point]:
         """Export models and time them in turn; times are relative to those of the first, in the same turn."""
-        total, done = len(makers) * (2 + WARMUP + RUNS), iter(range(10**9))
+        total, done = len(makers) * (2 + WARMUP + self._runs), iter(range(10**9))
         setting = Setting(machine.threads(), self._row.device, self._dtype, target.prompt + target.new_tokens + MARGIN)
         found, runners = [], []
         with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +174,7 @@ class RuntimeMeter:
                 runners,
                 ids,
                 target.new_tokens,
-                runs=RUNS,
+                runs=self._runs,
                 warmup=WARMUP,
                 progress=lambda: report(MEASURING, next(done), total),
             )

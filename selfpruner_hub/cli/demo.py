@@ -53,6 +53,8 @@ NEW_TOKENS = 16
 """Number of tokens generated after a prompt, to time decoding."""
 REQUEST = Target("speedup", 2.0, "gguf")
 """Request that is timed in llama.cpp; its value asks for nothing."""
+PASSES = 7
+"""Number of times that it is timed."""
 QUESTIONS = ("What is the capital of France?", "What do bees make?", "What language do most people speak in Japan?")
 
 
@@ -183,7 +185,7 @@ def in_llama_cpp(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) 
     """Return what a request takes in llama.cpp, dense and pruned; or why that was not timed."""
     what = f"llama.cpp, a request of {REQUEST.prompt} + {REQUEST.new_tokens} tokens in float16"
     try:
-        meter = RuntimeMeter(REQUEST.runtime)
+        meter = RuntimeMeter(REQUEST.runtime, PASSES)
         dense, own = meter.measure(pruner.model, pruned, _tokenizer(pruner), REQUEST, report)
     except SelfPrunerError as error:
         return f"{what}: not timed. {error}"

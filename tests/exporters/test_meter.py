@@ -106,6 +106,13 @@ def test_the_result_is_measured_beside_the_dense_model(scripted):
     assert sizes[1] == pytest.approx(predicted.of(plan), rel=0.05)
 
 
+def test_as_many_passes_as_asked_for(scripted, monkeypatch):
+    made, ticks = RuntimeMeter("torch", runs=5), []
+    monkeypatch.setattr(made, "_row", scripted._row)
+    made.measure(tiny_model("llama"), tiny_pruned("llama"), None, speedup(), lambda *told: ticks.append(told))
+    assert ticks[-1][2] == 2 * (2 + meter.WARMUP + 5)
+
+
 def test_a_kv_cache_is_counted():
     dense, pruned = tiny_model("qwen3"), tiny_pruned("qwen3")
     target = target_of({"kv_cache": 0.5}, "torch")
