@@ -2,7 +2,8 @@
 
 Run: python benchmarks/equal_budget.py WORK SEARCH_TEXT UNSEEN_TEXT [--beta β] [--methods …] [--seeds …]
 (here: WikiText-2 raw, articles a for calibration and search, articles b as the unseen text; `--help` lists the rest)
-WORK keeps a row for each run, and its journal: a benchmark that was stopped goes on. The package cmaes must be there.
+WORK keeps a row for each run, and its journal: a benchmark that was stopped goes on. A new WORK takes the rows of
+equal_budget.json, so that runs add up. The package cmaes must be there.
 """
 
 from __future__ import annotations
@@ -91,8 +92,7 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     nats = {(row["method"], row["beta"], row["seed"]): row["nats"] for row in rows}
     found = []
     for row in rows:
-        told = {key: value for key, value in row.items() if key != "nats"}
-        told["unseen_perplexity"] = round(math.exp(mean(row["nats"])), 2)
+        told = {**row, "unseen_perplexity": round(math.exp(mean(row["nats"])), 2)}
         control = CONTROLS.get(row["method"], "evolution")
         other = nats.get((control, row["beta"], row["seed"]))
         if other is not None and control != row["method"]:
@@ -104,7 +104,8 @@ def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(words: Sequence[str] | None = None) -> None:
     """Search with every method and seed, and measure the best plan of each on unseen text."""
     options = _parser().parse_args(words)
-    rows, pruner = Rows(options.work / "rows.jsonl"), load_embedded()
+    published = (options.output or Path(__file__).parent) / "equal_budget.json"
+    rows, pruner = Rows(options.work / "rows.jsonl", published), load_embedded()
     corpus = load_corpus(
         options.search_text,
         pruner.tokenizer,

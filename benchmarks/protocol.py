@@ -35,11 +35,15 @@ class Rows(list[dict[str, Any]]):
 
     Args:
         file: Path of the file; its rows are read if it exists.
+        published: Path of a JSON file of results, whose rows are taken where the file does not exist.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, published: Path | None = None) -> None:
         super().__init__(json.loads(line) for line in (file.read_text().splitlines() if file.exists() else ()))
         self._file = file
+        if published is not None and published.exists() and not file.exists():
+            for row in json.loads(published.read_text())["results"]:
+                self.keep(row)
 
     def have(self, **wanted: Any) -> bool:
         """Whether a row with these values exists."""

@@ -136,3 +136,8 @@ def test_rows_are_paired_with_the_control(pruner, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     equal_budget.main(words)
     assert capsys.readouterr().out == "wrote equal_budget.json\n"  # nothing is done again
+    words[0] = str(tmp_path / "elsewhere")
+    equal_budget.main([*words, "--seeds", "0", "1"])  # a new WORK takes the published rows
+    more = json.loads((tmp_path / "equal_budget.json").read_text())["results"]
+    assert more[:2] == rows
+    assert [row["seed"] for row in more] == [0, 0, 1, 1]
