@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.chatting import chat_tokenizer
 from support.javascript import transformers_js
+from support.shortened import shortened
 from support.tiny import tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 
@@ -290,10 +291,11 @@ def test_a_wrong_graph_in_few_bits_is_noticed(dtype, model, directory, tmp_path)
 
 
 @pytest.mark.slow
-def test_the_real_model_writes_pytorchs_text(real_pruned, tmp_path):
+def test_real_layers_write_pytorchs_text(real_pruned, tmp_path):
     """In GenAI and in Transformers.js; the graphs in 8 and 4 bits pass their own comparison with PyTorch."""
     pruned = PrunedModel.from_pretrained(real_pruned / "model", dtype=torch.float32)
-    directory = pruned.export("onnx", tmp_path / "real", layout="hub")
-    written = in_pytorch(pruned.model, pruned.tokenizer)
+    model = shortened(pruned.model)
+    directory = export_model(model, pruned.tokenizer, "onnx", tmp_path / "real", layout="hub")
+    written = in_pytorch(model, pruned.tokenizer)
     check_genai(directory, written)
     assert in_transformers_js("fp32", directory) == written[1]

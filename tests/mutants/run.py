@@ -1,6 +1,7 @@
 """Put the faults of faults.toml into a scratch copy of the repository, one at a time, and see which test notices.
 
-Run: make mutants, or python tests/mutants/run.py [WORD …]; with words, only faults of files whose path has one of them.
+Run: make mutants, or python tests/mutants/run.py [--untried] [WORD …]; with words, only faults of files whose path has
+one of them.
 The results are in results.json, and the table of docs/testing.md is made from it (benchmarks/tables.py).
 
 Each run is a fork of this process, which has the libraries imported already but not the package: importing them takes
@@ -42,6 +43,7 @@ OPTIONS = (
     *("-q", "-x", "-m", "not slow and not gpu", "--hypothesis-seed=0"),
     *(word for name in WITHOUT for word in ("-p", f"no:{name}")),
 )
+UNTRIED = "--untried"
 OUT_OF_TIME = "time-out"
 NOTHING_FAILED = (0, 4, 5)
 """What pytest ends with where all tests passed, or there is no such test."""
@@ -195,11 +197,13 @@ def tried(chosen: Sequence[Fault], trial: Trial, before: Mapping[tuple[str, str]
 
 def main(words: Sequence[str]) -> None:
     """Try all faults, or those of some files; write the results, and end with 1 where one lives without a reason."""
-    every = faults()
-    chosen = [fault for word in words or ("",) for fault in every if word in fault.file]
-    chosen = list(dict.fromkeys(chosen))  # in the order of the words
+    every, parts = faults(), [word for word in words if word != UNTRIED]
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     known = {(row["file"], row["what"]): row["failed"] for row in rows}
+    chosen = [fault for word in parts or ("",) for fault in every if word in fault.file]
+    chosen = list(dict.fromkeys(chosen))  # in the order of the words
+    if UNTRIED in words:
+        chosen = [fault for fault in chosen if (fault.file, fault.what) not in known]
     for name in LIBRARIES:
         importlib.import_module(name)
     wrong, noticed = [], 0
