@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import subprocess
 import sys
 import tracemalloc
@@ -16,7 +17,7 @@ from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters.export import export, export_model
 from exporters.to_gguf.dtypes import DTYPES
-from exporters.to_gguf.llama_cpp import LlamaCpp, answers, log_probability_difference
+from exporters.to_gguf.llama_cpp import Answer, LlamaCpp, answers, difference, log_probability_difference
 from exporters.to_gguf.writer import WRITABLE, write
 from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import shape_of
@@ -77,6 +78,24 @@ def test_the_comparison_notices_a_wrong_file(tmp_path):
     assert log_probability_difference(answers(other, 64), path) > 1e-3
     turned = tiny_pruned("llama", vocab_size=VOCABULARY, rope_parameters={"rope_type": "default", "rope_theta": 2e4})
     assert log_probability_difference(answers(turned, 64), path) > 1e-3
+
+
+class Says:
+    """A file in llama.cpp that gives these log-probabilities after any tokens."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def likeliest(self, _ids):
+        return self.found
+
+
+@pytest.mark.parametrize("by", [0.5, -0.5])
+def test_a_difference_counts_in_both_directions(by):
+    likely = torch.tensor([0.7, 0.2, 0.1]).log()
+    theirs = {index: value + by for index, value in enumerate(likely.tolist())}
+    assert difference([Answer([1], likely)], Says(theirs)) == pytest.approx(0.5)
+    assert math.isnan(difference([Answer([1], likely)], Says({**theirs, 1: math.nan})))
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):

@@ -53,6 +53,14 @@ def test_speed_is_that_of_the_tokens_after_the_first(space):
     assert space("answers").Answer(tokens=1, first=0.5, seconds=0.5).rate is None
 
 
+def test_the_pruned_model_is_compared_with_its_parent(space):
+    made, verdict = space("answers").Answer, space("app")._verdict
+    quick, slow = made(tokens=101, first=1.0, seconds=6.0), made(tokens=101, first=1.0, seconds=11.0)
+    assert verdict(pruned=quick, dense=slow).startswith("The pruned model wrote at **2.00 ×** the speed of its parent")
+    assert "**0.50 ×**" in verdict(pruned=slow, dense=quick)
+    assert verdict(pruned=quick, dense=made(tokens=1, first=1.0, seconds=1.0)) == ""
+
+
 def test_a_visitor_who_leaves_stops_the_model(space):
     answers, counts = space("answers"), []
     model = answers.load("pruned").model
