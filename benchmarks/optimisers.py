@@ -114,9 +114,7 @@ def told(budget: ParameterBudget, history: Sequence[Scored], optimiser: CMA) -> 
     ridge = RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
     effects = np.linalg.solve(gram + ridge, away.T @ (losses - losses.mean()))
     predicted = np.exp(losses.mean() + away @ effects)
-    trials = sorted(
-        zip(history, predicted, strict=True), key=lambda trial: trial[0].round
-    )  # of a round, the best first
+    trials = sorted(zip(history, predicted, strict=True), key=lambda trial: trial[0].round)
     return {
         "mean": solution(budget, Rates.tied(optimiser.mean.tolist())),
         "step": 100 * optimiser._sigma,

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from support.checks import check_cache, check_left_padding, logits
-from support.tiny import DISTINCT, tiny_model, tiny_pruned, tiny_tokenizer
+from support.tiny import DISTINCT, shallow, tiny_model, tiny_tokenizer
 
 from exporters import OnnxCausalLM
 from exporters.export import export_model
@@ -38,7 +38,7 @@ def exported(tmp_path_factory):
     def get(name, **options):
         key = (name, *sorted(options.items()))
         if key not in made:
-            made[key] = export_model(tiny_pruned(name), tiny_tokenizer(), "onnx", root / str(len(made)), **options)
+            made[key] = export_model(shallow(name), tiny_tokenizer(), "onnx", root / str(len(made)), **options)
         return made[key]
 
     return get
@@ -51,8 +51,8 @@ def test_every_architecture(name, exported):
     directory = exported(name)
     record = read_export(directory, "onnx")
     assert record.max_difference <= 1e-4
-    assert record.source["parameters"] == sum(p.numel() for p in tiny_pruned(name).parameters())
-    model, graph = tiny_pruned(name), OnnxCausalLM.from_pretrained(directory)
+    assert record.source["parameters"] == sum(p.numel() for p in shallow(name).parameters())
+    model, graph = shallow(name), OnnxCausalLM.from_pretrained(directory)
     assert logit_difference(expected(model, prompts=(30, 30), steps=12), graph) <= 1e-4
     check_left_padding(graph, IDS[:, :30], pad=0)
     check_cache(graph, IDS[:, :10])
@@ -69,7 +69,7 @@ def test_no_key_or_value_is_copied_for_the_query_heads_that_share_it(exported):
 def test_layers_have_caches_of_their_own_width(exported):
     graph = onnx.load(exported("llama") / "model.onnx", load_external_data=False).graph
     keys = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in graph.input}
-    for index, layer in enumerate(shape_of(tiny_pruned("llama").config).dense.layers):
+    for index, layer in enumerate(shape_of(shallow("llama").config).dense.layers):
         assert keys[f"input.cache.layers.{index}.keys"] == ["batch", layer.num_key_value_heads, "past", 4]
     assert keys["input_ids"] == keys["position_ids"] == ["batch", "length"]
     assert keys["attention_mask"] == ["batch", "total"]
@@ -80,12 +80,12 @@ def test_weights_are_on_disk_once(exported):
     """Of a tied head that is larger than this one's, too: `test_real_exports.py`."""
     graph = onnx.load(exported("llama") / "model.onnx", load_external_data=False).graph
     stored = sum(math.prod(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT)
-    parameters = sum(p.numel() for p in tiny_pruned("llama").parameters())
+    parameters = sum(p.numel() for p in shallow("llama").parameters())
     assert 0.99 * parameters < stored < 1.01 * parameters  # zeros of equal size are stored once; there are constants
 
 
 def test_only_the_logits_that_are_wanted(exported):
-    graph, model = OnnxCausalLM.from_pretrained(exported("llama")), tiny_pruned("llama")
+    graph, model = OnnxCausalLM.from_pretrained(exported("llama")), shallow("llama")
     whole = logits(model, IDS)
     torch.testing.assert_close(logits(graph, IDS, logits_to_keep=1), whole[:, -1:], atol=1e-4, rtol=0)
     wanted = torch.tensor([3, 0, 39])
@@ -95,9 +95,9 @@ def test_only_the_logits_that_are_wanted(exported):
 
 def test_a_conversation_goes_on_from_its_cache(exported):
     """Several new tokens after a past, and a batch of more than one of them."""
-    graph, whole = OnnxCausalLM.from_pretrained(exported("llama")), logits(tiny_pruned("llama"), IDS)
+    graph, whole = OnnxCausalLM.from_pretrained(exported("llama")), logits(shallow("llama"), IDS)
     first = graph(IDS[:, :15])
-    assert [layer.keys.shape[2] for layer in first.cache.layers] == [15] * 4
+    assert [layer.keys.shape[2] for layer in first.cache.layers] == [15] * 2
     second = graph(IDS[:, 15:], cache=first.cache)
     assert second.cache is first.cache
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, atol=1e-4, rtol=0)
@@ -106,7 +106,7 @@ def test_a_conversation_goes_on_from_its_cache(exported):
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "top_k": 8}, {"use_cache": False}])
 def test_other_ways_to_generate(how, exported):
     written = []
-    for model in (OnnxCausalLM.from_pretrained(exported("gemma3")), tiny_pruned("gemma3")):
+    for model in (OnnxCausalLM.from_pretrained(exported("gemma3")), shallow("gemma3")):
         torch.manual_seed(0)
         written.append(model.generate(IDS[:, :12], **{"do_sample": False, "max_new_tokens": 12, **how}).tolist())
     assert written[0] == written[1]
@@ -122,7 +122,7 @@ def test_other_weights_and_plain_graphs(options, allowed, size, exported):
     record = read_export(directory)
     assert record.options == {"dtype": "float32", "fusions": "cpu", "layout": "transformers", **options}
     assert record.max_difference <= allowed
-    parameters = sum(p.numel() for p in tiny_pruned("llama-mha-tied").parameters())
+    parameters = sum(p.numel() for p in shallow("llama-mha-tied").parameters())
     assert (directory / "model.onnx.data").stat().st_size < 4 * size * parameters + 2**16
     domains = {node.domain for node in onnx.load(directory / "model.onnx").graph.node}
     assert ("com.microsoft" in domains) == (options != {"fusions": "none"})
@@ -197,9 +197,9 @@ def test_tensorrt_as_a_provider_of_onnx_runtime(exported, tmp_path):
     assert name == "TensorrtExecutionProvider"
     assert options["trt_engine_cache_path"] == str(tmp_path / "cache")
     longest = dict(item.split(":") for item in options["trt_profile_max_shapes"].split(","))
-    widths = [layer.num_key_value_heads for layer in shape_of(tiny_pruned("llama").config).dense.layers]
+    widths = [layer.num_key_value_heads for layer in shape_of(shallow("llama").config).dense.layers]
     assert longest["input_ids"] == "2x64"
-    assert [longest[f"input.cache.layers.{i}.keys"] for i in range(4)] == [f"2x{w}x63x4" for w in widths]
+    assert [longest[f"input.cache.layers.{i}.keys"] for i in range(2)] == [f"2x{w}x63x4" for w in widths]
 
 
 def test_without_onnxruntime(exported, monkeypatch, tmp_path):
@@ -208,7 +208,7 @@ def test_without_onnxruntime(exported, monkeypatch, tmp_path):
     with pytest.raises(MissingExtraError, match=r'pip install "selfpruner-hub\[onnx\]"'):
         OnnxCausalLM.from_pretrained(directory)
     with pytest.raises(MissingExtraError, match=r'pip install "selfpruner-hub\[onnx\]"'):
-        export_model(tiny_pruned("llama"), None, "onnx", tmp_path / "out")
+        export_model(shallow("llama"), None, "onnx", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -219,9 +219,9 @@ def test_unknown_options(tmp_path):
         ({"width": 3}, "no option 'width'.*It takes dtype, fusions"),
     ):
         with pytest.raises(UserError, match=said):
-            export_model(tiny_pruned("llama"), None, "onnx", tmp_path / "out", **options)
+            export_model(shallow("llama"), None, "onnx", tmp_path / "out", **options)
     with pytest.raises(UserError, match="Unknown format 'onyx'.*onnx, tensorrt, openvino, gguf, padded"):
-        export_model(tiny_pruned("llama"), None, "onyx", tmp_path / "out")
+        export_model(shallow("llama"), None, "onyx", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -238,12 +238,12 @@ def test_nothing_is_left_of_a_graph_that_differs(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("stays")
     with pytest.raises(ExportError, match="The onnx export differs from the PyTorch model by .* in a logit"):
-        export_model(tiny_pruned("phi3"), tiny_tokenizer(), "onnx", tmp_path / "out")
+        export_model(shallow("phi3"), tiny_tokenizer(), "onnx", tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
 
 
 def test_nothing_is_left_of_a_model_that_cannot_be_traced(tmp_path, monkeypatch):
-    model = tiny_pruned("llama")
+    model = shallow("llama")
     monkeypatch.setattr(model, "forward", lambda **inputs: inputs["input_ids"].sum().item() + 1 / 0)
     with pytest.raises(ExportError, match="SelfPrunedLlamaForCausalLM cannot be traced to ONNX") as raised:
         export_model(model, None, "onnx", tmp_path / "out")

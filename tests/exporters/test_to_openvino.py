@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from support.checks import check_cache, check_left_padding, logits
-from support.tiny import tiny_pruned, tiny_tokenizer
+from support.tiny import shallow, tiny_tokenizer
 
 from exporters.export import export_model
 from exporters.parity import expected, logit_difference
@@ -25,23 +25,23 @@ installed = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    return export_model(tiny_pruned("llama"), tiny_tokenizer(), "openvino", tmp_path_factory.mktemp("ov") / "out")
+    return export_model(shallow("llama"), tiny_tokenizer(), "openvino", tmp_path_factory.mktemp("ov") / "out")
 
 
 @installed
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "phi3"])
 def test_other_architectures(name, tmp_path):
-    export_model(tiny_pruned(name), tiny_tokenizer(), "openvino", tmp_path / "out")
+    export_model(shallow(name), tiny_tokenizer(), "openvino", tmp_path / "out")
     assert read_export(tmp_path / "out", "openvino").max_difference <= 1e-4
-    graph, model = OpenVinoCausalLM.from_pretrained(tmp_path / "out"), tiny_pruned(name)
+    graph, model = OpenVinoCausalLM.from_pretrained(tmp_path / "out"), shallow(name)
     assert logit_difference(expected(model, prompts=(30, 30), steps=12), graph) <= 1e-4
 
 
 @installed
 @pytest.mark.slow
 def test_it_does_what_a_model_does(exported):
-    graph, model = OpenVinoCausalLM.from_pretrained(exported), tiny_pruned("llama")
+    graph, model = OpenVinoCausalLM.from_pretrained(exported), shallow("llama")
     assert read_export(exported).max_difference <= 1e-4
     check_left_padding(graph, IDS, pad=0)
     check_cache(graph, IDS[:, :10])
@@ -54,9 +54,9 @@ def test_it_does_what_a_model_does(exported):
 @installed
 @pytest.mark.slow
 def test_weights_in_half(tmp_path):
-    export_model(tiny_pruned("llama"), tiny_tokenizer(), "openvino", tmp_path / "out", dtype="float16")
+    export_model(shallow("llama"), tiny_tokenizer(), "openvino", tmp_path / "out", dtype="float16")
     assert 0 < read_export(tmp_path / "out").max_difference < 0.02
-    parameters = sum(p.numel() for p in tiny_pruned("llama").parameters())
+    parameters = sum(p.numel() for p in shallow("llama").parameters())
     assert (tmp_path / "out" / "openvino_model.bin").stat().st_size < 2.2 * parameters
 
 
@@ -100,5 +100,5 @@ def test_without_openvino(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else find(name, *a))
     with pytest.raises(MissingExtraError, match=r'pip install "selfpruner-hub\[openvino\]"'):
-        export_model(tiny_pruned("llama"), None, "openvino", tmp_path / "out")
+        export_model(shallow("llama"), None, "openvino", tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -139,13 +139,20 @@ def tiny_pruned(name: str, **changes: object) -> PreTrainedModel:
     return uneven(tiny_model(name, **changes))
 
 
+def shallow(name: str) -> PreTrainedModel:
+    """The same with two layers, for what takes seconds a layer: one is whole, and they are of all kinds."""
+    kinds = getattr(CONFIGS[name], "layer_types", None)
+    return tiny_pruned(name, num_hidden_layers=2, **({"layer_types": kinds[:2]} if kinds else {}))
+
+
 def uneven(dense: PreTrainedModel) -> PreTrainedModel:
     """Cut a tiny model so that every layer differs, in attention and FFN, and one is whole; no repair."""
     shape = shape_of(dense.config)
+    rates = Rates((0.0, 0.5, 0.25, 0.6)[: shape.num_layers], (0.0, 0.3, 0.5, 0.2)[: shape.num_layers])
     order = [
         LayerOrder(torch.arange(w.num_key_value_heads), torch.arange(w.intermediate_size)) for w in shape.dense.layers
     ]
-    plan = ParameterBudget(shape, 0.3).project(Rates((0.0, 0.5, 0.25, 0.6), (0.0, 0.3, 0.5, 0.2)))
+    plan = ParameterBudget(shape, 0.3).project(rates)
     return slice_model(Slicer(dense, order, None), plan)
 
 
