@@ -87,7 +87,6 @@ COLUMNS: dict[str, Columns] = {
         ("articles b", lambda row: f"{row['unseen_perplexity']:.1f}"),
         ("difference, nats", difference),
         ("from", text("control")[1]),
-        ("minutes", lambda row: figure(row, "minutes", "{:.0f}")),
     ),
     "search": (
         BETA,

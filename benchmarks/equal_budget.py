@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -106,6 +106,18 @@ def main(words: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(words)
     published = (options.output or Path(__file__).parent) / "equal_budget.json"
     rows, pruner = Rows(options.work / "rows.jsonl", published), load_embedded()
+    runs = [(seed, method) for seed in options.seeds for method in options.methods]
+    missing = [run for run in runs if not rows.have(method=run[1], beta=options.beta, seed=run[0])]
+    for row in searched(pruner, options, missing) if missing else ():
+        rows.keep(row)
+        publish(rows, options, pruner.model.dtype)
+    publish(rows, options, pruner.model.dtype)
+
+
+def searched(
+    pruner: AutoPruner, options: argparse.Namespace, runs: Sequence[tuple[int, str]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the row of each (seed, method)."""
     corpus = load_corpus(
         options.search_text,
         pruner.tokenizer,
@@ -115,42 +127,41 @@ def main(words: Sequence[str] | None = None) -> None:
     calibration, fitness_text = corpus.split(PAPER.calibration_tokens, PAPER.fitness_tokens)
     unseen = consecutive_windows(options.unseen_text, pruner.tokenizer, PAPER.window, WINDOWS).windows
     budget = ParameterBudget(pruner.shape, options.beta, p_min=PAPER.p_min, p_max=PAPER.p_max, tied=True)
+    settings = replace(SETTINGS, evaluations=options.evaluations)
     with prepared(pruner.model, calibration.windows, PAPER) as ready:
         fitness = Fitness(ready.slicer, fitness_text.windows, PAPER.fitness)
-        for seed in options.seeds:
-            starts = population(budget, seed)
-            for method in options.methods:
-                key = {"method": method, "beta": options.beta, "seed": seed}
-                if rows.have(**key):
-                    continue
-                directory, started = options.work / "-".join(map(str, key.values())), time.perf_counter()
-                journal = Journal(directory, key)
-                proposer = proposers(pruner, budget, options.endpoint, directory)[method]()
-                settings = replace(SETTINGS, evaluations=options.evaluations)
-                found = search(proposer, Problem(budget, starts, fitness), journal, settings, seed=seed, report=_tell)
-                scored = [line for line in journal.lines if isinstance(line, RoundLine)]
-                row = {
-                    **key,
-                    "evaluations": found.spent,
-                    "fitness": round(found.best.fitness, 3),
-                    "best_start": round(found.best_seed.fitness, 3),
-                    "best_from": found.best.origin,
-                    "replies": found.counts,
-                    "tokens": found.tokens,
-                    "minutes": round((time.perf_counter() - started) / 60, 1),
-                    "curve": [(line.spent, round(line.best, 2)) for line in scored],
-                    "nats": by_window(ready.slicer, ready.slicer.layers(found.best.plan), unseen),
-                }
-                rows.keep(row)
+        for seed, method in runs:
+            key = {"method": method, "beta": options.beta, "seed": seed}
+            directory, started = options.work / "-".join(map(str, key.values())), time.perf_counter()
+            journal, problem = Journal(directory, key), Problem(budget, population(budget, seed), fitness)
+            proposer = proposers(pruner, budget, options.endpoint, directory)[method]()
+            found = search(proposer, problem, journal, settings, seed=seed, report=_tell)
+            scored = [line for line in journal.lines if isinstance(line, RoundLine)]
+            yield {
+                **key,
+                "evaluations": found.spent,
+                "fitness": round(found.best.fitness, 3),
+                "best_start": round(found.best_seed.fitness, 3),
+                "best_from": found.best.origin,
+                "replies": found.counts,
+                "tokens": found.tokens,
+                "minutes": round((time.perf_counter() - started) / 60, 1),
+                "curve": [(line.spent, round(line.best, 2)) for line in scored],
+                "nats": by_window(ready.slicer, ready.slicer.layers(found.best.plan), unseen),
+            }
+
+
+def publish(rows: Sequence[dict[str, Any]], options: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Write the rows with what was measured, and how."""
     write(
         "equal_budget",
-        f"SmolLM2-135M-Instruct, {pruner.model.dtype}: the paper's settings (preset paper: one rate a layer, Wanda-sp, "
+        f"SmolLM2-135M-Instruct, {dtype}: the paper's settings (preset paper: one rate a layer, Wanda-sp, "
         f"no repair, perplexity on {PAPER.fitness_tokens} tokens of {Path(options.search_text).name}), "
         f"{options.evaluations:g} evaluations for each method, those of the {PAPER.population} plans of the starting "
         "population included, which is the same for all methods of a seed; minutes: of the last start, where a run was "
-        f"stopped. Perplexity on {WINDOWS} windows of {PAPER.window} tokens of {Path(options.unseen_text).name}, on "
-        "which nothing was chosen; difference: mean difference in nats a token from the control with the same seed on "
-        "the same windows, and its standard error over windows",
+        f"stopped, beside other work. Perplexity on {WINDOWS} windows of {PAPER.window} tokens of "
+        f"{Path(options.unseen_text).name}, on which nothing was chosen; difference: mean difference in nats a token "
+        "from the control with the same seed on the same windows, and its standard error over windows",
         compared(sorted(rows, key=lambda row: (row["beta"], row["seed"], row["method"]))),
         options.output,
     )
