@@ -37,9 +37,9 @@ def difference(row: Row) -> str:
     return f"{row['difference']:+.4f} ± {row['standard_error']:.4f}" if "difference" in row else UNKNOWN
 
 
-def text(key: str) -> tuple[str, Callable[[Row], str]]:
-    """A column of words or whole numbers, named like its key."""
-    return key, lambda row: str(row.get(key, UNKNOWN)).replace("|", "")
+def words(key: str) -> Callable[[Row], str]:
+    """Words or a whole number of a row, as they are."""
+    return lambda row: str(row.get(key, UNKNOWN)).replace("|", "")
 
 
 BETA = ("β", lambda row: f"{row['beta']:g}")
@@ -52,15 +52,15 @@ CHAT: Columns = (
 COLUMNS: dict[str, Columns] = {
     "browser": (
         ("weights", lambda row: row["dtype"]),
-        text("prompt"),
-        ("tokens/s, dense", text("dense_tokens_per_s")[1]),
-        ("pruned", text("pruned_tokens_per_s")[1]),
-        text("ratio"),
-        ("dense wrote", text("dense")[1]),
-        ("pruned wrote", text("pruned")[1]),
+        ("prompt", words("prompt")),
+        ("tokens/s, dense", words("dense_tokens_per_s")),
+        ("pruned", words("pruned_tokens_per_s")),
+        ("ratio", words("ratio")),
+        ("dense wrote", words("dense")),
+        ("pruned wrote", words("pruned")),
     ),
     "front": (
-        text("method"),
+        ("method", words("method")),
         ("minutes", lambda row: f"{row['minutes']:.1f}" if row["minutes"] else UNKNOWN),
         ("perplexity, 512", lambda row: figure(row, "perplexity_512", "{:.1f}")),
         ("perplexity, 2048", lambda row: figure(row, "perplexity_2048", "{:.1f}")),
@@ -69,10 +69,10 @@ COLUMNS: dict[str, Columns] = {
     ),
     "targets": (
         ("runtime", lambda row: RUNTIME_NAMES[row["runtime"]]),
-        text("plan"),
+        ("plan", words("plan")),
         ("β", lambda row: f"{row['achieved_beta']:.3f}"),
-        ("KV groups", text("kv_groups")[1]),
-        ("FFN channels", text("channels")[1]),
+        ("KV groups", words("kv_groups")),
+        ("FFN channels", words("channels")),
         ("predicted", lambda row: f"{row['predicted']:.2f}×"),
         ("measured", lambda row: f"{row['measured']:.2f}×"),
         ("KL, articles b", lambda row: figure(row, "kl_articles", "{:.3f}")),
@@ -80,18 +80,18 @@ COLUMNS: dict[str, Columns] = {
     ),
     "equal_budget": (
         BETA,
-        text("seed"),
-        ("proposer", text("method")[1]),
+        ("seed", words("seed")),
+        ("proposer", words("method")),
         ("search text: best start", lambda row: f"{row['best_start']:.1f}"),
         ("found", lambda row: f"{row['fitness']:.1f}"),
         ("articles b", lambda row: f"{row['unseen_perplexity']:.1f}"),
         ("difference, nats", difference),
-        ("from", text("control")[1]),
+        ("from", words("control")),
     ),
     "search": (
         BETA,
-        ("proposer", text("method")[1]),
-        ("best plan from", text("best_from")[1]),
+        ("proposer", words("method")),
+        ("best plan from", words("best_from")),
         ("fitness text", lambda row: f"{row['selected']:.4f}"),
         ("elsewhere", lambda row: f"{row['elsewhere']:.4f}"),
         ("KL, articles b", lambda row: f"{row['kl_articles']:.3f}"),

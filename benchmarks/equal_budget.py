@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from optimisers import CmaEs, CmaEsWithModel
-from protocol import Rows, paired, write
+from protocol import Rows, arguments, paired, write
 
 from selfpruner_hub.calibration.corpus import consecutive_windows, load_corpus
 from selfpruner_hub.cli.demo import NAME, load_embedded
@@ -173,16 +173,12 @@ def _tell(at: Standing) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, metavar="WORK")
-    parser.add_argument("search_text", metavar="SEARCH_TEXT")
-    parser.add_argument("unseen_text", metavar="UNSEEN_TEXT")
+    parser = arguments(__doc__)
     parser.add_argument("--beta", type=float, default=0.3)
     parser.add_argument("--methods", nargs="+", default=["evolution", "random", "cmaes", "cmaes+self", "self"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=float, default=PAPER.evaluations)
     parser.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible endpoint, for the method endpoint")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="directory of the JSON (default: benchmarks)")
     return parser
 
 

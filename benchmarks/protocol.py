@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -28,6 +29,16 @@ from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
 
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
 """Directory of the pictures of docs/results.md."""
+
+
+def arguments(documentation: str | None) -> argparse.ArgumentParser:
+    """A parser of what a benchmark takes that searches on one text and measures on another."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, metavar="WORK")
+    parser.add_argument("search_text", metavar="SEARCH_TEXT")
+    parser.add_argument("unseen_text", metavar="UNSEEN_TEXT")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="directory of the JSON (default: benchmarks)")
+    return parser
 
 
 class Rows(list[dict[str, Any]]):

@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 from defaults import DATA
-from protocol import Chat, Rows, Unseen, paired, write
+from protocol import Chat, Rows, Unseen, arguments, paired, write
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.texts import RunTexts, Texts
@@ -60,8 +60,8 @@ def main(words: Sequence[str] | None = None) -> None:
         missing = [name for name in options.methods if not rows.have(beta=beta, method=name)]
         for row, model in searched(pruner, beta, missing, texts, method, options.work) if missing else ():
             if not rows.have(beta=beta, method=row["method"]):
-                nats = [divergence(model, w[None], t) for w, t in zip(articles, teachers, strict=True)]
-                rows.keep({**row, **chat.figures(model), "nats": [round(value, 5) for value in nats]})
+                found = [divergence(model, w[None], t) for w, t in zip(articles, teachers, strict=True)]
+                rows.keep({**row, **chat.figures(model), "kl_by_window": [round(value, 5) for value in found]})
     write(
         "search",
         f"SmolLM2-135M-Instruct, {pruner.model.dtype}: the default's settings with {method.calibration_tokens} "
@@ -106,13 +106,13 @@ def searched(
 
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The figures of all rows, each with its difference from no search at the same β."""
-    control = {row["beta"]: row["nats"] for row in rows if row["method"] == CONTROL}
+    control = {row["beta"]: row["kl_by_window"] for row in rows if row["method"] == CONTROL}
     found = []
     for row in rows:
-        told = {key: value for key, value in row.items() if key != "nats"}
-        told["kl_articles"] = round(mean(row["nats"]), 4)
+        told = {key: value for key, value in row.items() if key != "kl_by_window"}
+        told["kl_articles"] = round(mean(row["kl_by_window"]), 4)
         if row["method"] != CONTROL:
-            told |= paired(row["nats"], control[row["beta"]])
+            told |= paired(row["kl_by_window"], control[row["beta"]])
         found.append(told)
     return found
 
@@ -123,15 +123,11 @@ def _tell(what: str, done: int | float, total: int | float) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, metavar="WORK")
-    parser.add_argument("search_text", metavar="SEARCH_TEXT")
-    parser.add_argument("unseen_text", metavar="UNSEEN_TEXT")
+    parser = arguments(__doc__)
     parser.add_argument("--betas", nargs="+", type=float, default=[0.3, 0.5])
     parser.add_argument("--methods", nargs="+", default=["evolution", "slopes"])
     parser.add_argument("--evaluations", type=float, default=10 * SEARCH)
     parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="directory of the JSON (default: benchmarks)")
     return parser
 
 

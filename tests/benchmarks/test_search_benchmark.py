@@ -48,7 +48,7 @@ def test_a_search_is_measured_beside_the_best_start(run, tmp_path, capsys):
     assert control["best_from"].startswith("seed:")
     assert searched["selected"] < control["selected"]
     assert searched["evaluations"] == searched["curve"][-1][0] >= 12
-    kept = {row["method"]: np.array(row["nats"]) for row in Rows(tmp_path / "work" / "rows.jsonl")}
+    kept = {row["method"]: np.array(row["kl_by_window"]) for row in Rows(tmp_path / "work" / "rows.jsonl")}
     gaps = kept["evolution"] - kept["no search"]
     assert gaps.any()
     assert searched["difference"] == pytest.approx(gaps.mean(), abs=1e-4)
