@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,19 @@ class StateLayer(DynamicLayer):
             UserError: Always.
         """
         raise UserError("OpenVINO's state cannot be cropped.", "Begin the sequence anew.")
+
+
+@functools.cache
+def _core() -> Any:
+    """Return the only core of this process.
+
+    The CPU device of OpenVINO (2026.4) puts a signal stack of its own in place of the thread's. Of two cores, the
+    second puts back that of the first, which may be freed by then: the next signal, such as an interrupt, would end
+    the process without a word.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class OpenVinoCausalLM(GraphCausalLM):
@@ -130,9 +144,7 @@ class OpenVinoCausalLM(GraphCausalLM):
             UserError: The device is not available.
             SavedModelError: The files are damaged.
         """
-        import openvino
-
-        core = openvino.Core()
+        core = _core()
         if device.split(".")[0] not in {known.split(".")[0] for known in core.available_devices}:
             raise UserError(f"OpenVINO has no device {device!r} here.", f"It has {', '.join(core.available_devices)}.")
         chosen: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}

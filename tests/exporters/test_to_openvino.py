@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,6 +23,17 @@ IDS = torch.randint(3, 128, (2, 30), generator=torch.Generator().manual_seed(0))
 installed = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason='not installed: pip install "selfpruner-hub[openvino]"'
 )
+
+INTERRUPTED = """
+import gc, signal, sys
+from exporters.to_openvino.causal_lm import OpenVinoCausalLM
+models = [OpenVinoCausalLM.from_pretrained(sys.argv[1]) for _ in range(2)]
+while models:
+    del models[0]
+    gc.collect()
+signal.signal(signal.SIGINT, lambda *caught: print("caught"))
+signal.raise_signal(signal.SIGINT)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +100,14 @@ def test_damaged_exports(file, damage, exported, tmp_path):
     with pytest.raises(SavedModelError, match="damaged or cut off") as raised:
         OpenVinoCausalLM.from_pretrained(directory)
     assert "\n" not in str(raised.value)
+
+
+@installed
+@pytest.mark.slow
+def test_an_interrupt_after_models_are_gone(exported):
+    """It reaches Python: the signal stack that OpenVINO gave this thread is still there."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, exported], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "caught\n"), done.stderr[-500:]
 
 
 @installed
