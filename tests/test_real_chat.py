@@ -6,25 +6,21 @@ import pytest
 
 from selfpruner_hub.evaluation.chat import ChatMeasure
 from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
+from selfpruner_hub.pruned_model import PrunedModel
 
 pytestmark = pytest.mark.slow
-BETA = 0.2
-AGREEMENT, KL, KEPT = 0.55, 0.9, 0.35
-"""Bounds."""
-QUESTIONS = load_questions("develop")[:100]
+AGREEMENT, KL, KEPT = 0.55, 0.8, 0.12
+"""Bounds, far from the 0.66, 0.52 and 0.24 of a model that was calibrated on no more than 4096 tokens."""
+QUESTIONS = load_questions("develop")[:70]
 
 
 @pytest.fixture(scope="module")
-def pruned(real_pruner):
-    """With the default's text for chat models but for articles, which need the Hub, and little of it."""
-    return real_pruner.prune(
-        BETA, data="chat+self", shares=(3, 1), window=256, calibration_tokens=16_384, fisher_tokens=4_096,
-        fitness_tokens=2_048, evaluations=0, seeds=("sensitivity",), sequential_repair=False, progress=False,
-    )  # fmt: skip
+def pruned(real_pruned):
+    return PrunedModel.from_pretrained(real_pruned / "model", dtype="auto")
 
 
 def test_it_agrees_with_its_parent_where_that_answers(real_pruner, pruned):
-    measure = ChatMeasure(real_pruner.model, real_pruner.tokenizer, 24)
+    measure = ChatMeasure(real_pruner.model, real_pruner.tokenizer, 12)
     dense, left = measure(real_pruner.model), measure(pruned.model)
     assert dense.agreement > 0.97  # rounding alone
     assert left.agreement > AGREEMENT
@@ -33,6 +29,6 @@ def test_it_agrees_with_its_parent_where_that_answers(real_pruner, pruned):
 
 def test_it_answers_plain_questions(real_pruner, pruned):
     dense, left = (rightly_answered(m, real_pruner.tokenizer, QUESTIONS) for m in (real_pruner.model, pruned.model))
-    assert sum(dense) > 40
+    assert sum(dense) > 30
     kept = sum(own for own, theirs in zip(left, dense, strict=True) if theirs) / sum(dense)
     assert kept > KEPT

@@ -42,7 +42,7 @@ SETTING = Setting(threads=1, device="cpu", dtype="float32", longest=64)
 def pair(tmp_path_factory):
     """Directories of a dense model and of a pruned one, with a tokenizer that llama.cpp knows."""
     directory = tmp_path_factory.mktemp("pair")
-    dense, tokenizer = tiny_model("llama", vocab_size=VOCABULARY), trained_tokenizer()
+    dense, tokenizer = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2), trained_tokenizer()
     dense.save_pretrained(directory / "dense")
     tokenizer.save_pretrained(directory / "dense")
     pruned = AutoPruner(dense, tokenizer, "tests/llama").prune(

@@ -76,7 +76,7 @@ console.log(JSON.stringify(tokenizer.apply_chat_template(JSON.parse(messages), o
 @pytest.fixture(scope="module")
 def model():
     """A pruned model whose layers have caches of different widths."""
-    return tiny_pruned("llama", vocab_size=VOCABULARY)
+    return tiny_pruned("llama", vocab_size=VOCABULARY, num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_genai_is_timed(dtype, directory):
 def test_genai_is_compared_by_the_widths_of_every_layer(model, directory, tmp_path):
     """The export of the dense parent beside it, as `benchmarks/serving.py` has them."""
     pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")
-    dense = tiny_model("llama", vocab_size=VOCABULARY)
+    dense = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2)
     parent = export_model(dense, trained_tokenizer(), "onnx", tmp_path / "dense", layout="hub")
     found = benchmark(directory, parent, "genai", prompts=(8,), new_tokens=2, runs=2, dtype="float32", threads=1)
     works = [workload_of(each.config) for each in (dense, model)]

@@ -137,7 +137,8 @@ def test_a_runtime_charges_the_bytes_of_its_files(runtime, monkeypatch):
     """Real exports, loaded and timed; tiny models are all overhead, so only the bytes are certain."""
     monkeypatch.setattr(meter, "FFN_SHARES", (0.5,))
     pytest.importorskip({"onnx": "onnxruntime", "gguf": "xllamacpp"}[runtime])
-    model, target = tiny_model("llama", vocab_size=VOCABULARY), target_of({"memory": 0.7}, runtime, 8, 2)
+    model = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2)
+    target = target_of({"memory": 0.7}, runtime, 8, 2)
     costs = RuntimeMeter(runtime).costs(model, trained_tokenizer(), target, nothing)
     each = {"onnx": 4, "gguf": 2}[runtime]
     assert costs.ffn[0][-1] == pytest.approx(each * 48 * 3 * 32, rel=0.1)

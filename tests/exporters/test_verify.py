@@ -24,7 +24,7 @@ from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 
 PROMPT, NEW = "In 1984 they counted", 6
-WIDE = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, "head_dim": 32}
+WIDE = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 2}
 """Rows of 256, one block of a K-quant."""
 EXPORTS = {
     "padded": {},
@@ -148,8 +148,8 @@ def change_weight(directory, name):
         data = [layer.find("data") for layer in ElementTree.parse(directory / "openvino_model.xml").iter("layer")]
         constants = [part.attrib for part in data if part is not None and "offset" in part.attrib]
         largest = max(constants, key=lambda constant: int(constant["size"]))
-        weight = np.memmap(directory / "openvino_model.bin", np.float32, "r+", offset=int(largest["offset"]))
-        negate(weight[: int(largest["size"]) // 4])
+        where, count = int(largest["offset"]), int(largest["size"]) // 4
+        negate(np.memmap(directory / "openvino_model.bin", np.float32, "r+", offset=where, shape=(count,)))
         return "openvino_model.xml"
     if name == "onnx hub":
         negate(np.memmap(directory / "onnx/model_fp16.onnx_data", np.float16, "r+"))

@@ -28,7 +28,7 @@ def model(tmp_path_factory):
     """A saved model with its graphs, and those of its parent."""
     pytest.importorskip("onnxruntime", reason='needs pip install -e ".[onnx]"')
     home = tmp_path_factory.mktemp("static")
-    dense = tiny_model("llama", vocab_size=VOCABULARY)
+    dense = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2)
     dense.save_pretrained(home / "dense")
     trained_tokenizer().save_pretrained(home / "dense")
     few = {"window": 32, "calibration_tokens": 512, "fitness_tokens": 128, "evaluations": 0, "seeds": ("uniform",)}
