@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.card import CHAT_TEMPLATE, render_card
-from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.hub.space import DENSE
 from selfpruner_hub.search.journal import JOURNAL_FILE
@@ -186,6 +185,8 @@ def _pictures(directory: Path) -> dict[str, bytes]:
     journal = directory / JOURNAL_FILE
     if not journal.is_file() or not journal.stat().st_size:
         return {}
+    from selfpruner_hub.hub.plots import plot_search  # matplotlib takes half a second, which every command would wait
+
     with tempfile.TemporaryDirectory() as temporary:
         drawn = plot_search(directory, Path(temporary), formats=("png",))
         return {f"{PLOTS}/{path.name}": path.read_bytes() for path in drawn}

@@ -60,7 +60,7 @@ def test_openvino(pruned, tmp_path):
     pytest.importorskip("openvino")
     from exporters.to_openvino.causal_lm import OpenVinoCausalLM
 
-    model, text = shortened(pruned.model), PROMPTS[0]
+    model, text = shortened(pruned.model, 3), PROMPTS[0]
     export_model(model, pruned.tokenizer, "openvino", tmp_path / "out")
     graph = OpenVinoCausalLM.from_pretrained(tmp_path / "out")
     assert read_export(tmp_path / "out").max_difference <= 1e-3

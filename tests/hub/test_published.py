@@ -38,7 +38,7 @@ def work(tmp_path_factory):
     pytest.importorskip("onnxruntime", reason='needs pip install -e ".[onnx]"')
     pytest.importorskip("xllamacpp", reason='needs pip install -e ".[gguf]"')
     work = tmp_path_factory.mktemp(PLANTED)
-    tiny_model("llama", vocab_size=VOCABULARY).save_pretrained(work / "dense")
+    tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2).save_pretrained(work / "dense")
     trained_tokenizer().save_pretrained(work / "dense")
     words = ["the", "quick", "brown", "fox", "and", "a", "lazy", "dog"]
     (work / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=3000)))

@@ -219,7 +219,7 @@ def test_command_line_with_a_real_llama_cpp_server(llama_cpp, tmp_path):
     text.write_text("The quick brown fox jumps over the lazy dog. " * 400)
     command = [sys.executable, "-m", "selfpruner_hub.cli", "prune", str(model), "--beta", "0.3", "--quiet", "--json"]
     command += ["--output", str(tmp_path / "out"), "--data", str(text), "--proposer", llama_cpp]
-    command += ["--proposer-model", "smollm2", "--evaluations", "9"]
+    command += ["--proposer-model", "smollm2", "--evaluations", "7"]
     for setting in (
         "window=32",
         "calibration_tokens=2048",

@@ -99,7 +99,7 @@ from selfpruner_hub.pruner import AutoPruner
 
 torch.set_num_threads(1)
 status = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
-offload.ARENA = offload.RESIDENT = 2**26
+offload.ARENA = offload.RESIDENT = 2**25
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 pruner = AutoPruner.from_pretrained(sys.argv[1], offload_folder=sys.argv[2])
@@ -118,7 +118,7 @@ print(status("VmHWM") - before)
 def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path):
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=512, intermediate_size=1024, num_hidden_layers=48, num_attention_heads=8, num_key_value_heads=4,
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=1000, tie_word_embeddings=True,
     )  # fmt: skip
     with torch.device("meta"):
@@ -127,7 +127,7 @@ def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path):
     model.init_weights()
     model.save_pretrained(tmp_path / "dense", max_shard_size="100MB")
     size = sum(p.nbytes for p in model.parameters())
-    assert size > 0.4e9
+    assert size > 0.2e9
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
     del model
     words = [sys.executable, "-c", PROGRAM, *(str(tmp_path / name) for name in ("dense", "scratch", "pruned"))]
