@@ -1,4 +1,4 @@
-"""A speed-up as the target: predicted beside measured, and its plan beside that of a β of the same cost.
+"""A speed-up as the target: predicted beside measured, and its plan beside that of a β that was measured as fast.
 
 Run: python benchmarks/targets.py WORK SEARCH_TEXT UNSEEN_TEXT [RUNTIME …]
 (here: WikiText-2 raw, articles a beside the model's own conversations, articles b for the figures)
@@ -8,7 +8,7 @@ Rows that exist in the directory WORK are reused.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,23 @@ from selfpruner_hub.evaluation.metrics import divergence, teach
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.target import Target
 from selfpruner_hub.pruned_model import PrunedModel
-from selfpruner_hub.pruner import AutoPruner
 
 SPEEDUP, RUNTIMES, PRESET = 1.3, ("onnx", "gguf"), "fast"
-ALIKE, TRIES = 0.005, 4
-"""Largest relative difference of the predicted times of two plans that are compared; number of values of β to try."""
+ALIKE, TRIES = 0.02, 4
+"""Relative difference of two measured speed-ups, which is within the noise; number of values of β to try."""
+
+Times = tuple[float, float]
+"""Milliseconds of the dense and of the pruned model, measured in turn."""
 
 
 def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str] = RUNTIMES) -> None:
-    """Prune to the speed-up in each runtime, and by a β of the same predicted time; measure both."""
+    """Prune to the speed-up in each runtime, and by a β of the same measured one; measure both."""
     rows, pruner = Rows(work / "rows.jsonl"), load_embedded()
     articles, chat = Unseen(unseen_text, pruner.tokenizer).windows[512], Chat(pruner.model, pruner.tokenizer, work)
     teacher = teach(pruner.model, articles)
     asked: dict[str, Any] = {"preset": PRESET, "data": DATA + search_text}
 
-    def row(runtime: str, plan: str, made: PrunedModel, costs: Costs, dense: float, own: float) -> dict[str, Any]:
+    def row(runtime: str, plan: str, made: PrunedModel, costs: Costs, times: Times) -> dict[str, Any]:
         return {
             "runtime": runtime,
             "plan": plan,
@@ -43,8 +45,8 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
             "kv_groups": sum(layer.num_key_value_heads for layer in made.plan.layers),
             "channels": sum(layer.intermediate_size for layer in made.plan.layers),
             "predicted": round(costs.dense / costs.of(made.plan), 3),
-            "measured": round(dense / own, 3),
-            "milliseconds": round(own, 1),
+            "measured": round(times[0] / times[1], 3),
+            "milliseconds": round(times[1], 1),
             "kl_articles": round(divergence(made.model, articles, teacher), 4),
             **chat.figures(made.model),
         }
@@ -55,32 +57,43 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
         meter, target = RuntimeMeter(runtime), Target("speedup", SPEEDUP, runtime)
         made = pruner.prune(target={"speedup": SPEEDUP}, runtime=meter, **asked)
         costs = meter.costs(pruner.model, pruner.tokenizer, target, _silent)
-        for plan, each in (("for the target", made), ("of a β", alike(pruner, made, costs, asked))):
-            times = meter.measure(pruner.model, each.model, pruner.tokenizer, target, _silent)
-            rows.keep(row(runtime, plan, each, costs, *times))
+
+        def timed(each: PrunedModel, meter: RuntimeMeter = meter, target: Target = target) -> Times:
+            return meter.measure(pruner.model, each.model, pruner.tokenizer, target, _silent)
+
+        times = timed(made)
+        rows.keep(row(runtime, "for the target", made, costs, times))
+        other = alike(lambda beta: pruner.prune(beta, **asked), made.report.achieved_beta, times, timed)
+        rows.keep(row(runtime, "of a β", other[0], costs, other[1]))
         write(
             "targets",
             f"SmolLM2-135M-Instruct, `prune --target speedup={SPEEDUP:g} --preset {PRESET}` on "
             f"{DATA}{Path(search_text).name}, for a request of {target.prompt} + {target.new_tokens} tokens on the CPU "
-            "in float32 (llama.cpp: float16); beside it the plan of the β whose predicted time is the same within "
-            f"{100 * ALIKE:g} %. Times are measured beside the dense model's, in turn, for each plan anew. KL to the "
+            "in float32 (llama.cpp: float16); beside it the plan of a β that was measured as fast, within "
+            f"{100 * ALIKE:g} %, or the nearest of {TRIES}. Times are measured beside the dense model's, in turn, for "
+            "each plan anew. KL to the "
             f"dense model on 32 windows of 512 tokens of {Path(unseen_text).name}, on which nothing was chosen; "
             f"{chat.words}",
             list(rows),
         )
 
 
-def alike(pruner: AutoPruner, made: PrunedModel, costs: Costs, asked: dict[str, Any]) -> PrunedModel:
-    """Prune by a β whose plan costs the same as that of `made`."""
-    beta, wanted = made.report.achieved_beta, costs.of(made.plan)
+def alike(
+    prune: Callable[[float], PrunedModel], beta: float, wanted: Times, timed: Callable[[PrunedModel], Times]
+) -> tuple[PrunedModel, Times]:
+    """Prune by a β whose plan is measured to be as fast; the nearest of some where none is."""
+    found: list[tuple[float, PrunedModel, Times]] = []
+    saved = 1 - wanted[1] / wanted[0]
     for _ in range(TRIES):
-        other = pruner.prune(beta, **asked)
-        cost = costs.of(other.plan)
-        print(f"β = {beta:.4f}: {costs.dense / cost:.3f} for {costs.dense / wanted:.3f}", flush=True)
-        if abs(cost / wanted - 1) < ALIKE:
-            return other
-        beta *= (costs.dense - wanted) / (costs.dense - cost)
-    sys.exit(f"No β in {TRIES} tries costs what the target does.")
+        made = prune(beta)
+        times = timed(made)
+        off = (times[1] / times[0]) / (wanted[1] / wanted[0]) - 1
+        print(f"β = {beta:.4f}: {times[0] / times[1]:.3f} for {wanted[0] / wanted[1]:.3f}", flush=True)
+        found.append((abs(off), made, times))
+        if abs(off) < ALIKE:
+            break
+        beta = min(0.9, beta * saved / max(1 - times[1] / times[0], 0.05))  # the time saved grows like β
+    return min(found, key=lambda each: each[0])[1:]
 
 
 def _silent(*_: object) -> None:
