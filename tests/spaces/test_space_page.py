@@ -291,9 +291,9 @@ def test_pruning_live(open_page, tiny):
     number.fill("8")
     number.press("Tab")
     page.get_by_role("button", name="Prune").click()
-    page.wait_for_function("document.querySelector('#standing').innerText.includes('best so far')")
+    page.wait_for_function("/best so far|Done in/.test(document.querySelector('#standing').innerText)")
     picture(page, "prune-during")
-    page.locator("#live-search").wait_for()  # shown while it goes on
+    page.locator("#live-search").wait_for()
     page.wait_for_function("document.querySelector('#standing').innerText.includes('Done in')")
     picture(page, "prune-done")
     dense = read_record(tiny.directory).parameters["dense"]
