@@ -62,9 +62,9 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
             return meter.measure(pruner.model, each.model, pruner.tokenizer, target, _silent)
 
         times = timed(made)
-        rows.keep(row(runtime, "for the target", made, costs, times))
         other = alike(lambda beta: pruner.prune(beta, **asked), made.report.achieved_beta, times, timed)
-        rows.keep(row(runtime, "of a β", other[0], costs, other[1]))
+        for plan, each in (("for the target", (made, times)), ("of a β", other)):  # both, or a run goes on with neither
+            rows.keep(row(runtime, plan, each[0], costs, each[1]))
         write(
             "targets",
             f"SmolLM2-135M-Instruct, `prune --target speedup={SPEEDUP:g} --preset {PRESET}` on "
