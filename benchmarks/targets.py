@@ -63,7 +63,10 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
 
         times = timed(made)
         other = alike(lambda beta: pruner.prune(beta, **asked), made.report.achieved_beta, times, timed)
-        for plan, each in (("for the target", (made, times)), ("of a β", other)):  # both, or a run goes on with neither
+        for plan, each in (
+            ("for the target", (made, times)),
+            ("of a β", other),
+        ):  # together: they belong to one measurement
             rows.keep(row(runtime, plan, each[0], costs, each[1]))
         write(
             "targets",
@@ -71,9 +74,8 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
             f"{DATA}{Path(search_text).name}, for a request of {target.prompt} + {target.new_tokens} tokens on the CPU "
             "in float32 (llama.cpp: float16); beside it the plan of a β that was measured as fast, within "
             f"{100 * ALIKE:g} %, or the nearest of {TRIES}. Times are measured beside the dense model's, in turn, for "
-            "each plan anew. KL to the "
-            f"dense model on 32 windows of 512 tokens of {Path(unseen_text).name}, on which nothing was chosen; "
-            f"{chat.words}",
+            f"each plan anew. KL to the dense model on 32 windows of 512 tokens of {Path(unseen_text).name}, on which "
+            f"nothing was chosen; {chat.words}",
             list(rows),
         )
 

@@ -291,9 +291,8 @@ def test_a_wrong_graph_in_few_bits_is_noticed(dtype, model, directory, tmp_path)
 
 
 @pytest.mark.slow
-def test_real_layers_write_pytorchs_text(real_pruned, tmp_path, monkeypatch):
+def test_real_layers_write_pytorchs_text(real_pruned, tmp_path):
     """In GenAI and in Transformers.js; the graphs in 8 and 4 bits pass their own comparison with PyTorch."""
-    monkeypatch.setitem(TOLERANCES, "float16", 0.2)  # few layers alone give logits of 80: float16 has steps of 0.06
     pruned = PrunedModel.from_pretrained(real_pruned / "model", dtype=torch.float32)
     model = shortened(pruned.model)
     directory = export_model(model, pruned.tokenizer, "onnx", tmp_path / "real", layout="hub")

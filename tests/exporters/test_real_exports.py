@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -27,6 +28,19 @@ PROMPTS = (
 )
 
 
+MEASURED = """
+import sys, time
+from pathlib import Path
+import onnx, onnxruntime, onnxscript, transformers.exporters.exporter_onnx
+from exporters.export import export_model
+from selfpruner_hub.models.loading import load_model
+status = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
+before = status("VmRSS")
+export_model(*load_model(sys.argv[1]), "onnx", Path(sys.argv[2]))
+print(time.process_time(), status("VmHWM") - before)  # ru_maxrss would begin at that of the process that started it
+"""
+
+
 @pytest.fixture(scope="module")
 def pruned(real_pruned):
     """The pruned model in float32: its layers differ in attention and FFN."""
@@ -39,14 +53,24 @@ def written(model, tokenizer, text, new_tokens=32):
 
 
 def test_onnx(pruned, tmp_path):
-    """Prompts of unequal length in one padded batch, 32 cached steps, and two greedy texts."""
+    """Prompts of unequal length in one padded batch, 32 cached steps, and two greedy texts.
+
+    The export takes at most three times the model beyond the libraries (2.9 was met), and what tracing takes of any
+    model: 115 MB of a tiny one.
+    """
     pytest.importorskip("onnxruntime")
     from exporters.to_onnx.causal_lm import OnnxCausalLM
 
-    model, started = shortened(pruned.model), time.process_time()
-    output = export_model(model, pruned.tokenizer, "onnx", tmp_path / "out")
-    assert time.process_time() - started < 100  # 15 is usual; some rewrites take hours where they run wild
+    model, output = shortened(pruned.model), tmp_path / "out"
+    model.save_pretrained(tmp_path / "model")
+    pruned.tokenizer.save_pretrained(tmp_path / "model")
+    words = [sys.executable, "-c", MEASURED, tmp_path / "model", output]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    seconds, memory = map(float, done.stdout.split()[-2:])
     parameters = sum(p.numel() for p in model.parameters())
+    assert seconds < 150  # of the processor's time, on a slow one: some rewrites take hours where they run wild
+    assert memory < 3 * 4 * parameters + 200e6  # a copy more is 173 MB
     assert (output / "model.onnx.data").stat().st_size < 4.05 * parameters  # the head is the embedding: once
     graph = OnnxCausalLM.from_pretrained(output)
     # In float32, two orders of one sum.
@@ -99,7 +123,7 @@ def test_k_quants(pruned, real_text, tmp_path):
         losses[dtype] = cross_entropy(tmp_path / f"model-{dtype}.gguf", windows)
         assert written.measure() <= written.tolerance
     # It was calibrated on little text, and loses more (15 %) than a model of the default settings, or the dense one.
-    assert losses["q4_k_m"] - losses["f16"] < math.log(1.25)
+    assert losses["q4_k_m"] - losses["f16"] < math.log(1.2)
     size = (tmp_path / "model-q4_k_m.gguf").stat().st_size
     assert size < 0.9 * 105_453_888  # that of the dense model, by llama-quantize
 
