@@ -17,12 +17,14 @@ import torch
 from engine import Engine
 from shown import UnavailableError, shown
 
-_loading = threading.Lock()
+loading = threading.Lock()
+"""Lock that is held while a model is loaded: transformers sets torch's default dtype then, for every thread, and two
+loads at once would leave it changed."""
 
 
 def load(which: str) -> Engine:
     """Load the model `pruned` or `dense`."""
-    with _loading:  # two visitors share one download
+    with loading:  # two visitors share one download too
         return _load(which)
 
 
@@ -34,7 +36,7 @@ def _load(which: str) -> Engine:
 
 def why_pytorch() -> str:
     """Return why a published export is not used, in a sentence; empty where it is, or where there is none."""
-    with _loading:
+    with loading:
         return _exported()[1]
 
 

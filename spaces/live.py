@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engines import loading
 from facts import header, lines, removed
 from in_pytorch import fast_dtype
 from shown import UnavailableError, record, shown
@@ -123,7 +124,9 @@ def _watch(run: Run, directory: Path, beta: float, evaluations: int, proposer: s
 
     def work() -> None:
         try:
-            run.pruned = _pruner().prune(
+            with loading:
+                pruner = _pruner()
+            run.pruned = pruner.prune(
                 beta,
                 proposer=proposer,
                 evaluations=evaluations,

@@ -182,3 +182,22 @@ def test_another_share_is_another_search(prune_chat):
     prune_chat()
     with pytest.raises(RunMismatchError):
         prune_chat(shares=(3, 1))
+
+
+def test_the_default_dtype_of_the_process_changes_nothing():
+    """Whoever loads a bfloat16 model in another thread sets it for this one too."""
+    found = []
+    for default in (torch.float32, torch.bfloat16):
+        model = tiny_model("llama").bfloat16()
+        torch.set_default_dtype(default)
+        try:
+            pruned = AutoPruner(model, tiny_tokenizer(), "tests/llama").prune(
+                0.3, data="self", proposer="evolution", window=WINDOW, calibration_tokens=WINDOW * CALIBRATION,
+                fitness_tokens=WINDOW * FITNESS, evaluations=4, progress=False,
+            )  # fmt: skip
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append((pruned.report.widths, pruned.model.state_dict()))
+    (widths, weights), (same, again) = found
+    assert widths == same
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())

@@ -81,7 +81,7 @@ def _products(batches: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     """Σ g gᵀ of each module's output."""
     sums: list[Tensor] = []
     for gradients in batches:
-        sums = sums or [torch.zeros(2 * each.shape[-1:], device=each.device) for each in gradients]
+        sums = sums or [torch.zeros(2 * each.shape[-1:], dtype=torch.float32, device=each.device) for each in gradients]
         for total, gradient in zip(sums, gradients, strict=True):
             g = gradient.flatten(0, -2)
             add_gram(total, g)

@@ -70,7 +70,10 @@ def rounded_factor(matrices: Tensor) -> Tensor:
         if raised > STRONGEST:
             raise ModelError("The calibration statistics of a layer are degenerate.", "Use more calibration tokens.")
         more = raised * matrices.diagonal(dim1=-2, dim2=-1).abs().mean(-1)
-        factors = _factor(matrices + more[..., None, None] * torch.eye(matrices.shape[-1], device=matrices.device))
+        factors = _factor(
+            matrices
+            + more[..., None, None] * torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+        )
         raised *= 10
     return factors
 

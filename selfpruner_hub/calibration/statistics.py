@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,11 +130,12 @@ class _Sums:
 
     def __init__(self, module: nn.Linear) -> None:
         self._weight = module.weight
-        size, device = module.weight.shape[1], module.weight.device
+        size = module.weight.shape[1]
+        where: Any = {"dtype": torch.float32, "device": module.weight.device}
         self._windows = 0
         self._counts = [0, 0]
-        self._sum = torch.zeros(size, device=device)
-        self._products = [torch.zeros(size, size, device=device) for _ in self._counts]
+        self._sum = torch.zeros(size, **where)
+        self._products = [torch.zeros(size, size, **where) for _ in self._counts]
 
     def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         held = held_out(self._windows, len(inputs[0]))

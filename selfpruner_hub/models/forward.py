@@ -122,7 +122,9 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tens
     if temperature == 0:
         return logits.argmax(-1)
     cumulated = (logits / temperature).softmax(-1).cumsum(-1)
-    point = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulated[:, -1:]
+    point = (
+        torch.rand(len(logits), 1, generator=generator, dtype=cumulated.dtype, device=logits.device) * cumulated[:, -1:]
+    )
     return torch.searchsorted(cumulated, point, right=True)[:, 0].clamp_max(logits.shape[1] - 1)
 
 

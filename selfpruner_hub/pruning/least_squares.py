@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,8 @@ class _Sums:
         outputs, inputs = module.weight.shape
         self._bias = module.bias
         self.count = 0
-        self._gram = torch.zeros(inputs, inputs, device=module.weight.device)
-        self._cross = torch.zeros(outputs, inputs, device=module.weight.device)
+        where: Any = {"dtype": torch.float32, "device": module.weight.device}
+        self._gram, self._cross = torch.zeros(inputs, inputs, **where), torch.zeros(outputs, inputs, **where)
 
     def add(self, x: Tensor, target: Tensor) -> None:
         x, target = x.flatten(0, -2), target.flatten(0, -2)

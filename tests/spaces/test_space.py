@@ -280,6 +280,24 @@ def test_pruning_that_takes_too_long(live, monkeypatch):
         list(live.prune(0.3, 16, "evolution"))
 
 
+def test_no_two_models_are_loaded_at_once(live, space, monkeypatch):
+    """Each would see, and then keep, the default dtype that the other set."""
+    engines = space("engines")
+
+    def prune(*_args, **_kwargs):
+        assert not engines.loading.locked()
+
+    def load():
+        assert engines.loading.locked()
+        return SimpleNamespace(prune=prune)
+
+    monkeypatch.setattr(live, "_pruner", load)
+    *_, last = live.prune(0.3, 8, "evolution")
+    assert last.error is None
+    monkeypatch.setattr(engines, "_load", lambda _which: load())
+    engines.load("dense")
+
+
 def test_a_large_parent_has_a_stand_in(live, monkeypatch):
     assert live.name().endswith("dense")
     monkeypatch.setattr(live, "SMALL", 1_000)
