@@ -1,8 +1,9 @@
 """Quality against minutes: our presets and other training-free methods, on one model and one text, timed in one run.
 
-Run: python benchmarks/front.py WORK SEARCH_TEXT UNSEEN_TEXT TASKS_DIR [PRESET …]
+Run: python benchmarks/front.py WORK SEARCH_TEXT UNSEEN_TEXT TASKS_DIR [NAME …]
 (here: WikiText-2 raw, articles a beside the model's own conversations, articles b and the task items for the figures)
-Rows that exist in WORK are reused. Where the package optipfair is installed, its row is made too.
+A NAME is a key of `OURS`; without any, all are run. Rows that exist in WORK are reused. Where the package optipfair is
+installed, its row is made too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from defaults import DATA, pruned
 from ours import removed
 from peers import Flap, block_influence, by_channels, taylor, without_blocks
 from protocol import PICTURES, Chat, Rows, Unseen, write
+from slicegpt import components, sliced
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -41,7 +43,12 @@ from selfpruner_hub.settings import resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
-BETA, PRESETS = 0.3, ("fast", "default", "best")
+BETA = 0.3
+OURS = {
+    **{preset: ("--preset", preset) for preset in ("draft", "fast", "default", "best")},
+    "10 minutes": ("--minutes", "10"),
+}
+"""Options of each of our rows."""
 TOKENS, GRADIENT_WINDOWS = 32_768, 16
 """Number of calibration tokens of the other methods, and of windows for those that take gradients or few passes."""
 TASKS, ITEMS = ("arc_easy", "piqa", "winogrande"), 100
@@ -71,6 +78,7 @@ class Peers:
             "whole layers by block influence (ShortGPT)": lambda: nullcontext(
                 without_blocks(self._model, block_influence(self._model, self._few), beta)
             ),
+            "SliceGPT": lambda: nullcontext(sliced(self._model, self._windows, components(self._model, beta))),
         }
         if importlib.util.find_spec("optipfair"):
             self.methods["optipfair 0.4, its data-driven MAW"] = self._optipfair
@@ -142,17 +150,18 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
     figure.savefig(PICTURES / "front.png", dpi=110)
 
 
-def main(work: Path, search_text: str, unseen_text: str, tasks: Path, presets: Sequence[str] = PRESETS) -> None:
+def main(work: Path, search_text: str, unseen_text: str, tasks: Path, ours: Sequence[str] = tuple(OURS)) -> None:
     """Make every row, write the JSON and the picture."""
     rows, dense, pruner = Rows(work / "rows.jsonl"), work / "dense", load_embedded()
     unseen, chat = Unseen(unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
     protocol = (
-        f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA:g}. Ours: `selfpruner prune` with each preset, minutes of the "
-        f"whole command. The others: the first {TOKENS} tokens (Taylor, block influence, optipfair: {GRADIENT_WINDOWS} "
-        f"windows) of the calibration text of the default, {DATA}{Path(search_text).name}; minutes without the writing "
-        f"of that text. All rows in one run. Perplexity on the first windows of {Path(unseen_text).name}: "
-        f"{Unseen.WORDS}; {chat.words}; mean accuracy, with its standard error, on the first {ITEMS} items of each of "
-        f"{', '.join(TASKS)}"
+        f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA:g}. Ours: `selfpruner prune` with each preset and with "
+        f"`--minutes 10`, minutes of the whole command. The others: the first {TOKENS} tokens (Taylor, block "
+        f"influence, optipfair: {GRADIENT_WINDOWS} windows) of the calibration text of the default, "
+        f"{DATA}{Path(search_text).name}; minutes without the writing of that text. SliceGPT keeps as many components "
+        "as leave the same weights, those of its shortcuts included. All rows in one run. Perplexity on the first "
+        f"windows of {Path(unseen_text).name}: {Unseen.WORDS}; {chat.words}; mean accuracy, with its standard error, "
+        f"on the first {ITEMS} items of each of {', '.join(TASKS)}"
     )
 
     def measure(model: PreTrainedModel) -> dict[str, float]:
@@ -172,14 +181,14 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path, presets: S
         DATA + search_text, method, Run(checkpoints=Checkpoints(work / "text"))
     )
     add_peers(rows, pruner, text.calibration.windows[: TOKENS // method.window], BETA, measure)
-    for preset in presets:
-        if not rows.have(method=f"ours, {preset}"):
-            more = ("--preset", preset)
-            found = pruned(str(dense), BETA, DATA + search_text, work / preset, measure, more)
-            rows.keep({"method": f"ours, {preset}", "removed": found["achieved_beta"], **found})
+    for name in ours:
+        if not rows.have(method=f"ours, {name}"):
+            output = work / name.replace(" ", "-")
+            found = pruned(str(dense), BETA, DATA + search_text, output, measure, OURS[name])
+            rows.keep({"method": f"ours, {name}", "removed": found["achieved_beta"], **found})
     write("front", protocol, sorted(rows, key=lambda row: float(row["minutes"])))
     draw(rows)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), sys.argv[5:] or PRESETS)
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), sys.argv[5:] or tuple(OURS))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,18 +18,33 @@ from selfpruner_hub.storage.checkpoints import Checkpoints
 
 WINDOWS, WIDTH = 4, 512
 """Windows of the forward pass that is timed, and their tokens."""
-PASSES = 12.0
-"""Cost of a calibration token, in forward passes of the decoder over one token: writing it, calibration, both repairs,
-and its share of the other texts. Fitted by hand to runs of 16 k tokens (`benchmarks/stages.json`) and 65 k."""
-FIXED = 140_000.0
-"""Cost of what does not depend on the text (order, factors, solutions), in the same unit."""
+
+
+class Cost(NamedTuple):
+    """Time that a preset takes, in forward passes of the decoder over one token."""
+
+    token: float
+    """Cost of a calibration token: writing it, calibration, both repairs, and its share of the other texts."""
+    fixed: float
+    """Cost of what does not depend on the text: order, factors, solutions."""
+    fewest: int
+    """Fewest calibration tokens that the preset is taken for; with fewer, the next one is better."""
+
+
+COSTS = {
+    "default": Cost(12.0, 140_000.0, 16_384),
+    "fast": Cost(12.0, 45_000.0, 8_192),
+    "draft": Cost(11.0, 10_000.0, 2_048),
+}
+"""Presets to choose from, the best first. Fitted by hand to runs of 16 k tokens (`benchmarks/stages.json`) and 65 k."""
 NO_SEARCH = "no search: the best starting point is taken (evaluations=N asks for one)"
-SMALLEST, LARGEST = 4_096, 262_144
-"""Fewest and most calibration tokens to choose from."""
+STEP, LARGEST = 1_024, 262_144
+"""Calibration tokens are chosen in multiples of `STEP`, up to `LARGEST`."""
 
 
 def with_effort(
-    method: PruneSettings,
+    preset: str,
+    resolved: Callable[[str], PruneSettings],
     model: PreTrainedModel,
     checkpoints: Checkpoints,
     *,
@@ -38,10 +55,11 @@ def with_effort(
     """Decide what nobody has asked for: whether the run searches and how long, and how much text it reads.
 
     Args:
-        method: Settings to start from.
+        preset: Name of the preset that the user has chosen.
+        resolved: Function that returns a preset's settings with the user's changes.
         model: The dense model.
         checkpoints: Checkpoints of the run.
-        evaluations: Length of the search that the user has asked for, which `method` has; or None.
+        evaluations: Length of the search that the user has asked for, which `resolved` gives; or None.
         proposer_given: Whether the user has chosen a proposer, and so asked for a search.
         minutes: Minutes that the run may take; None leaves the text as it is. A search that was asked for comes on top.
 
@@ -49,33 +67,39 @@ def with_effort(
         The settings, and lines for the user.
 
     Raises:
-        UserError: The minutes are no number above 0, or too few.
+        UserError: The preset is unknown, or the minutes are no number above 0, or too few.
     """
-    lines = []
+    method, lines = resolved(preset), []
+    if minutes is not None:
+        method, line = within_minutes(minutes, model, preset, resolved, checkpoints)
+        lines.append(line)
     if evaluations is None and proposer_given:
         method = replace(method, evaluations=method.evaluations or SEARCH)
     elif evaluations is None and minutes is not None:
         method = replace(method, evaluations=0)
     if evaluations is None and not method.evaluations:
         lines.append(NO_SEARCH)
-    if minutes is not None:
-        method, line = within_minutes(minutes, model, method, checkpoints)
-        lines.append(line)
     return method, lines
 
 
 def within_minutes(
-    minutes: float, model: PreTrainedModel, method: PruneSettings, checkpoints: Checkpoints
+    minutes: float,
+    model: PreTrainedModel,
+    preset: str,
+    resolved: Callable[[str], PruneSettings],
+    checkpoints: Checkpoints,
 ) -> tuple[PruneSettings, str]:
-    """Choose the amount of text so that a run without a search takes about this long.
+    """Choose a preset and the amount of text so that a run without a search takes about this long.
 
     Quality grows with the number of calibration tokens (`benchmarks/scale.py`), and time in proportion to it. So the
-    largest number that fits is taken, and the other texts shrink with it. The estimate is rough.
+    largest number that fits is taken, and the other texts shrink with it. Where that is too little text for the default
+    preset, a faster one is taken; a preset that the user has chosen stays. The estimate is rough.
 
     Args:
         minutes: Minutes for the whole run, above 0.
         model: The dense model; a forward pass of it is timed.
-        method: Settings to start from; the tokens of the three texts change.
+        preset: Name of the preset that the user has chosen.
+        resolved: Function that returns a preset's settings with the user's changes.
         checkpoints: Checkpoints of the run, which keep the choice: a second timing might lead to another one.
 
     Returns:
@@ -86,33 +110,36 @@ def within_minutes(
     """
     if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
         raise UserError(f"minutes must be a number above 0; got {minutes!r}.")
+    ladder = list(COSTS) if preset == "default" else [preset]
     name = f"minutes-{minutes:g}"
-    known = checkpoints.load(name) or _choice(minutes, model)
+    known = checkpoints.load(name) or _choice(minutes, model, ladder)
     checkpoints.save(name, known)
-    tokens, expected = int(known["tokens"]), float(known["minutes"])
-    few = max(SMALLEST // 2, tokens // 8)
-    chosen = replace(
+    chosen, tokens, expected = ladder[int(known["preset"])], int(known["tokens"]), float(known["minutes"])
+    method, few = resolved(chosen), max(STEP, tokens // 8)
+    method = replace(
         method,
         calibration_tokens=tokens,
         fisher_tokens=min(method.fisher_tokens, few),
         fitness_tokens=min(method.fitness_tokens, 2 * few),
     )
-    return chosen, f"about {expected:.1f} minutes: {tokens} tokens of calibration text"
+    return method, f"about {expected:.1f} minutes: preset {chosen}, {tokens} tokens of calibration text"
 
 
-def _choice(minutes: float, model: PreTrainedModel) -> dict[str, Tensor]:
-    """The number of calibration tokens, and the minutes that they are expected to take."""
+def _choice(minutes: float, model: PreTrainedModel, ladder: Sequence[str]) -> dict[str, Tensor]:
+    """The place of a preset in `ladder`, the calibration tokens, and the minutes that they are expected to take."""
     per_pass = seconds_per_token(model) / 60
-    tokens, expected = LARGEST, (FIXED + PASSES * LARGEST) * per_pass
-    while expected > minutes and tokens > SMALLEST:
-        tokens //= 2
-        expected = (FIXED + PASSES * tokens) * per_pass
-    if expected > minutes:
-        raise UserError(
-            f"Pruning this model on this device takes about {expected:.1f} minutes or more; {minutes:g} are too few.",
-            "Give it more minutes, or a faster device.",
-        )
-    return {"tokens": torch.tensor(tokens), "minutes": torch.tensor(expected)}
+    for place, preset in enumerate(ladder):
+        cost = COSTS.get(preset, COSTS["default"])
+        tokens = min(LARGEST, int((minutes / per_pass - cost.fixed) / cost.token) // STEP * STEP)
+        if tokens >= cost.fewest:
+            expected = (cost.fixed + cost.token * tokens) * per_pass
+            known = {"preset": place, "tokens": tokens, "minutes": expected}
+            return {key: torch.tensor(value) for key, value in known.items()}
+    least = (cost.fixed + cost.token * cost.fewest) * per_pass
+    raise UserError(
+        f"Pruning this model on this device takes about {least:.1f} minutes or more; {minutes:g} are too few.",
+        "Give it more minutes, or a faster device.",
+    )
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,9 @@ class AutoPruner:
             runtime: Runtime of the target: `"torch"`, `"onnx"` or `"gguf"` (llama.cpp), or an object that follows the
                 `Meter` protocol.
             request: Tokens of the prompt, and tokens generated after it, of the request that the target's time is for.
-            preset: Name of the preset: `"default"`, `"fast"` for little text and a shorter second repair, `"best"`
-                for twice the text, or `"paper"` for the settings of arXiv 2502.14413.
+            preset: Name of the preset: `"default"`, `"draft"` for a first look (no second repair), `"fast"` for little
+                text and a shorter second repair, `"best"` for twice the text, or `"paper"` for the settings of
+                arXiv 2502.14413.
             proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
                 Hub repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object
                 that follows the `Proposer` protocol.
@@ -161,8 +163,8 @@ class AutoPruner:
             evaluations: Length of the search in full-evaluation equivalents; 0 takes the best seed plan. None uses the
                 preset's (0 in all but `"paper"`), or `settings.SEARCH` where another proposer is given. A round that
                 has begun is finished.
-            minutes: Minutes that the run may take: the preset's amount of text is changed so that it takes about this
-                long on this machine (`effort.within_minutes`). None leaves the preset as it is.
+            minutes: Minutes that the run may take: the amount of text, and the preset where none is given, are chosen
+                so that it takes about this long on this machine (`effort.within_minutes`). None changes nothing.
             seed: Random seed.
             run_dir: Directory of the journal and of the checkpoints of each stage; a run with the same directory
                 resumes.
@@ -180,11 +182,12 @@ class AutoPruner:
         aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
         check_executor(executor)
-        method = resolve(preset, fitness=fitness, evaluations=evaluations, **settings)
+        resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **settings)
         folder = None if run_dir is None else Path(run_dir)
         checkpoints = Checkpoints(folder and folder / "stages")
         method, lines = with_effort(
-            method,
+            preset,
+            resolved,
             self.model,
             checkpoints,
             evaluations=evaluations,

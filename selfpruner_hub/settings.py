@@ -110,6 +110,14 @@ SEARCH = 10
 """Length of the search where a proposer is given and no length, in evaluations on the whole fitness text."""
 PRESETS = {
     "default": PruneSettings(),
+    "draft": PruneSettings(
+        importance="energy",
+        sequential_repair=False,  # with so little text, it gains next to nothing
+        calibration_tokens=4_096,
+        fisher_tokens=1_024,
+        fitness_tokens=2_048,
+        seeds=("sensitivity",),
+    ),
     "fast": PruneSettings(
         repair_gate_up=False,
         calibration_tokens=10_240,

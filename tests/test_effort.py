@@ -1,18 +1,27 @@
 """How much work a run does: the text that fits into given minutes, and a choice that a resumed run keeps."""
 
+from functools import partial
+from itertools import pairwise
+
 import pytest
 import torch
 from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub import AutoPruner, effort
-from selfpruner_hub.effort import FIXED, PASSES, SMALLEST, with_effort, within_minutes
+from selfpruner_hub.effort import COSTS, with_effort, within_minutes
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.settings import PRESETS, SEARCH, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
 DEFAULT = PRESETS["default"]
-SECOND = 60.0 / (FIXED + PASSES * 65_536)
-"""Seconds of a token's forward pass on a machine that takes a minute for 65,536 calibration tokens."""
+SECOND = 60.0 / (COSTS["default"].fixed + COSTS["default"].token * 65_536)
+"""Seconds of a token's forward pass on a machine that takes a minute for the default's 65,536 calibration tokens."""
+
+
+def least(preset):
+    """Minutes that a preset takes on that machine, with the fewest tokens that it is taken for."""
+    cost = COSTS[preset]
+    return (cost.fixed + cost.token * cost.fewest) * SECOND / 60
 
 
 @pytest.fixture
@@ -27,33 +36,50 @@ def machine(monkeypatch):
     return set_speed
 
 
-def choose(minutes, checkpoints=None, method=DEFAULT):
-    return within_minutes(minutes, None, method, checkpoints or Checkpoints())
+def choose(minutes, checkpoints=None, preset="default", **changes):
+    return within_minutes(minutes, None, preset, partial(resolve, **changes), checkpoints or Checkpoints())
 
 
 def test_the_most_text_that_fits_is_taken(machine):
     machine(SECOND)
-    method, line = choose(1.0)
+    method, line = choose(1.001)
     assert method.calibration_tokens == 65_536
-    assert line == "about 1.0 minutes: 65536 tokens of calibration text"
-    assert choose(0.99)[0].calibration_tokens == 32_768
+    assert line == "about 1.0 minutes: preset default, 65536 tokens of calibration text"
+    assert choose(0.99)[0].calibration_tokens == 64_512
     assert choose(1000)[0].calibration_tokens == effort.LARGEST
     machine(SECOND / 4)  # a machine that is four times as fast
-    assert choose(1.0)[0].calibration_tokens == 262_144
+    assert choose(1.001)[0].calibration_tokens == effort.LARGEST
 
 
 def test_the_other_texts_shrink_with_it_and_grow_no_further_than_the_preset(machine):
     machine(SECOND)
-    little, much = choose(0.3)[0], choose(1000)[0]
-    assert little.calibration_tokens < 16_384
-    assert (little.fisher_tokens, little.fitness_tokens) == (2_048, 4_096)
+    little, much = choose(1.01 * least("default"))[0], choose(1000)[0]
+    assert (little.calibration_tokens, little.fisher_tokens, little.fitness_tokens) == (16_384, 2_048, 4_096)
     assert (much.fisher_tokens, much.fitness_tokens) == (DEFAULT.fisher_tokens, DEFAULT.fitness_tokens)
+
+
+def test_where_little_text_fits_a_faster_preset_is_taken(machine):
+    machine(SECOND)
+    for slower, faster in pairwise(COSTS):
+        method, line = choose(0.999 * least(slower))
+        assert f"preset {faster}, {method.calibration_tokens} tokens" in line
+        assert method.importance == PRESETS[faster].importance
+        assert method.sequential_repair == PRESETS[faster].sequential_repair
+    assert choose(0.999 * least("default"), window=128)[0].window == 128  # what the user has changed stays
+
+
+def test_a_preset_that_was_chosen_stays(machine):
+    machine(SECOND)
+    method, line = choose(1000, preset="draft")
+    assert "preset draft, 262144 tokens" in line
+    assert method.importance == PRESETS["draft"].importance
+    with pytest.raises(UserError, match="are too few"):
+        choose(least("draft"), preset="best")
 
 
 def test_too_few_minutes_are_refused_with_what_it_takes(machine):
     machine(SECOND)
-    least = (FIXED + PASSES * SMALLEST) * SECOND / 60
-    with pytest.raises(UserError, match=f"takes about {least:.1f} minutes or more; 0.01 are too few"):
+    with pytest.raises(UserError, match=f"takes about {least('draft'):.1f} minutes or more; 0.01 are too few"):
         choose(0.01)
 
 
@@ -89,14 +115,14 @@ def test_the_forward_pass_of_the_model_is_timed():
     ("default", 0, True, None, 0, []),
     ("paper", None, False, None, 430, []),
     ("paper", None, True, None, 430, []),
-    ("paper", None, False, 1.0, 0, ["no search", "about"]),
+    ("paper", None, False, 1.0, 0, ["about", "no search"]),
     ("paper", None, True, 1.0, 430, ["about"]),
     ("default", 7, False, 1.0, 7, ["about"]),
 ])  # fmt: skip
 def test_a_run_searches_where_one_asks_for_it(machine, preset, evaluations, proposer, minutes, length, said):
     machine(SECOND)
     method, lines = with_effort(
-        resolve(preset, evaluations=evaluations), None, Checkpoints(),
+        preset, partial(resolve, evaluations=evaluations), None, Checkpoints(),
         evaluations=evaluations, proposer_given=proposer, minutes=minutes,
     )  # fmt: skip
     assert method.evaluations == length
@@ -104,12 +130,11 @@ def test_a_run_searches_where_one_asks_for_it(machine, preset, evaluations, prop
 
 
 def test_prune_takes_minutes_and_says_what_it_picked(machine, monkeypatch, capsys):
-    monkeypatch.setattr(effort, "LARGEST", 1_024)
-    monkeypatch.setattr(effort, "SMALLEST", 256)
+    monkeypatch.setattr(effort, "LARGEST", 2_048)
     machine(1e-9)
     pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
     made = pruner.prune(0.3, data="self", minutes=1, window=32, fitness_tokens=128)
-    assert made.report.method["calibration_tokens"] == made.report.data["calibration"]["tokens"] == 1_024
+    assert made.report.method["calibration_tokens"] == made.report.data["calibration"]["tokens"] == 2_048
     assert made.report.method["fitness_tokens"] == 128
-    assert "1024 tokens of calibration text" in capsys.readouterr().err
+    assert "preset draft, 2048 tokens of calibration text" in capsys.readouterr().err
     assert torch.isfinite(made.model(torch.ones(1, 4, dtype=torch.long)).logits).all()

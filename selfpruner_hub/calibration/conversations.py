@@ -32,8 +32,11 @@ SYSTEM_PROMPTS = (
     "You are a patient teacher. Children ask you simple questions.",
 )
 """System prompts, used in rotation; None uses the template's default. They influence what the user's turns ask."""
-OPENINGS = ("", "What is", "Who", "Where", "", "Which", "How many", "What", "How", "", "Why", "When", "Name")
-"""First words of the user's turns, used in rotation: plain questions, and "" for a turn that the model starts."""
+OPENINGS = (
+    *("", "What is", "Who", "Where", "Write a Python function", "Which", "How many"),
+    *("What", "How", "", "Why", "When", "Name", "Write code in"),
+)
+"""First words of the user's turns, used in rotation: plain questions, code, and "" for a turn that the model starts."""
 USER_TOKENS, ANSWER_TOKENS = 64, 96
 """Maximum lengths of a user's turn and of an answer, in tokens; longer user's turns are dropped, longer answers cut."""
 ANSWER_TEMPERATURE = 0.3

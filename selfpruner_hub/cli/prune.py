@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method = parser.add_argument_group("the method")
     method.add_argument("--preset", default="default", help=f"{', '.join(PRESETS)} (default: %(default)s)")
     method.add_argument(
-        "--minutes", type=number, metavar="N", help="as much text as fits into about N minutes on this machine"
+        "--minutes", type=number, metavar="N", help="preset and amount of text for about N minutes on this machine"
     )
     method.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",

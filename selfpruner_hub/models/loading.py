@@ -91,9 +91,8 @@ def load_model(
     config = load_config(name, any_architecture=any_architecture, **kwargs)
     if not quantized:
         refuse_quantized(config, name, kwargs.get("quantization_config"))
-    if not any_architecture and config.model_type in _WRAPPERS:
-        config = text_config(config)
-        kwargs |= {"config": config, "key_mapping": _TEXT_KEYS}
+    if not any_architecture:
+        config = _known(config, kwargs)
     try:
         if not store.on_disk:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
@@ -171,6 +170,16 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     text.tie_word_embeddings = config.tie_word_embeddings
     text.dtype = text.dtype or config.dtype
     return text
+
+
+def _known(config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """The text model's configuration; `kwargs` gets it where transformers would read another, or read for seconds."""
+    if config.model_type in _WRAPPERS:
+        config = text_config(config)
+        kwargs |= {"config": config, "key_mapping": _TEXT_KEYS}
+    elif kwargs.get("gguf_file"):
+        kwargs["config"] = config
+    return config
 
 
 def _for_files(kwargs: dict[str, Any]) -> dict[str, Any]:
