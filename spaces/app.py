@@ -25,9 +25,9 @@ from shown import UnavailableError, record
 
 EXAMPLES = [
     "What is the capital of France?",
-    "How many legs does a spider have?",
-    "Which season is the coldest?",
-    "What beans is chocolate made from?",
+    "How many days are in a normal year?",
+    "Who was the first person to walk on the Moon?",
+    'Give the opposite of "hot".',
 ]
 """Plain questions, which a small pruned model still answers."""
 FEW = 24

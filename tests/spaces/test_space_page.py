@@ -216,8 +216,8 @@ def test_the_length_of_the_answer(visit_page):
 
 def test_an_example_fills_the_prompt(visit_page):
     page = visit_page()
-    page.get_by_role("button", name="Which season is the coldest?").click()
-    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('coldest')")
+    page.get_by_role("button", name="How many days are in a normal year?").click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value.includes('normal year')")
 
 
 def test_stop(visit_page):
