@@ -79,7 +79,7 @@ def test_a_search_without_evaluations_needs_no_children():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"preset": "papers"}, "Unknown preset 'papers'.*default, fast, best, paper"),
+        ({"preset": "papers"}, "Unknown preset 'papers'.*default, draft, fast, best, paper"),
         ({"betta": 1, "alpha": 2}, "Unknown setting alpha, betta.*importance"),
         ({"evaluations": -1}, "evaluations must be a number from 0 "),
         ({"evaluations": float("nan")}, "evaluations must be a number from 0 "),
@@ -149,5 +149,5 @@ def test_a_meaning_is_the_docstring_in_one_line():
 
 
 def test_a_preset_that_is_unknown_is_not_explained():
-    with pytest.raises(UserError, match="Unknown preset 'papers'.*default, fast, best, paper"):
+    with pytest.raises(UserError, match="Unknown preset 'papers'.*default, draft, fast, best, paper"):
         explained("papers")
