@@ -46,16 +46,17 @@ def sliced(model: PreTrainedModel, windows: Tensor, kept: int) -> nn.ModuleList:
     made = nn.ModuleList()
     for index, layer in enumerate(layers):
         attention = Block(layer.self_attn, ("q_proj", "k_proj", "v_proj"), "o_proj", layer.input_layernorm, enter)
-        ffn = None
         first = enter if index == 0 else None
         between = _components(_outputs(stream, index, Sliced(first, attention)), kept)
         attention.leave(between)
         ffn = Block(layer.mlp, ("gate_proj", "up_proj"), "down_proj", layer.post_attention_layernorm, between)
         whole = Sliced(first, attention, ffn)
+        outputs = list(_outputs(stream, index, whole))
         if index + 1 < len(layers):
-            enter = _components(_outputs(stream, index, whole), kept)
+            enter = _components(outputs, kept)
             ffn.leave(enter)
-        stream.hidden = list(_outputs(stream, index, whole))
+            outputs = [each @ enter.to(each.dtype) for each in outputs]
+        stream.hidden = outputs
         made.append(whole)
     return made
 

@@ -111,7 +111,7 @@ def within_minutes(
     if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
         raise UserError(f"minutes must be a number above 0; got {minutes!r}.")
     ladder = list(COSTS) if preset == "default" else [preset]
-    name = f"minutes-{minutes:g}"
+    name = f"minutes-{minutes:g}-{preset}"
     known = checkpoints.load(name) or _choice(minutes, model, ladder)
     checkpoints.save(name, known)
     chosen, tokens, expected = ladder[int(known["preset"])], int(known["tokens"]), float(known["minutes"])

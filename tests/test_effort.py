@@ -98,6 +98,13 @@ def test_a_resumed_run_keeps_its_choice(machine, tmp_path):
     assert choose(2.0, Checkpoints(tmp_path))[0] != first  # other minutes are another choice
 
 
+def test_a_choice_is_of_its_preset(machine, tmp_path):
+    machine(SECOND)
+    minutes = 0.999 * least("default")
+    for preset in ("default", "fast"):  # the default's choice is fast too, at another place of its ladder
+        assert "preset fast," in choose(minutes, Checkpoints(tmp_path), preset=preset)[1]
+
+
 def test_the_forward_pass_of_the_model_is_timed():
     model = tiny_model("llama")
     calls = []

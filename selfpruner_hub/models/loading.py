@@ -92,7 +92,7 @@ def load_model(
     if not quantized:
         refuse_quantized(config, name, kwargs.get("quantization_config"))
     if not any_architecture:
-        config = _known(config, kwargs)
+        config = _config_to_load(config, kwargs)
     try:
         if not store.on_disk:
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
@@ -172,7 +172,7 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return text
 
 
-def _known(config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConfig:
+def _config_to_load(config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConfig:
     """The text model's configuration; `kwargs` gets it where transformers would read another, or read for seconds."""
     if config.model_type in _WRAPPERS:
         config = text_config(config)
