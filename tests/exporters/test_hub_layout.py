@@ -97,6 +97,15 @@ def in_pytorch(model, tokenizer):
     return prompts, told
 
 
+def test_transformers_loads_the_tokenizer_without_the_package(directory):
+    """Its configuration has a stock class, which reads one number of heads where layers have their own."""
+    code = "import sys; from transformers import AutoTokenizer as A; print(A.from_pretrained(sys.argv[1])(sys.argv[2]))"
+    words = [sys.executable, "-I", "-c", code, str(directory), PROMPTS[0]]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert str(trained_tokenizer()(PROMPTS[0])["input_ids"]) in done.stdout
+
+
 def test_names_are_those_of_the_hub(model, directory):
     for dtype, element in (("float32", onnx.TensorProto.FLOAT), ("float16", onnx.TensorProto.FLOAT16)):
         graph = onnx.load(directory / hub_layout.file_of(dtype), load_external_data=False).graph
