@@ -17,6 +17,8 @@ PROMPTS = (24, 9, 1)
 """Lengths of the prompts of a parity check, in tokens; they form one left-padded batch."""
 STEPS = 4
 """Number of decode steps after the prompts."""
+ORDINARY = 32.0
+"""Largest logit for which tolerances are meant; larger ones are rounded in larger steps (float16: 1/32 from 32 on)."""
 LIKELY = 1 / 20
 """Least probability of a token that is compared where weights are rounded, relative to the likeliest token's."""
 
@@ -115,9 +117,13 @@ def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> fl
             returns logits of all new tokens, or of the last ones alone.
 
     Returns:
-        The largest absolute difference between logits of real tokens; NaN if any is NaN.
+        The largest absolute difference between logits of real tokens, at each token in units of its largest logit by
+        `ORDINARY` where that is above 1; NaN if any is NaN.
     """
-    differences = [(ours - theirs).abs().max() for ours, theirs in _beside(passes, exported)]
+    differences = [
+        ((ours - theirs).abs() / (ours.abs().amax(-1, keepdim=True) / ORDINARY).clamp_min(1)).max()
+        for ours, theirs in _beside(passes, exported)
+    ]
     return torch.stack(differences).max().item()  # NaN stays
 
 

@@ -75,6 +75,16 @@ def test_one_logit_of_a_real_token_is_noticed_wherever_it_is(at, row, position, 
     assert logit_difference(expected(model), wrong(model, at, row, position, by)) == pytest.approx(1, abs=1e-4)
 
 
+def test_large_logits_are_compared_in_proportion():
+    """float16 has steps of 1/16 above 64: no export could come nearer there."""
+    model = tiny_pruned("llama")
+    model.lm_head.weight.data *= 1000
+    passes = expected(model)
+    largest = passes[1].logits[1, -1].abs().max().item()
+    assert largest > 64
+    assert logit_difference(passes, wrong(model, 1, 1, -1, 1.0)) == pytest.approx(32 / largest, rel=1e-3)
+
+
 def test_an_export_that_does_not_look_at_the_mask_is_noticed():
     """The prompts are of unequal lengths, so that there is something to mask, in every pass."""
     model = tiny_pruned("llama")
