@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.plans.costs import Costs, Table
+from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import Target
 from selfpruner_hub.storage.staging import write_atomically
@@ -53,7 +53,10 @@ class CostTable:
     schema_version: int = SCHEMA_VERSION
 
     def costs(self, shape: ModelShape, target: Target) -> Costs:
-        """Interpolate the cost of every width; the cost of the dense model is the measured one.
+        """Fit a cost of a KV group and one of an FFN channel; the cost of the dense model is the measured one.
+
+        Times scatter more than they bend, so each part has one slope, by least squares over all models of equal depth.
+        A part that is never seen to save anything costs nothing.
 
         Args:
             shape: Geometry of the dense model that the table was measured for.
@@ -63,20 +66,13 @@ class CostTable:
             The costs, in the unit of the target.
         """
         whole, dense, *narrower = self.points
-        saved: dict[str, dict[int, float]] = {"num_key_value_heads": {}, "intermediate_size": {}}
-        for point in narrower:
-            for part, each in saved.items():
-                if (width := getattr(point, part)) != getattr(dense, part):
-                    each[width] = (dense.cost(target) - point.cost(target)) / dense.num_hidden_layers
-        attention = _table(dense.num_key_value_heads, saved["num_key_value_heads"])
-        ffn = _table(dense.intermediate_size, saved["intermediate_size"])
-        by_attention = {n: attention[: n + 1] for n in {w.num_key_value_heads for w in shape.dense.layers}}
-        by_ffn = {n: ffn[: n + 1] for n in {w.intermediate_size for w in shape.dense.layers}}
-        parts = Costs(
-            tuple(by_attention[w.num_key_value_heads] for w in shape.dense.layers),
-            tuple(by_ffn[w.intermediate_size] for w in shape.dense.layers),
-            unit=target.unit,
-        )
+        removed = [
+            (1, dense.num_key_value_heads - p.num_key_value_heads, dense.intermediate_size - p.intermediate_size)
+            for p in (dense, *narrower)
+        ]
+        costs = [p.cost(target) / dense.num_hidden_layers for p in (dense, *narrower)]
+        _, group, channel = np.linalg.lstsq(np.array(removed, dtype=np.float64), costs)[0].tolist()
+        parts = Costs.linear(shape, max(0.0, -group), max(0.0, -channel), unit=target.unit)
         return replace(parts, constant=whole.cost(target) - parts.prunable)
 
     def to_json(self) -> str:
@@ -103,22 +99,6 @@ class CostTable:
             return cls(**{**values, "points": tuple(Point(**point) for point in values["points"])})
         except TypeError as error:
             raise SavedModelError(f"{source} is damaged: {error}.", "Delete it.") from error
-
-
-def _table(width: int, saved: Mapping[int, float]) -> Table:
-    """Costs of 0 to `width` units from what narrower widths save; below the narrowest, the line of the last two.
-
-    Measured times scatter, and no width may seem to cost more than a wider one. A part that has no narrower width
-    costs nothing: it cannot be cut.
-    """
-    if not saved:
-        return np.zeros(width + 1)
-    widths = np.array([*sorted(saved), width], dtype=np.float64)
-    costs = np.minimum.accumulate([0.0, *(-saved[w] for w in sorted(saved, reverse=True))])[::-1]
-    slope = (costs[1] - costs[0]) / (widths[1] - widths[0])
-    widths, costs = np.array([0.0, *widths]), np.array([costs[0] - slope * widths[0], *costs])
-    table: Table = np.interp(np.arange(width + 1), widths, costs - costs[0])
-    return table
 
 
 def folder() -> Path:

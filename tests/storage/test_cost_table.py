@@ -1,5 +1,7 @@
 """Tables of costs: interpolated between what was measured, and kept for the next run."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -35,20 +37,22 @@ def test_linear_costs_are_found_again():
     assert size.ffn[0][50] == pytest.approx(10_000)
 
 
-def test_costs_are_interpolated_between_the_measured_widths():
-    bent = [*points()[:4], *points(channel=0.3)[4:]]
-    table = CostTable(KEY, tuple(bent)).costs(SHAPE, REQUEST).ffn[0]
-    assert table[80] - table[60] == pytest.approx((table[100] - table[60]) / 2)
-    assert table[20] == pytest.approx(table[10] * 2)
+def test_every_measured_width_counts():
+    """One that is off moves the slope of its part, and by less than what it is off; not that of the other part."""
+    true, noisy = points(), points()
+    noisy[3] = replace(true[3], prefill=true[3].prefill + 6)  # of 2 KV groups: as slow as the dense one
+    costs, as_measured = (CostTable(KEY, tuple(each)).costs(SHAPE, REQUEST) for each in (noisy, true))
+    assert 0.8 * as_measured.group(0) < costs.group(0) < as_measured.group(0)
+    assert costs.channel(0) == pytest.approx(as_measured.channel(0), rel=0.1)
+    assert costs.dense == as_measured.dense == true[0].cost(REQUEST)
 
 
-def test_no_width_costs_more_than_a_wider_one():
-    noisy = points()
-    noisy[4] = Point(4, 4, 60, 1e3, 1e3, 1)  # slower than the dense one
-    costs = CostTable(KEY, tuple(noisy)).costs(SHAPE, REQUEST)
-    assert np.diff(costs.ffn[0]).min() >= 0
-    assert costs.ffn[0][60] == costs.ffn[0][100]
-    assert costs.dense == noisy[0].cost(REQUEST)
+def test_a_part_that_is_not_seen_to_save_anything_costs_nothing():
+    slower = [replace(p, prefill=1e3, decode=1e3) if p.intermediate_size < 100 else p for p in points()]
+    costs = CostTable(KEY, tuple(slower)).costs(SHAPE, REQUEST)
+    assert not costs.ffn[0].any()
+    assert costs.group(0) > 0
+    assert costs.dense == slower[0].cost(REQUEST)
 
 
 def test_attention_without_narrower_widths_costs_nothing():
