@@ -5,14 +5,18 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 COMPILE = PYTHONWARNINGS=ignore $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 # A process that is lost ends the run: pytest-xdist would replace it, run its test again, and hang.
 BESIDE := --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
+# The linters have one process. Beside them the tests begin.
+MAKEFLAGS += --jobs=2
 TYPED  := $(wildcard selfpruner_hub exporters)
 
-.PHONY: demo test test-fast mutants lint fix docs clean
+.PHONY: demo test suite test-fast mutants lint fix docs clean
 
 demo: .venv/.demo  ## prune the small real model, and show what it gained and lost; it is kept in build/demo
 	$(BIN)/selfpruner demo --output build/demo
 
-test: lint  ## everything that CI checks
+test: lint suite  ## everything that CI checks
+
+suite: .venv/.dev
 	$(BIN)/python -m pytest $(BESIDE) --no-loadscope-reorder --durations 20
 
 test-fast: .venv/.dev  ## for work: no real model, no browser, no server; under two minutes on two cores

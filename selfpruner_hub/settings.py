@@ -112,7 +112,7 @@ PRESETS = {
     "default": PruneSettings(),
     "draft": PruneSettings(
         importance="energy",
-        sequential_repair=False,  # with so little text, it gains next to nothing
+        sequential_repair=False,  # it needs more text: docs/results.md
         calibration_tokens=4_096,
         fisher_tokens=1_024,
         fitness_tokens=2_048,

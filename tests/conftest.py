@@ -31,6 +31,11 @@ def pytest_configure(config):
         config.pluginmanager.register(SilentRun(config))
 
 
+def pytest_xdist_auto_num_workers():
+    """One process more than cores: tests wait for servers, browsers and other processes."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_modifyitems(items):
     """Files that are slow as a whole come first: where files run side by side, none is left to the end alone.
 
