@@ -117,8 +117,8 @@ def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> fl
             returns logits of all new tokens, or of the last ones alone.
 
     Returns:
-        The largest absolute difference between logits of real tokens, at each token in units of its largest logit by
-        `ORDINARY` where that is above 1; NaN if any is NaN.
+        The largest absolute difference between logits of real tokens; NaN if any is NaN. At a token whose largest logit
+        is above `ORDINARY`, differences shrink by the ratio of the two.
     """
     differences = [
         ((ours - theirs).abs() / (ours.abs().amax(-1, keepdim=True) / ORDINARY).clamp_min(1)).max()

@@ -29,14 +29,12 @@ class Cost(NamedTuple):
     """Cost of what does not depend on the text: order, factors, solutions."""
     fewest: int
     """Fewest calibration tokens that the preset is taken for; with fewer, the next one is better."""
-    fisher: float
-    """Share of the calibration text that the Fisher pass reads at most."""
 
 
 COSTS = {
-    "default": Cost(12.0, 140_000.0, 16_384, 1 / 8),
-    "fast": Cost(10.0, 20_000.0, 8_192, 1 / 2),
-    "draft": Cost(11.0, 10_000.0, 2_048, 1 / 4),
+    "default": Cost(12.0, 140_000.0, 16_384),
+    "fast": Cost(12.0, 45_000.0, 8_192),
+    "draft": Cost(11.0, 10_000.0, 2_048),
 }
 """Presets to choose from, the best first. Fitted by hand to runs of 16 k tokens (`benchmarks/stages.json`) and 65 k."""
 NO_SEARCH = "no search: the best starting point is taken (evaluations=N asks for one)"
@@ -117,12 +115,12 @@ def within_minutes(
     known = checkpoints.load(name) or _choice(minutes, model, ladder)
     checkpoints.save(name, known)
     chosen, tokens, expected = ladder[int(known["preset"])], int(known["tokens"]), float(known["minutes"])
-    method, cost = resolved(chosen), COSTS.get(chosen, COSTS["default"])
+    method, few = resolved(chosen), max(STEP, tokens // 8)
     method = replace(
         method,
         calibration_tokens=tokens,
-        fisher_tokens=min(method.fisher_tokens, max(STEP, round(cost.fisher * tokens))),
-        fitness_tokens=min(method.fitness_tokens, max(2 * STEP, tokens // 4)),
+        fisher_tokens=min(method.fisher_tokens, few),
+        fitness_tokens=min(method.fitness_tokens, 2 * few),
     )
     return method, f"about {expected:.1f} minutes: preset {chosen}, {tokens} tokens of calibration text"
 

@@ -145,8 +145,8 @@ class AutoPruner:
             runtime: Runtime of the target: `"torch"`, `"onnx"` or `"gguf"` (llama.cpp), or an object that follows the
                 `Meter` protocol.
             request: Tokens of the prompt, and tokens generated after it, of the request that the target's time is for.
-            preset: Name of the preset: `"default"`, `"draft"` for a first look, `"fast"` for little text (both
-                without the second repair), `"best"` for twice the text, or `"paper"` for the settings of
+            preset: Name of the preset: `"default"`, `"draft"` for a first look (no second repair), `"fast"` for little
+                text and a shorter second repair, `"best"` for twice the text, or `"paper"` for the settings of
                 arXiv 2502.14413.
             proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
                 Hub repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object

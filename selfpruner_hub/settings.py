@@ -118,7 +118,13 @@ PRESETS = {
         fitness_tokens=2_048,
         seeds=("sensitivity",),
     ),
-    "fast": PruneSettings(sequential_repair=False, calibration_tokens=12_288, fitness_tokens=4_096),
+    "fast": PruneSettings(
+        repair_gate_up=False,
+        calibration_tokens=10_240,
+        fisher_tokens=2_048,
+        fitness_tokens=4_096,
+        seeds=("sensitivity",),
+    ),
     "best": PruneSettings(calibration_tokens=131_072, fisher_tokens=16_384),
     # arXiv 2502.14413: population 30, 20 iterations of 10 crossover and 10 mutation children, rates in 0.1 to 0.9,
     # one rate a layer, Wanda-sp, no repair, perplexity.
