@@ -34,6 +34,7 @@ def pruned(tmp_path_factory):
 @pytest.fixture
 def run(capsys):
     def run(*words):
+        capsys.readouterr()  # what the test itself has saved
         status = main([str(word) for word in words])
         out, err = capsys.readouterr()
         return status, out, err
