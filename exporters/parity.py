@@ -17,8 +17,8 @@ PROMPTS = (24, 9, 1)
 """Lengths of the prompts of a parity check, in tokens; they form one left-padded batch."""
 STEPS = 4
 """Number of decode steps after the prompts."""
-ORDINARY = 32.0
-"""Largest logit for which tolerances are meant; larger ones are rounded in larger steps (float16: 1/32 from 32 on)."""
+LARGE_LOGIT = 32.0
+"""Logit above which differences count in proportion: it is rounded in larger steps (float16: 1/32 from 32 on)."""
 LIKELY = 1 / 20
 """Least probability of a token that is compared where weights are rounded, relative to the likeliest token's."""
 
@@ -118,10 +118,10 @@ def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> fl
 
     Returns:
         The largest absolute difference between logits of real tokens; NaN if any is NaN. At a token whose largest logit
-        is above `ORDINARY`, differences shrink by the ratio of the two.
+        is above `LARGE_LOGIT`, differences shrink by the ratio of the two.
     """
     differences = [
-        ((ours - theirs).abs() / (ours.abs().amax(-1, keepdim=True) / ORDINARY).clamp_min(1)).max()
+        ((ours - theirs).abs() / (ours.abs().amax(-1, keepdim=True) / LARGE_LOGIT).clamp_min(1)).max()
         for ours, theirs in _beside(passes, exported)
     ]
     return torch.stack(differences).max().item()  # NaN stays

@@ -31,6 +31,7 @@ def pytest_configure(config):
         config.pluginmanager.register(SilentRun(config))
 
 
+@pytest.hookimpl(optionalhook=True)  # `make mutants` runs without xdist
 def pytest_xdist_auto_num_workers():
     """One process more than cores: tests wait for servers, browsers and other processes."""
     return len(os.sched_getaffinity(0)) + 1

@@ -41,7 +41,7 @@ FLOAT32_FILES = (*CONFIGURATIONS, *(f"{FOLDER}/model.onnx{weights}" for weights 
 """Files of an export that `open_graph` reads."""
 LEFT_OUT = ("auto_map", "_name_or_path")
 """Keys of a configuration that an export leaves out: classes that are not beside it, and a path of this machine."""
-READABLE = "allow_global_per_layer_attribute_access"
+DENSE_WIDTHS_READABLE = "allow_global_per_layer_attribute_access"
 """Key of a configuration by which transformers reads the widths of the dense model from it, in place of an error."""
 _CACHE = re.compile(r"(input|output)\.cache\.layers\.(\d+)\.(key|value)s")
 
@@ -105,7 +105,7 @@ def save_configurations(model: PreTrainedModel, directory: Path) -> None:
         "model_type": stock,
         "architectures": [type(model).__name__.removeprefix("SelfPruned")],
         "head_dim": shape.head_dim,
-        READABLE: True,  # AutoTokenizer and AutoConfig load the stock class, which asks for them
+        DENSE_WIDTHS_READABLE: True,  # AutoTokenizer and AutoConfig load the stock class, which asks for them
         "transformers.js_config": {
             "use_external_data_format": {Path(file_of(dtype)).name: 1 for dtype in SUFFIXES},
             "kv_cache_dtype": {"fp16": "float16"},
@@ -139,7 +139,7 @@ def read_configuration(directory: Path) -> PreTrainedConfig | None:
     if not (directory / GENAI_CONFIG).is_file():
         return None
     values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    values.pop(READABLE, None)  # whoever reads one width of a pruned model here is told
+    values.pop(DENSE_WIDTHS_READABLE, None)  # whoever reads one width of a pruned model here is told
     family = MODEL_CLASSES.get(values.pop("model_type", ""))
     return None if family is None or family.config_class is None else family.config_class.from_dict(values)
 

@@ -55,7 +55,7 @@ class CostTable:
     def costs(self, shape: ModelShape, target: Target) -> Costs:
         """Fit a cost of a KV group and one of an FFN channel; the cost of the dense model is the measured one.
 
-        Times scatter more than they bend, so each part has one slope, by least squares over all models of equal depth.
+        Single times scatter, so each part has one slope, by least squares over all models of equal depth.
         A part that is never seen to save anything costs nothing.
 
         Args:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
-from mutants.run import RESULTS, ROOT, Fault, Trial, faults, tried
+from mutants.run import RESULTS, ROOT, WITHOUT, Fault, Trial, faults, tried
 
 FAULTS = faults()
 
@@ -31,6 +33,14 @@ def test_every_test_that_noticed_is_still_there():
     for row in json.loads(RESULTS.read_text(encoding="utf-8")):
         file, _, name = row["failed"].partition("[")[0].rpartition("::")
         assert not file or f"def {name}(" in (ROOT / file.partition("::")[0]).read_text(encoding="utf-8"), row
+
+
+def test_the_tests_run_without_the_plugins_that_the_runner_leaves_out():
+    """It leaves out xdist, which knows hooks of tests/conftest.py."""
+    without = (word for name in WITHOUT for word in ("-p", f"no:{name}"))
+    command = [sys.executable, "-m", "pytest", *without, "--collect-only", "-q", "tests/plans/test_plan.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-500:]
 
 
 TWICE = Fault("twice.py", "twice is thrice", "2 * x", "3 * x", ("test_twice.py",), "")

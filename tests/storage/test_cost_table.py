@@ -1,4 +1,4 @@
-"""Tables of costs: interpolated between what was measured, and kept for the next run."""
+"""Tables of costs: fitted to what was measured, and kept for the next run."""
 
 from dataclasses import replace
 
