@@ -29,6 +29,8 @@ BETA = 0.3
 SHAPES = ((4096, 576, 1536), (4096, 1536, 576))
 """Sizes of the matrix products that give the machine's rate: those of the model's FFN on 4096 tokens."""
 REPEATS = 20
+SHORTEST = 0.1
+"""Seconds below which a stage has no row."""
 
 
 class Operations(TorchDispatchMode):
@@ -106,6 +108,8 @@ def main(text: str, changes: dict[str, Any]) -> None:
     rates = {str(dtype): rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
     rows = []
     for what, seconds in stages.seconds.items():
+        if seconds < SHORTEST:
+            continue
         counted = stages.operations[what]
         allowed = sum(number / rates[dtype] for dtype, number in counted.items())
         rows.append(
@@ -114,7 +118,7 @@ def main(text: str, changes: dict[str, Any]) -> None:
                 "seconds": round(seconds, 1),
                 "passes": round(seconds / token),
                 **{f"gflop_{dtype.removeprefix('torch.')}": round(n / 1e9) for dtype, n in sorted(counted.items())},
-                "share_of_machine": round(allowed / seconds, 2) if seconds else None,
+                "share_of_machine": round(allowed / seconds, 2),
             }
         )
         print(rows[-1], flush=True)

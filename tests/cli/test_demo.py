@@ -65,7 +65,7 @@ def test_what_it_keeps(said, tmp_path):
     assert f"from each layer: {picture}" in text
     report = PrunedModel.from_pretrained(tmp_path / "kept").report
     assert report.beta == 0.4
-    assert report.data["calibration"]["name"] == "chat and self"
+    assert report.data["calibration"]["name"] == "chat"
 
 
 @pytest.mark.parametrize("other", [False, True])
