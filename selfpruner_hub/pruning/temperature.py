@@ -7,7 +7,9 @@ added to the model, and the order of the predictions does not change.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.polynomial import Polynomial
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +19,9 @@ from selfpruner_hub.progress import Progress
 
 SCALES = tuple(percent / 100 for percent in range(50, 101, 2))
 """Candidate factors, smallest first."""
+MEASURED = SCALES[::5]
+"""Factors whose divergence is measured; it is a smooth function of the factor, so a polynomial through these gives it for
+the others."""
 TOKENS = 4096
 """Maximum number of tokens to choose the factor on; a single number needs few."""
 
@@ -27,7 +32,7 @@ def match_confidence(
 ) -> float:
     """Scale the logits, in place, to minimise their KL divergence from the dense model.
 
-    The head of both models runs once, and its logits are scaled by every factor. The divergence is over the whole
+    The head of both models runs once, and its logits are scaled by a few factors. The divergence is over the whole
     vocabulary. Over the likeliest tokens only, as in the score of candidates, a model that gives too little probability
     to the other tokens would not be penalised.
 
@@ -42,17 +47,18 @@ def match_confidence(
     """
     read = windows[: max(1, TOKENS // windows.shape[1])]
     theirs, ours = (torch.cat(list(last_hidden_states(model, read))) for model in (dense, pruned))
-    crossed = [0.0] * len(SCALES)  # Σ of cross-entropies, which differ from the divergences by a constant
+    crossed = [0.0] * len(MEASURED)  # Σ of cross-entropies, which differ from the divergences by a constant
     for (first, wanted), (_, logits) in zip(
         head_chunks(dense, theirs), head_chunks(pruned, ours, capped=False), strict=True
     ):
         shares = wanted.softmax(-1)
-        for index, scale in enumerate(SCALES):
+        for index, scale in enumerate(MEASURED):
             scaled = softcapped(pruned, scale * logits)
             crossed[index] += (scaled.logsumexp(-1) - torch.linalg.vecdot(shares, scaled)).sum().item()
         if progress:
             progress("matching confidence", first + len(logits), len(ours))
-    scale = SCALES[crossed.index(min(crossed))]
+    through = Polynomial.fit(MEASURED, np.divide(crossed, len(ours)), deg=len(MEASURED) - 1)
+    scale = min(SCALES, key=through)
     norm, unit = pruned.get_decoder().norm, architecture_of(pruned.config).norm_unit
     norm.weight.copy_(scale * (norm.weight.float() + unit) - unit)
     if getattr(norm, "bias", None) is not None:
