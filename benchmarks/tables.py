@@ -133,7 +133,7 @@ def stages_table() -> str:
     found = json.loads(STAGES.read_text(encoding="utf-8"))["results"]
     columns = {"stage": "stage", "seconds": "seconds", "passes": "passes", "gflop_bfloat16": "GFLOP, bfloat16"}
     columns |= {"gflop_float32": "GFLOP, float32", "share_of_machine": "share of the machine"}
-    rows = [row for row in found["stages"] if row["seconds"]]
+    rows = found["stages"]
     cells = [[str(row.get(key, UNKNOWN)) for key in columns] for row in rows]
     rates = " and ".join(f"{rate} GFLOP/s in {dtype}" for dtype, rate in found["gflops"].items())
     total = f"All stages: {sum(row['seconds'] for row in rows):.0f} s. The machine's products reach {rates}."
