@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 HALF = "report"
 """Name of the half of the plain questions that no setting was chosen on."""
+WINDOW = 2048
+"""Tokens a window, where the model was made to read as many."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "wikitext2)",
     )  # fmt: skip
     parser.add_argument(
-        "--window", type=int, default=2048, metavar="W",
-        help="tokens a window: papers take 2048 or 128 (default: %(default)s)",
+        "--window", type=int, metavar="W", help=f"tokens a window: papers take 2048 or 128 (default: {WINDOW}, or as "
+        "many as the model was made to read)",
     )  # fmt: skip
     parser.add_argument("--windows", type=int, metavar="N", help="only the first N windows")
     parser.add_argument("--tasks", metavar="T,…", help="zero-shot tasks: seven (the paper's), or their names")
@@ -139,7 +141,7 @@ def _parent(
             raise DataError(error.message, "Leave conversations out with --no-chat.") from error
         right = rightly_answered(model, tokenizer, load_questions(HALF), report)
         figures |= {**question_figures(model, right, HALF), **conversation_figures(model, chat)}
-    corpus = _corpus(options, tasks, tokenizer)
+    corpus = _corpus(options, tasks, model, tokenizer)
     if corpus is not None:
         figures |= text_figures(model, corpus)
     figures |= _tasks(options, tasks, options.against, model, tokenizer)
@@ -167,7 +169,7 @@ def _measured(
         found |= question_figures(model, right, HALF, parent.right if parent else None)
         if comparable and comparable.chat:
             found |= conversation_figures(model, comparable.chat)
-    corpus = _corpus(options, tasks, tokenizer)
+    corpus = _corpus(options, tasks, model, tokenizer)
     if corpus is not None:
         found |= text_figures(model, corpus, comparable.teacher if comparable else None)
     found |= _tasks(options, tasks, options.model, model, tokenizer)
@@ -180,13 +182,22 @@ def _chats(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> b
     return bool(options.chat) and has_chat_template(tokenizer)
 
 
-def _corpus(options: argparse.Namespace, tasks: list[str], tokenizer: PreTrainedTokenizerBase | None) -> Corpus | None:
+def _corpus(
+    options: argparse.Namespace, tasks: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Corpus | None:
     """Return the text for perplexity; None where only tasks are requested."""
     from selfpruner_hub.calibration.corpus import consecutive_windows
 
     if options.data is None and tasks:
         return None
-    return consecutive_windows(options.data or "wikitext2", tokenizer, options.window, options.windows)
+    window, context = options.window, getattr(model.config, "max_position_embeddings", WINDOW)
+    if window is None:
+        window = min(WINDOW, context)
+    elif window > context:  # perplexity there would say nothing of the model
+        raise UserError(
+            f"--window expects at most {context}, as many tokens as the model was made to read; got {window}."
+        )
+    return consecutive_windows(options.data or "wikitext2", tokenizer, window, options.windows)
 
 
 def _tasks(

@@ -20,8 +20,7 @@ from selfpruner_hub.progress import Progress
 SCALES = tuple(percent / 100 for percent in range(50, 101, 2))
 """Candidate factors, smallest first."""
 MEASURED = SCALES[::5]
-"""Factors whose divergence is measured; it is a smooth function of the factor, so a polynomial through these gives it for
-the others."""
+"""Factors whose divergence is measured. It is smooth in the factor, so a polynomial gives it for the others."""
 TOKENS = 4096
 """Maximum number of tokens to choose the factor on; a single number needs few."""
 

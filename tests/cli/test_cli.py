@@ -166,6 +166,13 @@ def test_evaluate_beside_the_parent_and_save(run, dense, pruned, text, tmp_path)
     assert run("evaluate", dense, *words, "--save")[0] == 2  # its parent has no record
 
 
+def test_windows_are_no_longer_than_what_the_model_was_made_to_read(run, dense, text):
+    status, out, _ = run("evaluate", dense, "--data", text, "--windows", 4, "--quiet")
+    assert status == 0
+    assert out.startswith("perplexity (128) ")
+    assert "4 consecutive windows of 128 tokens" in out
+
+
 def test_evaluate_for_people(run, dense, text):
     status, out, _ = run("evaluate", dense, "--data", text, "--window", 32, "--windows", 4, "--quiet")
     assert status == 0
@@ -444,7 +451,9 @@ def test_a_pruned_model_that_is_cut_off(assert_mistake, pruned, text, tmp_path):
     assert_mistake("cut off", "evaluate", copy, "--data", text, "--window", "32", "--quiet")
 
 
-@pytest.mark.parametrize(("window", "said"), [("0", "at least 2"), ("5000", "5000 are needed")])
+@pytest.mark.parametrize(
+    ("window", "said"), [("0", "at least 2"), ("5000", "at most 128, as many tokens as the model")]
+)
 def test_bad_windows_of_a_measurement(window, said, assert_mistake, dense, text):
     assert_mistake(said, "evaluate", dense, "--data", text, "--window", window, "--quiet")
 
