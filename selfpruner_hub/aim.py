@@ -12,7 +12,7 @@ from selfpruner_hub.errors import SelfPrunerError, UserError
 from selfpruner_hub.exporting import meter_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.plans.budget import ParameterBudget
-from selfpruner_hub.plans.target import Meter, Target, check_beta, target_of
+from selfpruner_hub.plans.target import REQUEST, RUNTIME, Meter, Target, check_beta, needs_target, target_of
 from selfpruner_hub.provenance import reached
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Record
@@ -75,8 +75,8 @@ class TargetInRuntime:
 def aim_of(
     beta: float | None,
     target: Mapping[str, Any] | None,
-    runtime: str | Meter,
-    request: tuple[int, int],
+    runtime: str | Meter | None,
+    request: tuple[int, int] | None,
     dense: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Aim:
@@ -85,8 +85,8 @@ def aim_of(
     Args:
         beta: Mean share of the prunable weights to remove, or None.
         target: One quantity and its value, as for `AutoPruner.prune`, or None.
-        runtime: Name or meter of the target's runtime.
-        request: Tokens of the prompt, and tokens generated after it.
+        runtime: Name or meter of the target's runtime; None for a β, and for PyTorch.
+        request: Tokens of the prompt, and tokens generated after it; None for a β, and for `REQUEST`.
         dense: Dense model.
         tokenizer: Tokenizer of the model, or None.
 
@@ -94,14 +94,16 @@ def aim_of(
         The aim.
 
     Raises:
-        UserError: Both or neither are given, or a value is out of its range.
+        UserError: Both or neither are given, a runtime is given with β, or a value is out of its range.
     """
     if target is None:
+        needs_target(runtime, request)
         return ShareOfWeights(check_beta(beta), dense)
     if beta is not None:
         raise UserError("beta and a target are both given.", "Give one of them.")
-    meter = meter_of(runtime) if isinstance(runtime, str) else runtime
-    return TargetInRuntime(target_of(target, meter.name, *request), meter, dense, tokenizer)
+    where = RUNTIME if runtime is None else runtime
+    meter = meter_of(where) if isinstance(where, str) else where
+    return TargetInRuntime(target_of(target, meter.name, *(request or REQUEST)), meter, dense, tokenizer)
 
 
 def _bounds(method: PruneSettings) -> dict[str, Any]:

@@ -173,8 +173,9 @@ def reached(record: Record, target: Target, costs: Costs, measured: tuple[float,
     metric = Metric(
         value=round(pruned, 2),
         dense=round(dense, 2),
-        protocol=f"{target.charged}; asked for {target.name}: predicted {known['predicted']:.4g}, measured "
-        f"{known['measured']:.4g}; predicted {costs.of(record.plan):.4g} {target.unit}, and {costs.dense:.4g} dense",
+        protocol=f"{target.charged}; asked for {target.name}: predicted "
+        f"{target.said(known['predicted'])}, measured {target.said(known['measured'])}; predicted "
+        f"{target.charge(costs.of(record.plan))}, and {target.charge(costs.dense)} dense",
         unit=target.unit,
         machine=platform.processor() or platform.machine(),
         date=datetime.now(UTC).date().isoformat(),

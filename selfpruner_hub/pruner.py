@@ -40,9 +40,6 @@ from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
 from selfpruner_hub.storage.run import Run
 
-REQUEST = (128, 32)
-"""Tokens of the prompt, and of the answer, of the request that a target's time is for."""
-
 
 class AutoPruner:
     """Prunes one dense causal language model.
@@ -120,8 +117,8 @@ class AutoPruner:
         beta: float | None = None,
         *,
         target: Mapping[str, Any] | None = None,
-        runtime: str | Meter = "torch",
-        request: tuple[int, int] = REQUEST,
+        runtime: str | Meter | None = None,
+        request: tuple[int, int] | None = None,
         preset: str = "default",
         proposer: str | Proposer = "self",
         proposer_model: str | None = None,
@@ -142,9 +139,10 @@ class AutoPruner:
             target: Target in place of β, one of `{"speedup": 1.5}`, `{"latency": MILLISECONDS}`, `{"memory": "200MB"}`
                 and `{"kv_cache": BYTES_PER_TOKEN}`; below 1, the last two are shares of the dense model's. The costs
                 of all widths are measured in the runtime, once for a shape of model on a machine.
-            runtime: Runtime of the target: `"torch"`, `"onnx"` or `"gguf"` (llama.cpp), or an object that follows the
-                `Meter` protocol.
-            request: Tokens of the prompt, and tokens generated after it, of the request that the target's time is for.
+            runtime: Runtime of the target: `"torch"` (also None), `"onnx"` or `"gguf"` (llama.cpp), or an object that
+                follows the `Meter` protocol.
+            request: Tokens of the prompt, and tokens generated after it, of the request that the target's time is for;
+                None takes 128 and 32.
             preset: Name of the preset: `"default"`, `"draft"` for a first look (no second repair), `"fast"` for little
                 text and a shorter second repair, `"best"` for twice the text, or `"paper"` for the settings of
                 arXiv 2502.14413.

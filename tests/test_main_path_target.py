@@ -107,5 +107,8 @@ def test_one_of_beta_and_target_is_given():
         pruner.prune(0.3, target={"speedup": 1.3}, runtime=Meter(), **SETTINGS)
     with pytest.raises(BudgetError, match="beta must be a number"):
         pruner.prune(**SETTINGS)
+    for unread in ({"runtime": "onnx"}, {"runtime": Meter()}, {"request": (1, 2)}):
+        with pytest.raises(UserError, match="none is given"):
+            pruner.prune(0.3, **unread, **SETTINGS)
     with pytest.raises(UserError, match="vllm"):
         pruner.prune(target={"speedup": 1.3}, runtime="vllm", **SETTINGS)

@@ -121,11 +121,15 @@ class Corpus:
         }
 
 
-def too_little_text(name: str, found: int, needed: int) -> DataError:
+SHORTER = "a faster preset, or fewer calibration_tokens and fitness_tokens"
+"""What a pruning run needs less text with."""
+
+
+def too_little_text(name: str, found: int, needed: int, otherwise: str = SHORTER) -> DataError:
     """The error for a text that does not fill the requested windows."""
     return DataError(
         f"The text {name!r} has only {found} tokens in whole windows; {needed} are needed.",
-        "Give a longer text, or ask for fewer tokens or a shorter window.",
+        f"Give a longer text, {otherwise}.",
     )
 
 
@@ -298,7 +302,7 @@ def consecutive_windows(
     _check_room(window, start)
     windows, found = _windows(entries(source, "test"), tokenizer, window, count or (1 << 40) // window)
     if len(windows) < (count or 1):
-        raise too_little_text(source, found, (count or 1) * window)
+        raise too_little_text(source, found, (count or 1) * window, "or ask for fewer or shorter windows")
     name = f"{source} test split" if source in HUB_SOURCES else Path(source).name
     begun = bool((windows[:, : len(start)] == torch.tensor(start)).all())  # a chat template may begin otherwise
     return Corpus.of(name, windows, len(start) if begun else 0)

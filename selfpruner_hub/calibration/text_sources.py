@@ -67,7 +67,7 @@ def entries(source: Any, split: str = "train") -> Iterator[Entry]:
     if isinstance(source, str) and source in HUB_SOURCES:
         yield from _hub_texts(source, split)
     elif isinstance(source, (str, Path)):
-        yield from _file_entries(Path(source))
+        yield from _file_entries(source)
     else:
         for number, value in enumerate(source, 1):
             yield _entry(value, f"data, entry {number}")
@@ -97,10 +97,11 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
 
 
-def _file_entries(path: Path) -> Iterator[Entry]:
+def _file_entries(source: str | Path) -> Iterator[Entry]:
+    path = Path(source)
     if path.suffix not in {".txt", ".jsonl"}:
         raise DataError(
-            f"Unknown data {str(path)!r}.",
+            f"Unknown data {str(source)!r}.",
             f"Use {', '.join((*HUB_SOURCES, *GENERATED))}, several with + between them, or a path to a .txt or .jsonl "
             "file.",
         )

@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", metavar="NAME=VALUE",
         help="in place of it: speedup=1.5, latency=MS, memory=200MB or kv_cache=0.5 (or bytes a token) in the runtime",
     )  # fmt: skip
-    made.add_argument("--runtime", default="torch", help="of the target: torch, onnx or gguf (default: %(default)s)")
+    made.add_argument("--runtime", help="of the target: torch, onnx or gguf (default: torch)")
     made.add_argument(
-        "--request", metavar="P+N", default="128+32",
-        help="tokens of the prompt and of the answer that the target's time is for (default: %(default)s)",
+        "--request", metavar="P+N",
+        help="tokens of the prompt and of the answer that the target's time is for (default: 128+32)",
     )  # fmt: skip
     made.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the pruned model goes")
     model = parser.add_argument_group("the model")
@@ -100,17 +100,19 @@ def run(options: argparse.Namespace) -> str:
         UserError: An option is wrong, or the model or the text cannot be loaded.
         OutputError: The output cannot be written.
     """
-    from selfpruner_hub.plans.target import check_beta, parse_target, target_of
+    from selfpruner_hub.plans.target import REQUEST, RUNTIME, check_beta, needs_target, parse_target, target_of
     from selfpruner_hub.storage.staging import check_writable
 
     settings = _settings(options.set)
     # All that is wrong is said before torch and the model are loaded, which takes seconds.
-    target = None if options.target is None else parse_target(options.target)
-    request = _request(options.request)
-    if target is None:
+    request = None if options.request is None else _request(options.request)
+    if options.target is None:
         check_beta(options.beta)
+        needs_target(options.runtime, request)
+        wanted = target = None
     else:
-        target_of(target, options.runtime, *request)
+        wanted = parse_target(options.target)
+        target = target_of(wanted, options.runtime or RUNTIME, *(request or REQUEST))
     check_seed(options.seed)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
     check_writable(options.output)
@@ -130,7 +132,7 @@ def run(options: argparse.Namespace) -> str:
     )
     pruned = pruner.prune(
         options.beta,
-        target=target,
+        target=wanted,
         runtime=options.runtime,
         request=request,
         preset=options.preset,
@@ -156,9 +158,12 @@ def run(options: argparse.Namespace) -> str:
         return json.dumps({"output": str(options.output), **asdict(report)})
     dense, left = report.parameters["dense"], report.parameters["pruned"]
     lines = [f"{options.output}: {left:,} of {dense:,} parameters, β = {report.achieved_beta:.4f}"]
-    if known := report.method.get("target"):
-        found = "{:.4g}".format(known["measured"]) if known["measured"] is not None else f"not ({known['why']})"
-        lines.append(f"{options.target} in {known['runtime']}: predicted {known['predicted']:.4g}, measured {found}")
+    if target is not None:
+        known = report.method["target"]
+        found = target.said(known["measured"]) if known["measured"] is not None else f"not ({known['why']})"
+        lines.append(
+            f"{options.target} in {known['runtime']}: predicted {target.said(known['predicted'])}, measured {found}"
+        )
     gains, name = report.proposer["gains"], report.method["fitness"]
     if "search_text" in gains and "unseen_text" in gains:
         own, unseen = ("{:.4f} -> {:.4f}".format(*gains[text]) for text in ("search_text", "unseen_text"))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # NumPy takes a tenth of a second, and a mistake on the comma
 QUANTITIES = {"speedup": "ms", "latency": "ms", "memory": "bytes", "kv_cache": "bytes"}
 """What a target can name, with the unit of its costs."""
 SCALES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+RUNTIME, REQUEST = "torch", (128, 32)
+"""Where a target is measured by default: the runtime, and the tokens of the prompt and of the answer of a request."""
 REMEDY = "Give one of speedup=1.5, latency=MS, memory=200MB and kv_cache=0.5."
 
 
@@ -30,9 +32,9 @@ class Target:
     weights; for `kv_cache`, the bytes of a token. Below 1, both are shares of what the dense model needs."""
     runtime: str
     """Name of the runtime."""
-    prompt: int = 128
+    prompt: int = REQUEST[0]
     """Tokens of the prompt of a request, one at a time."""
-    new_tokens: int = 32
+    new_tokens: int = REQUEST[1]
     """Tokens that are generated after it."""
 
     @property
@@ -43,7 +45,7 @@ class Target:
     @property
     def name(self) -> str:
         """The target as the command line writes it."""
-        return f"{self.quantity}={self.value:.10g}"
+        return f"{self.quantity}={self.value:.15g}"
 
     @property
     def charged(self) -> str:
@@ -76,12 +78,19 @@ class Target:
             return dense / cost
         return cost / dense if self.unit == "bytes" and self.value < 1 else cost
 
-    def said(self, costs: Costs, share: float) -> str:
-        """Write what a plan reaches that removes this share of the prunable cost."""
-        found = self.figure(costs.dense - share * costs.prunable, costs.dense)
+    def said(self, figure: float) -> str:
+        """Write a figure, with its unit."""
         if self.quantity == "speedup" or (self.unit == "bytes" and self.value < 1):
-            return f"{found:.3f}"
-        return f"{found:.2f} ms" if self.unit == "ms" else f"{found:.0f} bytes"
+            return f"{figure:.3f}"
+        return self.charge(figure)
+
+    def without(self, share: float, costs: Costs) -> str:
+        """Write what a plan reaches that removes this share of the prunable cost."""
+        return self.said(self.figure(costs.dense - share * costs.prunable, costs.dense))
+
+    def charge(self, cost: float) -> str:
+        """Write a cost, with its unit."""
+        return f"{cost:.2f} ms" if self.unit == "ms" else f"{cost:,.0f} bytes"
 
     def record(self) -> dict[str, Any]:
         """All fields, JSON-serialisable."""
@@ -115,7 +124,15 @@ def check_beta(beta: object) -> float:
     return beta
 
 
-def target_of(wanted: Mapping[str, Any], runtime: str, prompt: int = 128, new_tokens: int = 32) -> Target:
+def needs_target(runtime: object, request: object) -> None:
+    """Raise `UserError` if what only a target reads is given without one."""
+    if runtime is not None or request is not None:
+        raise UserError("runtime and request say how a target is measured, and none is given.", REMEDY)
+
+
+def target_of(
+    wanted: Mapping[str, Any], runtime: str, prompt: int = REQUEST[0], new_tokens: int = REQUEST[1]
+) -> Target:
     """Check a target.
 
     Args:

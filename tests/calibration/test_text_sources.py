@@ -65,6 +65,12 @@ def test_texts_of_lists_and_data_sets(source):
     assert list(entries(source)) == ["One.", "Two."]
 
 
+@pytest.mark.parametrize("source", ["", ".", "notes.pdf"])
+def test_an_unknown_source_is_named_as_it_was_given(source):
+    with pytest.raises(DataError, match=f"Unknown data {source!r}\\."):
+        list(entries(source))
+
+
 def test_entries_are_read_one_at_a_time():
     def texts():
         yield "One."

@@ -50,3 +50,12 @@ def test_a_target_is_one_quantity(wanted):
 def test_a_request_has_tokens(request_):
     with pytest.raises(UserError, match="whole number"):
         target_of({"speedup": 1.5}, "onnx", *request_)
+
+
+def test_figures_are_written_with_their_units():
+    written = [
+        target_of(parse_target(words), "onnx").said(figure)
+        for words, figure in (("speedup=1.5", 1.4999), ("memory=0.5", 0.5), ("latency=80", 79.996), ("memory=1MB", 1e6))
+    ]
+    assert written == ["1.500", "0.500", "80.00 ms", "1,000,000 bytes"]
+    assert target_of({"memory": "50GB"}, "onnx").name == "memory=50000000000"
