@@ -37,6 +37,8 @@ LIBRARIES = (
 )
 WINDOW, WINDOWS = 512, 16
 """Tokens of a window of text, and number of windows whose perplexity is measured."""
+PROMPTS = (128, 512)
+"""Lengths of the prompts by default, in tokens, if the models were made to read as many."""
 MARGIN = 8
 """Spare tokens of context beyond the longest sequence."""
 Progress = Callable[[str, float, float], None]
@@ -48,7 +50,7 @@ def benchmark(
     runtime: str = "torch",
     *,
     batches: Sequence[int] = (),
-    prompts: Sequence[int] = (128, 512),
+    prompts: Sequence[int] = (),
     new_tokens: int = 32,
     runs: int = 7,
     threads: int | None = None,
@@ -67,7 +69,7 @@ def benchmark(
         against: Dense parent, or its export for the runtime; a directory or a Hub repository.
         runtime: Key of `RUNTIMES`. Models that are not yet exported for it are exported first.
         batches: Batch sizes (prompts at a time), each at least 1; none takes the runtime's default.
-        prompts: Lengths of the prompts, in tokens, each at least 1.
+        prompts: Lengths of the prompts, in tokens, each at least 1; none takes those of `PROMPTS` that fit.
         new_tokens: Number of tokens generated after each prompt, at least 1.
         runs: Number of counted passes of each model, at least 2, after two warm-up passes.
         threads: Number of CPU threads; None takes PyTorch's number, at most the cores that this process may use.
@@ -98,6 +100,7 @@ def benchmark(
     configs = [_config(name, keywords) for name, keywords in zip(names, loadings, strict=True)]
     if configs[0].vocab_size != configs[1].vocab_size:
         raise UserError(f"{names[0]!r} and {names[1]!r} have different vocabularies.", "Give the model's own parent.")
+    prompts = _fitting(prompts, new_tokens, min(config.max_position_embeddings for config in configs))
     device = device or row.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
@@ -154,10 +157,23 @@ def benchmark(
 def _check(
     row: Runtime, runtime: str, batches: Sequence[int], prompts: Sequence[int], new_tokens: int, runs: int
 ) -> None:
-    if not batches or not prompts or min(*batches, *prompts, new_tokens, 1) < 1 or runs < 2:
+    if not batches or min(*batches, *prompts, new_tokens, 1) < 1 or runs < 2:
         raise UserError("Batches, prompts and new tokens must be at least 1, and runs at least 2.")
     if not row.batched and max(batches) > 1:
         raise UserError(f"{runtime} is timed on one prompt at a time.", "Leave --batch out.")
+
+
+def _fitting(prompts: Sequence[int], new_tokens: int, context: int) -> Sequence[int]:
+    """Return the prompts, or those of `PROMPTS` that fit in the context with the tokens after them, or what fits."""
+    usual = [prompt for prompt in PROMPTS if prompt + new_tokens <= context]
+    asked = prompts or usual or [max(1, context - new_tokens)]
+    if max(asked) + new_tokens > context:
+        raise UserError(
+            f"A prompt of {max(asked)} tokens and {new_tokens} after it are more than the {context} that the models "
+            "were made to read.",
+            "Ask for fewer.",
+        )
+    return asked
 
 
 def _elsewhere(row: Runtime, runtime: str, python: str | Path | None) -> dict[str, str]:

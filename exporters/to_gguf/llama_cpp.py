@@ -81,8 +81,11 @@ class LlamaCpp:
 
         Returns:
             llama.cpp's reply: `choices`, and `timings` (`prompt_ms`, `predicted_ms`, `predicted_n`, …).
+
+        Raises:
+            ModelError: llama.cpp refuses the request or fails.
         """
-        return dict(self._server.handle_completions(_greedy(prompt, new_tokens, **options)))
+        return _answered(dict(self._server.handle_completions(_greedy(prompt, new_tokens, **options))))
 
     def stream(self, prompt: Sequence[int], new_tokens: int, told: Callable[[str, int], bool]) -> None:
         """Generate greedy tokens after a prompt, and hand them to a callback one by one.
@@ -100,9 +103,7 @@ class LlamaCpp:
 
         def receive(reply: dict[str, Any]) -> bool:
             try:
-                if "choices" not in reply:
-                    said = reply.get("error", reply).get("message", "it does not say why")
-                    raise ModelError(f"llama.cpp does not run the model: {said}.")
+                _answered(reply)
                 return told(reply["choices"][0]["text"], reply["timings"]["predicted_n"])
             except Exception as error:  # xllamacpp would drop it
                 failed.append(error)
@@ -136,6 +137,14 @@ class LlamaCpp:
         )
         with urllib.request.urlopen(request, timeout=60) as reply:
             return list(json.load(reply)["tokens"])
+
+
+def _answered(reply: dict[str, Any]) -> dict[str, Any]:
+    """Return a reply of llama.cpp; raise `ModelError` with what it says where it has no answer."""
+    if "choices" not in reply:
+        said = reply.get("error", reply).get("message", "it does not say why")
+        raise ModelError(f"llama.cpp does not run the model: {said}.")
+    return reply
 
 
 def _greedy(prompt: Sequence[int], new_tokens: int, **options: Any) -> dict[str, Any]:

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runtime", default="torch", help="torch, onnx, genai, tensorrt, openvino, gguf or vllm (default: %(default)s)"
     )
     parser.add_argument("--batch", metavar="N,…", help="prompts at a time (default: 1; vllm: 1,8,32)")
-    parser.add_argument("--prompt", default="128,512", metavar="N,…", help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", metavar="N,…", help="tokens of a prompt (default: 128,512, or what of it the models can read)"
+    )
     parser.add_argument("--new", default="32", metavar="N", help="tokens written after it (default: %(default)s)")
     parser.add_argument("--runs", default="7", metavar="N", help="passes of each model (default: %(default)s)")
     parser.add_argument("--threads", metavar="N", help="of the CPU (default: all)")
@@ -50,7 +52,7 @@ def run(options: argparse.Namespace) -> str:
         UserError: An option is wrong, or a model cannot be loaded or exported.
     """
     batches = [] if options.batch is None else _numbers("batch", options.batch)
-    prompts = _numbers("prompt", options.prompt)
+    prompts = [] if options.prompt is None else _numbers("prompt", options.prompt)
     (new,), (runs,) = (_numbers(name, getattr(options, name), 1) for name in ("new", "runs"))
     threads = None if options.threads is None else _numbers("threads", options.threads, 1)[0]
 

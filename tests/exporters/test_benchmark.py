@@ -232,6 +232,7 @@ def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
         (("--runs", "1"), "runs at least 2"),
         (("--runtime", "genai", "--text", "wikitext2"), "genai is timed here, not scored on text"),
         (("--text", "none.txt"), "Cannot read the text 'none.txt'"),
+        (("--prompt", "16,128"), "A prompt of 128 tokens and 32 after it are more than the 128 that the models were"),
     ],
 )
 def test_mistakes(arguments, says, pair, capsys):
@@ -241,6 +242,11 @@ def test_mistakes(arguments, says, pair, capsys):
     assert err.startswith("selfpruner: ")
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_prompts_are_those_that_the_models_can_read(pair):
+    (case,) = benchmark(pair[1], pair[0], new_tokens=2, runs=2).cases
+    assert case.prompt == 126  # of 128 tokens
 
 
 def test_without_a_gpu(pair, monkeypatch):

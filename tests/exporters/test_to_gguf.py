@@ -305,6 +305,8 @@ def test_what_the_callback_raises_is_raised(loaded):
 def test_what_llama_cpp_refuses_is_one_line(loaded):
     with pytest.raises(ModelError, match=r"llama\.cpp does not run the model: .*context"):
         loaded.stream([5] * 300, 12, lambda *piece: False)
+    with pytest.raises(ModelError, match=r"llama\.cpp does not run the model: .*context"):
+        loaded.complete([5] * 300, 12)
 
 
 def test_a_truncated_file_is_one_line(tmp_path):
