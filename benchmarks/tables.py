@@ -179,6 +179,7 @@ GENERATED = (
     ("docs/results.md", "front", partial(of_benchmark, "front")),
     ("docs/results.md", "stages", stages_table),
     ("docs/results.md", "serving", serving_table),
+    ("docs/results.md", "searches", partial(of_benchmark, "search")),
     ("docs/results.md", "equal_budget", partial(of_benchmark, "equal_budget")),
     ("docs/results.md", "targets", partial(of_benchmark, "targets")),
     ("docs/results.md", "browser", partial(of_benchmark, "browser")),
