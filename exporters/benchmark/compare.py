@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from exporters import machine
 from exporters.benchmark import other_python
@@ -26,7 +26,7 @@ from exporters.to_onnx.hub_layout import read_configuration
 from exporters.writer import one_of
 from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.models.loading import explain
+from selfpruner_hub.models.loading import explain, load_config, text_config
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 
 WARMUP = 2
@@ -184,18 +184,13 @@ def _elsewhere(row: Runtime, runtime: str, python: str | Path | None) -> dict[st
 
 
 def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
-    try:
-        return read_configuration(Path(name)) or AutoConfig.from_pretrained(
-            name, **{**loading, "trust_remote_code": False}
-        )
-    except Exception as error:  # transformers and the Hub client share no base class
-        raise explain(name, error) from error
+    return read_configuration(Path(name)) or text_config(load_config(name, any_architecture=True, **loading))
 
 
 def _windows(text: str, config: PreTrainedConfig, name: str, loading: dict[str, Any]) -> Corpus:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **{**loading, "trust_remote_code": False})
-    except Exception as error:  # as above
+    except Exception as error:  # transformers and the Hub client share no base class
         raise explain(name, error) from error
     window = min(WINDOW, config.max_position_embeddings)
     return consecutive_windows(text, tokenizer, window, WINDOWS)

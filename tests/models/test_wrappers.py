@@ -20,6 +20,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from exporters.benchmark import benchmark
 from selfpruner_hub.models.loading import load_config, load_model
 from selfpruner_hub.storage.offload import DiskStore
 
@@ -71,6 +72,12 @@ def test_the_text_model_says_what_the_wrapper_says(wrapper, on_disk, tmp_path):
 
 def test_the_configuration_alone_is_accepted(wrapper):
     load_config(str(wrapper[2]))
+
+
+def test_it_is_timed_beside_its_pruned_text_model(wrapper, tmp_path):
+    uneven(load_model(str(wrapper[2]))[0]).save_pretrained(tmp_path)
+    (case,) = benchmark(tmp_path, wrapper[2], prompts=(8,), new_tokens=1, runs=2, threads=1).cases
+    assert case.prefill.ideal > 1
 
 
 def test_the_names_of_older_files(wrapper, tmp_path):
