@@ -12,7 +12,7 @@ from selfpruner_hub.errors import SelfPrunerError, UserError
 from selfpruner_hub.exporting import meter_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.plans.budget import ParameterBudget
-from selfpruner_hub.plans.target import REQUEST, RUNTIME, Meter, Target, check_beta, needs_target, target_of
+from selfpruner_hub.plans.target import RUNTIME, Meter, Target, check_beta, needs_target, target_of
 from selfpruner_hub.provenance import reached
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Record
@@ -103,7 +103,7 @@ def aim_of(
         raise UserError("beta and a target are both given.", "Give one of them.")
     where = RUNTIME if runtime is None else runtime
     meter = meter_of(where) if isinstance(where, str) else where
-    return TargetInRuntime(target_of(target, meter.name, *(request or REQUEST)), meter, dense, tokenizer)
+    return TargetInRuntime(target_of(target, meter.name, request), meter, dense, tokenizer)
 
 
 def _bounds(method: PruneSettings) -> dict[str, Any]:

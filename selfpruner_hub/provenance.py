@@ -175,7 +175,7 @@ def reached(record: Record, target: Target, costs: Costs, measured: tuple[float,
         dense=round(dense, 2),
         protocol=f"{target.charged}; asked for {target.name}: predicted "
         f"{target.said(known['predicted'])}, measured {target.said(known['measured'])}; predicted "
-        f"{target.charge(costs.of(record.plan))}, and {target.charge(costs.dense)} dense",
+        f"{target.said_cost(costs.of(record.plan))}, and {target.said_cost(costs.dense)} dense",
         unit=target.unit,
         machine=platform.processor() or platform.machine(),
         date=datetime.now(UTC).date().isoformat(),

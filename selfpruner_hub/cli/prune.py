@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> str:
         UserError: An option is wrong, or the model or the text cannot be loaded.
         OutputError: The output cannot be written.
     """
-    from selfpruner_hub.plans.target import REQUEST, RUNTIME, check_beta, needs_target, parse_target, target_of
+    from selfpruner_hub.plans.target import check_beta, needs_target, parse_target, target_of
     from selfpruner_hub.storage.staging import check_writable
 
     settings = _settings(options.set)
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> str:
         wanted = target = None
     else:
         wanted = parse_target(options.target)
-        target = target_of(wanted, options.runtime or RUNTIME, *(request or REQUEST))
+        target = target_of(wanted, options.runtime, request)
     check_seed(options.seed)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
     check_writable(options.output)

@@ -142,7 +142,7 @@ class ParameterBudget:
         return f"{self.target.name} in {self.target.runtime}" if self.target else f"beta={self.beta:g}"
 
     def _figure(self, share: float) -> str:
-        return self.target.without(share, self.costs) if self.target else f"{share:.3f}"
+        return self.target.said_share(share, self.costs) if self.target else f"{share:.3f}"
 
     @cached_property
     def tolerance(self) -> float:

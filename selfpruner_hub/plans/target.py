@@ -82,13 +82,13 @@ class Target:
         """Write a figure, with its unit."""
         if self.quantity == "speedup" or (self.unit == "bytes" and self.value < 1):
             return f"{figure:.3f}"
-        return self.charge(figure)
+        return self.said_cost(figure)
 
-    def without(self, share: float, costs: Costs) -> str:
+    def said_share(self, share: float, costs: Costs) -> str:
         """Write what a plan reaches that removes this share of the prunable cost."""
         return self.said(self.figure(costs.dense - share * costs.prunable, costs.dense))
 
-    def charge(self, cost: float) -> str:
+    def said_cost(self, cost: float) -> str:
         """Write a cost, with its unit."""
         return f"{cost:.2f} ms" if self.unit == "ms" else f"{cost:,.0f} bytes"
 
@@ -130,16 +130,13 @@ def needs_target(runtime: object, request: object) -> None:
         raise UserError("runtime and request say how a target is measured, and none is given.", REMEDY)
 
 
-def target_of(
-    wanted: Mapping[str, Any], runtime: str, prompt: int = REQUEST[0], new_tokens: int = REQUEST[1]
-) -> Target:
+def target_of(wanted: Mapping[str, Any], runtime: str | None, request: tuple[int, int] | None = None) -> Target:
     """Check a target.
 
     Args:
         wanted: One quantity and its value: a number, or for bytes also text such as `"200MB"`.
-        runtime: Name of the runtime.
-        prompt: Tokens of the prompt of a request, at least 1.
-        new_tokens: Tokens generated after it, at least 1.
+        runtime: Name of the runtime; None takes `RUNTIME`.
+        request: Tokens of the prompt, and tokens generated after it, each at least 1; None takes `REQUEST`.
 
     Returns:
         The target.
@@ -155,10 +152,11 @@ def target_of(
         raise UserError(f"A target's speedup must be above 1; got {value:g}.", REMEDY)
     if value == 1 and QUANTITIES[quantity] == "bytes":
         raise UserError(f"{quantity}=1 is neither a share below 1 nor a number of bytes.", REMEDY)
+    prompt, new_tokens = REQUEST if request is None else request
     for name, count in (("prompt", prompt), ("new_tokens", new_tokens)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise UserError(f"{name} must be a whole number from 1 on; got {count!r}.")
-    return Target(quantity, value, runtime, prompt, new_tokens)
+    return Target(quantity, value, RUNTIME if runtime is None else runtime, prompt, new_tokens)
 
 
 def parse_target(text: str) -> dict[str, str]:

@@ -7,7 +7,6 @@ added to the model, and the order of the predictions does not change.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from numpy.polynomial import Polynomial
 from torch import Tensor
@@ -56,7 +55,7 @@ def match_confidence(
             crossed[index] += (scaled.logsumexp(-1) - torch.linalg.vecdot(shares, scaled)).sum().item()
         if progress:
             progress("matching confidence", first + len(logits), len(ours))
-    through = Polynomial.fit(MEASURED, np.divide(crossed, len(ours)), deg=len(MEASURED) - 1)
+    through = Polynomial.fit(MEASURED, crossed, deg=len(MEASURED) - 1)
     scale = min(SCALES, key=through)
     norm, unit = pruned.get_decoder().norm, architecture_of(pruned.config).norm_unit
     norm.weight.copy_(scale * (norm.weight.float() + unit) - unit)

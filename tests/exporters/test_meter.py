@@ -57,7 +57,7 @@ def scripted(monkeypatch):
 
 
 def speedup(runtime="torch"):
-    return target_of({"speedup": 1.2}, runtime, *REQUEST)
+    return target_of({"speedup": 1.2}, runtime, REQUEST)
 
 
 def nothing(*_told):
@@ -87,7 +87,7 @@ def test_costs_are_measured_once(scripted):
     first = scripted.costs(model, None, speedup(), nothing)
     measured = list(Scripted.loaded)
     assert scripted.costs(tiny_model("llama", seed=1), None, speedup(), nothing).digest() == first.digest()
-    scripted.costs(model, None, target_of({"memory": 0.7}, "torch", *REQUEST), nothing)
+    scripted.costs(model, None, target_of({"memory": 0.7}, "torch", REQUEST), nothing)
     assert Scripted.loaded == measured
     scripted.costs(tiny_model("llama", num_hidden_layers=3), None, speedup(), nothing)
     assert len(Scripted.loaded) > len(measured)
@@ -99,7 +99,7 @@ def test_the_result_is_measured_beside_the_dense_model(scripted):
     before, after = scripted.measure(dense, pruned, None, speedup(), nothing)
     plan = shape_of(pruned.config).dense
     assert before / after == pytest.approx(costs.dense / costs.of(plan))
-    memory = target_of({"memory": 0.7}, "torch", *REQUEST)
+    memory = target_of({"memory": 0.7}, "torch", REQUEST)
     sizes = scripted.measure(dense, pruned, None, memory, nothing)
     predicted = scripted.costs(dense, None, memory, nothing)
     assert sizes[0] == pytest.approx(predicted.dense, rel=0.05)  # headers of tiny files
@@ -126,7 +126,7 @@ def test_a_kv_cache_is_counted():
 @pytest.mark.parametrize("name", ["gemma3", "phi3", "llama-mha-tied", "olmo2", "gemma-mqa"])
 def test_every_kind_of_model_is_measured_in_pytorch(name):
     model = tiny_model(name)
-    sizes = RuntimeMeter("torch").costs(model, None, target_of({"memory": 0.7}, "torch", 4, 1), nothing)
+    sizes = RuntimeMeter("torch").costs(model, None, target_of({"memory": 0.7}, "torch", (4, 1)), nothing)
     shape = shape_of(model.config)
     assert sizes.ffn[0][-1] == pytest.approx(4 * 48 * shape.channel_weights, rel=0.2)
     assert bool(sizes.attention[0].any()) == (not shape.whole_attention and name != "gemma-mqa")
@@ -138,7 +138,7 @@ def test_a_runtime_charges_the_bytes_of_its_files(runtime, monkeypatch):
     monkeypatch.setattr(meter, "FFN_SHARES", (0.5,))
     pytest.importorskip({"onnx": "onnxruntime", "gguf": "xllamacpp"}[runtime])
     model = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2)
-    target = target_of({"memory": 0.7}, runtime, 8, 2)
+    target = target_of({"memory": 0.7}, runtime, (8, 2))
     costs = RuntimeMeter(runtime).costs(model, trained_tokenizer(), target, nothing)
     each = {"onnx": 4, "gguf": 2}[runtime]
     assert costs.ffn[0][-1] == pytest.approx(each * 48 * 3 * 32, rel=0.1)

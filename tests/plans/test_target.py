@@ -49,7 +49,7 @@ def test_a_target_is_one_quantity(wanted):
 @pytest.mark.parametrize("request_", [(0, 32), (128, 0), (1.5, 2), (True, 2)])
 def test_a_request_has_tokens(request_):
     with pytest.raises(UserError, match="whole number"):
-        target_of({"speedup": 1.5}, "onnx", *request_)
+        target_of({"speedup": 1.5}, "onnx", request_)
 
 
 def test_figures_are_written_with_their_units():

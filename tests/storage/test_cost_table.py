@@ -13,7 +13,7 @@ from selfpruner_hub.storage.cost_table import CostTable, Point, keep_table, read
 
 SHAPE = ModelShape(32, 8, 2, Plan.of([100] * 10, [4] * 10))
 KEY = {"runtime": "onnx", "intermediate_size": [100] * 10, "version": "1"}
-REQUEST = target_of({"speedup": 1.5}, "onnx", 64, 8)
+REQUEST = target_of({"speedup": 1.5}, "onnx", (64, 8))
 
 
 def points(group=3.0, channel=0.2, constant=40.0, decode=0.25):
