@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.errors import SelfPrunerError, UserError
 from selfpruner_hub.exporting import meter_of
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.target import RUNTIME, Meter, Target, check_beta, needs_target, target_of
 from selfpruner_hub.provenance import reached
@@ -67,8 +68,11 @@ class TargetInRuntime:
         """Measure both models in the runtime; a failure is recorded, since the pruned model itself is there."""
         try:
             found = self.meter.measure(self.dense, pruned, self.tokenizer, self.target, report)
-        except SelfPrunerError as error:
-            return reached(record, self.target, budget.costs, str(error))
+        except (SelfPrunerError, RuntimeError, MemoryError) as error:
+            told = error if isinstance(error, SelfPrunerError) else out_of_memory(error)
+            if told is None:
+                raise
+            return reached(record, self.target, budget.costs, str(told))
         return reached(record, self.target, budget.costs, found)
 
 

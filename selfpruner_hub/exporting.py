@@ -16,11 +16,12 @@ from selfpruner_hub.storage.model_record import Record, read_record
 from selfpruner_hub.storage.staging import save_directory
 
 
-def meter_of(runtime: str) -> Meter:
+def meter_of(runtime: str, python: str | Path | None = None) -> Meter:
     """Make what measures costs in a runtime.
 
     Args:
-        runtime: Name of the runtime: `"torch"`, `"onnx"` or `"gguf"`.
+        runtime: Name of the runtime: `"torch"`, `"onnx"`, `"gguf"` or `"vllm"`.
+        python: Path of the Python of a runtime that has an environment of its own (`"vllm"`).
 
     Returns:
         The meter.
@@ -30,7 +31,7 @@ def meter_of(runtime: str) -> Meter:
     """
     from exporters.benchmark.meter import RuntimeMeter  # it imports this package
 
-    return RuntimeMeter(runtime)
+    return RuntimeMeter(runtime, python=python)
 
 
 def make_exports(directory: Path, formats: Sequence[str], *, static: bool = False, parent: str | None = None) -> None:

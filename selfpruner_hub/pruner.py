@@ -140,7 +140,7 @@ class AutoPruner:
                 and `{"kv_cache": BYTES_PER_TOKEN}`; below 1, the last two are shares of the dense model's. The costs
                 of all widths are measured in the runtime, once for a shape of model on a machine.
             runtime: Runtime of the target: `"torch"` (also None), `"onnx"` or `"gguf"` (llama.cpp), or an object that
-                follows the `Meter` protocol.
+                follows the `Meter` protocol; vLLM needs `exporters.benchmark.meter.RuntimeMeter("vllm", python=PATH)`.
             request: Tokens of the prompt, and tokens generated after it, of the request that the target's time is for;
                 None takes 128 and 32.
             preset: Name of the preset: `"default"`, `"draft"` for a first look (no second repair), `"fast"` for little

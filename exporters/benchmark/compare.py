@@ -18,7 +18,7 @@ from exporters import machine
 from exporters.benchmark import other_python
 from exporters.benchmark.latency import interleaved, timing
 from exporters.benchmark.report import Case, Phase, Quality, Report, Side
-from exporters.benchmark.runtimes import RUNTIMES, Runtime, Setting
+from exporters.benchmark.runtimes import RUNTIMES, Runtime, Setting, elsewhere
 from exporters.benchmark.worker import Worker, started
 from exporters.benchmark.workload import workload_of
 from exporters.export import export
@@ -93,7 +93,7 @@ def benchmark(
     _check(row, runtime, batches, prompts, new_tokens, runs)
     if text is not None and not row.scored:
         raise UserError(f"{runtime} is timed here, not scored on text.", "Leave out the text.")
-    elsewhere = _elsewhere(row, runtime, python)
+    versions_there = elsewhere(runtime, python)
     threads = threads or machine.threads()
     names = (str(against), str(pruned))
     loadings: tuple[dict[str, Any], dict[str, Any]] = (loading or {}, {})
@@ -124,7 +124,7 @@ def benchmark(
                 for name, config, keywords, side in zip(names, configs, loadings, ("dense", "pruned"), strict=True)
             ]
             settings = [
-                replace(setting, python=str(python), staged=own != name)
+                replace(setting, python=str(python), staged=own != name, models=len(names))
                 for own, name in zip(loaded, names, strict=True)
             ]
         else:
@@ -147,7 +147,7 @@ def benchmark(
         device=device,
         threads=threads,
         machine=machine.describe(device),
-        versions={**dict(_versions()), **elsewhere},
+        versions={**dict(_versions()), **versions_there},
         dense=dense,
         pruned=own,
         cases=tuple(cases),
@@ -174,13 +174,6 @@ def _fitting(prompts: Sequence[int], new_tokens: int, context: int) -> Sequence[
             "Ask for fewer.",
         )
     return asked
-
-
-def _elsewhere(row: Runtime, runtime: str, python: str | Path | None) -> dict[str, str]:
-    """Return the versions of the other Python of a runtime, if it has one."""
-    if row.program is None and python is not None:
-        raise UserError(f"{runtime} runs in this Python.", "Leave --python out.")
-    return {} if row.program is None else other_python.versions(python)
 
 
 def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:

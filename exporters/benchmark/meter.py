@@ -5,17 +5,20 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters import machine
-from exporters.benchmark.latency import Measured, interleaved
-from exporters.benchmark.runtimes import RUNTIMES, Setting
+from exporters.benchmark import other_python
+from exporters.benchmark.latency import Measured, Runner, interleaved
+from exporters.benchmark.runtimes import RUNTIMES, Setting, elsewhere
+from exporters.benchmark.worker import started
 from exporters.export import export_model
 from exporters.writer import one_of, require
 from selfpruner_hub.errors import UserError
@@ -26,8 +29,10 @@ from selfpruner_hub.plans.plan import ModelShape, widths_of
 from selfpruner_hub.plans.target import Target
 from selfpruner_hub.storage.cost_table import Point, keep_table, read_table
 
-LIBRARIES = {"torch": "torch", "onnx": "onnxruntime", "gguf": "xllamacpp"}
+LIBRARIES = {"torch": "torch", "onnx": "onnxruntime", "gguf": "xllamacpp", "vllm": "vllm"}
 """Runtimes of targets, and the library whose version a table is for."""
+ON_GPU = ("torch", "onnx", "vllm")
+"""Runtimes that are measured on a CUDA device; llama.cpp is built here for the CPU."""
 LAYER_WEIGHTS = 128_000_000
 """Largest number of weights in the layers of a model that is built to be measured: 512 MB in float32, far more than
 what the caches of a processor hold."""
@@ -46,27 +51,34 @@ Report = Callable[..., None]
 
 
 class RuntimeMeter:
-    """Costs in one runtime, on the CPU, in its default dtype.
+    """Costs in one runtime.
+
+    The runtimes of `ON_GPU` are measured where the dense model is, if that is a CUDA device, and everything else on the
+    CPU. A runtime that loads PyTorch's files (PyTorch, vLLM) has the model's dtype. Exports have the default dtype of
+    their runtime, or float16 on a GPU.
 
     Args:
         runtime: A key of `LIBRARIES`.
         runs: Number of passes that are timed; None takes `RUNS`.
+        python: Path of the Python of a runtime that has an environment of its own (`"vllm"`).
 
     Raises:
-        UserError: Targets cannot be measured in the runtime.
+        UserError: Targets cannot be measured in the runtime, or its Python is missing or not wanted.
         MissingExtraError: Its library is not installed.
     """
 
-    def __init__(self, runtime: str, runs: int | None = None) -> None:
+    def __init__(self, runtime: str, runs: int | None = None, *, python: str | Path | None = None) -> None:
         if runtime in RUNTIMES and runtime not in LIBRARIES:
             raise UserError(
                 f"A target cannot be measured in {runtime}.", f"Choose one of {', '.join(LIBRARIES)}, or give beta."
             )
         self.name = one_of("runtime", runtime, tuple(LIBRARIES))
-        if runtime != "torch":
+        self._row, self._python = RUNTIMES[runtime], python
+        there = elsewhere(runtime, python)
+        if not there and runtime != "torch":
             require(LIBRARIES[runtime], runtime)
-        self._row = RUNTIMES[runtime]
-        self._dtype = next(iter(self._row.dtypes))
+        self._version = " ".join(f"{name} {number}" for name, number in sorted(there.items()))
+        self._version = self._version or version(LIBRARIES[runtime])
         self._runs = RUNS if runs is None else runs
 
     def costs(
@@ -88,7 +100,8 @@ class RuntimeMeter:
         """
         shape = shape_of(model.config)
         if target.quantity == "kv_cache":
-            return Costs.linear(shape, 2 * shape.head_dim * self._row.dtypes[self._dtype][1], 0.0, unit=target.unit)
+            element = self._row.dtypes[self._dtype(model, self._device(model))][1]
+            return Costs.linear(shape, 2 * shape.head_dim * element, 0.0, unit=target.unit)
         key = self._key(model, shape, target)
         table = read_table(key) or keep_table(key, self._measured(model, tokenizer, shape, target, report))
         return table.costs(shape, target)
@@ -117,7 +130,8 @@ class RuntimeMeter:
         if target.quantity == "kv_cache":
             costs = [self.costs(model, tokenizer, target, report).dense for model in models]
         else:
-            points = self._points([partial(_same, model) for model in models], tokenizer, target, report)
+            makers = [partial(_same, model) for model in models]
+            points = self._points(makers, tokenizer, target, self._device(dense), report)
             costs = [point.cost(target) for point in points]
         return costs[0], costs[1]
 
@@ -139,9 +153,8 @@ class RuntimeMeter:
         widths = [(groups, channels), *((g, channels) for g in fewer), *((groups, f) for f in sorted(narrower))]
         whole = [(shape.num_layers, groups, channels)] if few < shape.num_layers else []
         sizes = [*whole, *((few, g, f) for g, f in widths)]
-        points = self._points(
-            [partial(_random_model, model, shape, *size) for size in sizes], tokenizer, target, report
-        )
+        makers = [partial(_random_model, model, shape, *size) for size in sizes]
+        points = self._points(makers, tokenizer, target, self._device(model), report)
         return points if whole else [points[0], *points]
 
     def _points(
@@ -149,27 +162,30 @@ class RuntimeMeter:
         makers: Sequence[Callable[[], PreTrainedModel]],
         tokenizer: PreTrainedTokenizerBase | None,
         target: Target,
+        device: str,
         report: Report,
     ) -> list[Point]:
         """Export models and time them in turn; times are relative to those of the first, in the same turn."""
         total, done = len(makers) * (2 + WARMUP + self._runs), iter(range(10**9))
-        setting = Setting(machine.threads(), self._row.device, self._dtype, target.prompt + target.new_tokens + MARGIN)
+        longest = target.prompt + target.new_tokens + MARGIN
         found, runners = [], []
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
             for index, make in enumerate(makers):
                 report(MEASURING, next(done), total)
                 directory, model = Path(folder) / str(index), make()
-                shape, vocabulary = shape_of(model.config), model.config.vocab_size
+                config, dtype = model.config, self._dtype(model, device)
+                setting = Setting(machine.threads(), device, dtype, longest, models=len(makers))
                 self._write(model, tokenizer, directory, setting)
                 del model
                 report(MEASURING, next(done), total)
-                runners.append(self._row.load(str(directory), setting))  # type: ignore[misc]
+                runners.append(self._runner(directory, config, setting, processes))
                 size = sum(path.stat().st_size for path in directory.iterdir() if path.suffix in WEIGHTS)
+                shape = shape_of(config)
                 first = shape.dense.layers[0]
                 found.append(
                     Point(shape.num_layers, first.num_key_value_heads, first.intermediate_size, 0.0, 0.0, size)
                 )
-            ids = torch.randint(vocabulary, (1, target.prompt), generator=torch.Generator().manual_seed(0))
+            ids = torch.randint(config.vocab_size, (1, target.prompt), generator=torch.Generator().manual_seed(0))
             passes = interleaved(
                 runners,
                 ids,
@@ -194,8 +210,27 @@ class RuntimeMeter:
             return
         export_model(model, tokenizer, self.name, directory, tolerance=UNCOMPARED, **self._row.options(setting))
 
+    def _runner(self, directory: Path, config: PreTrainedConfig, setting: Setting, processes: ExitStack) -> Runner:
+        """Load what was saved, in this process or in one of the runtime's own Python."""
+        if self._row.load is not None:
+            return self._row.load(str(directory), setting)
+        staged = other_python.staged(str(directory), config, {}, directory.with_name(f"{directory.name}-staged"))
+        there = replace(setting, python=str(self._python), staged=staged != str(directory))
+        return processes.enter_context(started(self.name, staged, there))
+
+    def _device(self, dense: PreTrainedModel) -> str:
+        """Device on which the runtime is measured, as PyTorch names it."""
+        return str(dense.device) if dense.device.type == "cuda" and self.name in ON_GPU else self._row.device
+
+    def _dtype(self, model: PreTrainedModel, device: str) -> str:
+        """Name of the dtype that the model has in the runtime."""
+        own = str(model.dtype).removeprefix("torch.")
+        if self._row.options is None and own in self._row.dtypes:
+            return own
+        return "float16" if device.startswith("cuda") else next(iter(self._row.dtypes))
+
     def _key(self, model: PreTrainedModel, shape: ModelShape, target: Target) -> dict[str, object]:
-        library = LIBRARIES[self.name]
+        device = self._device(model)
         return {
             "model_type": model.config.model_type,
             "hidden_size": shape.hidden_size,
@@ -204,10 +239,10 @@ class RuntimeMeter:
             "vocab_size": model.config.vocab_size,
             **widths_of(shape.dense),
             "runtime": self.name,
-            "dtype": self._dtype,
+            "dtype": self._dtype(model, device),
             "threads": machine.threads(),
-            "machine": machine.describe(self._row.device),
-            "version": version(library),
+            "machine": machine.describe(device),
+            "version": self._version,
             "prompt": target.prompt,
             "new_tokens": target.new_tokens,
         }
@@ -227,7 +262,10 @@ def _beside(own: Sequence[Measured], reference: Sequence[Measured], phase: str) 
 def _random_model(
     dense: PreTrainedModel, shape: ModelShape, layers: int, groups: int, channels: int
 ) -> PreTrainedModel:
-    """Build a model of the pruned class with random weights in float32, all of whose layers have the same widths."""
+    """Build a model of the pruned class with random weights, all of whose layers have the same widths.
+
+    A runtime that loads PyTorch's files has it in the model's dtype, and exports have a dtype of their own.
+    """
     values = dense.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version", "dtype"):
         values.pop(key, None)
@@ -240,4 +278,4 @@ def _random_model(
     config._attn_implementation_internal = dense.config._attn_implementation_internal
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return torch.nn.Module.float(model_class(dense.config)(config)).eval()
+        return torch.nn.Module.to(model_class(dense.config)(config), dense.dtype).eval()

@@ -13,7 +13,7 @@ from gguf import GGML_QUANT_SIZES
 from torch import Tensor
 
 from exporters.benchmark.latency import CausalLMRunner, Measured, Runner
-from exporters.benchmark.other_python import VLLM_WORKER
+from exporters.benchmark.other_python import VLLM_WORKER, versions
 from exporters.to_gguf.dtypes import DTYPES
 from exporters.to_gguf.library import cross_entropy
 from exporters.to_gguf.llama_cpp import LlamaCpp
@@ -41,6 +41,8 @@ class Setting:
     """Path of the Python that runs the runtime, if it is not this one."""
     staged: bool = False
     """Whether the model's directory was made by `other_python.staged`, so that code in it may run."""
+    models: int = 1
+    """Number of models that are loaded at a time, for a runtime that reserves memory of a GPU."""
 
 
 class LlamaCppRunner:
@@ -217,3 +219,23 @@ RUNTIMES: dict[str, Runtime] = {
         program=VLLM_WORKER,
     ),
 }
+
+
+def elsewhere(runtime: str, python: str | Path | None) -> dict[str, str]:
+    """Read the versions of the other Python of a runtime, if it has one.
+
+    Args:
+        runtime: Key of `RUNTIMES`.
+        python: Path of the Python of a runtime that has an environment of its own, else None.
+
+    Returns:
+        Versions of the libraries there, by name; none for a runtime of this Python.
+
+    Raises:
+        UserError: The path is missing or not wanted, or the runtime is not there.
+    """
+    if RUNTIMES[runtime].program is not None:
+        return versions(python)
+    if python is not None:
+        raise UserError(f"{runtime} runs in this Python.", "Leave --python out.")
+    return {}

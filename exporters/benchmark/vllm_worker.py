@@ -19,6 +19,8 @@ PAUSE = 0.01
 """Seconds to wait before a pass: the other model's threads keep spinning for some milliseconds after theirs."""
 CACHE_GB = "2"
 """GiB of the KV cache on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
+GPU_SHARE = 0.9
+"""Share of a GPU's memory that all models together reserve."""
 _STATUS = Path("/proc/self/status")
 
 
@@ -40,6 +42,8 @@ class Vllm:
         kind = setting["device"].partition(":")[0]
         if current_platform.device_type != kind:
             raise ValueError(f"This vLLM runs on {current_platform.device_type}, not on {kind}.")
+        # Of a GPU, an engine reserves nine tenths by default, and the next one would not start.
+        share = {} if kind == "cpu" else {"gpu_memory_utilization": GPU_SHARE / setting["models"]}
         self._engine = LLM(
             model=name,
             dtype=setting["dtype"],
@@ -50,6 +54,7 @@ class Vllm:
             max_num_batched_tokens=max(2048, setting["batch"] * setting["longest"]),
             skip_tokenizer_init=True,
             enable_prefix_caching=False,  # every pass reads the same prompts
+            **share,
         ).llm_engine
         self._names = map(str, itertools.count())
 

@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", metavar="NAME=VALUE",
         help="in place of it: speedup=1.5, latency=MS, memory=200MB or kv_cache=0.5 (or bytes a token) in the runtime",
     )  # fmt: skip
-    made.add_argument("--runtime", help="of the target: torch, onnx or gguf (default: torch)")
+    made.add_argument("--runtime", help="of the target: torch, onnx, gguf or vllm (default: torch)")
+    made.add_argument("--python", type=Path, metavar="PATH", help="the Python of vLLM's environment (vllm only)")
     made.add_argument(
         "--request", metavar="P+N",
         help="tokens of the prompt and of the answer that the target's time is for (default: 128+32)",
@@ -108,7 +109,7 @@ def run(options: argparse.Namespace) -> str:
     request = None if options.request is None else _request(options.request)
     if options.target is None:
         check_beta(options.beta)
-        needs_target(options.runtime, request)
+        needs_target(options.runtime or options.python, request)
         wanted = target = None
     else:
         wanted = parse_target(options.target)
@@ -121,9 +122,11 @@ def run(options: argparse.Namespace) -> str:
     run_dir = options.run_dir or Path(f"{options.output.resolve()}.run")
     options.kept = f"What was scored is in {run_dir}: the same command again goes on from there."
 
+    from selfpruner_hub.exporting import meter_of
     from selfpruner_hub.pruner import AutoPruner
     from selfpruner_hub.search.journal import JOURNAL_FILE
 
+    meter = None if target is None else meter_of(target.runtime, options.python)
     pruner = AutoPruner.from_pretrained(
         options.model,
         base_model=options.base_model,
@@ -133,7 +136,7 @@ def run(options: argparse.Namespace) -> str:
     pruned = pruner.prune(
         options.beta,
         target=wanted,
-        runtime=options.runtime,
+        runtime=meter,
         request=request,
         preset=options.preset,
         proposer=options.proposer,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.tiny import tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 from transformers import AutoConfig
@@ -148,8 +149,40 @@ def test_a_runtime_charges_the_bytes_of_its_files(runtime, monkeypatch):
 
 
 def test_runtimes_that_cannot_be_metered_are_refused_in_one_line():
-    for name in ("vllm", "tensorrt", "openvino", "abacus"):
+    for name, python, says in (
+        ("tensorrt", None, "torch, onnx, gguf, vllm"),
+        ("openvino", None, "torch, onnx, gguf, vllm"),
+        ("abacus", None, "torch, onnx, gguf, vllm"),
+        ("vllm", None, "Name its Python: --python PATH/bin/python."),
+        ("gguf", "/bin/python", "gguf runs in this Python."),
+    ):
         with pytest.raises(UserError) as refused:
-            RuntimeMeter(name)
+            RuntimeMeter(name, python=python)
         assert "\n" not in str(refused.value)
-        assert "torch, onnx, gguf" in str(refused.value)
+        assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(("kind", "where"), [("cuda:1", ("cuda:1", "bfloat16")), ("mps", ("cpu", "bfloat16"))])
+def test_pytorch_is_measured_as_the_model_is_run(kind, where, scripted, monkeypatch):
+    """In its dtype, and on its device if that is a CUDA device."""
+    model, seen = tiny_model("llama").bfloat16(), []
+    monkeypatch.setattr(type(model), "device", property(lambda _: torch.device(kind)))
+
+    def load(directory, setting):
+        seen.append((setting.device, setting.dtype))
+        return Scripted(directory, setting)
+
+    scripted._row = replace(scripted._row, load=load)
+    sizes = scripted.costs(model, None, target_of({"memory": 0.7}, "torch", REQUEST), nothing)
+    assert set(seen) == {where}
+    assert sizes.ffn[0][-1] == pytest.approx(2 * 48 * 3 * 32, rel=0.1)  # bytes in bfloat16
+    element = scripted.costs(model, None, target_of({"kv_cache": 0.5}, "torch"), nothing).dense
+    assert element == 2 * 4 * 4 * 4 * 2  # keys and values, 4 wide, 4 heads in 4 layers
+
+
+def test_exports_are_measured_in_half_on_a_gpu(monkeypatch):
+    made, model = RuntimeMeter("onnx"), tiny_model("llama")
+    assert (made._device(model), made._dtype(model, "cpu")) == ("cpu", "float32")
+    monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda", 0)))
+    assert (made._device(model), made._dtype(model, "cuda:0")) == ("cuda:0", "float16")
+    assert RuntimeMeter("gguf")._device(model) == "cpu"

