@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters import machine
 from exporters.benchmark import other_python
@@ -40,6 +40,9 @@ FFN_SHARES = (0.6, 0.3)
 """FFN widths that are measured, as shares of the dense width."""
 RUNS, WARMUP = 21, 1
 """Passes that are timed, in turn, and passes before them. One pass of a quiet machine is off by a tenth."""
+RUNS_OF_A_LOAD = 7
+"""Passes of a model after which it is loaded anew: one load can be slower than the next by a twentieth for as long as
+it lasts, which no number of passes averages out. A runtime of its own Python, which takes long to start, loads once."""
 MARGIN = 8
 """Spare tokens of context."""
 WEIGHTS = {".onnx", ".data", ".gguf", ".safetensors"}
@@ -166,57 +169,68 @@ class RuntimeMeter:
         report: Report,
     ) -> list[Point]:
         """Export models and time them in turn; times are relative to those of the first, in the same turn."""
-        total, done = len(makers) * (2 + WARMUP + self._runs), iter(range(10**9))
+        loads = max(1, self._runs // RUNS_OF_A_LOAD) if self._row.program is None else 1
+        total = len(makers) * (1 + loads * (1 + WARMUP) + self._runs)
+        done = iter(range(10**9))
         longest = target.prompt + target.new_tokens + MARGIN
-        found, runners = [], []
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
+        found, saved = [], []
+        passes: list[list[Measured]] = [[] for _ in makers]
+        with tempfile.TemporaryDirectory() as folder:
             for index, make in enumerate(makers):
                 report(MEASURING, next(done), total)
                 directory, model = Path(folder) / str(index), make()
-                config, dtype = model.config, self._dtype(model, device)
-                setting = Setting(machine.threads(), device, dtype, longest, models=len(makers))
-                self._write(model, tokenizer, directory, setting)
+                config = model.config
+                setting = Setting(machine.threads(), device, self._dtype(model, device), longest, models=len(makers))
+                saved.append(self._saved(model, tokenizer, directory, setting))
                 del model
-                report(MEASURING, next(done), total)
-                runners.append(self._runner(directory, config, setting, processes))
-                size = sum(path.stat().st_size for path in directory.iterdir() if path.suffix in WEIGHTS)
                 shape = shape_of(config)
                 first = shape.dense.layers[0]
+                size = sum(path.stat().st_size for path in directory.iterdir() if path.suffix in WEIGHTS)
                 found.append(
                     Point(shape.num_layers, first.num_key_value_heads, first.intermediate_size, 0.0, 0.0, size)
                 )
             ids = torch.randint(config.vocab_size, (1, target.prompt), generator=torch.Generator().manual_seed(0))
-            passes = interleaved(
-                runners,
-                ids,
-                target.new_tokens,
-                runs=self._runs,
-                warmup=WARMUP,
-                progress=lambda: report(MEASURING, next(done), total),
-            )
-            del runners
+            for load in range(loads):
+                with ExitStack() as processes:
+                    runners = []
+                    for name, setting in saved:
+                        report(MEASURING, next(done), total)
+                        runners.append(self._runner(name, setting, processes))
+                    measured = interleaved(
+                        runners,
+                        ids,
+                        target.new_tokens,
+                        runs=(self._runs * (load + 1)) // loads - (self._runs * load) // loads,
+                        warmup=WARMUP,
+                        progress=lambda: report(MEASURING, next(done), total),
+                    )
+                    del runners  # before the folder
+                for own, more in zip(passes, measured, strict=True):
+                    own.extend(more)
         report(MEASURING, total, total)
         return [
             replace(point, prefill=_beside(own, passes[0], "prefill"), decode=_beside(own, passes[0], "decode"))
             for point, own in zip(found, passes, strict=True)
         ]
 
-    def _write(
+    def _saved(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path, setting: Setting
-    ) -> None:
-        """Save a model where the runtime loads it."""
-        if self._row.options is None:
-            model.save_pretrained(directory)
-            return
-        export_model(model, tokenizer, self.name, directory, tolerance=UNCOMPARED, **self._row.options(setting))
+    ) -> tuple[str, Setting]:
+        """Save a model where the runtime loads it; return that place, and the settings for loading it."""
+        if self._row.options is not None:
+            export_model(model, tokenizer, self.name, directory, tolerance=UNCOMPARED, **self._row.options(setting))
+            return str(directory), setting
+        model.save_pretrained(directory)
+        if self._row.program is None:
+            return str(directory), setting
+        name = other_python.staged(str(directory), model.config, {}, directory.with_name(f"{directory.name}-staged"))
+        return name, replace(setting, python=str(self._python), staged=name != str(directory))
 
-    def _runner(self, directory: Path, config: PreTrainedConfig, setting: Setting, processes: ExitStack) -> Runner:
-        """Load what was saved, in this process or in one of the runtime's own Python."""
+    def _runner(self, name: str, setting: Setting, processes: ExitStack) -> Runner:
+        """Load a model in this process, or in one of the runtime's own Python."""
         if self._row.load is not None:
-            return self._row.load(str(directory), setting)
-        staged = other_python.staged(str(directory), config, {}, directory.with_name(f"{directory.name}-staged"))
-        there = replace(setting, python=str(self._python), staged=staged != str(directory))
-        return processes.enter_context(started(self.name, staged, there))
+            return self._row.load(name, setting)
+        return processes.enter_context(started(self.name, name, setting))
 
     def _device(self, dense: PreTrainedModel) -> str:
         """Device on which the runtime is measured, as PyTorch names it."""

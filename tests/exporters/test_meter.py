@@ -111,7 +111,27 @@ def test_as_many_passes_as_asked_for(scripted, monkeypatch):
     made, ticks = RuntimeMeter("torch", runs=5), []
     monkeypatch.setattr(made, "_row", scripted._row)
     made.measure(tiny_model("llama"), tiny_pruned("llama"), None, speedup(), lambda *told: ticks.append(told))
-    assert ticks[-1][2] == 2 * (2 + meter.WARMUP + 5)
+    assert ticks[-1][2] == 2 * (2 + meter.WARMUP + 5)  # written, loaded
+
+
+def test_a_load_that_is_slow_as_long_as_it_lasts_does_not_count(scripted, monkeypatch):
+    """Each model is loaded anew after some passes; here the first load of the pruned one takes twice as long."""
+    dense, pruned, loads = tiny_model("llama"), tiny_pruned("llama"), []
+
+    def load(directory, setting):
+        runner = Scripted(directory, setting)
+        loads.append(directory)
+        if loads.count(directory) == 1 and len(set(loads)) == 2:
+            runner.milliseconds *= 2
+        return runner
+
+    made = RuntimeMeter("torch", runs=3 * meter.RUNS_OF_A_LOAD)
+    monkeypatch.setattr(made, "_row", replace(scripted._row, load=load))
+    found = made.measure(dense, pruned, None, speedup(), nothing)
+    assert len(loads) == 2 * 3
+    work = [CONSTANT + sum(GROUP * w.num_key_value_heads + CHANNEL * w.intermediate_size for w in layers)
+            for layers in (shape_of(model.config).dense.layers for model in (dense, pruned))]  # fmt: skip
+    assert found[0] / found[1] == pytest.approx(work[0] / work[1])
 
 
 def test_a_kv_cache_is_counted():
