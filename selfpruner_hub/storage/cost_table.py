@@ -55,8 +55,9 @@ class CostTable:
     def costs(self, shape: ModelShape, target: Target) -> Costs:
         """Fit a cost of a KV group and one of an FFN channel; the cost of the dense model is the measured one.
 
-        Single times scatter, so each part has one slope, by least squares over all models of equal depth.
-        A part that is never seen to save anything costs nothing.
+        Single times scatter, so each part has one slope, by least squares over the dense model and those with less of
+        this part. The parts are fitted apart: llama.cpp is slower with two KV heads than with three, and such times
+        must not bend the line of the channels. A part that is not seen to save anything costs nothing.
 
         Args:
             shape: Geometry of the dense model that the table was measured for.
@@ -66,13 +67,19 @@ class CostTable:
             The costs, in the unit of the target.
         """
         whole, dense, *narrower = self.points
-        removed = [
-            (1, dense.num_key_value_heads - p.num_key_value_heads, dense.intermediate_size - p.intermediate_size)
-            for p in (dense, *narrower)
-        ]
-        costs = [p.cost(target) / dense.num_hidden_layers for p in (dense, *narrower)]
-        _, group, channel = np.linalg.lstsq(np.array(removed, dtype=np.float64), costs)[0].tolist()
-        parts = Costs.linear(shape, max(0.0, -group), max(0.0, -channel), unit=target.unit)
+
+        def slope(width: str, other: str) -> float:
+            """Cost of one unit of this width; that of fewer units of the other part is another question."""
+            points = [dense, *(p for p in narrower if getattr(p, other) == getattr(dense, other))]
+            widths = [getattr(p, width) for p in points]
+            if len(set(widths)) < 2:
+                return 0.0
+            costs = [p.cost(target) / p.num_hidden_layers for p in points]
+            return max(0.0, float(np.polyfit(widths, costs, 1)[0]))
+
+        group = slope("num_key_value_heads", "intermediate_size")
+        channel = slope("intermediate_size", "num_key_value_heads")
+        parts = Costs.linear(shape, group, channel, unit=target.unit)
         return replace(parts, constant=whole.cost(target) - parts.prunable)
 
     def to_json(self) -> str:
