@@ -98,7 +98,7 @@ def describe(
     budget, method, texts = request.budget, request.method, request.texts
     outcome, searched = found.outcome, texts.search
     plan = outcome.best.plan
-    weighed = ", weighed for the second repair," if method.repairs_twice else ""
+    weighed = ", weighed for the second repair," if method.weighs_excess else ""
     protocol = (
         f"{method.fitness}{weighed} on the {searched.tokens} tokens of {searched.name} that the search selected on, "
         f"windows of {searched.windows.shape[1]}: a figure of the search, not of quality"

@@ -49,7 +49,7 @@ def find_plan(
         Outcome and gains; without a search (`evaluations=0`) or without unseen text, only the gain on the fitness text.
     """
     slicer, curves = ready.slicer, ready.curves
-    scoring = curves if method.repairs_twice else None
+    scoring = curves if method.weighs_excess else None
     fitness = _fitness(slicer, texts.search.windows, method, scoring)
     measure_steps = (
         fitness.measure_steps
