@@ -18,7 +18,7 @@ from exporters import machine
 from exporters.benchmark import other_python
 from exporters.benchmark.latency import interleaved, timing
 from exporters.benchmark.report import Case, Phase, Quality, Report, Side
-from exporters.benchmark.runtimes import RUNTIMES, Runtime, Setting, elsewhere
+from exporters.benchmark.runtimes import RUNTIMES, Runtime, Setting, versions_elsewhere
 from exporters.benchmark.worker import Worker, started
 from exporters.benchmark.workload import workload_of
 from exporters.export import export
@@ -93,7 +93,7 @@ def benchmark(
     _check(row, runtime, batches, prompts, new_tokens, runs)
     if text is not None and not row.scored:
         raise UserError(f"{runtime} is timed here, not scored on text.", "Leave out the text.")
-    versions_there = elsewhere(runtime, python)
+    elsewhere = versions_elsewhere(runtime, python)
     threads = threads or machine.threads()
     names = (str(against), str(pruned))
     loadings: tuple[dict[str, Any], dict[str, Any]] = (loading or {}, {})
@@ -147,7 +147,7 @@ def benchmark(
         device=device,
         threads=threads,
         machine=machine.describe(device),
-        versions={**dict(_versions()), **versions_there},
+        versions={**dict(_versions()), **elsewhere},
         dense=dense,
         pruned=own,
         cases=tuple(cases),

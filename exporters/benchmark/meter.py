@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from exporters import machine
 from exporters.benchmark import other_python
 from exporters.benchmark.latency import Measured, Runner, interleaved
-from exporters.benchmark.runtimes import RUNTIMES, Setting, elsewhere
+from exporters.benchmark.runtimes import RUNTIMES, Setting, versions_elsewhere
 from exporters.benchmark.worker import started
 from exporters.export import export_model
 from exporters.writer import one_of, require
@@ -41,8 +41,8 @@ FFN_SHARES = (0.6, 0.3)
 RUNS, WARMUP = 21, 1
 """Passes that are timed, in turn, and passes before them. One pass of a quiet machine is off by a tenth."""
 RUNS_OF_A_LOAD = 7
-"""Passes of a model after which it is loaded anew: one load can be slower than the next by a twentieth for as long as
-it lasts, which no number of passes averages out. A runtime of its own Python, which takes long to start, loads once."""
+"""Passes of a model after which it is loaded anew: one load can be slower than the next for as long as it lasts,
+which no number of passes averages out. A runtime of its own Python, which takes long to start, loads once."""
 MARGIN = 8
 """Spare tokens of context."""
 WEIGHTS = {".onnx", ".data", ".gguf", ".safetensors"}
@@ -77,11 +77,11 @@ class RuntimeMeter:
             )
         self.name = one_of("runtime", runtime, tuple(LIBRARIES))
         self._row, self._python = RUNTIMES[runtime], python
-        there = elsewhere(runtime, python)
-        if not there and runtime != "torch":
+        elsewhere = versions_elsewhere(runtime, python)
+        if not elsewhere and runtime != "torch":
             require(LIBRARIES[runtime], runtime)
-        self._version = " ".join(f"{name} {number}" for name, number in sorted(there.items()))
-        self._version = self._version or version(LIBRARIES[runtime])
+        told = [f"{name} {number}" for name, number in sorted(elsewhere.items())]
+        self._version = ", ".join(told) if told else version(LIBRARIES[runtime])
         self._runs = RUNS if runs is None else runs
 
     def costs(
@@ -170,17 +170,19 @@ class RuntimeMeter:
     ) -> list[Point]:
         """Export models and time them in turn; times are relative to those of the first, in the same turn."""
         loads = max(1, self._runs // RUNS_OF_A_LOAD) if self._row.program is None else 1
-        total = len(makers) * (1 + loads * (1 + WARMUP) + self._runs)
-        done = iter(range(10**9))
-        longest = target.prompt + target.new_tokens + MARGIN
+        total, done = len(makers) * (1 + loads * (1 + WARMUP) + self._runs), iter(range(10**9))
+
+        def step() -> None:
+            report(MEASURING, next(done), total)
+
         found, saved = [], []
-        passes: list[list[Measured]] = [[] for _ in makers]
         with tempfile.TemporaryDirectory() as folder:
             for index, make in enumerate(makers):
-                report(MEASURING, next(done), total)
+                step()
                 directory, model = Path(folder) / str(index), make()
-                config = model.config
-                setting = Setting(machine.threads(), device, self._dtype(model, device), longest, models=len(makers))
+                config, dtype = model.config, self._dtype(model, device)
+                longest = target.prompt + target.new_tokens + MARGIN
+                setting = Setting(machine.threads(), device, dtype, longest, models=len(makers))
                 saved.append(self._saved(model, tokenizer, directory, setting))
                 del model
                 shape = shape_of(config)
@@ -189,29 +191,36 @@ class RuntimeMeter:
                 found.append(
                     Point(shape.num_layers, first.num_key_value_heads, first.intermediate_size, 0.0, 0.0, size)
                 )
-            ids = torch.randint(config.vocab_size, (1, target.prompt), generator=torch.Generator().manual_seed(0))
-            for load in range(loads):
-                with ExitStack() as processes:
-                    runners = []
-                    for name, setting in saved:
-                        report(MEASURING, next(done), total)
-                        runners.append(self._runner(name, setting, processes))
-                    measured = interleaved(
-                        runners,
-                        ids,
-                        target.new_tokens,
-                        runs=(self._runs * (load + 1)) // loads - (self._runs * load) // loads,
-                        warmup=WARMUP,
-                        progress=lambda: report(MEASURING, next(done), total),
-                    )
-                    del runners  # before the folder
-                for own, more in zip(passes, measured, strict=True):
-                    own.extend(more)
+            passes = self._passes(saved, config.vocab_size, target, loads, step)
         report(MEASURING, total, total)
         return [
             replace(point, prefill=_beside(own, passes[0], "prefill"), decode=_beside(own, passes[0], "decode"))
             for point, own in zip(found, passes, strict=True)
         ]
+
+    def _passes(
+        self,
+        saved: Sequence[tuple[str, Setting]],
+        vocabulary: int,
+        target: Target,
+        loads: int,
+        step: Callable[[], None],
+    ) -> list[list[Measured]]:
+        """Load all models some times, and time them in turn after each; the passes of each model."""
+        ids = torch.randint(vocabulary, (1, target.prompt), generator=torch.Generator().manual_seed(0))
+        passes: list[list[Measured]] = [[] for _ in saved]
+        for load in range(loads):
+            with ExitStack() as processes:
+                runners = []
+                for name, setting in saved:
+                    step()
+                    runners.append(self._runner(name, setting, processes))
+                runs = self._runs * (load + 1) // loads - self._runs * load // loads
+                measured = interleaved(runners, ids, target.new_tokens, runs=runs, warmup=WARMUP, progress=step)
+                del runners  # before their files
+            for own, more in zip(passes, measured, strict=True):
+                own.extend(more)
+        return passes
 
     def _saved(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path, setting: Setting

@@ -221,7 +221,7 @@ RUNTIMES: dict[str, Runtime] = {
 }
 
 
-def elsewhere(runtime: str, python: str | Path | None) -> dict[str, str]:
+def versions_elsewhere(runtime: str, python: str | Path | None) -> dict[str, str]:
     """Read the versions of the other Python of a runtime, if it has one.
 
     Args:

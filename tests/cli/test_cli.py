@@ -251,6 +251,7 @@ sys.exit(status)
             "runtime and request say how a target is measured, and none is given.",
         ),
         (["prune", "m", "--output", "o", "--beta", "0.3", "--request", "9+9"], 2, "and none is given."),
+        (["prune", "m", "--output", "o", "--beta", "0.3", "--python", "bin/python"], 2, "and none is given."),
         (["prune", "model", "--output", "out", "--beta", "2"], 2, "beta must satisfy 0 < beta < 1; got 2."),
         (["prune", "model", "--output", "out", "--beta", "0.3", "--set", "windows=3"], 2, "Unknown setting windows."),
         (["prune", "model", "--output", "out", "--beta", "0.3", "--seed", "-1"], 2, "seed must be a whole number"),
