@@ -21,7 +21,7 @@ name, kind = sys.argv[1], sys.argv[2]
 model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
 tokenizer = AutoTokenizer.from_pretrained(name)
 
-# The head stays as it is, and so do matrices whose inputs the groups do not divide. `multiple_of=32` prunes to none.
+# The head stays as it is, and so do matrices whose inputs the groups do not divide: few after `prune`, by default.
 linear = {path: part for path, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
 kept = [path for path, part in linear.items() if kind == "int4" and part.in_features % GROUP]
 config = TorchAoConfig(KINDS[kind], modules_to_not_convert=["lm_head", *kept])

@@ -36,8 +36,9 @@ class PruneSettings:
     """Smallest rate of a layer, in [0, β]."""
     p_max: float = 0.9
     """Largest rate of the attention or the FFN of a layer, in [β, 1)."""
-    multiple_of: int = 1
-    """FFN widths are multiples of this number. It must divide the dense width."""
+    multiple_of: int = 0
+    """FFN widths are multiples of this number, which must divide the dense width. 0 chooses the largest of 128, 64, 32,
+    16 and 8 that leaves at least 48 widths, else 1: GPUs are slow with widths that are no multiple of 8."""
     kv_multiple: int = 1
     """KV heads of every layer are a multiple of this number, such as the size of tensor parallelism. It must divide the
     dense number."""
@@ -143,6 +144,7 @@ PRESETS = {
         confidence=False,
         fitness="perplexity",
         tied=True,
+        multiple_of=1,
         p_min=0.1,
         seeds=("uniform",),
         calibration_tokens=32_768,  # norms of the inputs are all that it needs

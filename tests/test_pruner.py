@@ -1,5 +1,6 @@
 """What `AutoPruner` decides itself: which text goes into calibration and fitness."""
 
+import math
 import shutil
 
 import pytest
@@ -201,3 +202,14 @@ def test_the_default_dtype_of_the_process_changes_nothing():
     (widths, weights), (same, again) = found
     assert widths == same
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(("asked", "multiple"), [({}, 8), ({"multiple_of": 1}, 1), ({"multiple_of": 16}, 16)])
+def test_widths_are_multiples_that_hardware_likes_unless_another_is_asked_for(asked, multiple):
+    model = tiny_model("llama", intermediate_size=384, num_hidden_layers=2)
+    made = AutoPruner(model, tiny_tokenizer(), "tests/llama").prune(
+        0.3, data="self", window=WINDOW, calibration_tokens=WINDOW * CALIBRATION, fitness_tokens=WINDOW * FITNESS,
+        repair=False, progress=False, **asked,
+    )  # fmt: skip
+    assert made.report.method["multiple_of"] == multiple
+    assert math.gcd(384, *(w.intermediate_size for w in made.plan.layers)) % multiple == 0

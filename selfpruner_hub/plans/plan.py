@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+MULTIPLES = (128, 64, 32, 16, 8)
+"""Numbers that hardware likes FFN widths to be multiples of. Most kernels of tensor cores need rows of 16 bytes, 8
+numbers of 16 bits; their tiles, and the blocks of quantised weights, are larger."""
+FEWEST_WIDTHS = 48
+"""Fewest widths that are left to choose from: a step of 2 % of the rate."""
+
 
 @dataclass(frozen=True, order=True)
 class LayerWidths:
@@ -64,6 +70,13 @@ class ModelShape:
     def channel_weights(self) -> int:
         """Number of weights of one FFN channel."""
         return self.ffn_matrices * self.hidden_size
+
+    @property
+    def usual_multiple(self) -> int:
+        """Largest of `MULTIPLES` that divides every FFN width and leaves `FEWEST_WIDTHS` of them; 1 if none does."""
+        dense = {w.intermediate_size for w in self.dense.layers}
+        fits = (n for n in MULTIPLES if all(f % n == 0 and f // n >= FEWEST_WIDTHS for f in dense))
+        return next(fits, 1)
 
     @property
     def group_weights(self) -> int:

@@ -25,6 +25,24 @@ def pruned_shapes(draw):
     return shape, Plan.of(*zip(*kept, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("widths", "multiple"),
+    [
+        ([64, 64], 1),  # a tiny model of the tests
+        ([376, 376], 1),  # 8 leaves 47 widths
+        ([384, 384], 8),
+        ([1536, 1536], 32),  # SmolLM2-135M
+        ([4864, 4864], 64),  # Qwen2.5-0.5B
+        ([5632, 5632], 64),  # TinyLlama: 128 leaves 44
+        ([14336, 14336], 128),  # Llama-3.1-8B
+        ([14336, 1536], 32),  # every layer
+        ([14337, 14337], 1),
+    ],
+)
+def test_the_usual_multiple_divides_every_width_and_leaves_enough(widths, multiple):
+    assert ModelShape(64, 16, 2, Plan.of(widths, [2] * len(widths))).usual_multiple == multiple
+
+
 def test_plan_of_pairs_the_lists():
     plan = Plan.of([10, 20], [1, 2])
     assert plan.layers == (LayerWidths(10, 1), LayerWidths(20, 2))
