@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import math
 import mmap
 import platform
 from collections.abc import Callable, Iterator
@@ -53,7 +54,8 @@ def export(
         name: Directory or Hub repository of the model.
         to: Format, one of `FORMATS`.
         output: Directory of the export; files with the same names are replaced.
-        tolerance: Largest allowed distance of a logit from PyTorch's in float32; None takes the format's default.
+        tolerance: Largest allowed distance of a logit from PyTorch's in float32; None takes the format's default, and
+            infinity compares nothing.
         loading: Keyword arguments of transformers' `from_pretrained`: revision, token, gguf_file, …
         progress: Callback, called with (what, done, total, note).
         **options: Options of the format.
@@ -101,7 +103,8 @@ def export_model(
         output: Directory of the export.
         name: Name of the model, for the record.
         record: Record of a pruned model, saved with the export.
-        tolerance: Largest allowed distance of a logit from PyTorch's in float32; None takes the format's default.
+        tolerance: Largest allowed distance of a logit from PyTorch's in float32; None takes the format's default, and
+            infinity compares nothing.
         progress: Callback, called with (what, done, total, note).
         consume: Flag to free the model's weights once they are written, before the runtime loads them again.
         **options: Options of the format.
@@ -128,9 +131,10 @@ def export_model(
         progress(EXPORTING, 1, len(STAGES), STAGES[1])
         with _consumed(model) if consume else nullcontext():
             written = write(model.eval(), tokenizer, staging, **options)
-        allowed = written.tolerance if tolerance is None else tolerance
+            measure = written.compare() if written.compare is not None and tolerance != math.inf else None
+        allowed = written.tolerance if tolerance is None or tolerance == math.inf else tolerance
         progress(EXPORTING, 2, len(STAGES), STAGES[2])
-        difference = written.measure() if written.measure is not None else None
+        difference = measure() if measure is not None else None
         if difference is not None and not difference <= allowed:  # NaN too
             raise ExportError(
                 f"The {to} export differs from the PyTorch model by {difference:.2g} in a {written.compared}; "
@@ -145,7 +149,7 @@ def export_model(
             versions={"python": platform.python_version(), **{library: version(library) for library in libraries}},
             tolerance=allowed,
             max_difference=difference,
-            unchecked=written.unchecked,
+            unchecked=written.unchecked or ("" if measure else "any difference was allowed"),
             remark=written.remark,
         )
         (staging / EXPORT_RECORD_FILE).write_text(sidecar.to_json(), encoding="utf-8")

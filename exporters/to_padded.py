@@ -53,7 +53,7 @@ def write(
         options={"width": width, "dtype": dtype},
         libraries=(),
         tolerance=TOLERANCES[dtype],
-        measure=partial(_difference, expected(model), staging),
+        compare=lambda: partial(_difference, expected(model), staging),
         remark=REMARK,
     )
 

@@ -23,15 +23,16 @@ class Written:
     """Packages whose versions go into the record, in addition to torch and transformers."""
     tolerance: float
     """Largest allowed distance of the export's logits from PyTorch's in float32, or of what `compared` names."""
-    measure: Callable[[], float] | None = None
-    """Function that runs the staged export and returns that distance; None where this machine cannot run it.
+    compare: Callable[[], Callable[[], float]] | None = None
+    """Function that runs the PyTorch model, and returns the function that runs the staged export and returns that
+    distance; None where this machine cannot run it.
 
-    It holds the PyTorch model's logits but not the model, because the runtime loads the weights again.
+    The second holds the PyTorch model's logits but not the model, because the runtime loads the weights again.
     """
     compared: str = "logit"
-    """What `measure` compares: `"logit"` or `"log-probability"`."""
+    """What `compare` compares: `"logit"` or `"log-probability"`."""
     unchecked: str = ""
-    """Reason why `measure` is None, in one sentence."""
+    """Reason why `compare` is None, in one sentence."""
     remark: str = ""
     """Note for users of the export, in one sentence."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,13 +104,15 @@ def write(
     model.config.to_json_file(staging / "config.json")  # for our benchmark's workload; llama.cpp needs none
     converted = None if tokenizer_from else tokenizer
     measurable = importlib.util.find_spec("xllamacpp") is not None
-    told = answers(model, longest) if measurable else []
-    measure = partial(log_probability_difference, told, path, converted, stored.quantised)
+
+    def compare() -> Callable[[], float]:
+        return partial(log_probability_difference, answers(model, longest), path, converted, stored.quantised)
+
     return Written(
         options={"dtype": dtype, "tokenizer_from": tokenizer_from, "imatrix": imatrix},
         libraries=("gguf", *(("xllamacpp",) if measurable else ())),
         tolerance=stored.tolerance,
-        measure=measure if measurable else None,
+        compare=compare if measurable else None,
         compared="log-probability",
         unchecked="" if measurable else "xllamacpp is not installed",
         remark=_remark(stored, kinds),

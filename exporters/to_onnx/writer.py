@@ -76,8 +76,8 @@ def write(
     if layout == "hub":
         _write_hub_layout(model, staging)
         passes, remark = expected_by_dtype(model)
-        measure = partial(hub_layout.difference, passes, staging, model.config, TOLERANCES, default_options())
-        return Written(options, libraries, TOLERANCES["float32"], measure, remark=f"{HUB_REMARK} {remark}")
+        run = partial(hub_layout.difference, passes, staging, model.config, TOLERANCES, default_options())
+        return Written(options, libraries, TOLERANCES["float32"], lambda: run, remark=f"{HUB_REMARK} {remark}")
     in_bits = dtype in BITS
     exported = trace(nn.Module.half(copy.deepcopy(model)) if dtype == "float16" else model, fusions)
     if in_bits:
@@ -92,7 +92,7 @@ def write(
         options=options,
         libraries=libraries,
         tolerance=TOLERANCES[dtype],
-        measure=partial(_difference, passes[dtype], staging, fusions, in_bits) if runnable else None,
+        compare=(lambda: partial(_difference, passes[dtype], staging, fusions, in_bits)) if runnable else None,
         compared="KL divergence" if in_bits else "logit",
         unchecked="" if runnable else f"this onnxruntime has no {DEFAULT_PROVIDERS[fusions]}",
         remark=remark,

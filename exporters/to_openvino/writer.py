@@ -56,7 +56,7 @@ def write(
         options={"dtype": dtype},
         libraries=("openvino",),
         tolerance=TOLERANCES[dtype],
-        measure=partial(_difference, expected(model), staging),
+        compare=lambda: partial(_difference, expected(model), staging),
     )
 
 

@@ -86,7 +86,9 @@ def write(
         options=options,
         libraries=("onnx", "onnxscript", library.distribution),
         tolerance=tolerance,
-        measure=None if gpu is None else partial(_difference, expected(model, prompts), staging, options, engine),
+        compare=None
+        if gpu is None
+        else lambda: partial(_difference, expected(model, prompts), staging, options, engine),
         unchecked="" if gpu else f"the engine was not run: no GPU of compute capability {target} is here",
     )
 

@@ -55,7 +55,7 @@ def test_every_writable_architecture_has_a_case():
 def test_log_probabilities_are_those_of_pytorch(case, make, dtype, tmp_path):
     model = built(make, case)
     written = write(model, trained_tokenizer(), tmp_path, dtype=dtype)
-    assert written.measure() <= EXPECTED[dtype] <= written.tolerance
+    assert written.compare()() <= EXPECTED[dtype] <= written.tolerance
     reader = GGUFReader(tmp_path / f"model-{dtype}.gguf")
     arch = reader.fields["general.architecture"].contents()
     assert arch == ("llama" if make is tiny_model else "deci")
@@ -217,7 +217,7 @@ def test_without_xllamacpp(tmp_path, monkeypatch):
     """The file is written all the same, and the record says that nobody has run it."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     written = write(built(tiny_pruned, "llama"), trained_tokenizer(), tmp_path)
-    assert written.measure is None
+    assert written.compare is None
     assert written.unchecked == "xllamacpp is not installed"
     with pytest.raises(MissingExtraError, match="xllamacpp is not installed"):
         LlamaCpp(tmp_path / "model-f16.gguf", 64)
