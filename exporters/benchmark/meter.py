@@ -32,8 +32,6 @@ from selfpruner_hub.storage.cost_table import Point, keep_table, read_table
 
 LIBRARIES = {"torch": "torch", "onnx": "onnxruntime", "gguf": "xllamacpp", "vllm": "vllm"}
 """Runtimes of targets, and the library whose version a table is for."""
-ON_GPU = ("torch", "onnx", "vllm")
-"""Runtimes that are measured on a CUDA device; llama.cpp is built here for the CPU."""
 LAYER_WEIGHTS = 128_000_000
 """Largest number of weights in the layers of a model that is built to be measured: 512 MB in float32, far more than
 what the caches of a processor hold."""
@@ -55,9 +53,9 @@ Report = Callable[..., None]
 class RuntimeMeter:
     """Costs in one runtime.
 
-    The runtimes of `ON_GPU` are measured where the dense model is, if that is a CUDA device, and everything else on the
-    CPU. A runtime that loads PyTorch's files (PyTorch, vLLM) has the model's dtype. Exports have the default dtype of
-    their runtime, or float16 on a GPU.
+    A runtime that can is measured where the dense model is, if that is a CUDA device, and everything else on the CPU;
+    llama.cpp is built here for the CPU. A runtime that loads PyTorch's files (PyTorch, vLLM) has the model's dtype.
+    Exports have the default dtype of their runtime, or float16 on a GPU.
 
     Args:
         runtime: A key of `LIBRARIES`.
@@ -242,7 +240,7 @@ class RuntimeMeter:
 
     def _device(self, dense: PreTrainedModel) -> str:
         """Device on which the runtime is measured, as PyTorch names it."""
-        return str(dense.device) if dense.device.type == "cuda" and self.name in ON_GPU else self._row.device
+        return str(dense.device) if dense.device.type == "cuda" and self._row.on_gpu else self._row.device
 
     def _dtype(self, model: PreTrainedModel, device: str) -> str:
         """Name of the dtype that the model has in the runtime."""

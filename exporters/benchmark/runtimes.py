@@ -174,6 +174,8 @@ class Runtime:
     """Format of the exports; empty for that of the runtime's name."""
     device: str = "cpu"
     """Default device."""
+    on_gpu: bool = False
+    """Whether a target is measured on the CUDA device of a model that is on one."""
     batched: bool = True
     """Whether it can run several prompts at a time."""
     batches: tuple[int, ...] = (1,)
@@ -196,8 +198,8 @@ def _bytes(dtype: str) -> float:
 # float16. The bits of K-quants, and of int4, are those of most matrices; a file also has finer ones, and others where
 # 256 divides no row.
 RUNTIMES: dict[str, Runtime] = {
-    "torch": Runtime(_torch, {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)}, options=None),
-    "onnx": Runtime(_onnx, {"float32": (4, 4), "float16": (2, 2), "int8": (36 / 32, 4)}, _onnx_options),
+    "torch": Runtime(_torch, {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)}, options=None, on_gpu=True),
+    "onnx": Runtime(_onnx, {"float32": (4, 4), "float16": (2, 2), "int8": (36 / 32, 4)}, _onnx_options, on_gpu=True),
     "genai": Runtime(
         _genai,
         {"float32": (4, 4), "float16": (2, 2), "int8": (36 / 32, 4), "int4": (20 / 32, 4)},
@@ -214,6 +216,7 @@ RUNTIMES: dict[str, Runtime] = {
         None,
         {"float32": (4, 4), "bfloat16": (2, 2), "float16": (2, 2)},
         options=None,
+        on_gpu=True,
         batches=(1, 8, 32),
         scored=False,
         program=VLLM_WORKER,
