@@ -19,7 +19,7 @@ from exporters.benchmark.meter import RuntimeMeter
 from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.metrics import divergence, teach
 from selfpruner_hub.plans.costs import Costs
-from selfpruner_hub.plans.target import Target
+from selfpruner_hub.plans.target import REQUEST, Target
 from selfpruner_hub.pruned_model import PrunedModel
 
 SPEEDUP, RUNTIMES, PRESET = 1.3, ("onnx", "gguf"), "fast"
@@ -51,31 +51,30 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
             **chat.figures(made.model),
         }
 
-    for runtime in runtimes:
-        if rows.have(runtime=runtime, plan="of a β"):
-            continue
+    def measure(runtime: str) -> None:
         meter, target = RuntimeMeter(runtime), Target("speedup", SPEEDUP, runtime)
         made = pruner.prune(target={"speedup": SPEEDUP}, runtime=meter, **asked)
         costs = meter.costs(pruner.model, pruner.tokenizer, target, _silent)
 
-        def timed(each: PrunedModel, meter: RuntimeMeter = meter, target: Target = target) -> Times:
+        def timed(each: PrunedModel) -> Times:
             return meter.measure(pruner.model, each.model, pruner.tokenizer, target, _silent)
 
         times = timed(made)
         other = alike(lambda beta: pruner.prune(beta, **asked), made.report.achieved_beta, times, timed)
-        for plan, each in (
-            ("for the target", (made, times)),
-            ("of a β", other),
-        ):  # together: they belong to one measurement
+        for plan, each in (("for the target", (made, times)), ("of a β", other)):  # together: of one measurement
             rows.keep(row(runtime, plan, each[0], costs, each[1]))
+
+    for runtime in runtimes:
+        if not rows.have(runtime=runtime, plan="of a β"):
+            measure(runtime)
         write(
             "targets",
             f"SmolLM2-135M-Instruct, `prune --target speedup={SPEEDUP:g} --preset {PRESET}` on "
-            f"{DATA}{Path(search_text).name}, for a request of {target.prompt} + {target.new_tokens} tokens on the CPU "
-            "in float32 (llama.cpp: float16); beside it the plan of a β that was measured as fast, within "
-            f"{100 * ALIKE:g} %, or the nearest of {TRIES}. Times are measured beside the dense model's, in turn, for "
-            f"each plan anew. KL to the dense model on 32 windows of 512 tokens of {Path(unseen_text).name}, on which "
-            f"nothing was chosen; {chat.words}",
+            f"{DATA}{Path(search_text).name}, FFN widths in multiples of {pruner.shape.usual_multiple}, for a request "
+            f"of {REQUEST[0]} + {REQUEST[1]} tokens on the CPU in float32 (llama.cpp: float16); beside it the plan of "
+            f"a β that was measured as fast, within {100 * ALIKE:g} %, or the nearest of {TRIES}. Times are measured "
+            "beside the dense model's, in turn, for each plan anew. KL to the dense model on 32 windows of 512 tokens "
+            f"of {Path(unseen_text).name}, on which nothing was chosen; {chat.words}",
             list(rows),
         )
 
