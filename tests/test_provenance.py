@@ -53,6 +53,8 @@ def other_values(name, value):
         return [words[:1], words[1:2]] if isinstance(value, tuple) else [word for word in words if word != value]
     if isinstance(value, bool):
         return [not value]
+    if name == "multiple_of":
+        return [2]  # 1 is what 0 chooses for so small a model
     if isinstance(value, (int, float)):
         return [type(value)(each) for each in (value + 1, value / 2, value + 0.1) if type(value)(each) != value]
     return [(1.0,)] if isinstance(value, tuple) else []

@@ -181,7 +181,8 @@ SERVER = """
 import sys, time, xllamacpp
 parameters = xllamacpp.CommonParams()
 parameters.model.path, parameters.port = sys.argv[1], int(sys.argv[2])
-parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads = 4096, 1, 2
+parameters.n_ctx, parameters.n_parallel = 4096, 1
+parameters.cpuparams.n_threads = 1  # threads that wait for each other spin, which takes minutes on a busy machine
 server = xllamacpp.Server(parameters)
 time.sleep(600)
 """
