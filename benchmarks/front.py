@@ -160,9 +160,8 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path, ours: Sequ
         f"influence, optipfair: {GRADIENT_WINDOWS} windows) of the calibration text of the default, "
         f"{DATA}{Path(search_text).name}; minutes without the writing of that text. SliceGPT keeps as many components "
         "as leave the same weights, those of its shortcuts included. Rows may be of several runs on this machine. "
-        "Perplexity on the first "
-        f"windows of {Path(unseen_text).name}: {Unseen.WORDS}; {chat.words}; mean accuracy, with its standard error, "
-        f"on the first {ITEMS} items of each of {', '.join(TASKS)}"
+        f"Perplexity on the first windows of {Path(unseen_text).name}: {Unseen.WORDS}; {chat.words}; mean "
+        f"accuracy, with its standard error, on the first {ITEMS} items of each of {', '.join(TASKS)}"
     )
 
     def measure(model: PreTrainedModel) -> dict[str, float]:

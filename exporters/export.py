@@ -11,6 +11,7 @@ import mmap
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,11 @@ def export_model(
         progress(EXPORTING, 1, len(STAGES), STAGES[1])
         with _consumed(model) if consume else nullcontext():
             written = write(model.eval(), tokenizer, staging, **options)
-            measure = written.compare() if written.compare is not None and tolerance != math.inf else None
-        allowed = written.tolerance if tolerance is None or tolerance == math.inf else tolerance
+            if tolerance == math.inf:
+                tolerance = None
+                written = replace(written, compare=None, unchecked=written.unchecked or "any difference was allowed")
+            measure = written.compare() if written.compare is not None else None
+        allowed = written.tolerance if tolerance is None else tolerance
         progress(EXPORTING, 2, len(STAGES), STAGES[2])
         difference = measure() if measure is not None else None
         if difference is not None and not difference <= allowed:  # NaN too
@@ -149,7 +153,7 @@ def export_model(
             versions={"python": platform.python_version(), **{library: version(library) for library in libraries}},
             tolerance=allowed,
             max_difference=difference,
-            unchecked=written.unchecked or ("" if measure else "any difference was allowed"),
+            unchecked=written.unchecked,
             remark=written.remark,
         )
         (staging / EXPORT_RECORD_FILE).write_text(sidecar.to_json(), encoding="utf-8")

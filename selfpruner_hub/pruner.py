@@ -192,7 +192,7 @@ class AutoPruner:
             proposer_given=proposer != "self",
             minutes=minutes,
         )
-        method = replace(method, multiple_of=method.multiple_of or self.shape.usual_multiple)
+        method = replace(method, multiple_of=method.multiple_of or self.shape.default_multiple)
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(report, Bars):

@@ -38,7 +38,7 @@ class PruneSettings:
     """Largest rate of the attention or the FFN of a layer, in [β, 1)."""
     multiple_of: int = 0
     """FFN widths are multiples of this number, which must divide the dense width. 0 chooses the largest of 128, 64, 32,
-    16 and 8 that leaves at least 48 widths, else 1: GPUs are slow with widths that are no multiple of 8."""
+    16 and 8 that leaves at least 48 widths, else 1: GPUs and quantised weights want such multiples."""
     kv_multiple: int = 1
     """KV heads of every layer are a multiple of this number, such as the size of tensor parallelism. It must divide the
     dense number."""

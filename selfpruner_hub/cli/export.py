@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_OR_DIR", help="a pruned model, or a dense one for comparison")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="onnx, tensorrt, openvino, gguf or padded")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the export goes")
-    parser.add_argument("--tolerance", type=float, metavar="D", help="largest distance of a logit from PyTorch's")
+    parser.add_argument(
+        "--tolerance", type=float, metavar="D", help="largest distance of a logit from PyTorch's; inf compares nothing"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument("--gguf-file", metavar="FILE", help="load the weights from this GGUF file of MODEL_OR_DIR")
     of = parser.add_argument_group("options of the formats")

@@ -72,7 +72,7 @@ class ModelShape:
         return self.ffn_matrices * self.hidden_size
 
     @property
-    def usual_multiple(self) -> int:
+    def default_multiple(self) -> int:
         """Largest of `MULTIPLES` that divides every FFN width and leaves `FEWEST_WIDTHS` of them; 1 if none does."""
         dense = {w.intermediate_size for w in self.dense.layers}
         fits = (n for n in MULTIPLES if all(f % n == 0 and f // n >= FEWEST_WIDTHS for f in dense))

@@ -39,8 +39,8 @@ def pruned_shapes(draw):
         ([14337, 14337], 1),
     ],
 )
-def test_the_usual_multiple_divides_every_width_and_leaves_enough(widths, multiple):
-    assert ModelShape(64, 16, 2, Plan.of(widths, [2] * len(widths))).usual_multiple == multiple
+def test_the_default_multiple_divides_every_width_and_leaves_enough(widths, multiple):
+    assert ModelShape(64, 16, 2, Plan.of(widths, [2] * len(widths))).default_multiple == multiple
 
 
 def test_plan_of_pairs_the_lists():
