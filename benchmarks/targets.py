@@ -73,8 +73,8 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
             f"{DATA}{Path(search_text).name}, FFN widths in multiples of {pruner.shape.default_multiple}, for a "
             f"request of {REQUEST[0]} + {REQUEST[1]} tokens on the CPU in float32 (llama.cpp: float16); beside it the "
             f"plan of a β that was measured as fast, within {100 * ALIKE:g} %, or the nearest of {TRIES}. Times are "
-            "measured beside the dense model's, in turn, for each plan anew. KL to the dense model on 32 windows of 512 "
-            f"tokens of {Path(unseen_text).name}, on which nothing was chosen; {chat.words}",
+            "measured beside the dense model's, in turn, for each plan anew. KL to the dense model on 32 windows of "
+            f"512 tokens of {Path(unseen_text).name}, on which nothing was chosen; {chat.words}",
             list(rows),
         )
 
