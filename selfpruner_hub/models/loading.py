@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchit
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
 from selfpruner_hub.models.devices import choose_device, out_of_memory
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
+from selfpruner_hub.models.patching import gguf_read_once
 from selfpruner_hub.models.placement import stream_layers
 from selfpruner_hub.models.unsupported import refuse_quantized
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS
@@ -81,6 +83,18 @@ def load_model(
         UserError: There is no such device, it is given together with a device map, or a store on disk is combined with
             a GGUF file, a device map or quantization.
     """
+    with gguf_read_once() if kwargs.get("gguf_file") else nullcontext():
+        return _loaded(name, any_architecture, quantized, store, device, **kwargs)
+
+
+def _loaded(
+    name: str,
+    any_architecture: bool,
+    quantized: bool,
+    store: TensorStore,
+    device: str | torch.device | None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     chosen = _device(device, kwargs.get("device_map"), store)
     if chosen.type != "cpu" and not kwargs.get("device_map"):
         kwargs["device_map"] = {"": chosen}  # weights go to it one by one, without a copy in memory

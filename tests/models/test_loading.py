@@ -5,13 +5,16 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
-from support.tiny import CONFIGS, save_tiny, uneven
+from support.tiny import CONFIGS, save_tiny, tiny_model, uneven
+from support.trained import VOCABULARY, trained_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
+from exporters.to_gguf.writer import write
 from selfpruner_hub.errors import ModelError, UnsupportedArchitectureError
 from selfpruner_hub.models import loading
 from selfpruner_hub.models.architectures import ARCHITECTURES
@@ -69,6 +72,19 @@ def test_a_model_without_a_tokenizer(model):
     for path in model.glob("tokenizer*"):
         path.unlink()
     assert load_model(str(model))[1] is None
+
+
+def test_a_gguf_file_is_read_once(tmp_path, monkeypatch):
+    model, read = tiny_model("llama-mha-tied", vocab_size=VOCABULARY), []
+    write(model, trained_tokenizer(), tmp_path, dtype="f32")
+    reader = gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path) or reader(path))
+    for times in (1, 2):
+        loaded, tokenizer = load_model(str(tmp_path), gguf_file="model-f32.gguf", dtype=torch.float32)
+        assert len(read) == times  # nothing is kept from one model to the next
+    assert tokenizer("the fox")["input_ids"] == trained_tokenizer()("the fox")["input_ids"]
+    ids = torch.randint(3, VOCABULARY, (1, 12), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_an_unsupported_architecture_is_refused_before_weights_are_read(tmp_path, monkeypatch):
