@@ -6,6 +6,7 @@ exchanges JSON with it, one line for each request and one for each reply.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -75,6 +76,8 @@ class Worker:
             reply = json.loads(cast(IO[str], self._process.stdout).readline())
         except (OSError, ValueError) as error:  # broken pipe, or no reply
             status = self._process.wait()
+            with contextlib.suppress(OSError):  # what it did not read: Popen would raise that in place of this error
+                cast(IO[str], self._process.stdin).close()
             self._errors.seek(0)
             said = [f": {line}" for line in self._errors.read().strip().splitlines()][-1:]
             raise ModelError(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_progress_goes_to_the_end(pair, drifting):
     assert seen == [("batch 1, prompt 8", step, 8) for step in range(1, 9)]
 
 
-def test_figures_go_into_the_record_and_the_card(pair, tmp_path, capsys):
+def test_figures_go_into_the_record_and_the_card(pair, drifting, tmp_path, capsys):
     pruned = shutil.copytree(pair[1], tmp_path / "pruned")
     words = [str(pruned), "--against", str(pair[0]), "--prompt", "8", "--new", "2", "--runs", "2", "--quiet"]
     assert main(["benchmark", *words, "--save"]) == 0
@@ -190,7 +191,6 @@ def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
 @pytest.mark.parametrize(
     ("runtime", "library", "dtype", "file"),
     [
-        ("gguf", "xllamacpp", "q8_0", "model-q8_0.gguf"),
         ("gguf", "xllamacpp", "q4_k_m", "model-q4_k_m.gguf"),
         ("onnx", "onnxruntime", "float32", "model.onnx"),
         ("openvino", "openvino", "float16", "openvino_model.xml"),
@@ -244,7 +244,7 @@ def test_mistakes(arguments, says, pair, capsys):
     assert err.count("\n") == 1
 
 
-def test_prompts_are_those_that_the_models_can_read(pair):
+def test_prompts_are_those_that_the_models_can_read(pair, drifting):
     (case,) = benchmark(pair[1], pair[0], new_tokens=2, runs=2).cases
     assert case.prompt == 126  # of 128 tokens
 
@@ -283,23 +283,34 @@ def test_a_worker_says_what_is_wrong(tmp_path):
         pytest.fail("there is no model")
 
 
-def test_a_worker_that_dies_is_one_line(pair):
-    with started("torch", str(pair[0]), SETTING) as worker:
-        assert worker.measure(torch.ones(1, 8, dtype=torch.long), 1).prefill > 0
+@pytest.fixture
+def sleeping(tmp_path, monkeypatch):
+    """A runtime whose program answers that it has loaded a model, and then nothing."""
+    program = tmp_path / "sleeping.py"
+    program.write_text("import time\ninput()\nprint('{\"result\": null}', flush=True)\ntime.sleep(600)\n")
+    monkeypatch.setitem(RUNTIMES, "sleeping", replace(RUNTIMES["torch"], program=program))
+    return started("sleeping", "a model", replace(SETTING, python=sys.executable))
+
+
+def test_a_worker_that_dies_is_one_line(sleeping):
+    with sleeping as worker:
         os.kill(worker._process.pid, signal.SIGKILL)
-        with pytest.raises(ModelError, match="ended with status -9"):
+        with pytest.raises(ModelError, match="The process that ran 'a model' ended with status -9"):
             worker.measure(torch.ones(1, 8, dtype=torch.long), 1)
 
 
-def test_a_worker_that_fails_says_how(pair):
-    with started("torch", str(pair[0]), SETTING) as worker, pytest.raises(ModelError, match="index out of range"):
-        worker.measure(torch.full((1, 8), 10**6), 1)
-
-
-def test_no_process_is_left(pair):
-    with started("torch", str(pair[0]), SETTING) as worker:
+def test_no_process_is_left(sleeping):
+    with sleeping as worker:
         process = worker._process
+        assert process.poll() is None
     assert process.poll() is not None
+
+
+def test_a_worker_that_fails_says_how(pair):
+    with started("torch", str(pair[0]), SETTING) as worker:
+        assert worker.measure(torch.ones(1, 8, dtype=torch.long), 1).prefill > 0
+        with pytest.raises(ModelError, match="index out of range"):
+            worker.measure(torch.full((1, 8), 10**6), 1)
 
 
 @pytest.mark.gpu
