@@ -56,7 +56,7 @@ SIZES: dict[str, dict[str, Any]] = {
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 256,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 8,

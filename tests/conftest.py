@@ -105,8 +105,8 @@ def real_pruned(real_pruner, once) -> Path:
 
     def make(folder):
         pruned = real_pruner.prune(
-            0.2, data="chat+self", window=256, calibration_tokens=4096, fisher_tokens=2048, fitness_tokens=512,
-            repair_gate_up=False, seeds=("uniform", "sensitivity"), evaluations=5, crossover=2, mutation=2,
+            0.2, data="chat+self", window=256, calibration_tokens=3072, fisher_tokens=1024, fitness_tokens=512,
+            repair_gate_up=False, seeds=("uniform", "sensitivity"), evaluations=5, crossover=1, mutation=1,
             progress=False,
         )  # fmt: skip
         ids = real_pruner.tokenizer(EIFFEL, return_tensors="pt")["input_ids"]
@@ -146,6 +146,19 @@ def saved_models(once) -> Path:
             ).save_pretrained(directory / name)  # fmt: skip
 
     return once("tiny", make)
+
+
+@pytest.fixture(scope="session")
+def saved_graphs(saved_models, once) -> Path:
+    """Graphs of the model `first` for ONNX Runtime GenAI and Transformers.js; made once a run."""
+    pytest.importorskip("onnxruntime", reason='needs pip install -e ".[onnx]"')
+
+    def make(directory):
+        from exporters.export import export
+
+        export(saved_models / "first", "onnx", directory / "onnx", layout="hub")
+
+    return once("graphs", make) / "onnx"
 
 
 @pytest.fixture(scope="session")

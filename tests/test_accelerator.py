@@ -128,7 +128,7 @@ def scaled(config, hidden, ffn, heads, groups, head_dim, **others):
     """A configuration of a model's proportions: its widths are `SMALLER` times smaller."""
     return config(
         hidden_size=hidden // SMALLER, intermediate_size=ffn // SMALLER, num_attention_heads=heads // 4,
-        num_key_value_heads=groups // 4, head_dim=head_dim // 16, num_hidden_layers=6, vocab_size=128,
+        num_key_value_heads=groups // 4, head_dim=head_dim // 16, num_hidden_layers=4, vocab_size=128,
         max_position_embeddings=64, pad_token_id=0, dtype="bfloat16", **others,
     )  # fmt: skip
 

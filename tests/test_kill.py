@@ -12,7 +12,7 @@ import time
 import pytest
 from support.tiny import save_tiny
 
-SETTINGS = ("window=32", "calibration_tokens=2048", "fitness_tokens=512", "population=3", "crossover=3", "mutation=3")
+SETTINGS = ("window=32", "calibration_tokens=512", "fitness_tokens=512", "population=3", "crossover=3", "mutation=3")
 
 
 def lines(path) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.chatting import chat_tokenizer
-from support.checks import check_tokenizer_without_package
+from support.checks import check_tokenizers_without_package
 from support.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, pipeline
 
@@ -22,14 +22,13 @@ from selfpruner_hub.storage.model_record import Metric, read_record
 IDS = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("make", [tiny_tokenizer, chat_tokenizer], ids=["base", "chat"])
-def test_the_tokenizer_and_the_card(make, saved_model, tmp_path):
-    pruned = PrunedModel.from_pretrained(saved_model)
-    pruned.tokenizer = make()
-    pruned.save_pretrained(tmp_path / "again")
-    check_tokenizer_without_package(tmp_path / "again", make(), tmp_path)
-    card = (tmp_path / "again" / "README.md").read_text()
-    assert ("apply_chat_template" in card) == bool(make().chat_template)
+def test_the_tokenizer_and_the_card(saved_model, tmp_path):
+    pruned, made = PrunedModel.from_pretrained(saved_model), {"base": tiny_tokenizer(), "chat": chat_tokenizer()}
+    for name, tokenizer in made.items():
+        pruned.tokenizer = tokenizer
+        pruned.save_pretrained(tmp_path / name)
+        assert ("apply_chat_template" in (tmp_path / name / "README.md").read_text()) == (name == "chat")
+    check_tokenizers_without_package({tmp_path / name: tokenizer for name, tokenizer in made.items()}, tmp_path)
 
 
 def test_it_is_used_as_a_transformers_model_is(saved_model):

@@ -14,7 +14,7 @@ from support.checks import (
     check_cache,
     check_causality,
     check_left_padding,
-    check_tokenizer_without_package,
+    check_tokenizers_without_package,
     check_without_package,
     logits,
 )
@@ -71,9 +71,9 @@ def test_it_proposed_rates_itself(directory):
     own = [ask for ask in asks if ask["proposer"] == "self"]
     replies = [reply for ask in own for reply in ask["replies"]]
     assert {ask["operation"] for ask in own} == {"mutation", "crossover"}
-    assert len(replies) >= 4
+    assert len(replies) >= 2
     assert all(r["rates"] for r in replies)  # constrained decoding: every reply is well-formed
-    assert json.loads((directory / "selfpruner.json").read_text())["proposer"]["replies"]["accepted"] >= 4
+    assert json.loads((directory / "selfpruner.json").read_text())["proposer"]["replies"]["accepted"] >= 2
 
 
 def test_saved_and_reloaded(real_pruner, real_pruned, before):
@@ -93,7 +93,7 @@ def test_loaded_without_the_package(directory, model, ids, tmp_path):
 
 
 def test_tokenizer_without_the_package(directory, real_pruner, tmp_path):
-    check_tokenizer_without_package(directory, real_pruner.tokenizer, tmp_path)
+    check_tokenizers_without_package({directory: real_pruner.tokenizer}, tmp_path)
 
 
 def test_causality(model, ids):
@@ -122,7 +122,7 @@ def test_its_plan_is_better_than_uniform_rates(directory):
 
 def test_it_still_speaks(real_pruner, model):
     """On text that neither calibration nor search saw, it is near its parent."""
-    windows = sample_windows(real_pruner.model, 8, 128, seed=1)
+    windows = sample_windows(real_pruner.model, 5, 128, seed=1)
     assert divergence(model, windows, teach(real_pruner.model, windows)) < 0.8  # nats a token; without repair above 1.5
     dense, left = perplexity(real_pruner.model, windows), perplexity(model, windows)
     assert dense < left < 2.5 * dense  # on text of its parent, about exp(KL) times

@@ -10,7 +10,7 @@ from selfpruner_hub.pruned_model import PrunedModel
 
 pytestmark = pytest.mark.slow
 AGREEMENT, KL, KEPT = 0.55, 0.8, 0.12
-"""Bounds, far from the 0.63, 0.56 and 0.22 of a model that was calibrated on no more than 4096 tokens."""
+"""Bounds, far from the 0.72, 0.44 and 0.39 of this model when it was calibrated on 4096 tokens; now it is on 3072."""
 QUESTIONS = load_questions("develop")[:70]
 
 
@@ -20,7 +20,7 @@ def pruned(real_pruned):
 
 
 def test_it_agrees_with_its_parent_where_that_answers(real_pruner, pruned):
-    measure = ChatMeasure(real_pruner.model, real_pruner.tokenizer, 12)
+    measure = ChatMeasure(real_pruner.model, real_pruner.tokenizer, 8)
     dense, left = measure(real_pruner.model), measure(pruned.model)
     assert dense.agreement > 0.97  # rounding alone
     assert left.agreement > AGREEMENT

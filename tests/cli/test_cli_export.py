@@ -24,7 +24,7 @@ RECORD = "selfpruner_export.json"
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
     """A tiny pruned model, saved."""
-    pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
+    pruner = AutoPruner(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), "tests/llama")
     settings = {"data": "self", "window": 32, "calibration_tokens": 1024, "fitness_tokens": 128, "progress": False}
     directory = tmp_path_factory.mktemp("models") / "small"
     pruner.prune(0.3, evaluations=0, seeds=("uniform",), **settings).save_pretrained(directory)

@@ -158,7 +158,7 @@ def test_a_runtime_charges_the_bytes_of_its_files(runtime, monkeypatch):
     """Real exports, loaded and timed; tiny models are all overhead, so only the bytes are certain."""
     monkeypatch.setattr(meter, "FFN_SHARES", (0.5,))
     pytest.importorskip({"onnx": "onnxruntime", "gguf": "xllamacpp"}[runtime])
-    model = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2)
+    model = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=1)
     target = target_of({"memory": 0.7}, runtime, (8, 2))
     costs = RuntimeMeter(runtime).costs(model, trained_tokenizer(), target, nothing)
     each = {"onnx": 4, "gguf": 2}[runtime]

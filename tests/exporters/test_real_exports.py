@@ -61,7 +61,7 @@ def test_onnx(pruned, tmp_path):
     pytest.importorskip("onnxruntime")
     from exporters.to_onnx.causal_lm import OnnxCausalLM
 
-    model, output = shortened(pruned.model), tmp_path / "out"
+    model, output = shortened(pruned.model, 4), tmp_path / "out"
     model.save_pretrained(tmp_path / "model")
     pruned.tokenizer.save_pretrained(tmp_path / "model")
     words = [sys.executable, "-c", MEASURED, tmp_path / "model", output]

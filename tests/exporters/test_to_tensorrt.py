@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from support.checks import check_cache, check_left_padding
-from support.tiny import tiny_pruned, tiny_tokenizer
+from support.tiny import shallow, tiny_tokenizer
 
 from exporters.export import export_model
 from exporters.parity import expected, logit_difference
@@ -41,7 +41,7 @@ def traced(tmp_path_factory):
     def get(name, dtype):
         if (name, dtype) not in made:
             made[name, dtype] = tmp_path_factory.mktemp("graph") / "model.onnx"
-            to_tensorrt.save_graph(tiny_pruned(name), dtype, made[name, dtype])
+            to_tensorrt.save_graph(shallow(name), dtype, made[name, dtype])
         return made[name, dtype]
 
     return get
@@ -50,7 +50,7 @@ def traced(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A tiny model's engine for an RTX 3090."""
-    model = tiny_pruned("llama")
+    model = shallow("llama")
     options = {"compute_capability": "8.6", "batch": 2, "context": 64}
     return export_model(model, tiny_tokenizer(), "tensorrt", tmp_path_factory.mktemp("trt") / "out", **options)
 
@@ -62,7 +62,7 @@ def test_engines_are_built_without_a_gpu(name, gpu, dtype, traced):
     """Norms of heads and outputs, sliding windows; fused projections. `exported` is the third engine, in float16."""
     library = tensorrt_library.find_library("tensorrt_rtx")
     graph = traced(name, getattr(torch, dtype))
-    engine = to_tensorrt.build(library, graph, tiny_pruned(name).config, profiles(2, 64), gpu)
+    engine = to_tensorrt.build(library, graph, shallow(name).config, profiles(2, 64), gpu)
     assert len(engine) > 10_000
 
 
@@ -130,7 +130,7 @@ def test_an_engine_without_a_gpu(exported):
 @no_gpu
 def test_no_gpu_and_none_named(tmp_path):
     with pytest.raises(UserError, match=r"sees no NVIDIA GPU here to build.*--compute-capability 8\.6"):
-        export_model(tiny_pruned("llama"), None, "tensorrt", tmp_path / "out")
+        export_model(shallow("llama"), None, "tensorrt", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -144,7 +144,7 @@ def test_without_the_library(monkeypatch, tmp_path):
 
     monkeypatch.setattr(importlib, "import_module", refuse)
     with pytest.raises(MissingExtraError, match=r'TensorRT is not installed.*"selfpruner-hub\[tensorrt-rtx\]"'):
-        export_model(tiny_pruned("llama"), None, "tensorrt", tmp_path / "out", compute_capability="8.6")
+        export_model(shallow("llama"), None, "tensorrt", tmp_path / "out", compute_capability="8.6")
     assert not list(tmp_path.iterdir())
 
 
@@ -161,7 +161,7 @@ def test_without_the_library(monkeypatch, tmp_path):
 )
 def test_mistakes(options, said, tmp_path):
     with pytest.raises(UserError, match=said):
-        export_model(tiny_pruned("llama"), None, "tensorrt", tmp_path / "out", **options)
+        export_model(shallow("llama"), None, "tensorrt", tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -173,7 +173,7 @@ def test_nothing_is_left_of_an_engine_that_cannot_be_built(tmp_path, monkeypatch
 
     monkeypatch.setattr(to_tensorrt, "save_graph", spoil)
     with pytest.raises(ExportError, match="TensorRT cannot (read the graph|build the engine)") as raised:
-        export_model(tiny_pruned("llama"), None, "tensorrt", tmp_path / "out", compute_capability="8.9")
+        export_model(shallow("llama"), None, "tensorrt", tmp_path / "out", compute_capability="8.9")
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())
 
@@ -185,7 +185,7 @@ def test_ways_to_write_a_compute_capability(written):
 
 def test_profiles():
     prefill, decode = profiles(4, 128)
-    shape = shape_of(tiny_pruned("llama").config)
+    shape = shape_of(shallow("llama").config)
     widths = [layer.num_key_value_heads for layer in shape.dense.layers]
     assert prefill.input_shapes(shape)["input_ids"] == ((1, 1), (4, 64), (4, 128))
     assert decode.input_shapes(shape)["input_ids"] == ((1, 1), (4, 1), (4, 1))
@@ -229,7 +229,7 @@ class OnnxEngine:
 def test_steps_in_a_window_of_fixed_size(name, traced, monkeypatch):
     """Masks, windows that grow, a cache that goes its own way, and the end of the context, as on a GPU."""
     monkeypatch.setattr(fixed_window, "STEP", 8)
-    model, engine = tiny_pruned(name), OnnxEngine(traced(name, torch.float32), 64)
+    model, engine = shallow(name), OnnxEngine(traced(name, torch.float32), 64)
     exported = TensorRtCausalLM(engine, model.config, 64, torch.float32, model.generation_config)
     assert logit_difference(expected(model, prompts=(20, 7, 1), steps=30), exported) <= 1e-4
     windows = [past for profile, past in engine.runs if profile == 1]
@@ -256,7 +256,7 @@ def test_on_a_gpu(dtype, tmp_path):
     """Built, compared, captured as CUDA graphs, and the same text."""
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU")
-    model = tiny_pruned("llama")
+    model = shallow("llama")
     export_model(model, tiny_tokenizer(), "tensorrt", tmp_path / "out", dtype=dtype, batch=3, context=512)
     record = read_export(tmp_path / "out", "tensorrt")
     assert record.max_difference <= record.tolerance

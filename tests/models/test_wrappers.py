@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from exporters.benchmark import benchmark
+from exporters.benchmark import benchmark, compare
+from exporters.benchmark.runtimes import RUNTIMES
 from selfpruner_hub.models.loading import load_config, load_model
 from selfpruner_hub.storage.offload import DiskStore
 
@@ -74,7 +77,14 @@ def test_the_configuration_alone_is_accepted(wrapper):
     load_config(str(wrapper[2]))
 
 
-def test_it_is_timed_beside_its_pruned_text_model(wrapper, tmp_path):
+def test_it_is_timed_beside_its_pruned_text_model(wrapper, tmp_path, monkeypatch):
+    """In this process: what the processes of a benchmark do besides is tested with plain models."""
+
+    @contextmanager
+    def here(runtime, name, setting):
+        yield SimpleNamespace(measure=RUNTIMES[runtime].load(name, setting).measure, memory=dict)
+
+    monkeypatch.setattr(compare, "started", here)
     uneven(load_model(str(wrapper[2]))[0]).save_pretrained(tmp_path)
     (case,) = benchmark(tmp_path, wrapper[2], prompts=(8,), new_tokens=1, runs=2, threads=1).cases
     assert case.prefill.ideal > 1

@@ -27,36 +27,31 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def cluster(monkeypatch):
-    """A function that starts Ray with so many processors, and no more of it afterwards."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-
-    def start(processors):
-        ray.shutdown()
+@pytest.fixture(scope="module")
+def cluster():
+    """Ray with two processors, and no more of it afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
-            num_cpus=processors, include_dashboard=False, log_to_driver=False, logging_level="error",
+            num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
             object_store_memory=100 * 2**20,
         )  # fmt: skip
+        yield
+        ray.shutdown()
 
-    yield start
-    ray.shutdown()
 
-
-def prune(tmp_path, name, **more):
+def prune(tmp_path, name, executor="ray"):
     """Prune a tiny model on the workers; its plan, and the journal without what differs from run to run."""
     pruner = AutoPruner(tiny_model("llama"), None, "tiny")
-    pruned = pruner.prune(0.3, run_dir=tmp_path / name, executor="ray", **SETTINGS, **more)
+    pruned = pruner.prune(0.3, run_dir=tmp_path / name, executor=executor, **SETTINGS)
     lines = (tmp_path / name / "search.jsonl").read_text().splitlines()
     return pruned.plan, [line.split('"seconds"')[0] for line in lines]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
-def test_two_workers_one_of_them_killed_find_the_plan_of_one(cluster, tmp_path, monkeypatch):
-    cluster(1)
-    alone = prune(tmp_path, "one")
-    cluster(2)
+def test_two_workers_one_of_them_killed_find_the_plan_of_this_process(cluster, tmp_path, monkeypatch):
+    alone = prune(tmp_path, "alone", executor=None)
     workers, killed = importlib.import_module("selfpruner_hub.search.ray_workers"), []
     scores = workers._scores
 
@@ -78,7 +73,6 @@ def test_two_workers_one_of_them_killed_find_the_plan_of_one(cluster, tmp_path, 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
 def test_workers_that_die_again_and_again_end_in_one_line(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("selfpruner_hub.search.ray_workers.RESTARTS", 1)
-    cluster(1)
     done = threading.Event()
 
     def kill_all():

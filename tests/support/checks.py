@@ -33,8 +33,11 @@ TOKENIZER = """
 import sys, json
 sys.modules["selfpruner_hub"] = None
 from transformers import AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
-json.dump([tokenizer(json.load(open(sys.argv[2])))["input_ids"], tokenizer.chat_template], open(sys.argv[3], "w"))
+found, (directories, texts) = [], json.load(open(sys.argv[1]))
+for directory in directories:
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+    found.append([tokenizer(texts)["input_ids"], tokenizer.chat_template])
+json.dump(found, open(sys.argv[2], "w"))
 """
 TEXTS = ["What is the capital of France?", "  def f(x):\n    return x ** 1024", "It's 3.14\t(or so)!"]
 
@@ -84,15 +87,16 @@ def check_without_package(directories: dict[Path, torch.Tensor], tmp_path: Path)
     return {directory: torch.load(directory / "remote.pt") for directory in directories}
 
 
-def check_tokenizer_without_package(directory: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """Load a saved tokenizer, as the card does, where selfpruner_hub is not: it is equal, and nothing is asked."""
-    texts, found = tmp_path / "texts.json", tmp_path / "found.json"
-    texts.write_text(json.dumps(TEXTS))
+def check_tokenizers_without_package(tokenizers: dict[Path, PreTrainedTokenizerBase], tmp_path: Path) -> None:
+    """Load saved tokenizers, as the card does, where selfpruner_hub is not: they are equal, and nothing is asked."""
+    job, found = tmp_path / "job.json", tmp_path / "found.json"
+    job.write_text(json.dumps([[str(directory) for directory in tokenizers], TEXTS]))
     env = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": ""}
-    command = [sys.executable, "-c", TOKENIZER, str(directory), str(texts), str(found)]
+    command = [sys.executable, "-c", TOKENIZER, str(job), str(found)]
     done = subprocess.run(
         command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == ""  # a question would stand here
-    assert json.loads(found.read_text()) == [tokenizer(TEXTS)["input_ids"], tokenizer.chat_template]
+    expected = [[tokenizer(TEXTS)["input_ids"], tokenizer.chat_template] for tokenizer in tokenizers.values()]
+    assert json.loads(found.read_text()) == expected
