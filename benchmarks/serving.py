@@ -38,6 +38,7 @@ RUNS = (
     ("gguf", "q8_0"),
     ("gguf", "q4_k_m"),
     ("vllm", "float32"),
+    ("vllm", "bfloat16"),
 )
 
 
