@@ -34,13 +34,13 @@ from selfpruner_hub.storage.model_record import read_record
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SETTINGS: dict[str, Any] = {"preset": "draft", "data": "chat"}
+SETTINGS: dict[str, Any] = {"preset": "draft", "data": "chat", "fitness_tokens": 1024}
 """Settings for two minutes on two cores: the quickest preset, on text that the model writes."""
-SEARCH: dict[str, Any] = {"evaluations": 4, "population": 2, "crossover": 2, "mutation": 4}
-CONVERSATIONS = 16
+SEARCH: dict[str, Any] = {"evaluations": 4, "crossover": 2, "mutation": 2}
+CONVERSATIONS = 8
 """Number of conversations that the dense model writes with another random seed: neither calibration nor search has read
 them."""
-NEW_TOKENS = 16
+NEW_TOKENS = 8
 """Number of tokens generated after a prompt, to time decoding."""
 REQUEST = Target("speedup", 2.0, "gguf")
 """Request that is timed in llama.cpp; its value asks for nothing. PyTorch gets a prompt of the same length."""
