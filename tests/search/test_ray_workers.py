@@ -73,6 +73,7 @@ def test_two_workers_one_of_them_killed_find_the_plan_of_this_process(cluster, t
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
 def test_workers_that_die_again_and_again_end_in_one_line(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("selfpruner_hub.search.ray_workers.RESTARTS", 1)
+    monkeypatch.setattr("selfpruner_hub.search.ray_workers.count_workers", lambda *_: 1)  # each takes seconds to start
     done = threading.Event()
 
     def kill_all():
