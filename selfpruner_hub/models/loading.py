@@ -187,12 +187,10 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _config_to_load(config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConfig:
-    """The text model's configuration; `kwargs` gets it where transformers would read another, or read for seconds."""
+    """The text model's configuration; `kwargs` gets it where transformers would read another."""
     if config.model_type in _WRAPPERS:
         config = text_config(config)
         kwargs |= {"config": config, "key_mapping": _TEXT_KEYS}
-    elif kwargs.get("gguf_file"):
-        kwargs["config"] = config
     return config
 
 

@@ -7,7 +7,7 @@ import re
 from transformers import PreTrainedModel
 
 
-def shortened(model: PreTrainedModel, layers: int = 6) -> PreTrainedModel:
+def shortened(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     """Copy a pruned model's first layers, embeddings and head; its logits reach 80."""
     values = model.config.to_dict()
     widths = {int(index): own for index, own in values["per_layer_config"].items() if int(index) < layers}
