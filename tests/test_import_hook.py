@@ -8,6 +8,7 @@ from importlib import import_module
 from importlib.machinery import SourceFileLoader
 
 import pytest
+from support.children import run_python
 
 import selfpruner_hub
 from selfpruner_hub.import_hook import after_import
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM
 
 
 def in_a_process(code, *words):
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+    done = run_python(code, *words)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -53,7 +54,7 @@ def test_auto_classes_load_pruned_models_without_remote_code(first, saved_models
 @pytest.mark.heavy
 def test_the_package_itself_imports_nothing_that_is_slow():
     code = "import selfpruner_hub, sys, json\nprint(json.dumps([dir(selfpruner_hub), list(sys.modules)]))"
-    names, modules = json.loads(in_a_process(code))
+    names, modules = json.loads(subprocess.check_output([sys.executable, "-c", code]))
     assert {"AutoPruner", "PrunedModel"} <= set(names)
     assert not {"torch", "transformers", "numpy"} & set(modules)
 

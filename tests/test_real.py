@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from support.checks import (
     check_without_package,
     logits,
 )
+from support.children import run_python
 from transformers import AutoModelForCausalLM
 
 from selfpruner_hub.calibration.generated_text import sample_windows
@@ -131,6 +130,7 @@ def test_it_still_speaks(real_pruner, model):
 def test_command_line_evaluates_the_saved_model(directory, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, and then it sleeps in the warm sun. " * 40)
-    command = [sys.executable, "-m", "selfpruner_hub.cli", "evaluate", str(directory), "--data", str(text), "--no-chat"]
-    done = subprocess.run([*command, "--window", "128", "--json"], capture_output=True, text=True, check=True)
+    words = ["evaluate", directory, "--data", text, "--no-chat", "--window", 128, "--json"]
+    done = run_python("-m", "selfpruner_hub.cli", *words)
+    assert done.returncode == 0, done.stderr[-500:]
     assert 1 < json.loads(done.stdout)["metrics"]["perplexity (128)"]["value"] < 50

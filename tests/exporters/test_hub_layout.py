@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from support.chatting import chat_tokenizer
+from support.children import run_python
 from support.javascript import transformers_js
 from support.shortened import shortened
 from support.tiny import tiny_model, tiny_pruned
@@ -99,9 +100,8 @@ def in_pytorch(model, tokenizer):
 
 def test_transformers_loads_the_tokenizer_without_the_package(directory):
     """Its configuration has a stock class, which reads one number of heads where layers have their own."""
-    code = "import sys; from transformers import AutoTokenizer as A; print(A.from_pretrained(sys.argv[1])(sys.argv[2]))"
-    words = [sys.executable, "-I", "-c", code, str(directory), PROMPTS[0]]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    code = "from transformers import AutoTokenizer as A; print(A.from_pretrained(sys.argv[1])(sys.argv[2]))"
+    done = run_python(f"import sys; sys.modules['selfpruner_hub'] = None; {code}", directory, PROMPTS[0])
     assert done.returncode == 0, done.stderr[-500:]
     assert str(trained_tokenizer()(PROMPTS[0])["input_ids"]) in done.stdout
 
@@ -153,8 +153,7 @@ def test_onnx_runtime_writes_pytorchs_text(model, directory, written):
 def check_genai(directory, written):
     """In a process of its own: the library is C++."""
     pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")
-    command = [sys.executable, "-c", GENAI, directory, json.dumps(written[0]), str(NEW)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_python(GENAI, directory, json.dumps(written[0]), NEW)
     assert done.returncode == 0, done.stderr[-500:]
     # GenAI leaves an end-of-text token out of the sequence.
     for line, told in zip(done.stdout.splitlines(), written[1], strict=True):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from support.chatting import TEMPLATE
+from support.children import run_python
 from support.tiny import CONFIGS, tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 
@@ -316,6 +317,6 @@ def test_a_truncated_file_is_one_line(tmp_path):
     paths = [tmp_path / f"{index}.gguf" for index in range(4)]
     for path, kept in zip(paths, (0, 40, 0.3 * len(content), 0.99 * len(content)), strict=True):
         path.write_bytes(content[: int(kept)])
-    done = subprocess.run([sys.executable, "-c", LOAD, *paths], capture_output=True, text=True, check=False)
+    done = run_python(LOAD, *paths)
     assert done.returncode == 0, done.stderr[-500:]
     assert done.stdout.splitlines() == [f"llama.cpp cannot load {str(p)!r}. Export the model again." for p in paths]

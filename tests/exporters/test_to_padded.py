@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from support.checks import check_cache, check_left_padding, logits
+from support.children import run_python
 from support.tiny import CONFIGS, save_tiny, tiny_model, tiny_pruned, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -106,7 +105,6 @@ def test_loaded_without_the_package_and_without_remote_code(tmp_path):
     model = tiny_pruned("qwen3")
     export_model(model, tiny_tokenizer(), "padded", tmp_path / "out")
     torch.save(IDS, tmp_path / "ids.pt")
-    command = [sys.executable, "-c", LOAD, tmp_path / "out", tmp_path / "ids.pt"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_python(LOAD, tmp_path / "out", tmp_path / "ids.pt")
     assert done.returncode == 0, done.stderr[-2000:]
     torch.testing.assert_close(torch.load(tmp_path / "ids.pt"), logits(model, IDS), atol=1e-4, rtol=0)

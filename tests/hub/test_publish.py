@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from support.children import run_python
 from support.hub_client import environment
 
 from exporters.export import FORMATS
@@ -139,7 +138,7 @@ def test_a_space_with_its_files(push, hub, saved_model, repo_name, tmp_path):
         (tmp_path / "space" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "space" / path).write_bytes(content)
     code = "import sys; sys.path.insert(0, 'space'); import selfpruner_hub.pruner as it; print(it.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run_python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("space") or str(tmp_path / "space") in done.stdout
 
@@ -194,7 +193,7 @@ for where in ({{}}, {{"revision": "trial"}}):
 print(json.dumps(out))
 """
     env = environment(hub.url, tmp_path)
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    done = run_python(code, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found[:2] == found[2:]

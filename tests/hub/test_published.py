@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from support.children import run_python
 from support.hub_client import environment
 from support.hub_server import check_yaml
 from support.tiny import tiny_model
@@ -128,11 +128,7 @@ for block in re.findall(r"```python\\n(.*?)```", card, re.DOTALL):
 
 def run_blocks(name, hub, tmp_path):
     """Run the Python of a card; what each block prints."""
-    command = [sys.executable, "-c", RUN_BLOCKS, name]
-    env = environment(hub.url, tmp_path)
-    done = subprocess.run(
-        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    done = run_python(RUN_BLOCKS, name, env=environment(hub.url, tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "[y/N]" not in done.stdout
     return done.stdout.split("--- end of block\n")[:-1]

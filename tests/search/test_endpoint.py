@@ -15,6 +15,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import numpy as np
 import pytest
+from support.children import run_python
 from support.endpoint_server import SECRET, Server
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -218,20 +219,19 @@ def test_command_line_with_a_real_llama_cpp_server(llama_cpp, tmp_path):
     model = save_tiny("llama", tmp_path / "dense")
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 400)
-    command = [sys.executable, "-m", "selfpruner_hub.cli", "prune", str(model), "--beta", "0.3", "--quiet", "--json"]
-    command += ["--output", str(tmp_path / "out"), "--data", str(text), "--proposer", llama_cpp]
-    command += ["--proposer-model", "smollm2", "--evaluations", "7"]
-    for setting in (
-        "window=32",
-        "calibration_tokens=2048",
-        "fitness_tokens=512",
-        "population=3",
-        "crossover=3",
-        "mutation=0",
-    ):
-        command += ["--set", setting]
+    words = ["prune", model, "--beta", "0.3", "--quiet", "--json", "--output", tmp_path / "out", "--data", text]
+    words += ["--proposer", llama_cpp, "--proposer-model", "smollm2", "--evaluations", "7"]
+    few = {
+        "window": 32,
+        "calibration_tokens": 2048,
+        "fitness_tokens": 512,
+        "population": 3,
+        "crossover": 3,
+        "mutation": 0,
+    }
+    words += [word for name, value in few.items() for word in ("--set", f"{name}={value}")]
     env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"SELFPRUNER_API_KEY": SECRET}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = run_python("-m", "selfpruner_hub.cli", *words, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
     assert report["proposer"]["replies"]["accepted"] >= 4

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import signal
-import threading
-import time
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from support.tiny import tiny_model
@@ -71,27 +67,19 @@ def test_two_workers_one_of_them_killed_find_the_plan_of_this_process(cluster, t
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
-def test_workers_that_die_again_and_again_end_in_one_line(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("selfpruner_hub.search.ray_workers.RESTARTS", 1)
-    monkeypatch.setattr("selfpruner_hub.search.ray_workers.count_workers", lambda *_: 1)  # each takes seconds to start
-    done = threading.Event()
+def test_workers_that_die_more_often_than_they_are_restarted_end_in_one_line(cluster, tmp_path, monkeypatch):
+    workers = importlib.import_module("selfpruner_hub.search.ray_workers")
+    scores = workers._scores
 
-    def kill_all():
-        while not done.is_set():
-            for process in psutil.Process().children(recursive=True):  # not those of other runs on this machine
-                with contextlib.suppress(psutil.Error):
-                    if "ray::RayScorer" in " ".join(process.cmdline()):
-                        process.kill()
-            time.sleep(0.02)
+    def watched(actors, plans, share):
+        os.kill(ray.get(actors[0].process.remote()), signal.SIGKILL)
+        return scores(actors, plans, share)
 
-    thread = threading.Thread(target=kill_all)
-    thread.start()
-    try:
-        with pytest.raises(WorkerError, match="A Ray worker failed") as failure:
-            prune(tmp_path, "dying")
-    finally:
-        done.set()
-        thread.join()
+    monkeypatch.setattr(workers, "_scores", watched)
+    monkeypatch.setattr(workers, "RESTARTS", 0)
+    monkeypatch.setattr(workers, "count_workers", lambda *_: 1)  # each takes seconds to start
+    with pytest.raises(WorkerError, match="A Ray worker failed") as failure:
+        prune(tmp_path, "dying")
     assert "\n" not in str(failure.value)
     assert "goes on from there" in str(failure.value)
 

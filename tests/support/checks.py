@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from support.children import run_python
 
 REMOTE = """
 import sys, json, torch
@@ -82,7 +82,7 @@ def check_without_package(directories: dict[Path, torch.Tensor], tmp_path: Path)
     job = tmp_path / "job.json"
     job.write_text(json.dumps({str(d): ids.tolist() for d, ids in directories.items()}))
     env = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", REMOTE, job], env=env, capture_output=True, text=True, check=False)
+    done = run_python(REMOTE, job, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     return {directory: torch.load(directory / "remote.pt") for directory in directories}
 
@@ -92,10 +92,7 @@ def check_tokenizers_without_package(tokenizers: dict[Path, PreTrainedTokenizerB
     job, found = tmp_path / "job.json", tmp_path / "found.json"
     job.write_text(json.dumps([[str(directory) for directory in tokenizers], TEXTS]))
     env = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": ""}
-    command = [sys.executable, "-c", TOKENIZER, str(job), str(found)]
-    done = subprocess.run(
-        command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    done = run_python(TOKENIZER, job, found, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == ""  # a question would stand here
     expected = [[tokenizer(TEXTS)["input_ids"], tokenizer.chat_template] for tokenizer in tokenizers.values()]

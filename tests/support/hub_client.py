@@ -1,21 +1,21 @@
 """A process that runs command lines of selfpruner against another Hub than the real one.
 
 The Hub's client reads its endpoint when it is imported, so it needs a process of its own; one serves many tests, since
-importing torch takes seconds. Requests and answers are lines of JSON. Waiting between tries is cut short.
+importing transformers takes seconds. Waiting between tries is cut short.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
-import subprocess
-import sys
 import time
 import traceback
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+from support.children import FORKED, become
 
 
 def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:
@@ -50,33 +50,25 @@ class Client:
     """Runs `selfpruner` command lines in one process."""
 
     def __init__(self, endpoint: str, home: Path) -> None:
-        self._log = (home / "log.txt").open("w")  # of the libraries: which call is tried again
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=environment(endpoint, home),
-        )
+        self._requests, theirs = FORKED.Pipe()
+        log = home / "log.txt"  # of the libraries: which call is tried again
+        self._process = FORKED.Process(target=_serve, args=(theirs, environment(endpoint, home), log), daemon=True)
+        self._process.start()
+        theirs.close()
 
     def __call__(self, *words: object, code: str = "", **variables: str) -> Done:
         """Run a command line, after `code`, with some environment variables set."""
-        request = {"words": [str(word) for word in words], "code": code, "variables": variables}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return Done(**json.loads(self._process.stdout.readline()))
+        self._requests.send(([str(word) for word in words], code, variables))
+        return self._requests.recv()
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(30)
-        self._log.close()
+        self._requests.close()
+        self._process.join(30)
 
 
-def serve() -> None:
-    """Answer requests until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w")
+def _serve(requests: Connection, env: dict[str, str], log: Path) -> None:
+    """Answer requests until there are none."""
+    become(env, log, log)
     sleep, waited = time.sleep, []
 
     def pause(seconds: float) -> None:
@@ -87,27 +79,24 @@ def serve() -> None:
     time.sleep = pause
     from selfpruner_hub.cli import main
 
-    for line in sys.stdin:
-        request = json.loads(line)
+    while True:
+        try:
+            words, code, variables = requests.recv()
+        except EOFError:
+            return
         os.environ.pop("HF_TOKEN", None)
-        os.environ.update(request["variables"])
+        os.environ.update(variables)
         waited.clear()
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                exec(request["code"], {})
-                status = main(request["words"]) if request["words"] else 0
+                exec(code, {})
+                status = main(words) if words else 0
             except SystemExit as stop:
                 status = stop.code
             except BaseException:
                 traceback.print_exc()
                 status = -1
-        for name in request["variables"]:
+        for name in variables:
             os.environ.pop(name, None)
-        answer = {"status": status, "out": out.getvalue(), "err": err.getvalue(), "waited": list(waited)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    serve()
+        requests.send(Done(status, out.getvalue(), err.getvalue(), list(waited)))
