@@ -195,13 +195,21 @@ def tried(chosen: Sequence[Fault], trial: Trial, before: Mapping[tuple[str, str]
             trial.check_sound(sound)
 
 
+def named(words: Sequence[str], every: Sequence[Fault]) -> Iterator[Fault]:
+    """Yield the faults of files whose path has one of the words; of all files without words."""
+    for word in words or ("",):
+        found = [fault for fault in every if word in fault.file]
+        if not found:
+            raise SystemExit(f"No file with faults has {word!r} in its path.")
+        yield from found
+
+
 def main(words: Sequence[str]) -> None:
     """Try all faults, or those of some files; write the results, and end with 1 where one lives without a reason."""
     every, parts = faults(), [word for word in words if word != UNTRIED]
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     known = {(row["file"], row["what"]): row["failed"] for row in rows}
-    chosen = [fault for word in parts or ("",) for fault in every if word in fault.file]
-    chosen = list(dict.fromkeys(chosen))  # in the order of the words
+    chosen = list(dict.fromkeys(named(parts, every)))  # in the order of the words
     if UNTRIED in words:
         chosen = [fault for fault in chosen if (fault.file, fault.what) not in known]
     for name in LIBRARIES:

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from mutants.run import RESULTS, ROOT, WITHOUT, Fault, Trial, faults, tried
+from mutants.run import RESULTS, ROOT, WITHOUT, Fault, Trial, faults, named, tried
 
 FAULTS = faults()
 
@@ -27,6 +27,16 @@ def test_every_fault_that_was_tried_is_noticed_or_has_a_reason():
     for row in rows:
         assert bool(row["failed"]) != bool(known[row["file"], row["what"]].lives), row
     assert sum(bool(row["failed"]) for row in rows) >= 0.9 * len(rows)
+
+
+def test_files_are_named_by_a_part_of_their_path():
+    assert {fault.file for fault in named(["budget", "journal"], FAULTS)} == {
+        "selfpruner_hub/plans/budget.py",
+        "selfpruner_hub/search/journal.py",
+    }
+    assert list(named([], FAULTS)) == FAULTS
+    with pytest.raises(SystemExit, match="No file with faults has '--help' in its path"):
+        list(named(["budget", "--help"], FAULTS))
 
 
 def test_every_test_that_noticed_is_still_there():
