@@ -45,7 +45,8 @@ def become(env: Mapping[str, str], stdout: Path, stderr: Path) -> None:
 
 def _run(command: list[str], env: dict[str, str], cwd: Path | None, files: Sequence[Path]) -> None:
     become(env, *files)
-    os.chdir(cwd or Path.cwd())
+    if cwd is not None:
+        os.chdir(cwd)
     first, *words = command
     sys.path.insert(0, "")
     if first == "-m":
