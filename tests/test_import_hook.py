@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.machinery import SourceFileLoader
 
 import pytest
-from support.children import run_python
+from support.processes import run_python
 
 import selfpruner_hub
 from selfpruner_hub.import_hook import after_import

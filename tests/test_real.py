@@ -16,7 +16,7 @@ from support.checks import (
     check_without_package,
     logits,
 )
-from support.children import run_python
+from support.processes import run_python
 from transformers import AutoModelForCausalLM
 
 from selfpruner_hub.calibration.generated_text import sample_windows

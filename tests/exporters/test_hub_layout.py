@@ -11,8 +11,8 @@ import onnx
 import pytest
 import torch
 from support.chatting import chat_tokenizer
-from support.children import run_python
 from support.javascript import transformers_js
+from support.processes import run_python
 from support.shortened import shortened
 from support.tiny import tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer

@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from support.chatting import TEMPLATE
-from support.children import run_python
+from support.processes import run_python
 from support.tiny import CONFIGS, tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 

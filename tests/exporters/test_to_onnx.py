@@ -6,14 +6,13 @@ import copy
 import importlib.util
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from support.checks import check_cache, check_left_padding, logits
+from support.processes import run_python
 from support.tiny import DISTINCT, shallow, tiny_model, tiny_tokenizer
 
 from exporters import OnnxCausalLM
@@ -257,4 +256,5 @@ def test_the_class_is_imported_without_the_libraries():
         "import sys; sys.modules.update(dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime')))\n"
         "from exporters import OnnxCausalLM"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr[-500:]

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from support.checks import check_cache, check_left_padding, logits
-from support.children import run_python
+from support.processes import run_python
 from support.tiny import CONFIGS, save_tiny, tiny_model, tiny_pruned, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 

@@ -9,8 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from support.children import run_python
 from support.hub_client import environment
+from support.processes import run_python
 
 from exporters.export import FORMATS
 from selfpruner_hub.hub.space import GGUF, GRAPHS, RUNTIMES

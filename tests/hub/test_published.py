@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from support.children import run_python
 from support.hub_client import environment
 from support.hub_server import check_yaml
+from support.processes import run_python
 from support.tiny import tiny_model
 from support.trained import VOCABULARY, trained_tokenizer
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from support.children import run_python
 from support.endpoint_server import SECRET, Server
+from support.processes import run_python
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 import selfpruner_hub.search.llm.endpoint as module

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from support.children import run_python
+from support.processes import run_python
 
 REMOTE = """
 import sys, json, torch

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from support.children import FORKED, become
+from support.processes import FORKED, become
 
 
 def environment(endpoint: str, home: Path, **more: str) -> dict[str, str]:

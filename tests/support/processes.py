@@ -23,7 +23,8 @@ def run_python(
 ) -> subprocess.CompletedProcess[str]:
     """Run code, or `-m MODULE`, as `python -c` does; nothing is on standard input.
 
-    It is for what a fresh process imports, reads and prints. `atexit` functions are not called.
+    It is for what a fresh process imports, reads and prints. It finds what the tests find, and calls no `atexit`
+    functions.
     """
     command = [code, *map(str, words)]
     with TemporaryDirectory() as folder:

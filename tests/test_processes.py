@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 
-from support.children import run_python
+from support.processes import run_python
 
 TOLD = "import sys, os, json; print(json.dumps([sys.argv, dict(os.environ), os.getcwd(), list(sys.modules)]))"
 
