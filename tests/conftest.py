@@ -149,16 +149,31 @@ def saved_models(once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def saved_graphs(saved_models, once) -> Path:
-    """Graphs of the model `first` for ONNX Runtime GenAI and Transformers.js; made once a run."""
+def saved_graphs(once) -> Path:
+    """Graphs for ONNX Runtime GenAI and Transformers.js, which take long to make: once a run.
+
+    A folder: `dense` is a tiny model with a trained tokenizer; `model` was pruned from it, so that its layers have
+    caches of different widths, and holds its graphs in `onnx` and those of `dense` in `onnx/dense`.
+    """
     pytest.importorskip("onnxruntime", reason='needs pip install -e ".[onnx]"')
 
     def make(directory):
-        from exporters.export import export
+        from support.tiny import tiny_model
+        from support.trained import VOCABULARY, trained_tokenizer
 
-        export(saved_models / "first", "onnx", directory / "onnx", layout="hub")
+        from selfpruner_hub.exporting import make_exports
+        from selfpruner_hub.pruner import AutoPruner
 
-    return once("graphs", make) / "onnx"
+        dense, tokenizer = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2), trained_tokenizer()
+        dense.save_pretrained(directory / "dense")
+        tokenizer.save_pretrained(directory / "dense")
+        AutoPruner(dense, tokenizer, "tests/llama", {"license": "mit"}).prune(
+            0.3, data="self", proposer="evolution", window=32, calibration_tokens=512, fitness_tokens=128,
+            evaluations=0, seeds=("sensitivity",), progress=False,
+        ).save_pretrained(directory / "model")  # fmt: skip
+        make_exports(directory / "model", [], static=True, parent=str(directory / "dense"))
+
+    return once("graphs", make)
 
 
 @pytest.fixture(scope="session")

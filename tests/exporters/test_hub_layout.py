@@ -14,7 +14,6 @@ from support.chatting import chat_tokenizer
 from support.javascript import transformers_js
 from support.processes import run_python
 from support.shortened import shortened
-from support.tiny import tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters import OnnxCausalLM
@@ -27,9 +26,10 @@ from exporters.parity import expected, logit_difference
 from exporters.to_onnx import hub_layout
 from exporters.to_onnx.causal_lm import default_options
 from exporters.to_onnx.matrix_bits import rounded
-from exporters.to_onnx.writer import TOLERANCES, expected_by_dtype, write_graph
+from exporters.to_onnx.writer import TOLERANCES, expected_by_dtype
 from selfpruner_hub.errors import ExportError, SavedModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 
@@ -75,15 +75,15 @@ console.log(JSON.stringify(tokenizer.apply_chat_template(JSON.parse(messages), o
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(saved_graphs):
     """A pruned model whose layers have caches of different widths."""
-    return tiny_pruned("llama", vocab_size=VOCABULARY, num_hidden_layers=2)
+    return PrunedModel.from_pretrained(saved_graphs / "model", dtype=torch.float32).model
 
 
 @pytest.fixture(scope="module")
-def directory(model, tmp_path_factory):
-    output = tmp_path_factory.mktemp("hub") / "tiny"
-    return export_model(model, trained_tokenizer(), "onnx", output, layout="hub")
+def directory(saved_graphs, tmp_path_factory):
+    """Its graphs, for tests that write beside them."""
+    return shutil.copytree(saved_graphs / "model" / "onnx", tmp_path_factory.mktemp("hub") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -197,15 +197,15 @@ def test_genai_is_timed(dtype, directory):
             worker.cross_entropy(ids)
 
 
-def test_genai_is_compared_by_the_widths_of_every_layer(model, directory, tmp_path):
+def test_genai_is_compared_by_the_widths_of_every_layer(model, saved_graphs, directory, tmp_path):
     """The export of the dense parent beside it, as `benchmarks/serving.py` has them."""
     pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")
-    dense, parent = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2), tmp_path / "dense"
-    parent.mkdir()
-    write_graph(dense, parent)  # the only one that is timed
+    dense, _ = load_model(str(saved_graphs / "dense"), device="cpu", dtype=torch.float32)
+    parent, graphs = tmp_path / "dense", directory / "dense"
+    shutil.copytree(graphs, parent / "onnx")  # without the one in float32
     hub_layout.save_configurations(dense, parent)
-    shutil.copy(directory / EXPORT_RECORD_FILE, parent)
-    found = benchmark(directory, parent, "genai", prompts=(8,), new_tokens=2, runs=2, dtype="float32", threads=1)
+    shutil.copy(graphs / EXPORT_RECORD_FILE, parent)
+    found = benchmark(directory, parent, "genai", prompts=(8,), new_tokens=2, runs=2, dtype="int8", threads=1)
     works = [workload_of(each.config) for each in (dense, model)]
     assert [found.dense.workload, found.pruned.workload] == works
     assert found.cases[0].prefill.ideal > 1

@@ -61,13 +61,15 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(home):
+def exported(home, request):
     """A function: the directory of an export, made once."""
 
     def exported(name):
         to = name.split()[0]
         if to in LIBRARY:
             pytest.importorskip(LIBRARY[to])
+        if name == "onnx hub":
+            return request.getfixturevalue("saved_graphs") / "model" / "onnx"
         directory = home / name.replace(" ", "-")
         if not directory.is_dir():
             model, tokenizer = load_model(str(home / "tiny"), device="cpu", dtype=torch.float32)
@@ -75,6 +77,12 @@ def exported(home):
         return directory
 
     return exported
+
+
+@pytest.fixture(scope="module")
+def source(home, request):
+    """A function: the directory of the model of an export."""
+    return lambda name: request.getfixturevalue("saved_graphs") / "model" if name == "onnx hub" else home / "tiny"
 
 
 @pytest.fixture
@@ -99,11 +107,11 @@ def verified(run):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_export_is_its_model(name, exported, verified, home):
+def test_an_export_is_its_model(name, exported, verified, source):
     status, told = verified(exported(name))
     assert (status, told["verified"]) == (0, True)
-    assert (told["model"], told["prompt"]) == (str(home / "tiny"), PROMPT)
-    model, tokenizer = load_model(str(home / "tiny"), device="cpu", dtype=torch.float32)
+    assert (told["model"], told["prompt"]) == (str(source(name)), PROMPT)
+    model, tokenizer = load_model(str(source(name)), device="cpu", dtype=torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     own = model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :].tolist()
     assert told["tokens"] == own
@@ -159,10 +167,10 @@ def change_weight(directory, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_changed_weight_is_noticed(name, exported, verified, home, tmp_path):
+def test_a_changed_weight_is_noticed(name, exported, verified, source, tmp_path):
     directory = shutil.copytree(exported(name), tmp_path / "changed")
     file = change_weight(directory, name)
-    status, told = verified(directory, "--model", home / "tiny")
+    status, told = verified(directory, "--model", source(name))
     assert (status, told["verified"]) == (1, False)
     assert told["error"].startswith(f"{file} differs from the PyTorch model by ")
     within = {f["file"]: f["difference"] is not None and f["difference"] <= f["tolerance"] for f in told["files"]}
@@ -265,12 +273,12 @@ def test_a_prompt_without_tokens(exported, run, home, tmp_path):
 
 @pytest.mark.parametrize("damage", ["model.onnx", "model.onnx.data"])
 @pytest.mark.heavy
-def test_damaged_onnx(damage, exported, run, home, tmp_path):
+def test_damaged_onnx(damage, exported, run, source, tmp_path):
     for name, folder in (("onnx", ""), ("onnx hub", "onnx/")):
         directory = shutil.copytree(exported(name), tmp_path / name)
         path = directory / (folder + (damage.replace(".data", "_data") if folder else damage))
         path.write_bytes(path.read_bytes()[:100])
-        status, out, err = run(directory, "--model", home / "tiny")
+        status, out, err = run(directory, "--model", source(name))
         assert (status, out) == (2, "")
         assert "cannot be loaded, it may be damaged or cut off" in err
 

@@ -21,10 +21,10 @@ GRAPHS = {f"onnx/model{suffix}.onnx{data}" for suffix in ("", "_fp16", "_quantiz
 
 
 @pytest.fixture(scope="module")
-def exported(hub, hub_client, saved_models, saved_graphs, tmp_path_factory):
+def exported(hub, hub_client, saved_graphs, tmp_path_factory):
     """A model that was pushed with its graphs, and what was printed."""
-    model = shutil.copytree(saved_models / "first", tmp_path_factory.mktemp("graphs") / "model")
-    shutil.copytree(saved_graphs, model / "onnx")
+    model, alone = tmp_path_factory.mktemp("graphs") / "model", shutil.ignore_patterns("dense")
+    shutil.copytree(saved_graphs / "model", model, ignore=alone)
     done = hub_client("push", model, "me/graphs", "--with", "onnx", "--quiet", HF_TOKEN="hf_write_token_of_me")
     assert done.status == 0, done.err
     return model, done.out

@@ -5,56 +5,39 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 
 import pytest
 import torch
-from support.tiny import save_tiny, tiny_tokenizer
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from support.tiny import tiny_model
+from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters.export import export
-from exporters.to_gguf.writer import write
-from selfpruner_hub.models.loading import load_model
 
 pytestmark = pytest.mark.heavy
 PROMPT = "a b c d"
 
 
-def with_a_merge():
-    """The tiny tokenizer with a merge in place of its last token: GGUF has no empty lists."""
-    state = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
-    vocabulary = {token: index for token, index in state["vocab"].items() if index != 127} | {"ab": 127}
-    tokenizer = Tokenizer(BPE(vocabulary, [("a", "b")], unk_token="<pad>"))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
-    )
-
-
 @pytest.fixture(scope="module")
-def model(saved_models, dense, tmp_path_factory):
-    """The model `first` with a GGUF file in float32, which decides between near tokens as PyTorch does."""
+def model(saved_graphs, tmp_path_factory):
+    """A model with its graphs, and with a GGUF file in float32, which decides between near tokens as PyTorch does."""
     pytest.importorskip("xllamacpp", reason='needs pip install -e ".[gguf]"')
-    directory = tmp_path_factory.mktemp("engines")
-    write(load_model(str(dense), device="cpu", dtype=torch.float32)[0], with_a_merge(), directory, dtype="f16")
-    model = shutil.copytree(saved_models / "first", directory / "model")
-    # The tokenizer knows ASCII alone, so it is not compared on other text.
-    export(model, "gguf", model / "gguf", dtype="f32", tokenizer_from=str(directory / "model-f16.gguf"))
+    model = shutil.copytree(saved_graphs / "model", tmp_path_factory.mktemp("engines") / "model")
+    export(model, "gguf", model / "gguf", dtype="f32")
     return model
 
 
 @pytest.fixture(scope="module")
-def graphs(model, saved_graphs):
+def graphs(model):
     """Its graphs for ONNX Runtime GenAI and Transformers.js, which the Space runs too."""
-    return shutil.copytree(saved_graphs, model / "onnx")
+    return model / "onnx"
 
 
 @pytest.fixture
-def published(space, model, monkeypatch):
+def published(space, model, saved_graphs, monkeypatch):
     """The Space's modules, for that model and its GGUF file."""
     monkeypatch.setenv("PRUNED_MODEL", str(model))
+    monkeypatch.setenv("DENSE_MODEL", str(saved_graphs / "dense"))
     monkeypatch.setenv("PRUNED_GGUF", "gguf/model-f32.gguf")
     return space
 
@@ -102,7 +85,15 @@ def alone(published, monkeypatch):
 def test_a_visitor_who_leaves_stops_llama_cpp(alone, monkeypatch):
     (answers, engine), counts = alone, []
     write = engine.write
-    watched = lambda told: lambda text, count: counts.append(count) or told(text, count)  # noqa: E731
+
+    def watched(told):
+        def tell(text, count):
+            counts.append(count)
+            time.sleep(0.02)  # on a busy machine, a tiny model has written all before the visitor leaves
+            return told(text, count)
+
+        return tell
+
     monkeypatch.setattr(engine, "write", lambda ids, tokens, told: write(ids, tokens, watched(told)))
     answer = answers.answer("pruned", PROMPT, 100)
     next(answer)
@@ -151,7 +142,9 @@ def test_a_file_that_is_not_there(published, monkeypatch):
 
 
 def test_a_parent_that_cannot_be_converted(published, tmp_path, monkeypatch):
-    monkeypatch.setenv("DENSE_MODEL", str(save_tiny("gemma", tmp_path / "gemma")))
+    tiny_model("gemma", vocab_size=VOCABULARY).save_pretrained(tmp_path)
+    trained_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setenv("DENSE_MODEL", str(tmp_path))
     in_pytorch(published, "The dense model cannot be converted to GGUF here.")
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import onnx
 import pytest
 import torch
 from browser import ask, opened, published
 from support.javascript import transformers_js
-from support.tiny import tiny_model
-from support.trained import VOCABULARY, trained_tokenizer
 
-from selfpruner_hub.exporting import make_exports
 from selfpruner_hub.models.loading import load_model
-from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.slow
@@ -24,18 +21,9 @@ MISSING = "dense/model_q4.onnx"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(saved_graphs, tmp_path_factory):
     """A saved model with its graphs, and those of its parent."""
-    pytest.importorskip("onnxruntime", reason='needs pip install -e ".[onnx]"')
-    home = tmp_path_factory.mktemp("static")
-    dense = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2)
-    dense.save_pretrained(home / "dense")
-    trained_tokenizer().save_pretrained(home / "dense")
-    few = {"window": 32, "calibration_tokens": 512, "fitness_tokens": 128, "evaluations": 0, "seeds": ("uniform",)}
-    pruner = AutoPruner(dense, trained_tokenizer(), "tests/llama")
-    pruner.prune(0.3, data="self", proposer="evolution", progress=False, **few).save_pretrained(home / "model")
-    make_exports(home / "model", [], static=True, parent=str(home / "dense"))
-    return home / "model"
+    return shutil.copytree(saved_graphs / "model", tmp_path_factory.mktemp("static") / "model")
 
 
 def test_graphs_of_the_parent(model):
