@@ -9,6 +9,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)  # `make mutants` runs without xdist
 def pytest_xdist_auto_num_workers():
-    """One process more than cores: tests wait for servers, browsers and other processes."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Two processes more than cores: tests wait for servers, browsers and other processes."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 def pytest_collection_modifyitems(items):
@@ -105,8 +106,8 @@ def real_pruned(real_pruner, once) -> Path:
 
     def make(folder):
         pruned = real_pruner.prune(
-            0.2, data="chat+self", window=128, calibration_tokens=3072, fisher_tokens=1024, fitness_tokens=512,
-            repair_gate_up=False, seeds=("uniform", "sensitivity"), evaluations=5, crossover=2, mutation=2,
+            0.2, data="chat+self", window=128, calibration_tokens=2048, fisher_tokens=1024, fitness_tokens=512,
+            repair_gate_up=False, seeds=("uniform", "sensitivity"), evaluations=4, crossover=2, mutation=2,
             progress=False,
         )  # fmt: skip
         ids = real_pruner.tokenizer(EIFFEL, return_tensors="pt")["input_ids"]
@@ -174,6 +175,14 @@ def saved_graphs(once) -> Path:
         make_exports(directory / "model", [], static=True, parent=str(directory / "dense"))
 
     return once("graphs", make)
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Benchmarks start their workers by a fork."""
+    from support.processes import ForkedPopen
+
+    monkeypatch.setattr("exporters.benchmark.worker.subprocess", SimpleNamespace(Popen=ForkedPopen, PIPE=None))
 
 
 @pytest.fixture(scope="session")

@@ -244,6 +244,7 @@ def test_other_runtimes(bench, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.heavy
+@pytest.mark.usefixtures("forked_workers")
 def test_a_runtime_for_real(bench, monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(gpu_speed, "BETAS", (0.3,))

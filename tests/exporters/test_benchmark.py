@@ -196,6 +196,7 @@ def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
         ("openvino", "openvino", "float16", "openvino_model.xml"),
     ],
 )
+@pytest.mark.usefixtures("forked_workers")
 def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
     """The runtime is timed, and has the perplexity of PyTorch: random models, so blocks change it little."""
     pytest.importorskip(library)
@@ -278,6 +279,7 @@ def test_foreign_input(pair, tmp_path, capsys):
         RUNTIMES["gguf"].load(str(tmp_path / "padded"), SETTING)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_worker_says_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match="holds no model"), started("torch", str(tmp_path), SETTING):
         pytest.fail("there is no model")
@@ -306,6 +308,7 @@ def test_no_process_is_left(sleeping):
     assert process.poll() is not None
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_worker_that_fails_says_how(pair):
     with started("torch", str(pair[0]), SETTING) as worker:
         assert worker.measure(torch.ones(1, 8, dtype=torch.long), 1).prefill > 0

@@ -184,6 +184,7 @@ def test_genai_writes_pytorchs_text(directory, written):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int4"])
+@pytest.mark.usefixtures("forked_workers")
 def test_genai_is_timed(dtype, directory):
     """Two prompts at a time, and an end-of-text token does not stop it."""
     pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")
@@ -197,6 +198,7 @@ def test_genai_is_timed(dtype, directory):
             worker.cross_entropy(ids)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_genai_is_compared_by_the_widths_of_every_layer(model, saved_graphs, directory, tmp_path):
     """The export of the dense parent beside it, as `benchmarks/serving.py` has them."""
     pytest.importorskip("onnxruntime_genai", reason="needs pip install onnxruntime-genai")

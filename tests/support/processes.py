@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO, Self
 
 FORKED = get_context("forkserver")
 # What transformers takes from torch. Nothing of Hugging Face: it reads the environment once, when it is imported.
@@ -56,3 +58,47 @@ def _run(command: list[str], env: dict[str, str], cwd: Path | None, files: Seque
     else:
         sys.argv = ["-c", *words]
         exec(first, {"__name__": "__main__"})
+
+
+class ForkedPopen:
+    """What `subprocess.Popen` is for a worker of the benchmarks, whose command is `python -m MODULE`.
+
+    Args:
+        command: Words of the command.
+        env: The environment.
+        stderr: File that takes its standard error; the other two are pipes.
+        **_: Ignored: text, in pipes.
+    """
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], stderr: IO[str], **_: object) -> None:
+        (asked, requests), (replies, told) = os.pipe(), os.pipe()
+        theirs = [Connection(asked), Connection(told), Connection(os.dup(stderr.fileno()))]
+        self._process = FORKED.Process(target=_serve, args=(command[2], dict(env), theirs), daemon=True)
+        self._process.start()
+        for end in theirs:
+            end.close()
+        self.stdin, self.stdout, self.pid = os.fdopen(requests, "w"), os.fdopen(replies), self._process.pid
+        self.kill = self._process.kill
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdin.close()
+        self.stdout.close()
+        self.wait()
+
+    def wait(self) -> int:
+        """Wait for its end, and return its status."""
+        self._process.join()
+        return self._process.exitcode or 0
+
+
+def _serve(module: str, env: dict[str, str], files: Sequence[Connection]) -> None:
+    for number, file in enumerate(files):
+        os.dup2(file.fileno(), number)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.stdin = os.fdopen(0)  # multiprocessing has given this process an empty one
+    sys.argv = [module]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
