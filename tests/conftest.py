@@ -34,8 +34,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)  # `make mutants` runs without xdist
 def pytest_xdist_auto_num_workers():
-    """Two processes more than cores: tests wait for servers, browsers and other processes."""
-    return len(os.sched_getaffinity(0)) + 2
+    """One process more than cores: tests wait for servers, browsers and other processes."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_collection_modifyitems(items):
@@ -107,7 +107,7 @@ def real_pruned(real_pruner, once) -> Path:
     def make(folder):
         pruned = real_pruner.prune(
             0.2, data="chat+self", window=128, calibration_tokens=2048, fisher_tokens=1024, fitness_tokens=512,
-            repair_gate_up=False, seeds=("uniform", "sensitivity"), evaluations=4, crossover=2, mutation=2,
+            repair_gate_up=False, seeds=("uniform", "sensitivity"), evaluations=5, crossover=2, mutation=2,
             progress=False,
         )  # fmt: skip
         ids = real_pruner.tokenizer(EIFFEL, return_tensors="pt")["input_ids"]

@@ -130,12 +130,6 @@ def test_other_weights_and_plain_graphs(options, allowed, size, exported):
     check_cache(graph, IDS[:, :10], new_tokens=4)
 
 
-@pytest.mark.slow
-def test_a_dense_model_too(tmp_path):
-    export_model(tiny_model("llama", num_hidden_layers=1), tiny_tokenizer(), "onnx", tmp_path / "out")
-    assert read_export(tmp_path / "out").max_difference <= 1e-4
-
-
 def test_files_of_an_export(exported):
     names = {path.name for path in exported("llama").iterdir()}
     assert {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "tokenizer.json"} <= names

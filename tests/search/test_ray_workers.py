@@ -28,6 +28,7 @@ def cluster():
     """Ray with two processors, and no more of it afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # 15 gives workers a thirtieth of a busy core: minutes of waiting
         ray.init(
             num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
             object_store_memory=100 * 2**20,
