@@ -128,7 +128,6 @@ def test_k_quants(pruned, real_text, tmp_path):
     assert size < 0.9 * 105_453_888  # that of the dense model, by llama-quantize
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_llama_cpp_is_really_faster(real_dense, real_pruner, tmp_path):
     """SmolLM2 without half of its layers is really faster than SmolLM2, whatever its weights are worth."""
     pytest.importorskip("xllamacpp")

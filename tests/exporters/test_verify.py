@@ -61,7 +61,13 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(home, request):
+def source(home, request):
+    """A function: the directory of the model of an export."""
+    return lambda name: request.getfixturevalue("saved_graphs") / "model" if name == "onnx hub" else home / "tiny"
+
+
+@pytest.fixture(scope="module")
+def exported(home, source):
     """A function: the directory of an export, made once."""
 
     def exported(name):
@@ -69,7 +75,7 @@ def exported(home, request):
         if to in LIBRARY:
             pytest.importorskip(LIBRARY[to])
         if name == "onnx hub":
-            return request.getfixturevalue("saved_graphs") / "model" / "onnx"
+            return source(name) / "onnx"  # made once a run
         directory = home / name.replace(" ", "-")
         if not directory.is_dir():
             model, tokenizer = load_model(str(home / "tiny"), device="cpu", dtype=torch.float32)
@@ -77,12 +83,6 @@ def exported(home, request):
         return directory
 
     return exported
-
-
-@pytest.fixture(scope="module")
-def source(home, request):
-    """A function: the directory of the model of an export."""
-    return lambda name: request.getfixturevalue("saved_graphs") / "model" if name == "onnx hub" else home / "tiny"
 
 
 @pytest.fixture

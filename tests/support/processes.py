@@ -42,6 +42,10 @@ def become(env: Mapping[str, str], stdout: Path, stderr: Path) -> None:
     """Give this process an environment, and files to write to."""
     for number, file in enumerate((stdout, stderr), 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    _adopt(env)
+
+
+def _adopt(env: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
 
@@ -50,6 +54,10 @@ def _run(command: list[str], env: dict[str, str], cwd: Path | None, files: Seque
     become(env, *files)
     if cwd is not None:
         os.chdir(cwd)
+    _execute(command)
+
+
+def _execute(command: Sequence[str]) -> None:
     first, *words = command
     sys.path.insert(0, "")
     if first == "-m":
@@ -67,13 +75,13 @@ class ForkedPopen:
         command: Words of the command.
         env: The environment.
         stderr: File that takes its standard error; the other two are pipes.
-        **_: Ignored: text, in pipes.
+        **_: Ignored: `stdin`, `stdout` and `text` of `Popen`.
     """
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], stderr: IO[str], **_: object) -> None:
         (asked, requests), (replies, told) = os.pipe(), os.pipe()
         theirs = [Connection(asked), Connection(told), Connection(os.dup(stderr.fileno()))]
-        self._process = FORKED.Process(target=_serve, args=(command[2], dict(env), theirs), daemon=True)
+        self._process = FORKED.Process(target=_serve, args=(command[1:], dict(env), theirs), daemon=True)
         self._process.start()
         for end in theirs:
             end.close()
@@ -94,11 +102,9 @@ class ForkedPopen:
         return self._process.exitcode or 0
 
 
-def _serve(module: str, env: dict[str, str], files: Sequence[Connection]) -> None:
+def _serve(command: list[str], env: dict[str, str], files: Sequence[Connection]) -> None:
     for number, file in enumerate(files):
         os.dup2(file.fileno(), number)
-    os.environ.clear()
-    os.environ.update(env)
+    _adopt(env)
     sys.stdin = os.fdopen(0)  # multiprocessing has given this process an empty one
-    sys.argv = [module]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    _execute(command)
