@@ -225,4 +225,4 @@ def saved_model(saved_models, tmp_path) -> Path:
 def repo_name(request) -> str:
     """A repository of the test's own."""
     called = re.sub(r"\W+", "-", request.node.name)[:60].strip("-")
-    return f"me/{called}-{zlib.crc32(request.node.name.encode()):08x}"
+    return f"me/{called}-{zlib.crc32(request.node.nodeid.encode()):08x}"

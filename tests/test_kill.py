@@ -3,72 +3,92 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import signal
 import sys
 import time
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
+import torch
+from support.processes import FORKED
 from support.tiny import save_tiny
 
+TEXT = "The quick brown fox jumps over the lazy dog. " * 400
 SETTINGS = ("window=32", "calibration_tokens=512", "fitness_tokens=512", "population=3", "crossover=3", "mutation=3")
+EVALUATIONS = 13
+"""Of two rounds, and one that is cut."""
 
 
-def lines(path) -> int:
+def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def run(words: list[str]) -> None:
-    """The command line, in a process of its own."""
+def run(folder: Path, name: str) -> None:
+    """The command line."""
     from selfpruner_hub.cli import main
 
-    sys.exit(main(words))
+    words = ["prune", folder / "dense", "--beta", "0.3", "--quiet", "--data", folder / "text.txt"]
+    words += ["--evaluations", EVALUATIONS, "--output", folder / name, "--run-dir", folder / f"{name}-run"]
+    words += [word for setting in SETTINGS for word in ("--set", setting)]
+    sys.exit(main([str(word) for word in words]))
 
 
-@pytest.mark.slow
-def test_killed_four_times(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # tiny models are many times faster so
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["selfpruner_hub.cli", "selfpruner_hub.pruner"])  # imported once
-    model = save_tiny("llama", tmp_path / "dense")
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 400)
+def run_and_kill(folder: Path, told: Connection) -> None:
+    """Run it undisturbed; then kill it four times, and let it end. Tells the exit code of each, in order.
 
-    def started(name: str) -> multiprocessing.Process:
-        words = ["prune", str(model), "--beta", "0.3", "--quiet"]
-        words += ["--data", str(text), "--evaluations", "25", "--output", str(tmp_path / name)]
-        words += ["--run-dir", str(tmp_path / f"{name}-run")]
-        words += [word for setting in SETTINGS for word in ("--set", setting)]
-        process = processes.Process(target=run, args=(words,))
+    The processes are forks of this one: they have the package without an import of their own.
+    """
+    import selfpruner_hub.cli
+    import selfpruner_hub.pruner  # noqa: F401
+
+    torch.set_num_threads(1)  # tiny models are many times faster so
+
+    def started(name: str):
+        process = get_context("fork").Process(target=run, args=(folder, name))
         process.start()
         return process
 
-    def finished(name: str) -> None:
-        process = started(name)
-        process.join()
-        assert process.exitcode == 0
-
-    finished("undisturbed")
-    whole = lines(tmp_path / "undisturbed-run" / "search.jsonl")
-    journal = tmp_path / "killed-run" / "search.jsonl"
-    kills = 0
+    undisturbed = started("undisturbed")
+    undisturbed.join()
+    told.send(undisturbed.exitcode)
+    whole = lines(folder / "undisturbed-run" / "search.jsonl")
+    journal = folder / "killed-run" / "search.jsonl"
     for at in sorted(random.Random(0).sample(range(1, whole - 2), 4)):
         process = started("killed")
         while process.is_alive() and lines(journal) < at:
             time.sleep(0.002)
         process.kill()
         process.join()
-        kills += process.exitcode == -signal.SIGKILL
-        assert not (tmp_path / "killed").exists() or process.exitcode == 0  # no half-written output
-    assert kills >= 3  # a late kill may find the process done
+        assert not (folder / "killed").exists() or process.exitcode == 0  # no half-written output
+        told.send(process.exitcode)
     with journal.open("a") as file:
         file.write('{"kind": "score", "torn')  # and what a crash in the middle of a write leaves
-    finished("killed")
+    last = started("killed")
+    last.join()
+    told.send(last.exitcode)
 
+
+@pytest.mark.slow
+def test_killed_four_times(tmp_path):
+    save_tiny("llama", tmp_path / "dense", num_hidden_layers=2)
+    (tmp_path / "text.txt").write_text(TEXT)
+    heard, told = Pipe(duplex=False)
+    process = FORKED.Process(target=run_and_kill, args=(tmp_path, told))
+    process.start()
+    told.close()
+    process.join()
+    assert process.exitcode == 0
+    undisturbed, *killed, last = (heard.recv() for _ in range(6))
+    assert undisturbed == last == 0
+    assert killed.count(-signal.SIGKILL) >= 3  # a late kill may find the process done
+
+    journals = [tmp_path / name / "search.jsonl" for name in ("killed-run", "undisturbed-run")]
     records = [
         [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
-        for path in (journal, tmp_path / "undisturbed-run" / "search.jsonl")
+        for path in journals
     ]
     assert records[0] == records[1]  # no gap, nothing twice, the same in the same order
     names = ("selfpruner.json", "model.safetensors", "config.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -141,6 +142,7 @@ def _title(record: Record) -> str:
     return f"{record.base_model.rpartition('/')[2]}, pruned by {100 * record.achieved_beta:.0f} %"
 
 
+@functools.cache
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string((asset("model_cards") / name).read_text(encoding="utf-8"))

@@ -118,7 +118,7 @@ print(status("VmHWM") - before)
 def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path):
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=512, intermediate_size=1024, num_hidden_layers=36, num_attention_heads=8, num_key_value_heads=4,
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=1000, tie_word_embeddings=True,
     )  # fmt: skip
     with torch.device("meta"):
@@ -127,7 +127,7 @@ def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path):
     model.init_weights()
     model.save_pretrained(tmp_path / "dense", max_shard_size="100MB")
     size = sum(p.nbytes for p in model.parameters())
-    assert size > 0.3e9
+    assert size > 0.2e9
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
     del model
     words = [sys.executable, "-c", PROGRAM, *(str(tmp_path / name) for name in ("dense", "scratch", "pruned"))]

@@ -174,8 +174,8 @@ def tiny_tokenizer(start: str = "") -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny(name: str, directory: Path) -> Path:
+def save_tiny(name: str, directory: Path, **changes: object) -> Path:
     """Save a tiny dense model with its tokenizer."""
-    tiny_model(name).save_pretrained(directory)
+    tiny_model(name, **changes).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
