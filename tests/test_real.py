@@ -121,7 +121,7 @@ def test_its_plan_is_better_than_uniform_rates(directory):
 
 def test_it_still_speaks(real_pruner, model):
     """On text that neither calibration nor search saw, it is near its parent."""
-    windows = sample_windows(real_pruner.model, 5, 128, seed=1)
+    windows = sample_windows(real_pruner.model, 8, 64, seed=1)
     assert divergence(model, windows, teach(real_pruner.model, windows)) < 0.8  # nats a token; without repair above 1.5
     dense, left = perplexity(real_pruner.model, windows), perplexity(model, windows)
     assert dense < left < 2.5 * dense  # on text of its parent, about exp(KL) times

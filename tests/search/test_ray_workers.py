@@ -16,7 +16,6 @@ from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.search.ray_workers import MEMORY, check_executor, check_memory, count_workers, ray_workers
 
 pytestmark = pytest.mark.heavy
-ray = pytest.importorskip("ray", reason="ray is not installed")
 SETTINGS = {
     "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 512, "fitness_tokens": 256,
     "evaluations": 16, "population": 4, "crossover": 4, "mutation": 4, "sequential_repair": False, "progress": False,
@@ -26,6 +25,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def cluster():
     """Ray with two processors, and no more of it afterwards."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")  # seconds that other tests need not wait
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")  # 15 gives workers a thirtieth of a busy core: minutes of waiting
@@ -33,7 +33,7 @@ def cluster():
             num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
             object_store_memory=100 * 2**20,
         )  # fmt: skip
-        yield
+        yield ray
         ray.shutdown()
 
 
@@ -56,10 +56,10 @@ def test_two_workers_one_of_them_killed_find_the_plan_of_this_process(cluster, t
         assert len(actors) == 2
         for done, score in enumerate(scores(actors, plans, share)):
             if done == 1 and not killed:  # half-way through a round, the other has something at work
-                killed.append(ray.get(actors[1].process.remote()))
+                killed.append(cluster.get(actors[1].process.remote()))
                 os.kill(killed[0], signal.SIGKILL)
             yield score
-        assert ray.get(actors[1].process.remote()) != killed[0]  # another took its place
+        assert cluster.get(actors[1].process.remote()) != killed[0]  # another took its place
 
     monkeypatch.setattr(workers, "_scores", watched)
     assert prune(tmp_path, "two") == alone
@@ -73,7 +73,7 @@ def test_workers_that_die_more_often_than_they_are_restarted_end_in_one_line(clu
     scores = workers._scores
 
     def watched(actors, plans, share):
-        os.kill(ray.get(actors[0].process.remote()), signal.SIGKILL)
+        os.kill(cluster.get(actors[0].process.remote()), signal.SIGKILL)
         return scores(actors, plans, share)
 
     monkeypatch.setattr(workers, "_scores", watched)
