@@ -77,10 +77,7 @@ def knapsack(budget: ParameterBudget, curves: Sequence[LossCurves]) -> Rates:
     shape, costs = budget.shape, budget.costs
     target = (1 - budget.beta) * costs.prunable
     losses = [c.attention for c in curves] + [c.ffn for c in curves]
-    # The cost of a unit, and the cost of each width in such units: 0, 1, 2, … where it is linear.
-    units = [float(table[-1]) / (len(table) - 1) for table in (*costs.attention, *costs.ffn)]
-    charged = [table / (unit or 1.0) for table, unit in zip((*costs.attention, *costs.ffn), units, strict=True)]
-    parts = list(zip(losses, units, charged, strict=True))
+    tables = (*costs.attention, *costs.ffn)
     floors = [1 + int((1 - budget.p_max) * (len(loss) - 1) - 1e-9) for loss in losses]
     if shape.whole_attention:
         floors[: len(curves)] = [len(c.attention) - 1 for c in curves]
@@ -89,14 +86,15 @@ def knapsack(budget: ParameterBudget, curves: Sequence[LossCurves]) -> Rates:
 
     def kept(price: float) -> list[int]:
         return [
-            floor + int(np.argmin(loss[floor:] + price * unit * each[floor:]))
-            for (loss, unit, each), floor in zip(parts, floors, strict=True)
+            floor + int(np.argmin(loss[floor:] + price * table[floor:]))
+            for loss, table, floor in zip(losses, tables, floors, strict=True)
         ]
 
-    low, high = 0.0, max(float(loss.max()) / unit for loss, unit, _ in parts if unit) + 1e-12
+    units = [table[-1] / (len(table) - 1) for table in tables]  # what a group or a channel costs, on average
+    low, high = 0.0, max(float(loss.max() / unit) for loss, unit in zip(losses, units, strict=True) if unit) + 1e-12
     for _ in range(100):
         middle = (low + high) / 2
-        cost = sum(float(each[k]) * unit for k, (_, unit, each) in zip(kept(middle), parts, strict=True))
+        cost = sum(float(table[k]) for k, table in zip(kept(middle), tables, strict=True))
         low, high = (middle, high) if cost > target else (low, middle)
     rates = [1 - k / (len(loss) - 1) for k, loss in zip(kept(high), losses, strict=True)]
     layers = shape.num_layers
