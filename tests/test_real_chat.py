@@ -11,7 +11,7 @@ from selfpruner_hub.pruned_model import PrunedModel
 pytestmark = pytest.mark.slow
 AGREEMENT, KL, KEPT = 0.55, 0.8, 0.12
 """Bounds, far from the 0.65, 0.59 and 0.48 that this model had."""
-QUESTIONS = load_questions("develop")[:40]
+QUESTIONS = load_questions("develop")[:30]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def pruned(real_pruned):
 
 
 def test_it_agrees_with_its_parent_where_that_answers(real_pruner, pruned):
-    measure = ChatMeasure(real_pruner.model, real_pruner.tokenizer, 6)
+    measure = ChatMeasure(real_pruner.model, real_pruner.tokenizer, 5)
     dense, left = measure(real_pruner.model), measure(pruned.model)
     assert dense.agreement > 0.97  # rounding alone
     assert left.agreement > AGREEMENT
@@ -29,6 +29,6 @@ def test_it_agrees_with_its_parent_where_that_answers(real_pruner, pruned):
 
 def test_it_answers_plain_questions(real_pruner, pruned):
     dense, left = (rightly_answered(m, real_pruner.tokenizer, QUESTIONS) for m in (real_pruner.model, pruned.model))
-    assert sum(dense) > 17
+    assert sum(dense) > 12
     kept = sum(own for own, theirs in zip(left, dense, strict=True) if theirs) / sum(dense)
     assert kept > KEPT
