@@ -27,7 +27,7 @@ from selfpruner_hub.storage.export_record import read_export
 pytestmark = pytest.mark.heavy
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
-ATTENDING = ("llama", "mistral", "gemma2", "gemma3", "phi3", "cohere2")
+ATTENDING = ("llama", "mistral", "gemma2", "gemma3", "phi3", "cohere2", "olmo2")
 """Models whose attention or cache differs; the rest of a graph is transformers' own layers."""
 
 
