@@ -53,9 +53,9 @@ WINDOWS = 32
 
 
 def proposers(
-    pruner: AutoPruner, budget: ParameterBudget, endpoint: str | None, directory: Path
+    pruner: AutoPruner, budget: ParameterBudget, endpoint: Sequence[str] | None, directory: Path
 ) -> dict[str, Callable[[], Proposer]]:
-    """Functions that make each proposer; `directory` is for prompts of their own."""
+    """Functions that make each proposer; `endpoint`: URL and model; `directory` is for prompts of their own."""
 
     def own(templates: Path | None = None) -> Proposer:
         settings = replace(SETTINGS, templates=str(templates or ""))
@@ -69,7 +69,7 @@ def proposers(
         "cmaes+self": lambda: CmaEsWithModel(budget, SETTINGS.mutation, directory / "prompts", own),
     }
     if endpoint is not None:
-        found["endpoint"] = lambda: EndpointProposer(endpoint, None, budget, NAME, SETTINGS)
+        found["endpoint"] = lambda: EndpointProposer(*endpoint, budget, NAME, SETTINGS)
     return found
 
 
@@ -178,7 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=["evolution", "random", "cmaes", "cmaes+self", "self"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--evaluations", type=float, default=PAPER.evaluations)
-    parser.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible endpoint, for the method endpoint")
+    parser.add_argument(
+        "--endpoint", nargs=2, metavar=("URL", "MODEL"), help="an OpenAI-compatible endpoint, for the method endpoint"
+    )
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -16,6 +17,7 @@ import torch
 from support.once import made_once
 from support.time_limit import SilentRun, time_limit
 
+gc.disable()  # imports and collected tests leave no garbage; looking for it takes a fifth of their time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1
 """For each of the processes that run tests side by side."""
@@ -36,6 +38,12 @@ def pytest_configure(config):
 def pytest_xdist_auto_num_workers():
     """One process more than cores: tests wait for servers, browsers and other processes."""
     return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_finish():
+    """What is there by now stays to the end: `gc.collect()`, which exports and benchmarks call, passes it over."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

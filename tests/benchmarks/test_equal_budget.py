@@ -111,6 +111,16 @@ def test_every_method_starts_from_the_same_plans():
     assert first == again != other
 
 
+def test_every_method_can_be_made(pruner, tmp_path):
+    words = [str(tmp_path), "search.txt", "unseen.txt", "--endpoint", "http://127.0.0.1:9/v1", "a-model"]
+    options, budget = equal_budget._parser().parse_args(words), ParameterBudget(pruner.shape, 0.3, tied=True)
+    made = equal_budget.proposers(pruner, budget, options.endpoint, tmp_path)
+    assert set(made) == {*options.methods, "endpoint"}
+    names = {method: make().name for method, make in made.items()}
+    assert names.pop("endpoint") == "http://127.0.0.1:9/v1 a-model"
+    assert all(method == name for method, name in names.items())
+
+
 def test_rows_are_paired_with_the_control(pruner, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(equal_budget, "load_embedded", lambda: pruner)
     monkeypatch.setattr(equal_budget, "PAPER", SMALL)

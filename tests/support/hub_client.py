@@ -11,10 +11,13 @@ import io
 import os
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from selfpruner_hub.search.journal import JOURNAL_FILE
 from support.processes import FORKED, become
 
 
@@ -66,6 +69,18 @@ class Client:
         self._process.join(30)
 
 
+def _drawn_once(draw: Callable[[Path], dict[str, bytes]]) -> Callable[[Path], dict[str, bytes]]:
+    """Draw the pictures of a journal, which take most of a push, once for all copies of it."""
+    journals: dict[bytes, Path] = {}
+    drawn = cache(draw)
+
+    def pictures(directory: Path) -> dict[str, bytes]:
+        journal = directory / JOURNAL_FILE
+        return drawn(journals.setdefault(journal.read_bytes(), directory)) if journal.is_file() else {}
+
+    return pictures
+
+
 def _serve(requests: Connection, env: dict[str, str], log: Path) -> None:
     """Answer requests until there are none."""
     become(env, log, log)
@@ -78,7 +93,9 @@ def _serve(requests: Connection, env: dict[str, str], log: Path) -> None:
 
     time.sleep = pause
     from selfpruner_hub.cli import main
+    from selfpruner_hub.hub import bundle
 
+    bundle._pictures = _drawn_once(bundle._pictures)
     while True:
         try:
             words, code, variables = requests.recv()
