@@ -13,11 +13,9 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from selfpruner_hub.search.journal import JOURNAL_FILE
 from support.processes import FORKED, become
 
 
@@ -69,14 +67,15 @@ class Client:
         self._process.join(30)
 
 
-def _drawn_once(draw: Callable[[Path], dict[str, bytes]]) -> Callable[[Path], dict[str, bytes]]:
-    """Draw the pictures of a journal, which take most of a push, once for all copies of it."""
-    journals: dict[bytes, Path] = {}
-    drawn = cache(draw)
+def _drawn_once(draw: Callable[[Path], dict[str, bytes]], name: str) -> Callable[[Path], dict[str, bytes]]:
+    """Draw the pictures of a journal, a file of that name, once for all its copies: they take most of a push."""
+    known: dict[bytes, dict[str, bytes]] = {}
 
     def pictures(directory: Path) -> dict[str, bytes]:
-        journal = directory / JOURNAL_FILE
-        return drawn(journals.setdefault(journal.read_bytes(), directory)) if journal.is_file() else {}
+        journal = (directory / name).read_bytes() if (directory / name).is_file() else b""
+        if journal not in known:
+            known[journal] = draw(directory)
+        return known[journal]
 
     return pictures
 
@@ -95,7 +94,7 @@ def _serve(requests: Connection, env: dict[str, str], log: Path) -> None:
     from selfpruner_hub.cli import main
     from selfpruner_hub.hub import bundle
 
-    bundle._pictures = _drawn_once(bundle._pictures)
+    bundle._pictures = _drawn_once(bundle._pictures, bundle.JOURNAL_FILE)
     while True:
         try:
             words, code, variables = requests.recv()
