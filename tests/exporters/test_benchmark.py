@@ -31,7 +31,7 @@ from selfpruner_hub.evaluation.metrics import perplexity
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.heavy
@@ -189,15 +189,15 @@ def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("runtime", "library", "dtype", "file"),
+    ("runtime", "library", "dtype", "weights"),
     [
         ("gguf", "xllamacpp", "q4_k_m", "model-q4_k_m.gguf"),
-        ("onnx", "onnxruntime", "float32", "model.onnx"),
-        ("openvino", "openvino", "float16", "openvino_model.xml"),
+        ("onnx", "onnxruntime", "float16", "model.onnx.data"),
+        ("openvino", "openvino", "float16", "openvino_model.bin"),
     ],
 )
 @pytest.mark.usefixtures("forked_workers")
-def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
+def test_exports(runtime, library, dtype, weights, pair, tmp_path, capsys):
     """The runtime is timed, and has the perplexity of PyTorch: random models, so blocks change it little."""
     pytest.importorskip(library)
     text = tmp_path / "text.txt"
@@ -212,10 +212,13 @@ def test_exports(runtime, library, dtype, file, pair, tmp_path, capsys):
     assert found.cases[0].decode.pruned.median > 0
     windows = consecutive_windows(str(text), trained_tokenizer(), 128, 16).windows
     for side, directory in zip(("dense", "pruned"), pair, strict=True):
-        assert (tmp_path / side / file).is_file()
+        record, model = read_export(tmp_path / side), load_model(str(directory), dtype=torch.float32)[0]
+        assert 0 < record.max_difference <= record.tolerance
+        parameters = sum(p.numel() for p in model.parameters())
+        assert (tmp_path / side / weights).stat().st_size < 2.4 * parameters + 2**16
         quality = getattr(found, side).quality
         assert (quality.text, quality.windows, quality.window) == ("text.txt", 16, 128)
-        expected = perplexity(load_model(str(directory), dtype=torch.float32)[0], windows)
+        expected = perplexity(model, windows)
         assert quality.perplexity == pytest.approx(expected, rel=0.2 if "q4" in dtype else 0.02)
     assert "16 windows of text.txt" in found.table()
     assert found.metrics()[f"perplexity in {runtime}, {dtype}"].value == round(found.pruned.quality.perplexity, 3)

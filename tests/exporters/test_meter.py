@@ -153,12 +153,15 @@ def test_every_kind_of_model_is_measured_in_pytorch(name):
     assert bool(sizes.attention[0].any()) == (not shape.whole_attention and name != "gemma-mqa")
 
 
-@pytest.mark.parametrize("runtime", [pytest.param("onnx", marks=pytest.mark.slow), "gguf"])
-def test_a_runtime_charges_the_bytes_of_its_files(runtime, monkeypatch):
-    """Real exports, loaded and timed; tiny models are all overhead, so only the bytes are certain."""
+@pytest.mark.parametrize(("runtime", "groups"), [pytest.param("onnx", 1, marks=pytest.mark.slow), ("gguf", 2)])
+def test_a_runtime_charges_the_bytes_of_its_files(runtime, groups, monkeypatch):
+    """Real exports, loaded and timed; tiny models are all overhead, so only the bytes are certain.
+
+    A model with one KV head is exported once less.
+    """
     monkeypatch.setattr(meter, "FFN_SHARES", (0.5,))
     pytest.importorskip({"onnx": "onnxruntime", "gguf": "xllamacpp"}[runtime])
-    model = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=1)
+    model = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=1, num_key_value_heads=groups)
     target = target_of({"memory": 0.7}, runtime, (8, 2))
     costs = RuntimeMeter(runtime).costs(model, trained_tokenizer(), target, nothing)
     each = {"onnx": 4, "gguf": 2}[runtime]

@@ -11,7 +11,7 @@ import torch
 from support.shortened import shortened
 
 from exporters.benchmark import benchmark
-from exporters.export import export_model
+from exporters.export import export, export_model
 from exporters.parity import expected, logit_difference
 from exporters.to_gguf import write
 from exporters.to_gguf.library import cross_entropy
@@ -32,7 +32,7 @@ MEASURED = """
 import sys, time
 from pathlib import Path
 import onnx, onnxruntime, onnxscript, transformers.exporters.exporter_onnx
-from exporters.export import export_model
+from exporters.export import export, export_model
 from selfpruner_hub.models.loading import load_model
 status = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) * 1024
 before = status("VmRSS")
@@ -61,7 +61,7 @@ def test_onnx(pruned, tmp_path):
     pytest.importorskip("onnxruntime")
     from exporters.to_onnx.causal_lm import OnnxCausalLM
 
-    model, output = shortened(pruned.model, 3), tmp_path / "out"
+    model, output = shortened(pruned.model, 2), tmp_path / "out"
     model.save_pretrained(tmp_path / "model")
     pruned.tokenizer.save_pretrained(tmp_path / "model")
     words = [sys.executable, "-c", MEASURED, tmp_path / "model", output]
@@ -135,11 +135,12 @@ def test_llama_cpp_is_really_faster(real_dense, real_pruner, tmp_path):
         0.5, data=["The quick brown fox jumps over the lazy dog. " * 20], window=32, calibration_tokens=64,
         fitness_tokens=32, importance="wanda-sp", repair=False, confidence=False, seeds=("uniform",), evaluations=0,
         progress=False,
-    ).save_pretrained(tmp_path / "pruned")  # fmt: skip
-    found = benchmark(
-        tmp_path / "pruned", str(real_dense), "gguf", prompts=(64,), new_tokens=8, runs=3, dtype="f16",
-        threads=1,  # two would spin where other tests run beside
-    )  # fmt: skip
+    ).save_pretrained(tmp_path / "model")  # fmt: skip
+    dense, pruned = tmp_path / "dense", tmp_path / "pruned"
+    for model, output in ((real_dense, dense), (tmp_path / "model", pruned)):
+        export(str(model), "gguf", output, dtype="f16", tolerance=math.inf)  # `test_gguf` compares
+    threads = 1  # two would spin where other tests run beside
+    found = benchmark(pruned, dense, "gguf", prompts=(64,), new_tokens=8, runs=3, threads=threads)
     (case,) = found.cases
     assert 1.1 < case.prefill.speedup.median < 2.5
     assert 1.1 < case.decode.speedup.median < 2.5

@@ -114,22 +114,13 @@ def test_other_ways_to_generate(how, exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "allowed", "size"),
-    [({"dtype": "float16"}, 0.02, 0.6), ({"dtype": "int8"}, 0.4, 0.6), ({"fusions": "none"}, 1e-4, 1.2)],
-)
-def test_other_weights_and_plain_graphs(options, allowed, size, exported):
-    directory = exported("llama-mha-tied", **options)
+def test_a_plain_graph(exported):
+    directory = exported("llama-mha-tied", fusions="none")
     record = read_export(directory)
-    assert record.options == {"dtype": "float32", "fusions": "cpu", "layout": "transformers", **options}
-    assert record.max_difference <= allowed
-    parameters = sum(p.numel() for p in shallow("llama-mha-tied").parameters())
-    assert (directory / "model.onnx.data").stat().st_size < 4 * size * parameters + 2**16
-    domains = {node.domain for node in onnx.load(directory / "model.onnx").graph.node}
-    assert ("com.microsoft" in domains) == (options != {"fusions": "none"})
-    graph = OnnxCausalLM.from_pretrained(directory)
-    assert graph.dtype == (torch.float16 if options.get("dtype") == "float16" else torch.float32)
-    check_cache(graph, IDS[:, :10], new_tokens=4)
+    assert record.options == {"dtype": "float32", "fusions": "none", "layout": "transformers"}
+    assert record.max_difference <= 1e-4
+    assert "com.microsoft" not in {node.domain for node in onnx.load(directory / "model.onnx").graph.node}
+    check_cache(OnnxCausalLM.from_pretrained(directory), IDS[:, :10], new_tokens=4)
 
 
 def test_files_of_an_export(exported):

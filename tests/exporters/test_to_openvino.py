@@ -53,16 +53,6 @@ def test_another_architecture(tmp_path):
 
 @installed
 @pytest.mark.slow
-def test_weights_in_half(tmp_path):
-    model = shallow("llama")
-    export_model(model, tiny_tokenizer(), "openvino", tmp_path / "out", dtype="float16")
-    assert 0 < read_export(tmp_path / "out", "openvino").max_difference < 0.02
-    parameters = sum(p.numel() for p in model.parameters())
-    assert (tmp_path / "out" / "openvino_model.bin").stat().st_size < 2.2 * parameters
-
-
-@installed
-@pytest.mark.slow
 def test_it_does_what_a_model_does(exported):
     graph, model = OpenVinoCausalLM.from_pretrained(exported), shallow("llama")
     assert read_export(exported).max_difference <= 1e-4

@@ -119,6 +119,9 @@ def test_an_export_is_its_model(name, exported, verified, source):
     record = read_export(exported(name))
     first, *others = told["files"]
     assert first["tolerance"] == record.tolerance
+    if name == "onnx int8":
+        parameters = sum(p.numel() for p in model.parameters())
+        assert (exported(name) / "model.onnx.data").stat().st_size < 2.4 * parameters + 2**16
     rounded = ("onnx/model_quantized.onnx", "onnx/model_q4.onnx", "model.onnx" if name == "onnx int8" else "")
     for file in told["files"]:
         measured = "log-probability" if name.startswith("gguf") else "logit"
