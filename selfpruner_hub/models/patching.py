@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -67,16 +68,29 @@ def gguf_read_once() -> Iterator[None]:
     """Let transformers read a GGUF file once.
 
     It reads the file, vocabulary and all, for each of configuration, weights and tokenizer, and makes the names of its
-    tensors anew for every module: of a small model, that is half of the time to load it.
+    tensors anew for every module: of a small model, these and the slices of `_Reader` are most of the time to load it.
 
     Yields:
         Nothing.
     """
     with (
-        replaced(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        replaced(gguf, "GGUFReader", functools.cache(_Reader)),
         replaced(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
     ):
         yield
+
+
+class _Reader(gguf.GGUFReader):
+    """Slices the file into plain arrays: a slice of a memory map, one for each word of a vocabulary, takes longer."""
+
+    @property
+    def data(self) -> Any:
+        """The file."""
+        return self._data
+
+    @data.setter
+    def data(self, mapped: Any) -> None:
+        self._data = mapped.view(np.ndarray)
 
 
 @contextmanager
