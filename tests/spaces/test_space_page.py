@@ -10,12 +10,9 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -47,16 +44,12 @@ class Served:
     """A running page."""
 
     def __init__(self, directory: Path, dense: Path, home: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.directory, self.log = directory, home / "log.txt"
+        self.url, self.directory, self.log = "", directory, home / "log.txt"
         variables = {
             **{key: os.environ[key] for key in ("PATH", "LANG") if key in os.environ},
             **{"HOME": str(home), "DENSE_MODEL": str(dense), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
             "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin take a busy machine's last core
-            **{"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(home / "gradio")},
+            "GRADIO_TEMP_DIR": str(home / "gradio"),
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -68,13 +61,13 @@ class Served:
             )
 
     def wait(self) -> None:
+        """Wait until gradio, which takes the first free port, says where the page is."""
         deadline = time.monotonic() + PATIENCE / 1000
         while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                urllib.request.urlopen(self.url, timeout=5).close()
+            if said := re.search(r"http://127\.0\.0\.1:\d+", self.log.read_text()):
+                self.url = said[0]
                 return
-            except (urllib.error.URLError, TimeoutError):
-                time.sleep(0.5)
+            time.sleep(0.5)
         pytest.fail(f"the page did not come up:\n{self.log.read_text()[-2000:]}")
 
     def stop(self) -> None:
