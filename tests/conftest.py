@@ -17,7 +17,6 @@ import torch
 from support.once import made_once
 from support.time_limit import SilentRun, time_limit
 
-gc.disable()  # imports and collected tests leave no garbage; looking for it takes a fifth of their time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) or 1
 """For each of the processes that run tests side by side."""
@@ -40,10 +39,18 @@ def pytest_xdist_auto_num_workers():
     return len(os.sched_getaffinity(0)) + 1
 
 
-def pytest_collection_finish():
-    """What is there by now stays to the end: `gc.collect()`, which exports and benchmarks call, passes it over."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported and collected stays to the end, so nobody looks through it for garbage.
+
+    `gc.collect()`, which exports and benchmarks call, takes a third of a second for it.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):
