@@ -327,7 +327,7 @@ def test_ten_visitors_at_once(saved_models, tmp_path):
     served = serve(tiny_model("llama"), tiny_tokenizer(), saved_models / "first", tmp_path)
     try:
         visit(served.url, served.process.pid, users=10, seconds=1, tokens=16)  # warms up
-        load = visit(served.url, served.process.pid, users=10, seconds=2, tokens=16)
+        load = visit(served.url, served.process.pid, users=10, seconds=5, tokens=16)
     finally:
         served.stop()
     assert load.errors == []
