@@ -17,6 +17,7 @@ import torch
 from support.tiny import save_tiny, tiny_model
 from support.trained import TEXT, VOCABULARY, trained_tokenizer
 
+from exporters import OnnxCausalLM
 from exporters.benchmark import benchmark
 from exporters.benchmark import compare as module
 from exporters.benchmark.latency import Measured, timing
@@ -216,6 +217,8 @@ def test_exports(runtime, library, dtype, weights, pair, tmp_path, capsys):
         assert 0 < record.max_difference <= record.tolerance
         parameters = sum(p.numel() for p in model.parameters())
         assert (tmp_path / side / weights).stat().st_size < 2.4 * parameters + 2**16
+        if runtime == "onnx":
+            assert OnnxCausalLM.from_pretrained(tmp_path / side).dtype == torch.float16
         quality = getattr(found, side).quality
         assert (quality.text, quality.windows, quality.window) == ("text.txt", 16, 128)
         expected = perplexity(model, windows)
