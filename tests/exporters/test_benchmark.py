@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from support.checks import check_cache
 from support.tiny import save_tiny, tiny_model
 from support.trained import TEXT, VOCABULARY, trained_tokenizer
 
@@ -190,15 +192,15 @@ def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("runtime", "library", "dtype", "weights"),
+    ("runtime", "library", "dtype", "weights", "size", "allowed"),
     [
-        ("gguf", "xllamacpp", "q4_k_m", "model-q4_k_m.gguf"),
-        ("onnx", "onnxruntime", "float16", "model.onnx.data"),
-        ("openvino", "openvino", "float16", "openvino_model.bin"),
+        ("gguf", "xllamacpp", "q4_k_m", "model-q4_k_m.gguf", 2.4, math.inf),
+        ("onnx", "onnxruntime", "float16", "model.onnx.data", 2.4, 0.02),
+        ("openvino", "openvino", "float16", "openvino_model.bin", 2.2, 0.02),
     ],
 )
 @pytest.mark.usefixtures("forked_workers")
-def test_exports(runtime, library, dtype, weights, pair, tmp_path, capsys):
+def test_exports(runtime, library, dtype, weights, size, allowed, pair, tmp_path, capsys):
     """The runtime is timed, and has the perplexity of PyTorch: random models, so blocks change it little."""
     pytest.importorskip(library)
     text = tmp_path / "text.txt"
@@ -214,11 +216,13 @@ def test_exports(runtime, library, dtype, weights, pair, tmp_path, capsys):
     windows = consecutive_windows(str(text), trained_tokenizer(), 128, 16).windows
     for side, directory in zip(("dense", "pruned"), pair, strict=True):
         record, model = read_export(tmp_path / side), load_model(str(directory), dtype=torch.float32)[0]
-        assert 0 < record.max_difference <= record.tolerance
+        assert 0 < record.max_difference <= min(record.tolerance, allowed)
         parameters = sum(p.numel() for p in model.parameters())
-        assert (tmp_path / side / weights).stat().st_size < 2.4 * parameters + 2**16
+        assert (tmp_path / side / weights).stat().st_size < size * parameters + 2**14
         if runtime == "onnx":
-            assert OnnxCausalLM.from_pretrained(tmp_path / side).dtype == torch.float16
+            graph = OnnxCausalLM.from_pretrained(tmp_path / side)
+            assert graph.dtype == torch.float16
+            check_cache(graph, windows[:2, :10], new_tokens=4)
         quality = getattr(found, side).quality
         assert (quality.text, quality.windows, quality.window) == ("text.txt", 16, 128)
         expected = perplexity(model, windows)

@@ -307,7 +307,7 @@ def test_a_wrong_graph_in_few_bits_is_noticed(dtype, model, directory, tmp_path)
 def test_real_layers_write_pytorchs_text(real_pruned, tmp_path):
     """In GenAI and in Transformers.js; the graphs in 8 and 4 bits pass their own comparison with PyTorch."""
     pruned = PrunedModel.from_pretrained(real_pruned / "model", dtype=torch.float32)
-    model = shortened(pruned.model, 1)
+    model = shortened(pruned.model, 2)
     directory = export_model(model, pruned.tokenizer, "onnx", tmp_path / "real", layout="hub")
     written = in_pytorch(model, pruned.tokenizer)
     check_genai(directory, written)
