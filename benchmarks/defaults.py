@@ -1,12 +1,13 @@
 """Pruning from the command line with default settings: time, and quality of the pruned model and its answers.
 
-Run: python benchmarks/defaults.py WORK SEARCH_TEXT UNSEEN_TEXT BETA …
+Run: python benchmarks/defaults.py WORK SEARCH_TEXT UNSEEN_TEXT BETA … [--proposer NAME --evaluations N]
 (here: WikiText-2 raw, articles a and conversations for calibration and search, articles b for the figures)
-Rows that exist in the directory WORK are reused.
+Rows that exist in the directory WORK are reused. With a proposer, the run searches, and writes defaults_NAME.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import metadata_save
-from protocol import Chat, Rows, Unseen, write
+from protocol import Chat, Rows, Unseen, arguments, write
 from transformers import PreTrainedModel
 
 from selfpruner_hub.cli import main as selfpruner
@@ -27,14 +28,21 @@ DATA = "chat+"
 """Prefix of the search text: the default of a model with a chat template."""
 
 
-def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Prune the real model at every β, and measure it."""
+    options = _parser().parse_args(words)
+    work: Path = options.work
     rows, dense, pruner = Rows(work / "rows.jsonl"), str(work / "dense"), load_embedded()
-    unseen, chat = Unseen(unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
+    unseen, chat = Unseen(options.unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
+    name, told, more = "defaults", "", ()
+    if options.proposer:
+        name, told = f"defaults_{options.proposer}", f" and a search of {options.evaluations} evaluations"
+        more = ("--proposer", options.proposer, "--evaluations", options.evaluations)
     protocol = (
-        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults on {DATA}{Path(search_text).name} "
-        f"(the default's wikitext2, from a file); minutes of it; perplexity on the first windows of "
-        f"{Path(unseen_text).name}, on which nothing was chosen: {Unseen.WORDS}; {chat.words}"
+        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults{told} on "
+        f"{DATA}{Path(options.search_text).name} (the default's wikitext2, from a file); minutes of it; perplexity on "
+        f"the first windows of {Path(options.unseen_text).name}, on which nothing was chosen: {Unseen.WORDS}; "
+        f"{chat.words}"
     )
 
     def measured(model: PreTrainedModel) -> dict[str, float]:
@@ -45,10 +53,11 @@ def main(work: Path, search_text: str, unseen_text: str, betas: list[float]) -> 
     metadata_save(work / "dense" / "README.md", pruner.licence)
     if not rows.have(beta=0.0):
         rows.keep({"beta": 0.0, **measured(pruner.model)})
-    for beta in betas:
+    for beta in options.betas:
         if not rows.have(beta=beta):
-            rows.keep(pruned(dense, beta, DATA + search_text, work / f"b{100 * beta:.0f}", measured))
-        write("defaults", protocol, sorted(rows, key=lambda row: row["beta"]))
+            data = DATA + options.search_text
+            rows.keep(pruned(dense, beta, data, work / f"b{100 * beta:.0f}", measured, more))
+        write(name, protocol, sorted(rows, key=lambda row: row["beta"]), options.output)
 
 
 def pruned(
@@ -77,5 +86,13 @@ def pruned(
     return {"beta": beta, **found, **measured(model)}
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = arguments(__doc__)
+    parser.add_argument("betas", metavar="BETA", nargs="+", type=float)
+    parser.add_argument("--proposer", metavar="NAME", help="who proposes in a search (default: no search)")
+    parser.add_argument("--evaluations", metavar="N", default="10", help="length of the search (default: %(default)s)")
+    return parser
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], [float(beta) for beta in sys.argv[4:]])
+    main()

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
 ARTICLES = ROOT / "benchmarks" / "defaults_articles.json"
 """What defaults.py wrote of 0.1.0."""
-SEARCHED = ROOT / "benchmarks" / "defaults_searched.json"
-"""What it wrote when it searched for 10 evaluations at every β."""
+SEARCHED = {name: ROOT / "benchmarks" / f"defaults_{name}.json" for name in ("self", "slopes")}
+"""What it wrote of runs that searched, by proposer."""
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
 FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml", "results.json"))
 """Faults that were put into the code, and what `make mutants` wrote of them."""
@@ -64,14 +64,15 @@ def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def search_table() -> str:
-    """What the search gained at each β, on every text that it was measured on."""
-    rows = [row for row in (*_rows(SEARCHED), *_defaults()) if row.get("search")]
-    texts = list(dict.fromkeys(text for row in rows for text in row["search"]))
+    """What a search gained at each β, on every text that it was measured on."""
+    runs = [(who, row) for who, file in SEARCHED.items() for row in _rows(file) if row.get("search")]
+    texts = list(dict.fromkeys(text for _, row in runs for text in row["search"]))
     names = [f"{TEXTS.get(text, text)}: {which}" for text in texts for which in ("best seed", "found")]
-    found = [[value for text in texts for value in row["search"].get(text) or (None, None)] for row in rows]
-    cells = [[UNKNOWN if value is None else f"{value:.3f}" for value in values] for values in found]
-    betas = [f"{row['beta']:g}" for row in rows]
-    return markdown(["β", *names], [[beta, *those] for beta, those in zip(betas, cells, strict=True)], numbers=True)
+    cells = [
+        [who, f"{row['beta']:g}", *(f"{value:.3f}" for text in texts for value in row["search"][text])]
+        for who, row in runs
+    ]
+    return markdown(["proposer", "β", *names], cells)
 
 
 def _defaults() -> list[dict[str, Any]]:
