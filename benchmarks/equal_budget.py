@@ -31,7 +31,8 @@ from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.prepare import prepared
 from selfpruner_hub.pruning.slicing import Slicer
-from selfpruner_hub.search.journal import Journal, RoundLine
+from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.journal_lines import RoundLine
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.loop import Problem, search

@@ -33,7 +33,7 @@ from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.settings import PruneSettings
 
 WINDOW, CALIBRATION, FITNESS = 512, 32_768, 8_192
-SETTINGS = PruneSettings(evaluations=16, population=4)
+SETTINGS = PruneSettings(evaluations=16, patience=0, population=4)
 
 
 def texts(pruner: AutoPruner, search_text: str, *others: int) -> list[Tensor]:

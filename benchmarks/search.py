@@ -30,7 +30,8 @@ from selfpruner_hub.pruning.slicing import slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.choose_proposer import choose_proposer
 from selfpruner_hub.search.find_plan import find_plan
-from selfpruner_hub.search.journal import Journal, RoundLine
+from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.journal_lines import RoundLine
 from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT
 from selfpruner_hub.settings import SEARCH, PruneSettings
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -50,6 +51,7 @@ def main(words: Sequence[str] | None = None) -> None:
         fisher_tokens=options.tokens // 4,
         fitness_tokens=options.tokens // 2,
         evaluations=options.evaluations,
+        patience=0,
     )
     run = Run(checkpoints=Checkpoints(options.work / "text"), progress=_tell)
     texts = Texts(pruner.model, pruner.tokenizer).read(DATA + options.search_text, method, run)

@@ -27,7 +27,8 @@ from selfpruner_hub.plans.plan import LayerWidths, Plan
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.slicing import slice_model
-from selfpruner_hub.search.journal import Journal, JournalLine, ScoreLine
+from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.journal_lines import JournalLine, ScoreLine
 from selfpruner_hub.search.loop import Problem, Score, search
 from selfpruner_hub.search.proposers import EvolutionProposer
 from selfpruner_hub.settings import PruneSettings

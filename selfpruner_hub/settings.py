@@ -56,8 +56,10 @@ class PruneSettings:
     """Plans that the search starts from: uniform rates, a ramp over depth, a knapsack over predicted losses
     (sensitivity), and the mean of that and uniform rates (blend)."""
     evaluations: float = 0
-    """Length of the search, in evaluations on the whole fitness text; 0 takes the best seed. By default nothing is
-    searched: 10 evaluations gained 0.2 % or less on unseen text at β = 0.2, 0.3 and 0.5."""
+    """Greatest length of the search, in evaluations on the whole fitness text; 0 takes the best seed. By default
+    nothing is searched: 10 evaluations gained 0.2 % or less on unseen text at β = 0.2, 0.3 and 0.5."""
+    patience: int = 2
+    """Rounds in a row without a gain on unseen text, after which the search ends; 0 spends all evaluations."""
     population: int = 0
     """New plans in the first round of the search."""
     crossover: int = 8
@@ -150,6 +152,7 @@ PRESETS = {
         calibration_tokens=32_768,  # norms of the inputs are all that it needs
         fitness_tokens=2_048,  # 430 evaluations, each on all of them
         evaluations=430,
+        patience=0,
         population=30,
         crossover=10,
         mutation=10,
@@ -253,6 +256,7 @@ def resolve(preset: str, **changes: Any) -> PruneSettings:
     _check_kinds(method)
     for name, low, high in (
         ("evaluations", 0, 1e9),
+        ("patience", 0, 1e9),
         ("window", 2, 1 << 20),
         ("calibration_tokens", 1, 1 << 40),
         ("fisher_tokens", 1, 1 << 40),

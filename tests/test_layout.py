@@ -38,7 +38,7 @@ HEAVY_OR_NETWORK = {
     *("torch", "transformers", "optimum", "accelerate", "datasets", "huggingface_hub"),
     *("requests", "httpx", "aiohttp", "urllib", "http", "socket", "ssl"),
 }
-WITHOUT_TORCH = {"search.loop", "search.llm.prompts", "search.journal"}
+WITHOUT_TORCH = {"search.loop", "search.llm.prompts", "search.journal", "search.journal_lines"}
 MAX_LINES = 330
 MAX_MODULES = 12
 MAX_PARAMETERS = 7

@@ -24,7 +24,8 @@ from selfpruner_hub.cli.demo import NAME
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.pruned_model import PrunedModel
-from selfpruner_hub.search.journal import ScoreLine, read_journal
+from selfpruner_hub.search.journal import read_journal
+from selfpruner_hub.search.journal_lines import ScoreLine
 from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.slow

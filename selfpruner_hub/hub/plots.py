@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
 from selfpruner_hub.plans.plan import ModelShape, plan_of
-from selfpruner_hub.search.journal import JOURNAL_FILE, ProbeLine, ScoreLine, read_journal
+from selfpruner_hub.search.journal import JOURNAL_FILE, read_journal
+from selfpruner_hub.search.journal_lines import ProbeLine, ScoreLine
 
 FORMATS = ("png", "svg")
 

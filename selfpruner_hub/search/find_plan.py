@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 
 from torch import Tensor
 
 from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.evaluation.fitness import REMAINS, Fitness, SecondRepairScore
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.pruning.prepare import Prepared
 from selfpruner_hub.pruning.slicing import Slicer
-from selfpruner_hub.search.journal import Journal, SeedsLine
+from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.journal_lines import CheckLine, SeedsLine
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, Found, Standing
 from selfpruner_hub.search.proposers import Proposer
@@ -59,14 +62,16 @@ def find_plan(
     measure = partial(fitness.loss, share=method.first_share)
     known = _journaled(journal, lambda: seeds(budget, curves if method.predicts_losses else None, measure))
     starts = {name: rates for name, rates in known.items() if name in method.seeds}
+    check = None
+    if method.evaluations and texts.unseen is not None:
+        check = checked(journal, partial(_fitness, slicer, texts.unseen.windows, method, scoring))
     with ray_workers(fitness) if run.executor == "ray" else nullcontext() as pool:
         told = measure_steps if getattr(proposer, "reads_slopes", False) else None
-        problem = Problem(budget, starts, fitness, told, pool)
+        problem = Problem(budget, starts, fitness, told, pool, check)
         outcome = search(proposer, problem, journal, method, seed=run.seed, report=_live(run.progress, method))
     gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
-    if method.evaluations and texts.unseen is not None:
-        unseen = _fitness(slicer, texts.unseen.windows, method, scoring)
-        gains[UNSEEN_TEXT] = unseen(outcome.best_seed.plan), unseen(outcome.best.plan)
+    if check is not None:
+        gains[UNSEEN_TEXT] = check(outcome.best_seed.plan), check(outcome.best.plan)
     return Found(outcome, gains)
 
 
@@ -74,6 +79,22 @@ def _journaled(journal: Journal, compute: Callable[[], dict[str, Rates]]) -> dic
     """Seed plans from the journal, or computed and journaled: they are measured, and devices round differently."""
     known = next((line for line in journal.lines if isinstance(line, SeedsLine)), None)
     return (known or journal.append(SeedsLine(compute()))).rates
+
+
+def checked(journal: Journal, make: Callable[[], Callable[[Plan], float]]) -> Callable[[Plan], float]:
+    """Make the function that scores a plan on unseen text; it scores each plan once, and journals that."""
+    known = {line.plan: line.fitness for line in journal.lines if isinstance(line, CheckLine)}
+    made = cache(make)  # not before a plan is new: it runs the dense model on the text
+
+    def check(plan: Plan) -> float:
+        if plan not in known:
+            started = time.perf_counter()
+            found = made()(plan)
+            line = journal.append(CheckLine(found, plan, round(time.perf_counter() - started, 3)))
+            known[plan] = line.fitness
+        return known[plan]
+
+    return check
 
 
 def _fitness(

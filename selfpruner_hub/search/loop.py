@@ -19,7 +19,8 @@ from selfpruner_hub.errors import ProposerError, SelfPrunerError
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
-from selfpruner_hub.search.journal import AskLine, Journal, ProbeLine, Reply, RoundLine, ScoreLine
+from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.journal_lines import AskLine, ProbeLine, Reply, RoundLine, ScoreLine
 from selfpruner_hub.search.outcome import Outcome, Standing
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Proposer, Scored
 from selfpruner_hub.search.schedule import rounds
@@ -41,6 +42,8 @@ ATTEMPTS = 2
 """Number of times that a proposer is asked before evolution's children replace its bad replies."""
 BARREN_ROUNDS = 8
 """Number of rounds in a row without a new plan after which the search ends."""
+LEAST_GAIN = 0.001
+"""Smallest gain on unseen text for which a search goes on, as a share of the score."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Problem:
     `PROBE_COST` scores."""
     pool: Pool | None = None
     """Function that scores the plans of a round in parallel; None calls `score` on one after the other."""
+    check: Callable[[Plan], float] | None = None
+    """Function that scores a plan on unseen text, by which no plan is chosen; None ends no search early."""
 
     def scores(self, plans: Sequence[Plan], share: float) -> Iterator[float]:
         """Score plans on the first share of the windows, in their order."""
@@ -89,16 +94,18 @@ def search(
     run = _Search(proposer, problem, journal, settings, seed, report)
     run.score_round(0, [(f"seed:{name}", problem.budget.project(rates)) for name, rates in problem.seeds.items()])
     best_seed = run.incumbent()
-    barren = 0
+    barren = idle = 0
     for number, operation, count in rounds(settings):
-        if run.spent >= settings.evaluations or barren == BARREN_ROUNDS:
+        if run.spent >= settings.evaluations or barren == BARREN_ROUNDS or 0 < settings.patience <= idle:
             break
+        before = run.incumbent().plan
         run.measure_steps(number)
         children = run.ask(number, operation, count)
         barren = 0 if children else barren + 1
         if children:
             proposer.tell(run.score_round(number, children))
         run.close_round(number, operation)
+        idle = 0 if run.gained(before) else idle + 1
     return Outcome(run.incumbent(), best_seed, run.spent, dict(run.counts), run.tokens)
 
 
@@ -151,6 +158,13 @@ class _Search:
             self._probed[plan] = line.slopes
         self.effects[plan] = self._probed[plan]
         self.spent += PROBE_COST * share
+
+    def gained(self, before: Plan) -> bool:
+        """Whether the incumbent is better than the one `before` this round on unseen text too, if there is any."""
+        now, check = self.incumbent().plan, self.problem.check
+        if not self.settings.patience or check is None:
+            return True
+        return now != before and check(now) <= (1 - LEAST_GAIN) * check(before)
 
     # -- asking ---------------------------------------------------------------------------------------------------
 

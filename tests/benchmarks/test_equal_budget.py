@@ -15,7 +15,8 @@ from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.search.journal import AskLine, Journal
+from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.journal_lines import AskLine
 from selfpruner_hub.search.llm.prompts import render
 from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.loop import Problem, search

@@ -33,6 +33,7 @@ def test_files_are_named_by_a_part_of_their_path():
     assert {fault.file for fault in named(["budget", "journal"], FAULTS)} == {
         "selfpruner_hub/plans/budget.py",
         "selfpruner_hub/search/journal.py",
+        "selfpruner_hub/search/journal_lines.py",
     }
     assert list(named([], FAULTS)) == FAULTS
     with pytest.raises(SystemExit, match="No file with faults has '--help' in its path"):

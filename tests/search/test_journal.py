@@ -10,16 +10,8 @@ from selfpruner_hub.errors import OutputError, RunMismatchError
 from selfpruner_hub.plans.budget import Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
-from selfpruner_hub.search.journal import (
-    AskLine,
-    Journal,
-    ProbeLine,
-    Reply,
-    RoundLine,
-    ScoreLine,
-    SeedsLine,
-    read_journal,
-)
+from selfpruner_hub.search.journal import Journal, read_journal
+from selfpruner_hub.search.journal_lines import AskLine, CheckLine, ProbeLine, Reply, RoundLine, ScoreLine, SeedsLine
 from selfpruner_hub.search.proposers import Proposal
 
 SETTINGS = {"beta": 0.3, "seed": 0, "seeds": ("uniform", "ramp"), "data": {"name": "wikitext2"}}
@@ -43,6 +35,7 @@ LINES = [
     RoundLine(1, "crossover", {"accepted": 1, "refused": 1}, 0.000123, math.inf, "seed:ramp", 2.5, 12),
     RoundLine(2, "mutation", {}, None, 0.3, "self", 4.0, 12),
     SeedsLine({"uniform": Rates((0.0, 0.5), (0.5, 0.1 + 0.2))}),
+    CheckLine(0.25, PLAN, 1.5),
 ]
 FILE = r"""{"kind": "header", "schema_version": 1, "settings": {"beta": 0.3, "seed": 0, "seeds": ["uniform", "ramp"], "data": {"name": "wikitext2"}}}
 {"kind": "score", "round": 0, "origin": "seed:ramp", "share": 0.25, "fitness": 0.30000000000000004, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 0.5}
@@ -52,6 +45,7 @@ FILE = r"""{"kind": "header", "schema_version": 1, "settings": {"beta": 0.3, "se
 {"kind": "round", "round": 1, "operation": "crossover", "counts": {"accepted": 1, "refused": 1}, "moved": 0.000123, "best": null, "origin": "seed:ramp", "spent": 2.5, "tokens": 12}
 {"kind": "round", "round": 2, "operation": "mutation", "counts": {}, "moved": null, "best": 0.3, "origin": "self", "spent": 4.0, "tokens": 12}
 {"kind": "seeds", "rates": {"uniform": {"attention": [0.0, 0.5], "ffn": [0.5, 0.30000000000000004]}}}
+{"kind": "check", "fitness": 0.25, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 1.5}
 """  # noqa: E501
 """The same lines as files of earlier versions have them."""
 

@@ -15,7 +15,9 @@ from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan, widths_of
 from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.plans.seeds import seeds
-from selfpruner_hub.search.journal import AskLine, Journal
+from selfpruner_hub.search.find_plan import checked
+from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.journal_lines import AskLine, RoundLine
 from selfpruner_hub.search.loop import PROBE_COST, SURVIVING_SEEDS, Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposal, RandomProposer
 from selfpruner_hub.search.schedule import rounds
@@ -111,6 +113,10 @@ class Trap:
         self.step()
         return slopes(plan)
 
+    def check(self, plan):
+        self.step()
+        return score(plan, 1.0)
+
     def proposer(self, proposer):
         inner = proposer.ask
 
@@ -125,7 +131,8 @@ class Trap:
 def run(proposer, directory=None, *, budget=BUDGET, score=score, settings=SHORT, journal=None, **options):
     journal = journal or Journal(directory, SETTINGS)
     start = options.pop("seeds", None) or seeds(budget)
-    problem = Problem(budget, start, score, options.pop("probe", None))
+    check = options.pop("check", None)
+    problem = Problem(budget, start, score, options.pop("probe", None), check=check and checked(journal, lambda: check))
     return search(proposer, problem, journal, settings, **options)
 
 
@@ -134,7 +141,9 @@ def trapped(directory, kill_at=None, settings=SHORT):
     trap = Trap(kill_at)
     try:
         proposer = trap.proposer(Unreliable(BUDGET))
-        outcome = run(proposer, directory, score=trap.score, settings=settings, seed=2, probe=trap.probe)
+        outcome = run(
+            proposer, directory, score=trap.score, settings=settings, seed=2, probe=trap.probe, check=trap.check
+        )
     except Killed:
         outcome = None
     return outcome, trap.calls
@@ -400,6 +409,28 @@ def test_tokens_are_summed(tmp_path):
 
 
 # -- spending ---------------------------------------------------------------------------------------------------------
+
+
+def rounds_of(check, patience=2, proposer=EvolutionProposer):
+    """Number of rounds of a search that may score 60 plans."""
+    journal, settings = Journal(None, SETTINGS), replace(FOUR, evaluations=60, patience=patience)
+    run(proposer(BUDGET), journal=journal, settings=settings, check=check)
+    return sum(isinstance(line, RoundLine) for line in journal.lines)
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5])
+def test_a_search_ends_when_no_plan_is_better_on_unseen_text(patience):
+    assert rounds_of(lambda plan: 1.0, patience) == patience < rounds_of(None)
+    assert rounds_of(lambda plan: 1 - 1e-5 * random.Random(str(plan)).random(), patience) == patience  # too little
+    nothing_new = rounds_of(
+        lambda plan: score(plan, 1.0), patience, lambda budget: Stubborn(Proposal(budget.rates(TARGET)))
+    )
+    assert nothing_new == 1 + patience  # the first round finds the target
+
+
+def test_a_search_goes_on_while_its_gains_hold():
+    assert rounds_of(lambda plan: 1.0, patience=0) == rounds_of(None)
+    assert 4 < rounds_of(lambda plan: score(plan, 1.0)) <= rounds_of(None)
 
 
 @pytest.mark.parametrize("first_share", [0.25, 0.5, 1.0])
