@@ -26,7 +26,7 @@ LAYERS = 2
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 12]
 SHORT = {
     "window": 16, "calibration_tokens": 128, "fisher_tokens": 64, "fitness_tokens": 64, "evaluations": 3,
-    "crossover": 1, "mutation": 1, "seeds": ("uniform", "sensitivity"),
+    "crossover": 1, "mutation": 1, "seeds": ("uniform", "sensitivity", "refined"),
 }  # fmt: skip
 IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
 

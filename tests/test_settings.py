@@ -1,6 +1,7 @@
 """Presets: the paper's numbers, and every setting that is refused."""
 
 import json
+import math
 from dataclasses import fields
 
 import numpy as np
@@ -10,7 +11,7 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.fitness import METRICS
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import ModelShape, Plan
-from selfpruner_hub.plans.predicted_loss import LossCurves
+from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.importance import ORDERS
 from selfpruner_hub.settings import CHOICES, OLD_NAMES, PRESETS, PruneSettings, explained, resolve
@@ -31,7 +32,7 @@ def test_the_default_preset_repairs_and_scores_in_stages():
     assert default == PruneSettings()
     assert default.repair
     assert default.first_share < 1
-    assert default.seeds == ("uniform", "ramp", "sensitivity", "blend")
+    assert default.seeds == ("uniform", "ramp", "sensitivity", "refined")
 
 
 def test_changes_replace_settings_and_none_leaves_them_alone():
@@ -59,7 +60,8 @@ def test_the_choices_are_those_of_the_modules_that_define_them():
     assert set(CHOICES["fitness"]) == set(METRICS)
     budget = ParameterBudget(ModelShape(8, 4, 1, Plan.of([16], [2])), 0.3)
     curves = [LossCurves(np.linspace(1, 0, 3), np.linspace(1, 0, 17))]
-    assert set(CHOICES["seeds"]) == set(seeds(budget, curves))
+    effects = StepEffects(*[(math.inf,)] * 4)
+    assert CHOICES["seeds"] == tuple(seeds(budget, curves, lambda _plan: 1.0, lambda _plan: effects))
 
 
 def test_shares_are_kept_as_they_are():

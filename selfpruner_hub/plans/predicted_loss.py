@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import Plan
 
 STEP = 0.05
@@ -60,54 +59,6 @@ class StepEffects:
     def from_json(cls, values: dict[str, Any]) -> StepEffects:
         """Rebuild from the result of `to_json`."""
         return cls(**{name: tuple(math.inf if x is None else float(x) for x in v) for name, v in values.items()})
-
-
-def paying_moves(effects: StepEffects, costs: Costs) -> dict[str, list[int]]:
-    """Select steps that together lower the loss: restored parts save more loss than the removed parts cost.
-
-    Steps are taken in order of the loss per cost that they save or take, until the two prices meet. Parts that cost
-    nothing stay as they are. This is a knapsack over one step of every part, around the plan where the effects were
-    measured.
-
-    Args:
-        effects: Predicted changes of the loss.
-        costs: Cost of every width of every part, such as its weights.
-
-    Returns:
-        Indices of the layers to change (from 0), by field of `StepEffects`, best first. Each part of a layer is either
-        removed or restored, not both.
-    """
-    sizes = {
-        "attention": [costs.group(layer) for layer in range(len(costs.attention))],
-        "ffn": [step_channels(len(t) - 1) * costs.channel(layer) for layer, t in enumerate(costs.ffn)],
-    }
-    ranked: dict[str, list[tuple[float, str, int]]] = {"removed": [], "restored": []}
-    for name, changes in vars(effects).items():
-        part, _, way = name.partition("_")
-        sign = 1 if way == "removed" else -1
-        known = [(i, c) for i, c in enumerate(changes) if math.isfinite(c) and sizes[part][i]]
-        ranked[way] += [(sign * c / sizes[part][i], part, i) for i, c in known]
-    removed, restored = sorted(ranked["removed"]), sorted(ranked["restored"], reverse=True)
-    found: dict[str, list[int]] = {name: [] for name in vars(effects)}
-    taken: set[tuple[str, int]] = set()
-    spare = 0.0  # cost removed and not yet restored; if negative, cost that is still to be removed
-    cost = gain = 0.0  # loss per cost of the steps that were taken last
-    while moves := (restored if spare > 0 else removed):
-        price, part, layer = moves.pop(0)
-        if (part, layer) in taken:
-            continue
-        if moves is restored:
-            if price <= cost:
-                break
-            gain, way, sign = price, "restored", -1
-        else:
-            if price >= (gain if spare < 0 else restored[0][0] if restored else 0.0):
-                break
-            cost, way, sign = price, "removed", 1
-        taken.add((part, layer))
-        found[f"{part}_{way}"].append(layer)
-        spare += sign * sizes[part][layer]
-    return found
 
 
 def step_channels(intermediate_size: int) -> int:

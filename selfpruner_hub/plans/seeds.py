@@ -1,4 +1,4 @@
-"""Seed plans of a search: uniform rates, a ramp over depth, and rates from each layer's predicted loss."""
+"""Seed plans of a search: uniform rates, a ramp over depth, and rates from predicted and measured losses."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from dataclasses import replace
 import numpy as np
 
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.moves import moved, paying_moves
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.plans.predicted_loss import LossCurves
+from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects
 
 RAMP = 0.5
 """Slope of the ramp: the last layer loses (1 + RAMP) β, the first (1 - RAMP) β (arithmetic progression: ATP,
 arXiv 2502.10184)."""
+SHARES = (0.25, 0.5, 1.0)
+"""Shares of the paying moves that are tried for the seed `refined`: how far the measured effects hold is not known."""
 
 
 def seeds(
-    budget: ParameterBudget, curves: Sequence[LossCurves] | None = None, loss: Callable[[Plan], float] | None = None
+    budget: ParameterBudget,
+    curves: Sequence[LossCurves] | None = None,
+    loss: Callable[[Plan], float] | None = None,
+    effects: Callable[[Plan], StepEffects] | None = None,
 ) -> dict[str, Rates]:
     """Compute the seed plans, simplest first.
 
@@ -27,6 +33,8 @@ def seeds(
         curves: Predicted losses of the layers alone, for the seeds `sensitivity` and `blend`; None leaves these out.
         loss: Function that measures the loss of a plan above the dense model's, in nats per token, to scale the curves;
             None leaves the curves unscaled.
+        effects: Function that measures the effects of small changes of a plan, for the seed `refined`, which needs
+            `loss` too; None leaves it out.
 
     Returns:
         Rates for `budget.project`, by the name of the seed.
@@ -39,6 +47,8 @@ def seeds(
         best = knapsack(budget, curves if loss is None else _as_measured(budget, curves, loss))
         found["sensitivity"] = best
         found["blend"] = _blend(best, budget.rates(budget.project(found["uniform"])))
+        if loss is not None and effects is not None:
+            found["refined"] = refined(budget, budget.project(best), loss, effects)
     return found
 
 
@@ -67,6 +77,27 @@ def _as_measured(
 def _blend(a: Rates, b: Rates) -> Rates:
     """FFN rates half-way between two proposals, with the attention rates of the first."""
     return Rates(a.attention, tuple((x + y) / 2 for x, y in zip(a.ffn, b.ffn, strict=True)))
+
+
+def refined(
+    budget: ParameterBudget, plan: Plan, loss: Callable[[Plan], float], effects: Callable[[Plan], StepEffects]
+) -> Rates:
+    """Solve a knapsack over the measured effects of small changes of a plan, and make the best share of its moves.
+
+    The effects know how the layers interact, which their predicted losses do not.
+
+    Args:
+        budget: Parameter budget of the search.
+        plan: Plan to refine.
+        loss: Function that measures the loss of a plan.
+        effects: Function that measures the effects of small changes of a plan.
+
+    Returns:
+        Rates of the plan of least loss, among the given one and those after a share of the moves (`SHARES`).
+    """
+    moves = paying_moves(effects(plan), budget.costs)
+    tried = [budget.project(moved(budget.rates(plan), moves, budget, share)) for share in SHARES]
+    return budget.rates(min((plan, *dict.fromkeys(tried)), key=loss))
 
 
 def knapsack(budget: ParameterBudget, curves: Sequence[LossCurves]) -> Rates:

@@ -60,7 +60,8 @@ def find_plan(
         else partial(fitness.measure_steps, curves=curves)
     )
     measure = partial(fitness.loss, share=method.first_share)
-    known = _journaled(journal, lambda: seeds(budget, curves if method.predicts_losses else None, measure))
+    effects = partial(measure_steps, share=method.first_share) if "refined" in method.seeds else None
+    known = _journaled(journal, lambda: seeds(budget, curves if method.predicts_losses else None, measure, effects))
     starts = {name: rates for name, rates in known.items() if name in method.seeds}
     check = None
     if method.evaluations and texts.unseen is not None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
-from selfpruner_hub.plans.predicted_loss import STEP, paying_moves
+from selfpruner_hub.plans.moves import moved, paying_moves
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Scored
 
 REACH = (0.25, 2.0)
@@ -21,7 +21,7 @@ class SlopesProposer:
     """Solves a knapsack over small changes of the best plan, again and again: sequential linear programming.
 
     The effect of one step more or less of every part is measured at the best plan. Under these slopes, the best plan in
-    a trust region makes the moves that pay (`predicted_loss.paying_moves`), each as far as the region allows. How far
+    a trust region makes the moves that pay (`moves.paying_moves`), each as far as the region allows. How far
     the slopes hold is not known, so each proposal draws the size of its region and the share of the moves that it
     makes; the scores decide. It is what a language model that proposes is told, and so its baseline.
 
@@ -57,21 +57,12 @@ class SlopesProposer:
         moves = paying_moves(slopes, self._budget.costs) if slopes else {}
         if not any(moves.values()):
             return []
-        return [Proposal(self._moved(history[measured].rates, moves, rng), (measured,)) for _ in range(count)]
+        return [Proposal(self._drawn(history[measured].rates, moves, rng), (measured,)) for _ in range(count)]
 
     def tell(self, scored: Sequence[Scored]) -> None:
         """Ignore the scores: the history holds them."""
 
-    def _moved(self, rates: Rates, moves: dict[str, list[int]], rng: np.random.Generator) -> Rates:
-        """Rates after the first moves of each list; the projection makes their sum exact."""
+    def _drawn(self, rates: Rates, moves: dict[str, list[int]], rng: np.random.Generator) -> Rates:
+        """Rates after the first moves of each list."""
         share, reach = rng.uniform(LEAST_SHARE, 1), math.exp(rng.uniform(*np.log(REACH)))
-        attention, ffn = [*rates.attention], [*rates.ffn]
-        for name, layers in moves.items():
-            part, _, way = name.partition("_")
-            sign = 1 if way == "removed" else -1
-            for layer in layers[: math.ceil(share * len(layers))]:
-                if part == "ffn":
-                    ffn[layer] += sign * reach * STEP
-                else:
-                    attention[layer] += sign / self._budget.shape.dense.layers[layer].num_key_value_heads
-        return Rates.tied(ffn) if self._budget.tied else Rates(tuple(attention), tuple(ffn))
+        return moved(rates, moves, self._budget, share, reach)

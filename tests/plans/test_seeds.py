@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.moves import moved
 from selfpruner_hub.plans.plan import ModelShape, Plan
-from selfpruner_hub.plans.predicted_loss import LossCurves
-from selfpruner_hub.plans.seeds import knapsack, seeds
+from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects
+from selfpruner_hub.plans.seeds import knapsack, refined, seeds
 
 
 def shape(layers, width=32, groups=4):
@@ -184,3 +185,35 @@ def test_what_is_not_cut_is_not_measured():
     measured = []
     seeds(ParameterBudget(model, 0.3), losses, lambda plan: measured.append(plan) or 1.0)
     assert [{w.num_key_value_heads for w in plan.layers} for plan in measured] == [{4}]  # the FFN alone
+
+
+NEVER = (np.inf,) * 8
+EFFECTS = StepEffects(NEVER, NEVER, (*(0.1,) * 4, *NEVER[4:]), (*NEVER[:4], -1.4, -1.3, -1.2, -1.1))
+"""Each of the first four layers may lose a step of its FFN for one of the others."""
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_plan_is_refined_by_as_many_moves_as_lower_its_loss(share):
+    model = shape(layers=8, width=200)
+    budget, asked = ParameterBudget(model, 0.4), []
+    start = budget.project(seeds(budget)["uniform"])
+    many = round(4 * share)
+    moves = {"ffn_removed": range(many), "ffn_restored": range(4, 4 + many)}
+    best = budget.project(moved(budget.rates(start), moves, budget))
+
+    def loss(plan):
+        kept, wanted = ([w.intermediate_size for w in each.layers] for each in (plan, best))
+        return float(np.abs(np.subtract(kept, wanted)).sum())
+
+    assert refined(budget, start, loss, lambda plan: asked.append(plan) or EFFECTS) == budget.rates(best)
+    assert asked == [start]
+    assert (best == start) == (share == 0)
+
+
+def test_the_refined_seed_starts_from_the_knapsack():
+    model = shape(layers=8, width=200)
+    budget, losses, asked = ParameterBudget(model, 0.4), curves(model, 2), []
+    found = seeds(budget, losses, together(losses), lambda plan: asked.append(plan) or EFFECTS)
+    assert list(found) == ["uniform", "ramp", "sensitivity", "blend", "refined"]
+    assert asked == [budget.project(found["sensitivity"])]
+    assert together(losses)(budget.project(found["refined"])) <= together(losses)(asked[0])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from selfpruner_hub.plans.budget import ParameterBudget
-from selfpruner_hub.plans.predicted_loss import paying_moves
+from selfpruner_hub.plans.moves import paying_moves
 from selfpruner_hub.search.proposers import Operation, Scored
 
 SHOWN = 5
