@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.cli import main as selfpruner
 from selfpruner_hub.cli.demo import NAME, load_embedded
 from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.settings import SEARCH
 from selfpruner_hub.storage.model_record import read_record
 
 DATA = "chat+"
@@ -36,8 +37,8 @@ def main(words: Sequence[str] | None = None) -> None:
     unseen, chat = Unseen(options.unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
     name, told, more = "defaults", "", ()
     if options.proposer:
-        name, told = f"defaults_{options.proposer}", f" and a search of {options.evaluations} evaluations"
-        more = ("--proposer", options.proposer, "--evaluations", options.evaluations)
+        name, told = f"defaults_{options.proposer}", f" and a search of {options.evaluations:g} evaluations"
+        more = ("--proposer", options.proposer, "--evaluations", str(options.evaluations))
     protocol = (
         f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults{told} on "
         f"{DATA}{Path(options.search_text).name} (the default's wikitext2, from a file); minutes of it; perplexity on "
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = arguments(__doc__)
     parser.add_argument("betas", metavar="BETA", nargs="+", type=float)
     parser.add_argument("--proposer", metavar="NAME", help="who proposes in a search (default: no search)")
-    parser.add_argument("--evaluations", metavar="N", default="10", help="length of the search (default: %(default)s)")
+    parser.add_argument("--evaluations", metavar="N", type=float, default=SEARCH, help="of the search (%(default)g)")
     return parser
 
 

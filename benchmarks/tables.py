@@ -28,12 +28,7 @@ CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.j
 FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml", "results.json"))
 """Faults that were put into the code, and what `make mutants` wrote of them."""
 SERVING, STAGES = (ROOT / "benchmarks" / f"{name}.json" for name in ("serving", "stages"))
-TEXTS = {
-    "search_text": "fitness text",
-    "unseen_text": "unseen text",
-    "selected_on": "fitness text",  # so called before 0.2.0
-    "elsewhere": "calibration text",
-}
+TEXTS = {"search_text": "fitness text", "unseen_text": "unseen text"}
 """Keys of a search's gains, and the texts that they were measured on."""
 
 
@@ -66,10 +61,9 @@ def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def search_table() -> str:
     """What a search gained at each β, on every text that it was measured on."""
     runs = [(who, row) for who, file in SEARCHED.items() for row in _rows(file) if row.get("search")]
-    texts = list(dict.fromkeys(text for _, row in runs for text in row["search"]))
-    names = [f"{TEXTS.get(text, text)}: {which}" for text in texts for which in ("best seed", "found")]
+    names = [f"{text}: {which}" for text in TEXTS.values() for which in ("best seed", "found")]
     cells = [
-        [who, f"{row['beta']:g}", *(f"{value:.3f}" for text in texts for value in row["search"][text])]
+        [who, f"{row['beta']:g}", *(f"{value:.3f}" for text in TEXTS for value in row["search"][text])]
         for who, row in runs
     ]
     return markdown(["proposer", "β", *names], cells)

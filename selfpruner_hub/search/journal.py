@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
 from selfpruner_hub.search.journal_lines import JournalLine, L, filed, line_of
@@ -68,7 +68,7 @@ class Journal:
         """
         text = _text(filed(line))
         self._write(text)
-        again: L = line_of(json.loads(text))  # type: ignore[assignment]
+        again = cast(L, line_of(json.loads(text)))
         self.lines.append(again)
         return again
 

@@ -26,7 +26,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class SeedsLine:
-    """The seed plans were made; measurements scale some of them."""
+    """The seed plans were made; some of them come from measurements."""
 
     rates: dict[str, Rates]
     """Rates by the name of the seed."""
