@@ -2,7 +2,7 @@
 
 Run: python benchmarks/targets.py WORK SEARCH_TEXT UNSEEN_TEXT [RUNTIME …]
 (here: WikiText-2 raw, articles a beside the model's own conversations, articles b for the figures)
-Rows that exist in the directory WORK are reused.
+`vllm=PYTHON` names vLLM and the Python of its environment. Rows that exist in the directory WORK are reused.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
             **chat.figures(made.model),
         }
 
-    def measure(runtime: str) -> None:
-        meter, target = RuntimeMeter(runtime), Target("speedup", SPEEDUP, runtime)
+    def measure(runtime: str, python: str | None) -> None:
+        meter, target = RuntimeMeter(runtime, python=python), Target("speedup", SPEEDUP, runtime)
         made = pruner.prune(target={"speedup": SPEEDUP}, runtime=meter, **asked)
         costs = meter.costs(pruner.model, pruner.tokenizer, target, _silent)
 
@@ -64,17 +64,18 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
         for plan, each in (("for the target", (made, times)), ("of a β", other)):  # together: of one measurement
             rows.keep(row(runtime, plan, each[0], costs, each[1]))
 
-    for runtime in runtimes:
+    for each in runtimes:
+        runtime, _, python = each.partition("=")
         if not rows.have(runtime=runtime, plan="of a β"):
-            measure(runtime)
+            measure(runtime, python or None)
         write(
             "targets",
             f"SmolLM2-135M-Instruct, `prune --target speedup={SPEEDUP:g} --preset {PRESET}` on "
             f"{DATA}{Path(search_text).name}, FFN widths in multiples of {pruner.shape.default_multiple}, for a "
-            f"request of {REQUEST[0]} + {REQUEST[1]} tokens on the CPU in float32 (llama.cpp: float16); beside it the "
-            f"plan of a β that was measured as fast, within {100 * ALIKE:g} %, or the nearest of {TRIES}. Times are "
-            "measured beside the dense model's, in turn, for each plan anew. KL to the dense model on 32 windows of "
-            f"512 tokens of {Path(unseen_text).name}, on which nothing was chosen; {chat.words}",
+            f"request of {REQUEST[0]} + {REQUEST[1]} tokens on the CPU in float32 (llama.cpp: float16, vLLM: "
+            f"bfloat16); beside it the plan of a β that was measured as fast, within {100 * ALIKE:g} %, or the nearest "
+            f"of {TRIES}. Times are measured beside the dense model's, in turn, for each plan anew. KL to the dense "
+            f"model on 32 windows of 512 tokens of {Path(unseen_text).name}, on which nothing was chosen; {chat.words}",
             list(rows),
         )
 

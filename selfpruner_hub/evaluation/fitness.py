@@ -45,6 +45,7 @@ class Fitness:
         self._slicer = slicer
         self._windows = windows
         self._dense_perplexities: dict[int, float] = {}  # key: number of windows
+        self._known: dict[tuple[Plan, int], float] = {}  # key: plan and number of windows
         self.metric = metric
         self.size_batches()
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
@@ -67,14 +68,17 @@ class Fitness:
         return sum(p.nbytes for p in self._slicer.model.parameters())
 
     def __call__(self, plan: Plan, share: float = 1.0) -> float:
-        """Score `plan` on the first `share` of the windows (at least one); NaN becomes infinity."""
+        """Score `plan` on the first `share` of the windows (at least one), once; NaN becomes infinity."""
         windows = self._first(share)
-        with with_layers(self._slicer.model, self._slicer.layers(plan)) as model:
-            if self._teacher is None:
-                value = perplexity(model, windows)
-            else:
-                value = divergence(model, windows, self._teacher)
-        return value if math.isfinite(value) else math.inf
+        key = plan, len(windows)
+        if key not in self._known:
+            with with_layers(self._slicer.model, self._slicer.layers(plan)) as model:
+                if self._teacher is None:
+                    value = perplexity(model, windows)
+                else:
+                    value = divergence(model, windows, self._teacher)
+            self._known[key] = value if math.isfinite(value) else math.inf
+        return self._known[key]
 
     def loss(self, plan: Plan, share: float = 1.0) -> float:
         """Measure the loss of `plan` above the dense model's on the first `share` of the windows, in nats per token."""

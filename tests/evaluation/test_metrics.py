@@ -77,6 +77,18 @@ def test_fitness_is_the_figure_of_the_sliced_model(metric):
     assert model.model.layers[0].mlp.up_proj.weight.shape[0] == 48  # the dense layers are back
 
 
+def test_a_plan_is_run_once_for_each_share_of_the_windows(monkeypatch):
+    model = tiny_model("llama")
+    with prepared(model, WINDOWS, PruneSettings()) as ready:
+        slicer, cut = ready.slicer, Plan.of([48, 40, 32, 48], [1, 2, 2, 2])
+        fitness, ran, layers = Fitness(slicer, WINDOWS), [], slicer.layers
+        monkeypatch.setattr(slicer, "layers", lambda plan: ran.append(plan) or layers(plan))
+        first, whole = fitness(cut, 0.3), fitness(cut)
+        assert (fitness.loss(cut, 0.3), fitness(Plan.of([48, 40, 32, 48], [1, 2, 2, 2]))) == (first, whole)
+        assert fitness(slicer.shape.dense) != whole
+    assert ran == [cut, cut, slicer.shape.dense]
+
+
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])
 def test_the_loss_of_a_plan_is_in_nats_over_the_dense_model(metric):
     model = tiny_model("qwen2")
