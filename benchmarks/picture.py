@@ -1,8 +1,8 @@
-"""README's picture: quality against speed of the dense and pruned models, from defaults.json and serving.json.
+"""Pictures from JSON: README's, of quality against speed (defaults.json, serving.json), and the curves of searches.
 
 Run: python benchmarks/picture.py
-Both are of the models that `prune` makes with its defaults.
-The file holds its figures as text, and `tests/test_docs.py` compares them with the JSON.
+README's is of the models that `prune` makes with its defaults.
+Each file holds its figures as text, and `tests/test_docs.py` compares them with the JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PICTURE = ROOT / "docs" / "images" / "quality_and_speed.png"
+IMAGES = ROOT / "docs" / "images"
+PICTURE = IMAGES / "quality_and_speed.png"
 QUALITY = {
     "perplexity_512": "perplexity on articles b (lower is better)",
     "kept": "plain questions kept (higher is better)",
@@ -25,6 +26,14 @@ SERIES = {
     "llama.cpp f16, a token after 128": ("gguf", "f16", "decode_speedup", 128),
 }
 """Runtime, dtype, key of serving.json and prompt length, in tokens, of each series."""
+
+CURVES = {
+    "equal_budget": "best perplexity so far on the search text",
+    "search": "best score so far on the fitness text",
+}
+"""JSON files with the curves of searches, and the label of their values."""
+Searches = dict[str, dict[str, list[list[list[float]]]]]
+"""(Evaluations, best value so far) of every round, by β and proposer: a list for each seed."""
 
 
 def points() -> dict[str, dict[str, list[list[float]]]]:
@@ -45,6 +54,15 @@ def points() -> dict[str, dict[str, list[list[float]]]]:
             both = sorted(known.keys() & fast.keys())
             rows = [[beta, fast[beta], known[beta]] for beta in both]
             found.setdefault(quality, {})[series] = [[0.0, 1.0, known[0.0]], *rows]
+    return found
+
+
+def curves(name: str) -> Searches:
+    """The curves of the searches in a JSON file of `CURVES`."""
+    found: Searches = {}
+    for row in _results(name):
+        if "curve" in row:
+            found.setdefault(f"{row['beta']:g}", {}).setdefault(row["method"], []).append(row["curve"])
     return found
 
 
@@ -73,12 +91,41 @@ def draw(shown: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
         panel.grid(alpha=0.3)
         if quality == "kept":
             panel.yaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
-    figure.suptitle("SmolLM2-135M-Instruct on two CPU cores")
+    _save(figure, shown, "SmolLM2-135M-Instruct on two CPU cores", path)
+
+
+def draw_curves(shown: Searches, label: str, path: Path) -> None:
+    """Draw a panel for each β, with a line for each search; all searches of a proposer have one colour."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
+
+    figure = Figure(figsize=(6.4 * len(shown), 4.4), layout="constrained")
+    methods = sorted({method for panel in shown.values() for method in panel})
+    for panel, (beta, found) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        for method, searches in found.items():
+            for number, curve in enumerate(searches):
+                spent, best = zip(*curve, strict=True)
+                colour = f"C{methods.index(method)}"
+                panel.step(spent, best, color=colour, where="post", label=None if number else method)
+        panel.set(xlabel="evaluations", ylabel=label, yscale="log", title=f"β = {beta}")
+        for which in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            which(StrMethodFormatter("{x:g}"))
+        panel.grid(alpha=0.3, which="both")
+    _save(figure, shown, "Searches on SmolLM2-135M-Instruct", path)
+
+
+def _save(figure: Any, shown: Any, title: str, path: Path) -> None:
+    """Add legend and title, and write the file with its figures."""
+    named = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in named}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize="small")
+    figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Description": json.dumps(shown)})
 
 
 if __name__ == "__main__":
     draw(points(), PICTURE)
-    print(f"wrote {PICTURE.relative_to(ROOT)}")
+    for name, label in CURVES.items():
+        draw_curves(curves(name), label, IMAGES / f"{name}.png")
+    print(f"wrote {', '.join(f'{name}.png' for name in (PICTURE.stem, *CURVES))} in {IMAGES.relative_to(ROOT)}")

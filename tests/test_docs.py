@@ -74,6 +74,18 @@ def test_the_picture_shows_what_the_json_says():
         assert json.loads(image.info["Description"]) == picture.points(), "run: python benchmarks/picture.py"
 
 
+@pytest.mark.parametrize("name", picture.CURVES)
+def test_the_curves_of_searches_are_those_of_the_json(name):
+    with Image.open(picture.IMAGES / f"{name}.png") as image:
+        assert json.loads(image.info["Description"]) == picture.curves(name), "run: python benchmarks/picture.py"
+    assert f"](images/{name}.png)" in (DOCS / "results.md").read_text(encoding="utf-8")
+    searches = [each for panel in picture.curves(name).values() for found in panel.values() for each in found]
+    assert len(searches) >= 4
+    for rounds in searches:  # the best so far never gets worse
+        spent, best = zip(*rounds, strict=True)
+        assert (list(spent), list(best)) == (sorted(spent), sorted(best, reverse=True))
+
+
 def test_the_picture_shows_questions_where_they_were_measured(monkeypatch, tmp_path):
     rows = [{"beta": 0.0, "perplexity_512": 20.0}, {"beta": 0.3, "perplexity_512": 30.0, "kept": 0.8}]
     read = picture._results
