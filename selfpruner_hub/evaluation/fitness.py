@@ -44,7 +44,6 @@ class Fitness:
             raise UserError(f"Unknown fitness {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
         self._slicer = slicer
         self._windows = windows
-        self._dense_perplexities: dict[int, float] = {}  # key: number of windows
         self._known: dict[tuple[Plan, int], float] = {}  # key: plan and number of windows
         self.metric = metric
         self.size_batches()
@@ -94,10 +93,7 @@ class Fitness:
 
     def _perplexity(self, share: float) -> float:
         """Perplexity of the dense model on the first `share` of the windows."""
-        windows, known = self._first(share), self._dense_perplexities
-        if len(windows) not in known:
-            known[len(windows)] = perplexity(self._slicer.model, windows)
-        return known[len(windows)]
+        return self(self._slicer.shape.dense, share)
 
     def measure_steps(
         self, plan: Plan, share: float = 1.0, curves: Sequence[LossCurves] | None = None, remains: float = 1.0
