@@ -1,8 +1,9 @@
 """Pruning from the command line with default settings: time, and quality of the pruned model and its answers.
 
-Run: python benchmarks/defaults.py WORK SEARCH_TEXT UNSEEN_TEXT BETA … [--proposer NAME --evaluations N]
+Run: python benchmarks/defaults.py WORK SEARCH_TEXT UNSEEN_TEXT BETA … [--proposer NAME --evaluations N] [--alone]
 (here: WikiText-2 raw, articles a and conversations for calibration and search, articles b for the figures)
-Rows that exist in the directory WORK are reused. With a proposer, the run searches, and writes defaults_NAME.json.
+Rows that exist in the directory WORK are reused. With a proposer, the run searches, and writes defaults_NAME.json. With
+`--alone`, it reads no conversations and as much of SEARCH_TEXT as 0.1.0 did, and writes defaults_alone[_NAME].json.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from selfpruner_hub.storage.model_record import read_record
 
 DATA = "chat+"
 """Prefix of the search text: the default of a model with a chat template."""
+ALONE = 163_840
+"""Calibration tokens of the default of 0.1.0, which read articles alone."""
+WIKITEXT = "the default's wikitext2, from a file"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -35,19 +39,21 @@ def main(words: Sequence[str] | None = None) -> None:
     work: Path = options.work
     rows, dense, pruner = Rows(work / "rows.jsonl"), str(work / "dense"), load_embedded()
     unseen, chat = Unseen(options.unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
-    name, told, more = "defaults", "", ()
+    name, text, told, more = "defaults", f"{DATA}{Path(options.search_text).name} ({WIKITEXT})", "", []
+    if options.alone:
+        name, text = f"{name}_alone", f"{ALONE} tokens of {Path(options.search_text).name}"
+        more += ["--set", f"calibration_tokens={ALONE}"]
     if options.proposer:
-        name, told = f"defaults_{options.proposer}", f" and a search of {options.evaluations:g} evaluations"
-        more = ("--proposer", options.proposer, "--evaluations", str(options.evaluations))
+        name, told = f"{name}_{options.proposer}", f" and a search of {options.evaluations:g} evaluations"
+        more += ["--proposer", options.proposer, "--evaluations", str(options.evaluations)]
     protocol = (
-        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults{told} on "
-        f"{DATA}{Path(options.search_text).name} (the default's wikitext2, from a file); minutes of it; perplexity on "
-        f"the first windows of {Path(options.unseen_text).name}, on which nothing was chosen: {Unseen.WORDS}; "
-        f"{chat.words}"
+        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults{told} on {text}; minutes of it; "
+        f"perplexity on the first windows of {Path(options.unseen_text).name}, on which nothing was chosen: "
+        f"{Unseen.WORDS}; {unseen.spread_words}; {chat.words}"
     )
 
     def measured(model: PreTrainedModel) -> dict[str, float]:
-        return {**unseen.perplexities(model), **chat.figures(model)}
+        return {**unseen.perplexities(model), **unseen.spread(model), **chat.figures(model)}
 
     pruner.model.save_pretrained(dense)
     pruner.tokenizer.save_pretrained(dense)
@@ -56,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> None:
         rows.keep({"beta": 0.0, **measured(pruner.model)})
     for beta in options.betas:
         if not rows.have(beta=beta):
-            data = DATA + options.search_text
+            data = ("" if options.alone else DATA) + options.search_text
             rows.keep(pruned(dense, beta, data, work / f"b{100 * beta:.0f}", measured, more))
         write(name, protocol, sorted(rows, key=lambda row: row["beta"]), options.output)
 
@@ -92,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("betas", metavar="BETA", nargs="+", type=float)
     parser.add_argument("--proposer", metavar="NAME", help="who proposes in a search (default: no search)")
     parser.add_argument("--evaluations", metavar="N", type=float, default=SEARCH, help="of the search (%(default)g)")
+    parser.add_argument("--alone", action="store_true", help="read SEARCH_TEXT alone, as the default of 0.1.0 did")
     return parser
 
 

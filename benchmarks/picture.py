@@ -71,7 +71,7 @@ def _results(name: str) -> list[dict[str, Any]]:
     return found
 
 
-def draw(shown: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
+def draw_points(shown: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
     """Draw a panel for each quality, with a line for each series."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -125,7 +125,7 @@ def _save(figure: Any, shown: Any, title: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(points(), PICTURE)
+    draw_points(points(), PICTURE)
     for name, label in CURVES.items():
         draw_curves(curves(name), label, IMAGES / f"{name}.png")
     print(f"wrote {', '.join(f'{name}.png' for name in (PICTURE.stem, *CURVES))} in {IMAGES.relative_to(ROOT)}")

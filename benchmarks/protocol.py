@@ -70,7 +70,10 @@ class Rows(list[dict[str, Any]]):
 
 
 class Unseen:
-    """The first windows of a text that is not used for any choice.
+    """Windows of a text that is not used for any choice: the first ones, and some that are spread over all of it.
+
+    The first windows of a text of long articles are of two or three articles, and models that are equal on the whole
+    differ there by a few percent.
 
     Args:
         text: Path of the text.
@@ -80,15 +83,26 @@ class Unseen:
     COUNTS = {512: 32, 2048: 8}  # noqa: RUF012
     WORDS = ", ".join(f"{count} of {length} tokens" for length, count in COUNTS.items())
     NAMES = tuple(f"perplexity_{length}" for length in COUNTS)
+    WIDTH, SPREAD = 512, 64
 
     def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
         cases = self.COUNTS.items()
         self.windows = {length: consecutive_windows(text, tokenizer, length, count).windows for length, count in cases}
+        whole = consecutive_windows(text, tokenizer, self.WIDTH).windows
+        self._spread = whole[:: max(1, len(whole) // self.SPREAD)][: self.SPREAD]
+        self.spread_words = (
+            f"perplexity_spread: on {len(self._spread)} windows of {self.WIDTH} tokens, spread evenly over all "
+            f"{len(whole)} of it"
+        )
 
     def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
         """Perplexities of a model in its own dtype, by `NAMES`."""
         found = (round(perplexity(model, windows), 2) for windows in self.windows.values())
         return dict(zip(self.NAMES, found, strict=True))
+
+    def spread(self, model: PreTrainedModel) -> dict[str, float]:
+        """Perplexity of a model over the whole text, by its name."""
+        return {"perplexity_spread": round(perplexity(model, self._spread), 2)}
 
 
 class Chat:

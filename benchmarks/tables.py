@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
 ARTICLES = ROOT / "benchmarks" / "defaults_articles.json"
 """What defaults.py wrote of 0.1.0."""
+ALONE = ROOT / "benchmarks" / "defaults_alone_slopes.json"
+"""What it wrote of today's code on the text of 0.1.0, with a search."""
 SEARCHED = {name: ROOT / "benchmarks" / f"defaults_{name}.json" for name in ("self", "slopes")}
 """What it wrote of runs that searched, by proposer."""
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
@@ -44,12 +46,18 @@ def articles_table() -> str:
     return f"{_figures_table(_rows(ARTICLES))}\n\n{protocol(ARTICLES)}"
 
 
+def alone_table() -> str:
+    """The same of today's code on articles alone."""
+    return f"{_figures_table(_rows(ALONE))}\n\n{protocol(ALONE)}"
+
+
 def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = (
         ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense"),
         ("parameters", lambda row: f"{_parameters(row) / 1e6:.1f} M"),
         ("perplexity, 512", lambda row: figure(row, "perplexity_512", "{:.1f}")),
         ("perplexity, 2048", lambda row: figure(row, "perplexity_2048", "{:.1f}")),
+        ("512, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
         ("agreement", lambda row: share(row, "agreement")),
         ("questions kept", lambda row: share(row, "kept")),
         ("KL, code", lambda row: figure(row, "kl_code", "{:.2f}")),
@@ -170,6 +178,7 @@ def faults_table() -> str:
 GENERATED = (
     ("README.md", "defaults", defaults_table),
     ("docs/results.md", "articles", articles_table),
+    ("docs/results.md", "alone", alone_table),
     ("docs/results.md", "search", search_table),
     ("docs/results.md", "front", partial(of_benchmark, "front")),
     ("docs/results.md", "stages", stages_table),

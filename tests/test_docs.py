@@ -52,13 +52,14 @@ def test_tables_take_rows_with_more_and_fewer_keys(monkeypatch):
         {"beta": 0.5, "minutes": 31.4},
         {"beta": 0.0, "perplexity_512": 26.71, "agreement": 0.983, "kept": 1},
         {"beta": 0.2, "achieved_beta": 0.2, "minutes": 47.3, "perplexity_512": 35.16, "perplexity_2048": 28.26}
+        | {"perplexity_spread": 33.31}
         | {"kl_chat": 0.11, "agreement": 0.873, "answered": 0.55, "kept": 0.914, "kl_code": 0.428},
     ]
     monkeypatch.setattr(tables, "_defaults", lambda: sorted(rows, key=lambda row: row["beta"]))
     lines = tables.defaults_table().splitlines()
-    assert lines[2] == "| dense | 134.5 M | 26.7 | – | 98 % | 100 % | – | – |"
-    assert lines[3] == "| 0.2 | 113.3 M | 35.2 | 28.3 | 87 % | 91 % | 0.43 | 47 |"
-    assert lines[4] == "| 0.5 | 81.4 M | – | – | – | – | – | 31 |"
+    assert lines[2] == "| dense | 134.5 M | 26.7 | – | – | 98 % | 100 % | – | – |"
+    assert lines[3] == "| 0.2 | 113.3 M | 35.2 | 28.3 | 33.3 | 87 % | 91 % | 0.43 | 47 |"
+    assert lines[4] == "| 0.5 | 81.4 M | – | – | – | – | – | – | 31 |"
     assert "still answers 91 % at β = 0.2." in tables.defaults_table()
     monkeypatch.setattr(tables, "_rows", lambda _file: [])
     assert tables.search_table().splitlines()[2:] == []
@@ -93,7 +94,7 @@ def test_the_picture_shows_questions_where_they_were_measured(monkeypatch, tmp_p
     shown = picture.points()
     assert set(shown) == {"perplexity_512", "kept"}
     assert all(points[0] == [0.0, 1.0, 1.0] and points[1][2] == 0.8 for points in shown["kept"].values())
-    picture.draw(shown, tmp_path / "picture.png")
+    picture.draw_points(shown, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
