@@ -30,7 +30,6 @@ DATA = "chat+"
 """Prefix of the search text: the default of a model with a chat template."""
 ALONE = 163_840
 """Calibration tokens of the default of 0.1.0, which read articles alone."""
-WIKITEXT = "the default's wikitext2, from a file"
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -39,21 +38,23 @@ def main(words: Sequence[str] | None = None) -> None:
     work: Path = options.work
     rows, dense, pruner = Rows(work / "rows.jsonl"), str(work / "dense"), load_embedded()
     unseen, chat = Unseen(options.unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
-    name, text, told, more = "defaults", f"{DATA}{Path(options.search_text).name} ({WIKITEXT})", "", []
+    name, told, more = "defaults", "", []
+    text = f"{DATA}{Path(options.search_text).name} (the default's wikitext2, from a file)"
     if options.alone:
         name, text = f"{name}_alone", f"{ALONE} tokens of {Path(options.search_text).name}"
         more += ["--set", f"calibration_tokens={ALONE}"]
     if options.proposer:
-        name, told = f"{name}_{options.proposer}", f" and a search of {options.evaluations:g} evaluations"
+        name = f"{name}_{options.proposer}"
+        told = f" and a search of {options.evaluations:g} evaluations by {options.proposer}"
         more += ["--proposer", options.proposer, "--evaluations", str(options.evaluations)]
     protocol = (
         f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults{told} on {text}; minutes of it; "
         f"perplexity on the first windows of {Path(options.unseen_text).name}, on which nothing was chosen: "
-        f"{Unseen.WORDS}; {unseen.spread_words}; {chat.words}"
+        f"{Unseen.WORDS}; {chat.words}"
     )
 
     def measured(model: PreTrainedModel) -> dict[str, float]:
-        return {**unseen.perplexities(model), **unseen.spread(model), **chat.figures(model)}
+        return {**unseen.perplexities(model), **chat.figures(model)}
 
     pruner.model.save_pretrained(dense)
     pruner.tokenizer.save_pretrained(dense)

@@ -22,7 +22,8 @@ from typing import Any
 from defaults import DATA, pruned
 from ours import removed
 from peers import Flap, block_influence, by_channels, taylor, without_blocks
-from protocol import PICTURES, Chat, Rows, Unseen, write
+from picture import IMAGES
+from protocol import Chat, Rows, Unseen, write
 from slicegpt import components, sliced
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -147,7 +148,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(f"SmolLM2-135M-Instruct at β = {BETA:g}; dotted: dense")
-    figure.savefig(PICTURES / "front.png", dpi=110)
+    figure.savefig(IMAGES / "front.png", dpi=110)
 
 
 def main(work: Path, search_text: str, unseen_text: str, tasks: Path, ours: Sequence[str] = tuple(OURS)) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
+"""Directory of the pictures of docs/results.md."""
 PICTURE = IMAGES / "quality_and_speed.png"
 QUALITY = {
     "perplexity_512": "perplexity on articles b (lower is better)",

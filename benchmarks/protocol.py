@@ -27,9 +27,6 @@ from selfpruner_hub.evaluation.chat import SEED, ChatMeasure
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
 
-PICTURES = Path(__file__).parents[1] / "docs" / "images"
-"""Directory of the pictures of docs/results.md."""
-
 
 def arguments(documentation: str | None) -> argparse.ArgumentParser:
     """A parser of what a benchmark takes that searches on one text and measures on another."""
@@ -72,8 +69,7 @@ class Rows(list[dict[str, Any]]):
 class Unseen:
     """Windows of a text that is not used for any choice: the first ones, and some that are spread over all of it.
 
-    The first windows of a text of long articles are of two or three articles, and models that are equal on the whole
-    differ there by a few percent.
+    The first windows of a text of long articles are of two or three articles, so chance weighs more there.
 
     Args:
         text: Path of the text.
@@ -81,28 +77,23 @@ class Unseen:
     """
 
     COUNTS = {512: 32, 2048: 8}  # noqa: RUF012
-    WORDS = ", ".join(f"{count} of {length} tokens" for length, count in COUNTS.items())
-    NAMES = tuple(f"perplexity_{length}" for length in COUNTS)
     WIDTH, SPREAD = 512, 64
+    WORDS = (
+        f"{', '.join(f'{count} of {length} tokens' for length, count in COUNTS.items())}; "
+        f"perplexity_spread: on {SPREAD} of {WIDTH} tokens, spread evenly over all of it"
+    )
+    NAMES = (*(f"perplexity_{length}" for length in COUNTS), "perplexity_spread")
 
     def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
         cases = self.COUNTS.items()
         self.windows = {length: consecutive_windows(text, tokenizer, length, count).windows for length, count in cases}
         whole = consecutive_windows(text, tokenizer, self.WIDTH).windows
-        self._spread = whole[:: max(1, len(whole) // self.SPREAD)][: self.SPREAD]
-        self.spread_words = (
-            f"perplexity_spread: on {len(self._spread)} windows of {self.WIDTH} tokens, spread evenly over all "
-            f"{len(whole)} of it"
-        )
+        self.spread = whole[[number * len(whole) // self.SPREAD for number in range(self.SPREAD)]]
 
     def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
         """Perplexities of a model in its own dtype, by `NAMES`."""
-        found = (round(perplexity(model, windows), 2) for windows in self.windows.values())
+        found = (round(perplexity(model, windows), 2) for windows in (*self.windows.values(), self.spread))
         return dict(zip(self.NAMES, found, strict=True))
-
-    def spread(self, model: PreTrainedModel) -> dict[str, float]:
-        """Perplexity of a model over the whole text, by its name."""
-        return {"perplexity_spread": round(perplexity(model, self._spread), 2)}
 
 
 class Chat:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from protocol import PICTURES, memory, peak_of_memory, write
+from picture import IMAGES
+from protocol import memory, peak_of_memory, write
 from scipy.optimize import nnls
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -203,7 +204,7 @@ def main(largest: float) -> None:
         for what, rows in table.items()
         if len(rows) > 1
     }
-    draw(table, PICTURES / "scale.png")
+    draw(table, IMAGES / "scale.png")
     write(
         "scale",
         f"random Llamas in bfloat16, windows of {WINDOW}, β = {BETA}, vocabulary {VOCABULARY}; base {BASE}; each "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from protocol import Chat, Rows
+from protocol import Chat, Rows, Unseen
 from support.chatting import chat_tokenizer
 from support.tiny import tiny_model
 
+from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.evaluation import chat as conversations
 from selfpruner_hub.evaluation.questions import load_questions
 
@@ -20,6 +21,22 @@ def test_rows_are_there_again(tmp_path):
     assert again == rows == [{"runtime": "onnx", "beta": 0.3}]
     assert again.have(runtime="onnx")
     assert not again.have(runtime="onnx", beta=0.5)
+
+
+def test_the_spread_windows_are_of_the_whole_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(Unseen, "COUNTS", {16: 2, 32: 1})
+    monkeypatch.setattr(Unseen, "WIDTH", 16)
+    monkeypatch.setattr(Unseen, "SPREAD", 4)
+    (tmp_path / "text.txt").write_text(" ".join(f"word{number}" for number in range(200)))
+    unseen = Unseen(str(tmp_path / "text.txt"), chat_tokenizer())
+    whole = consecutive_windows(str(tmp_path / "text.txt"), chat_tokenizer(), 16).windows
+    places = [next(i for i, window in enumerate(whole) if window.equal(own)) for own in unseen.spread]
+    assert places == [number * len(whole) // 4 for number in range(4)]
+    assert places[-1] > len(whole) // 2
+    assert unseen.windows[16].equal(whole[:2])
+    found = unseen.perplexities(tiny_model("llama"))
+    assert list(found) == list(Unseen.NAMES)
+    assert all(value > 1 for value in found.values())
 
 
 def test_what_is_left_of_chat(tmp_path, monkeypatch):
