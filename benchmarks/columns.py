@@ -67,6 +67,14 @@ COLUMNS: dict[str, Columns] = {
         *CHAT,
         ("mean accuracy", lambda row: f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_error']:.1f} %"),
     ),
+    "releases": (
+        ("model", words("model")),
+        ("perplexity, 512", lambda row: figure(row, "perplexity_512", "{:.1f}")),
+        ("perplexity, 2048", lambda row: figure(row, "perplexity_2048", "{:.1f}")),
+        ("512, spread", lambda row: figure(row, "perplexity_spread", "{:.2f}")),
+        ("nats above the first", difference),
+        *CHAT,
+    ),
     "targets": (
         ("runtime", lambda row: RUNTIME_NAMES[row["runtime"]]),
         ("plan", words("plan")),
