@@ -43,6 +43,11 @@ def words(key: str) -> Callable[[Row], str]:
 
 
 BETA = ("β", lambda row: f"{row['beta']:g}")
+PERPLEXITIES: Columns = (
+    ("perplexity, 512", lambda row: figure(row, "perplexity_512", "{:.1f}")),
+    ("perplexity, 2048", lambda row: figure(row, "perplexity_2048", "{:.1f}")),
+    ("512, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
+)
 CHAT: Columns = (
     ("KL, chat", lambda row: figure(row, "kl_chat", "{:.2f}")),
     ("agreement", lambda row: share(row, "agreement")),
@@ -62,16 +67,13 @@ COLUMNS: dict[str, Columns] = {
     "front": (
         ("method", words("method")),
         ("minutes", lambda row: f"{row['minutes']:.1f}" if row["minutes"] else UNKNOWN),
-        ("perplexity, 512", lambda row: figure(row, "perplexity_512", "{:.1f}")),
-        ("perplexity, 2048", lambda row: figure(row, "perplexity_2048", "{:.1f}")),
+        *PERPLEXITIES[:2],
         *CHAT,
         ("mean accuracy", lambda row: f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_error']:.1f} %"),
     ),
     "releases": (
         ("model", words("model")),
-        ("perplexity, 512", lambda row: figure(row, "perplexity_512", "{:.1f}")),
-        ("perplexity, 2048", lambda row: figure(row, "perplexity_2048", "{:.1f}")),
-        ("512, spread", lambda row: figure(row, "perplexity_spread", "{:.2f}")),
+        *PERPLEXITIES,
         ("nats above the first", difference),
         *CHAT,
     ),

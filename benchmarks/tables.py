@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from columns import RUNTIME_NAMES, UNKNOWN, figure, markdown, of_benchmark, protocol, share, shown
+from columns import PERPLEXITIES, RUNTIME_NAMES, UNKNOWN, figure, markdown, of_benchmark, protocol, share, shown
 
 from selfpruner_hub.settings import PRESETS, explained
 
@@ -50,9 +50,7 @@ def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = (
         ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense"),
         ("parameters", lambda row: f"{_parameters(row) / 1e6:.1f} M"),
-        ("perplexity, 512", lambda row: figure(row, "perplexity_512", "{:.1f}")),
-        ("perplexity, 2048", lambda row: figure(row, "perplexity_2048", "{:.1f}")),
-        ("512, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
+        *PERPLEXITIES,
         ("agreement", lambda row: share(row, "agreement")),
         ("questions kept", lambda row: share(row, "kept")),
         ("KL, code", lambda row: figure(row, "kl_code", "{:.2f}")),
