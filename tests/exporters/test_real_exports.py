@@ -92,7 +92,7 @@ def test_openvino(pruned, tmp_path):
 
 
 def test_gguf(pruned, tmp_path):
-    """32 greedy tokens after three prompts: the same in f32, each within 5e-3; q8_0 is near."""
+    """32 greedy tokens after three prompts: PyTorch's first choice in f32, each within 5e-3; q8_0 is near."""
     pytest.importorskip("xllamacpp")
     for dtype, likeness, allowed in (("f32", 1, 1e-3), ("q8_0", 0.7, 2e-2)):
         export_model(pruned.model, pruned.tokenizer, "gguf", tmp_path / dtype, dtype=dtype)
@@ -100,7 +100,10 @@ def test_gguf(pruned, tmp_path):
         same, divergences = 0, []
         for text in PROMPTS:
             steps, expected = continued(run, pruned.model, pruned.tokenizer(text)["input_ids"])
-            same += sum(step["id"] == int(row.argmax()) for step, row in zip(steps, expected, strict=True))
+            # Of two tokens that PyTorch itself has no further apart than the bound below allows, either is the first.
+            same += sum(
+                (row.max() - row[step["id"]]).item() <= 1e-2 for step, row in zip(steps, expected, strict=True)
+            )
             for step, row in zip(steps, expected, strict=True):
                 found = torch.tensor([token["logprob"] for token in step["top_logprobs"]])
                 theirs = row[[token["id"] for token in step["top_logprobs"]]]
