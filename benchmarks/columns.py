@@ -67,7 +67,7 @@ COLUMNS: dict[str, Columns] = {
     "front": (
         ("method", words("method")),
         ("minutes", lambda row: f"{row['minutes']:.1f}" if row["minutes"] else UNKNOWN),
-        *PERPLEXITIES[:2],
+        *PERPLEXITIES,
         *CHAT,
         ("mean accuracy", lambda row: f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_error']:.1f} %"),
     ),
@@ -75,6 +75,12 @@ COLUMNS: dict[str, Columns] = {
         ("model", words("model")),
         *PERPLEXITIES,
         ("nats above the first", difference),
+        *CHAT,
+    ),
+    "shares": (
+        ("conversations : articles", words("shares")),
+        ("tokens", words("tokens")),
+        *PERPLEXITIES,
         *CHAT,
     ),
     "targets": (

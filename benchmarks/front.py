@@ -3,7 +3,7 @@
 Run: python benchmarks/front.py WORK SEARCH_TEXT UNSEEN_TEXT TASKS_DIR [NAME …]
 (here: WikiText-2 raw, articles a beside the model's own conversations, articles b and the task items for the figures)
 A NAME is a key of `OURS`; without any, all are run. Rows that exist in WORK are reused. Where the package optipfair is
-installed, its row is made too.
+installed, its row is made too. A model of ours that is in WORK with the JSON of its minutes is only measured.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ OURS = {
     "10 minutes": ("--minutes", "10"),
 }
 """Options of each of our rows."""
+OURS_IN_ROWS = "ours, "
+"""Begins the name of each of our rows."""
 TOKENS, GRADIENT_WINDOWS = 32_768, 16
 """Number of calibration tokens of the other methods, and of windows for those that take gradients or few passes."""
 TASKS, ITEMS = ("arc_easy", "piqa", "winogrande"), 100
@@ -130,18 +132,21 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    panels = {"perplexity_512": "perplexity, articles b", "kl_chat": "KL on conversations", "agreement": "agreement"}
+    panels = {"perplexity_spread": "perplexity, articles b", "kl_chat": "KL on conversations", "agreement": "agreement"}
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         dense = next(row for row in rows if row["method"] == "dense")
-        for row in sorted(rows, key=lambda row: row["minutes"]):
-            if row is not dense:
-                own = row["method"].startswith("ours")
-                axes.plot(max(row["minutes"], 0.05), row[name], "o" if own else "s", label=row["method"])
+        inorder = sorted((row for row in rows if row is not dense), key=lambda row: row["minutes"])
+        own = [row for row in inorder if row["method"].startswith(OURS_IN_ROWS)]
+        presets = ", ".join(row["method"].removeprefix(OURS_IN_ROWS) for row in own)
+        axes.plot([r["minutes"] for r in own], [r[name] for r in own], "o-", color="black", label=f"ours: {presets}")
+        for row in inorder:
+            if row not in own:
+                axes.plot(max(row["minutes"], 0.05), row[name], "s", label=row["method"])
         axes.axhline(dense[name], color="0.6", linestyle=":")
         axes.set(xscale="log", xlabel="minutes on two cores", ylabel=label)
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        if name == "perplexity_512":
+        if name == "perplexity_spread":
             axes.set(yscale="log", yticks=[25, 50, 100, 200])
             axes.yaxis.set_major_formatter(ScalarFormatter())
             axes.yaxis.set_minor_formatter(NullFormatter())
@@ -183,10 +188,10 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path, ours: Sequ
     )
     add_peers(rows, pruner, text.calibration.windows[: TOKENS // method.window], BETA, measure)
     for name in ours:
-        if not rows.have(method=f"ours, {name}"):
+        if not rows.have(method=OURS_IN_ROWS + name):
             output = work / name.replace(" ", "-")
             found = pruned(str(dense), BETA, DATA + search_text, output, measure, OURS[name])
-            rows.keep({"method": f"ours, {name}", "removed": found["achieved_beta"], **found})
+            rows.keep({"method": OURS_IN_ROWS + name, "removed": found["achieved_beta"], **found})
     write("front", protocol, sorted(rows, key=lambda row: float(row["minutes"])))
     draw(rows)
 

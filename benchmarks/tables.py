@@ -173,6 +173,7 @@ GENERATED = (
     ("docs/results.md", "articles", partial(figures_table, ARTICLES)),
     ("docs/results.md", "releases", partial(of_benchmark, "releases")),
     ("docs/results.md", "again", partial(figures_table, AGAIN)),
+    ("docs/data.md", "shares", partial(of_benchmark, "shares")),
     ("docs/results.md", "search", search_table),
     ("docs/results.md", "front", partial(of_benchmark, "front")),
     ("docs/results.md", "stages", stages_table),

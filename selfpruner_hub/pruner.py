@@ -144,7 +144,7 @@ class AutoPruner:
             request: Tokens of the prompt, and tokens generated after it, of the request that the target's time is for;
                 None takes 128 and 32.
             preset: Name of the preset: `"default"`, `"draft"` for a first look (no second repair), `"fast"` for little
-                text and a shorter second repair, `"best"` for twice the text, or `"paper"` for the settings of
+                text and one starting point, `"best"` for twice the text, or `"paper"` for the settings of
                 arXiv 2502.14413.
             proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
                 Hub repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object

@@ -104,8 +104,8 @@ class PruneSettings:
     def weighs_excess(self) -> bool:
         """Whether plans are scored by `SecondRepairScore`, as a second repair takes part of the excess away.
 
-        One that leaves gate and up as they are takes too little of it: weighed so, the plans of the preset `fast` lost
-        too much attention, and were worse on articles, conversations and code.
+        One that leaves gate and up as they are takes too little of it: weighed so, plans lost too much attention, and
+        were worse on articles, conversations and code.
         """
         return self.repairs_twice and self.repair_gate_up
 
@@ -131,7 +131,6 @@ PRESETS = {
         seeds=("sensitivity",),
     ),
     "fast": PruneSettings(
-        repair_gate_up=False,
         calibration_tokens=10_240,
         fisher_tokens=2_048,
         fitness_tokens=4_096,
