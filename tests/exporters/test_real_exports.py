@@ -101,9 +101,7 @@ def test_gguf(pruned, tmp_path):
         for text in PROMPTS:
             steps, expected = continued(run, pruned.model, pruned.tokenizer(text)["input_ids"])
             # Of two tokens that PyTorch itself has no further apart than the bound below allows, either is the first.
-            same += sum(
-                (row.max() - row[step["id"]]).item() <= 1e-2 for step, row in zip(steps, expected, strict=True)
-            )
+            same += sum((row.max() - row[step["id"]]).item() <= 1e-2 for step, row in zip(steps, expected, strict=True))
             for step, row in zip(steps, expected, strict=True):
                 found = torch.tensor([token["logprob"] for token in step["top_logprobs"]])
                 theirs = row[[token["id"] for token in step["top_logprobs"]]]
