@@ -18,9 +18,9 @@ from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.settings import PruneSettings
 
 BETA = 0.3
-TEXTS = (((1, 1), PruneSettings.calibration_tokens), ((2, 3), 73_728), ((1, 2), 73_728), ((1, 2), 98_304))
-"""Shares of conversations and articles, and calibration tokens. With fewer conversations to write, there is time to
-read more; the last text has as many conversations as the first."""
+TOKENS = {(1, 1): PruneSettings.calibration_tokens, (2, 3): 73_728, (1, 2): 73_728}
+"""Calibration tokens, by the shares of conversations and articles. With fewer conversations to write, there is time to
+read more."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -40,11 +40,11 @@ def main(words: Sequence[str] | None = None) -> None:
 
     pruner.model.save_pretrained(dense)
     pruner.tokenizer.save_pretrained(dense)
-    for shares, tokens in TEXTS:
+    for shares, tokens in TOKENS.items():
         name = ":".join(map(str, shares))
-        if not rows.have(shares=name, tokens=tokens):
+        if not rows.have(shares=name):
             more = ["--set", f"shares={list(shares)}", "--set", f"calibration_tokens={tokens}"]
-            output = work / f"{name.replace(':', '-')}-{tokens}"
+            output = work / name.replace(":", "-")
             found = pruned(dense, BETA, DATA + options.search_text, output, measured, more)
             rows.keep({"shares": name, "tokens": tokens, **found})
         write("shares", protocol, list(rows), options.output)
