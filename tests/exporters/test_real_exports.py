@@ -94,14 +94,16 @@ def test_openvino(pruned, tmp_path):
 def test_gguf(pruned, tmp_path):
     """32 greedy tokens after three prompts: PyTorch's first choice in f32, each within 5e-3; q8_0 is near."""
     pytest.importorskip("xllamacpp")
+    # llama.cpp is told not to end its text, so these are no choices of its own; this model may end one of the texts.
+    ends = torch.tensor(pruned.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     for dtype, likeness, allowed in (("f32", 1, 1e-3), ("q8_0", 0.7, 2e-2)):
         export_model(pruned.model, pruned.tokenizer, "gguf", tmp_path / dtype, dtype=dtype)
         run = LlamaCpp(tmp_path / dtype / f"model-{dtype}.gguf", 128, exact=dtype == "f32")
         same, divergences = 0, []
         for text in PROMPTS:
             steps, expected = continued(run, pruned.model, pruned.tokenizer(text)["input_ids"])
-            # Of two tokens that PyTorch itself has no further apart than the bound below allows, either is the first.
-            same += sum((row.max() - row[step["id"]]).item() <= 1e-2 for step, row in zip(steps, expected, strict=True))
+            choices = expected.index_fill(1, ends, -torch.inf).argmax(1).tolist()
+            same += sum(step["id"] == choice for step, choice in zip(steps, choices, strict=True))
             for step, row in zip(steps, expected, strict=True):
                 found = torch.tensor([token["logprob"] for token in step["top_logprobs"]])
                 theirs = row[[token["id"] for token in step["top_logprobs"]]]
