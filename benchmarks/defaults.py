@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import metadata_save
 from protocol import Chat, Rows, Unseen, arguments, write
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.cli import main as selfpruner
 from selfpruner_hub.cli.demo import NAME, load_embedded
 from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.settings import SEARCH
 from selfpruner_hub.storage.model_record import read_record
 
@@ -36,8 +37,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Prune the real model at every β, and measure it."""
     options = _parser().parse_args(words)
     work: Path = options.work
-    rows, dense, pruner = Rows(work / "rows.jsonl"), str(work / "dense"), load_embedded()
-    unseen, chat = Unseen(options.unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
+    rows, pruner, dense, measured, how = begun(work, options.unseen_text)
     name, told, more = "defaults", "", []
     text = f"{DATA}{Path(options.search_text).name} (the default's wikitext2, from a file)"
     if options.alone:
@@ -48,17 +48,8 @@ def main(words: Sequence[str] | None = None) -> None:
         told = f" and a search of {options.evaluations:g} evaluations by {options.proposer}"
         more += ["--proposer", options.proposer, "--evaluations", str(options.evaluations)]
     protocol = (
-        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults{told} on {text}; minutes of it; "
-        f"perplexity on the first windows of {Path(options.unseen_text).name}, on which nothing was chosen: "
-        f"{Unseen.WORDS}; {chat.words}"
+        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults{told} on {text}; minutes of it; {how}"
     )
-
-    def measured(model: PreTrainedModel) -> dict[str, float]:
-        return {**unseen.perplexities(model), **chat.figures(model)}
-
-    pruner.model.save_pretrained(dense)
-    pruner.tokenizer.save_pretrained(dense)
-    metadata_save(work / "dense" / "README.md", pruner.licence)
     if not rows.have(beta=0.0):
         rows.keep({"beta": 0.0, **measured(pruner.model)})
     for beta in options.betas:
@@ -66,6 +57,37 @@ def main(words: Sequence[str] | None = None) -> None:
             data = ("" if options.alone else DATA) + options.search_text
             rows.keep(pruned(dense, beta, data, work / f"b{100 * beta:.0f}", measured, more))
         write(name, protocol, sorted(rows, key=lambda row: row["beta"]), options.output)
+
+
+class Begun(NamedTuple):
+    """What is there before a model is pruned."""
+
+    rows: Rows
+    pruner: AutoPruner
+    dense: str
+    """Directory of the dense model."""
+    measured: Callable[[PreTrainedModel], dict[str, float]]
+    """Figures of a model on the unseen text, on conversations, plain questions and code."""
+    words: str
+    """How they are measured."""
+
+
+def begun(work: Path, unseen_text: str) -> Begun:
+    """Save the dense model in WORK, and prepare all that is measured."""
+    pruner, dense = load_embedded(), work / "dense"
+    unseen, chat = Unseen(unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
+    pruner.model.save_pretrained(dense)
+    pruner.tokenizer.save_pretrained(dense)
+    metadata_save(dense / "README.md", pruner.licence)
+    words = (
+        f"perplexity on the first windows of {Path(unseen_text).name}, on which nothing was chosen: {Unseen.WORDS}; "
+        f"{chat.words}"
+    )
+
+    def measured(model: PreTrainedModel) -> dict[str, float]:
+        return {**unseen.perplexities(model), **chat.figures(model)}
+
+    return Begun(Rows(work / "rows.jsonl"), pruner, str(dense), measured, words)
 
 
 def pruned(

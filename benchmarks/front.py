@@ -133,12 +133,12 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     panels = {"perplexity_spread": "perplexity, articles b", "kl_chat": "KL on conversations", "agreement": "agreement"}
+    dense = next(row for row in rows if row["method"] == "dense")
+    inorder = sorted((row for row in rows if row is not dense), key=lambda row: row["minutes"])
+    own = [row for row in inorder if row["method"].startswith(OURS_IN_ROWS)]
+    presets = ", ".join(row["method"].removeprefix(OURS_IN_ROWS) for row in own)
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        dense = next(row for row in rows if row["method"] == "dense")
-        inorder = sorted((row for row in rows if row is not dense), key=lambda row: row["minutes"])
-        own = [row for row in inorder if row["method"].startswith(OURS_IN_ROWS)]
-        presets = ", ".join(row["method"].removeprefix(OURS_IN_ROWS) for row in own)
         axes.plot([r["minutes"] for r in own], [r[name] for r in own], "o-", color="black", label=f"ours: {presets}")
         for row in inorder:
             if row not in own:

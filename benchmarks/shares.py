@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from defaults import DATA, pruned
-from protocol import Chat, Rows, Unseen, arguments, write
-from transformers import PreTrainedModel
+from defaults import DATA, begun, pruned
+from protocol import arguments, write
 
-from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.settings import PruneSettings
 
 BETA = 0.3
@@ -27,19 +25,11 @@ def main(words: Sequence[str] | None = None) -> None:
     """Prune the real model with all shares, and measure it."""
     options = arguments(__doc__).parse_args(words)
     work: Path = options.work
-    rows, dense, pruner = Rows(work / "rows.jsonl"), str(work / "dense"), load_embedded()
-    unseen, chat = Unseen(options.unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
+    rows, _, dense, measured, how = begun(work, options.unseen_text)
     protocol = (
         f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA:g}: `selfpruner prune` with its defaults but for `shares` and "
-        f"`calibration_tokens`, on {DATA}{Path(options.search_text).name}; perplexity on the first "
-        f"windows of {Path(options.unseen_text).name}, on which nothing was chosen: {Unseen.WORDS}; {chat.words}"
+        f"`calibration_tokens`, on {DATA}{Path(options.search_text).name}; {how}"
     )
-
-    def measured(model: PreTrainedModel) -> dict[str, float]:
-        return {**unseen.perplexities(model), **chat.figures(model)}
-
-    pruner.model.save_pretrained(dense)
-    pruner.tokenizer.save_pretrained(dense)
     for shares, tokens in TOKENS.items():
         name = ":".join(map(str, shares))
         if not rows.have(shares=name):

@@ -37,7 +37,8 @@ COSTS = {
     "draft": Cost(11.0, 10_000.0, 2_048),
 }
 """Presets to choose from, the best first. Fitted by hand to runs of 16 k tokens (`benchmarks/stages.json`) and 65 k
-on a processor without AMX. The forward pass gains more from AMX than the rest: with it, a run takes a third longer."""
+on a processor without AMX, that of `fast` guessed from a run with it. The forward pass gains more from AMX than the
+rest: with it, a run takes a third longer than is said here."""
 NO_SEARCH = "no search: the best starting point is taken (evaluations=N asks for one)"
 STEP, LARGEST = 1_024, 262_144
 """Calibration tokens are chosen in multiples of `STEP`, up to `LARGEST`."""
