@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,22 @@ HELD_OUT = 8
 """One window in this many is held out to choose λ; the second repair does not fit it in any layer."""
 
 
-def held_out(first: int, count: int) -> Tensor:
-    """Mask of the windows `first` to `first + count - 1` that are held out: one in `HELD_OUT`, `[count]`, bool."""
-    return (torch.arange(first, first + count) + 1) % HELD_OUT == 0
+def runs(first: int, count: int) -> Iterator[tuple[slice, bool]]:
+    """Split the windows `first` to `first + count - 1` into runs of which all windows are held out, or none.
+
+    Args:
+        first: Number of windows before these.
+        count: Number of windows.
+
+    Yields:
+        Positions of a run, from 0 to `count`, and whether it is held out: one window in `HELD_OUT` is.
+    """
+    start = 0
+    while start < count:
+        left = HELD_OUT - 1 - (first + start) % HELD_OUT  # before the next window that is held out
+        end = min(start + max(left, 1), count)
+        yield slice(start, end), left == 0
+        start = end
 
 
 def damped_factor(gram: Tensor, ridge: float, unit: Tensor | None = None) -> Tensor:

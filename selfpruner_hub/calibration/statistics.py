@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.calibration.ridge import RIDGE, choose_ridge, held_out
+from selfpruner_hub.calibration.ridge import RIDGE, choose_ridge, runs
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.layer_stream import Stream, check_finite
 from selfpruner_hub.models.patching import add_gram
@@ -138,13 +138,12 @@ class _Sums:
         self._products = [torch.zeros(size, size, **where) for _ in self._counts]
 
     def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        held = held_out(self._windows, len(inputs[0]))
-        self._windows += len(held)
-        for which, rows in enumerate((~held, held)):
-            x = inputs[0][rows.to(inputs[0].device)].flatten(0, -2)
-            self._counts[which] += len(x)
+        for rows, held in runs(self._windows, len(inputs[0])):
+            x = inputs[0][rows].flatten(0, -2)
+            self._counts[held] += len(x)
             self._sum += x.sum(0, dtype=torch.float32)
-            add_gram(self._products[which], x)
+            add_gram(self._products[held], x)
+        self._windows += len(inputs[0])
 
     def moments(self, store: TensorStore) -> Moments:
         fitted, held = self._products

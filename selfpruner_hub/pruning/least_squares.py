@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from selfpruner_hub.calibration.ridge import as_seen, damped_factor, held_out
+from selfpruner_hub.calibration.ridge import as_seen, damped_factor, runs
 from selfpruner_hub.models.devices import summed
 from selfpruner_hub.models.patching import add_gram, add_product
 
@@ -42,10 +43,10 @@ class LinearFit:
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """Add windows of inputs, `[N, W, in]`, and their target outputs, `[N, W, out]`."""
-        held = held_out(self._windows, len(x)).to(x.device) & (len(self._ridges) > 1)
+        for rows, held in runs(self._windows, len(x)):
+            sums = self._held if held and len(self._ridges) > 1 else self._fitted
+            sums.add(x[rows], target[rows])
         self._windows += len(x)
-        self._fitted.add(x[~held], target[~held])
-        self._held.add(x[held], target[held])
 
     def apply(self) -> None:
         """Write the fitted weight into the projection."""
@@ -145,7 +146,7 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     read = start.new_zeros(start.shape[2], start.shape[2])
     gradients = _Pair(start)
     for h, factors, rest in stream():
-        gradients.add((rest @ down).unsqueeze(-2) * factors, h)
+        gradients.add(rest @ down, factors, h)
         for gate, factor in zip(gates, factors.flatten(0, 1)[::GATE_STRIDE].unbind(1), strict=True):
             gate += (factor.t() @ factor.contiguous()).float()
         read += (h.flatten(0, 1).t() @ h.flatten(0, 1)).float()
@@ -163,10 +164,10 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     preconditioned = _solved(fitted, left, right)
     direction, norm = preconditioned.clone(), (fitted * preconditioned).sum()
     for _ in range(ITERATIONS):
-        products, rounded = _Pair(start), direction.to(inputs.dtype).flatten(0, 1)
+        products, rounded = _Pair(start), direction.to(inputs.dtype)
         for h, factors, _rest in stream():
-            moved = ((h @ rounded.t()).view_as(factors) * factors).sum(-2) @ down.t()
-            products.add((moved @ down).unsqueeze(-2) * factors, h)
+            changes = ((h @ v.t()).mul_(f) for v, f in zip(rounded, factors.unbind(-2), strict=True))
+            products.add(reduce(Tensor.add_, changes) @ down.t() @ down, factors, h)
         step = norm / (direction * products.sums[0]).sum()
         change = change + step * direction
         curved += step * products.sums[1]
@@ -182,18 +183,19 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
 
 
 class _Pair:
-    """Σ y hᵀ over tokens, separately for fitted and held-out windows."""
+    """Σ (f_k ∘ y) hᵀ over tokens, `[K, F, H]`, separately for fitted and held-out windows."""
 
     def __init__(self, start: Tensor) -> None:
         self.sums = (torch.zeros_like(start), torch.zeros_like(start))
         self._windows = 0
 
-    def add(self, y: Tensor, h: Tensor) -> None:
-        """Add y, `[N, W, K, F]`, and h, `[N, W, H]`."""
-        held = held_out(self._windows, len(h)).to(h.device)
-        self._windows += len(held)
-        for total, rows in zip(self.sums, (~held, held), strict=True):
-            total += (y[rows].flatten(2).flatten(0, 1).t() @ h[rows].flatten(0, 1)).float().view_as(total)
+    def add(self, y: Tensor, factors: Tensor, h: Tensor) -> None:
+        """Add y, `[N, W, F]`, f, `[N, W, K, F]`, and h, `[N, W, H]`."""
+        for rows, held in runs(self._windows, len(h)):
+            products = (y[rows].unsqueeze(-2) * factors[rows]).flatten(2).flatten(0, 1)
+            total = self.sums[held]
+            total += (products.t() @ h[rows].flatten(0, 1)).view_as(total)
+        self._windows += len(h)
 
 
 def _solved(gradient: Tensor, left: Tensor, right: Tensor) -> Tensor:

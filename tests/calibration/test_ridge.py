@@ -11,8 +11,8 @@ from selfpruner_hub.calibration.ridge import (
     STRONGEST,
     choose_ridge,
     damped_factor,
-    held_out,
     rounded_factor,
+    runs,
 )
 from selfpruner_hub.errors import ModelError
 
@@ -99,8 +99,10 @@ def test_what_rounding_has_spoiled_is_factored_still():
 def test_one_window_in_so_many_is_held_out_however_they_come(batches):
     first, held = 0, []
     for count in batches:
-        held += held_out(first, count).tolist()
+        for rows, all_held in runs(first, count):
+            held += [all_held] * (rows.stop - rows.start)
         first += count
+        assert (rows.stop, len(held)) == (count, first)
     assert held == [(index + 1) % HELD_OUT == 0 for index in range(40)]
     assert sum(held) == 40 // HELD_OUT
 
