@@ -21,7 +21,7 @@ HELD_OUT = 8
 """One window in this many is held out to choose λ; the second repair does not fit it in any layer."""
 
 
-def held_out_slices(first: int, count: int) -> Iterator[tuple[slice, bool]]:
+def split_held_out(first: int, count: int) -> Iterator[tuple[slice, bool]]:
     """Split the windows `first` to `first + count - 1` into runs of which all windows are held out, or none.
 
     Args:

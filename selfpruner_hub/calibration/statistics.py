@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.calibration.ridge import RIDGE, choose_ridge, held_out_slices
+from selfpruner_hub.calibration.ridge import RIDGE, choose_ridge, split_held_out
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.layer_stream import Stream, check_finite
 from selfpruner_hub.models.patching import add_gram
@@ -138,7 +138,7 @@ class _Sums:
         self._products = [torch.zeros(size, size, **where) for _ in self._counts]
 
     def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        for rows, held in held_out_slices(self._windows, len(inputs[0])):
+        for rows, held in split_held_out(self._windows, len(inputs[0])):
             x = inputs[0][rows].flatten(0, -2)
             self._counts[held] += len(x)
             self._sum += x.sum(0, dtype=torch.float32)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from selfpruner_hub.calibration.ridge import as_seen, damped_factor, held_out_slices
+from selfpruner_hub.calibration.ridge import as_seen, damped_factor, split_held_out
 from selfpruner_hub.models.devices import summed
 from selfpruner_hub.models.patching import add_gram, add_product
 
@@ -43,7 +43,7 @@ class LinearFit:
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """Add windows of inputs, `[N, W, in]`, and their target outputs, `[N, W, out]`."""
-        for rows, held in held_out_slices(self._windows, len(x)):
+        for rows, held in split_held_out(self._windows, len(x)):
             sums = self._held if held and len(self._ridges) > 1 else self._fitted
             sums.add(x[rows], target[rows])
         self._windows += len(x)
@@ -191,7 +191,7 @@ class _Pair:
 
     def add(self, y: Tensor, factors: Tensor, h: Tensor) -> None:
         """Add y, `[N, W, F]`, f, `[N, W, K, F]`, and h, `[N, W, H]`."""
-        for rows, held in held_out_slices(self._windows, len(h)):
+        for rows, held in split_held_out(self._windows, len(h)):
             products = (y[rows].unsqueeze(-2) * factors[rows]).flatten(2).flatten(0, 1)
             total = self.sums[held]
             total += (products.t() @ h[rows].flatten(0, 1)).view_as(total)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.fisher import Fisher, roots_of
-from selfpruner_hub.calibration.ridge import as_seen, held_out_slices
+from selfpruner_hub.calibration.ridge import as_seen, split_held_out
 from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear, residual_scale
 from selfpruner_hub.models.layer_stream import Seen, Stream, watching
 from selfpruner_hub.models.patching import replaced
@@ -254,7 +254,7 @@ def _held(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]
     """The held-out windows, run by run."""
     windows = 0
     for batch in batches:
-        for rows, held in held_out_slices(windows, len(batch[0])):
+        for rows, held in split_held_out(windows, len(batch[0])):
             if held:
                 yield tuple(each[rows] for each in batch)
         windows += len(batch[0])

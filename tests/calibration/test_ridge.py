@@ -11,8 +11,8 @@ from selfpruner_hub.calibration.ridge import (
     STRONGEST,
     choose_ridge,
     damped_factor,
-    held_out_slices,
     rounded_factor,
+    split_held_out,
 )
 from selfpruner_hub.errors import ModelError
 
@@ -99,7 +99,7 @@ def test_what_rounding_has_spoiled_is_factored_still():
 def test_one_window_in_so_many_is_held_out_however_they_come(batches):
     first, held = 0, []
     for count in batches:
-        for rows, all_held in held_out_slices(first, count):
+        for rows, all_held in split_held_out(first, count):
             held += [all_held] * (rows.stop - rows.start)
         first += count
         assert (rows.stop, len(held)) == (count, first)
