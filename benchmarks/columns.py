@@ -78,6 +78,7 @@ COLUMNS: dict[str, Columns] = {
         *CHAT,
     ),
     "shares": (
+        ("preset", words("preset")),
         ("conversations : articles", words("shares")),
         ("tokens", words("tokens")),
         *PERPLEXITIES,

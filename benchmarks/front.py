@@ -19,18 +19,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from defaults import DATA, pruned
+from defaults import DATA, begun, pruned
 from ours import removed
 from peers import Flap, block_influence, by_channels, taylor, without_blocks
 from picture import IMAGES
-from protocol import Chat, Rows, Unseen, write
+from protocol import Rows, write
 from slicegpt import components, sliced
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.calibration.texts import Texts
-from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.tasks import evaluate_tasks
 from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.models.patching import with_layers
@@ -158,16 +157,14 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
 
 def main(work: Path, search_text: str, unseen_text: str, tasks: Path, ours: Sequence[str] = tuple(OURS)) -> None:
     """Make every row, write the JSON and the picture."""
-    rows, dense, pruner = Rows(work / "rows.jsonl"), work / "dense", load_embedded()
-    unseen, chat = Unseen(unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
+    rows, pruner, dense, measured, how = begun(work, unseen_text)
     protocol = (
         f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA:g}. Ours: `selfpruner prune` with each preset and with "
         f"`--minutes 10`, minutes of the whole command. The others: the first {TOKENS} tokens (Taylor, block "
         f"influence, optipfair: {GRADIENT_WINDOWS} windows) of the calibration text of the default, "
         f"{DATA}{Path(search_text).name}; minutes without the writing of that text. SliceGPT keeps as many components "
-        "as leave the same weights, those of its shortcuts included. Rows may be of several runs on this machine. "
-        f"Perplexity on the first windows of {Path(unseen_text).name}: {Unseen.WORDS}; {chat.words}; mean "
-        f"accuracy, with its standard error, on the first {ITEMS} items of each of {', '.join(TASKS)}"
+        "as leave the same weights, those of its shortcuts included. Rows may be of several runs on this machine; "
+        f"{how}; mean accuracy, with its standard error, on the first {ITEMS} items of each of {', '.join(TASKS)}"
     )
 
     def measure(model: PreTrainedModel) -> dict[str, float]:
@@ -175,11 +172,8 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path, ours: Sequ
         error = math.hypot(*(each.errors["acc"] for each in scores)) / len(scores)
         accuracy = {"accuracy": mean(each.figures["acc"] for each in scores), "accuracy_error": error}
         rounded = {name: round(value, 4) for name, value in accuracy.items()}
-        return {**unseen.perplexities(model), **chat.figures(model), **rounded}
+        return {**measured(model), **rounded}
 
-    if not dense.exists():
-        pruner.model.save_pretrained(dense)
-        pruner.tokenizer.save_pretrained(dense)
     if not rows.have(method="dense"):
         rows.keep({"method": "dense", "minutes": 0.0, "removed": 0.0, **measure(pruner.model)})
     method = resolve("default", evaluations=0)
@@ -190,7 +184,7 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path, ours: Sequ
     for name in ours:
         if not rows.have(method=OURS_IN_ROWS + name):
             output = work / name.replace(" ", "-")
-            found = pruned(str(dense), BETA, DATA + search_text, output, measure, OURS[name])
+            found = pruned(dense, BETA, DATA + search_text, output, measure, OURS[name])
             rows.keep({"method": OURS_IN_ROWS + name, "removed": found["achieved_beta"], **found})
     write("front", protocol, sorted(rows, key=lambda row: float(row["minutes"])))
     draw(rows)

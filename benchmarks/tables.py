@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
 ARTICLES = ROOT / "benchmarks" / "defaults_articles.json"
 """What defaults.py wrote of 0.1.0."""
-AGAIN = ROOT / "benchmarks" / "defaults_again.json"
-"""What it wrote of the same command on another machine."""
+HALVES = ROOT / "benchmarks" / "defaults_halves.json"
+"""What it wrote of a default that read as many conversations as articles."""
 SEARCHED = {name: ROOT / "benchmarks" / f"defaults_{name}.json" for name in ("self", "slopes")}
 """What it wrote of runs that searched, by proposer."""
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
@@ -172,7 +172,7 @@ GENERATED = (
     ("README.md", "defaults", defaults_table),
     ("docs/results.md", "articles", partial(figures_table, ARTICLES)),
     ("docs/results.md", "releases", partial(of_benchmark, "releases")),
-    ("docs/results.md", "again", partial(figures_table, AGAIN)),
+    ("docs/results.md", "halves", partial(figures_table, HALVES)),
     ("docs/data.md", "shares", partial(of_benchmark, "shares")),
     ("docs/results.md", "search", search_table),
     ("docs/results.md", "front", partial(of_benchmark, "front")),

@@ -44,10 +44,13 @@ class PruneSettings:
     dense number."""
     window: int = 512
     """Tokens of a window of calibration and fitness text."""
-    calibration_tokens: int = 65_536
+    calibration_tokens: int = 73_728
     """Tokens of the calibration text, to which both repairs are fitted."""
     shares: tuple[float, ...] = ()
-    """Shares of the sources of `data`, in their order; they need not sum to 1. Empty: equal shares."""
+    """Shares of the sources of `data`, in their order; they need not sum to 1. Empty: `written_share` for one that the
+    model writes, 1 for one that is read."""
+    written_share: float = 0.5
+    """Share of a source that the model writes (`chat`, `self`), where `shares` is empty."""
     fisher_tokens: int = 8_192
     """Calibration tokens of the one backward pass that measures the Fisher information of the layers' outputs."""
     fitness_tokens: int = 16_384
@@ -126,12 +129,14 @@ PRESETS = {
         importance="energy",
         sequential_repair=False,  # it needs more text: docs/results.md
         calibration_tokens=4_096,
+        written_share=1.0,
         fisher_tokens=1_024,
         fitness_tokens=2_048,
         seeds=("sensitivity",),
     ),
     "fast": PruneSettings(
         calibration_tokens=10_240,
+        written_share=1.0,  # of so little text, fewer conversations cost more than they bring: docs/data.md
         fisher_tokens=2_048,
         fitness_tokens=4_096,
         seeds=("sensitivity",),
@@ -260,6 +265,7 @@ def resolve(preset: str, **changes: Any) -> PruneSettings:
         ("calibration_tokens", 1, 1 << 40),
         ("fisher_tokens", 1, 1 << 40),
         ("fitness_tokens", 1, 1 << 40),
+        ("written_share", 1e-6, 1e6),
         ("first_share", 1e-6, 1),
         ("probe_share", 0, 1),
         ("survivors", 0, 1),

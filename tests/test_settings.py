@@ -90,6 +90,7 @@ def test_a_search_without_evaluations_needs_no_children():
         ({"calibration_tokens": 0}, "calibration_tokens must be a number from 1 "),
         ({"fisher_tokens": 0}, "fisher_tokens must be a number from 1 "),
         ({"fitness_tokens": 0}, "fitness_tokens must be a number from 1 "),
+        ({"written_share": 0}, "written_share must be a number from 1e-06 to 1e"),
         ({"first_share": 0}, "first_share must be a number from 1e-06 to 1"),
         ({"first_share": 1.5}, "first_share must be a number from 1e-06 to 1"),
         ({"survivors": -0.5}, "survivors must be a number from 0 to 1"),

@@ -71,7 +71,7 @@ class Texts:
                 data,
             )
         sources = sources_of(data)
-        shares = method.shares or (1.0,) * len(sources)
+        shares = method.shares or tuple(method.written_share if _is_written(source) else 1.0 for source in sources)
         if len(shares) != len(sources):
             raise UserError(f"{len(shares)} shares do not fit {len(sources)} sources of text.", "Give one for each.")
         parts = [

@@ -109,6 +109,22 @@ def test_each_source_gives_its_share_to_both(shares, calibration, fitness, model
     assert set(kinds(found[0].windows[:10])) == {"A", "B"}  # the first stand for all
 
 
+@pytest.mark.parametrize(
+    ("data", "share", "own", "others"),
+    [
+        ("self+{A}", 0.5, (7, 3), (14, 6)),
+        ("{A}+self+{B}", 0.5, (4, 2), (16, 8)),
+        ("{A}+self", 1, (10, 4), (10, 4)),
+        ("{A}+{B}", 0.1, (0, 0), (20, 8)),
+        ("self", 0.5, (20, 8), (0, 0)),
+    ],
+)
+def test_a_source_that_the_model_writes_has_a_share_of_its_own(data, share, own, others, model, letters):
+    found = read(model, data.format(A=letters("A"), B=letters("B")), replace(METHOD, written_share=share))
+    assert tuple(kinds(text.windows).count("own") for text in found) == own
+    assert tuple(len(text.windows) - written for text, written in zip(found, own, strict=True)) == others
+
+
 def test_three_sources_one_of_which_the_model_writes(model, letters):
     data = f"{letters('A')}+self+{letters('B')}"
     first, second = read(model, data, replace(METHOD, shares=(2, 1, 1)))
@@ -140,8 +156,8 @@ def test_shares_fit_the_sources(data, shares, model):
 def test_a_text_too_short_for_its_share(model, letters):
     with pytest.raises(DataError, match="are needed"):
         read(model, f"{letters('A', 5)}+self")
-    found = read(model, f"{letters('A', 7)}+self")  # half of its share is enough
-    assert [count(text.windows, "A", "own") for text in found] == [(5, 10), (2, 4)]
+    found = read(model, f"{letters('A', 10)}+self")  # half of its share is enough
+    assert [count(text.windows, "A", "own") for text in found] == [(7, 7), (3, 3)]
 
 
 def test_windows_are_no_longer_than_the_model_reads(model):

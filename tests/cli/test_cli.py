@@ -231,7 +231,7 @@ sys.exit(status)
         (["--help"], 0, "search the rates of a model's layers"),
         (["prune", "--help"], 0, "usage: selfpruner prune"),
         (["demo", "--help"], 0, "usage: selfpruner demo"),
-        (["settings"], 0, "calibration_tokens=65536"),
+        (["settings"], 0, "calibration_tokens=73728"),
         (["prune"], 2, "the following arguments are required: MODEL, --output"),
         (["prune", "model", "--output", "out"], 2, "one of the arguments --beta --target is required"),
         (["prune", "m", "--output", "o", "--beta", "0.3", "--target", "memory=0.5"], 2, "not allowed with"),
