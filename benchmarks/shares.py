@@ -1,9 +1,9 @@
-"""What other shares of conversations and articles leave at β = 0.3, with much text (default) and with little (fast).
+"""What other shares of conversations and articles leave at β = 0.3, with much text (default) and with little.
 
 Run: python benchmarks/shares.py WORK SEARCH_TEXT UNSEEN_TEXT
 (here: WikiText-2 raw, articles a and conversations for calibration and search, articles b for the figures)
-Rows that exist in the directory WORK are reused. It takes about 12 minutes for each row of the default, and 5 for each
-of `fast`.
+Rows that exist in the directory WORK are reused. It takes about 12 minutes for each row of the default, and 3 to 5
+for each of the others.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ RUNS = (
     ("default", (1, 2), 73_728),
     ("fast", (1, 1), 10_240),
     ("fast", (1, 2), 10_240),
+    ("draft", (1, 1), 4_096),
+    ("draft", (1, 2), 4_096),
 )
 """Preset, shares of conversations and articles, and calibration tokens. With fewer conversations to write, there is
 time to read more."""

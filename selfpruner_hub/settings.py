@@ -129,14 +129,14 @@ PRESETS = {
         importance="energy",
         sequential_repair=False,  # it needs more text: docs/results.md
         calibration_tokens=4_096,
-        written_share=1.0,
+        written_share=1.0,  # of little text, fewer conversations cost more than they bring: docs/data.md
         fisher_tokens=1_024,
         fitness_tokens=2_048,
         seeds=("sensitivity",),
     ),
     "fast": PruneSettings(
         calibration_tokens=10_240,
-        written_share=1.0,  # of so little text, fewer conversations cost more than they bring: docs/data.md
+        written_share=1.0,
         fisher_tokens=2_048,
         fitness_tokens=4_096,
         seeds=("sensitivity",),
