@@ -22,6 +22,7 @@ from selfpruner_hub.hub.publish import STATIC, Published, check_request, publish
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.retraining import Retraining
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.layout import WEIGHTS
@@ -33,7 +34,7 @@ OFFLOADED_SHARD = "1GB"
 """Maximum size of a file of weights, for a model that is larger than memory."""
 
 
-class PrunedModel:
+class PrunedModel(Retraining):
     """A pruned model with its tokenizer, record and journal.
 
     Args:
@@ -123,33 +124,6 @@ class PrunedModel:
             found = {k: replace(m, dense=theirs[k].value) if k in theirs else m for k, m in found.items()}
         self.report = replace(self.report, metrics={**self.report.metrics, **found})
         return found
-
-    def retrained(self, model: PreTrainedModel, how: str) -> PrunedModel:
-        """Return this model with weights that were trained after pruning, without the figures of the old weights.
-
-        Args:
-            model: Trained model, with the widths of this one and its adapters merged.
-            how: Method and data of the training, in one line for the record and the card.
-
-        Returns:
-            The model with its new record, to be measured and saved.
-
-        Raises:
-            UserError: The model has other widths, adapters or values that are not finite, or `how` is not one line.
-        """
-        if not how.strip() or "\n" in how:
-            raise UserError("Say in one line how the model was trained.", 'For example "LoRA of rank 16 on my-data".')
-        if any(".base_layer." in name for name, _ in model.named_parameters()):
-            raise UserError("The model still has adapters.", "Merge them first: model.merge_and_unload().")
-        if shape_of(model.config).dense != self.plan:
-            raise UserError(
-                "The trained model has other widths than the pruned one.", "Train this model: pruned.model."
-            )
-        broken = [name for name, weights in model.named_parameters() if not weights.isfinite().all()]
-        if broken:
-            raise UserError(f"The training diverged: {broken[0]} is not finite.", "Train with a lower learning rate.")
-        report = replace(self.report, metrics={}, method={**self.report.method, "training": how.strip()})
-        return PrunedModel(model, self.tokenizer, report, self._journal)
 
     def save_pretrained(
         self,

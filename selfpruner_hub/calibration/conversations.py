@@ -6,8 +6,10 @@ arXiv 2406.08464). Such text resembles what a chat model reads and writes in use
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,22 +27,75 @@ from selfpruner_hub.calibration.generated_text import continuations
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
 
-SYSTEM_PROMPTS = (
-    None,
-    None,
-    "You answer questions in one or two short sentences.",
-    "You are a patient teacher. Children ask you simple questions.",
+
+@dataclass(frozen=True)
+class Style:
+    """What kind of conversations a model writes."""
+
+    systems: tuple[str | None, ...]
+    """System prompts under which the user's turns are written, used in rotation; None uses the template's default."""
+    openings: tuple[str, ...]
+    """First words of the user's turns, used in rotation; "" lets the model start."""
+    user_tokens: int
+    """Maximum length of a user's turn; longer ones are dropped."""
+    answer_tokens: int
+    """Maximum length of an answer; longer ones are cut."""
+    user_temperature: float
+    """Sampling temperature of the user's turns."""
+    answer_temperature: float
+    """Sampling temperature of the answers; 0 takes the likeliest tokens."""
+    keeps_system: bool
+    """Whether an answer is written under the system prompt of its user's turn, or under the template's default."""
+    shuffled: bool
+    """Whether prompts and first words are combined in random order, where there are more pairs than conversations."""
+
+
+CHAT = Style(
+    systems=(
+        None,
+        None,
+        "You answer questions in one or two short sentences.",
+        "You are a patient teacher. Children ask you simple questions.",
+    ),
+    openings=(
+        *("", "What is", "Who", "Where", "Write a Python function", "Which", "How many"),
+        *("What", "How", "", "Why", "When", "Name", "Write code in"),
+    ),
+    user_tokens=64,
+    answer_tokens=96,
+    user_temperature=1.0,
+    answer_temperature=0.3,
+    keeps_system=True,
+    shuffled=False,
 )
-"""System prompts, used in rotation; None uses the template's default. They influence what the user's turns ask."""
-OPENINGS = (
-    *("", "What is", "Who", "Where", "Write a Python function", "Which", "How many"),
-    *("What", "How", "", "Why", "When", "Name", "Write code in"),
+"""Plain questions, code, and turns that the model starts."""
+TOPICS = (
+    *("animals", "birds", "fish", "insects", "plants", "trees", "farming", "food", "fruit", "cooking", "drinks"),
+    *("the human body", "health", "medicine", "clothes", "houses", "furniture", "tools", "kitchens", "schools"),
+    *("jobs", "money", "trade", "laws", "families", "feelings", "languages", "words and their opposites", "letters"),
+    *("numbers", "arithmetic", "shapes", "measures", "time and the calendar", "colours", "weather", "seasons"),
+    *("rivers and lakes", "oceans", "mountains", "deserts", "continents", "countries", "capitals", "cities"),
+    *("flags", "buildings", "bridges", "roads", "cars", "trains", "ships", "aircraft", "the sun and the planets"),
+    *("stars", "space travel", "physics", "electricity", "light and sound", "chemistry", "metals", "rocks"),
+    *("computers", "the internet", "inventions", "scientists", "ancient history", "modern history", "wars"),
+    *("kings and presidents", "explorers", "religions", "myths", "holidays", "books", "writers", "fairy tales"),
+    *("poems", "paintings", "music", "instruments", "films", "dances", "sports", "games", "toys"),
 )
-"""First words of the user's turns, used in rotation: plain questions, code, and "" for a turn that the model starts."""
-USER_TOKENS, ANSWER_TOKENS = 64, 96
-"""Maximum lengths of a user's turn and of an answer, in tokens; longer user's turns are dropped, longer answers cut."""
-ANSWER_TEMPERATURE = 0.3
-"""Sampling temperature of the answers; user's turns are sampled at 1."""
+"""What short questions are about: the breadth of a general encyclopedia."""
+QUESTIONS = Style(
+    systems=tuple(f"You answer short questions about {topic}." for topic in TOPICS),
+    openings=(
+        *("What is the", "Which", "Who", "Where", "How many", "What do", "", "In which", "What is a"),
+        *("When", "What kind of", "Name the", "What are", "Why do", "Is", "How does"),
+    ),
+    user_tokens=24,
+    answer_tokens=32,
+    user_temperature=0.7,
+    answer_temperature=0.0,
+    keeps_system=False,
+    shuffled=True,
+)
+"""Short questions about everything, with the likeliest answers."""
 ROUNDS = 8
 """Maximum number of attempts to get enough user's turns."""
 SIMILAR = 0.5
@@ -53,7 +108,7 @@ def write_conversations(
     count: int,
     seed: int,
     *,
-    temperature: float = ANSWER_TEMPERATURE,
+    style: Style = CHAT,
     distinct: Distinct | None = None,
     progress: Progress | None = None,
 ) -> list[Conversation]:
@@ -64,7 +119,7 @@ def write_conversations(
         tokenizer: Its tokenizer, with a chat template.
         count: Number of conversations, at least 1.
         seed: Random seed.
-        temperature: Sampling temperature of the answers; 0 takes the likeliest tokens.
+        style: Kind of the conversations.
         distinct: User's turns written before; the new turns are added to it.
         progress: Callback that receives the number of turns that are written.
 
@@ -74,13 +129,15 @@ def write_conversations(
     Raises:
         DataError: The template has no user's turn, or the model writes no new user's turn that ends.
     """
-    frames = [(system, user_turn(tokenizer, system)) for system in SYSTEM_PROMPTS]
+    frames = [(system, user_turn(tokenizer, system)) for system in style.systems]
     usable = [(system, frame) for system, frame in frames if frame is not None]
     if not usable:
         raise DataError("The tokenizer's chat template has no user's turn that a model can write.", _OTHER_TEXT)
     opened = [
-        (system, frame, encoded(tokenizer, opening)) for opening in OPENINGS for system, frame in usable
+        (system, frame, encoded(tokenizer, opening)) for opening in style.openings for system, frame in usable
     ]  # fmt: skip
+    if style.shuffled:
+        random.Random(seed).shuffle(opened)
     ends = end_tokens(model, tokenizer)
     distinct = distinct or Distinct()
     kept: list[list[dict[str, str]]] = []
@@ -92,8 +149,9 @@ def write_conversations(
         written = continuations(
             model,
             [[*frame.before, *opening] for _, frame, opening in wanted],
-            USER_TOKENS,
+            style.user_tokens,
             ends=stops,
+            temperature=style.user_temperature,
             seed=ROUNDS * seed + attempt,
             progress=progress,
             what="writing questions",
@@ -101,16 +159,18 @@ def write_conversations(
         for (system, _, opening), ids in zip(wanted, written, strict=True):
             text = decoded(tokenizer, [*opening, *ids[:-1]])
             if ids[-1] in stops and text and distinct.add(text):
-                kept.append([*([{"role": "system", "content": system}] if system else []), _said("user", text)])
+                kept.append(
+                    [*([_said("system", system)] if system and style.keeps_system else []), _said("user", text)]
+                )
     if not kept:
         raise DataError("The model wrote no user's turn that ends, or none that is new.", _OTHER_TEXT)
     prompts = [prompt_ids(tokenizer, messages) for messages in kept[:count]]
     answers = continuations(
         model,
         prompts,
-        ANSWER_TOKENS,
+        style.answer_tokens,
         ends=ends,
-        temperature=temperature,
+        temperature=style.answer_temperature,
         seed=seed,
         progress=progress,
         what="writing answers",

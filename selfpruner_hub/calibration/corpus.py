@@ -159,6 +159,7 @@ def load_corpus(
     tokens: int,
     window: int,
     spare: int = 0,
+    least: float = 0.5,
     seed: int = 0,
     model: PreTrainedModel | None = None,
     progress: Progress | None = None,
@@ -172,10 +173,11 @@ def load_corpus(
         source: `"self"` (plain text that `model` writes), `"chat"` (conversations that it writes through the chat
             template), or a source of `text_sources.entries`.
         tokenizer: The model's tokenizer; not needed for `"self"`.
-        tokens: Number of tokens wanted, with those that start a window; rounded up to whole windows. A text with at
-            least half of them is used whole.
+        tokens: Number of tokens wanted, with those that start a window; rounded up to whole windows. A shorter text
+            is used whole.
         window: Tokens per window, at least 2.
         spare: Number of further tokens wanted; fewer are returned if the text ends.
+        least: Share of the tokens that a text that is read must have, and at least one window.
         seed: Random seed: selects the windows of a long text, or seeds the generation.
         model: The dense model, for `"self"` and `"chat"`.
         progress: Callback that receives the number of windows or turns that are written.
@@ -198,18 +200,20 @@ def load_corpus(
     elif generated == "chat" and model is not None:
         write = partial(_written_conversations, model, tokenizer, window=window, distinct=Distinct(), progress=progress)
     else:
-        return Corpus.of(name, _drawn(source, tokenizer, window, count, more, seed))
+        return Corpus.of(name, _drawn(source, tokenizer, window, count, more, seed, least))
     windows = [write(count=count, seed=seed)]
     with suppress(DataError):  # by now the model may only repeat itself
         windows += [write(count=more, seed=seed + SPARE_SEED)] if more else []
     return Corpus.of(name, torch.cat(windows))
 
 
-def _drawn(source: Any, tokenizer: PreTrainedTokenizerBase, window: int, count: int, more: int, seed: int) -> Tensor:
+def _drawn(
+    source: Any, tokenizer: PreTrainedTokenizerBase, window: int, count: int, more: int, seed: int, least: float
+) -> Tensor:
     """Draw `count` windows from the start of a text, and take up to `more` windows that follow it."""
     # Read up to four times as many windows as requested, so that the random seed has a choice.
     windows, found = _windows(entries(source), tokenizer, window, 4 * count + more)
-    if 2 * len(windows) < count:
+    if len(windows) < max(1, least * count):
         raise too_little_text(name_of(source), found, count * window)
     first = min(4 * count, max(count, len(windows) - more), len(windows))
     chosen = torch.randperm(first, generator=torch.Generator().manual_seed(seed))[:count]

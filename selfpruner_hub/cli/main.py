@@ -17,7 +17,7 @@ from selfpruner_hub.cli import evaluate as cli_evaluate
 from selfpruner_hub.cli import export as cli_export
 from selfpruner_hub.cli import prune as cli_prune
 from selfpruner_hub.cli import publish as cli_publish
-from selfpruner_hub.cli import settings as cli_settings
+from selfpruner_hub.cli import recover as cli_recover
 from selfpruner_hub.cli import verify as cli_verify
 from selfpruner_hub.cli.options import from_pretrained, loading, number, verb
 from selfpruner_hub.errors import SelfPrunerError, UserError
@@ -81,8 +81,11 @@ def _parser() -> argparse.ArgumentParser:
     prune = verb(verbs, "prune", _prune, "search the rates of a model's layers, cut it, save it")
     cli_prune.add_arguments(prune)
 
+    recover = verb(verbs, "recover", _recover, "distil a pruned model from its parent; never worse than before")
+    cli_recover.add_arguments(recover)
+
     settings = verb(verbs, "settings", _settings, "list the settings that prune takes by --set, with their defaults")
-    cli_settings.add_arguments(settings)
+    cli_prune.add_settings_arguments(settings)
 
     evaluate = verb(verbs, "evaluate", _evaluate, "measure perplexity, answers and tasks of a dense or pruned model")
     cli_evaluate.add_arguments(evaluate)
@@ -117,8 +120,12 @@ def _prune(options: argparse.Namespace) -> None:
     print(cli_prune.run(options))
 
 
+def _recover(options: argparse.Namespace) -> None:
+    print(cli_recover.run(options))
+
+
 def _settings(options: argparse.Namespace) -> None:
-    print(cli_settings.run(options))
+    print(cli_prune.list_settings(options))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

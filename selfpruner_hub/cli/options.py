@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Collection, Sequence
 from typing import Any
+
+from selfpruner_hub.errors import UserError
 
 
 def verb(verbs: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
@@ -41,3 +45,37 @@ def loading(options: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of `from_pretrained` from the options for loading a model."""
     named = {name: getattr(options, name) for name in ("device", "device_map", "dtype", "revision", "gguf_file")}
     return {key: value for key, value in named.items() if value is not None}
+
+
+def whole(text: str) -> Any:
+    """Return a whole number, or the text itself, which the package then refuses with its own message."""
+    value = number(text)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def settings_of(pairs: Sequence[str], own: Collection[str] = ()) -> dict[str, Any]:
+    """Read the settings of `--set`.
+
+    Args:
+        pairs: Settings as NAME=VALUE; a value is JSON, or a text.
+        own: Names that have an option of their own.
+
+    Returns:
+        Values by name.
+
+    Raises:
+        UserError: A pair has no `=`, or its name has an option of its own.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set expects NAME=VALUE; got {pair!r}.")
+        if name in own:
+            raise UserError(f"{name} has an option of its own.", f"Use --{name} {value}.")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        settings[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+    return settings

@@ -1,18 +1,18 @@
-"""The verb `selfpruner prune`."""
+"""The verbs `selfpruner prune` and `selfpruner settings`, which lists what `prune --set` takes."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-from collections.abc import Sequence
+import shutil
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from selfpruner_hub.cli.options import from_pretrained, loading, number
+from selfpruner_hub.cli.options import from_pretrained, loading, number, settings_of
 from selfpruner_hub.errors import OutputError, UserError
-from selfpruner_hub.settings import PRESETS, SEARCH, check_seed, resolve
+from selfpruner_hub.settings import PRESETS, SEARCH, Setting, check_seed, explained, resolve
 
 OWN_OPTIONS = ("fitness", "evaluations")
 """Names of the settings that have their own option."""
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> str:
     from selfpruner_hub.plans.target import check_beta, needs_target, parse_target, target_of
     from selfpruner_hub.storage.staging import check_writable
 
-    settings = _settings(options.set)
+    settings = settings_of(options.set, ("preset", *OWN_OPTIONS))
     # All that is wrong is said before torch and the model are loaded, which takes seconds.
     request = None if options.request is None else _request(options.request)
     if options.target is None:
@@ -188,17 +188,40 @@ def _request(text: str) -> tuple[int, int]:
     return int(prompt), int(new_tokens)
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--set expects NAME=VALUE; got {pair!r}.")
-        if name in ("preset", *OWN_OPTIONS):
-            raise UserError(f"{name} has an option of its own.", f"Use --{name} {value}.")
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            parsed = value
-        settings[name] = tuple(parsed) if isinstance(parsed, list) else parsed
-    return settings
+def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb.
+
+    Args:
+        parser: Parser of the verb.
+    """
+    parser.add_argument(
+        "--preset",
+        default="default",
+        help=f"with the values of this preset: {', '.join(PRESETS)} (default: %(default)s)",
+    )
+
+
+def list_settings(options: argparse.Namespace) -> str:
+    """List the settings that `selfpruner prune --set` takes.
+
+    Args:
+        options: Parsed command line.
+
+    Returns:
+        Text to print: each setting with its default, as `--set` takes it, and its meaning; or JSON.
+
+    Raises:
+        UserError: The preset is unknown.
+    """
+    settings = [setting for setting in explained(options.preset) if setting.name not in OWN_OPTIONS]
+    if options.json:
+        return json.dumps([asdict(setting) for setting in settings])
+    width = min(100, shutil.get_terminal_size().columns)
+    first = f"Settings of the preset {options.preset}. `selfpruner prune` changes one by --set NAME=VALUE."
+    return "\n".join([first, *(_told(setting, width) for setting in settings)])
+
+
+def _told(setting: Setting, width: int) -> str:
+    value = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)
+    meaning = textwrap.fill(setting.meaning, width, initial_indent="    ", subsequent_indent="    ")
+    return f"\n{setting.name}={value}\n{meaning}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import Conversation
-from selfpruner_hub.calibration.conversations import write_conversations
+from selfpruner_hub.calibration.conversations import CHAT, write_conversations
 from selfpruner_hub.evaluation.metrics import Teacher, mean_losses, miss_loss, teach, teacher_loss
 from selfpruner_hub.progress import Progress
 
@@ -52,7 +52,8 @@ class ChatMeasure:
         seed: int = SEED,
         progress: Progress | None = None,
     ) -> None:
-        written = write_conversations(dense, tokenizer, count, seed, temperature=0, progress=progress)
+        style = replace(CHAT, answer_temperature=0.0)
+        written = write_conversations(dense, tokenizer, count, seed, style=style, progress=progress)
         self.conversations = len(written)
         self._windows, self._counted = padded(written)
         self._teacher: Teacher = teach(dense, self._windows, counted=self._counted)

@@ -66,6 +66,9 @@ class Record:
     versions: dict[str, str]
     licence: dict[str, str] = field(default_factory=dict)
     """Licence of the parent from its model card: `license`, `license_name`, `license_link`; empty where unknown."""
+    recovery: dict[str, Any] = field(default_factory=dict)
+    """How the model was distilled from its parent after the cut (`recovery.recover`): tokens, minutes, settings, texts,
+    divergence on each deciding text before and after, and the curve of the loss; empty where it was not."""
     metrics: dict[str, Metric] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

@@ -1,0 +1,96 @@
+"""The verb `selfpruner recover`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from selfpruner_hub.cli.options import number, settings_of, whole
+from selfpruner_hub.recovery.settings import Budget, resolve
+from selfpruner_hub.settings import check_seed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb.
+
+    Args:
+        parser: Parser of the verb.
+    """
+    parser.add_argument("directory", metavar="DIR", type=Path, help="a pruned model that was saved")
+    parser.add_argument("--against", required=True, metavar="PARENT", help="the dense model that it was pruned from")
+    parser.add_argument("--against-gguf-file", metavar="FILE", help="load its weights from this GGUF file of it")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=number, metavar="N", help="minutes in all")
+    length.add_argument("--tokens", type=whole, metavar="N", help="tokens to train on, in place of minutes")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the recovered model goes (default: DIR)")
+    parser.add_argument(
+        "--data", help="chat, self, wikitext2, c4, or a .txt or .jsonl file; several with + between them (default: "
+        "chat+wikitext2 for a chat model, else self+wikitext2)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="texts and checkpoints (default: OUTPUT.run)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: the accelerator where there is one)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting; docs/recovery.md has them"
+    )
+
+
+def run(options: argparse.Namespace) -> str:
+    """Recover a saved model, and save it.
+
+    Args:
+        options: Parsed command line; its attribute `kept` is set to the message for an interrupted run.
+
+    Returns:
+        Text to print: one line for each text that decided, or JSON.
+
+    Raises:
+        UserError: An option is wrong, or a model or the text cannot be loaded.
+        OutputError: The output cannot be written.
+    """
+    from selfpruner_hub.storage.model_record import read_record
+    from selfpruner_hub.storage.staging import check_writable
+
+    settings = settings_of(options.set)
+    # All that is wrong is said before torch and the models are loaded, which takes seconds.
+    resolve(**settings)
+    Budget(options.minutes, options.tokens)
+    check_seed(options.seed)
+    output: Path = options.output or options.directory
+    read_record(options.directory)
+    check_writable(output)
+    run_dir = options.run_dir or Path(f"{output.resolve()}.run")
+    options.kept = f"What was trained is in {run_dir}: the same command again goes on from there."
+
+    from selfpruner_hub.models.loading import load_model
+    from selfpruner_hub.pruned_model import PrunedModel
+
+    pruned = PrunedModel.from_pretrained(options.directory, device=options.device, dtype="auto")
+    gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
+    parent, _ = load_model(options.against, device=options.device, dtype=pruned.model.dtype, **gguf)
+    recovered = pruned.recover(
+        parent,
+        minutes=options.minutes,
+        tokens=options.tokens,
+        data=options.data,
+        seed=options.seed,
+        run_dir=run_dir,
+        progress=not options.quiet,
+        **settings,
+    )
+    if recovered is not pruned or output != options.directory:
+        recovered.save_pretrained(output)
+    report = recovered.report
+    if options.json:
+        return json.dumps({"output": str(output), "improved": recovered is not pruned, **asdict(report)})
+    if recovered is pruned:
+        return f"{output}: not improved, and left as it was."
+    found = report.recovery
+    lines = [f"{output}: trained on {found['tokens']:,} tokens in {found['minutes']} minutes"]
+    lines += [
+        f"KL from the parent on {text['name']}: {text['before']:.4f} -> {text['after']:.4f}"
+        for text in found["deciding"]
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Recovery: distil a pruned model from its dense parent, from text that the parent writes."""

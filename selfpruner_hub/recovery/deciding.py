@@ -1,0 +1,47 @@
+"""The deciding text: what nothing is trained on, and which state of a model is kept by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from selfpruner_hub.evaluation.metrics import mean_losses, teach, teacher_loss
+from selfpruner_hub.recovery.texts import Text
+
+
+class Deciding:
+    """Measures a model against its parent on each deciding text.
+
+    Args:
+        parent: The dense parent.
+        texts: Deciding texts; nothing else reads them.
+    """
+
+    def __init__(self, parent: PreTrainedModel, texts: Sequence[Text]) -> None:
+        self._texts = texts
+        self._losses = [teacher_loss(teach(parent, text.windows, counted=text.counted)) for text in texts]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the texts."""
+        return [text.name for text in self._texts]
+
+    def __call__(self, model: PreTrainedModel) -> list[float]:
+        """KL divergence from the parent on each text, in nats per counted token."""
+        return [
+            mean_losses(model, text.windows, loss, counted=text.counted)[0]
+            for text, loss in zip(self._texts, self._losses, strict=True)
+        ]
+
+
+def score(before: Sequence[float], after: Sequence[float]) -> float:
+    """Mean of the divergences as shares of those before; infinite where one is not finite."""
+    ratios = [now / max(then, 1e-9) for then, now in zip(before, after, strict=True)]
+    return sum(ratios) / len(ratios) if all(map(math.isfinite, ratios)) else math.inf
+
+
+def is_better(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether a model is nearer to its parent on average, and on none of the texts farther from it."""
+    return score(before, after) < 1 and all(now <= then for then, now in zip(before, after, strict=True))

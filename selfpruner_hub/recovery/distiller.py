@@ -1,0 +1,315 @@
+"""The training loop of recovery: transformers' Trainer, with the divergence from the parent as the loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from selfpruner_hub.progress import Progress
+from selfpruner_hub.recovery.divergence import Head, distillation_loss
+from selfpruner_hub.recovery.settings import RecoverySettings
+from selfpruner_hub.recovery.texts import Text
+
+CLIP = 1.0
+"""Maximum norm of the gradient."""
+STATE = "trainer_state.json"
+"""File that Trainer writes last into a checkpoint."""
+INTERRUPTED, LATE, BROKEN = "interrupted", "out of time", "the loss was no number"
+"""Reasons to stop before the last step."""
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """The windows of all texts, in the order in which they are read.
+
+    Args:
+        texts: Texts.
+        order: Pairs of the number of a text and the number of a window in it.
+        emphasis: Extra weight of decisive tokens of answers.
+    """
+
+    def __init__(self, texts: Sequence[Text], order: Sequence[tuple[int, int]], emphasis: float) -> None:
+        self._texts, self._order, self._emphasis = texts, order, emphasis
+
+    def __len__(self) -> int:
+        """Number of windows that are read, with repeats."""
+        return len(self._order)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        """One window: its token ids, `[W]`, the counted predictions, `[W - 1]`, and the emphasis, a scalar."""
+        number, window = self._order[place]
+        text = self._texts[number]
+        return {
+            "input_ids": text.windows[window],
+            "counted": text.counted[window],
+            "emphasis": torch.tensor(self._emphasis if text.answers else 0.0),
+        }
+
+
+class Distiller(Trainer):
+    """Trains a pruned model towards its parent.
+
+    Args:
+        student: Model with the weights that are trained.
+        parent: The dense parent, on the device of the student.
+        check: Function that measures the student: the lower, the better.
+        dtype: Dtype of the products.
+        **kwargs: Arguments of transformers' `Trainer`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        parent: PreTrainedModel,
+        check: Callable[[PreTrainedModel], float],
+        dtype: torch.dtype,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=student, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False
+        self._parent, self._check, self._dtype = parent, check, dtype
+        self._divergence = math.nan
+
+    @property
+    def divergences(self) -> list[float]:
+        """Divergence of each step so far, before a resume too."""
+        return [entry["divergence"] for entry in self.state.log_history if "divergence" in entry]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Weighted divergence from the parent over the counted predictions of a batch."""
+        if not self.args.activation_checkpointing:  # which works in training mode alone
+            model.eval()  # dropout would only add noise to what is matched
+        student = self.accelerator.unwrap_model(model)
+        loss, divergence = distilled(model, student, self._parent, inputs, self._dtype)
+        self._divergence = divergence.item()
+        return (loss, {"divergence": divergence}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep the divergence of each step in the history of the training."""
+        super().log({**logs, "divergence": self._divergence} if "loss" in logs else logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the student on the deciding text."""
+        student = self.accelerator.unwrap_model(self.model)
+        student.eval()
+        with torch.autocast(self.args.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            metrics = {"eval_score": self._check(student)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def distilled(
+    model: nn.Module,
+    student: PreTrainedModel,
+    parent: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Run both models on a batch, and compare them.
+
+    Args:
+        model: The student, or what wraps it.
+        student: The student.
+        parent: Its parent.
+        inputs: A batch of `Windows`.
+        dtype: Dtype of the products.
+
+    Returns:
+        What `distillation_loss` returns.
+    """
+    ids, counted = inputs["input_ids"], inputs["counted"].bool()
+    with torch.no_grad():
+        theirs = parent.get_decoder()(ids, use_cache=False).last_hidden_state[:, :-1][counted]
+    with last_states(student) as states:
+        model(input_ids=ids, use_cache=False)
+    emphasis = inputs["emphasis"][:, None].expand(counted.shape)[counted]
+    return distillation_loss(states[0][:, :-1][counted], Head(student, dtype), theirs, Head(parent, dtype), emphasis)
+
+
+@contextmanager
+def last_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Catch what the head reads, and let it compute the logits of the last position alone.
+
+    So the model's own forward pass runs, with the hooks of whatever wraps it, and no block of tokens × vocabulary is
+    made.
+
+    Args:
+        model: A causal language model.
+
+    Yields:
+        A list that receives the last hidden states, `[B, W, H]`, when the model runs.
+    """
+    caught: list[Tensor] = []
+
+    def catch(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        caught.append(given[0])
+        return (given[0][:, -1:],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(catch)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+class Pace(TrainerCallback):
+    """Shows progress, and stops in time, on Ctrl-C, and where the loss is no number.
+
+    Args:
+        seconds: Time of all steps; None sets no limit.
+        progress: Callback that receives the steps that are done.
+    """
+
+    def __init__(self, seconds: float | None, progress: Progress) -> None:
+        self._seconds, self._progress = seconds, progress
+        self._deadline = math.inf
+        self._interrupted = threading.Event()
+        self.stopped = ""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the deadline; a resumed training has the time of the steps that are left."""
+        if self._seconds is not None:
+            self._deadline = time.monotonic() + self._seconds * (1 - state.global_step / state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop where there is a reason, and measure the model a last time."""
+        if self._interrupted.is_set():
+            self.stopped = INTERRUPTED
+        elif time.monotonic() > self._deadline and state.global_step < state.max_steps:
+            self.stopped = LATE
+        if self.stopped:
+            control.should_training_stop = control.should_evaluate = control.should_save = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Show the divergence, and stop where it is no number: no step from there on can be of use."""
+        if not logs or "divergence" not in logs:
+            return
+        self._progress("recovering", state.global_step, state.max_steps, f"KL {logs['divergence']:.3f}")  # type: ignore[call-arg]
+        if not math.isfinite(logs["divergence"]):
+            self.stopped = BROKEN
+            control.should_training_stop = True
+            control.should_evaluate = control.should_save = False
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let the first Ctrl-C end the training after the current step; a second one interrupts as usual."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def stop(*_: Any) -> None:
+            self._interrupted.set()
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def arguments(
+    folder: Path, device: torch.device, steps: int, batch: int, settings: RecoverySettings, rate: float, **more: Any
+) -> TrainingArguments:
+    """Arguments of transformers' Trainer.
+
+    Args:
+        folder: Directory of its checkpoints.
+        device: Device of the models.
+        steps: Number of steps.
+        batch: Windows in a step.
+        settings: Settings of recovery.
+        rate: Peak learning rate.
+        **more: Other arguments.
+
+    Returns:
+        The arguments.
+    """
+    every = max(1, -(-steps // settings.checks))
+    made = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=rate,
+        lr_scheduler_type="linear",
+        warmup_steps=min(settings.warmup, steps // 4),
+        optim="adamw_torch_fused",
+        adam_beta2=settings.beta2,
+        weight_decay=0.0,
+        max_grad_norm=CLIP,
+        train_sampling_strategy="sequential",
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **more,
+    )
+    made._n_gpu = min(1, made.n_gpu)  # a lone process never splits a batch over several devices (DataParallel)
+    return made
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in a directory; what a killed process left half is deleted.
+
+    Args:
+        folder: Directory of the checkpoints.
+
+    Returns:
+        Its path; None without one.
+    """
+    while folder.is_dir() and (found := get_last_checkpoint(str(folder))):
+        try:
+            json.loads((Path(found) / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(found)
+            continue
+        return found
+    return None

@@ -1,0 +1,130 @@
+"""The loss of recovery: divergence from the parent, and its gradient, without all logits in memory at once."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from selfpruner_hub.models.architectures import logit_scale
+from selfpruner_hub.models.patching import add_product
+
+BLOCK_BYTES = 64 << 20
+"""Memory of a block of float32 logits; a few such blocks are alive at a time."""
+
+
+class Head:
+    """The language-model head of a model, on blocks of positions.
+
+    Args:
+        model: A causal language model.
+        dtype: Dtype of the products.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.module: Any = model.get_output_embeddings()
+        self.scale = logit_scale(model.config)
+        self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight in the dtype of the products, `[V, H]`, without a gradient."""
+        return cast(Tensor, self.module.weight.detach().to(self.dtype))
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Logits in float32.
+
+        Args:
+            hidden: Last hidden states, `[P, H]`.
+            weight: `weight`, which is converted once for all blocks.
+
+        Returns:
+            Logits, `[P, V]`.
+        """
+        bias = self.module.bias
+        raw = self.scale * F.linear(hidden.to(weight.dtype), weight).float()
+        if bias is not None:
+            raw += self.scale * bias.float()
+        return raw if self.cap is None else (raw / self.cap).tanh_().mul_(self.cap)
+
+
+def distillation_loss(
+    hidden: Tensor, head: Head, their_hidden: Tensor, their_head: Head, emphasis: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean of KL(parent ‖ pruned model) at temperature 1 over the whole vocabulary.
+
+    A position whose first choice differs from the parent's weighs `1 + emphasis · p`, where p is the probability of the
+    parent's first choice; others weigh 1. The logits and their gradient are computed on blocks of positions, as in
+    Liger kernels (arXiv 2410.10989).
+
+    Args:
+        hidden: Last hidden states of the pruned model, `[P, H]`; the gradient reaches them.
+        head: Head of the pruned model; the gradient reaches its weight, where that is trained.
+        their_hidden: Last hidden states of the parent, `[P, H']`.
+        their_head: Head of the parent.
+        emphasis: Extra weight of each position, `[P]`, at least 0.
+
+    Returns:
+        The weighted mean in nats, and the mean over all positions in nats, which has no gradient.
+    """
+    return _Distillation.apply(  # type: ignore[no-untyped-call]
+        hidden, head.module.weight, head, their_hidden, their_head, emphasis
+    )
+
+
+class _Distillation(torch.autograd.Function):
+    """Computes the gradients in the forward pass, block by block, and scales them in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        head: Head,
+        their_hidden: Tensor,
+        their_head: Head,
+        emphasis: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ours, theirs, states = head.weight, their_head.weight, hidden.to(head.dtype)
+        to_hidden = torch.empty_like(hidden, dtype=torch.float32)
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        size = max(1, BLOCK_BYTES // (4 * len(weight)))
+        weighted, plain, total = (hidden.new_zeros((), dtype=torch.float32) for _ in range(3))
+        for first in range(0, len(hidden), size):
+            rows = slice(first, first + size)
+            target = their_head.logits(their_hidden[rows], theirs).log_softmax(-1)
+            logits = head.logits(states[rows], ours)
+            choices = logits.argmax(-1)
+            slope = None if head.cap is None else 1 - (logits / head.cap).square()
+            found = logits.log_softmax(-1)
+            p, choice = target.max(-1)
+            weights = 1 + emphasis[rows] * p.exp() * (choice != choices)
+            wanted = target.exp()
+            divergence = torch.linalg.vecdot(wanted, target - found)
+            weighted += (weights * divergence).sum()
+            plain += divergence.sum()
+            total += weights.sum()
+            gradient = found.exp_().sub_(wanted).mul_(head.scale * weights[:, None])
+            if slope is not None:
+                gradient.mul_(slope)
+            gradient = gradient.to(head.dtype)
+            to_hidden[rows] = (gradient @ ours).float()
+            if to_weight is not None:
+                add_product(to_weight, gradient, states[rows])
+        to_hidden /= total
+        if to_weight is not None:
+            to_weight /= total
+        ctx.gradients = to_hidden.to(hidden.dtype), None if to_weight is None else to_weight.to(weight.dtype)
+        mean = plain / len(hidden)
+        ctx.mark_non_differentiable(mean)
+        return weighted / total, mean
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        to_hidden, to_weight = ctx.gradients
+        del ctx.gradients
+        return to_hidden.mul_(scale), None if to_weight is None else to_weight.mul_(scale), *(None,) * 4

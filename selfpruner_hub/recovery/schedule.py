@@ -1,0 +1,123 @@
+"""How much a recovery writes and reads in its time, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.recovery.settings import Budget, RecoverySettings
+from selfpruner_hub.recovery.texts import Share, Text
+from selfpruner_hub.storage.checkpoints import Checkpoints
+
+OVERHEAD = 1.08
+"""Time of a step with its optimiser and checkpoints, as a multiple of the passes that are timed."""
+FEWEST = 4
+"""Fewest steps that a recovery is begun for."""
+
+
+class Timed(NamedTuple):
+    """What was timed, in seconds."""
+
+    writing: Mapping[str, float]
+    """Writing a window of each kind that the parent writes."""
+    step: float
+    """The passes of a step."""
+    spent: float
+    """All that is already spent."""
+
+
+class Schedule(NamedTuple):
+    """What a recovery reads, and how long it trains."""
+
+    steps: int
+    """Number of steps."""
+    counts: list[int]
+    """Windows that are read of each kind of text, with repeats."""
+    seconds: float | None
+    """Time of all steps; None sets no limit."""
+
+
+def planned(
+    budget: Budget, kinds: Sequence[Share], batch: int, window: int, settings: RecoverySettings, timed: Timed
+) -> Schedule:
+    """Choose the number of steps, and of windows of each kind of text.
+
+    Of the time that is left, what is written costs its share, and all windows cost their part of a step. The shares of
+    the kinds are those of the windows.
+
+    Args:
+        budget: Minutes or tokens.
+        kinds: Kinds of text with their shares.
+        batch: Windows in a step.
+        window: Tokens of a window.
+        settings: Settings of recovery.
+        timed: What was timed.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        UserError: The budget is too small for a few steps.
+    """
+    if budget.minutes is None:
+        steps, seconds = (budget.tokens or 0) // (batch * window), None
+        needed = f"tokens={FEWEST * batch * window}"
+    else:
+        left = 60 * budget.minutes - timed.spent
+        writing = sum(kind.share * timed.writing.get(kind.name, 0.0) for kind in kinds) / settings.passes
+        each = OVERHEAD * timed.step + batch * writing
+        steps = int(left / each)
+        seconds = left - steps * batch * writing
+        needed = f"minutes={(timed.spent + FEWEST * each) / 60:.1f}"
+    if steps < FEWEST:
+        raise UserError("That is too little for a recovery.", f"Give it at least {needed} on this machine.")
+    counts = [max(1, round(kind.share * steps * batch)) for kind in kinds]
+    counts[counts.index(max(counts))] += steps * batch - sum(counts)
+    return Schedule(steps, counts, seconds)
+
+
+def remembered(checkpoints: Checkpoints, schedule: Schedule | None = None) -> Schedule | None:
+    """Keep a schedule, or return the one that was kept: a second timing might lead to another one.
+
+    Args:
+        checkpoints: Checkpoints of the recovery.
+        schedule: Schedule to keep; None returns the one that was kept, or None.
+
+    Returns:
+        The schedule.
+    """
+    name = "recovery-schedule"
+    if schedule is None:
+        if (known := checkpoints.load(name)) is None:
+            return None
+        seconds = float(known["seconds"])
+        return Schedule(int(known["steps"]), known["counts"].tolist(), seconds if seconds >= 0 else None)
+    values = {"steps": schedule.steps, "seconds": -1.0 if schedule.seconds is None else schedule.seconds}
+    tensors = {name: torch.tensor(value) for name, value in values.items()}
+    checkpoints.save(name, {**tensors, "counts": torch.tensor(schedule.counts)})
+    return schedule
+
+
+def scheduled(texts: Sequence[Text], counts: Sequence[int], seed: int) -> list[tuple[int, int]]:
+    """Order the windows of all texts: each text is read again and again, and all parts of the order are mixed alike.
+
+    Args:
+        texts: Texts.
+        counts: Number of windows of each text to read.
+        seed: Random seed.
+
+    Returns:
+        Pairs of the number of a text and the number of a window in it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    placed: list[tuple[float, int, int]] = []
+    for number, (text, count) in enumerate(zip(texts, counts, strict=True)):
+        order: list[int] = []
+        while len(order) < count:
+            order += torch.randperm(len(text.windows), generator=generator).tolist()
+        shift = torch.rand(1, generator=generator).item()
+        placed += [((place + shift) / count, number, window) for place, window in enumerate(order[:count])]
+    return [(number, window) for _, number, window in sorted(placed)]

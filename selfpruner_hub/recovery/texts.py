@@ -1,0 +1,230 @@
+"""The texts of recovery: what the parent writes and what is read, to train on and to decide by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from hashlib import sha256
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from selfpruner_hub.calibration.chat_template import Conversation, has_chat_template
+from selfpruner_hub.calibration.conversations import CHAT, QUESTIONS, Distinct, Style, write_conversations
+from selfpruner_hub.calibration.corpus import load_corpus, sources_of, too_little_text
+from selfpruner_hub.calibration.text_sources import GENERATED, name_of
+from selfpruner_hub.errors import DataError
+from selfpruner_hub.recovery.settings import RecoverySettings
+from selfpruner_hub.storage.run import Run
+
+DECIDING_WINDOWS = 12
+"""Windows of each kind of text that decide which state is kept."""
+DECIDING_SEED = 2**30
+"""Offset of the random seed of what the parent writes to decide by."""
+DECIDING_PART = 8
+"""A text that is read gives at most one of so many windows to decide by."""
+ROUNDS = 4
+"""Attempts to fill the windows with conversations."""
+LENGTHS = {"conversations": 110, "questions": 60}
+"""Expected tokens of a conversation of each kind, until the first ones are written."""
+STYLES: dict[str, Style] = {"conversations": CHAT, "questions": QUESTIONS}
+
+
+class Text(NamedTuple):
+    """Windows of one kind."""
+
+    name: str
+    """`conversations` or `questions` (that a chat model writes), `self`, or the name of a source that is read."""
+    windows: Tensor
+    """Token ids, `[N, W]`."""
+    counted: Tensor
+    """Mask of the predictions that count, `[N, W - 1]`, bool: the assistant's tokens of conversations, else all."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether what counts is answers, whose decisive tokens weigh more."""
+        return self.name in STYLES
+
+    def part(self, first: int, last: int | None) -> Text:
+        """The windows from `first` up to `last`."""
+        return Text(self.name, self.windows[first:last], self.counted[first:last])
+
+    def record(self, windows: int) -> dict[str, Any]:
+        """The entry for `selfpruner.json`, with the number of windows of this kind that were read."""
+        written = self.windows.contiguous().numpy().tobytes()
+        return {
+            "name": self.name,
+            "tokens": self.windows.numel(),
+            "tokens_read": windows * self.windows.shape[1],
+            "sha256": sha256(written).hexdigest(),
+        }
+
+
+class Share(NamedTuple):
+    """One kind of text, and its share of the windows."""
+
+    name: str
+    """Name, as of a `Text`."""
+    source: Any
+    """Source, as for `load_corpus`."""
+    share: float
+    """Share of the windows, in (0, 1]."""
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the parent writes it."""
+        return isinstance(self.source, str) and self.source in GENERATED
+
+
+def shares(data: Any, tokenizer: PreTrainedTokenizerBase | None, settings: RecoverySettings) -> list[Share]:
+    """Split a text argument into kinds of text and their shares.
+
+    Args:
+        data: Text argument, as for `AutoPruner.prune`; None takes what the parent writes and `"wikitext2"`. `"chat"`
+            stands for conversations and short questions.
+        tokenizer: Tokenizer of the model.
+        settings: Settings of recovery.
+
+    Returns:
+        The kinds of text; their shares sum to 1.
+    """
+    chats = has_chat_template(tokenizer)
+    sources = sources_of(("chat" if chats else "self") + "+wikitext2" if data is None else data)
+    written = [source for source in sources if isinstance(source, str) and source in GENERATED]
+    read = [source for source in sources if source not in written]
+    of_written = settings.written_share if read else 1.0
+    found = []
+    for source in written:
+        share = of_written / len(written)
+        if source == "chat":
+            found.append(Share("conversations", source, share * (1 - settings.question_share)))
+            found.append(Share("questions", source, share * settings.question_share))
+        else:
+            found.append(Share(name_of(source), source, share))
+    left = 1.0 if not written else 1 - of_written
+    found += [Share(name_of(source), source, left / len(read)) for source in read]
+    return [each for each in found if each.share > 0]
+
+
+class Writer:
+    """Writes or reads the texts of a recovery, each from its checkpoint where there is one.
+
+    Args:
+        model: The parent.
+        tokenizer: Its tokenizer; None allows only `"self"`.
+        window: Tokens of a window.
+        run: Run context.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, window: int, run: Run
+    ) -> None:
+        self._model, self._tokenizer, self._window, self._run = model, tokenizer, window, run
+        self._distinct = Distinct()
+
+    def deciding(self) -> tuple[list[Text], dict[str, float]]:
+        """Write the deciding texts: what the parent writes, whatever is trained on.
+
+        Returns:
+            The texts, and the seconds that writing a window of each took.
+        """
+        names = list(STYLES) if has_chat_template(self._tokenizer) else ["self"]
+        texts, seconds = [], {}
+        for name in names:
+            started = time.monotonic()
+            texts.append(self._text(name, name, DECIDING_WINDOWS, seed=self._run.seed + DECIDING_SEED))
+            seconds[name] = (time.monotonic() - started) / len(texts[-1].windows)
+        return texts, seconds
+
+    def training(self, kind: Share, count: int, passes: int) -> tuple[Text, Text | None]:
+        """Write or read one text to train on.
+
+        Args:
+            kind: Kind of text.
+            count: Number of windows to train on, with repeats.
+            passes: Times that what is written is read.
+
+        Returns:
+            The text to train on, and, of a text that is read, a part of its end to decide by.
+
+        Raises:
+            DataError: The source is unknown, unreadable or too short.
+        """
+        if kind.is_written:
+            return self._text(kind.name, kind.source, -(-count // passes), seed=self._run.seed), None
+        text = self._text(kind.name, kind.source, count, seed=self._run.seed, spare=DECIDING_WINDOWS)
+        held = min(DECIDING_WINDOWS, len(text.windows) // DECIDING_PART)
+        if not held:
+            needed = DECIDING_PART * self._window
+            raise too_little_text(kind.name, text.windows.numel(), needed, "or a shorter window")
+        return text.part(0, -held), text.part(-held, None)
+
+    def _text(self, name: str, source: Any, count: int, *, seed: int, spare: int = 0) -> Text:
+        """Make `count + spare` windows of one kind, or fewer; the spare ones are from behind the others."""
+        digest = sha256(repr((name, source, count, spare, seed)).encode()).hexdigest()[:16]
+        if known := self._run.checkpoints.load(f"recovery-text-{digest}"):
+            return Text(name, known["windows"], known["counted"].bool())
+        if name in STYLES:
+            windows, counted = self._conversations(name, count, seed)
+        else:
+            windows = load_corpus(
+                source,
+                self._tokenizer,
+                tokens=count * self._window,
+                spare=spare * self._window,
+                least=0.0,
+                window=self._window,
+                seed=seed,
+                model=self._model,
+                progress=self._run.progress,
+            ).windows
+            counted = torch.ones(windows.shape[0], windows.shape[1] - 1, dtype=torch.bool)
+        tensors = {"windows": windows, "counted": counted.to(torch.uint8)}
+        self._run.checkpoints.save(f"recovery-text-{digest}", tensors)
+        return Text(name, windows, counted)
+
+    def _conversations(self, name: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Write conversations until they fill `count` windows; fewer if the model repeats itself."""
+        if self._tokenizer is None or not has_chat_template(self._tokenizer):
+            raise DataError('data="chat" needs a tokenizer with a chat template.', 'Use data="self", or plain text.')
+        write = partial(
+            write_conversations,
+            self._model,
+            self._tokenizer,
+            style=STYLES[name],
+            distinct=self._distinct,
+            progress=self._run.progress,
+        )
+        rows: list[tuple[list[int], list[bool]]] = []
+        written: list[Conversation] = []
+        for attempt in range(ROUNDS):
+            length = len(rows) * self._window / len(written) if rows else LENGTHS[name]
+            some = 2 + round(1.1 * (count - len(rows)) * self._window / min(length, self._window))
+            try:
+                written += write(some, ROUNDS * seed + attempt)
+            except DataError:
+                if not rows:
+                    raise
+                break  # by now the model only repeats itself
+            rows = list(_packed(written, self._window))
+            if len(rows) >= count:
+                break
+        if not rows:
+            raise too_little_text(name, sum(len(each.ids) for each in written), self._window, "or shorter windows")
+        ids, answered = zip(*rows[:count], strict=True)
+        return torch.tensor(ids), torch.tensor(answered)[:, 1:]
+
+
+def _packed(conversations: Sequence[Conversation], window: int) -> Iterator[tuple[list[int], list[bool]]]:
+    """Fill windows with conversations, in order; the last one of a window is cut at its end."""
+    ids: list[int] = []
+    answered: list[bool] = []
+    for each in conversations:
+        ids += each.ids[: window - len(ids)]
+        answered += each.answered[: window - len(answered)]
+        if len(ids) == window:
+            yield ids, answered
+            ids, answered = [], []

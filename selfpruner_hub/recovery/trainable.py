@@ -1,0 +1,95 @@
+"""The weights that are trained: a float32 copy of a model, or adapters on it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from selfpruner_hub.errors import MissingExtraError
+from selfpruner_hub.models.devices import free_memory
+from selfpruner_hub.recovery.settings import RecoverySettings
+
+FULL_BYTES = 16
+"""Bytes for each weight that is trained: float32 value, gradient and two moments of AdamW."""
+ROOM = 0.8
+"""Share of the free memory that may be planned with; activations and logits take the rest."""
+
+
+def uses_adapters(model: PreTrainedModel, settings: RecoverySettings) -> bool:
+    """Decide whether adapters are trained in place of all weights.
+
+    Args:
+        model: The pruned model.
+        settings: Settings of recovery.
+
+    Returns:
+        Whether they are; for `auto`, whether all weights with their optimiser do not fit into memory.
+    """
+    if settings.method != "auto":
+        return settings.method == "lora"
+    free = free_memory(model.device)
+    if model.device.type == "cpu":
+        free = float(psutil.virtual_memory().available)
+    return FULL_BYTES * model.num_parameters() > ROOM * free
+
+
+def trainable(model: PreTrainedModel, settings: RecoverySettings, adapters: bool) -> nn.Module:
+    """Copy a model for training.
+
+    Args:
+        model: The pruned model; it is left as it is.
+        settings: Settings of recovery.
+        adapters: Whether adapters are trained.
+
+    Returns:
+        A copy with float32 weights, or a PEFT model with adapters on all linear layers of the decoder.
+
+    Raises:
+        MissingExtraError: Adapters are asked for, and PEFT is not installed.
+    """
+    student = copy.deepcopy(model)
+    if not adapters:
+        for parameter in student.parameters():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        return student
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingExtraError("peft", "recover") from error
+    rank = settings.rank
+    wanted: Any = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    return get_peft_model(student, wanted)
+
+
+def finished(student: nn.Module, like: PreTrainedModel) -> PreTrainedModel:
+    """Turn what was trained into a model of the same kind as before.
+
+    Args:
+        student: Result of `trainable`, after training.
+        like: The pruned model that it began as.
+
+    Returns:
+        The model in eval mode, with adapters merged, in the dtype of each weight before. Buffers stay as they are.
+    """
+    model: Any = student
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # accelerate wraps the pass in autocast
+        vars(model).pop(name, None)
+    before = dict(like.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(before[name].dtype)
+        parameter.grad = None
+        parameter.requires_grad_(before[name].requires_grad)
+    return cast(PreTrainedModel, model.eval())
+
+
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Dtype of the products: bfloat16, or float32 for a model whose weights are float32."""
+    return torch.float32 if model.dtype == torch.float32 else torch.bfloat16
