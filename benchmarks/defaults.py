@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Prune the real model at every β, and measure it."""
     options = _parser().parse_args(words)
     work: Path = options.work
-    rows, pruner, dense, measured, how = begun(work, options.unseen_text)
+    rows, pruner, dense, measured, how, _ = begun(work, options.unseen_text)
     name, told, more = "defaults", "", []
     text = f"{DATA}{Path(options.search_text).name} (the default's wikitext2, from a file)"
     if options.alone:
@@ -70,6 +70,8 @@ class Begun(NamedTuple):
     """Figures of a model on the unseen text, on conversations, plain questions and code."""
     words: str
     """How they are measured."""
+    chat: Chat
+    """Measures on conversations and plain questions."""
 
 
 def begun(work: Path, unseen_text: str) -> Begun:
@@ -87,7 +89,7 @@ def begun(work: Path, unseen_text: str) -> Begun:
     def measured(model: PreTrainedModel) -> dict[str, float]:
         return {**unseen.perplexities(model), **chat.figures(model)}
 
-    return Begun(Rows(work / "rows.jsonl"), pruner, str(dense), measured, words)
+    return Begun(Rows(work / "rows.jsonl"), pruner, str(dense), measured, words, chat)
 
 
 def pruned(

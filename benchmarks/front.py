@@ -157,7 +157,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
 
 def main(work: Path, search_text: str, unseen_text: str, tasks: Path, ours: Sequence[str] = tuple(OURS)) -> None:
     """Make every row, write the JSON and the picture."""
-    rows, pruner, dense, measured, how = begun(work, unseen_text)
+    rows, pruner, dense, measured, how, _ = begun(work, unseen_text)
     protocol = (
         f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA:g}. Ours: `selfpruner prune` with each preset and with "
         f"`--minutes 10`, minutes of the whole command. The others: the first {TOKENS} tokens (Taylor, block "

@@ -22,10 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.machine import cores, describe, processor
 from selfpruner_hub import __version__
+from selfpruner_hub.calibration.chat_template import decoded, prompt_ids
+from selfpruner_hub.calibration.conversations import end_tokens
 from selfpruner_hub.calibration.corpus import consecutive_windows
+from selfpruner_hub.calibration.generated_text import continuations
 from selfpruner_hub.evaluation.chat import SEED, ChatMeasure
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
-from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
+from selfpruner_hub.evaluation.questions import REPLY_TOKENS, load_questions, rightly_answered
 
 
 def arguments(documentation: str | None) -> argparse.ArgumentParser:
@@ -136,6 +139,31 @@ class Chat:
         code = divergence(model, self._code, self._teacher)
         found = (chat.kl, chat.agreement, mean(right), mean(kept) if kept else 1.0, code)
         return {name: round(value, 4) for name, value in zip(self.NAMES, found, strict=True)}
+
+    SAMPLES, TEMPERATURE, SAMPLE_SEED = 8, 0.7, 5
+    SAMPLED = f"questions kept by one of {SAMPLES} samples (mean) and within {SAMPLES}, at temperature {TEMPERATURE}"
+
+    def sampled(self, model: PreTrainedModel) -> dict[str, float]:
+        """Share of the questions that the dense model answers which one sample answers, and one of `SAMPLES`."""
+        asked = [question for question, right in zip(self._questions, self._right, strict=True) if right]
+        prompts = [prompt_ids(self._tokenizer, [{"role": "user", "content": q.question}]) for q in asked]
+        replies = continuations(
+            model,
+            [prompt for prompt in prompts for _ in range(self.SAMPLES)],
+            REPLY_TOKENS,
+            ends=end_tokens(model, self._tokenizer),
+            temperature=self.TEMPERATURE,
+            seed=self.SAMPLE_SEED,
+        )
+        of_each = [replies[first : first + self.SAMPLES] for first in range(0, len(replies), self.SAMPLES)]
+        right = [
+            [question.is_right(decoded(self._tokenizer, reply)) for reply in own]
+            for question, own in zip(asked, of_each, strict=True)
+        ]
+        return {
+            "kept_sampled": round(mean(mean(own) for own in right), 4),
+            f"kept_within_{self.SAMPLES}": round(mean(map(any, right)), 4),
+        }
 
     def _source(self, work: Path) -> str:
         """Write the text of Python code, and return its path."""

@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Prune the real model with all shares, and measure it."""
     options = arguments(__doc__).parse_args(words)
     work: Path = options.work
-    rows, _, dense, measured, how = begun(work, options.unseen_text)
+    rows, _, dense, measured, how, _ = begun(work, options.unseen_text)
     protocol = (
         f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA:g}: `selfpruner prune` with each preset, but for `shares` and "
         f"`calibration_tokens`, on {DATA}{Path(options.search_text).name}; {how}"

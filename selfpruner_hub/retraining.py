@@ -118,13 +118,11 @@ class Retraining:
             found = recover(pair, budget, data, method, run, folder / "recovery")
         if found.model is None:
             logger.warning("%s The model is left as it was.", found.line)
+            run.checkpoints.clear()
             return self
         record = {**found.record, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
         how = f"distilled from its parent on {record['tokens']:,} tokens in {record['minutes']} minutes"
-        kept = {name: metric for name, metric in self.report.metrics.items() if name.startswith("search_")}
-        report_after = replace(
-            self.report, metrics=kept, recovery=record, method={**self.report.method, "training": how}
-        )
+        report_after = replace(self.report, metrics={}, recovery=record, method={**self.report.method, "training": how})
         return self._with(found.model, report_after, run.checkpoints)
 
     def _with(self, model: PreTrainedModel, report: Record, checkpoints: Checkpoints) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -82,6 +83,9 @@ def run(options: argparse.Namespace) -> str:
     )
     if recovered is not pruned or output != options.directory:
         recovered.save_pretrained(output)
+    if options.run_dir is None:
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()  # fails where it holds other files, which are kept
     report = recovered.report
     if options.json:
         return json.dumps({"output": str(output), "improved": recovered is not pruned, **asdict(report)})

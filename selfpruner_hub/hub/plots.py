@@ -1,4 +1,4 @@
-"""Plots of a search, drawn from its journal alone: the curve, the population, the final rates."""
+"""Plots of a run: the curve of its search, the population, the final rates, and the loss of a recovery."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from selfpruner_hub.errors import OutputError, RunMismatchError
 from selfpruner_hub.plans.plan import ModelShape, plan_of
 from selfpruner_hub.search.journal import JOURNAL_FILE, read_journal
 from selfpruner_hub.search.journal_lines import ProbeLine, ScoreLine
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, read_record
 
 FORMATS = ("png", "svg")
 
 
 def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
-    """Draw `search`, `population` and `rates`.
+    """Draw `search`, `population` and `rates` from the journal, and `recovery` from the record of a recovered model.
 
     Args:
         directory: Directory of a run or of a saved model, which holds `search.jsonl`.
@@ -49,6 +50,8 @@ def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS)
         "population": _population(scores, shape),
         "rates": _rates(_best(scores), shape, settings),
     }
+    if (directory / MODEL_RECORD_FILE).is_file() and (curve := read_record(directory).recovery.get("curve")):
+        pictures["recovery"] = _recovery(curve)
     written = []
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -133,4 +136,17 @@ def _rates(best: ScoreLine, shape: ModelShape, settings: dict[str, Any]) -> Figu
     axes.set_ylim(0, min(100, 1.15 * math.ceil(100 * max(shape.rates(plan))) + 1))
     axes.set_title(f"{settings['model']}: best plan, from {best.origin}")
     axes.legend()
+    return figure
+
+
+def _recovery(curve: Sequence[Sequence[float]]) -> Figure:
+    """Plot the divergence from the parent on the text that is trained on, against the tokens read."""
+    tokens, divergences = zip(*curve, strict=True)
+    figure = Figure(figsize=(7, 4))
+    axes = figure.add_subplot()
+    axes.plot(np.array(tokens) / 1000, divergences, linewidth=1)
+    axes.set_xlabel("thousand tokens trained on")
+    axes.set_ylabel("KL from the parent, nats")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Recovery")
     return figure

@@ -1,5 +1,6 @@
 """Conversations that a model writes: both turns, no near-duplicates, only turns that end; and their windows."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,9 @@ from support.tiny import tiny_model
 from selfpruner_hub.calibration import conversations
 from selfpruner_hub.calibration.chat_template import Conversation, conversation, prompt_ids, user_turn
 from selfpruner_hub.calibration.conversations import (
-    ANSWER_TEMPERATURE,
-    ANSWER_TOKENS,
+    CHAT,
+    QUESTIONS,
     ROUNDS,
-    SYSTEM_PROMPTS,
-    USER_TOKENS,
     Distinct,
     end_tokens,
     packed,
@@ -23,7 +22,8 @@ from selfpruner_hub.calibration.conversations import (
 from selfpruner_hub.errors import DataError
 
 MODEL = tiny_model("llama")
-QUESTIONS = [f"What is item {i} of list {i * i}?" for i in range(200)]
+SHORT = [f"Is {i} even?" for i in range(200)]
+ASKED = [f"What is item {i} of list {i * i}?" for i in range(200)]
 each_style = pytest.mark.parametrize("style", STYLES)
 
 
@@ -32,34 +32,34 @@ def write(monkeypatch):
     """Write conversations by a script; gives them and the writer."""
 
     def write(questions, count, style="chatml", *, tokenizer=None, answer=lambda number: f"Answer {number}.",
-        openings=("",), **more,
+        openings=("",), kind=CHAT, **more,
     ):  # fmt: skip
         tokenizer = tokenizer or chat_tokenizer(style)
         writer = Writer(tokenizer, questions, answer)
         monkeypatch.setattr(conversations, "continuations", writer)
-        monkeypatch.setattr(conversations, "OPENINGS", openings)
-        return write_conversations(MODEL, tokenizer, count, more.pop("seed", 0), **more), writer
+        kind = replace(kind, openings=openings)
+        return write_conversations(MODEL, tokenizer, count, more.pop("seed", 0), style=kind, **more), writer
 
     return write
 
 
 @each_style
 def test_both_turns_are_written_through_the_template(style, write):
-    talks, writer = write(QUESTIONS, 8, style)
+    talks, writer = write(ASKED, 8, style)
     tokenizer = chat_tokenizer(style)
-    prompts = SYSTEM_PROMPTS if style in ("chatml", "llama3") else (None,)
+    prompts = CHAT.systems if style in ("chatml", "llama3") else (None,)
     for number, talk in enumerate(talks):
         prompt = prompts[number % len(prompts)]
-        said = [*([system(prompt)] if prompt else []), user(QUESTIONS[number]), assistant(f"Answer {number}.")]
+        said = [*([system(prompt)] if prompt else []), user(ASKED[number]), assistant(f"Answer {number}.")]
         assert talk == conversation(tokenizer, said)
     assert len(talks) == 8
     (asked,), (answered,) = writer.of("questions"), writer.of("answers")
     before = [tokenizer.decode(user_turn(tokenizer, prompt).before) for prompt in prompts]
     assert asked["prompts"] == [before[i % len(prompts)] for i in range(len(asked["prompts"]))]
-    first = prompt_ids(tokenizer, [*([system(prompts[0])] if prompts[0] else []), user(QUESTIONS[0])])
+    first = prompt_ids(tokenizer, [*([system(prompts[0])] if prompts[0] else []), user(ASKED[0])])
     assert answered["prompts"][0] == tokenizer.decode(first)
     assert len(answered["prompts"]) == 8
-    assert (asked["most"], answered["most"]) == (USER_TOKENS, ANSWER_TOKENS)
+    assert (asked["most"], answered["most"]) == (CHAT.user_tokens, CHAT.answer_tokens)
 
 
 def test_questions_open_in_turn_with_words_of_their_own(write):
@@ -74,7 +74,7 @@ def test_questions_open_in_turn_with_words_of_their_own(write):
 
 @each_style
 def test_turns_end_where_the_template_ends_them(style, write):
-    _, writer = write(QUESTIONS, 3, style)
+    _, writer = write(ASKED, 3, style)
     tokenizer = chat_tokenizer(style)
     ends = {2, tokenizer.convert_tokens_to_ids(END[style])}
     assert writer.of("answers")[0]["ends"] == ends
@@ -82,18 +82,32 @@ def test_turns_end_where_the_template_ends_them(style, write):
 
 
 def test_answers_have_their_temperature_and_questions_that_of_the_model(write):
-    _, writer = write(QUESTIONS, 3)
-    assert writer.of("answers")[0]["temperature"] == ANSWER_TEMPERATURE
-    assert writer.of("questions")[0].get("temperature", 1) == 1
-    _, writer = write(QUESTIONS, 3, temperature=0)
-    assert writer.of("answers")[0]["temperature"] == 0
-    assert writer.of("questions")[0].get("temperature", 1) == 1
+    _, writer = write(ASKED, 3)
+    for kind in (CHAT, QUESTIONS):
+        _, writer = write(SHORT, 3, kind=kind)
+        assert writer.of("answers")[0]["temperature"] == kind.answer_temperature
+        assert writer.of("questions")[0]["temperature"] == kind.user_temperature
+
+
+def test_short_questions_are_asked_about_topics_and_answered_without(write):
+    talks, writer = write(SHORT, 12, kind=QUESTIONS)
+    asked, answered = (writer.of(turn)[0]["prompts"] for turn in ("questions", "answers"))
+    topics = [prompt.partition("questions about ")[2].partition(".")[0] for prompt in asked]
+    assert len(set(topics)) > 8
+    assert topics != sorted(topics, key=list(conversations.TOPICS).index)  # in random order: there are many pairs
+    tokenizer = chat_tokenizer()
+    assert answered == [tokenizer.decode(prompt_ids(tokenizer, [user(question)])) for question in SHORT[:12]]
+    assert len(talks) == 12
+    _, again = write(SHORT, 12, kind=QUESTIONS)
+    _, other = write(SHORT, 12, kind=QUESTIONS, seed=1)
+    assert asked == again.of("questions")[0]["prompts"]
+    assert asked != other.of("questions")[0]["prompts"]
 
 
 def test_near_duplicates_are_dropped(write):
     same = "Who wrote the long book about the white whale and the sea?"
     questions = [same, same.upper(), same.replace("long ", ""), "Who wrote Emma?", same.replace("?", " then?")]
-    talks, writer = write([*questions, *QUESTIONS], 3)
+    talks, writer = write([*questions, *ASKED], 3)
     asked = [prompt.count("white whale") for prompt in writer.of("answers")[0]["prompts"]]
     assert asked == [1, 0, 0]
     assert len(talks) == 3
@@ -107,18 +121,18 @@ def test_turns_that_do_not_end_or_say_nothing_are_dropped(write):
 
 
 def test_answers_that_say_nothing_are_dropped(write):
-    talks, _ = write(QUESTIONS, 4, answer=lambda number: "" if number == 2 else "Yes.")
+    talks, _ = write(ASKED, 4, answer=lambda number: "" if number == 2 else "Yes.")
     assert len(talks) == 3
 
 
 def test_a_cut_answer_has_no_end_that_the_model_wrote(write):
-    talks, _ = write(QUESTIONS, 2, answer=lambda number: None if number else "Yes.")
+    talks, _ = write(ASKED, 2, answer=lambda number: None if number else "Yes.")
     whole, cut = talks
     end = chat_tokenizer().convert_tokens_to_ids(END["chatml"])
     assert whole.ids[-2] == end  # and a line break after it, as in the template
     assert whole.answered[-2:] == (True, False)
     assert cut.ids[-1] != end
-    assert sum(cut.answered) == ANSWER_TOKENS == sum(cut.answered[-ANSWER_TOKENS:])
+    assert sum(cut.answered) == CHAT.answer_tokens == sum(cut.answered[-CHAT.answer_tokens :])
     assert sum(whole.answered) == len("Yes.") + 1
 
 
@@ -145,14 +159,14 @@ def test_no_seed_of_one_run_is_one_of_the_next(write):
 
 def test_what_was_written_before_is_not_written_again(write):
     distinct = Distinct()
-    first, _ = write(QUESTIONS, 4, distinct=distinct)
-    again, _ = write(QUESTIONS, 4, distinct=distinct)
+    first, _ = write(ASKED, 4, distinct=distinct)
+    again, _ = write(ASKED, 4, distinct=distinct)
     assert len(set(first) | set(again)) == 8
 
 
 def test_a_template_without_a_users_turn(write):
     with pytest.raises(DataError, match="no user's turn") as caught:
-        write(QUESTIONS, 2, tokenizer=chat_tokenizer(template="{{ raise_exception('No.') }}"))
+        write(ASKED, 2, tokenizer=chat_tokenizer(template="{{ raise_exception('No.') }}"))
     assert "wikitext2" in caught.value.hint
     assert "\n" not in str(caught.value)
 
@@ -184,7 +198,7 @@ def test_a_real_model_writes_by_the_template(noise):
         text = tokenizer.decode(talk.ids)
         assert text.startswith("<|im_start|>system\n")
         assert text.count("<|im_start|>user\n") == text.count("<|im_start|>assistant\n") == 1
-        assert 0 < sum(talk.answered) <= ANSWER_TOKENS + 1
+        assert 0 < sum(talk.answered) <= CHAT.answer_tokens + 1
 
 
 def test_progress_tells_turns():

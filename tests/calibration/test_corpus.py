@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from dataclasses import replace
+from functools import partial
 
 import datasets
 import pytest
@@ -10,6 +12,7 @@ from support.chat import Writer, assistant, chat_tokenizer, user
 from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.calibration import conversations, generated_text
+from selfpruner_hub.calibration import corpus as corpora
 from selfpruner_hub.calibration.chat_template import conversation
 from selfpruner_hub.calibration.conversations import packed
 from selfpruner_hub.calibration.corpus import ATTEMPTS, Corpus, consecutive_windows, load_corpus, sources_of
@@ -316,7 +319,8 @@ def write(monkeypatch):
         tokenizer = chat_tokenizer(style)
         writer = Writer(tokenizer, questions, lambda _: answer)
         monkeypatch.setattr(conversations, "continuations", writer)
-        monkeypatch.setattr(conversations, "OPENINGS", ("",))
+        plain = partial(conversations.write_conversations, style=replace(conversations.CHAT, openings=("",)))
+        monkeypatch.setattr(corpora, "write_conversations", plain)
         model = tiny_model("llama")
         return load_corpus("chat", tokenizer, tokens=tokens, window=window, model=model, **more), writer
 

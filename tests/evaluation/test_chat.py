@@ -1,6 +1,7 @@
 """Divergence and agreement on conversations: none and all for the model itself, more and less for a damaged one."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from support.chat import assistant, chat_tokenizer, user
 from support.tiny import tiny_model
 from torch import nn
 
-from selfpruner_hub.calibration import conversations
 from selfpruner_hub.calibration.chat_template import Conversation, conversation
+from selfpruner_hub.calibration.conversations import CHAT
+from selfpruner_hub.evaluation import chat
 from selfpruner_hub.evaluation.chat import ChatMeasure, padded
 from selfpruner_hub.evaluation.metrics import following
 
@@ -36,7 +38,7 @@ def dense():
 
 @pytest.fixture
 def measure(dense, monkeypatch):
-    monkeypatch.setattr(conversations, "ANSWER_TOKENS", 24)
+    monkeypatch.setattr(chat, "CHAT", replace(CHAT, answer_tokens=24))
     return ChatMeasure(dense, TOKENIZER, count=8, seed=5)
 
 
@@ -72,7 +74,7 @@ def test_the_seed_decides_the_conversations(dense, measure):
 
 
 def test_progress_tells_the_writing(dense, monkeypatch):
-    monkeypatch.setattr(conversations, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(chat, "CHAT", replace(CHAT, answer_tokens=4))
     told = []
     ChatMeasure(dense, TOKENIZER, count=2, progress=lambda *what: told.append(what))
     assert {what for what, *_ in told} == {"writing questions", "writing answers"}

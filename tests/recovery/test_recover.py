@@ -1,0 +1,243 @@
+"""Recovery from end to end, on tiny models: it helps, it never harms, it stops and resumes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.chatting import chat_tokenizer
+from support.tiny import CONFIGS, shallow, tiny_model, tiny_pruned, tiny_tokenizer
+
+from selfpruner_hub.errors import DataError, OutputError, UserError
+from selfpruner_hub.recovery import distiller, texts
+from selfpruner_hub.recovery.deciding import is_better, score
+from selfpruner_hub.recovery.recover import Pair, curve, recover
+from selfpruner_hub.recovery.settings import Budget, resolve
+from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.run import Run
+
+TEXT = ["The quick brown fox jumps over the lazy dog. " * 200]
+STEPS = 12
+SETTINGS = {"window": 32, "batch_tokens": 128, "learning_rate": 2e-3, "warmup": 2, "checks": 3}
+
+
+def recovered(pair, folder, *, steps=STEPS, data=TEXT, progress=lambda *_: None, budget=None, **settings):
+    run = Run(checkpoints=Checkpoints(folder / "stages"), progress=progress)
+    wanted = resolve(**{**SETTINGS, **settings})
+    return recover(pair, budget or Budget(tokens=128 * steps), data, wanted, run, folder / "training")
+
+
+@pytest.fixture
+def pair():
+    return Pair(tiny_pruned("llama"), tiny_model("llama"), tiny_tokenizer())
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(model, values):
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+def test_it_is_nearer_to_its_parent_and_nothing_else_changes(pair, tmp_path):
+    before = weights(pair.pruned), weights(pair.parent)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    found = recovered(pair, tmp_path)
+    assert all(text["after"] < text["before"] for text in found.record["deciding"])
+    assert [text["name"] for text in found.record["deciding"]] == ["self", "list"]
+    assert found.record["tokens"] == 128 * STEPS
+    assert found.record["method"] == "full"
+    assert found.record["curve"][-1][0] == 128 * STEPS
+    assert found.record["curve"][-1][1] < found.record["curve"][0][1]
+    for model, kept in zip(pair[:2], before, strict=True):
+        assert_same(model, kept)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert (states[2] == np.random.get_state()[1]).all()
+    assert not found.model.training
+    assert {type(each) for each in vars(found.model).values()}.isdisjoint({type(lambda: 0)})  # accelerate's wrappers
+    copy.deepcopy(found.model)(torch.tensor([[5, 6]]))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture(name, method, tmp_path):
+    dense = tiny_model(name, num_hidden_layers=2, **kinds(name))
+    found = recovered(
+        Pair(shallow(name), dense, tiny_tokenizer()), tmp_path, steps=4, method=method, rank=4, checks=1
+    )  # fmt: skip
+    assert found.model is not None
+    assert found.record["method"] == method
+    assert {parameter.dtype for parameter in found.model.parameters()} == {torch.float32}
+
+
+def kinds(name):
+    layers = getattr(CONFIGS[name], "layer_types", None)
+    return {"layer_types": layers[:2]} if layers else {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_checkpoints_of_half_precision(dtype, pair, tmp_path):
+    for model in pair[:2]:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    found = recovered(pair, tmp_path)
+    assert found.model is not None
+    assert {parameter.dtype for parameter in found.model.parameters()} == {dtype}
+    assert found.model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_what_is_not_better_is_not_taken(pair, tmp_path):
+    before = weights(pair.pruned)
+    found = recovered(pair, tmp_path, learning_rate=1.0)
+    assert found.model is None
+    assert "did not improve the model: KL " in found.line
+    assert_same(pair.pruned, before)
+
+
+def test_poor_text_is_judged_by_what_the_parent_writes(pair, tmp_path):
+    """Trained on one sentence until that is all it knows: nearer there, farther everywhere else."""
+    found = recovered(pair, tmp_path, steps=60, learning_rate=2e-2)
+    own, given = found.record["deciding"]
+    assert given["after"] < given["before"]
+    assert own["after"] > own["before"]
+    assert found.model is None
+
+
+@pytest.mark.parametrize("place", [2, 7])
+def test_a_loss_that_is_no_number_ends_it(place, pair, tmp_path, monkeypatch):
+    calls, real = [], distiller.distillation_loss
+
+    def broken(*given):
+        calls.append(0)
+        loss, mean = real(*given)
+        return (loss * torch.nan, mean * torch.nan) if len(calls) == place else (loss, mean)
+
+    monkeypatch.setattr(distiller, "distillation_loss", broken)
+    found = recovered(pair, tmp_path)
+    assert found.record["stopped"] == distiller.BROKEN
+    assert len(calls) == place
+    assert (found.model is None) == (place == 2)  # the state of step 4 was measured, and is kept
+    if found.model is not None:
+        assert all(value.isfinite().all() for value in found.model.state_dict().values())
+
+
+def test_ctrl_c_returns_the_best_so_far(pair, tmp_path):
+    def interrupt(what, done, total, note=""):
+        if what == "recovering" and done == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    found = recovered(pair, tmp_path, progress=interrupt)
+    assert (found.record["stopped"], found.record["steps"]) == (distiller.INTERRUPTED, 7)
+    assert found.model is not None
+    assert "(stopped: interrupted)" in found.line
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_it_ends_in_time(pair, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(distiller.time, "monotonic", lambda: now[0])
+
+    def tick(what, done, total, note=""):
+        now[0] += 10.0 if what == "recovering" else 0.0  # each step takes ten seconds
+
+    monkeypatch.setattr("selfpruner_hub.recovery.recover._seconds", lambda *_: 5.0)  # and half of it was expected
+    found = recovered(pair, tmp_path, progress=tick, budget=Budget(minutes=2))
+    assert found.record["stopped"] == distiller.LATE
+    assert found.record["steps"] == 14
+
+
+class Stopped(Exception):  # noqa: N818
+    """What ends a process, without a signal."""
+
+
+@pytest.mark.parametrize("step", [1, 5, 11])
+def test_what_was_stopped_resumes_to_the_same_model(step, pair, tmp_path):
+    whole = recovered(pair, tmp_path / "whole")
+
+    def stop(what, done, total, note=""):
+        if what == "recovering" and done == step:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        recovered(pair, tmp_path / "stopped", progress=stop)
+    steps = []
+    again = recovered(
+        pair, tmp_path / "stopped", progress=lambda what, done, *_: steps.append(done) if what == "recovering" else None
+    )
+    assert steps[0] == {1: 1, 5: 5, 11: 9}[step]
+    assert_same(again.model, weights(whole.model))
+    assert again.record == whole.record
+
+
+def test_a_half_written_checkpoint_is_not_read(pair, tmp_path):
+    whole = recovered(pair, tmp_path)
+    (training,) = (tmp_path / "training").iterdir()
+    newest = distiller.last_checkpoint(training)
+    (Path(newest) / distiller.STATE).unlink()
+    again = recovered(pair, tmp_path)
+    assert_same(again.model, weights(whole.model))
+
+
+def test_another_model_or_setting_does_not_resume(pair, tmp_path):
+    first = recovered(pair, tmp_path)
+    other = recovered(pair, tmp_path, learning_rate=1e-3)
+    assert other.record["learning_rate"] == 1e-3
+    assert other.record["curve"] != first.record["curve"]
+
+
+def test_a_full_disk_is_one_line(pair, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(distiller.Distiller, "_save_checkpoint", full)
+    before = weights(pair.pruned)
+    with pytest.raises(OutputError, match="No space left on device.*the same command resumes"):
+        recovered(pair, tmp_path)
+    assert_same(pair.pruned, before)
+
+
+def test_a_chat_model_reads_conversations_and_questions(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "DECIDING_WINDOWS", 2)
+    found = recovered(pair._replace(tokenizer=chat_tokenizer()), tmp_path, steps=8, data="chat", window=96)
+    assert [text["name"] for text in found.record["deciding"]][:2] == ["conversations", "questions"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"data": ["too short"]}, DataError, "are needed"),
+        ({"data": "no such file.txt"}, DataError, "no such file.txt"),
+    ],
+)
+def test_bad_text_is_refused(change, error, told, pair, tmp_path):
+    with pytest.raises(error, match=told):
+        recovered(pair, tmp_path, **change)
+
+
+def test_another_vocabulary_is_refused(pair, tmp_path):
+    with pytest.raises(UserError, match="vocabulary of 128 tokens and the parent one of 130"):
+        recovered(pair._replace(parent=tiny_model("llama", vocab_size=130)), tmp_path)
+
+
+def test_the_verdict():
+    assert score([0.5, 0.2], [0.4, 0.2]) == pytest.approx(0.9)
+    assert is_better([0.5, 0.2], [0.4, 0.2])
+    assert not is_better([0.5, 0.2], [0.1, 0.21])  # better on average, and worse on a text
+    assert not is_better([0.5], [float("nan")])
+    assert not is_better([0.5, 0.5], [0.5, 0.5])
+
+
+def test_the_curve_is_short():
+    points = curve([float(step) for step in range(250)], 10)
+    assert len(points) <= 100
+    assert points[0] == [30, 1.0]
+    assert points[-1] == [2500, 249.0]

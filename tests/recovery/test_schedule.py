@@ -1,0 +1,62 @@
+"""How much a recovery writes and reads, and in which order."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.recovery.schedule import OVERHEAD, Schedule, Timed, planned, remembered, scheduled
+from selfpruner_hub.recovery.settings import Budget, resolve
+from selfpruner_hub.recovery.texts import Share, Text
+from selfpruner_hub.storage.checkpoints import Checkpoints
+
+KINDS = [Share("questions", "chat", 0.25), Share("text.txt", "text.txt", 0.75)]
+
+
+def text(name, windows):
+    return Text(name, torch.zeros(windows, 8, dtype=torch.long), torch.ones(windows, 7, dtype=torch.bool))
+
+
+def test_tokens_are_read_in_shares():
+    found = planned(Budget(tokens=100_000), KINDS, 4, 512, resolve(), Timed({}, 0.0, 0.0))
+    assert found == Schedule(48, [48, 144], None)
+
+
+def test_the_time_pays_for_writing_and_training():
+    timed = Timed({"questions": 2.0}, step=5.0, spent=30.0)
+    found = planned(Budget(minutes=10), KINDS, 4, 512, resolve(passes=2), timed)
+    written = found.counts[0] / 2 * 2.0
+    assert found.steps * OVERHEAD * 5.0 + written + 30 == pytest.approx(600, abs=7)
+    assert found.seconds == pytest.approx(600 - 30 - written, abs=1)
+    assert sum(found.counts) == 4 * found.steps
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"), [(Budget(minutes=0.6), "minutes=0.9"), (Budget(tokens=4_000), "tokens=8192")]
+)
+def test_too_little_is_refused(budget, told):
+    with pytest.raises(UserError, match=told):
+        planned(budget, KINDS, 4, 512, resolve(), Timed({"questions": 2.0}, 5.0, 30.0))
+
+
+@pytest.mark.parametrize("schedule", [Schedule(48, [48, 144], None), Schedule(3, [12], 12.5)])
+def test_a_schedule_is_kept(schedule, tmp_path):
+    kept = Checkpoints(tmp_path, "run")
+    assert remembered(kept) is None
+    remembered(kept, schedule)
+    assert remembered(Checkpoints(tmp_path, "run")) == schedule
+    assert remembered(Checkpoints(tmp_path, "other")) is None
+
+
+def test_texts_are_mixed_evenly_and_repeated_alike():
+    texts, counts = [text("a", 10), text("b", 40)], [30, 90]
+    order = scheduled(texts, counts, 0)
+    assert Counter(number for number, _ in order) == {0: 30, 1: 90}
+    for first in range(0, 120, 20):
+        assert Counter(number for number, _ in order[first : first + 20])[0] in (4, 5, 6)
+    assert set(Counter(window for number, window in order if number == 0).values()) == {3}
+    assert order == scheduled(texts, counts, 0)
+    assert order != scheduled(texts, counts, 1)

@@ -1,0 +1,110 @@
+"""The texts of recovery: their shares, which tokens count, and what is kept."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from support.chat import Writer, chat_tokenizer
+from support.tiny import tiny_model, tiny_tokenizer
+
+from selfpruner_hub.calibration import conversations
+from selfpruner_hub.errors import DataError
+from selfpruner_hub.recovery import texts
+from selfpruner_hub.recovery.settings import resolve
+from selfpruner_hub.recovery.texts import Share
+from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.run import Run
+
+MODEL = tiny_model("llama")
+ASKED = [f"Is {i} even?" for i in range(4000)]
+WINDOW = 256
+TEXT = "The quick brown fox jumps over the lazy dog. " * 100
+
+
+@pytest.fixture
+def writer(monkeypatch, tmp_path):
+    """A writer of texts in `WINDOW` tokens; the model's turns are by a script."""
+    tokenizer = chat_tokenizer()
+    script = Writer(tokenizer, ASKED, lambda number: f"Answer {number}.")
+    monkeypatch.setattr(conversations, "continuations", script)
+    made = texts.Writer(MODEL, tokenizer, WINDOW, Run(checkpoints=Checkpoints(tmp_path), seed=3))
+    return made, script, tokenizer
+
+
+@pytest.mark.parametrize(
+    ("data", "chats", "wanted"),
+    [
+        (None, True, {"conversations": 0.3, "questions": 0.3, "wikitext2": 0.4}),
+        (None, False, {"self": 0.6, "wikitext2": 0.4}),
+        ("chat", True, {"conversations": 0.5, "questions": 0.5}),
+        ("self+chat", True, {"self": 0.5, "conversations": 0.25, "questions": 0.25}),
+        ("a.txt+b.txt", True, {"a.txt": 0.5, "b.txt": 0.5}),
+    ],
+)
+def test_shares(data, chats, wanted):
+    tokenizer = chat_tokenizer() if chats else tiny_tokenizer()
+    found = texts.shares(data, tokenizer, resolve())
+    assert {share.name: share.share for share in found} == pytest.approx(wanted)
+
+
+def test_a_share_of_nothing_is_left_out():
+    found = texts.shares(None, chat_tokenizer(), resolve(question_share=0.0))
+    assert [share.name for share in found] == ["conversations", "wikitext2"]
+
+
+@pytest.mark.parametrize("name", ["conversations", "questions"])
+def test_what_counts_is_answers(name, writer):
+    made, _, tokenizer = writer
+    text, held = made.training(Share(name, "chat", 1.0), 6, passes=2)
+    assert held is None
+    assert text.answers
+    assert text.windows.shape == (3, WINDOW)  # half of the windows, each read twice
+    for ids, counted in zip(text.windows, text.counted, strict=True):
+        said = tokenizer.decode(ids[1:][counted])
+        assert "Answer" in said
+        assert "even?" not in said
+        assert "assistant" not in said
+
+
+def test_text_that_is_read_gives_its_end_to_decide_by(writer):
+    made, _, tokenizer = writer
+    source = [TEXT]
+    text, held = made.training(Share("list", source, 1.0), 1000, passes=2)
+    whole = "".join(tokenizer.decode(ids[1:]) for ids in torch.cat([text.windows, held.windows]))
+    assert TEXT.startswith(whole)
+    assert len(whole) > len(TEXT) - WINDOW
+    assert len(held.windows) == (len(text.windows) + len(held.windows)) // texts.DECIDING_PART
+    assert text.counted.all()
+    assert not text.answers
+
+
+def test_text_of_a_few_windows_is_refused(writer):
+    made, _, _ = writer
+    with pytest.raises(DataError, match="has only 1024 tokens in whole windows; 2048 are needed"):
+        made.training(Share("list", [TEXT[:1100]], 1.0), 100, passes=1)
+
+
+def test_deciding_and_training_texts_share_no_conversation(writer):
+    made, _, tokenizer = writer
+    deciding, seconds = made.deciding()
+    trained = [made.training(Share(text.name, "chat", 0.5), 8, passes=1)[0] for text in deciding]
+    assert set(seconds) == {"conversations", "questions"}
+    items = [
+        {number for ids in text.windows for number in re.findall(r"Is (\d+) even", tokenizer.decode(ids))}
+        for text in (*deciding, *trained)
+    ]
+    assert all(items)
+    assert len(set().union(*items)) == sum(map(len, items))
+
+
+def test_texts_are_kept(writer):
+    made, script, _ = writer
+    first, _ = made.training(Share("questions", "chat", 1.0), 4, passes=1)
+    calls = len(script.calls)
+    again, _ = made.training(Share("questions", "chat", 1.0), 4, passes=1)
+    assert len(script.calls) == calls
+    assert torch.equal(first.windows, again.windows)
+    assert torch.equal(first.counted, again.counted)
+    assert first.record(9)["tokens_read"] == 9 * WINDOW

@@ -1,0 +1,108 @@
+"""Recovery as users call it: of a saved pruned model, in Python and on the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from support.tiny import tiny_model
+
+from selfpruner_hub.cli import main
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.hub.plots import plot_search
+from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.storage.model_record import Metric, read_record
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 200
+SETTINGS = {"window": 32, "batch_tokens": 128, "learning_rate": 2e-3, "warmup": 2, "checks": 2}
+WORDS = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
+PARENT = {"num_hidden_layers": 2}
+IDS = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+@pytest.fixture
+def parent(tmp_path):
+    tiny_model("llama", **PARENT).save_pretrained(tmp_path / "parent")
+    return str(tmp_path / "parent")
+
+
+def test_a_recovered_model_is_saved_with_what_was_done(saved_model, text, tmp_path):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    pruned.report = replace(pruned.report, metrics={"perplexity": Metric(3.0, None, "once")})
+    before = copy.deepcopy(pruned.model.state_dict())
+    better = pruned.recover(tiny_model("llama", **PARENT), tokens=16 * 128, data=text, progress=False, seed=4, **SETTINGS)
+    assert better is not pruned
+    assert pruned.report.recovery == {}
+    assert all(torch.equal(value, before[name]) for name, value in pruned.model.state_dict().items())
+    better.save_pretrained(tmp_path / "better")
+    again = PrunedModel.from_pretrained(tmp_path / "better")
+    assert torch.equal(again(IDS).logits, better(IDS).logits)
+    found = again.report.recovery
+    assert (found["tokens"], found["seed"], found["settings"]["window"]) == (2048, 4, 32)
+    assert [one["name"] for one in found["texts"]] == ["text.txt"]
+    assert again.report.metrics == {}
+    assert "distilled from its parent on 2,048 tokens" in again.report.treatment
+    card = (tmp_path / "better" / "README.md").read_text()
+    assert "not retrained" not in card
+    after = next(one for one in found["deciding"] if one["name"] == "text.txt")
+    assert f"| text.txt | {after['tokens']:,} | {after['before']:.3f} | {after['after']:.3f} |" in card
+    assert tmp_path / "better" / "plots" / "recovery.png" in plot_search(
+        tmp_path / "better", tmp_path / "better" / "plots", ("png",)
+    )
+
+
+def test_a_model_that_is_not_its_parent_is_refused(saved_model, text):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    with pytest.raises(UserError, match="Give its parent"):
+        pruned.recover(tiny_model("llama", num_hidden_layers=5), tokens=1024, data=text, **SETTINGS)
+
+
+def test_what_does_not_help_leaves_the_model(saved_model, text, caplog):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    worse = {**SETTINGS, "learning_rate": 1.0}
+    assert pruned.recover(tiny_model("llama", **PARENT), tokens=1024, data=text, progress=False, **worse) is pruned
+    assert "did not improve the model" in caplog.text
+    assert "The model is left as it was." in caplog.text
+
+
+def test_on_the_command_line(saved_model, text, parent, tmp_path, capsys):
+    words = ["recover", str(saved_model), "--against", parent, "--tokens", "1024", "--data", text, "--quiet", *WORDS]
+    assert main([*words, "--output", str(tmp_path / "better"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["improved"]
+    assert read_record(tmp_path / "better").recovery["tokens"] == 1024
+    assert read_record(saved_model).recovery == {}
+    assert not (tmp_path / "better.run").exists()
+    assert main(words) == 0  # in place
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{saved_model}: trained on 1,024 tokens in ")
+    assert read_record(saved_model).recovery["tokens"] == 1024
+    assert main([*words[:-10], "--set", "learning_rate=1.0", *WORDS[:4]]) == 0
+    assert capsys.readouterr().out == f"{saved_model}: not improved, and left as it was.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--minutes", "soon"], "minutes of recovery must be a number above 0; got 'soon'"),
+        (["--tokens", "1.5"], "tokens of recovery must be a number above 0; got 1.5"),
+        (["--tokens", "1024", "--set", "speed=1"], "Unknown setting speed of recovery"),
+        (["--tokens", "1024", "--seed", "-1"], "seed must be a whole number"),
+        (["--tokens", "10"], "That is too little for a recovery. Give it at least tokens=512"),
+    ],
+)
+def test_mistakes_are_one_line(words, told, saved_model, text, parent, capsys):
+    more = ["--against", parent, "--data", text, "--quiet", "--set", "window=32", "--set", "batch_tokens=128"]
+    assert main(["recover", str(saved_model), *more, *words]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
