@@ -39,7 +39,7 @@ def test_a_recovered_model_is_saved_with_what_was_done(saved_model, text, tmp_pa
     pruned = PrunedModel.from_pretrained(saved_model)
     pruned.report = replace(pruned.report, metrics={"perplexity": Metric(3.0, None, "once")})
     before = copy.deepcopy(pruned.model.state_dict())
-    better = pruned.recover(tiny_model("llama", **PARENT), tokens=16 * 128, data=text, progress=False, seed=4, **SETTINGS)
+    better = pruned.recover(tiny_model("llama", **PARENT), tokens=16 * 128, data=f"self+{text}", progress=False, seed=4, **SETTINGS)
     assert better is not pruned
     assert pruned.report.recovery == {}
     assert all(torch.equal(value, before[name]) for name, value in pruned.model.state_dict().items())
@@ -48,7 +48,7 @@ def test_a_recovered_model_is_saved_with_what_was_done(saved_model, text, tmp_pa
     assert torch.equal(again(IDS).logits, better(IDS).logits)
     found = again.report.recovery
     assert (found["tokens"], found["seed"], found["settings"]["window"]) == (2048, 4, 32)
-    assert [one["name"] for one in found["texts"]] == ["text.txt"]
+    assert [one["name"] for one in found["texts"]] == ["self", "text.txt"]
     assert again.report.metrics == {}
     assert "distilled from its parent on 2,048 tokens" in again.report.treatment
     card = (tmp_path / "better" / "README.md").read_text()
