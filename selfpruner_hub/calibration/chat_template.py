@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from selfpruner_hub.errors import DataError
@@ -47,8 +46,13 @@ def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
         assistant turn that comes first answers nothing and does not count.
 
     Raises:
-        DataError: The template rejects these messages.
+        DataError: The template rejects these messages, or the tokenizer is a slow one.
     """
+    if not tokenizer.is_fast:
+        raise DataError(
+            "Conversations need a fast tokenizer, and the model has a slow one.",
+            "Convert it (PreTrainedTokenizerFast), or give plain text.",
+        )
     text = rendered(tokenizer, messages)
     spans = []
     for index, message in enumerate(messages):
@@ -86,9 +90,9 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
         return str(
             tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=prompt, tokenize=False)
         )
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+    except Exception as error:  # a template is a program that comes with the model: it may raise anything
         raise DataError(
-            f"The chat template cannot write these messages: {error}.",
+            f"The chat template cannot write these messages: {str(error) or type(error).__name__}.",
             'Each message needs a "role" (system, user or assistant) and a "content".',
         ) from error
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +21,12 @@ HUB_SOURCES = {
     "c4": ("allenai/c4", "en", {"train": "train", "test": "validation"}),
 }
 """Repository, configuration and names of the splits of each source on the Hub."""
+PIECE = 1 << 18
+"""Maximum number of characters that are tokenized at once."""
+_LONGEST_SHOWN = 80
+"""Maximum number of characters of a source that a message shows."""
+_JOINT = re.compile(r"(?s).*\S\n(?=\S)")
+"""A text up to its last single line break between two lines: pre-tokenizers of byte-level BPE always split there."""
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -36,13 +44,45 @@ def start_ids(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
 
 
 def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
-    """Token ids of the concatenated texts, at most `limit`; no further text is read."""
+    """Tokenize the concatenated texts; nothing is read or tokenized beyond the limit but the rest of a piece.
+
+    Texts are tokenized one by one, and long ones in pieces (`pieces`). The token ids at a joint of pieces are those of
+    the whole text for byte-level BPE. A SentencePiece tokenizer may start a piece with one more token, as it starts
+    each text.
+
+    Args:
+        texts: Texts in order.
+        tokenizer: Tokenizer; its special tokens are not added.
+        limit: Maximum number of token ids.
+
+    Returns:
+        Token ids, at most `limit`.
+    """
     ids: list[int] = []
-    for text in texts:
-        ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    for piece in (piece for text in texts for piece in pieces(io.StringIO(text))):
+        ids.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) >= limit:
             break
     return ids[:limit]
+
+
+def pieces(text: TextIO) -> Iterator[str]:
+    """Read a text in pieces of at most `PIECE` characters, cut at a line break where there is one.
+
+    Args:
+        text: File or `io.StringIO` of the text.
+
+    Yields:
+        The pieces in order; a text that is shorter than `PIECE` is one piece.
+    """
+    rest = ""
+    while len(piece := rest + text.read(PIECE - len(rest))) == PIECE:
+        found = _JOINT.match(piece)
+        cut = found.end() if found else PIECE
+        yield piece[:cut]
+        rest = piece[cut:]
+    if piece:
+        yield piece
 
 
 Entry = str | list[Message]
@@ -59,7 +99,8 @@ def entries(source: Any, split: str = "train") -> Iterator[Entry]:
         split: `"train"` or `"test"`, for sources on the Hub.
 
     Yields:
-        A text, or the messages of a conversation.
+        A text (a long `.txt` file in `pieces`), or the messages of a conversation, each with a text as its content.
+        Lone surrogates, which no tokenizer reads, are replaced by U+FFFD.
 
     Raises:
         DataError: The source cannot be read, or contains anything else.
@@ -68,9 +109,11 @@ def entries(source: Any, split: str = "train") -> Iterator[Entry]:
         yield from _hub_texts(source, split)
     elif isinstance(source, (str, Path)):
         yield from _file_entries(source)
-    else:
+    elif isinstance(source, Iterable):
         for number, value in enumerate(source, 1):
             yield _entry(value, f"data, entry {number}")
+    else:
+        raise _unknown(source)
 
 
 def name_of(source: Any) -> str:
@@ -84,9 +127,9 @@ def _entry(value: Any, where: str) -> Entry:
     if isinstance(value, Mapping):
         value = value.get("messages", value.get("text"))
     if isinstance(value, str):
-        return value
+        return _without_surrogates(value)
     if isinstance(value, Sequence) and value and all(map(_is_message, value)):
-        return list(value)
+        return [_message(message, where) for message in value]
     raise DataError(
         f'{where}: expected a text, or an object with a text under "text" or a conversation under "messages".',
         'A conversation is a list of objects with a "role" and a "content".',
@@ -97,29 +140,68 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
 
 
+def _message(message: Mapping[str, Any], where: str) -> Message:
+    """Return a message with the text of its content; refuse what a template might write as Python or leave out."""
+    content = message["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    texts = [_text_of(part) for part in parts] if isinstance(parts, list) else []
+    known = [text for text in texts if text is not None]
+    if not texts or len(known) < len(texts) or message.get("tool_calls"):
+        raise DataError(
+            f"{where}: a message holds something else than text (None, a number, an image or a call of a tool).",
+            'Leave such conversations out, or give each "content" as a text, or as parts of {"type": "text"}.',
+        )
+    return {**message, "content": _without_surrogates("".join(known))}
+
+
+def _text_of(part: Any) -> str | None:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    return text if isinstance(text, str) else None
+
+
+def _without_surrogates(text: str) -> str:
+    """Replace lone surrogates, such as half of an emoji that was cut off, as decoders replace what is no character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _unknown(source: Any) -> DataError:
+    return DataError(
+        f"Unknown data {_shown(source)}.",
+        f"Use {', '.join((*HUB_SOURCES, *GENERATED))}, several with + between them, or a path to a .txt or .jsonl "
+        "file; in Python also a list of texts.",
+    )
+
+
+def _shown(source: Any) -> str:
+    """Return the start of a source, which may be a whole text, for messages."""
+    text = str(source)
+    return repr(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…")
+
+
 def _file_entries(source: str | Path) -> Iterator[Entry]:
     path = Path(source)
     if path.suffix not in {".txt", ".jsonl"}:
-        raise DataError(
-            f"Unknown data {str(source)!r}.",
-            f"Use {', '.join((*HUB_SOURCES, *GENERATED))}, several with + between them, or a path to a .txt or .jsonl "
-            "file.",
-        )
+        raise _unknown(source)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # skips a byte order mark
+        with path.open(encoding="utf-8-sig") as file:  # skips a byte order mark
+            if path.suffix == ".txt":
+                yield from pieces(file)
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _entry(_object(line), f"{path}, line {number}")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"Cannot read the text {str(path)!r}: {reason}.") from error
-    if path.suffix == ".txt":
-        yield text
-        return
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may contain other line breaks
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            yield _entry(value if isinstance(value, Mapping) else None, f"{path}, line {number}")
+        raise DataError(f"Cannot read the text {_shown(path)}: {reason}.") from error
+
+
+def _object(line: str) -> Mapping[str, Any] | None:
+    """Return the JSON object of a line; None if it holds none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, Mapping) else None
 
 
 def _hub_texts(source: str, split: str) -> Iterator[str]:

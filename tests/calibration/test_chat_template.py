@@ -5,6 +5,7 @@ from itertools import groupby
 import pytest
 from support.chat import END, MARKS, STYLES, TEMPLATES, assistant, chat_tokenizer, system, user
 from support.tiny import tiny_tokenizer
+from transformers import ByT5Tokenizer
 
 from selfpruner_hub.calibration.chat_template import conversation, decoded, has_chat_template, prompt_ids, user_turn
 from selfpruner_hub.errors import DataError
@@ -107,6 +108,23 @@ def test_what_a_template_refuses_is_one_line_with_a_remedy(style, messages, said
         conversation(chat_tokenizer(style), messages)
     assert "\n" not in str(caught.value)
     assert '"role"' in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("{{ 1 // 0 }}", "division"), ("{{ messages[0].content.encode('x-none') }}", "unknown encoding")],
+)
+def test_whatever_a_template_raises_is_one_line(template, said):
+    with pytest.raises(DataError, match=f"The chat template cannot write these messages: .*{said}"):
+        conversation(chat_tokenizer(template=template), ONE)
+
+
+def test_a_slow_tokenizer_is_refused():
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    with pytest.raises(DataError, match="need a fast tokenizer") as caught:
+        conversation(tokenizer, ONE)
+    assert "plain text" in caught.value.hint
 
 
 @each_style

@@ -6,7 +6,9 @@ import datasets
 import pytest
 from support.chat import assistant, user
 from support.tiny import tiny_tokenizer
+from support.trained import KINDS, TEXT, trained_tokenizer
 
+from selfpruner_hub.calibration import text_sources
 from selfpruner_hub.calibration.text_sources import encode, entries, name_of
 from selfpruner_hub.errors import DataError
 
@@ -125,3 +127,104 @@ def test_no_text_is_read_beyond_the_limit():
         pytest.fail("read on")
 
     assert encode(texts(), tiny_tokenizer(), limit=6) == list(b"abcdef")
+
+
+PARTS = [{"type": "text", "text": "Honey, "}, {"type": "text", "text": "and wax."}]
+
+
+def test_the_text_parts_of_a_content_are_joined(lines):
+    told = [user("What do bees make?"), {"role": "assistant", "content": PARTS}]
+    joined = [TALK[0], assistant("Honey, and wax.")]
+    assert list(entries(lines({"messages": told}))) == list(entries([told])) == [joined]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": None},
+        {"content": None, "tool_calls": [{"function": {"name": "count"}}]},
+        {"content": "", "tool_calls": [{"function": {"name": "count"}}]},
+        {"content": 5},
+        {"content": {}},
+        {"content": []},
+        {"content": ["Honey."]},
+        {"content": [*PARTS, {"type": "image_url", "image_url": {"url": "https://example.org/bee.png"}}]},
+        {"content": [{"type": "text", "text": None}]},
+    ],
+    ids=str,
+)
+def test_a_content_that_is_no_text_is_refused_with_its_line(message, lines):
+    path = lines({"messages": TALK}, {"messages": [TALK[0], {"role": "assistant", **message}]})
+    with pytest.raises(DataError, match=r"data\.jsonl, line 2: a message holds something else than text") as caught:
+        list(entries(path))
+    assert "\n" not in str(caught.value)
+    assert "Leave such conversations out" in caught.value.hint
+
+
+def test_a_line_nested_too_deep_is_named(lines):
+    deep = '{"text":' + "[" * 100_000 + "]" * 100_000 + "}"
+    with pytest.raises(DataError, match="line 2: expected a text"):
+        list(entries(lines({"text": "fine"}, deep)))
+
+
+def test_half_of_an_emoji_is_read_as_a_replacement_character(lines):
+    half, whole = r'"\ud83d cut"', r'"\ud83d\ude00 whole"'
+    path = lines(f'{{"text": {half}}}', f'{{"messages": [{{"role": "user", "content": {whole}}}]}}')
+    assert list(entries(path)) == ["\ufffd cut", [user("\U0001f600 whole")]]
+    assert list(entries(["\ud83d cut"])) == ["\ufffd cut"]
+
+
+@pytest.mark.parametrize("source", [5, 0.5, object()], ids=str)
+def test_what_is_neither_a_path_nor_a_list_is_refused(source):
+    with pytest.raises(DataError, match="Unknown data"):
+        list(entries(source))
+
+
+def test_a_text_in_place_of_a_path_is_not_printed_whole():
+    with pytest.raises(DataError, match="Unknown data 'Bees make honey") as caught:
+        list(entries("Bees make honey. " * 1000))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(text_sources, "PIECE", 100)
+
+
+LONG = "\n\n".join("\n".join(TEXT) for _ in range(3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_have_the_token_ids_of_the_whole_text(kind, short_pieces):
+    """A SentencePiece tokenizer may start each piece with one more token."""
+    tokenizer = trained_tokenizer(kind)
+    whole, found = tokenizer(LONG, add_special_tokens=False)["input_ids"], encode([LONG], tokenizer, limit=1 << 20)
+    if not kind.startswith("sentencepiece"):
+        assert found == whole
+    assert tokenizer.decode(found).replace(" ", "") == tokenizer.decode(whole).replace(" ", "")
+    assert len(whole) <= len(found) <= len(whole) + len(LONG) // 50
+
+
+@pytest.mark.parametrize(
+    "text", [LONG.replace("\r", ""), "a" * 250, "é\n" * 150, "\n" * 250, ""], ids=["lines", "one", "é", "blank", "none"]
+)
+def test_a_file_in_pieces_is_the_whole_text(text, short_pieces, tmp_path):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    found = list(entries(tmp_path / "a.txt"))
+    assert "".join(found) == text
+    assert all(len(piece) <= 100 for piece in found)
+
+
+def test_of_a_long_file_only_the_beginning_is_read(short_pieces, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"abcd\n" * 10_000 + b"\xff")  # which cannot be read
+    asked = []
+
+    def counting(text, **_):
+        asked.append(text)
+        return {"input_ids": list(text.encode())}
+
+    assert encode(entries(path), counting, limit=120) == list(b"abcd\n" * 24)
+    assert len(asked) == 2
+    with pytest.raises(DataError, match="not UTF-8"):
+        encode(entries(path), counting, limit=1 << 20)
