@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from selfpruner_hub.evaluation.figures import ANSWERED, CHAT_FIGURES, KEPT
 from selfpruner_hub.models.loading import is_repo_id
+from selfpruner_hub.search.llm.endpoint import BEHIND
 from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
 from selfpruner_hub.storage.staging import write_atomically
@@ -196,9 +197,9 @@ def _eval_result(key: str, metric: Metric) -> EvalResult:
 
 
 def _called(proposer: str) -> str:
-    """Return a proposer's name for readers, without the address of a server."""
-    address, _, model = proposer.partition(" ")
-    return f"`{model}` behind an OpenAI-compatible endpoint" if "://" in address else f"`{proposer}`"
+    """Return a proposer's name as Markdown."""
+    name, behind, _ = proposer.partition(BEHIND)
+    return f"`{name}`{behind}"
 
 
 def _licence(known: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from support.hub_server import check_yaml
 
 from selfpruner_hub.hub.card import render_card
+from selfpruner_hub.search.llm.endpoint import BEHIND
 from selfpruner_hub.storage.model_record import Metric, Record, read_record
 
 MADE = Path(__file__).parents[2] / "model_cards"
@@ -192,7 +193,7 @@ def test_pictures_and_exports_are_told_of_only_where_they_are():
 
 
 def test_the_address_of_a_server_is_not_published():
-    card = render_card(replace(RECORD, proposer={**RECORD.proposer, "name": "http://10.0.0.7:80/v1 qwen"}))
+    card = render_card(replace(RECORD, proposer={**RECORD.proposer, "name": f"qwen{BEHIND}"}))
     assert "proposals by `qwen` behind an OpenAI-compatible endpoint" in card
     assert "10.0.0.7" not in card
 

@@ -91,24 +91,27 @@ def test_a_request_that_is_refused_is_not_sent_again(status):
     server = Server(status, GOOD)
     (reply,) = ask(server)
     assert reply.rates is None
-    assert reply.error == f"127.0.0.1:{server.server_port} refuses the request (HTTP {status})."
+    assert reply.error == f"The endpoint refuses the request (HTTP {status})."  # it is journaled, and published
     assert len(server.bodies) == 1
 
 
-def test_a_key_in_the_address_is_in_nothing_that_is_kept(tmp_path):
-    """Neither in the journal, which the record and the card are made from, nor in those."""
+@pytest.mark.parametrize("where", ["/{}/v1", "/v1?api_key={}"])
+def test_a_key_in_the_address_is_in_nothing_that_is_kept(where, tmp_path):
+    """Neither in the journal, which the record and the card are made from, nor in those; and no host either."""
     server = Server(GOOD)
+    host = server.url.removesuffix("/v1")
     pruned = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama").prune(
-        0.3, data="self", proposer=f"{server.url}?api_key={SECRET}", proposer_model="m", window=32,
+        0.3, data="self", proposer=f"{host}{where.format(SECRET)}", proposer_model="m", window=32,
         calibration_tokens=512, fitness_tokens=128, evaluations=3, seeds=("uniform",), run_dir=tmp_path / "run",
         progress=False,
     )  # fmt: skip
     pruned.save_pretrained(tmp_path / "model")
     assert server.bodies
-    assert pruned.report.proposer["name"] == f"{server.url} m"
+    assert pruned.report.proposer["name"] == "m behind an OpenAI-compatible endpoint"
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"search.jsonl", "selfpruner.json", "README.md"} <= {path.name for path in kept}
-    assert not [path for path in kept if SECRET.encode() in path.read_bytes()]
+    secrets = (SECRET.encode(), host.removeprefix("http://").encode())
+    assert not [path for path in kept if any(secret in path.read_bytes() for secret in secrets)]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +140,9 @@ def test_keys_go_to_their_own_hosts_only(monkeypatch):
     assert server.keys == ["Bearer none"]
 
 
-@pytest.mark.parametrize("url", ["ftp://host/v1", "http://", "https://user:pass@host/v1"])
+@pytest.mark.parametrize(
+    "url", ["ftp://host/v1", "http://", "https://user:pass@host/v1", "http://[bad", "http://host:x"]
+)
 def test_bad_urls(url):
     with pytest.raises(UserError, match="URL"):
         EndpointProposer(url, "m", BUDGET, "x", PruneSettings())

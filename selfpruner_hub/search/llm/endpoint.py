@@ -7,8 +7,9 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 from huggingface_hub import InferenceClient
@@ -24,6 +25,8 @@ from selfpruner_hub.settings import PruneSettings
 
 KEY_VARIABLE = "SELFPRUNER_API_KEY"
 _KEYS_BY_HOST = {"api.openai.com": "OPENAI_API_KEY", "router.huggingface.co": "HF_TOKEN"}
+BEHIND = " behind an OpenAI-compatible endpoint"
+"""End of the proposer's name in journal, record and card; the name of the model is before it."""
 _AT_ONCE = 4
 """Maximum number of parallel requests."""
 _RETRIES = 4
@@ -64,14 +67,12 @@ class EndpointProposer:
         timeout: float = 120.0,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.password:
-            raise UserError("The proposer's URL must be http(s)://HOST/… without a user name or password.")
+        parts = _parts(url)
         if not model:
             raise UserError(
                 "A proposer behind an endpoint needs the name of its model.", "Pass proposer_model (--proposer-model)."
             )
-        self.name = f"{parts.scheme}://{parts.netloc}{parts.path} {model}"  # no query: it might hold a key
+        self.name = f"{model}{BEHIND}"  # no address: its path or query may hold a key, and its host be internal
         self._host = parts.netloc
         self._model = model
         self._budget = budget
@@ -79,7 +80,7 @@ class EndpointProposer:
         self._settings = settings
         self._requests = self._tokens = 0
         variables = os.environ if environment is None else environment
-        key = variables.get(KEY_VARIABLE) or variables.get(_KEYS_BY_HOST.get(parts.hostname, ""), "")
+        key = variables.get(KEY_VARIABLE) or variables.get(_KEYS_BY_HOST.get(str(parts.hostname), ""), "")
         # Without a key the client would send the user's Hub token to whatever host this is.
         self._client = _Client(base_url=url, api_key=key or "none", timeout=timeout)
 
@@ -131,7 +132,7 @@ class EndpointProposer:
                 return str(answer.choices[0].message.content or ""), tokens
             except Exception as error:  # HTTP, time-out, connection, malformed answer: the client has many kinds
                 self._give_up_or_wait(error, attempt)
-        raise ProposerError(f"{self._host} did not answer after {_RETRIES} tries.")
+        raise ProposerError(f"The endpoint did not answer after {_RETRIES} tries.")
 
     def _give_up_or_wait(self, error: Exception, attempt: int) -> None:
         if isinstance(error, OfflineModeIsEnabled):
@@ -142,9 +143,18 @@ class EndpointProposer:
         if status == 404:
             raise UserError(f"{self._host} has no model {self._model!r} at this address (HTTP 404).") from None
         if status is not None and 400 <= status < 500 and status not in (408, 429):
-            raise ProposerError(f"{self._host} refuses the request (HTTP {status}).") from None
+            raise ProposerError(f"The endpoint refuses the request (HTTP {status}).") from None
         if attempt + 1 < _RETRIES:
             time.sleep(_FIRST_PAUSE * 2**attempt)
+
+
+def _parts(url: str) -> SplitResult:
+    """Split a URL; refuse one that is malformed, or that holds a user name or a password."""
+    with suppress(ValueError):  # brackets of an address or a port that are none
+        parts = urlsplit(url)
+        if parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0 and "@" not in parts.netloc:
+            return parts
+    raise UserError("The proposer's URL must be http(s)://HOST/… without a user name or password.")
 
 
 class _Client(InferenceClient):
