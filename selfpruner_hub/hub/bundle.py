@@ -18,7 +18,7 @@ from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.hub.space import DENSE
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.export_record import ExportRecord, read_export
-from selfpruner_hub.storage.layout import EXPORTS, PLOTS
+from selfpruner_hub.storage.layout import EXPORTS, PLOTS, TEMPLATES, TOKENIZER
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import save_directory
 
@@ -27,8 +27,7 @@ NEEDED = ("config.json", "modeling_selfpruned.py", MODEL_RECORD_FILE)
 PATTERNS = (
     *NEEDED,
     *("model*.safetensors", "model.safetensors.index.json", "generation_config.json", JOURNAL_FILE),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *(*TOKENIZER, *TEMPLATES, "additional_chat_templates/*.jinja"),
 )
 """Names of the files that publishing writes to a repository, beside the card, the plots and the exports. Other files of
 the directory are not uploaded, and other files of the repository are not changed."""

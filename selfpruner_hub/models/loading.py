@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -37,6 +36,7 @@ from selfpruner_hub.models.placement import stream_layers
 from selfpruner_hub.models.unsupported import refuse_quantized
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
+from selfpruner_hub.storage.tokenizer_files import load_tokenizer
 
 _FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
 """The `from_pretrained` keywords that locate files; they apply to configuration and tokenizer too."""
@@ -74,12 +74,13 @@ def load_model(
         **kwargs: Keywords of transformers' `from_pretrained`.
 
     Returns:
-        The model in eval mode, and its tokenizer, or None if it has none.
+        The model in eval mode, and its tokenizer, or None if it has no files of one.
 
     Raises:
         UnsupportedArchitectureError: The architecture is not in the table, or the weights are quantised; checked before
             any weight is read.
-        ModelError: The model is missing, gated, unreachable or truncated, or has weights that are not finite.
+        ModelError: The model is missing, gated, unreachable or truncated, or has weights that are not finite, or its
+            tokenizer cannot be loaded.
         UserError: There is no such device, it is given together with a device map, or a store on disk is combined with
             a GGUF file, a device map or quantization.
     """
@@ -113,6 +114,7 @@ def _loaded(
             model, found = loaded
         else:
             model, found = _one_by_one(name, store, chosen, **{**kwargs, "config": config})
+        tokenizer = load_tokenizer(name, **where)
     except SelfPrunerError:
         raise
     except Exception as error:  # transformers, the Hub client and safetensors share no base class
@@ -121,10 +123,6 @@ def _loaded(
     if not any_architecture:  # the weights decide, since a cut model is built from the configuration
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
         model.config.tie_word_embeddings = inputs.weight is outputs.weight
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where)
-    except Exception:  # a model without a tokenizer can be pruned on data="self"
-        tokenizer = None
     return model.eval(), tokenizer
 
 

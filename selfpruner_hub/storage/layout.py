@@ -14,6 +14,16 @@ WEIGHTS = (
 )  # fmt: skip
 """Names of the files of weights that transformers looks for in a directory."""
 
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+"""Names of the files of a tokenizer, without its chat templates."""
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
+"""Names of its chat templates: a file, and a folder of further ones."""
+GENERATION = "generation_config.json"
+"""Name of the file of generation settings."""
+
 
 def asset(name: str) -> Path:
     """Return a folder of data: a wheel has it inside the package, a checkout beside the package."""
