@@ -27,7 +27,7 @@ from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
 from selfpruner_hub.models.weights import count_parameters, weights_hash
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
-from selfpruner_hub.storage.staging import check_writable, save_directory
+from selfpruner_hub.storage.staging import check_replaceable, check_writable, output_path, save_directory
 
 FORMATS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
 """Export formats. Each has a module `exporters.to_FORMAT` with a `Writer` named `write`, imported on first use."""
@@ -46,6 +46,7 @@ def export(
     *,
     tolerance: float | None = None,
     loading: Any = None,
+    overwrite: bool = False,
     progress: Callable[..., None] = _silent,
     **options: Any,
 ) -> Path:
@@ -58,6 +59,7 @@ def export(
         tolerance: Largest allowed distance of a logit from PyTorch's in float32; None takes the format's default, and
             infinity compares nothing.
         loading: Keyword arguments of transformers' `from_pretrained`: revision, token, gguf_file, …
+        overwrite: Whether to replace a model that is no export.
         progress: Callback, called with (what, done, total, note).
         **options: Options of the format.
 
@@ -70,16 +72,16 @@ def export(
         ExportError: The export differs from the PyTorch model; its files are deleted.
     """
     name, keywords = str(name), {"dtype": torch.float32, **(loading or {})}
-    _check(to, options, Path(output))  # before the slow loading of the model
-    if Path(name).is_dir() and Path(output).exists() and Path(output).samefile(name):
+    if output and Path(name).is_dir() and Path(output).exists() and Path(output).samefile(name):
         raise OutputError("The output would replace the model that is exported.", "Choose another output.")
+    _check(to, options, output, overwrite)  # before the slow loading of the model
     progress(EXPORTING, 0, len(STAGES), STAGES[0])
     model, tokenizer = load_model(name, device="cpu", **keywords)
     pruned = type(model) in MODEL_CLASSES.values()
     record = read_record(resolve_directory(name, **keywords)) if pruned else None
     called = Path(name).name if Path(name).exists() else name
     details: dict[str, Any] = {"name": called, "record": record, "tolerance": tolerance, "progress": progress}
-    return export_model(model, tokenizer, to, output, consume=True, **details, **options)
+    return export_model(model, tokenizer, to, output, overwrite=overwrite, consume=True, **details, **options)
 
 
 def export_model(
@@ -91,6 +93,7 @@ def export_model(
     name: str = "",
     record: Record | None = None,
     tolerance: float | None = None,
+    overwrite: bool = False,
     progress: Callable[..., None] = _silent,
     consume: bool = False,
     **options: Any,
@@ -106,6 +109,7 @@ def export_model(
         record: Record of a pruned model, saved with the export.
         tolerance: Largest allowed distance of a logit from PyTorch's in float32; None takes the format's default, and
             infinity compares nothing.
+        overwrite: Whether to replace a model that is no export.
         progress: Callback, called with (what, done, total, note).
         consume: Flag to free the model's weights once they are written, before the runtime loads them again.
         **options: Options of the format.
@@ -117,8 +121,7 @@ def export_model(
         UserError: The format, an option or the output is wrong, or a library is missing.
         ExportError: The export differs from the PyTorch model; its files are deleted.
     """
-    output = Path(output)
-    write = _check(to, options, output)
+    write, output = _check(to, options, output, overwrite)
     if model.dtype != torch.float32 or model.device.type != "cpu":
         model, consume = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32), True
     source = {"name": name, **identity(model)}
@@ -198,12 +201,14 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def _check(to: str, options: dict[str, Any], output: Path) -> Writer:
-    """Return the writer of a format; refuse options that it does not take, and an output that cannot be written."""
+def _check(to: str, options: dict[str, Any], output: str | Path, overwrite: bool) -> tuple[Writer, Path]:
+    """Return the writer of a format, and the output; refuse options and outputs that do not work."""
     writer: Writer = importlib.import_module(f"exporters.to_{one_of('format', to, FORMATS)}").write
     parameters = inspect.signature(writer).parameters.values()
     known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     if unknown := sorted(set(options) - set(known)):
         raise UserError(f"An export to {to} has no option {unknown[0]!r}.", f"It takes {', '.join(known)}.")
-    check_writable(output)
-    return writer
+    place = output_path(output)
+    check_writable(place)
+    check_replaceable(place, EXPORT_RECORD_FILE, overwrite)
+    return writer, place

@@ -25,10 +25,10 @@ from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.retraining import Retraining
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
-from selfpruner_hub.storage.layout import WEIGHTS
+from selfpruner_hub.storage.layout import GENERATION, TEMPLATES, TOKENIZER, WEIGHTS
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
-from selfpruner_hub.storage.staging import save_directory
+from selfpruner_hub.storage.staging import check_replaceable, output_path, save_directory
 
 OFFLOADED_SHARD = "1GB"
 """Maximum size of a file of weights, for a model that is larger than memory."""
@@ -131,6 +131,7 @@ class PrunedModel(Retraining):
         *,
         max_shard_size: int | str | None = None,
         is_main_process: bool = True,
+        overwrite: bool = False,
         push_to_hub: bool = False,
         repo_id: str | None = None,
         **publishing: Any,
@@ -139,16 +140,17 @@ class PrunedModel(Retraining):
 
         Args:
             directory: Directory of the files, created if missing; files of the same names are replaced, and other files
-                of weights are deleted.
+                of a model (weights, tokenizer, chat templates) are deleted.
             max_shard_size: Maximum size of a file of weights, in bytes or as in `"5GB"`; None is transformers' default,
                 or 1 GB for a model that is in files, because one shard is in memory at a time.
             is_main_process: Whether to write anything; a distributed run writes from one process alone.
+            overwrite: Whether to replace a model that this package did not write, such as the dense one.
             push_to_hub: Whether to publish what was saved, as `hub.publish.publish` does.
             repo_id: Hub repository for that; None takes the name of the directory.
             **publishing: Other arguments of `hub.publish.publish`: commit_message, private, token, revision, …
 
         Raises:
-            OutputError: The directory cannot be written.
+            OutputError: The directory cannot be written, or holds another model.
             UserError: There are arguments for publishing and nothing is published, or the Hub refuses.
             HubError: The Hub is unreachable, or fails.
         """
@@ -156,15 +158,18 @@ class PrunedModel(Retraining):
             raise UserError(f"save_pretrained has no use for {unused[0]!r}.", "Set push_to_hub=True, or leave it out.")
         if not is_main_process:
             return
-        self._write(Path(directory), max_shard_size)
+        place = output_path(directory)
+        check_replaceable(place, MODEL_RECORD_FILE, overwrite)
+        self._write(place, max_shard_size)
         if push_to_hub:
-            publish(directory, repo_id or Path(directory).name, **publishing)
+            publish(place, repo_id or place.name, **publishing)
         self._checkpoints.clear()
 
     def _write(self, directory: Path, max_shard_size: int | str | None = None) -> None:
         size = max_shard_size or (OFFLOADED_SHARD if self._store.on_disk else None)
         sharding: Any = {} if size is None else {"max_shard_size": size}
-        with save_directory(directory, stale=WEIGHTS) as staging:
+        earlier = (*TOKENIZER, *TEMPLATES, GENERATION) if (directory / "config.json").exists() else ()
+        with save_directory(directory, stale=(*WEIGHTS, *earlier)) as staging:
             self.model.config._name_or_path = self.report.base_model
             self.model.save_pretrained(staging, **sharding)
             if self.tokenizer is not None:
@@ -227,13 +232,22 @@ class PrunedModel(Retraining):
         self._checkpoints.clear()
         return published
 
-    def export(self, to: str, output: str | Path, *, tolerance: float | None = None, **options: Any) -> Path:
+    def export(
+        self,
+        to: str,
+        output: str | Path,
+        *,
+        tolerance: float | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> Path:
         """Write the model in another format, and compare the export with this model.
 
         Args:
             to: Format: `"onnx"`, `"tensorrt"`, `"openvino"`, `"gguf"` or `"padded"`.
             output: Directory of the export; files of the same names are replaced.
             tolerance: Largest allowed difference of a logit from PyTorch's in float32; None uses the format's default.
+            overwrite: Whether to replace a model that is no export.
             **options: Options of the format, such as `dtype`.
 
         Returns:
@@ -253,6 +267,7 @@ class PrunedModel(Retraining):
             name=f"{self.report.base_model} at β = {self.report.beta}",
             record=self.report,
             tolerance=tolerance,
+            overwrite=overwrite,
             **options,
         )
 

@@ -15,7 +15,7 @@ from support.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, pipeline
 
 from selfpruner_hub import pruned_model
-from selfpruner_hub.errors import UserError
+from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.storage.model_record import Metric, read_record
 
@@ -29,6 +29,45 @@ def test_the_tokenizer_and_the_card(saved_model, tmp_path):
         pruned.save_pretrained(tmp_path / name)
         assert ("apply_chat_template" in (tmp_path / name / "README.md").read_text()) == (name == "chat")
     check_tokenizers_without_package({tmp_path / name: tokenizer for name, tokenizer in made.items()}, tmp_path)
+
+
+def test_files_of_an_earlier_model_go_and_the_users_own_stay(saved_model):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    bare = {path.name for path in saved_model.iterdir()} - {"tokenizer.json", "tokenizer_config.json"}
+    own = {"notes.txt", "vocabulary.txt", "onnx"}
+    for name in own - {"onnx"}:
+        (saved_model / name).write_text("mine")
+    (saved_model / "onnx").mkdir()
+    pruned.tokenizer = chat_tokenizer()
+    pruned.tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    pruned.save_pretrained(saved_model)
+    assert (saved_model / "additional_chat_templates" / "tools.jinja").is_file()
+    (saved_model / "vocab.txt").write_text("of a tokenizer of another kind")
+    pruned.tokenizer = tiny_tokenizer()
+    pruned.save_pretrained(saved_model)
+    assert not PrunedModel.from_pretrained(saved_model).tokenizer.chat_template
+    pruned.tokenizer = None
+    pruned.save_pretrained(saved_model)
+    assert {path.name for path in saved_model.iterdir()} == bare | own
+    assert PrunedModel.from_pretrained(saved_model).tokenizer is None
+
+
+def test_a_dense_model_is_replaced_only_if_asked(saved_model, tmp_path):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    before = (tmp_path / "dense" / "config.json").read_bytes()
+    with pytest.raises(OutputError, match="holds another model"):
+        pruned.save_pretrained(tmp_path / "dense")
+    for output in (tmp_path / "dense", saved_model):  # the model itself is no export either
+        with pytest.raises(OutputError, match="holds another model"):
+            pruned.export("padded", output)
+    with pytest.raises(OutputError, match="no name"):
+        pruned.save_pretrained("")
+    with pytest.raises(OutputError, match="no name"):
+        pruned.export("padded", "")
+    assert (tmp_path / "dense" / "config.json").read_bytes() == before
+    pruned.save_pretrained(tmp_path / "dense", overwrite=True)
+    assert PrunedModel.from_pretrained(tmp_path / "dense").plan == pruned.plan
 
 
 def test_it_is_used_as_a_transformers_model_is(saved_model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from selfpruner_hub.cli.options import device_map
+from selfpruner_hub.cli.options import device_map, path
 from selfpruner_hub.errors import UserError
 
 
@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: the runtime's own)")
     device_map(parser)
     parser.add_argument("--python", type=Path, metavar="PATH", help="the Python of vLLM's environment (vllm only)")
-    parser.add_argument("--exports", type=Path, metavar="DIR", help="keep the exports that are made for it here")
+    parser.add_argument("--exports", type=path, metavar="DIR", help="keep the exports that are made for it here")
     parser.add_argument("--text", metavar="DATA", help="measure perplexity too: on wikitext2, c4 or a path")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON here as well")
+    parser.add_argument("--output", type=path, metavar="FILE", help="write the JSON here as well")
     parser.add_argument("--save", action="store_true", help="write the figures into DIR's record and card as well")
     parser.add_argument("--revision", help="branch, tag or commit of MODEL")
     parser.add_argument("--gguf-file", metavar="FILE", help="load the weights of MODEL from this GGUF file of it")

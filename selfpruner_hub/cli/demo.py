@@ -30,7 +30,8 @@ from selfpruner_hub.plans.target import Target
 from selfpruner_hub.progress import Bars, Progress
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.layout import PLOTS, asset
-from selfpruner_hub.storage.model_record import read_record
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, read_record
+from selfpruner_hub.storage.staging import check_replaceable
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -85,6 +86,8 @@ def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = N
         output: Directory of the pruned model; None uses a temporary one.
         progress: Whether to show progress bars on stderr.
     """
+    if output is not None:
+        check_replaceable(output, MODEL_RECORD_FILE, overwrite=False)
     started = time.perf_counter()
     say(f"Loading {NAME} …")
     pruner = load_embedded()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfpruner_hub.cli.options import path
 from selfpruner_hub.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("model", metavar="MODEL_OR_DIR", help="a pruned model, or a dense one for comparison")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="onnx, tensorrt, openvino, gguf or padded")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the export goes")
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help="where the export goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in DIR that is no export")
     parser.add_argument(
         "--tolerance", type=float, metavar="D", help="largest distance of a logit from PyTorch's; inf compares nothing"
     )
@@ -73,6 +74,7 @@ def run(options: argparse.Namespace) -> str:
             options.output,
             tolerance=options.tolerance,
             loading=_given(loading),
+            overwrite=options.overwrite,
             progress=progress,
             **_given({name: getattr(options, name) for name in OPTIONS}),
         )

@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from selfpruner_hub.cli import benchmark as cli_benchmark
 from selfpruner_hub.cli import evaluate as cli_evaluate
@@ -19,7 +18,7 @@ from selfpruner_hub.cli import prune as cli_prune
 from selfpruner_hub.cli import publish as cli_publish
 from selfpruner_hub.cli import recover as cli_recover
 from selfpruner_hub.cli import verify as cli_verify
-from selfpruner_hub.cli.options import from_pretrained, loading, number, verb
+from selfpruner_hub.cli.options import from_pretrained, loading, number, path, verb
 from selfpruner_hub.errors import SelfPrunerError, UserError
 from selfpruner_hub.import_hook import after_import
 
@@ -112,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = verb(verbs, "demo", _demo, "prune a small embedded model, or open the demo Space on a saved one")
     demo.add_argument("directory", nargs="?", metavar="DIR", help="a saved model to open in the Space")
     demo.add_argument("--beta", type=number, default=0.3)
-    demo.add_argument("--output", type=Path, metavar="DIR", help="keep the pruned model here")
+    demo.add_argument("--output", type=path, metavar="DIR", help="keep the pruned model here")
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from selfpruner_hub.errors import UserError
@@ -39,6 +40,13 @@ def number(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
+
+
+def path(text: str) -> Path:
+    """Return a path that something is written to; refuse an empty one, which would stand for the working directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError('expects a path, and got "" (is a variable of the shell unset?)')
+    return Path(text)
 
 
 def loading(options: argparse.Namespace) -> dict[str, Any]:

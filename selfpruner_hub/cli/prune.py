@@ -10,7 +10,7 @@ import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
-from selfpruner_hub.cli.options import from_pretrained, loading, number, settings_of
+from selfpruner_hub.cli.options import from_pretrained, loading, number, path, settings_of
 from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.settings import PRESETS, SEARCH, Setting, check_seed, explained, resolve
 
@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--request", metavar="P+N",
         help="tokens of the prompt and of the answer that the target's time is for (default: 128+32)",
     )  # fmt: skip
-    made.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the pruned model goes")
+    made.add_argument("--output", required=True, type=path, metavar="DIR", help="where the pruned model goes")
+    made.add_argument("--overwrite", action="store_true", help="replace a model in DIR that selfpruner did not write")
     model = parser.add_argument_group("the model")
     model.add_argument(
         "--base-model", metavar="REPO", help="the Hub repository that the directory MODEL is a copy of, for the record"
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     searching.add_argument("--proposer-model", metavar="M", help="name of the model at the endpoint")
     searching.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    searching.add_argument("--run-dir", type=Path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
+    searching.add_argument("--run-dir", type=path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
     searching.add_argument(
         "--executor", metavar="ray", help="score candidates on Ray workers (default: in this process)"
     )
@@ -102,7 +103,8 @@ def run(options: argparse.Namespace) -> str:
         OutputError: The output cannot be written.
     """
     from selfpruner_hub.plans.target import check_beta, needs_target, parse_target, target_of
-    from selfpruner_hub.storage.staging import check_writable
+    from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE
+    from selfpruner_hub.storage.staging import check_replaceable, check_writable
 
     settings = settings_of(options.set, ("preset", *OWN_OPTIONS))
     # All that is wrong is said before torch and the model are loaded, which takes seconds.
@@ -119,6 +121,7 @@ def run(options: argparse.Namespace) -> str:
     check_writable(options.output)
     if options.output.exists() and Path(options.model).exists() and options.output.samefile(options.model):
         raise OutputError("The output would replace the model that is pruned.", "Choose another output.")
+    check_replaceable(options.output, MODEL_RECORD_FILE, options.overwrite)
     run_dir = options.run_dir or Path(f"{options.output.resolve()}.run")
     options.kept = f"What was scored is in {run_dir}: the same command again goes on from there."
 
@@ -151,7 +154,7 @@ def run(options: argparse.Namespace) -> str:
         progress=not options.quiet,
         **settings,
     )
-    pruned.save_pretrained(options.output)
+    pruned.save_pretrained(options.output, overwrite=options.overwrite)
     if options.run_dir is None:
         with contextlib.suppress(OSError):
             (run_dir / JOURNAL_FILE).unlink()  # it is in the output now

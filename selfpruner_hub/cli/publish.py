@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from selfpruner_hub.cli.options import path
+
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb.
@@ -85,7 +87,7 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("directory", metavar="DIR", type=Path, help="a saved model")
     parser.add_argument("repo", metavar="REPO", help="where it is, or will be, published: NAMESPACE/NAME")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="such as model_cards/NAME")
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help="such as model_cards/NAME")
 
 
 def card(options: argparse.Namespace) -> str:
@@ -114,7 +116,7 @@ def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
         parser: Parser of the verb.
     """
     parser.add_argument("directory", metavar="RUN_OR_DIR", type=Path, help="what holds search.jsonl")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where the pictures go (default: RUN_OR_DIR/plots)")
+    parser.add_argument("--output", type=path, metavar="DIR", help="where the pictures go (default: RUN_OR_DIR/plots)")
 
 
 def plot(options: argparse.Namespace) -> str:

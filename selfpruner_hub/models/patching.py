@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -91,27 +89,6 @@ class _Reader(gguf.GGUFReader):
     @data.setter
     def data(self, mapped: Any) -> None:
         self._data = mapped.view(np.ndarray)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back the interrupt of a user (Ctrl-C) until the end of the context, so that what is begun is finished.
-
-    Only the main thread receives interrupts; in others, this does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *caught: held.append(caught))
-    try:
-        yield
-    finally:
-        # A handler of a C library cannot be put back. The default action would end the process without a word.
-        before = signal.default_int_handler if before is None else before
-        signal.signal(signal.SIGINT, before)
-        if held and callable(before):
-            before(*held[0])
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfpruner_hub.interrupts import uninterrupted
 from selfpruner_hub.models.architectures import Block, architecture_of, decoder_layers, linear, shape_of, unit_rows
-from selfpruner_hub.models.patching import uninterrupted
 from selfpruner_hub.pruning.importance import LayerOrder, expand
 
 

@@ -272,6 +272,26 @@ def test_help_and_mistakes_take_no_time(words, status, said, tmp_path):
     assert not names(tmp_path)
 
 
+EMPTY = {
+    "prune": ["prune", "model", "--beta", "0.3"],
+    "export": ["export", "model", "--to", "onnx"],
+    "benchmark": ["benchmark", "model", "--against", "dense"],
+    "card": ["card", "model", "me/model"],
+    "plot": ["plot", "model"],
+    "demo": ["demo"],
+}
+
+
+@pytest.mark.parametrize("verb", EMPTY)
+def test_an_output_without_a_name_is_refused(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main([*EMPTY[verb], "--output", ""])
+    assert stopped.value.code == 2
+    assert "argument --output: expects a path" in capsys.readouterr().err
+    assert not names(tmp_path)
+
+
 def test_help_by_the_module():
     command = [sys.executable, "-m", "selfpruner_hub.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -476,6 +496,14 @@ def test_the_dense_model_is_not_overwritten(assert_mistake, dense, text, tmp_pat
     model = shutil.copytree(dense, tmp_path / "model")
     assert_mistake("Choose another output.", *prune(model, model, text))
     assert (model / "model.safetensors").read_bytes() == (dense / "model.safetensors").read_bytes()
+
+
+def test_another_model_is_overwritten_only_if_asked(run, assert_mistake, dense, text, tmp_path):
+    other = shutil.copytree(dense, tmp_path / "other")
+    assert_mistake("--overwrite", *prune(dense, other, text))
+    assert (other / "model.safetensors").read_bytes() == (dense / "model.safetensors").read_bytes()
+    assert run(*prune(dense, other, text), "--overwrite")[0] == 0
+    assert names(other) == FILES
 
 
 def test_a_run_directory_that_cannot_be_used(assert_mistake, dense, text, tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.tiny import tiny_model
 
+from selfpruner_hub.interrupts import uninterrupted
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.models.patching import uninterrupted
 from selfpruner_hub.pruning import ordering
 from selfpruner_hub.pruning.importance import LayerOrder
 from selfpruner_hub.pruning.ordering import ordered, permute

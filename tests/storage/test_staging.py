@@ -1,13 +1,24 @@
 """What is saved is there whole or not at all, and a place that cannot be written is found out first."""
 
 import contextlib
+import errno
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from selfpruner_hub import interrupts
 from selfpruner_hub.errors import OutputError
-from selfpruner_hub.storage.staging import check_writable, save_directory, write_atomically
+from selfpruner_hub.storage import staging
+from selfpruner_hub.storage.staging import (
+    check_replaceable,
+    check_writable,
+    output_path,
+    save_directory,
+    write_atomically,
+)
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a /proc that nobody can write")
 
@@ -138,7 +149,7 @@ def test_an_overwrite_that_is_interrupted_between_renames_changes_nothing(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("number", range(1, RENAMES + 1))
 def test_an_overwrite_that_is_killed_leaves_no_old_file_beside_a_new_one(number, tmp_path, monkeypatch):
-    """What it leaves may be incomplete; the old files are whole in a hidden folder beside it."""
+    """What it leaves may be incomplete; the old files are whole in a hidden folder inside of it."""
     renamed = at_rename(monkeypatch, number, lambda: os._exit(9), after=True)
     child = os.fork()
     if not child:
@@ -150,7 +161,7 @@ def test_an_overwrite_that_is_killed_leaves_no_old_file_beside_a_new_one(number,
     left = tree(tmp_path / "model")
     replaced = {left[name] for name in ("a", "b/x", "b/y", "d") if name in left}
     assert replaced in (set(), {"old"}, {"new"})
-    (retired,) = [tree(p) for p in tmp_path.iterdir() if p.name != "model" and "old" in tree(p).values()]
+    (retired,) = [tree(p) for p in (tmp_path / "model").glob(".*") if "old" in tree(p).values()]
     assert {**{name: left[name] for name in OLD if name in left}, **retired} == OLD
 
 
@@ -159,6 +170,116 @@ def test_an_overwrite_takes_as_many_renames_as_are_tried(tmp_path, monkeypatch):
     overwrite(tmp_path / "model")
     assert tree(tmp_path / "model") == NEW
     assert len(renamed) == RENAMES
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["mount point", "link to another disk"])
+def test_a_directory_on_a_file_system_of_its_own(link, tmp_path, monkeypatch):
+    model, rename = tmp_path / "model", Path.rename
+    model.mkdir()
+
+    def within_file_systems(path, target):
+        if path.is_relative_to(model) != Path(target).is_relative_to(model):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", within_file_systems)
+    output = tmp_path / "link" if link else model
+    if link:
+        output.symlink_to(model)
+    for text in ("old", "new"):
+        check_writable(output)
+        save(output, a=text)
+        assert tree(model) == {"a": text}
+    assert output.is_symlink() == link
+
+
+def test_a_link_to_a_directory_that_is_not_there_yet(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "model")
+    save(tmp_path / "link", a="new")
+    assert tree(tmp_path / "deep") == {"model": None, "model/a": "new"}
+    assert (tmp_path / "link").is_symlink()
+
+
+TRACED = {file.__file__ for file in (staging, interrupts, contextlib)}
+
+
+def interrupted_at(moment, work):
+    """Do work that Ctrl-C interrupts at a line of it, counted from 1; return whether it has as many lines."""
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if event == "line":
+            lines += 1
+            if lines == moment:
+                signal.raise_signal(signal.SIGINT)
+        return trace if frame.f_code.co_filename in TRACED else None
+
+    before, handler = sys.gettrace(), signal.getsignal(signal.SIGINT)
+    try:
+        sys.settrace(trace)
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    assert signal.getsignal(signal.SIGINT) is handler
+    return lines >= moment
+
+
+@pytest.mark.parametrize("before", [{}, {"a": "old", "f-1": "stale", "mine": "mine"}], ids=["new", "existing"])
+def test_an_interrupt_at_any_moment_of_a_save_leaves_nothing_beside_it(before, tmp_path):
+    moment, after = 0, {"a": "new", **{name: text for name, text in before.items() if name == "mine"}}
+    found = []
+
+    def work():
+        with save_directory(directory / "model", stale=["f-*"]) as place:
+            (place / "a").write_text("new")
+
+    for moment in range(1, 1000):
+        directory = tmp_path / str(moment)
+        directory.mkdir()
+        if before:
+            save(directory / "model", **before)
+        if not interrupted_at(moment, work):
+            break
+        assert {p.name for p in directory.iterdir()} <= {"model"}
+        found.append(tree(directory / "model"))
+        assert found[-1] in (before, after)
+    assert before in found
+    assert after in found
+    assert 50 < moment < 999
+
+
+@pytest.mark.parametrize("given", ["", " ", Path("a"), "a"], ids=repr)
+def test_an_empty_output_is_refused(given):
+    if str(given).strip():
+        assert output_path(given) == Path("a")
+        return
+    with pytest.raises(OutputError, match="has no name") as caught:
+        output_path(given)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("files", "overwrite", "fine"),
+    [
+        (["config.json"], False, False),
+        (["config.json"], True, True),
+        (["config.json", "record.json"], False, True),
+        (["notes.txt"], False, True),
+        ([], False, True),
+    ],
+)
+def test_a_model_of_the_users_own_is_not_replaced_unasked(files, overwrite, fine, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    if fine:
+        check_replaceable(tmp_path, "record.json", overwrite)
+        return
+    with pytest.raises(OutputError, match="holds another model") as caught:
+        check_replaceable(tmp_path, "record.json", overwrite)
+    assert "--overwrite" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["file", "file/model", "file/deep/model"])
