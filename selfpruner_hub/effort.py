@@ -45,8 +45,8 @@ STEP, LARGEST = 1_024, 262_144
 
 
 def with_effort(
-    preset: str,
-    resolved: Callable[[str], PruneSettings],
+    preset: str | None,
+    resolved: Callable[[str | None], PruneSettings],
     model: PreTrainedModel,
     checkpoints: Checkpoints,
     *,
@@ -57,7 +57,7 @@ def with_effort(
     """Decide what nobody has asked for: whether the run searches and how long, and how much text it reads.
 
     Args:
-        preset: Name of the preset that the user has chosen.
+        preset: Name of the preset that the user has chosen, or None.
         resolved: Function that returns a preset's settings with the user's changes.
         model: The dense model.
         checkpoints: Checkpoints of the run.
@@ -69,7 +69,7 @@ def with_effort(
         The settings, and lines for the user.
 
     Raises:
-        UserError: The preset is unknown, or the minutes are no number above 0, or too few.
+        UserError: The preset is unknown, or the minutes are too few.
     """
     method, lines = resolved(preset), []
     if minutes is not None:
@@ -87,20 +87,20 @@ def with_effort(
 def within_minutes(
     minutes: float,
     model: PreTrainedModel,
-    preset: str,
-    resolved: Callable[[str], PruneSettings],
+    preset: str | None,
+    resolved: Callable[[str | None], PruneSettings],
     checkpoints: Checkpoints,
 ) -> tuple[PruneSettings, str]:
     """Choose a preset and the amount of text so that a run without a search takes about this long.
 
     Quality grows with the number of calibration tokens (`benchmarks/scale.py`), and time in proportion to it. So the
     largest number that fits is taken, and the other texts shrink with it. Where that is too little text for the default
-    preset, a faster one is taken; a preset that the user has chosen stays. The estimate is rough.
+    preset, a faster one is taken; a preset that the user has chosen stays, the default too. The estimate is rough.
 
     Args:
         minutes: Minutes for the whole run, above 0.
         model: The dense model; a forward pass of it is timed.
-        preset: Name of the preset that the user has chosen.
+        preset: Name of the preset that the user has chosen, or None.
         resolved: Function that returns a preset's settings with the user's changes.
         checkpoints: Checkpoints of the run, which keep the choice: a second timing might lead to another one.
 
@@ -108,11 +108,9 @@ def within_minutes(
         The settings, and a line that says what was chosen.
 
     Raises:
-        UserError: `minutes` is no number above 0, or too short for the fewest tokens.
+        UserError: `minutes` is too short for the fewest tokens.
     """
-    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
-        raise UserError(f"minutes must be a number above 0; got {minutes!r}.")
-    ladder = list(COSTS) if preset == "default" else [preset]
+    ladder = list(COSTS) if preset is None else [preset]
     name = f"minutes-{minutes:g}-{preset}"
     known = checkpoints.load(name) or _choice(minutes, model, ladder)
     checkpoints.save(name, known)

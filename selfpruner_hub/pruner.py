@@ -35,7 +35,7 @@ from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import check_executor
-from selfpruner_hub.settings import check_seed, resolve
+from selfpruner_hub.settings import check_minutes, check_seed, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
 from selfpruner_hub.storage.run import Run
@@ -119,8 +119,8 @@ class AutoPruner:
         target: Mapping[str, Any] | None = None,
         runtime: str | Meter | None = None,
         request: tuple[int, int] | None = None,
-        preset: str = "default",
-        proposer: str | Proposer = "self",
+        preset: str | None = None,
+        proposer: str | Proposer | None = None,
         proposer_model: str | None = None,
         data: Any = None,
         fitness: str | None = None,
@@ -145,10 +145,11 @@ class AutoPruner:
                 None takes 128 and 32.
             preset: Name of the preset: `"default"`, `"draft"` for a first look (no second repair), `"fast"` for little
                 text and one starting point, `"best"` for twice the text, or `"paper"` for the settings of
-                arXiv 2502.14413.
+                arXiv 2502.14413. None takes the default, or with `minutes` a faster one where little text fits.
             proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
                 Hub repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object
-                that follows the `Proposer` protocol.
+                that follows the `Proposer` protocol; one that is given searches. None asks the dense model where
+                `evaluations` or the preset ask for a search.
             proposer_model: Name of the model at the endpoint; its key comes from the environment
                 (SELFPRUNER_API_KEY).
             data: Text of calibration and search. `"chat"` (conversations that the model writes through its chat
@@ -159,10 +160,11 @@ class AutoPruner:
                 for the paper's preset.
             fitness: Score of plans, `"kl"` or `"perplexity"`; None uses the preset's.
             evaluations: Length of the search in full-evaluation equivalents; 0 takes the best seed plan. None uses the
-                preset's (0 in all but `"paper"`), or `settings.SEARCH` where another proposer is given. A round that
-                has begun is finished.
+                preset's (0 in all but `"paper"`), or `settings.SEARCH` where a proposer is given. A round that has
+                begun is finished.
             minutes: Minutes that the run may take: the amount of text, and the preset where none is given, are chosen
-                so that it takes about this long on this machine (`effort.within_minutes`). None changes nothing.
+                so that it takes about this long on this machine (`effort.within_minutes`); `settings.TEXT_SIZES`
+                cannot be given too. None changes nothing.
             seed: Random seed.
             run_dir: Directory of the journal and of the checkpoints of each stage; a run with the same directory
                 resumes.
@@ -179,6 +181,7 @@ class AutoPruner:
         """
         aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
+        check_minutes(minutes, settings)
         check_executor(executor)
         resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **settings)
         folder = None if run_dir is None else Path(run_dir)
@@ -189,7 +192,7 @@ class AutoPruner:
             self.model,
             checkpoints,
             evaluations=evaluations,
-            proposer_given=proposer != "self",
+            proposer_given=proposer is not None,
             minutes=minutes,
         )
         method = replace(method, multiple_of=method.multiple_of or self.shape.default_multiple)

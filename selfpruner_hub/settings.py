@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -120,7 +120,8 @@ class PruneSettings:
 
 OLD_NAMES = {"accumulate": "sequential_repair", "refit_inputs": "repair_gate_up"}
 """Earlier names of settings, which are still taken and read."""
-
+TEXT_SIZES = ("calibration_tokens", "fisher_tokens", "fitness_tokens")
+"""Settings that follow from the minutes of a run, where these are given."""
 SEARCH = 10
 """Length of the search where a proposer is given and no length, in evaluations on the whole fitness text."""
 PRESETS = {
@@ -233,11 +234,11 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {OLD_NAMES.get(name, name): value for name, value in values.items()}
 
 
-def resolve(preset: str, **changes: Any) -> PruneSettings:
+def resolve(preset: str | None, **changes: Any) -> PruneSettings:
     """Take a preset and change some of its settings.
 
     Args:
-        preset: A key of `PRESETS`.
+        preset: A key of `PRESETS`; None takes the default.
         **changes: Fields of `PruneSettings`, or their `OLD_NAMES`; those that are None are left alone.
 
     Returns:
@@ -246,7 +247,7 @@ def resolve(preset: str, **changes: Any) -> PruneSettings:
     Raises:
         UserError: The preset or a setting is unknown, or a value is out of its range.
     """
-    base = _of_preset(preset)
+    base = _of_preset("default" if preset is None else preset)
     given = {key: value for key, value in changes.items() if value is not None}
     if both := sorted(old for old, new in OLD_NAMES.items() if {old, new} <= set(given)):
         raise UserError(f"{both[0]} is the old name of {OLD_NAMES[both[0]]}, and both are given.", "Give one of them.")
@@ -284,6 +285,24 @@ def resolve(preset: str, **changes: Any) -> PruneSettings:
     if method.evaluations and not method.crossover + method.mutation:
         raise UserError("A search needs crossover or mutation children.", "Set one of them above 0.")
     return method
+
+
+def check_minutes(minutes: Any, given: Collection[str]) -> None:
+    """Refuse what is no length of a run, and settings that the length decides.
+
+    Args:
+        minutes: Minutes that a run may take, above 0; None if they are not limited.
+        given: Names of the settings that the user has changed.
+
+    Raises:
+        UserError: It is not a number above 0, or such a setting is given as well.
+    """
+    number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool)
+    if minutes is not None and not (number and minutes > 0):
+        raise UserError(f"minutes must be a number above 0; got {minutes!r}.")
+    decided = [name for name in TEXT_SIZES if name in given]
+    if minutes is not None and decided:
+        raise UserError(f"minutes decides {decided[0]}, and both are given.", "Leave out one of them.")
 
 
 def check_seed(seed: Any) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from support.tiny import tiny_model, tiny_tokenizer
 
-from selfpruner_hub import AutoPruner, effort
+from selfpruner_hub import AutoPruner, effort, pruner
 from selfpruner_hub.effort import COSTS, with_effort, within_minutes
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.settings import PRESETS, SEARCH, resolve
+from selfpruner_hub.settings import PRESETS, SEARCH, TEXT_SIZES, check_minutes, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
 DEFAULT = PRESETS["default"]
@@ -36,7 +36,7 @@ def machine(monkeypatch):
     return set_speed
 
 
-def choose(minutes, checkpoints=None, preset="default", **changes):
+def choose(minutes, checkpoints=None, preset=None, **changes):
     return within_minutes(minutes, None, preset, partial(resolve, **changes), checkpoints or Checkpoints())
 
 
@@ -73,8 +73,9 @@ def test_a_preset_that_was_chosen_stays(machine):
     method, line = choose(1000, preset="draft")
     assert "preset draft, 262144 tokens" in line
     assert method.importance == PRESETS["draft"].importance
-    with pytest.raises(UserError, match="are too few"):
-        choose(least("draft"), preset="best")
+    for preset in ("best", "default"):
+        with pytest.raises(UserError, match="are too few"):
+            choose(least("draft"), preset=preset)
 
 
 def test_too_few_minutes_are_refused_with_what_it_takes(machine):
@@ -86,7 +87,15 @@ def test_too_few_minutes_are_refused_with_what_it_takes(machine):
 @pytest.mark.parametrize("minutes", [0, -1, True, "ten", float("nan")])
 def test_minutes_are_a_number_above_zero(minutes):
     with pytest.raises(UserError, match="minutes must be a number above 0"):
-        choose(minutes)
+        check_minutes(minutes, ())
+
+
+@pytest.mark.parametrize("name", TEXT_SIZES)
+def test_minutes_do_not_overrule_what_is_set(name):
+    dense = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
+    with pytest.raises(UserError, match=f"minutes decides {name}, and both are given") as caught:
+        dense.prune(0.3, data="self", minutes=1, progress=False, **{name: 128})
+    assert caught.value.hint
 
 
 def test_a_resumed_run_keeps_its_choice(machine, tmp_path):
@@ -101,7 +110,7 @@ def test_a_resumed_run_keeps_its_choice(machine, tmp_path):
 def test_a_choice_is_of_its_preset(machine, tmp_path):
     machine(SECOND)
     minutes = 0.999 * least("default")
-    for preset in ("default", "fast"):  # the default's choice is fast too, at another place of its ladder
+    for preset in (None, "fast"):  # where none is chosen it is fast too, at another place of its ladder
         assert "preset fast," in choose(minutes, Checkpoints(tmp_path), preset=preset)[1]
 
 
@@ -136,12 +145,25 @@ def test_a_run_searches_where_one_asks_for_it(machine, preset, evaluations, prop
     assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
 
 
+@pytest.mark.parametrize(
+    ("asked", "length"), [({}, 0), ({"proposer": "self"}, SEARCH), ({"proposer": "random"}, SEARCH)]
+)
+def test_a_proposer_that_is_named_searches(asked, length, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        pruner, "choose_proposer", lambda *given: seen.append((given[0], given[3].evaluations)) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama").prune(0.3, progress=False, **asked)
+    assert seen == [(asked.get("proposer"), length)]
+
+
 def test_prune_takes_minutes_and_says_what_it_picked(machine, monkeypatch, capsys):
     monkeypatch.setattr(effort, "LARGEST", 2_048)
     machine(1e-9)
-    pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
-    made = pruner.prune(0.3, data="self", minutes=1, window=32, fitness_tokens=128)
+    dense = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
+    made = dense.prune(0.3, data="self", minutes=1, window=32)
     assert made.report.method["calibration_tokens"] == made.report.data["calibration"]["tokens"] == 2_048
-    assert made.report.method["fitness_tokens"] == 128
+    assert made.report.method["fitness_tokens"] == 2_048
     assert "preset draft, 2048 tokens of calibration text" in capsys.readouterr().err
     assert torch.isfinite(made.model(torch.ones(1, 4, dtype=torch.long)).logits).all()

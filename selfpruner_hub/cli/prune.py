@@ -12,7 +12,7 @@ from pathlib import Path
 
 from selfpruner_hub.cli.options import from_pretrained, loading, number, path, settings_of
 from selfpruner_hub.errors import OutputError, UserError
-from selfpruner_hub.settings import PRESETS, SEARCH, Setting, check_seed, explained, resolve
+from selfpruner_hub.settings import PRESETS, SEARCH, Setting, check_minutes, check_seed, explained, resolve
 
 OWN_OPTIONS = ("fitness", "evaluations")
 """Names of the settings that have their own option."""
@@ -58,12 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     searching.add_argument(
         "--evaluations", type=number, metavar="N",
         help="length, in evaluations on the whole text; 0 takes the best starting point "
-        f"({_defaults('evaluations')}; {SEARCH} with another proposer)",
+        f"({_defaults('evaluations')}; {SEARCH} with a proposer)",
     )  # fmt: skip
     searching.add_argument("--fitness", help=f"kl or perplexity ({_defaults('fitness')})")
     searching.add_argument(
-        "--proposer", default="self",
-        help="self (the model), evolution, slopes, random, another model, or an endpoint's URL (default: %(default)s)",
+        "--proposer",
+        help="self (the model), evolution, slopes, random, another model, or an endpoint's URL; one that is given "
+        "searches (default: self, where --evaluations or the preset ask for a search)",
     )  # fmt: skip
     searching.add_argument("--proposer-model", metavar="M", help="name of the model at the endpoint")
     searching.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
@@ -72,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--executor", metavar="ray", help="score candidates on Ray workers (default: in this process)"
     )
     method = parser.add_argument_group("the method")
-    method.add_argument("--preset", default="default", help=f"{', '.join(PRESETS)} (default: %(default)s)")
+    method.add_argument(
+        "--preset", help=f"{', '.join(PRESETS)} (default: default; with --minutes a faster one where little text fits)"
+    )  # fmt: skip
     method.add_argument(
         "--minutes", type=number, metavar="N", help="preset and amount of text for about N minutes on this machine"
     )
@@ -117,6 +120,7 @@ def run(options: argparse.Namespace) -> str:
         wanted = parse_target(options.target)
         target = target_of(wanted, options.runtime, request)
     check_seed(options.seed)
+    check_minutes(options.minutes, settings)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
     check_writable(options.output)
     if options.output.exists() and Path(options.model).exists() and options.output.samefile(options.model):

@@ -25,7 +25,7 @@ WITHOUT_MODEL: dict[str, Callable[[ParameterBudget], Proposer]] = {
 
 
 def choose_proposer(
-    proposer: str | Proposer,
+    proposer: str | Proposer | None,
     endpoint_model: str | None,
     budget: ParameterBudget,
     method: PruneSettings,
@@ -35,7 +35,7 @@ def choose_proposer(
     """Make the proposer that is asked for.
 
     Args:
-        proposer: Name, model, URL or object, as for `AutoPruner.prune`.
+        proposer: Name, model, URL or object, as for `AutoPruner.prune`; None is `"self"`.
         endpoint_model: Name of the model at the endpoint.
         budget: Parameter budget of the search.
         method: Settings; with `evaluations=0` no proposer is asked, so no model is loaded.
@@ -49,6 +49,8 @@ def choose_proposer(
         UserError: The name is unknown, or the model that proposes has no tokenizer.
         ModelError: The directory or repository does not load.
     """
+    if proposer is None:
+        proposer = "self"
     if not isinstance(proposer, str):
         return proposer
     if proposer in WITHOUT_MODEL or not method.evaluations:

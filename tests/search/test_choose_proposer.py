@@ -30,6 +30,7 @@ def choose():
     ("word", "kind", "name"),
     [
         ("self", ModelProposer, "self"),
+        (None, ModelProposer, "self"),
         ("evolution", EvolutionProposer, "evolution"),
         ("slopes", SlopesProposer, "slopes"),
         ("random", RandomProposer, "random"),
