@@ -297,8 +297,7 @@ def check_minutes(minutes: Any, given: Collection[str]) -> None:
     Raises:
         UserError: It is not a number above 0, or such a setting is given as well.
     """
-    number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool)
-    if minutes is not None and not (number and minutes > 0):
+    if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0):
         raise UserError(f"minutes must be a number above 0; got {minutes!r}.")
     decided = [name for name in TEXT_SIZES if name in given]
     if minutes is not None and decided:

@@ -86,8 +86,8 @@ class ParameterBudget:
         if self.whole_ffn and self.p_min:
             raise BudgetError("p_min has no meaning where FFN channels cost nothing.", "Leave it out.")
         self._check_multiples()
-        least, most = self._reachable()
-        if not least - self.tolerance <= self.beta <= most + self.tolerance:
+        (least, most), (low, high) = self._reachable(), self._accepted
+        if most < low or least > high:
             least_kept = "all" if self.shape.whole_attention else f"at least {self.kv_multiple}"
             raise BudgetError(
                 f"{self._said} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and "
@@ -96,7 +96,7 @@ class ParameterBudget:
                 f"Change {'the target' if self.target else 'beta'} or the bounds.",
             )
         nearest = self.removed_share(self.project(self.spread([self.beta] * self.shape.num_layers)))
-        if abs(nearest - self.beta) > self.tolerance + 1e-12:
+        if nearest < low or (nearest > high and self.target is None):
             raise BudgetError(
                 f"{self._said} cannot be reached: it lies between two KV groups, where the FFN cannot reach; "
                 f"the nearest is {self._figure(nearest)}.",
@@ -147,11 +147,16 @@ class ParameterBudget:
     @cached_property
     def tolerance(self) -> float:
         """Maximum accepted difference from β: 0.001, or half the largest step of the FFNs (of KV groups without)."""
-        tables, stride = (
-            (self.costs.attention, self.kv_multiple) if self.whole_ffn else (self.costs.ffn, self.multiple_of)
-        )
+        tables = self.costs.attention if self.whole_ffn else self.costs.ffn
+        stride = self.kv_multiple if self.whole_ffn else self.multiple_of
         step = max(float(-np.diff(table[::-stride]).min()) for table in tables)
         return max(TOLERANCE, step / self.costs.prunable / 2 + 1e-9)
+
+    @property
+    def _accepted(self) -> tuple[float, float]:
+        """Least and greatest share that is asked for; of a target, more is accepted where no plan is that near."""
+        slack = 1e-9 if self.target else self.tolerance + 1e-9
+        return self.beta - slack, self.beta + slack
 
     @cached_property
     def _unit(self) -> float:
@@ -161,10 +166,7 @@ class ParameterBudget:
 
     @cached_property
     def _savings(self) -> list[list[float]]:
-        """For each layer, the cost saved without 0, 1, … units of `multiple_of` channels, in `_unit`s.
-
-        That is 0, 1, … where costs are linear.
-        """
+        """For each layer, the cost saved without 0, 1, … units of `multiple_of` channels, in `_unit`s."""
         tables = {id(table): table for table in self.costs.ffn}
         saved = {key: ((t[-1] - t[:: -self.multiple_of]) / (self._unit or 1.0)).tolist() for key, t in tables.items()}
         return [saved[id(table)] for table in self.costs.ffn]
@@ -198,10 +200,9 @@ class ParameterBudget:
     def project(self, rates: Rates, parent: Rates | None = None) -> Plan:
         """Move a proposal to the nearest plan on the budget.
 
-        The proposed numbers of KV groups are rounded first, because one group is a large share of a layer. Then one
-        constant, the same for all layers, shifts the FFN rates within their bounds until the total is met (Euclidean
-        projection onto the budget), and they are rounded by largest remainder. The numbers of groups change further
-        only if the FFN alone cannot meet β.
+        The proposed numbers of KV groups are rounded first: one group is a large share of a layer. Then one constant
+        shifts the FFN rates of all layers within their bounds until the total is met (Euclidean projection onto the
+        budget), and they are rounded by largest remainder. Groups change further only if the FFN cannot meet β.
 
         Args:
             rates: `L` attention rates and `L` FFN rates; any finite numbers.
@@ -210,7 +211,7 @@ class ParameterBudget:
                 are the same. None shifts all layers.
 
         Returns:
-            A plan whose β is within `tolerance` of the requested β.
+            A plan whose β is within `tolerance` of the requested β; with a target, one that reaches it.
 
         Raises:
             BudgetError: The number of rates is not `L`, or a rate is not finite.
@@ -226,7 +227,7 @@ class ParameterBudget:
         bounds = self._ffn_bounds(groups)
         wanted = [rate * w.intermediate_size / self.multiple_of for rate, w in zip(rates.ffn, dense, strict=True)]
         shifted = shift_to_sum(wanted, freed(bounds, wanted, free), for_ffn, self._saved)
-        units = largest_remainder(shifted, bounds, for_ffn, self._saved)
+        units = largest_remainder(shifted, bounds, for_ffn, self._saved, reached=self.target is not None)
         return Plan.of(
             [w.intermediate_size - u * self.multiple_of for w, u in zip(dense, units, strict=True)],
             [w.num_key_value_heads - g for w, g in zip(dense, groups, strict=True)],
@@ -257,8 +258,7 @@ class ParameterBudget:
     def _ffn_bounds(self, groups: Sequence[int]) -> list[tuple[int, int]]:
         """Bounds on the units of `multiple_of` channels that each layer loses besides its groups; one unit is kept.
 
-        p_min bounds the rate of the layer. p_max bounds the rate of the layer if attention and FFN are tied, and the
-        rate of the FFN otherwise.
+        p_min bounds the rate of the layer, p_max that of the layer if attention and FFN are tied, else that of the FFN.
         """
         if self.whole_ffn:
             return [(0, 0)] * len(groups)
@@ -287,17 +287,16 @@ class ParameterBudget:
 
     def _reachable(self) -> tuple[float, float]:
         limits = [self._group_limit(w.num_key_value_heads) for w in self.shape.dense.layers]
-        total = self.costs.prunable
-        return self._removed([0] * len(limits))[0] / total, self._removed(limits)[1] / total
+        (least, _), (_, most) = self._removed([0] * len(limits)), self._removed(limits)
+        return least / self.costs.prunable, most / self.costs.prunable
 
     def _project_tied(self, rates: Sequence[float], free: Sequence[bool]) -> Rates:
         """Shift the layers' tied rates to mean β, then let the FFN of each layer compensate for its rounded groups."""
         dense = self.shape.dense.layers
         weights = [self.shape.layer_weights(w) for w in dense]
         bounds = [(self.p_min * n, self.p_max * n) for n in weights]
-        total = self.beta * sum(weights)
         wanted = [r * n for r, n in zip(rates, weights, strict=True)]
-        shifted = shift_to_sum(wanted, freed(bounds, wanted, free), total)
+        shifted = shift_to_sum(wanted, freed(bounds, wanted, free), self.beta * sum(weights))
         attention = [removed / n for removed, n in zip(shifted, weights, strict=True)]
         groups = self._round_groups(attention)
         ffn = [
@@ -312,14 +311,15 @@ class ParameterBudget:
         limits = [self._group_limit(w.num_key_value_heads) for w in dense]
         wanted = [r * w.num_key_value_heads for r, w in zip(rates, dense, strict=True)]
         step = self.kv_multiple
-        nearest = [step * math.floor(x / step + 0.5) for x in wanted]
-        groups = [min(max(g, 0), limit) for g, limit in zip(nearest, limits, strict=True)]
-        target, slack = self.beta * self.costs.prunable, self.tolerance * self.costs.prunable
-        while self._removed(groups)[1] < target - slack:
+        groups = [min(max(step * math.floor(x / step + 0.5), 0), most) for x, most in zip(wanted, limits, strict=True)]
+        low, high = (share * self.costs.prunable for share in self._accepted)
+        while self._removed(groups)[1] < low:
             layer = max((i for i, g in enumerate(groups) if g < limits[i]), key=lambda i: wanted[i] - groups[i])
             groups[layer] += step
-        while self._removed(groups)[0] > target + slack:
+        while self._removed(groups)[0] > high:
             layer = min((i for i, g in enumerate(groups) if g > 0), key=lambda i: wanted[i] - groups[i])
+            if self.target and self._removed([g - step * (i == layer) for i, g in enumerate(groups)])[1] < low:
+                break
             groups[layer] -= step
         return groups
 

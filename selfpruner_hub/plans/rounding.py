@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 Saved = Callable[[int, float], float]
 """(layer, units removed) → what that saves; it never falls as the units rise."""
 
+EXACT = 1e-6
+"""Units that sums of savings may be off by."""
+
 
 def _itself(_layer: int, units: float) -> float:
     return units
@@ -48,11 +51,19 @@ def shift_to_sum(
 
 
 def largest_remainder(
-    values: Sequence[float], bounds: Sequence[tuple[int, int]], total: float, saved: Saved = _itself
+    values: Sequence[float],
+    bounds: Sequence[tuple[int, int]],
+    total: float,
+    saved: Saved = _itself,
+    *,
+    reached: bool = False,
 ) -> list[int]:
-    """Round to integers within bounds that save as nearly the total as possible; the largest remainders round up."""
+    """Round to integers within bounds that save as nearly the total as possible; the largest remainders round up.
+
+    With `reached`, they save no less than the total, if their bounds allow it.
+    """
     units = [min(max(math.floor(v + 1e-9), low), high) for v, (low, high) in zip(values, bounds, strict=True)]
-    missing = round(total) - sum(saved(layer, u) for layer, u in enumerate(units))
+    missing = (total if reached else round(total)) - sum(saved(layer, u) for layer, u in enumerate(units))
     while missing:
         step = 1 if missing > 0 else -1
         open_layers = [i for i, u in enumerate(units) if bounds[i][0] <= u + step <= bounds[i][1]]
@@ -66,4 +77,12 @@ def largest_remainder(
                 missing -= change
         if units == before:
             break
+    while reached and missing > EXACT:
+        open_layers = [i for i, u in enumerate(units) if u < bounds[i][1]]
+        if not open_layers:
+            break
+        gains = {i: saved(i, units[i] + 1) - saved(i, units[i]) for i in open_layers}
+        layer = max(open_layers, key=lambda i: (gains[i] > 0, values[i] - units[i]))
+        units[layer] += 1
+        missing -= gains[layer]
     return units

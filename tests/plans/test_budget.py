@@ -4,14 +4,17 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from selfpruner_hub.errors import BudgetError
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.rounding import largest_remainder, shift_to_sum
+from selfpruner_hub.plans.target import Target
 
 SMOLLM2 = ModelShape(hidden_size=576, head_dim=64, queries_per_group=3, dense=Plan.of([1536] * 30, [3] * 30))
 BOUNDS = [(0.0, 0.9), (0.1, 0.9)]  # ours, the paper's
@@ -79,6 +82,40 @@ def test_every_projection_is_on_the_budget(proposal):
         ffn = 1 - kept.intermediate_size / dense.intermediate_size
         assert rate >= budget.p_min - unit / size
         assert (rate if budget.tied else ffn) <= budget.p_max + 1e-9
+
+
+@settings(properties, max_examples=40)
+@given(proposals(tied=False), st.sampled_from(["memory", "kv_cache", "speedup", "latency"]), st.integers(0, 99))
+def test_a_target_is_met_by_every_projection(proposal, quantity, seed):
+    """Costs that rise with the width, unevenly: no plan costs more than the target asks for, and none much less."""
+    budget, rates = proposal
+    shape, channel, chance = budget.shape, 0.0 if quantity == "kv_cache" else 3.0, np.random.default_rng(seed)
+
+    def table(width, cost):
+        return np.cumsum([0.0, *(cost * chance.uniform(0.5, 1.5, width))])
+
+    attention = tuple(table(w.num_key_value_heads, 50.0) for w in shape.dense.layers)
+    costs = Costs(attention, tuple(table(w.intermediate_size, channel) for w in shape.dense.layers), 100.0)
+    wanted = costs.dense - budget.beta * costs.prunable
+    assume(wanted > 1)
+    value = costs.dense / wanted if quantity == "speedup" else wanted
+    target = Target(quantity, value, "abacus")
+    try:
+        limited = ParameterBudget.for_target(shape, costs, target, p_max=budget.p_max, multiple_of=budget.multiple_of)
+    except BudgetError:
+        assume(False)
+    plan = limited.project(rates)
+    assert costs.of(plan) <= wanted * (1 + 1e-6)
+    assert limited.removed_share(plan) <= limited.beta + 2 * limited.tolerance + 1e-6
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.99, 15), (0.6, 9), (0.5, 8)])
+def test_a_cache_between_two_numbers_of_groups_is_the_smaller_one(share, kept):
+    shape = ModelShape(32, 4, 2, Plan.of([48] * 4, [4] * 4))
+    costs = Costs.linear(shape, group=64.0, channel=0.0, unit="bytes")
+    budget = ParameterBudget.for_target(shape, costs, Target("kv_cache", share, "torch"))
+    plan = budget.project(budget.spread([budget.beta] * 4))
+    assert sum(w.num_key_value_heads for w in plan.layers) == kept
 
 
 @properties
