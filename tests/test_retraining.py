@@ -39,7 +39,9 @@ def test_a_recovered_model_is_saved_with_what_was_done(saved_model, text, tmp_pa
     pruned = PrunedModel.from_pretrained(saved_model)
     pruned.report = replace(pruned.report, metrics={"perplexity": Metric(3.0, None, "once")})
     before = copy.deepcopy(pruned.model.state_dict())
-    better = pruned.recover(tiny_model("llama", **PARENT), tokens=16 * 128, data=f"self+{text}", progress=False, seed=4, **SETTINGS)
+    better = pruned.recover(
+        tiny_model("llama", **PARENT), tokens=16 * 128, data=f"self+{text}", progress=False, seed=4, **SETTINGS
+    )
     assert better is not pruned
     assert pruned.report.recovery == {}
     assert all(torch.equal(value, before[name]) for name, value in pruned.model.state_dict().items())
