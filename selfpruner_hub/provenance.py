@@ -12,7 +12,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.texts import RunTexts
-from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.weights import count_parameters, weights_hash
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.costs import Costs
@@ -55,16 +54,11 @@ def fingerprint(model: PreTrainedModel, request: Request) -> dict[str, Any]:
     Returns:
         The settings for the journal's header, JSON-serialisable.
     """
-    shape, method, texts = shape_of(model.config), request.method, request.texts
+    method, texts = request.method, request.texts
     return {
         "model": request.name,
         "weights": weights_hash(model),
-        "shape": {
-            "hidden_size": shape.hidden_size,
-            "head_dim": shape.head_dim,
-            "queries_per_group": shape.queries_per_group,
-            **widths_of(shape.dense),
-        },
+        "shape": request.budget.shape.record(),
         "dtype": str(model.dtype),
         "beta": request.budget.beta,
         "seed": request.seed,

@@ -44,8 +44,7 @@ def removed(widths: dict[str, list[int]], rates: Iterable[float], shape: dict[st
     if shape is None:
         rows = [(str(i), "layer", 100 * rate) for i, rate in enumerate(rates, 1)]
         return pd.DataFrame(rows, columns=REMOVED)
-    hidden, head, queries = shape["hidden_size"], shape["head_dim"], shape["queries_per_group"]
-    group, channel = 2 * hidden * head * (queries + 1), 3 * hidden  # weights: q, k, v, o of a group; gate, up, down
+    group, channel = shape["group_weights"], shape["channel_weights"]
     rows = []
     for i, (ffn, groups) in enumerate(zip(shape["intermediate_size"], shape["num_key_value_heads"], strict=True)):
         whole = group * groups + channel * ffn

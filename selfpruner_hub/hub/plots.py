@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
-from selfpruner_hub.plans.plan import ModelShape, plan_of
+from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.search.journal import JOURNAL_FILE, read_journal
 from selfpruner_hub.search.journal_lines import ProbeLine, ScoreLine
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, read_record
@@ -44,7 +44,7 @@ def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS)
     scores = [line for line in lines if isinstance(line, ScoreLine)]
     if not any(score.share == 1 and math.isfinite(score.fitness) for score in scores):
         raise RunMismatchError(f"{path} holds no complete score yet.", "Let the search run on.")
-    shape = _shape(settings)
+    shape = ModelShape.of_record(settings["shape"])
     pictures = {
         "search": _curve([line for line in lines if isinstance(line, ScoreLine | ProbeLine)], settings),
         "population": _population(scores, shape),
@@ -63,12 +63,6 @@ def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS)
     except OSError as error:
         raise OutputError(f"Cannot write {str(output)!r}: {error.strerror}.", "Choose another output.") from error
     return written
-
-
-def _shape(settings: dict[str, Any]) -> ModelShape:
-    known = settings["shape"]
-    dense = plan_of(known)
-    return ModelShape(known["hidden_size"], known["head_dim"], known["queries_per_group"], dense)
 
 
 def _best(scores: Sequence[ScoreLine]) -> ScoreLine:

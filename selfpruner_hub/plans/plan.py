@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MULTIPLES = (128, 64, 32, 16, 8)
 """Numbers that hardware likes FFN widths to be multiples of. Most kernels of tensor cores need rows of 16 bytes, 8
@@ -60,6 +61,24 @@ class ModelShape:
     """Number of weight matrices of an FFN: 3 with a gate, else 2."""
     whole_attention: bool = False
     """Whether every layer keeps all of its KV groups."""
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> ModelShape:
+        """Build a geometry from the format of files, as `record` returns it."""
+        names = ("hidden_size", "head_dim", "queries_per_group", "ffn_matrices")
+        return cls(**{name: record[name] for name in names}, dense=plan_of(record))
+
+    def record(self) -> dict[str, Any]:
+        """The geometry in the format of files, with the weights of a KV group and of an FFN channel for its readers."""
+        return {
+            "hidden_size": self.hidden_size,
+            "head_dim": self.head_dim,
+            "queries_per_group": self.queries_per_group,
+            "ffn_matrices": self.ffn_matrices,
+            "group_weights": self.group_weights,
+            "channel_weights": self.channel_weights,
+            **widths_of(self.dense),
+        }
 
     @property
     def num_layers(self) -> int:

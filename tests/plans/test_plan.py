@@ -1,6 +1,7 @@
 """Plans count weights as the tensors do, and their rates average to β."""
 
-from dataclasses import FrozenInstanceError
+import json
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 from hypothesis import given, settings
@@ -95,3 +96,12 @@ def test_beta_is_the_mean_of_the_rates_by_weight(pruned):
     mean = sum(r * n for r, n in zip(rates, sizes, strict=True)) / sum(sizes)
     assert shape.beta(plan) == pytest.approx(mean, abs=1e-9)
     assert shape.rates(shape.dense) == (0,) * shape.num_layers
+
+
+@pytest.mark.parametrize("matrices", [2, 3])
+def test_a_shape_is_filed_with_what_a_group_and_a_channel_weigh(matrices):
+    shape = replace(SMOLLM2, ffn_matrices=matrices)
+    record = json.loads(json.dumps(shape.record()))
+    assert ModelShape.of_record(record) == shape
+    assert record["channel_weights"] == matrices * 576
+    assert record["group_weights"] == 2 * 576 * 64 * 4

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from support.hub_server import check_yaml
 
 from selfpruner_hub.hub.space import VENDORED, space_files
-from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.plan import ModelShape, Plan, widths_of
 from selfpruner_hub.search.journal import read_journal
 from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import read_record
@@ -135,10 +135,16 @@ def test_what_was_removed_is_what_the_record_says(space, saved_models):
     table = facts.removed(record.widths, record.rates, shape)
     whole = table.groupby("layer", sort=False)["removed"].sum().tolist()
     assert whole == pytest.approx([100 * rate for rate in record.rates], abs=1e-3)
-    dense = Plan.of(shape["intermediate_size"], shape["num_key_value_heads"])
-    model = ModelShape(shape["hidden_size"], shape["head_dim"], shape["queries_per_group"], dense)
-    assert whole == pytest.approx([100 * rate for rate in model.rates(record.plan)])
+    assert whole == pytest.approx([100 * rate for rate in ModelShape.of_record(shape).rates(record.plan)])
     assert facts.removed(record.widths, record.rates, None)["removed"].tolist() == pytest.approx(whole, abs=1e-3)
+
+
+def test_what_was_removed_of_ffns_without_a_gate(space):
+    shape = ModelShape(16, 4, 1, Plan.of([64] * 2, [4] * 2), ffn_matrices=2)
+    kept = Plan.of([16, 64], [4, 1])
+    table = space("facts").removed(widths_of(kept), shape.rates(kept), shape.record())
+    whole = table.groupby("layer", sort=False)["removed"].sum().tolist()
+    assert whole == pytest.approx([100 * rate for rate in shape.rates(kept)])
 
 
 def test_the_curve_of_a_search(space):
