@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from selfpruner_hub.errors import SavedModelError
+from selfpruner_hub.errors import OutputError, SavedModelError
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import Target
@@ -20,6 +21,7 @@ from selfpruner_hub.storage.staging import write_atomically
 from selfpruner_hub.storage.versioned_json import parse_versioned
 
 SCHEMA_VERSION = 1
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,22 +111,22 @@ class CostTable:
 
 
 def folder() -> Path:
-    """Directory of the tables of this user on this machine."""
+    """Directory of the tables of this user on this machine; `RuntimeError` where the user has no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfpruner_hub" / "costs"
 
 
 def read_table(key: Mapping[str, Any]) -> CostTable | None:
     """Read the table with a key; None where there is none that can be read."""
-    path = _path(key)
     try:
+        path = _path(key)
         table = CostTable.from_json(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, SavedModelError):  # measured again, and replaced
+    except (OSError, RuntimeError, UnicodeDecodeError, SavedModelError):  # measured again, and replaced
         return None
     return table if table.key == key else None
 
 
 def keep_table(key: Mapping[str, Any], points: Sequence[Point]) -> CostTable:
-    """Write a table where `read_table` finds it, and return it.
+    """Make a table, and write it where `read_table` finds it; where that cannot be written, warn.
 
     Args:
         key: What the table is for, as JSON values.
@@ -132,12 +134,12 @@ def keep_table(key: Mapping[str, Any], points: Sequence[Point]) -> CostTable:
 
     Returns:
         The table.
-
-    Raises:
-        OutputError: The file cannot be written.
     """
-    table, path = CostTable(dict(key), tuple(points)), _path(key)
-    write_atomically(path, table.to_json())
+    table = CostTable(dict(key), tuple(points))
+    try:
+        write_atomically(_path(key), table.to_json())
+    except (OutputError, RuntimeError) as error:
+        logger.warning("The costs are measured again in the next run: %s", getattr(error, "message", error))
     return table
 
 

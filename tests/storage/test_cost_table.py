@@ -1,5 +1,6 @@
 """Tables of costs: fitted to what was measured, and kept for the next run."""
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -74,3 +75,17 @@ def test_a_table_is_kept_for_its_key_alone(tmp_path, monkeypatch):
         assert read_table(KEY) is None
         with pytest.raises(SavedModelError):
             CostTable.from_json(damage, "table")
+
+
+def test_a_table_that_cannot_be_kept_is_used(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING, "selfpruner_hub"):
+        assert keep_table(KEY, points()) == CostTable(KEY, tuple(points()))
+    assert read_table(KEY) is None
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(cost_table.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert (read_table(KEY), keep_table(KEY, points()).key) == (None, KEY)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert all(line.startswith("The costs are measured again in the next run: ") for line in said)
