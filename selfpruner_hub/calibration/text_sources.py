@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -109,11 +110,49 @@ def entries(source: Any, split: str = "train") -> Iterator[Entry]:
         yield from _hub_texts(source, split)
     elif isinstance(source, (str, Path)):
         yield from _file_entries(source)
-    elif isinstance(source, Iterable):
+    else:
+        _check_object(source)
+        number = 0
         for number, value in enumerate(source, 1):
             yield _entry(value, f"data, entry {number}")
-    else:
-        raise _unknown(source)
+        if not number:
+            raise DataError(f"data is a {type(source).__name__} without entries.", "An iterator gives them only once.")
+
+
+def is_file(source: Any) -> bool:
+    """Whether a source names a file that is there."""
+    try:
+        return isinstance(source, (str, Path)) and Path(source).is_file()
+    except OSError:  # the name is too long, for example the text itself
+        return False
+
+
+def _check_object(source: Any) -> None:
+    """Refuse objects that would be read as something else than was meant."""
+    if isinstance(source, Mapping):  # a datasets.DatasetDict is one
+        raise DataError(
+            f"data is a {type(source).__name__} of {', '.join(map(repr, list(source)[:4])) or 'nothing'}, not a text.",
+            'Give one of its parts, such as data["train"].',
+        )
+    if not isinstance(source, Iterable):
+        raise DataError(
+            f"data is a {type(source).__name__}, not a text.",
+            "Give a name, a path, or a list of texts or conversations.",
+        )
+    if isinstance(source, Sequence) and source and all(map(_names_source, source)):
+        joined = "+".join(map(str, source[:2]))
+        raise DataError(
+            f"data is a {type(source).__name__} of names of texts, where texts themselves belong.",
+            f'Join the names by +, as in data="{joined}".',
+        )
+    if isinstance(source, Generator) and inspect.getgeneratorstate(source) != inspect.GEN_CREATED:
+        raise DataError(
+            "data is a generator that was read before.", "Give a new one, or a list, which can be read again."
+        )
+
+
+def _names_source(value: Any) -> bool:
+    return is_file(value) or (isinstance(value, str) and value in (*HUB_SOURCES, *GENERATED))
 
 
 def name_of(source: Any) -> str:

@@ -307,7 +307,7 @@ def test_conversations_need_a_template():
 def test_too_few_conversations():
     with pytest.raises(DataError, match="'list' has only 72 tokens in whole windows; 240 are needed"):
         chat_windows(TALKS[:3], tokens=240)
-    with pytest.raises(DataError, match="only 0 tokens"):
+    with pytest.raises(DataError, match="data is a list without entries"):
         chat_windows([], tokens=240)
 
 

@@ -1,6 +1,7 @@
 """Texts and conversations of a source: from files, lists and data sets, and one clear line for what is neither."""
 
 import json
+import re
 
 import datasets
 import pytest
@@ -176,7 +177,7 @@ def test_half_of_an_emoji_is_read_as_a_replacement_character(lines):
 
 @pytest.mark.parametrize("source", [5, 0.5, object()], ids=str)
 def test_what_is_neither_a_path_nor_a_list_is_refused(source):
-    with pytest.raises(DataError, match="Unknown data"):
+    with pytest.raises(DataError, match=", not a text"):
         list(entries(source))
 
 
@@ -228,3 +229,49 @@ def test_of_a_long_file_only_the_beginning_is_read(short_pieces, tmp_path):
     assert len(asked) == 2
     with pytest.raises(DataError, match="not UTF-8"):
         encode(entries(path), counting, limit=1 << 20)
+
+
+def of_texts(*texts):
+    yield from texts
+
+
+def begun(source):
+    next(source)
+    return source
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (["{file}", "{file}"], 'a list of names of texts, .*Join the names by \\+, as in data="{file}\\+{file}"'),
+        (("{file}", "wikitext2"), "a tuple of names of texts"),
+        (["chat"], 'a list of names .*data="chat"'),
+        (
+            datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})}),
+            r"DatasetDict of 'train'.*data\[",
+        ),
+        ({"text": "a"}, "data is a dict of 'text', not a text"),
+        (5, "data is a int, not a text"),
+        ([], "data is a list without entries"),
+        (iter([]), "a list_iterator without entries"),
+        (begun(of_texts("a", "b")), "a generator that was read before"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_objects_that_are_no_texts(source, said, tmp_path):
+    """Most of them are iterables of strings, and would be read as such."""
+    (tmp_path / "a.txt").touch()
+    if isinstance(source, (list, tuple)):
+        source = type(source)(each.format(file=tmp_path / "a.txt") for each in source)
+    with pytest.raises(DataError, match=said.replace("{file}", re.escape(str(tmp_path / "a.txt")))) as caught:
+        list(entries(source))
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_texts_are_no_names(tmp_path, monkeypatch):
+    """Not even if some of them are."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bees").touch()
+    for texts in (["bees", "make honey"], ("x" * 5000,), of_texts("bees")):
+        assert all(isinstance(each, str) for each in entries(texts))
