@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.hub.space import DENSE
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.export_record import ExportRecord, read_export
-from selfpruner_hub.storage.layout import EXPORTS, PLOTS, TEMPLATES, TOKENIZER
+from selfpruner_hub.storage.layout import EXPORTS, PLOTS, TEMPLATES, TOKENIZER, weight_files
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import save_directory
 
@@ -163,12 +162,7 @@ def _within(folder: Path, root: Path) -> dict[str, Path]:
 
 
 def _check_whole(directory: Path, files: dict[str, Path]) -> None:
-    index = files.get("model.safetensors.index.json")
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index else set()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise SavedModelError(f"{index} is damaged.", "Save the model again.") from error
-    needed = [*NEEDED, *(sorted(shards) or ["model.safetensors"])]
+    needed = [*NEEDED, *weight_files(directory)]
     if missing := [name for name in needed if name not in files]:
         raise SavedModelError(f"{str(directory)!r} is not a whole model: {missing[0]} is missing.", "Save it again.")
     for name in needed[len(NEEDED) :]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -25,7 +24,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
@@ -34,7 +32,7 @@ from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, 
 from selfpruner_hub.models.patching import gguf_read_once
 from selfpruner_hub.models.placement import stream_layers
 from selfpruner_hub.models.unsupported import refuse_quantized
-from selfpruner_hub.storage.layout import EXPORTS, PLOTS
+from selfpruner_hub.storage.layout import EXPORTS, PLOTS, weight_files
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 from selfpruner_hub.storage.tokenizer_files import load_tokenizer
 
@@ -110,6 +108,7 @@ def _loaded(
         config = _config_to_load(config, kwargs)
     try:
         if not store.on_disk:
+            weight_files(Path(name) / kwargs.get("subfolder", ""))  # none of them is elsewhere
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
             model, found = loaded
         else:
@@ -212,12 +211,10 @@ def _one_by_one(
         raise UserError(_OFFLOADED, "Leave out GGUF files and quantization.")
     where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     directory = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_WEIGHTS, **where))
-    index = directory / SAFE_WEIGHTS_INDEX_NAME
-    files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {SAFE_WEIGHTS_NAME}
     named: Any = config.dtype if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    for file in sorted(files):
+    for file in weight_files(directory):
         with safe_open(directory / file, "pt") as opened:
             keys = list(opened.keys())
         for key in keys:

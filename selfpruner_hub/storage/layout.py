@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from selfpruner_hub.errors import SavedModelError
 
 PLOTS = "plots"
 EXPORTS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
@@ -23,6 +26,31 @@ TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
 """Names of its chat templates: a file, and a folder of further ones."""
 GENERATION = "generation_config.json"
 """Name of the file of generation settings."""
+
+
+def weight_files(directory: Path) -> list[str]:
+    """List the files of weights of a saved model.
+
+    Args:
+        directory: Directory of the model.
+
+    Returns:
+        Names of the shards of its index, or that of the only file.
+
+    Raises:
+        SavedModelError: The index is damaged, or names files outside the directory.
+    """
+    index = directory / "model.safetensors.index.json"
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in shards if Path(name).is_absolute() or ".." in Path(name).parts]
+    except FileNotFoundError:
+        shards, outside = [], []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SavedModelError(f"{index} is damaged.", "Save or download the model again.") from error
+    if outside:
+        raise SavedModelError(f"{index} names weights outside of the model: {outside[0]!r}.", "Do not use this model.")
+    return shards or ["model.safetensors"]
 
 
 def asset(name: str) -> Path:

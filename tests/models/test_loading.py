@@ -15,7 +15,7 @@ from support.trained import VOCABULARY, trained_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from exporters.to_gguf.writer import write
-from selfpruner_hub.errors import ModelError, UnsupportedArchitectureError
+from selfpruner_hub.errors import ModelError, SavedModelError, UnsupportedArchitectureError
 from selfpruner_hub.models import loading, patching
 from selfpruner_hub.models.architectures import ARCHITECTURES
 from selfpruner_hub.models.loading import explain, load_model, resolve_directory
@@ -33,6 +33,16 @@ def intact(tmp_path_factory):
 def model(intact, tmp_path):
     """A copy of an intact model, to be damaged."""
     return shutil.copytree(intact, tmp_path / "model")
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/tmp/outside.safetensors"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_index_that_names_files_elsewhere(offload, file, model, tmp_path):
+    (model / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    names = dict.fromkeys(load_file(tmp_path / "outside.safetensors"), file)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    store = {"store": DiskStore(tmp_path)} if offload else {}
+    assert f"names weights outside of the model: '{file}'" in refusal(model, SavedModelError, **store)
 
 
 def refusal(name, error=ModelError, **kwargs):
