@@ -24,7 +24,7 @@ from exporters.writer import Writer, one_of
 from selfpruner_hub.errors import ExportError, OutputError, UserError
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
-from selfpruner_hub.models.weights import count_parameters, weights_hash
+from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import check_replaceable, check_writable, output_path, save_directory
@@ -79,7 +79,7 @@ def export(
     model, tokenizer = load_model(name, device="cpu", **keywords)
     pruned = type(model) in MODEL_CLASSES.values()
     record = read_record(resolve_directory(name, **keywords)) if pruned else None
-    called = Path(name).name if Path(name).exists() else name
+    called = Path(name).resolve().name if Path(name).exists() else name
     details: dict[str, Any] = {"name": called, "record": record, "tolerance": tolerance, "progress": progress}
     return export_model(model, tokenizer, to, output, overwrite=overwrite, consume=True, **details, **options)
 
@@ -124,7 +124,7 @@ def export_model(
     write, output = _check(to, options, output, overwrite)
     if model.dtype != torch.float32 or model.device.type != "cpu":
         model, consume = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32), True
-    source = {"name": name, **identity(model)}
+    source = {"name": name, **identity_of(model)}
     with save_directory(output) as staging:
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
@@ -162,15 +162,6 @@ def export_model(
         (staging / EXPORT_RECORD_FILE).write_text(sidecar.to_json(), encoding="utf-8")
     progress(EXPORTING, len(STAGES), len(STAGES), "done")
     return output
-
-
-def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What tells the model of an export from others: `model_type`, `parameters` (their number) and `weights_hash`."""
-    return {
-        "model_type": model.config.model_type,
-        "parameters": count_parameters(model),
-        "weights_hash": weights_hash(model),
-    }
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.export import identity
 from exporters.parity import Step, divergence, greedy, logit_difference
 from exporters.to_gguf.dtypes import DTYPES
 from exporters.to_gguf.llama_cpp import Answer, LlamaCpp, check_tokens, difference
@@ -26,12 +25,15 @@ from exporters.to_tensorrt.causal_lm import ENGINE, TensorRtCausalLM, check_fits
 from exporters.writer import one_of, require
 from selfpruner_hub.errors import ExportError, ModelError, SavedModelError, UserError
 from selfpruner_hub.models.loading import is_repo_id, load_model
+from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.storage.export_record import ExportRecord, read_export
 from selfpruner_hub.storage.layout import EXPORTS
 
 VERIFYING = "verifying"
 NEEDED = {"onnx": "onnxruntime", "openvino": "openvino", "gguf": "xllamacpp"}
 """Library that runs a format, where the extra of the format's name installs it."""
+HASHES = ("configuration", "weights")
+"""Parts of the identity of a model that mean nothing to a reader."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,9 @@ def _find_model(directory: Path, record: ExportRecord) -> str:
 
 def _check_same(model: PreTrainedModel, record: ExportRecord, name: str) -> None:
     """Refuse another model than the one that was exported."""
-    for key, value in identity(model).items():
-        if record.source.get(key, value) != value:  # older records have no hash
-            shown = "other weights" if key == "weights_hash" else f"{key} {value}, not {record.source[key]}"
+    for key, value in identity_of(model).items():
+        if record.source.get(key) != value:
+            shown = f"other {key}" if key in HASHES else f"{key} {value}, not {record.source.get(key)}"
             raise SavedModelError(
                 f"{name!r} is not the model that was exported: it has {shown}.",
                 "Name that model with --model, or export this one.",

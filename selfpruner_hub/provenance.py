@@ -12,7 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.texts import RunTexts
-from selfpruner_hub.models.weights import count_parameters, weights_hash
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.models.weights import count_parameters, identity_of
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import Plan, widths_of
@@ -30,6 +31,8 @@ class Request:
 
     name: str
     """Name of the dense model."""
+    identity: dict[str, Any]
+    """Identity of the dense model, as `models.weights.identity_of` returns it."""
     budget: ParameterBudget
     """Parameter budget of the search."""
     method: PruneSettings
@@ -44,11 +47,10 @@ class Request:
     """Licence of the dense model, as `licences.licence_of` returns it."""
 
 
-def fingerprint(model: PreTrainedModel, request: Request) -> dict[str, Any]:
+def fingerprint(request: Request) -> dict[str, Any]:
     """Collect every setting that changes the course of a search; a run directory belongs to one such set.
 
     Args:
-        model: Dense model.
         request: What the run is asked to do; its unseen text has no influence on the search, and is left out.
 
     Returns:
@@ -57,9 +59,8 @@ def fingerprint(model: PreTrainedModel, request: Request) -> dict[str, Any]:
     method, texts = request.method, request.texts
     return {
         "model": request.name,
-        "weights": weights_hash(model),
+        **request.identity,
         "shape": request.budget.shape.record(),
-        "dtype": str(model.dtype),
         "beta": request.budget.beta,
         "seed": request.seed,
         "proposer": request.proposer,
@@ -71,7 +72,6 @@ def fingerprint(model: PreTrainedModel, request: Request) -> dict[str, Any]:
 
 
 def describe(
-    dense: PreTrainedModel,
     pruned: PreTrainedModel,
     request: Request,
     found: Found,
@@ -80,7 +80,6 @@ def describe(
     """Make the record of a pruned model.
 
     Args:
-        dense: Dense parent.
         pruned: Pruned model.
         request: What the run was asked to do.
         found: Result of the search, and its gains.
@@ -103,7 +102,8 @@ def describe(
         achieved_beta=round(budget.shape.beta(plan), 6),
         rates=tuple(round(rate, 6) for rate in budget.shape.rates(plan)),
         widths=widths_of(plan),
-        parameters={"dense": count_parameters(dense), "pruned": count_parameters(pruned)},
+        parameters={"dense": request.identity["parameters"], "pruned": count_parameters(pruned)},
+        parent=request.identity,
         method={**method.record(), **_target(budget, plan)},
         seed=request.seed,
         proposer={
@@ -133,6 +133,27 @@ def describe(
             ),
         },
     )
+
+
+def check_parent(record: Record, dense: PreTrainedModel, name: str) -> None:
+    """Refuse a model that is not the one that a pruned model was made from.
+
+    Args:
+        record: Record of the pruned model.
+        dense: Model that is taken for its parent; weights of another dtype than the parent's, or that cannot be read,
+            are not compared.
+        name: Name of that model, for the message.
+
+    Raises:
+        UserError: It is another model.
+    """
+    found, parent = identity_of(dense), {"parameters": record.parameters["dense"], **record.parent}
+    unread = ("dtype", "weights") if found["dtype"] != parent.get("dtype") or not found["weights"] else ("dtype",)
+    if different := [key for key in parent if key not in unread and found[key] != parent[key]]:
+        raise UserError(
+            f"{name!r} is not {record.base_model!r}, the parent of this model: other {' and '.join(different)}.",
+            "Give the model that was pruned.",
+        )
 
 
 def _target(budget: ParameterBudget, plan: Plan | None = None) -> dict[str, Any]:

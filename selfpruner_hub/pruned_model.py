@@ -22,6 +22,7 @@ from selfpruner_hub.hub.publish import STATIC, Published, check_request, publish
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.provenance import check_parent
 from selfpruner_hub.retraining import Retraining
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -114,8 +115,10 @@ class PrunedModel(Retraining):
 
         Raises:
             DataError: The text is unreadable or too short, or the model has no tokenizer.
-            UserError: The perplexity is not finite.
+            UserError: The perplexity is not finite, or `dense` is not the model that was pruned.
         """
+        if dense is not None:
+            check_parent(self.report, dense, "dense")
         corpus = consecutive_windows(data, self.tokenizer, window, windows)
         teacher = None if dense is None else teach(dense, corpus.windows, counted=corpus.counted)
         found = text_figures(self.model, corpus, teacher)

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.aim import aim_of
+from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
 from selfpruner_hub.effort import with_effort
 from selfpruner_hub.errors import UserError
@@ -22,6 +23,8 @@ from selfpruner_hub.models.devices import check_one_device, described
 from selfpruner_hub.models.loading import is_repo_id, load_model
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.unsupported import refuse_quantized
+from selfpruner_hub.models.weights import identity_of
+from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import Request, describe, fingerprint
@@ -60,16 +63,30 @@ class AutoPruner:
         licence: dict[str, str] | None = None,
         store: TensorStore = MEMORY,
     ) -> None:
-        refuse_quantized(model.config, name)
-        if not streams(model):
-            check_one_device(model)
-        self._store = store
+        self.name = name
         self.model = model
         self.tokenizer = tokenizer
-        self.name = name
         self.licence = licence or {}
-        self.shape = shape_of(model.config)
-        self._texts = Texts(model, tokenizer)
+        self._store = store
+        self._known: dict[str, tuple[int, Corpus]] = {}
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Dense model; another one may be assigned."""
+        return self._model
+
+    @model.setter
+    def model(self, model: PreTrainedModel) -> None:
+        shape_of(model.config)  # fails where the architecture is not supported
+        refuse_quantized(model.config, self.name)
+        if not streams(model):
+            check_one_device(model)
+        self._model = model
+
+    @property
+    def shape(self) -> ModelShape:
+        """Prunable geometry of the dense model."""
+        return shape_of(self.model.config)
 
     @classmethod
     def from_pretrained(
@@ -108,7 +125,7 @@ class AutoPruner:
             raise UserError(f"base_model must name a Hub repository, OWNER/NAME; got {base_model!r}.")
         store = MEMORY if offload_folder is None else DiskStore(offload_folder)
         model, tokenizer = load_model(name, quantized=False, store=store, device=device, **kwargs)
-        called = base_model or (Path(name).name if Path(name).exists() else name)
+        called = base_model or (Path(name).resolve().name if Path(name).exists() else name)
         licence = licence_of(name, **kwargs) or (licence_of(base_model) if base_model else {})
         return cls(model, tokenizer, called, licence, store)
 
@@ -206,9 +223,10 @@ class AutoPruner:
             asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
             run = Run(self._store, checkpoints, report, seed, executor)
             data = PLAIN_DATA if data is None and preset == "paper" else data
-            texts = self._texts.read(data, method, run)
-            asked_for = Request(self.name, budget, method, seed, asked.name, texts, self.licence)
-            search_id = fingerprint(self.model, asked_for)
+            identity = identity_of(self.model)
+            texts = Texts(self.model, self.tokenizer, self._known, identity).read(data, method, run)
+            asked_for = Request(self.name, identity, budget, method, seed, asked.name, texts, self.licence)
+            search_id = fingerprint(asked_for)
             journal = Journal(folder, search_id)
             run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))
 
@@ -221,5 +239,5 @@ class AutoPruner:
             if method.repairs_twice:
                 compensate(self.model, model, calibration, inputs=method.repair_gate_up, fisher=fisher, run=run)
             scale = match_confidence(self.model, model, texts.search.windows, report) if method.confidence else 1.0
-            record = aim.measured(describe(self.model, model, asked_for, found, scale), budget, model, report)
+            record = aim.measured(describe(model, asked_for, found, scale), budget, model, report)
         return PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)

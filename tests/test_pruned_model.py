@@ -147,7 +147,7 @@ def test_what_is_no_trained_form_of_it_is_refused(spoil, how, said, saved_model)
 
 def test_what_it_measures_is_in_its_record(saved_model, tmp_path):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
-    pruned, dense = PrunedModel.from_pretrained(saved_model), tiny_model("llama")
+    pruned, dense = PrunedModel.from_pretrained(saved_model), tiny_model("llama", num_hidden_layers=2)
     found = pruned.evaluate(str(tmp_path / "text.txt"), window=16, windows=8, dense=dense)
     assert set(found) == {"perplexity (16)", "KL (16)"}
     alone = pruned.evaluate(str(tmp_path / "text.txt"), window=16, windows=8)

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 from support.chat import chat_tokenizer
-from support.tiny import tiny_model, tiny_tokenizer
-from transformers import AutoTokenizer
+from support.tiny import save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from selfpruner_hub import AutoPruner
 from selfpruner_hub.calibration.corpus import Corpus
-from selfpruner_hub.errors import DataError, RunMismatchError
+from selfpruner_hub.errors import DataError, RunMismatchError, UnsupportedArchitectureError
 from selfpruner_hub.provenance import describe
 from selfpruner_hub.search.proposers import RandomProposer
 from selfpruner_hub.settings import SEARCH
@@ -32,9 +32,9 @@ def texts(monkeypatch):
     """Prune, and give the record and the windows that were calibrated and scored on."""
     found = []
 
-    def spy(dense, pruned, request, *results):
+    def spy(pruned, request, *results):
         found[:] = request.texts[:2]
-        return describe(dense, pruned, request, *results)
+        return describe(pruned, request, *results)
 
     monkeypatch.setattr("selfpruner_hub.pruner.describe", spy)
 
@@ -213,3 +213,16 @@ def test_widths_are_multiples_that_hardware_likes_unless_another_is_asked_for(as
     )  # fmt: skip
     assert made.report.method["multiple_of"] == multiple
     assert math.gcd(384, *(w.intermediate_size for w in made.plan.layers)) % multiple == 0
+
+
+def test_the_name_of_the_present_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(save_tiny("llama", tmp_path / "mine"))
+    assert AutoPruner.from_pretrained(".", device="cpu").name == "mine"
+
+
+def test_a_model_that_is_assigned_is_checked_as_the_first_is():
+    pruner = AutoPruner(tiny_model("llama"), None, "tests/llama")
+    with pytest.raises(UnsupportedArchitectureError):
+        pruner.model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
+    pruner.model = tiny_model("qwen2", num_hidden_layers=2)
+    assert pruner.shape.num_layers == 2

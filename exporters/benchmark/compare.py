@@ -138,7 +138,7 @@ def benchmark(
         memory = [worker.memory() for worker in workers]  # of the timed passes: logits of whole windows take more
         quality = [None if read is None else _quality(worker, read) for worker in workers]
     dense, own = (
-        Side(Path(name).name if Path(name).exists() else name, workload_of(config), used, found)
+        Side(Path(name).resolve().name if Path(name).exists() else name, workload_of(config), used, found)
         for name, config, used, found in zip(names, configs, memory, quality, strict=True)
     )
     return Report(

@@ -25,6 +25,7 @@ from exporters.writer import one_of, require
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import model_class, shape_of
 from selfpruner_hub.models.modeling_selfpruned import WIDTHS
+from selfpruner_hub.models.weights import configuration_hash, count_parameters
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape, widths_of
 from selfpruner_hub.plans.target import Target
@@ -257,6 +258,8 @@ class RuntimeMeter:
             "head_dim": shape.head_dim,
             "queries_per_group": shape.queries_per_group,
             "vocab_size": model.config.vocab_size,
+            "parameters": count_parameters(model),
+            "configuration": configuration_hash(model.config),
             **widths_of(shape.dense),
             "runtime": self.name,
             "dtype": self._dtype(model, device),

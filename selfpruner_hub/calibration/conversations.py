@@ -190,7 +190,7 @@ def _answered(prompt: list[int], answer: list[int], closing: list[int]) -> Conve
     return Conversation((*prompt, *answer, *rest), answered)
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
     """Token ids that end a turn, from the model's configurations and its tokenizer."""
     found: set[int] = set()
     configs = (model.config, getattr(model, "generation_config", None), tokenizer)

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -42,6 +43,18 @@ def start_ids(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     )
     before = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
     return whole[:before]
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Hash all that decides which tokens a tokenizer makes of texts and, through its template, of conversations."""
+    if tokenizer is None:
+        return ""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    known = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    for passing in ("truncation", "padding"):  # of its last call
+        known.pop(passing, None)
+    whole = (known, tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None), start_ids(tokenizer))
+    return sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:

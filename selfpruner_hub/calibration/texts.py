@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Mapping
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import has_chat_template
+from selfpruner_hub.calibration.conversations import end_tokens
 from selfpruner_hub.calibration.corpus import Corpus, load_corpus, sources_of
-from selfpruner_hub.calibration.text_sources import GENERATED, start_ids
+from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, is_file, tokenizer_hash
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.models.weights import weights_hash
+from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import Run
 
@@ -34,16 +38,25 @@ class RunTexts(NamedTuple):
 
 
 class Texts:
-    """Reads or generates the texts of runs with one model, and keeps them, so that runs at other β use the same texts.
+    """Reads or generates the texts of runs, and keeps them, so that runs at other β use the same texts.
 
     Args:
         model: The dense model, which writes `"self"` and `"chat"`.
         tokenizer: Its tokenizer; None allows only `"self"`.
+        known: Texts that were read before, by their identity; they are used again, and new ones are added.
+        identity: Identity of the model (`models.weights.identity_of`); None finds it out where a text depends on it.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        known: dict[str, tuple[int, Corpus]] | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._known: dict[tuple[Any, ...], tuple[Any, int, Corpus]] = {}
+        self._known = {} if known is None else known
+        self._identity_of_model = identity
 
     def read(self, data: Any, method: PruneSettings, run: Run) -> RunTexts:
         """Return the texts of one run.
@@ -89,14 +102,16 @@ class Texts:
         window = min(method.window, getattr(self._model.config, "max_position_embeddings", method.window))
         tokens = method.calibration_tokens, method.fitness_tokens
         wanted = [max(1, -(-int(share * n) // window)) * window for n in tokens]
-        key = (source if isinstance(source, str) else id(source), run.seed, window, *wanted)
+        identity = self._identity(source)
+        key = json.dumps([identity, run.seed, window, *wanted])
         # Text that is read always includes spare text, so the calibration text is the same with and without a search.
         # Spare text that the model writes would take minutes, so it is generated only for a search.
         spare = wanted[1] if method.evaluations or not _is_written(source) else 0
-        if key not in self._known or self._known[key][1] < spare:
+        enough, corpus = self._known.get(key, (-1, None))
+        if corpus is None or enough < spare:
             corpus = self._load(source, key, sum(wanted), spare, window, run)
-            self._known[key] = source, spare, corpus  # keeps a reference to the source, so that its id is not reused
-        corpus = self._known[key][2]
+        if identity is not None:
+            self._known[key] = max(enough, spare), corpus
         found = min(1.0, corpus.tokens / sum(wanted))
         calibration, search = (max(1, int(n * found) // window) for n in wanted)
         unseen = 0
@@ -107,11 +122,10 @@ class Texts:
         parts = corpus.split(*(n * window for n in (calibration, search, unseen) if n > 0), seed=run.seed)
         return RunTexts(parts[0], parts[1], parts[2] if unseen > 0 else None)
 
-    def _load(self, source: Any, key: tuple[Any, ...], tokens: int, spare: int, window: int, run: Run) -> Corpus:
+    def _load(self, source: Any, key: str, tokens: int, spare: int, window: int, run: Run) -> Corpus:
         """Load a source; generated text comes from the checkpoint if there is one."""
         written = _is_written(source)
-        identity = (weights_hash(self._model), key, spare, *start_ids(self._tokenizer)) if written else ()
-        name = f"text-{sha256(repr(identity).encode()).hexdigest()[:16]}"
+        name = f"text-{sha256(f'{key} {spare}'.encode()).hexdigest()[:16]}"
         if written and (found := run.checkpoints.load(name)):
             return Corpus.of(source, found["windows"])
         corpus = load_corpus(
@@ -127,6 +141,20 @@ class Texts:
         if written:
             run.checkpoints.save(name, {"windows": corpus.windows})
         return corpus
+
+    def _identity(self, source: Any) -> list[Any] | None:
+        """All that decides what a source gives; None for objects, which may change, and are read anew each time."""
+        tokens = tokenizer_hash(self._tokenizer)
+        if _is_written(source):
+            ends = sorted(end_tokens(self._model, self._tokenizer))
+            return [source, tokens, ends, self._identity_of_model or identity_of(self._model)]
+        if isinstance(source, str) and source in HUB_SOURCES:
+            return [source, tokens]
+        if is_file(source):
+            path = Path(source).resolve()
+            stat = path.stat()
+            return [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, tokens]
+        return None
 
 
 def _is_written(source: Any) -> bool:

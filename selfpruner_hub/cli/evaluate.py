@@ -79,13 +79,13 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
     from selfpruner_hub.models.devices import described
     from selfpruner_hub.models.loading import load_config, load_model
     from selfpruner_hub.progress import Bars
+    from selfpruner_hub.provenance import check_parent
     from selfpruner_hub.storage.model_record import read_record
 
     tasks = named(options.tasks) if options.tasks is not None else []
     if tasks:
         check_tasks(tasks, options.tasks_dir)
-    if options.save:
-        read_record(Path(options.model))
+    record = read_record(Path(options.model)) if options.save else None
     with Bars(not options.quiet) as report:
         parent = None
         if options.against is not None:
@@ -93,6 +93,8 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
             gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
             placed = {key: loading[key] for key in ("device", "device_map", "dtype") if key in loading}
             dense = load_model(options.against, **placed, **gguf)
+            if record is not None:
+                check_parent(record, dense[0], options.against)
             report.say(f"{options.against} on {described(dense[0])}")
             parent = _parent(options, tasks, *dense, report)
             del dense

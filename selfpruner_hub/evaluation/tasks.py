@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import has_chat_template
 from selfpruner_hub.errors import DataError, MissingExtraError, UserError
-from selfpruner_hub.models.weights import weights_hash
+from selfpruner_hub.models.weights import identity_of
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The tasks of the paper (arXiv 2502.14413)."""
@@ -123,7 +123,7 @@ def evaluate_tasks(
         tasks: Names of tasks in lm-evaluation-harness, or of files.
         directory: Directory with a `TASK.jsonl` per task, with items of one of `FORMS`; None reads them from the Hub.
         limit: Number of items per task, from the first; None uses all.
-        cache: Directory that caches the model's answers, by its weights; the same call resumes from it.
+        cache: Directory that caches the model's answers, by its identity; the same call resumes from it.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
@@ -145,11 +145,13 @@ def evaluate_tasks(
         lm.generate_until = functools.partial(lm.generate_until, disable_tqdm=True)
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
+        known = identity_of(model)
+        cache /= f"{known['weights'][:16]}-{known['configuration'][:16]}-{known['dtype']}"
     scores = []
     for task in tasks:
         asked = task if directory is None else _config(task, _file(directory, task))
         chat = directory is None and task in CHAT_TASKS and has_chat_template(tokenizer)
-        kept = None if cache is None else str(cache / f"{weights_hash(model)[:16]}-{model.dtype}-{task}")
+        kept = None if cache is None else f"{cache}-{task}"
         try:
             found = evaluator.simple_evaluate(
                 lm,

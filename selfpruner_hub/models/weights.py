@@ -1,11 +1,24 @@
-"""Count the weights of a model, and hash them to tell checkpoints apart."""
+"""What tells a model from others: number and hash of its weights, and hash of its configuration."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+SAMPLES = 4096
+"""Number of values of a tensor that are hashed, about; of a smaller tensor, all are."""
+CHUNK = 2**20
+"""Number of values that are summed at a time: few enough for the caches of a processor."""
+NOT_OF_THE_MODEL = frozenset(("architectures", "auto_map", "dtype", "tie_word_embeddings", "transformers_version"))
+"""Keys of a configuration that say where a model comes from and how it is stored, and those that its weights say."""
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -13,10 +26,71 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def weights_hash(model: PreTrainedModel) -> str:
-    """Hash names, shapes and some values of all parameters, to tell checkpoints apart without reading all values."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{some.tolist()}".encode())
+def identity_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Say which model this is, to tell it from others wherever it is loaded.
+
+    Args:
+        model: A causal language model, on any device; its layers may rest in files. All of its weights are read.
+
+    Returns:
+        `model_type`, `parameters` (their number), `configuration` and `weights` (hashes), and `dtype`, as JSON values.
+        `weights` is None where accelerate keeps some of them away from the model.
+    """
+    away = any(parameter.is_meta for parameter in model.parameters())
+    return {
+        "model_type": model.config.model_type,
+        "parameters": count_parameters(model),
+        "configuration": configuration_hash(model.config),
+        "weights": None if away else weights_hash(model.named_parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def configuration_hash(config: PreTrainedConfig) -> str:
+    """Hash what a configuration says of the model: not names, versions, dtype and implementations of attention."""
+    known = {key: value for key, value in config.to_dict().items() if key[0] != "_" and key not in NOT_OF_THE_MODEL}
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_hash(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash names, shapes, some values and the sums of all rows of weights.
+
+    The sums are those of the bits in float32, which are exact: they depend neither on the device nor on the dtype, as
+    long as it holds the values. They notice a changed value and exchanged rows. Values that change places within a row
+    are noticed where they are among the samples, which lie an odd distance apart: not in one column.
+
+    Args:
+        named: Weights with their names, in any order; shared ones once.
+
+    Returns:
+        Hexadecimal digits.
+    """
+    lines = sorted(f"{name} {_tensor_hash(tensor)}" for name, tensor in named)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def saved_weights(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Read the weights in files of safetensors one by one, with the names that `named_parameters` gives them.
+
+    Args:
+        files: Files of one saved model.
+
+    Yields:
+        The name of a tensor, and the tensor.
+    """
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def _tensor_hash(tensor: Tensor) -> str:
+    digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
+    tensor = torch.atleast_1d(tensor.detach())
+    rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+    some = tensor.flatten()[:: max(1, tensor.numel() // SAMPLES) | 1]
+    parts = rows.split(max(1, CHUNK // max(1, rows.shape[1])))
+    sums = torch.cat([part.float().view(torch.int32).sum(1, dtype=torch.int64) for part in parts])
+    for values in (some.float(), sums):
+        digest.update(values.cpu().numpy().tobytes())
     return digest.hexdigest()

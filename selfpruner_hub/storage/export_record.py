@@ -22,8 +22,7 @@ class ExportRecord:
     format: str
     options: dict[str, Any]
     source: dict[str, Any]
-    """`name`, `model_type`, `parameters` (counted from the tensors, shared ones once) and `weights_hash` of the PyTorch
-    model in float32; exports of older versions have no hash."""
+    """`name` of the PyTorch model, and the identity that it has in float32 (`models.weights.identity_of`)."""
     versions: dict[str, str]
     tolerance: float
     max_difference: float | None

@@ -64,6 +64,8 @@ class Record:
     """Texts of the run, `calibration`, `fitness` and, where the gain was measured on it, `unseen`: name, tokens, window
     and hash of each."""
     versions: dict[str, str]
+    parent: dict[str, Any] = field(default_factory=dict)
+    """Identity of the dense parent, as `models.weights.identity_of` returns it; empty where unknown."""
     licence: dict[str, str] = field(default_factory=dict)
     """Licence of the parent from its model card: `license`, `license_name`, `license_link`; empty where unknown."""
     recovery: dict[str, Any] = field(default_factory=dict)

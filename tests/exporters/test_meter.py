@@ -90,8 +90,10 @@ def test_costs_are_measured_once(scripted):
     assert scripted.costs(tiny_model("llama", seed=1), None, speedup(), nothing).digest() == first.digest()
     scripted.costs(model, None, target_of({"memory": 0.7}, "torch", REQUEST), nothing)
     assert Scripted.loaded == measured
-    scripted.costs(tiny_model("llama", num_hidden_layers=3), None, speedup(), nothing)
-    assert len(Scripted.loaded) > len(measured)
+    for other in ({"num_hidden_layers": 3}, {"tie_word_embeddings": True}, {"mlp_bias": True}):
+        scripted.costs(tiny_model("llama", **other), None, speedup(), nothing)
+        assert len(Scripted.loaded) > len(measured)
+        measured = list(Scripted.loaded)
 
 
 def test_the_result_is_measured_beside_the_dense_model(scripted):

@@ -306,14 +306,14 @@ def as_format(directory, to, output, **options):
     return output
 
 
-def test_a_record_of_an_older_version(exported, verified, home, tmp_path):
-    """It has no hash of the weights, so the logits alone tell another model."""
-    directory = as_format(exported("padded"), "padded", tmp_path / "old")
-    record = json.loads((directory / EXPORT_RECORD_FILE).read_text())
-    del record["source"]["weights_hash"]
-    (directory / EXPORT_RECORD_FILE).write_text(json.dumps(record))
-    assert verified(directory, "--model", home / "tiny")[0] == 0
-    assert verified(directory, "--model", save(tmp_path / "other", seed=1))[0] == 1
+def test_the_same_weights_under_another_configuration(exported, run, home, tmp_path):
+    other = shutil.copytree(home / "tiny", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 500.0
+    (other / "config.json").write_text(json.dumps(config))
+    status, _, err = run(exported("padded"), "--model", other)
+    assert status == 2
+    assert "is not the model that was exported: it has other configuration." in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an NVIDIA GPU is here")
