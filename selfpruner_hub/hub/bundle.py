@@ -15,6 +15,8 @@ from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.card import CHAT_TEMPLATE, render_card
 from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.hub.space import DENSE
+from selfpruner_hub.models.loading import load_config
+from selfpruner_hub.models.weights import configuration_hash, saved_weights, weights_hash
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.export_record import ExportRecord, read_export
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS, TEMPLATES, TOKENIZER, weight_files
@@ -130,8 +132,7 @@ def check_export(directory: Path, name: str, record: Record) -> ExportRecord:
         SavedModelError: The folder holds no export, one of another format, or one of another model.
     """
     found = read_export(directory / name, name)
-    made_from = read_record(directory / name)
-    if not same_model(made_from, record):
+    if not is_export_of(directory / name, directory, record):
         raise SavedModelError(
             f"{str(directory / name)!r} is an export of another model than {str(directory)!r} holds.",
             f"Delete it, then push with --with {name}.",
@@ -139,8 +140,33 @@ def check_export(directory: Path, name: str, record: Record) -> ExportRecord:
     return found
 
 
+def is_export_of(folder: Path, directory: Path, record: Record) -> bool:
+    """Return whether an export was made from a saved model: by their records, and by weights and configuration.
+
+    Args:
+        folder: Directory of the export.
+        directory: Directory of the model.
+        record: Record of the model.
+
+    Returns:
+        Whether it was.
+
+    Raises:
+        SavedModelError: The folder holds no export of a pruned model, or the model is damaged.
+    """
+    if not same_model(read_record(folder), record):
+        return False
+    source = read_export(folder).source
+    weights = [directory / name for name in weight_files(directory)]
+    try:
+        found = weights_hash(saved_weights(weights)), configuration_hash(load_config(str(directory)))
+    except (SafetensorError, OSError) as error:
+        raise SavedModelError(f"The weights in {str(directory)!r} are damaged.", "Save the model again.") from error
+    return found == (source.get("weights"), source.get("configuration"))
+
+
 def same_model(one: Record, other: Record) -> bool:
-    """Return whether two records are of the same weights: later measurements change none."""
+    """Return whether two records are of the same run: later measurements change none."""
     return replace(one, metrics={}) == replace(other, metrics={})
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from selfpruner_hub.errors import SavedModelError, SelfPrunerError, UserError
-from selfpruner_hub.hub.bundle import CARD, ONNX, Bundle, collect, is_ours, same_model
+from selfpruner_hub.hub.bundle import CARD, ONNX, Bundle, collect, is_export_of, is_ours
 from selfpruner_hub.hub.card import render_card, render_onnx_card
 from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.hub.repository import Changes, Repository, Tree, same_content
 from selfpruner_hub.hub.space import DENSE, GGUF, GRAPHS, VENDORED, gguf_of, space_files, static_files
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 from selfpruner_hub.storage.layout import EXPORTS
-from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record
 
 ONNX_ENDING = "-ONNX"
 """Ending of the name of the repository with a model's graphs, as in the Hub's onnx-community."""
@@ -124,7 +125,7 @@ def publish(
     model = Repository(api, repo_id, "model", revision)
     model.create(private)
     graphs = Repository(api, f"{model.repo_id}{ONNX_ENDING}", "model", revision)
-    there = True if bundle.graphs else _are_of(bundle.record, graphs)
+    there = True if bundle.graphs else _are_of(directory, bundle.record, graphs)
     linked = graphs.repo_id if there else ""
     message = (commit_message or "Publish the pruned model", commit_description)
     done = model.commit(lambda tree: _model_changes(bundle, model, tree, linked), message, create_pr)
@@ -161,12 +162,13 @@ def _after(what: str) -> Iterator[None]:
         raise type(error)(f"The model is published, {what} not: {error.message}", error.hint) from error
 
 
-def _are_of(record: Record, graphs: Repository) -> bool | None:
-    """Return whether the graphs on the Hub are of the model with this record; None where there are none of ours."""
+def _are_of(directory: Path, record: Record, graphs: Repository) -> bool | None:
+    """Return whether the graphs on the Hub are of the model in a directory; None where there are none of ours."""
     if (found := graphs.read(MODEL_RECORD_FILE)) is None:
         return None
+    graphs.read(EXPORT_RECORD_FILE)  # into the same directory
     try:
-        return same_model(read_record(found.parent), record)
+        return is_export_of(found.parent, directory, record)
     except SavedModelError:
         return False
 

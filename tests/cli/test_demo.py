@@ -12,6 +12,8 @@ from support.tiny import tiny_model
 from support.trained import VOCABULARY, trained_tokenizer
 
 from selfpruner_hub.cli import demo
+from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
@@ -81,7 +83,7 @@ def test_a_model_that_was_exported_is_opened_in_its_engine(
     form, options, name, variable, other, saved_models, saved_model, monkeypatch
 ):
     """Not in an export of another model, which an earlier one may have left there."""
-    record = ExportRecord(form, options, {}, {}, 0.1, 0.0, "", "")
+    record = ExportRecord(form, options, identity_of(load_model(str(saved_model))[0]), {}, 0.1, 0.0, "", "")
     (saved_model / form).mkdir()
     (saved_model / form / EXPORT_RECORD_FILE).write_text(record.to_json())
     (saved_model / form / name).touch()

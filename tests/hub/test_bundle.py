@@ -6,12 +6,15 @@ import shutil
 from dataclasses import fields, replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support.chatting import TEMPLATE, chat_tokenizer
 from support.hub_server import check_yaml
 
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.bundle import collect, is_ours, write_card
+from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, SCHEMA_VERSION, ExportRecord
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, read_record
 
@@ -25,6 +28,7 @@ def put_export(directory, name, record):
         **{f.name: None for f in fields(ExportRecord)},
         "format": name,
         "options": {},
+        "source": identity_of(load_model(str(directory), device="cpu")[0]),
         "schema_version": SCHEMA_VERSION,
     }
     (folder / EXPORT_RECORD_FILE).write_text(json.dumps(values))
@@ -108,6 +112,22 @@ def test_an_export_of_another_model(saved_model, saved_models):
     with pytest.raises(SavedModelError, match="an export of another model") as caught:
         collect(saved_model)
     assert "--with onnx" in caught.value.hint
+
+
+@pytest.mark.parametrize("change", ["weights", "configuration"])
+def test_an_export_of_other_weights_of_the_same_run(change, saved_model):
+    """As after a second training that is described in the same words: the records are the same."""
+    put_export(saved_model, "gguf", read_record(saved_model))
+    assert collect(saved_model).exports == ("gguf",)
+    if change == "weights":
+        weights = load_file(saved_model / "model.safetensors")
+        weights["lm_head.weight"][1, 1] += 1
+        save_file(weights, saved_model / "model.safetensors")
+    else:
+        config = json.loads((saved_model / "config.json").read_text())
+        (saved_model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.3}))
+    with pytest.raises(SavedModelError, match="an export of another model"):
+        collect(saved_model)
 
 
 def test_an_export_to_another_format(saved_model):

@@ -14,6 +14,8 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.exporting import make_exports
 from selfpruner_hub.hub.bundle import collect
 from selfpruner_hub.hub.publish import publish
+from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
 
 pytestmark = pytest.mark.heavy
@@ -171,8 +173,9 @@ def handmade(saved_model):
     """A saved model with graphs that take no time to make: publishing does not run them."""
     folder = saved_model / "onnx"
     (folder / "onnx").mkdir(parents=True)
+    source = identity_of(load_model(str(saved_model), device="cpu")[0])
     (folder / EXPORT_RECORD_FILE).write_text(
-        ExportRecord("onnx", {"layout": "hub"}, {}, {}, 0.1, 0.0, "", "").to_json()
+        ExportRecord("onnx", {"layout": "hub"}, source, {}, 0.1, 0.0, "", "").to_json()
     )
     shutil.copy(saved_model / "selfpruner.json", folder)
     for name in GRAPHS:
