@@ -119,10 +119,7 @@ def describe(
             "fitness": searched.record(),
             **({"unseen": texts.unseen.record()} if texts.unseen is not None else {}),
         },
-        versions={
-            "python": platform.python_version(),
-            **{library: version(library) for library in ("selfpruner-hub", "torch", "transformers")},
-        },
+        versions=library_versions(),
         licence=request.licence,
         metrics={
             "search_fitness": Metric(round(outcome.best.fitness, 6), None, protocol),
@@ -133,6 +130,12 @@ def describe(
             ),
         },
     )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the result of a run depends on, by name."""
+    libraries = ("selfpruner-hub", "torch", "transformers")
+    return {"python": platform.python_version(), **{library: version(library) for library in libraries}}
 
 
 def check_parent(record: Record, dense: PreTrainedModel, name: str) -> None:

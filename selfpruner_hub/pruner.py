@@ -27,7 +27,7 @@ from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.progress import Bars
-from selfpruner_hub.provenance import Request, describe, fingerprint
+from selfpruner_hub.provenance import Request, describe, fingerprint, library_versions
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
@@ -42,6 +42,7 @@ from selfpruner_hub.settings import check_minutes, check_seed, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
 from selfpruner_hub.storage.run import Run
+from selfpruner_hub.storage.run_lock import run_lock
 
 
 class AutoPruner:
@@ -194,7 +195,7 @@ class AutoPruner:
             The pruned model with its record; the dense model is unchanged.
 
         Raises:
-            UserError: An argument is wrong, the text too short, or `run_dir` belongs to another search.
+            UserError: An argument is wrong, the text too short, or `run_dir` belongs to another search or is in use.
         """
         aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
@@ -203,17 +204,18 @@ class AutoPruner:
         resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **settings)
         folder = None if run_dir is None else Path(run_dir)
         checkpoints = Checkpoints(folder and folder / "stages")
-        method, lines = with_effort(
-            preset,
-            resolved,
-            self.model,
-            checkpoints,
-            evaluations=evaluations,
-            proposer_given=proposer is not None,
-            minutes=minutes,
-        )
-        method = replace(method, multiple_of=method.multiple_of or self.shape.default_multiple)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(run_lock(folder))
+            method, lines = with_effort(
+                preset,
+                resolved,
+                self.model,
+                checkpoints,
+                evaluations=evaluations,
+                proposer_given=proposer is not None,
+                minutes=minutes,
+            )
+            method = replace(method, multiple_of=method.multiple_of or self.shape.default_multiple)
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(report, Bars):
                 layers = ", one layer at a time" if streams(self.model) else ""
@@ -227,7 +229,7 @@ class AutoPruner:
             texts = Texts(self.model, self.tokenizer, self._known, identity).read(data, method, run)
             asked_for = Request(self.name, identity, budget, method, seed, asked.name, texts, self.licence)
             search_id = fingerprint(asked_for)
-            journal = Journal(folder, search_id)
+            journal = Journal(folder, search_id, library_versions())
             run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))
 
             calibration = texts.calibration.windows

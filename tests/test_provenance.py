@@ -37,7 +37,7 @@ class _ReachedError(Exception):
 def told(monkeypatch):
     """Start a run of a pruner, and give what its journal is told of it; nothing is pruned."""
 
-    def journal(_directory, settings):
+    def journal(_directory, settings, _versions):
         raise _ReachedError(json.dumps(settings, sort_keys=True))
 
     monkeypatch.setattr("selfpruner_hub.pruner.Journal", journal)

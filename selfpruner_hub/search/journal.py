@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,28 +15,34 @@ from selfpruner_hub.settings import renamed
 
 SCHEMA_VERSION = 1
 JOURNAL_FILE = "search.jsonl"
+logger = logging.getLogger(__name__)
 
 
 class Journal:
     """Append-only journal of a search; opening an existing one reads its lines.
 
     The first line of the file is a header with the settings of the search. An incomplete last line, left by a crash, is
-    removed.
+    removed. A search that another version of a library began goes on, with a warning.
 
     Args:
         directory: Directory of `search.jsonl`; None keeps the lines in memory.
         settings: Settings that change the course of the search, JSON-serialisable.
+        versions: Versions of libraries by name; None names none.
 
     Raises:
         RunMismatchError: The directory holds the journal of a search with other settings, or a damaged one.
         OutputError: The directory cannot be written.
     """
 
-    def __init__(self, directory: Path | None, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, directory: Path | None, settings: dict[str, Any], versions: Mapping[str, str] | None = None
+    ) -> None:
         self.path = None if directory is None else directory / JOURNAL_FILE
         self.lines: list[JournalLine] = []
         self._texts: list[bytes] = []
-        header = _text({"kind": "header", "schema_version": SCHEMA_VERSION, "settings": settings})
+        header = _text(
+            {"kind": "header", "schema_version": SCHEMA_VERSION, "versions": versions or {}, "settings": settings}
+        )
         if self.path is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,11 +55,16 @@ class Journal:
         found, wanted = _record(self._texts[0], self.path, 1), json.loads(header)
         if isinstance(found.get("settings"), dict):
             found["settings"] = renamed(found["settings"])
+        begun, present = found.pop("versions", None) or {}, wanted.pop("versions")
         if found != wanted:
             raise RunMismatchError(
                 f"{self.path} belongs to another search ({_difference(found, wanted)}).",
                 "Use another run directory, or the same model, data and settings.",
             )
+        if begun != present:
+            names = [name for name in present if begun.get(name) != present[name]]
+            changes = ", ".join(f"{name} {begun.get(name, 'unknown')}, now {present[name]}" for name in names)
+            logger.warning("%s was begun with other versions: %s. What they compute may differ.", self.path, changes)
         self.lines = _events(self._texts, self.path)
 
     def append(self, line: L) -> L:

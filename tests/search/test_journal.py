@@ -1,6 +1,7 @@
 """The journal survives a crash at any byte, and refuses what is not its own."""
 
 import json
+import logging
 import math
 import os
 
@@ -37,7 +38,7 @@ LINES = [
     SeedsLine({"uniform": Rates((0.0, 0.5), (0.5, 0.1 + 0.2))}),
     CheckLine(0.25, PLAN, 1.5),
 ]
-FILE = r"""{"kind": "header", "schema_version": 1, "settings": {"beta": 0.3, "seed": 0, "seeds": ["uniform", "ramp"], "data": {"name": "wikitext2"}}}
+FILE = r"""{"kind": "header", "schema_version": 1, "versions": {}, "settings": {"beta": 0.3, "seed": 0, "seeds": ["uniform", "ramp"], "data": {"name": "wikitext2"}}}
 {"kind": "score", "round": 0, "origin": "seed:ramp", "share": 0.25, "fitness": 0.30000000000000004, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 0.5}
 {"kind": "score", "round": 0, "origin": "seed:ramp", "share": 1.0, "fitness": null, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 2.0}
 {"kind": "probe", "round": 1, "share": 1.25, "slopes": {"attention_removed": [0.5, null], "attention_restored": [-0.25, 0.0], "ffn_removed": [0.125, 1.0], "ffn_restored": [null, -1e-06]}, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 3.0}
@@ -233,3 +234,14 @@ def test_a_line_is_flushed_to_the_disk(tmp_path, monkeypatch):
     journal.append(LINES[0])
     sizes = [len(line) + 1 for line in journal.text().splitlines()]
     assert flushed == [sizes[0], sum(sizes)]
+
+
+def test_another_version_of_a_library_is_warned_of(tmp_path, caplog):
+    """The search goes on all the same."""
+    Journal(tmp_path, SETTINGS, {"torch": "2.13", "transformers": "5.24"}).append(LINES[0])
+    with caplog.at_level(logging.WARNING, "selfpruner_hub"):
+        assert Journal(tmp_path, SETTINGS, {"torch": "2.13", "transformers": "5.24"}).lines == LINES[:1]
+        assert caplog.records == []
+        assert Journal(tmp_path, SETTINGS, {"torch": "2.14", "transformers": "5.24"}).lines == LINES[:1]
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "was begun with other versions: torch 2.13, now 2.14." in said
