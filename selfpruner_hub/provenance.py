@@ -45,6 +45,8 @@ class Request:
     """Texts of the run."""
     licence: dict[str, str]
     """Licence of the dense model, as `licences.licence_of` returns it."""
+    date: str | None
+    """Date that the chat template is given, where it asks for one."""
 
 
 def fingerprint(request: Request) -> dict[str, Any]:
@@ -118,6 +120,7 @@ def describe(
             "calibration": texts.calibration.record(),
             "fitness": searched.record(),
             **({"unseen": texts.unseen.record()} if texts.unseen is not None else {}),
+            **({"chat_template": {"date": request.date}} if request.date is not None else {}),
         },
         versions=library_versions(),
         licence=request.licence,

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.aim import aim_of
+from selfpruner_hub.calibration.chat_template import template_date
 from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
 from selfpruner_hub.effort import with_effort
@@ -227,7 +228,8 @@ class AutoPruner:
             data = PLAIN_DATA if data is None and preset == "paper" else data
             identity = identity_of(self.model)
             texts = Texts(self.model, self.tokenizer, self._known, identity).read(data, method, run)
-            asked_for = Request(self.name, identity, budget, method, seed, asked.name, texts, self.licence)
+            date = template_date(self.tokenizer)
+            asked_for = Request(self.name, identity, budget, method, seed, asked.name, texts, self.licence, date)
             search_id = fingerprint(asked_for)
             journal = Journal(folder, search_id, library_versions())
             run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))

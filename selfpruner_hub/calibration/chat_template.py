@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,18 @@ Message = Mapping[str, str]
 """One turn, with its `role` (system, user or assistant) and its `content`."""
 MARK = "\u2402selfpruner\u2403"
 """Placeholder for a user's turn, to find what the template writes around it; no template contains this text."""
+
+
+DATE = date(2026, 1, 1)
+"""Date that templates write in place of today's, so that a run has the same text on every day."""
+_FIELDS = {f"%{letter}": DATE.strftime(f"%{letter}") for letter in "aAbBcdHIjmMpSUwWxXyY"}
+_FIELDS |= {f"%-{letter}": str(int(_FIELDS[f"%{letter}"])) for letter in "dHIjmMSy"}
+_FROZEN = (
+    "{%- macro strftime_now(format) -%}{%- set said = namespace(text=format) -%}"
+    f"{{%- for field, value in {_FIELDS}.items() -%}}"
+    "{%- set said.text = said.text.replace(field, value) -%}{%- endfor -%}{{- said.text -}}{%- endmacro %}\n"
+)
+"""Beginning of a template whose `strftime_now` says `DATE`."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,11 @@ class Conversation:
 def has_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Whether the tokenizer comes with a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def template_date(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """The date that the chat template is given, as in 2026-01-01; None where it asks for none."""
+    return DATE.isoformat() if "strftime_now" in str(getattr(tokenizer, "chat_template", None)) else None
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Conversation:
@@ -73,7 +91,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: bool = False) -> str:
-    """Render messages as text.
+    """Render messages as text, on the day `DATE`.
 
     Args:
         tokenizer: Tokenizer with a chat template.
@@ -87,9 +105,11 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
         DataError: The template rejects these messages.
     """
     try:
-        return str(
-            tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=prompt, tokenize=False)
+        template = _FROZEN + tokenizer.get_chat_template() if template_date(tokenizer) else None
+        written = tokenizer.apply_chat_template(
+            [dict(m) for m in messages], chat_template=template, add_generation_prompt=prompt, tokenize=False
         )
+        return str(written)
     except Exception as error:  # a template is a program that comes with the model: it may raise anything
         raise DataError(
             f"The chat template cannot write these messages: {str(error) or type(error).__name__}.",

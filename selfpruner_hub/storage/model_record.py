@@ -62,7 +62,7 @@ class Record:
     second they have `elsewhere`, measured on the calibration text, to which the repairs were fitted."""
     data: dict[str, dict[str, Any]]
     """Texts of the run, `calibration`, `fitness` and, where the gain was measured on it, `unseen`: name, tokens, window
-    and hash of each."""
+    and hash of each; and `chat_template`, where it writes the date: the `date` that it was given."""
     versions: dict[str, str]
     parent: dict[str, Any] = field(default_factory=dict)
     """Identity of the dense parent, as `models.weights.identity_of` returns it; empty where unknown."""

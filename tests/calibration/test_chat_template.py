@@ -1,5 +1,6 @@
 """Chat templates: the same tokens as transformers writes, and which of them are the assistant's."""
 
+from datetime import datetime
 from itertools import groupby
 
 import pytest
@@ -7,7 +8,15 @@ from support.chat import END, MARKS, STYLES, TEMPLATES, assistant, chat_tokenize
 from support.tiny import tiny_tokenizer
 from transformers import ByT5Tokenizer
 
-from selfpruner_hub.calibration.chat_template import conversation, decoded, has_chat_template, prompt_ids, user_turn
+from selfpruner_hub.calibration.chat_template import (
+    conversation,
+    decoded,
+    has_chat_template,
+    prompt_ids,
+    rendered,
+    template_date,
+    user_turn,
+)
 from selfpruner_hub.errors import DataError
 
 ONE = [user("What is the capital of France?"), assistant("Paris.\nIt is on the Seine.")]
@@ -125,6 +134,24 @@ def test_a_slow_tokenizer_is_refused():
     with pytest.raises(DataError, match="need a fast tokenizer") as caught:
         conversation(tokenizer, ONE)
     assert "plain text" in caught.value.hint
+
+
+FORMATS = "%d %b %Y|%Y-%m-%d|%A, %B %-d|%-m/%-d/%y"
+
+
+@each_style
+def test_a_template_writes_one_date_on_every_day(style):
+    """As transformers renders it, but for the day."""
+    plain, dated = chat_tokenizer(style), chat_tokenizer(style)
+    macro = "{% macro day(format) %}{{ strftime_now(format) }}{% endmacro %}"
+    says = f"{{% if strftime_now is defined %}}{{{{ day('{FORMATS}') }}}}{{% endif %}}"
+    dated.chat_template = f"\n{macro}  {says}\n{plain.chat_template}"
+    now, then = (day.strftime(FORMATS) for day in (datetime.now(), datetime(2026, 1, 1)))
+    assert "Thursday, January 1" in then
+    assert now in dated.apply_chat_template(ONE, tokenize=False)
+    assert rendered(dated, ONE) == dated.apply_chat_template(ONE, tokenize=False).replace(now, then)
+    assert rendered(dated, ONE).endswith(rendered(plain, ONE))
+    assert (template_date(dated), template_date(plain), template_date(None)) == ("2026-01-01", None, None)
 
 
 @each_style
