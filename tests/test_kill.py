@@ -1,4 +1,4 @@
-"""A search killed with SIGKILL at four points and resumed reaches the plan of an undisturbed one."""
+"""A run that is killed and resumed reaches the model of an undisturbed one, or says what was changed in between."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import random
 import signal
 import sys
 import time
+from functools import cache
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
+from support.chat import TEMPLATES, assistant, chat_tokenizer, user
 from support.processes import FORKED
-from support.tiny import save_tiny
+from support.tiny import save_tiny, tiny_model
+
+from selfpruner_hub.errors import RunMismatchError
+from selfpruner_hub.pruner import AutoPruner
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 400
 SETTINGS = ("window=32", "calibration_tokens=512", "fitness_tokens=512", "population=3", "crossover=3", "mutation=3")
@@ -93,3 +98,61 @@ def test_killed_four_times(tmp_path):
     assert records[0] == records[1]  # no gap, nothing twice, the same in the same order
     names = ("selfpruner.json", "model.safetensors", "config.json")
     assert all((tmp_path / "killed" / n).read_bytes() == (tmp_path / "undisturbed" / n).read_bytes() for n in names)
+
+
+MOMENTS = 10
+CHANGED = {"nothing": "", "configuration": "configuration", "weights": "weights", "template": "data", "text": "data"}
+"""What is changed between the kill and the next run, and the setting that a refusal names."""
+DATED = TEMPLATES["chatml"].replace("You are tiny.", "It is ' + strftime_now('%d %b %Y') + '.")
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def pruned(folder: Path, change: str, **more):
+    """Prune a tiny model on conversations of a file and text of its own."""
+    first = 100 if change == "text" else 0
+    talks = [[user(f"What is {first + i}?"), assistant("A number.")] for i in range(40)]
+    (folder / "talks.jsonl").write_text("".join(f"{json.dumps({'messages': talk})}\n" for talk in talks))
+    changes = {"rms_norm_eps": 0.3} if change == "configuration" else {}
+    model = tiny_model("llama", seed=int(change == "weights"), num_hidden_layers=2, **changes)
+    template = DATED.replace("It is ", "This is ") if change == "template" else DATED
+    return AutoPruner(model, chat_tokenizer(template=template), "tests/llama").prune(
+        0.3, data=f"{folder / 'talks.jsonl'}+self", proposer="evolution", evaluations=0, seeds=("uniform",),
+        window=64, calibration_tokens=256, fitness_tokens=64, fisher_tokens=64, **more,
+    )  # fmt: skip
+
+
+def test_what_is_changed_in_between_is_noticed(tmp_path):
+    """Killed at any moment, a run of a changed model or text is refused by name, or is that of a fresh run."""
+    events: list[str] = []
+    whole = pruned(tmp_path, "nothing", progress=lambda what, *_: events.append(what))
+    assert whole.report.data["chat_template"] == {"date": "2026-01-01"}
+    fresh = cache(lambda change: pruned(tmp_path, change, progress=False))
+    moments = random.Random(0).sample(range(1, len(events)), MOMENTS)
+    refused = 0
+    for number, moment in enumerate(sorted(moments)):
+        change, left = list(CHANGED)[number % len(CHANGED)], iter(range(moment))
+
+        def kill(*_told, left=left):
+            if next(left, None) is None:
+                raise Killed
+
+        with pytest.raises(Killed):
+            pruned(tmp_path, "nothing", progress=kill, run_dir=tmp_path / f"run-{number}")
+        said = found = None
+        try:
+            found = pruned(tmp_path, change, progress=False, run_dir=tmp_path / f"run-{number}")
+        except RunMismatchError as error:
+            said = str(error)
+        if said is not None:
+            assert CHANGED[change], said
+            assert f"{CHANGED[change]}: " in said
+            refused += 1
+            continue
+        assert found.report == fresh(change).report
+        assert (found.report == whole.report) == (change == "nothing")
+        for a, b in zip(found.model.parameters(), fresh(change).model.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert 0 < refused < MOMENTS
