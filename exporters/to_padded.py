@@ -17,6 +17,7 @@ from exporters.padding import padded_state
 from exporters.parity import Step, expected, logit_difference
 from exporters.writer import Written, one_of
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
+from selfpruner_hub.models.weights import is_tied, rebuild_buffers
 from selfpruner_hub.plans.plan import LayerWidths
 
 WIDTHS = ("widest", "dense")
@@ -69,7 +70,7 @@ def padded_model(model: PreTrainedModel, width: str = "widest") -> PreTrainedMod
         A model of the stock class, in eval mode.
     """
     shape = shape_of(model.config)
-    config = _stock_config(model.config, max(w.intermediate_size for w in shape.dense.layers), width)
+    config = _stock_config(model, max(w.intermediate_size for w in shape.dense.layers), width)
     target = LayerWidths(config.intermediate_size, config.num_key_value_heads)
     with torch.device("meta"):
         twin = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
@@ -80,21 +81,21 @@ def padded_model(model: PreTrainedModel, width: str = "widest") -> PreTrainedMod
         state.update({f"{prefix}.{index}.{name}": tensor for name, tensor in padded.items()})
     twin.load_state_dict(state, assign=True, strict=True)
     twin.tie_weights()
-    for name, buffer in model.named_buffers():  # rotary frequencies are not in the state dict
-        twin.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer
+    rebuild_buffers(twin)
     if model.generation_config is not None:
         twin.generation_config = model.generation_config
     return twin.eval()
 
 
-def _stock_config(config: PreTrainedConfig, widest: int, width: str) -> PreTrainedConfig:
+def _stock_config(model: PreTrainedModel, widest: int, width: str) -> PreTrainedConfig:
     """The dense configuration under the stock `model_type`, with the padded FFN width."""
-    values: dict[str, Any] = config.to_dict()
+    config, values = model.config, model.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
         values.pop(key, None)
     if width == "widest":
         values["intermediate_size"] = widest
-    return CONFIG_MAPPING[architecture_of(config).model_type](**{**values, "head_dim": shape_of(config).head_dim})
+    values |= {"head_dim": shape_of(config).head_dim, "tie_word_embeddings": is_tied(model)}
+    return CONFIG_MAPPING[architecture_of(config).model_type](**values)
 
 
 def _difference(passes: list[Step], directory: Path) -> float:

@@ -32,6 +32,7 @@ from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, 
 from selfpruner_hub.models.patching import gguf_read_once
 from selfpruner_hub.models.placement import stream_layers
 from selfpruner_hub.models.unsupported import refuse_quantized
+from selfpruner_hub.models.weights import is_tied
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS, weight_files
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 from selfpruner_hub.storage.tokenizer_files import load_tokenizer
@@ -120,8 +121,7 @@ def _loaded(
         raise explain(name, error) from error
     _check_weights(name, model, found["missing_keys"])
     if not any_architecture:  # the weights decide, since a cut model is built from the configuration
-        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-        model.config.tie_word_embeddings = inputs.weight is outputs.weight
+        model.config.tie_word_embeddings = is_tied(model)
     return model.eval(), tokenizer
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.models.patching import with_layers
+from selfpruner_hub.models.weights import is_tied
 
 
 @contextmanager
@@ -58,7 +59,7 @@ def stream_layers(model: PreTrainedModel, device: torch.device) -> None:
         device: Device that the model runs on.
     """
     layers, inputs, outputs = decoder_layers(model), model.get_input_embeddings(), model.get_output_embeddings()
-    tied = inputs.weight is outputs.weight
+    tied = is_tied(model)
     with with_layers(model, nn.ModuleList()):
         cast(nn.Module, model).to(device)
     if tied:

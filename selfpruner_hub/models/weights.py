@@ -1,4 +1,4 @@
-"""What tells a model from others: number and hash of its weights, and hash of its configuration."""
+"""What tells a model from others: number, hash and ties of its weights, and hash of its configuration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -94,3 +94,33 @@ def _tensor_hash(tensor: Tensor) -> str:
     for values in (some.float(), sums):
         digest.update(values.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embeddings and head share one weight, whatever the configuration says."""
+    return bool(model.get_input_embeddings().weight is model.get_output_embeddings().weight)
+
+
+@torch.inference_mode(mode=False)  # the buffers take part in backward passes
+def rebuild_buffers(model: PreTrainedModel) -> None:
+    """Compute rotary frequencies and scales of embeddings in float32, as loading does: from the configuration.
+
+    They are in no checkpoint. `model.to(torch.bfloat16)` rounds them, and some kinds of rotary embedding adapt them to
+    the longest text that they have read, so a model in memory may differ from the same model saved and loaded.
+
+    Args:
+        model: A model; its buffers are replaced where they are, those on the meta device on that of the model.
+    """
+    for module in model.modules():
+        made: dict[str, Tensor] = {}
+        if any(name.endswith("inv_freq") for name in module._buffers):
+            fresh: nn.Module = type(module)(module.config)
+            made, state = dict(fresh.named_buffers()), vars(module)
+            for name in [name for name in state if name.endswith("max_seq_len_cached")]:
+                del state[name]
+            state.update({name: value for name, value in vars(fresh).items() if name[0] != "_" and name != "training"})
+        elif "embed_scale" in module._buffers:
+            made = {"embed_scale": torch.tensor(module.scalar_embed_scale, dtype=torch.float32)}
+        for name, buffer in made.items():
+            before = cast(Tensor, module._buffers[name])
+            module._buffers[name] = buffer.to(model.device if before.is_meta else before.device)

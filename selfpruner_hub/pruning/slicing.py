@@ -24,6 +24,7 @@ from selfpruner_hub.models.architectures import (
 )
 from selfpruner_hub.models.modeling_selfpruned import WIDTHS, LayerConfig
 from selfpruner_hub.models.placement import stream_layers, streams
+from selfpruner_hub.models.weights import is_tied, rebuild_buffers
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.importance import LayerOrder, expand
@@ -184,11 +185,7 @@ def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
         state.update({f"{prefix}.{index}.{k}": v for k, v in slicer.layer(index, kept).state_dict().items()})
     model.load_state_dict({k: _own(v, slicer.store) for k, v in state.items()}, assign=True, strict=True)
     model.tie_weights()
-    buffers = dict(dense.named_buffers())  # rotary frequencies are not in the state dict
-    for name, buffer in buffers.items():
-        # Some kinds of rotary embedding adapt their frequencies to the longest pass; the copy starts from the original.
-        original = buffers.get(f"{name.removesuffix('inv_freq')}original_inv_freq", buffer)
-        model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = original.clone()
+    rebuild_buffers(model)
     model.generation_config = dense.generation_config
     if streams(dense):
         stream_layers(model, dense.device)
@@ -203,7 +200,10 @@ def _own(tensor: Tensor, store: TensorStore) -> Tensor:
 
 
 def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
-    """The configuration of the pruned model: dense values at the top level, `plan` in `per_layer_config`."""
+    """The configuration of the pruned model: dense values at the top level, `plan` in `per_layer_config`.
+
+    Whether embeddings and head are tied is read from the weights of the dense model.
+    """
     shape = shape_of(dense.config)
     values = dense.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
@@ -214,7 +214,8 @@ def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
     )
     per_layer = {index: dict(zip(WIDTHS, values_, strict=True)) for index, values_ in enumerate(widths)}
     config_class: type[PreTrainedConfig] = model_class(dense.config).config_class  # type: ignore[assignment]
-    config = config_class(**{**values, "head_dim": shape.head_dim, "per_layer_config": per_layer})
+    own = {"head_dim": shape.head_dim, "per_layer_config": per_layer, "tie_word_embeddings": is_tied(dense)}
+    config = config_class(**{**values, **own})
     config._attn_implementation_internal = dense.config._attn_implementation_internal
     return config
 

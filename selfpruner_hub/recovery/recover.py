@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.models.devices import fork_rng
-from selfpruner_hub.models.weights import weights_hash
+from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.recovery.deciding import Deciding, is_better, score
 from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, distilled, last_checkpoint
@@ -87,7 +87,7 @@ def recover(pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, r
     started = time.monotonic()
     pruned, parent, tokenizer = pair
     _check_pair(pruned, parent)
-    identity = json.dumps([weights_hash(pruned), weights_hash(parent), repr((budget, data, settings, run.seed))])
+    identity = json.dumps([identity_of(pruned), identity_of(parent), repr((budget, data, settings, run.seed))])
     run = replace(run, checkpoints=run.checkpoints.of(identity))
     folder = folder / f"training-{sha256(identity.encode()).hexdigest()[:16]}"
     window = min(settings.window, getattr(parent.config, "max_position_embeddings", settings.window))

@@ -15,6 +15,7 @@ from exporters.export import export, export_model
 from exporters.to_padded import REMARK, padded_model
 from selfpruner_hub.errors import ExportError, UserError
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.weights import is_tied
 from selfpruner_hub.storage.export_record import read_export
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -41,6 +42,17 @@ def test_the_twin_is_stock_and_computes_the_same(name, width, tmp_path):
     widest = max(w.intermediate_size for w in own) if width == "widest" else CONFIGS[name].intermediate_size
     assert padded[0].intermediate_size == widest
     assert padded[0].num_key_value_heads == CONFIGS[name].num_key_value_heads
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_weights_decide_whether_the_twin_is_tied(tied):
+    """The configuration says the opposite: a head was replaced, or shared, after the model was built."""
+    model = tiny_pruned("llama-mha-tied" if not tied else "llama")
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    outputs.weight = inputs.weight if tied else torch.nn.Parameter(inputs.weight.flip(0))
+    twin = padded_model(model)
+    assert is_tied(twin) == twin.config.tie_word_embeddings == tied
+    torch.testing.assert_close(logits(twin, IDS), logits(model, IDS), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3"])

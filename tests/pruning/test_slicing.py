@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from support.checks import logits
-from support.tiny import tiny_model
+from support.tiny import tiny_model, uneven
+from transformers import AutoModelForCausalLM
 
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.weights import is_tied
 from selfpruner_hub.plans.plan import LayerWidths, Plan
 from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.ordering import ordered
@@ -91,3 +93,16 @@ def test_a_pruned_model_has_its_own_memory_and_the_settings_of_generation():
     assert pruned.generation_config.max_new_tokens == 7
     theirs = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert theirs.isdisjoint(parameter.untyped_storage().data_ptr() for parameter in pruned.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_weights_decide_whether_a_pruned_model_is_tied(tied, tmp_path):
+    """The configuration says the opposite: a head was replaced, or shared, after the model was built."""
+    model = tiny_model("llama-mha-tied" if not tied else "llama")
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    outputs.weight = inputs.weight if tied else torch.nn.Parameter(inputs.weight.flip(0))
+    pruned = uneven(model)
+    pruned.save_pretrained(tmp_path)
+    for made in (pruned, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert is_tied(made) == made.config.tie_word_embeddings == tied
+        assert torch.equal(made.get_output_embeddings().weight, outputs.weight)
