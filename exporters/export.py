@@ -24,6 +24,7 @@ from exporters.writer import Writer, one_of
 from selfpruner_hub.errors import ExportError, OutputError, UserError
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
+from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
@@ -118,14 +119,15 @@ def export_model(
         `output`.
 
     Raises:
-        UserError: The format, an option or the output is wrong, or a library is missing.
+        UserError: The format, an option or the output is wrong, a library is missing, or another thread works on the
+            model.
         ExportError: The export differs from the PyTorch model; its files are deleted.
     """
     write, output = _check(to, options, output, overwrite)
-    if model.dtype != torch.float32 or model.device.type != "cpu":
-        model, consume = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32), True
-    source = {"name": name, **identity_of(model)}
-    with save_directory(output) as staging:
+    with working_on(model), save_directory(output) as staging:
+        if model.dtype != torch.float32 or model.device.type != "cpu":
+            model, consume = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32), True
+        source = {"name": name, **identity_of(model)}
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if model.generation_config is not None:
@@ -134,7 +136,7 @@ def export_model(
             (staging / MODEL_RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
         progress(EXPORTING, 1, len(STAGES), STAGES[1])
         with _consumed(model) if consume else nullcontext():
-            written = write(model.eval(), tokenizer, staging, **options)
+            written = write(model, tokenizer, staging, **options)
             if tolerance == math.inf:
                 tolerance = None
                 written = replace(written, compare=None, unchecked=written.unchecked or "any difference was allowed")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.forward import last_hidden_states
+from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.settings import SEARCH, PruneSettings
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
@@ -127,7 +128,8 @@ def within_minutes(
 
 def _choice(minutes: float, model: PreTrainedModel, ladder: Sequence[str]) -> dict[str, Tensor]:
     """The place of a preset in `ladder`, the calibration tokens, and the minutes that they are expected to take."""
-    per_pass = seconds_per_token(model) / 60
+    with working_on(model):
+        per_pass = seconds_per_token(model) / 60
     for place, preset in enumerate(ladder):
         cost = COSTS.get(preset, COSTS["default"])
         tokens = min(LARGEST, int((minutes / per_pass - cost.fixed) / cost.token) // STEP * STEP)

@@ -21,6 +21,8 @@ from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.hub.publish import STATIC, Published, check_request, publish
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import load_model, resolve_directory
+from selfpruner_hub.models.patching import working_on
+from selfpruner_hub.models.weights import rebuild_buffers
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.provenance import check_parent
 from selfpruner_hub.retraining import Retraining
@@ -92,6 +94,7 @@ class PrunedModel(Retraining):
     def to(self, *args: Any, **kwargs: Any) -> PrunedModel:
         """Move the model to a device or a dtype, in place; arguments are those of `torch.nn.Module.to`."""
         self.model.to(*args, **kwargs)
+        rebuild_buffers(self.model)
         return self
 
     def evaluate(
@@ -115,15 +118,17 @@ class PrunedModel(Retraining):
 
         Raises:
             DataError: The text is unreadable or too short, or the model has no tokenizer.
-            UserError: The perplexity is not finite, or `dense` is not the model that was pruned.
+            UserError: The perplexity is not finite, `dense` is not the model that was pruned, or another thread works on
+                one of the models.
         """
         if dense is not None:
             check_parent(self.report, dense, "dense")
         corpus = consecutive_windows(data, self.tokenizer, window, windows)
-        teacher = None if dense is None else teach(dense, corpus.windows, counted=corpus.counted)
-        found = text_figures(self.model, corpus, teacher)
+        with working_on(self.model, *([] if dense is None else [dense])):
+            teacher = None if dense is None else teach(dense, corpus.windows, counted=corpus.counted)
+            found = text_figures(self.model, corpus, teacher)
+            theirs = {} if dense is None else text_figures(dense, corpus)
         if dense is not None:
-            theirs = text_figures(dense, corpus)
             found = {k: replace(m, dense=theirs[k].value) if k in theirs else m for k, m in found.items()}
         self.report = replace(self.report, metrics={**self.report.metrics, **found})
         return found

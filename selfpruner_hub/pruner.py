@@ -22,6 +22,7 @@ from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import check_one_device, described
 from selfpruner_hub.models.loading import is_repo_id, load_model
+from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.unsupported import refuse_quantized
 from selfpruner_hub.models.weights import identity_of
@@ -153,6 +154,9 @@ class AutoPruner:
     ) -> PrunedModel:
         """Find the rates of all layers under the mean rate β or a target, and prune the model by them.
 
+        The dense model must not run elsewhere meanwhile: until the pruned model is cut, its weights are reordered in
+        place.
+
         Args:
             beta: Mean share of the prunable weights to remove, 0 < β < 1.
             target: Target in place of β, one of `{"speedup": 1.5}`, `{"latency": MILLISECONDS}`, `{"memory": "200MB"}`
@@ -196,7 +200,8 @@ class AutoPruner:
             The pruned model with its record; the dense model is unchanged.
 
         Raises:
-            UserError: An argument is wrong, the text too short, or `run_dir` belongs to another search or is in use.
+            UserError: An argument is wrong, the text too short, `run_dir` belongs to another search or is in use, or
+                another thread works on the model.
         """
         aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
@@ -207,6 +212,7 @@ class AutoPruner:
         checkpoints = Checkpoints(folder and folder / "stages")
         with contextlib.ExitStack() as stack:
             stack.enter_context(run_lock(folder))
+            stack.enter_context(working_on(self.model))
             method, lines = with_effort(
                 preset,
                 resolved,

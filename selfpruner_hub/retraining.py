@@ -61,7 +61,7 @@ class Retraining:
         if broken:
             raise UserError(f"The training diverged: {broken[0]} is not finite.", "Train with a lower learning rate.")
         report = replace(self.report, metrics={}, method={**self.report.method, "training": how.strip()})
-        return self._with(model, report, Checkpoints())
+        return self._with(model.eval(), report, Checkpoints())
 
     def recover(
         self,

@@ -78,6 +78,7 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
     from selfpruner_hub.hub.card import save_metrics
     from selfpruner_hub.models.devices import described
     from selfpruner_hub.models.loading import load_config, load_model
+    from selfpruner_hub.models.patching import working_on
     from selfpruner_hub.progress import Bars
     from selfpruner_hub.provenance import check_parent
     from selfpruner_hub.storage.model_record import read_record
@@ -96,11 +97,13 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
             if record is not None:
                 check_parent(record, dense[0], options.against)
             report.say(f"{options.against} on {described(dense[0])}")
-            parent = _parent(options, tasks, *dense, report)
+            with working_on(dense[0]):
+                parent = _parent(options, tasks, *dense, report)
             del dense
         model, tokenizer = load_model(options.model, **loading)
         report.say(f"{options.model} on {described(model)}")
-        metrics = _measured(options, tasks, model, tokenizer, report, parent)
+        with working_on(model):
+            metrics = _measured(options, tasks, model, tokenizer, report, parent)
     if options.save:
         save_metrics(Path(options.model), metrics)
     if options.json:

@@ -1,11 +1,12 @@
-"""Temporary changes of a model and of what loads it: attention, layers, frozen weights, precision, files read once."""
+"""Temporary changes of a model and of what loads it: mode, attention, layers, weights, precision, files read once."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import gguf
 import numpy as np
@@ -16,9 +17,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.models.weights import rebuild_buffers
+
 NAME = "selfpruner_decoding"
 GRAM_BLOCKS = 4
 """Number of blocks of columns of a symmetric product: with 4, it takes 10 of 16 products of blocks."""
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""A lock of each model, held by the thread that works on it."""
 
 
 def grouped_sdpa(
@@ -59,6 +65,47 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
+
+
+@contextmanager
+def working_on(*models: PreTrainedModel) -> Iterator[None]:
+    """Prepare models for work, such as pruning, measuring or exporting, and keep other threads from it meanwhile.
+
+    Every module is in eval mode, and its own flag is restored at the end; buffers are those of the configuration
+    (`weights.rebuild_buffers`). Gradients can be taken and autocast is off, whatever the caller has set. A model must
+    not run elsewhere until the context ends: its layers are replaced and its weights are reordered in place.
+
+    Args:
+        *models: Models to work on. The thread that works on a model may enter again.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: Another thread works on one of the models.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            lock = _locks.setdefault(model, threading.RLock())
+            if not lock.acquire(blocking=False):
+                raise UserError(
+                    "Another thread works on this model object.",
+                    "Wait until it has finished, or load the model once for each thread.",
+                )
+            stack.callback(lock.release)
+            stack.callback(_set_modes, [(module, module.training) for module in model.modules()])
+            model.eval()
+            rebuild_buffers(model)
+            for kind in {"cpu", model.device.type}:
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            yield
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 @contextmanager
@@ -133,6 +180,30 @@ def with_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[PreTr
         decoder.layers = dense
 
 
+@contextmanager
+def ieee_products(cpu: str = "ieee") -> Iterator[None]:
+    """Keep the factors of float32 products, factorisations and solves from being rounded temporarily.
+
+    `torch.set_float32_matmul_precision("high")` and `"medium"`, or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the
+    environment, round them to TF32 or bfloat16 in the whole process: too coarse for least squares.
+
+    Args:
+        cpu: Precision of the factors on a CPU, `"ieee"` or `"bf16"`.
+
+    Yields:
+        Nothing.
+    """
+    settings: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [each.fp32_precision for each in settings]
+    try:
+        for each, precision in zip(settings, (cpu, "ieee"), strict=True):
+            each.fp32_precision = precision
+        yield
+    finally:
+        for each, precision in zip(settings, before, strict=True):
+            each.fp32_precision = precision
+
+
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add leftᵀ right to a float32 total, in place.
 
@@ -145,14 +216,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         left: Left factors, `[N, L]`.
         right: Right factors, `[N, R]`.
     """
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    if left.dtype == right.dtype == torch.bfloat16:
-        settings.fp32_precision = "bf16"
-    try:
+    with ieee_products(cpu="bf16" if left.dtype == right.dtype == torch.bfloat16 else "ieee"):
         total.addmm_(left.float().t(), right.float())
-    finally:
-        settings.fp32_precision = before
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:

@@ -1,12 +1,15 @@
-"""Decoding on a CPU: what transformers' own gives, by one product a KV group."""
+"""Models changed for a while: decoding by one product a KV group, the state of a model that is worked on, precision."""
 
 from __future__ import annotations
+
+import threading
 
 import pytest
 import torch
 from support.tiny import DISTINCT, tiny_model
 
-from selfpruner_hub.models.patching import add_gram, add_product, attending_by_group
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.models.patching import add_gram, add_product, attending_by_group, ieee_products, working_on
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -75,6 +78,83 @@ def test_a_sum_of_products_is_not_rounded(left, right):
     add_product(total, a, b)
     torch.testing.assert_close(total.double(), 1 + a.double().t() @ b.double(), atol=1e-4, rtol=1e-5)
     assert settings.fp32_precision == before
+
+
+def products():
+    """Precision of float32 products on a CPU, and on CUDA."""
+    return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+@pytest.mark.parametrize(("setting", "rounded"), [("high", ("tf32", "tf32")), ("medium", ("bf16", "tf32"))])
+def test_no_setting_of_the_process_rounds_factors(setting, rounded):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        with ieee_products():
+            assert products() == ("ieee", "ieee")
+            with ieee_products(cpu="bf16"):
+                assert products() == ("bf16", "ieee")
+            assert products() == ("ieee", "ieee")
+        assert products() == rounded
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_model_that_is_worked_on_is_in_eval_mode_and_gets_its_own_back():
+    model = tiny_model("llama").train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    assert set(before) == {True, False}
+
+    def interrupted():
+        with working_on(model):
+            assert not any(module.training for module in model.modules())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [module.training for module in model.modules()] == before
+
+
+def test_the_modes_of_the_caller_do_not_matter():
+    with torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with working_on(tiny_model("llama")):
+            assert torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
+            assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_inference_mode_enabled()
+        assert torch.is_autocast_enabled("cpu")
+
+
+def in_a_thread(work):
+    """What the work says in another thread: None, or its error."""
+    said = []
+
+    def run():
+        try:
+            said.append(work())
+        except UserError as error:
+            said.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return said[0]
+
+
+def test_one_thread_at_a_time_works_on_a_model():
+    one, two = tiny_model("llama"), tiny_model("llama")
+
+    def enter(*models):
+        with working_on(*models):
+            pass
+
+    with working_on(one):
+        with working_on(two, one):  # it may enter again
+            pass
+        assert "Another thread works on this model" in str(in_a_thread(lambda: enter(two, one)))
+        assert in_a_thread(lambda: enter(two)) is None  # and what was held of the refused pair is free
+    assert in_a_thread(lambda: enter(one)) is None
 
 
 @pytest.mark.parametrize("width", [3, 4, 37, 128])

@@ -8,6 +8,8 @@ from support.checks import check_cache, check_causality, logits
 from support.tiny import tiny_model, tiny_pruned, uneven
 from transformers import AutoModelForCausalLM
 
+from selfpruner_hub.models.patching import working_on
+
 SHORT = {"original_max_position_embeddings": 32}  # of the 40 tokens of IDS, the last lie beyond
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SHORT}
 LINEAR = {"rope_type": "linear", "factor": 8.0}
@@ -66,6 +68,19 @@ def test_rotates_as_the_dense_model_does(kind):
     for length in (24, 40, 24):
         for layer_type in layer_types:
             assert torch.equal(rotation(pruned, length, layer_type), rotation(dense, length, layer_type))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_work_on_a_model_begins_with_the_frequencies_of_its_configuration(kind):
+    """Whatever dtype it was converted to, and however long a text it has read."""
+    name, changes = parameters(kind)
+    model, fresh = tiny_model(name, **changes), tiny_model(name, **changes)
+    logits(model, IDS)
+    with working_on(model.to(torch.bfloat16).to(torch.float32)):
+        layer_types = sorted(set(model.config.layer_types)) if kind == "kinds-by-layer" else [None]
+        for length in (24, 36, 40):
+            for layer_type in layer_types:
+                assert torch.equal(rotation(model, length, layer_type), rotation(fresh, length, layer_type))
 
 
 @pytest.mark.parametrize("kind", KINDS)
