@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from support.tiny import tiny_model, tiny_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from exporters.export import export_model
@@ -99,6 +100,48 @@ def test_a_second_thread_is_refused_and_the_model_is_whole():
         "Another thread works on this model object. Wait until it has finished, or load the model once for each thread."
     ]
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), before, strict=True))
+
+
+SOLVES = ("linalg_cholesky_ex", "cholesky_solve", "cholesky_inverse", "linalg_solve_triangular")
+
+
+class _Precisions(TorchDispatchMode):
+    """Precisions of float32 products on a CPU and on CUDA, at each factorisation and solve and each sum of products."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {name: set() for name in (*SOLVES, "addmm_")}
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.seen:
+            self.seen[name].add(torch.backends.mkldnn.matmul.fp32_precision)
+            self.seen[name].add(torch.backends.cuda.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_factorisation_or_solve_rounds_its_factors(plain):
+    """As it would where the process asks for faster products of float32 matrices."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with _Precisions() as found:
+            made = prune(noisy(training=False))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert found.seen == dict.fromkeys(found.seen, {"ieee"})
+    assert made.model.state_dict().keys() == plain.keys()
+
+
+@pytest.mark.parametrize("path", ["mlp.up_proj", "self_attn.v_proj", "mlp.gate_proj"])
+def test_a_layer_that_was_pruned_by_zeroing_is_pruned(path):
+    model = noisy(training=False)
+    model.model.layers[1].get_submodule(path).weight.data.zero_()
+    bias = model.model.layers[1].get_submodule(path).bias
+    if bias is not None:
+        bias.data.zero_()
+    made = prune(model)
+    assert made.model(IDS).logits.isfinite().all()
+    assert made.report.metrics["search_fitness"].value < 0.2
 
 
 def test_a_converted_model_is_pruned_as_a_loaded_one_is(tmp_path):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from selfpruner_hub.errors import ModelError
 from selfpruner_hub.models.devices import summed
+from selfpruner_hub.models.patching import ieee_products
 
 RIDGE = 0.01
 """Default λ, if there is no text to choose it on: the ridge is λ · mean(diag H) · I, with H = E[x xᵀ]."""
@@ -17,6 +18,8 @@ RIDGES = (0.001, 0.01, 0.1, 1.0)
 STRONGEST = 1.0
 ROUNDED = 1e-6
 """First share of its mean that is added to a diagonal whose matrix rounding has made indefinite."""
+WITHOUT_INPUT = 1e-12
+"""Unit of λ where H is 0: any ridge keeps the weights then, and this one adds nothing to predicted errors."""
 HELD_OUT = 8
 """One window in this many is held out to choose λ; the second repair does not fit it in any layer."""
 
@@ -39,6 +42,19 @@ def split_held_out(first: int, count: int) -> Iterator[tuple[slice, bool]]:
         start = end
 
 
+def ridge_unit(gram: Tensor) -> Tensor:
+    """Compute mean(diag H), the unit of λ; `WITHOUT_INPUT` where H is 0, as of a layer that was pruned by zeroing.
+
+    Args:
+        gram: H, `[D, D]`.
+
+    Returns:
+        Scalar, float32, above 0 unless H is not finite.
+    """
+    mean = gram.diagonal().float().mean()
+    return mean.where(mean != 0, WITHOUT_INPUT)
+
+
 def damped_factor(gram: Tensor, ridge: float, unit: Tensor | None = None) -> Tensor:
     """Compute the lower Cholesky factor of H + λ · mean(diag H) · I.
 
@@ -53,7 +69,7 @@ def damped_factor(gram: Tensor, ridge: float, unit: Tensor | None = None) -> Ten
     Raises:
         ModelError: The sum is not positive definite for any such λ (the activations are degenerate or not finite).
     """
-    mean = gram.diagonal().float().mean() if unit is None else unit
+    mean = ridge_unit(gram) if unit is None else unit
     while True:
         damped = gram.float().clone()
         damped.diagonal().add_(ridge * mean)
@@ -93,6 +109,7 @@ def rounded_factor(matrices: Tensor) -> Tensor:
     return factors
 
 
+@ieee_products()
 def _factor(matrices: Tensor) -> Tensor | None:
     """The Cholesky factors, or None where one does not exist or is not finite, which not every device reports."""
     factors, failed = torch.linalg.cholesky_ex(matrices)
@@ -104,6 +121,7 @@ def as_seen(weight: Tensor, root: Tensor | None) -> Tensor:
     return weight.float() if root is None else root @ weight.float()
 
 
+@ieee_products()
 def choose_ridge(weight: Tensor, fitted: Tensor, held: Tensor) -> float:
     """Choose the λ of least error on the held-out text, for a projection with half its columns, repaired on the rest.
 
@@ -120,7 +138,7 @@ def choose_ridge(weight: Tensor, fitted: Tensor, held: Tensor) -> float:
     """
     order = (fitted.diagonal() * weight.float().square().sum(0)).argsort(descending=True)
     kept, gone = order.tensor_split([max(1, len(order) // 2)])
-    lost, unit = weight[:, gone].detach().float(), fitted.diagonal().mean()
+    lost, unit = weight[:, gone].detach().float(), ridge_unit(fitted)
     gram, cross = fitted[kept][:, kept], lost @ fitted[gone][:, kept]
     held_gram, held_cross = held[kept][:, kept], lost @ held[gone][:, kept]
 

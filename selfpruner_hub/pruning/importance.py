@@ -14,6 +14,7 @@ from selfpruner_hub.calibration.ridge import as_seen, damped_factor, rounded_fac
 from selfpruner_hub.calibration.statistics import LayerStatistics, Moments
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear, shape_of
+from selfpruner_hub.models.patching import ieee_products
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 Order = Callable[[Tensor, Moments, int, Tensor | None], Tensor]
@@ -49,6 +50,7 @@ def by_score(score: Callable[[Tensor, Moments], Tensor]) -> Order:
     )
 
 
+@ieee_products()
 def obs(weight: Tensor, moments: Moments, unit: int, root: Tensor | None = None) -> Tensor:
     """Structured OBS (ZipLM, arXiv 2302.04089, equations 3 and 4): one sweep removes unit after unit.
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from selfpruner_hub.calibration.ridge import as_seen, damped_factor, split_held_out
+from selfpruner_hub.calibration.ridge import as_seen, damped_factor, ridge_unit, split_held_out
 from selfpruner_hub.models.devices import summed
-from selfpruner_hub.models.patching import add_gram, add_product
+from selfpruner_hub.models.patching import add_gram, add_product, ieee_products
 
 T = TypeVar("T")
 ITERATIONS = 3
@@ -48,6 +48,7 @@ class LinearFit:
             sums.add(x[rows], target[rows])
         self._windows += len(x)
 
+    @ieee_products()
     def apply(self) -> None:
         """Write the fitted weight into the projection."""
         before = self._module.weight
@@ -100,7 +101,7 @@ class _Sums:
     def solve(self, before: Tensor, ridge: float) -> Tensor:
         """(E[t xᵀ] + λ W) (E[x xᵀ] + λ I)⁻¹."""
         gram, cross = self._gram / self.count, self._cross / self.count
-        damping = ridge * gram.diagonal().mean()
+        damping = ridge * ridge_unit(gram)
         return torch.cholesky_solve((cross + damping * before.float()).t(), damped_factor(gram, ridge)).t()
 
     def error(self, weight: Tensor, root: Tensor | None) -> float:
@@ -125,18 +126,21 @@ class Gated(NamedTuple):
     """Residual: target minus output, times R where errors are loss-weighted, `[N, W, H]`."""
 
 
+@ieee_products()
 def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tensor) -> Tensor:
     """Find the change of gate_proj and up_proj that best moves an FFN's output to its target: a Gauss-Newton step.
 
     min E‖rest - D Σ_k f_k ∘ (V_k h)‖² is linear least squares, exact for up_proj and of first order for gate_proj. Its
     matrix is too large to build, so a few steps of conjugate gradients read the stream instead, preconditioned by
     (DᵀD ∘ E[f_k f_kᵀ]) ⊗ E[h hᵀ] (as in K-FAC, arXiv 1503.05671). They stop when the error on held-out windows stops
-    falling; early stopping acts as a ridge. Products are computed in the dtype of the stream and summed in float32.
+    falling; early stopping acts as a ridge. Products are computed in the dtype of the stream, those of float16 in
+    float32 because its range is too small, and summed in float32.
 
     Args:
         stream: Function that iterates over all windows, once per call.
         inputs: Weights of gate_proj and up_proj, `[K, F, H]`.
-        down: D, the weight of down_proj, times R where errors are loss-weighted, `[H, F]`.
+        down: D, the weight of down_proj, times R where errors are loss-weighted, `[H, F]`; rounded to the dtype of the
+            products.
 
     Returns:
         V, `[K, F, H]`, float32; 0 if no step lowers the held-out error, or no window is held out.
@@ -144,12 +148,19 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     start = torch.zeros_like(inputs, dtype=torch.float32)
     gates = start.new_zeros(len(start), start.shape[1], start.shape[1])
     read = start.new_zeros(start.shape[2], start.shape[2])
+    dtype = torch.float32 if inputs.dtype == torch.float16 else inputs.dtype
+    down = down.to(dtype)
+
+    def batches() -> Iterator[Gated]:
+        for batch in stream():
+            yield Gated(*(each.to(dtype) for each in batch))
+
     gradients = _Pair(start)
-    for h, factors, rest in stream():
+    for h, factors, rest in batches():
         gradients.add(rest @ down, factors, h)
         for gate, factor in zip(gates, factors.flatten(0, 1)[::GATE_STRIDE].unbind(1), strict=True):
-            gate += (factor.t() @ factor.contiguous()).float()
-        read += (h.flatten(0, 1).t() @ h.flatten(0, 1)).float()
+            add_gram(gate, factor)
+        add_gram(read, h.flatten(0, 1))
     fitted, held = gradients.sums
     if not held.any():
         return start
@@ -164,8 +175,8 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     preconditioned = _solved(fitted, left, right)
     direction, norm = preconditioned.clone(), (fitted * preconditioned).sum()
     for _ in range(ITERATIONS):
-        products, rounded = _Pair(start), direction.to(inputs.dtype)
-        for h, factors, _rest in stream():
+        products, rounded = _Pair(start), direction.to(dtype)
+        for h, factors, _rest in batches():
             changes = ((h @ v.t()).mul_(f) for v, f in zip(rounded, factors.unbind(-2), strict=True))
             products.add(reduce(Tensor.add_, changes) @ down.t() @ down, factors, h)
         step = norm / (direction * products.sums[0]).sum()
@@ -193,8 +204,7 @@ class _Pair:
         """Add y, `[N, W, F]`, f, `[N, W, K, F]`, and h, `[N, W, H]`."""
         for rows, held in split_held_out(self._windows, len(h)):
             products = (y[rows].unsqueeze(-2) * factors[rows]).flatten(2).flatten(0, 1)
-            total = self.sums[held]
-            total += (products.t() @ h[rows].flatten(0, 1)).view_as(total)
+            add_product(self.sums[held].flatten(0, 1), products, h[rows].flatten(0, 1))
         self._windows += len(h)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from selfpruner_hub.calibration.ridge import RIDGE, as_seen, damped_factor
+from selfpruner_hub.models.patching import ieee_products
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 
@@ -29,6 +30,7 @@ class Repair:
         ModelError: `damped_factor` fails.
     """
 
+    @ieee_products()
     def __init__(
         self,
         weight: Tensor,
@@ -43,6 +45,7 @@ class Repair:
         # W L itself is not kept: that would take half as much memory as the factors.
         self._norms = (as_seen(self._weight.to(self._device), root) @ factor).square().sum(0)
 
+    @ieee_products()
     def weight(self, kept: int) -> Tensor:
         """Least-squares weight of the first `kept` columns, `[out, kept]`, with dtype and device of the original."""
         dense, factor = self._weight.to(self._device), self._factor.to(self._device)

@@ -207,7 +207,7 @@ class _Ffn:
         rows = [module.weight for module in self._inputs]
         before = [weight.clone() for weight in rows]
         stacked = torch.cat(rows).view(-1, *self._down.weight.t().shape)
-        down = as_seen(self._down.weight, self._root).to(rows[0].dtype)
+        down = as_seen(self._down.weight, self._root)
         moved = (stacked.float() + fit_inputs(stream, stacked, down)).flatten(0, 1)
         for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
             weight.copy_(new)
@@ -220,8 +220,10 @@ class _Ffn:
         return helps
 
     def _rest(self, output: Tensor, target: Tensor) -> Tensor:
-        """The residual, target minus output, times R."""
+        """The residual, target minus output, times R; float32 for float16, whose range may be too small for it."""
         rest = _sum(target, -output)
+        if rest.dtype == torch.float16:
+            rest = rest.float()
         return rest if self._root is None else nn.functional.linear(rest, self._root.to(rest.dtype))
 
     def _linearised(self, h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -217,6 +217,41 @@ def test_with_too_few_windows_to_hold_one_out_the_strongest_ridge_is_taken():
 
 
 @torch.no_grad()
+def test_a_projection_that_reads_nothing_keeps_its_weight():
+    """As after an up_proj that was pruned by zeroing; its target is whatever."""
+    module = nn.Linear(F, H, bias=False)
+    before = module.weight.clone()
+    fit = LinearFit(module, (0.01, 1.0))
+    fit.add(torch.zeros(16, 2, F), normal(16, 2, H))
+    fit.apply()
+    torch.testing.assert_close(module.weight, before)
+
+
+@pytest.mark.parametrize("dead", [[0], [0, 1]])
+def test_factors_that_are_zero_move_nothing_of_theirs(dead):
+    """With an up_proj of zeros, gate_proj has no effect; with a gate that is closed too, neither has."""
+    windows, change, down = gated(noise=0.0)
+    zeroed = [each._replace(factors=each.factors.index_fill(-2, torch.tensor(dead), 0)) for each in windows]
+    found = fit_inputs(lambda: zeroed, change, down)
+    assert not found[dead].any()
+    assert found.isfinite().all()
+    assert found.any() == (len(dead) < K)
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_float16_is_summed_in_float32(scale):
+    """Beyond 65504, which a product of a few tokens passes; what is beyond the stream's own range is not asked for."""
+    windows, change, down = gated(noise=0.1)
+    halves = [Gated(scale * each.h, each.factors, each.rest) for each in windows]
+    halves = [Gated(*(part.half() for part in each)) for each in halves]
+    wide = [Gated(*(part.float() for part in each)) for each in halves]
+    found = fit_inputs(lambda: halves, change.half(), down)
+    wanted = fit_inputs(lambda: wide, change.half().float(), down)
+    assert wanted.any()
+    torch.testing.assert_close(found, wanted)
+
+
+@torch.no_grad()
 def test_where_a_batch_ends_does_not_matter():
     x, target = normal(40, 6, F), normal(40, 6, H, seed=1)
     weights = []
