@@ -7,10 +7,12 @@ import json
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from support.tiny import CONFIGS, tiny_model, tiny_tokenizer
 from support.virtual_device import BYTES, MixedDevicesError, virtual_accelerator
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
 
+from selfpruner_hub.calibration.generated_text import continuations
 from selfpruner_hub.cli import main
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
@@ -223,6 +225,24 @@ def test_the_command_line(dense, accelerator, tmp_path, capsys):
     assert found["gpu"] == pytest.approx(found["cpu"], rel=1e-3)
     assert main([*measured, "--device", "cuda"]) == 2
     assert "There is no device 'cuda' here. Choose one of: cpu, gpu:0." in capsys.readouterr().err
+
+
+def spread(model):
+    """Put the second layer and the head on the device, as `device_map` does: what a module reads goes to its device."""
+    for module, device in ((decoder_layers(model)[1], "gpu"), (model.model.norm, "cpu"), (model.lm_head, "gpu")):
+        module.to(device).register_forward_pre_hook(
+            lambda _module, args, kwargs, device=device: send_to_device((args, kwargs), device), with_kwargs=True
+        )
+    return model
+
+
+def test_a_model_that_is_spread_over_devices_writes_the_same(accelerator):
+    """In batches that finished sequences leave."""
+    prompts, ends = [[5, 9], [3], [17, 4, 8], [40]], set(range(3, 40))
+    model = shallow("llama")
+    wanted = continuations(model, prompts, 8, ends=ends, seed=1)
+    assert len({len(ids) for ids in wanted}) > 1
+    assert continuations(spread(model), prompts, 8, ends=ends, seed=1) == wanted
 
 
 def test_the_virtual_accelerator_notices_what_is_on_the_wrong_device():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -162,8 +162,8 @@ class _Rows:
         self._hidden = out.last_hidden_state[:, -1:]
 
     def logits(self) -> Tensor:
-        """Logits of the next token, `[N, V]`, float32."""
-        return torch.cat([logits for _, logits in head_chunks(self._model, self._hidden[:, 0])])
+        """Logits of the next token, `[N, V]`, float32, on the device of the model: a device map may move the head."""
+        return torch.cat([logits for _, logits in head_chunks(self._model, self._hidden[:, 0])]).to(self._model.device)
 
     def end(self, now: Tensor) -> Tensor:
         """Mark the rows that end now; return all that have ended, `[N]`, bool."""
@@ -173,7 +173,8 @@ class _Rows:
     def step(self, new: Tensor, left: Tensor | None) -> None:
         """Append a token to each row; `left` holds the indices of the rows to keep, None keeps all."""
         if left is not None:
-            self._cache.batch_select_indices(left)
+            for layer in self._cache.layers:  # a device map may spread them
+                layer.batch_select_indices(left.to(cast(Tensor, layer.keys).device))
             self._mask, self._ended = self._mask[left], self._ended[left]
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(new), 1)], 1)
         self._run(new[:, None], self._mask.sum(1, keepdim=True) - 1)
