@@ -118,8 +118,8 @@ class PrunedModel(Retraining):
 
         Raises:
             DataError: The text is unreadable or too short, or the model has no tokenizer.
-            UserError: The perplexity is not finite, `dense` is not the model that was pruned, or another thread works on
-                one of the models.
+            UserError: The perplexity is not finite, `dense` is not the model that was pruned, or another thread works
+                on one of the models.
         """
         if dense is not None:
             check_parent(self.report, dense, "dense")

@@ -21,17 +21,18 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import check_one_device, described
+from selfpruner_hub.models.forward import check_ids
 from selfpruner_hub.models.loading import is_repo_id, load_model
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.placement import streams
-from selfpruner_hub.models.unsupported import refuse_quantized
+from selfpruner_hub.models.unsupported import check_generation, refuse_quantized
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import Request, describe, fingerprint, library_versions
 from selfpruner_hub.pruned_model import PrunedModel
-from selfpruner_hub.pruning.prepare import fisher_information, prepared
+from selfpruner_hub.pruning.prepare import check_model, fisher_information, prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
@@ -56,6 +57,11 @@ class AutoPruner:
         name: Name of the model in records and cards: its Hub id, where it has one.
         licence: Licence of the model, as `licences.licence_of` returns it.
         store: Store of statistics, hidden states and the pruned model.
+
+    Raises:
+        UserError: The model is not one, is compiled, or has generation settings that cannot be saved.
+        ModelError: The model object cannot be pruned as it is (`prepare.check_model`), or is on several devices.
+        UnsupportedArchitectureError: The architecture is not supported, or the weights are quantised.
     """
 
     def __init__(
@@ -80,8 +86,9 @@ class AutoPruner:
 
     @model.setter
     def model(self, model: PreTrainedModel) -> None:
-        shape_of(model.config)  # fails where the architecture is not supported
+        check_model(model)
         refuse_quantized(model.config, self.name)
+        check_generation(model)
         if not streams(model):
             check_one_device(model)
         self._model = model
@@ -122,8 +129,13 @@ class AutoPruner:
             UnsupportedArchitectureError: The architecture is not supported, or the weights are quantised.
             ModelError: The model is missing, gated, unreachable or damaged, does not fit into memory, or is spread over
                 several devices.
-            UserError: `base_model` is not the name of a repository, or there is no such device.
+            UserError: `name` is no name, `base_model` is not the name of a repository, or there is no such device.
         """
+        if not isinstance(name, str | Path):
+            raise UserError(
+                f"from_pretrained takes the name of a model; got {type(name).__name__}.",
+                "Give a model itself to AutoPruner(model, tokenizer, name).",
+            )
         if base_model is not None and not is_repo_id(base_model):
             raise UserError(f"base_model must name a Hub repository, OWNER/NAME; got {base_model!r}.")
         store = MEMORY if offload_folder is None else DiskStore(offload_folder)
@@ -234,6 +246,7 @@ class AutoPruner:
             data = PLAIN_DATA if data is None and preset == "paper" else data
             identity = identity_of(self.model)
             texts = Texts(self.model, self.tokenizer, self._known, identity).read(data, method, run)
+            check_ids(self.model, max(int(text.windows.max()) for text in texts if text is not None))
             date = template_date(self.tokenizer)
             asked_for = Request(self.name, identity, budget, method, seed, asked.name, texts, self.licence, date)
             search_id = fingerprint(asked_for)

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from selfpruner_hub import AutoPruner
 from selfpruner_hub.calibration.corpus import Corpus
-from selfpruner_hub.errors import DataError, RunMismatchError, UnsupportedArchitectureError
+from selfpruner_hub.calibration.generated_text import continuations
+from selfpruner_hub.errors import DataError, ModelError, RunMismatchError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.provenance import describe
 from selfpruner_hub.search.proposers import RandomProposer
 from selfpruner_hub.settings import SEARCH
@@ -129,6 +130,83 @@ def test_the_default_searches_where_someone_asks(monkeypatch, capsys, settings, 
     made = AutoPruner(tiny_model("llama"), None, "tests/llama").prune(0.5, data="self", **few, **settings)
     assert asked == [made.report.method["evaluations"]] == [length]
     assert ("no search" in capsys.readouterr().err) == (not settings)
+
+
+def changed(**attributes):
+    """A tiny model whose configuration was changed after it was built."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    for name, value in attributes.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def mixed():
+    model = changed().to(torch.bfloat16)
+    model.lm_head.float()
+    return model
+
+
+def flexible():
+    model = changed()
+    model.set_attn_implementation("flex_attention")
+    return model
+
+
+def undecided():
+    model = changed()
+    model.generation_config.temperature = 0.5
+    return model
+
+
+@torch.inference_mode()
+def inferred():
+    return changed()
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (lambda: "some/model", "A transformers model is needed; got str."),
+        (tiny_tokenizer, "A transformers model is needed; got"),
+        (lambda: torch.compile(changed(), backend="eager"), "The model is compiled."),
+        (lambda: changed(num_hidden_layers=3), "The model has 2 layers, and its configuration says 3."),
+        (mixed, "The model has weights in bfloat16 and float32; pruning needs one dtype."),
+        (flexible, "flex_attention has no backward pass on a CPU"),
+        (inferred, "The model was made in torch.inference_mode()"),
+        (undecided, "The generation settings of the model cannot be saved: `temperature`"),
+    ],
+    ids=["name", "tokenizer", "compiled", "layers", "dtypes", "flex", "inference", "generation"],
+)
+def test_what_cannot_be_pruned_says_so_before_any_work(model, said):
+    with pytest.raises(UserError) as caught:
+        AutoPruner(model(), tiny_tokenizer(), "tests/llama")
+    assert said in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_model_is_no_name():
+    with pytest.raises(UserError, match="takes the name of a model; got LlamaForCausalLM"):
+        AutoPruner.from_pretrained(changed())
+
+
+def test_tokens_beyond_the_embeddings_are_refused_before_any_pass(article):
+    model = tiny_model("llama", num_hidden_layers=2, vocab_size=60)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a pass began"))
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("a pass began"))
+    pruner, few = AutoPruner(model, tiny_tokenizer(), "tests/llama"), {"window": WINDOW, "calibration_tokens": WINDOW}
+    with pytest.raises(ModelError, match="The text has token 65, and the model has embeddings of tokens 0 to 59 alone"):
+        pruner.prune(0.3, data=article, fitness_tokens=WINDOW, progress=False, **few)
+    with pytest.raises(ModelError, match="The text has token 60, and"):
+        continuations(model, [[5, 60], [7]], 2)
+
+
+def test_tuples_for_outputs_change_nothing():
+    settings = {"data": "self", "preset": "draft", "window": WINDOW, "progress": False}
+    few = {"calibration_tokens": WINDOW * CALIBRATION, "fitness_tokens": WINDOW * FITNESS}
+    tuples, named = changed(return_dict=False), changed()
+    made = [AutoPruner(model, None, "tests/llama").prune(0.3, **settings, **few) for model in (tuples, named)]
+    assert all(map(torch.equal, made[0].model.parameters(), made[1].model.parameters()))
+    assert tuples.config.return_dict is False
 
 
 class KilledError(Exception):

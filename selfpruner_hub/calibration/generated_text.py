@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import free_memory
-from selfpruner_hub.models.forward import draw, head_chunks
+from selfpruner_hub.models.forward import check_ids, draw, head_chunks
 from selfpruner_hub.models.patching import attending_by_group
 from selfpruner_hub.progress import Progress
 
@@ -58,7 +58,11 @@ def continuations(
 
     Returns:
         New token ids of each prompt, in the order of the prompts.
+
+    Raises:
+        ModelError: The model has no embedding of a token of the prompts.
     """
+    check_ids(model, max((max(prompt) for prompt in prompts), default=0))
     generator = torch.Generator(model.device).manual_seed(seed)
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # most memory is needed first
     written: list[list[int]] = [[] for _ in prompts]
@@ -173,7 +177,7 @@ class _Rows:
     def step(self, new: Tensor, left: Tensor | None) -> None:
         """Append a token to each row; `left` holds the indices of the rows to keep, None keeps all."""
         if left is not None:
-            for layer in self._cache.layers:  # a device map may spread them
+            for layer in cast(list[DynamicLayer], self._cache.layers):  # a device map may spread them
                 layer.batch_select_indices(left.to(cast(Tensor, layer.keys).device))
             self._mask, self._ended = self._mask[left], self._ended[left]
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(new), 1)], 1)

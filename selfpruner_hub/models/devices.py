@@ -1,4 +1,4 @@
-"""Devices: where a model is loaded, its memory, and what a device cannot do."""
+"""Devices and dtypes: where and how a model is loaded, its memory, and what a device cannot do."""
 
 from __future__ import annotations
 
@@ -45,6 +45,20 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
         known = ["cpu", *([] if here is None else [f"{here.type}:{index}" for index in range(count)])]
         raise UserError(f"There is no device {str(name)!r} here.", f"Choose one of: {', '.join(known)}.")
     return asked if asked.index is not None else torch.device(here.type, torch.accelerator.current_device_index())
+
+
+def check_dtype(asked: Any) -> None:
+    """Check that a model can be loaded in a dtype.
+
+    Args:
+        asked: Dtype or its name; None and `"auto"` take that of the checkpoint.
+
+    Raises:
+        UserError: There is no such dtype, or it does not hold floating-point numbers.
+    """
+    found = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
+    if asked not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise UserError(f"A model cannot be loaded in dtype {asked!r}.", "Choose auto, float32, bfloat16 or float16.")
 
 
 def check_one_device(model: PreTrainedModel) -> None:

@@ -67,6 +67,24 @@ def windows_at_once(model: PreTrainedModel, width: int, tokens: int) -> int:
     return known[width]
 
 
+def check_ids(model: PreTrainedModel, largest: int) -> None:
+    """Check that a model has embeddings for all token ids of a text, before any pass reads them.
+
+    Args:
+        model: A causal language model.
+        largest: Largest token id.
+
+    Raises:
+        ModelError: There are fewer embeddings.
+    """
+    count = len(cast(Tensor, model.get_input_embeddings().weight))
+    if largest >= count:
+        raise ModelError(
+            f"The text has token {largest}, and the model has embeddings of tokens 0 to {count - 1} alone.",
+            "Give the tokenizer that belongs to the model.",
+        )
+
+
 def last_hidden_states(model: PreTrainedModel, windows: Tensor, counted: Tensor | None = None) -> Iterator[Tensor]:
     """Run the decoder on a few windows at a time.
 

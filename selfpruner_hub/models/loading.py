@@ -27,7 +27,7 @@ from transformers import (
 
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
-from selfpruner_hub.models.devices import choose_device, out_of_memory
+from selfpruner_hub.models.devices import check_dtype, choose_device, out_of_memory
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
 from selfpruner_hub.models.patching import gguf_read_once
 from selfpruner_hub.models.placement import stream_layers
@@ -39,6 +39,7 @@ from selfpruner_hub.storage.tokenizer_files import load_tokenizer
 
 _FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
 """The `from_pretrained` keywords that locate files; they apply to configuration and tokenizer too."""
+_DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only")
 _WRAPPERS = ("gemma3", "mistral3")
 """Models of images and text whose text model is loaded alone."""
 _TEXT_KEYS = {r"^language_model\.lm_head": "lm_head", r"^(model\.)?language_model\.(model\.)?": "model."}
@@ -95,6 +96,7 @@ def _loaded(
     device: str | torch.device | None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
     chosen = _device(device, kwargs.get("device_map"), store)
     if chosen.type != "cpu" and not kwargs.get("device_map"):
         kwargs["device_map"] = {"": chosen}  # weights go to it one by one, without a copy in memory
@@ -209,8 +211,10 @@ def _one_by_one(
     """Build a model, each weight moved to `store` as it is read, and each layer on the device only while it runs."""
     if kwargs.get("gguf_file") or kwargs.get("quantization_config"):
         raise UserError(_OFFLOADED, "Leave out GGUF files and quantization.")
-    where = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    where = {key: kwargs[key] for key in _DOWNLOAD if key in kwargs}
     directory = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_WEIGHTS, **where))
+    if not any((directory / file).is_file() for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)):
+        raise ModelError(f"{name!r} has no safetensors, which offloading needs.", "Load it without, and save it first.")
     named: Any = config.dtype if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -266,8 +270,8 @@ def explain(name: str, error: Exception) -> SelfPrunerError:
         )
     if (is_full_disk(error) or status_of(error)) and (told := explain_hub(error, name)):
         return told
-    if Path(name).is_dir() and "Unrecognized model" in text and not (Path(name) / "config.json").is_file():
-        return ModelError(f"{name!r} holds no model: it has no config.json.", _GIVE)
+    if Path(name).is_dir() and "Unrecognized model" in text:
+        return ModelError(f"{name!r} holds no model: its config.json is missing, or names no model_type.", _GIVE)
     if "does not recognize this architecture" in text or "Unrecognized model" in text:
         return UnsupportedArchitectureError(
             f"{name!r} is of an architecture that this version does not know.",
@@ -303,8 +307,7 @@ def resolve_directory(name: str, folder: str = "", **kwargs: Any) -> Path:
     """
     if Path(name).is_dir():
         return Path(name) / folder
-    keys = ("revision", "token", "cache_dir", "local_files_only")
-    chosen: dict[str, Any] = {key: kwargs[key] for key in keys if key in kwargs}
+    chosen: dict[str, Any] = {key: kwargs[key] for key in _DOWNLOAD if key in kwargs}
     aside = [f"{name}/*" for name in (PLOTS, *EXPORTS)]
     chosen |= {"allow_patterns": f"{folder}/*"} if folder else {"ignore_patterns": aside}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -72,8 +73,9 @@ def working_on(*models: PreTrainedModel) -> Iterator[None]:
     """Prepare models for work, such as pruning, measuring or exporting, and keep other threads from it meanwhile.
 
     Every module is in eval mode, and its own flag is restored at the end; buffers are those of the configuration
-    (`weights.rebuild_buffers`). Gradients can be taken and autocast is off, whatever the caller has set. A model must
-    not run elsewhere until the context ends: its layers are replaced and its weights are reordered in place.
+    (`weights.rebuild_buffers`), and outputs have names. Gradients can be taken and autocast is off, whatever the caller
+    has set. A model must not run elsewhere until the context ends: its layers are replaced and its weights are
+    reordered in place.
 
     Args:
         *models: Models to work on. The thread that works on a model may enter again.
@@ -94,6 +96,7 @@ def working_on(*models: PreTrainedModel) -> Iterator[None]:
                 )
             stack.callback(lock.release)
             stack.callback(_set_modes, [(module, module.training) for module in model.modules()])
+            stack.enter_context(replaced(model.config, "return_dict", True))
             model.eval()
             rebuild_buffers(model)
             for kind in {"cpu", model.device.type}:

@@ -1,12 +1,12 @@
-"""Models that cannot be pruned: the reason, found in the configuration before any weight is read."""
+"""Models that cannot be pruned or saved: the reason, found in the configuration before any weight is read."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from selfpruner_hub.errors import UnsupportedArchitectureError
+from selfpruner_hub.errors import UnsupportedArchitectureError, UserError
 
 _WITH_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 """Kinds of layers that have attention over tokens."""
@@ -39,6 +39,25 @@ def reason(config: PreTrainedConfig) -> str:
 def _has_other_layers(config: PreTrainedConfig) -> bool:
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
     return not _WITH_ATTENTION.issuperset(kinds) or any(name.startswith(_OF_OTHER_LAYERS) for name in config.to_dict())
+
+
+def check_generation(model: PreTrainedModel) -> None:
+    """Raise if the generation settings of a model contradict each other, so that it could not be saved after its run.
+
+    Args:
+        model: A model.
+
+    Raises:
+        UserError: They do, such as a temperature without sampling.
+    """
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        lines = [line.strip(" -") for line in str(error).splitlines() if line.startswith("- ")] or [str(error)]
+        raise UserError(
+            f"The generation settings of the model cannot be saved: {lines[0]}"[:400],
+            "They are in its generation_config.json, and in model.generation_config.",
+        ) from error
 
 
 def refuse_quantized(config: PreTrainedConfig, name: str, asked: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Prepare a model for cutting: calibrate it, order its units by importance, factor its first repairs."""
+"""Prepare a model for cutting: check it, calibrate it, order its units by importance, factor its first repairs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,55 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.fisher import Fisher, output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.errors import ModelError, UserError
+from selfpruner_hub.models.architectures import decoder_layers, shape_of
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.ordering import ordered
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
+
+
+def check_model(model: Any) -> None:
+    """Check that an object is a model in a state that can be pruned.
+
+    Args:
+        model: What a user gave as the dense model.
+
+    Raises:
+        UserError: It is no transformers model, or it is compiled.
+        ModelError: Its weights are of several dtypes or cannot take part in a backward pass, it has other layers than
+            its configuration, or its attention has no backward pass here.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise UserError("The model is compiled.", "Prune the model that was given to torch.compile.")
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"A transformers model is needed; got {type(model).__name__}.",
+            "Give AutoPruner a model, its tokenizer and a name, or give AutoPruner.from_pretrained the name alone.",
+        )
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    if len(dtypes) > 1:
+        raise ModelError(
+            f"The model has weights in {' and '.join(dtypes)}; pruning needs one dtype.",
+            f"Convert it first: model.to(torch.{dtypes[0]}).",
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError(
+            "The model was made in torch.inference_mode(), so no gradients can be taken.", "Load it outside of that."
+        )
+    found, said = len(decoder_layers(model)), len(shape_of(model.config).dense.layers)
+    if found != said:
+        raise ModelError(
+            f"The model has {found} layers, and its configuration says {said}.",
+            "Set num_hidden_layers, and layer_types if there are any, to the layers that are left.",
+        )
+    if model.device.type == "cpu" and model.config._attn_implementation == "flex_attention":
+        raise ModelError(
+            "flex_attention has no backward pass on a CPU, and pruning needs one.",
+            'Choose another: model.set_attn_implementation("sdpa").',
+        )
 
 
 @dataclass(frozen=True)

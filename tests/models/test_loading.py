@@ -15,7 +15,7 @@ from support.trained import VOCABULARY, trained_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from exporters.to_gguf.writer import write
-from selfpruner_hub.errors import ModelError, SavedModelError, UnsupportedArchitectureError
+from selfpruner_hub.errors import ModelError, SavedModelError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.models import loading, patching
 from selfpruner_hub.models.architectures import ARCHITECTURES
 from selfpruner_hub.models.loading import explain, load_model, resolve_directory
@@ -172,7 +172,21 @@ def test_a_directory_without_weights(tmp_path):
 
 
 def test_a_directory_without_a_model(tmp_path):
-    assert "no config.json" in refusal(tmp_path)
+    assert "config.json is missing" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}"])
+def test_a_configuration_of_no_model(text, model):
+    (model / "config.json").write_text(text)
+    assert "config.json is missing, or names no model_type" in refusal(model)
+
+
+def test_only_safetensors_are_offloaded(model, tmp_path):
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    assert load_model(str(model))[0].num_parameters() > 0
+    message = refusal(model, store=DiskStore(tmp_path / "store"))
+    assert "has no safetensors, which offloading needs. Load it without, and save it first." in message
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00"])
@@ -182,7 +196,9 @@ def test_a_damaged_configuration(text, model):
 
 
 def test_a_dtype_that_torch_does_not_know(intact):
-    assert "float13" in refusal(intact, dtype="float13")
+    for dtype in ("float13", "int8", "torch"):
+        message = refusal(intact, UserError, dtype=dtype)
+        assert message == f"A model cannot be loaded in dtype {dtype!r}. Choose auto, float32, bfloat16 or float16."
 
 
 @pytest.mark.parametrize("name", ["/no/such/directory", "no-such-directory", "example/no-such-model"])
