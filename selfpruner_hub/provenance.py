@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.errors import UserError
+from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.weights import count_parameters, identity_of
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.costs import Costs
@@ -23,6 +25,8 @@ from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.outcome import Found
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Metric, Record
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -208,3 +212,40 @@ def reached(record: Record, target: Target, costs: Costs, measured: tuple[float,
 def _gains(measured: dict[str, tuple[float, float]]) -> dict[str, list[float]]:
     """Return the gains as JSON, without texts on which a plan has no finite fitness."""
     return {text: [round(value, 6) for value in pair] for text, pair in measured.items() if all(map(isfinite, pair))}
+
+
+def trained(record: Record, model: PreTrainedModel, how: str) -> Record:
+    """Make the record of a pruned model whose weights were trained: it has no figures of the old weights.
+
+    Args:
+        record: Record of the pruned model.
+        model: Trained model, in memory.
+        how: Method and data of the training, in one line.
+
+    Returns:
+        The record.
+
+    Raises:
+        UserError: The model has other widths, adapters or values that are not finite, or `how` is not one line.
+    """
+    if not how.strip() or "\n" in how:
+        raise UserError("Say in one line how the model was trained.", 'For example "LoRA of rank 16 on my-data".')
+    if any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise UserError("The model still has adapters.", "Merge them first: model.merge_and_unload().")
+    if shape_of(model.config).dense != record.plan:
+        raise UserError("The trained model has other widths than the pruned one.", "Train this model: pruned.model.")
+    broken = [name for name, weights in model.named_parameters() if not weights.isfinite().all()]
+    if broken:
+        raise UserError(f"The training diverged: {broken[0]} is not finite.", "Train with a lower learning rate.")
+    return replace(record, metrics={}, method={**record.method, "training": how.strip()})
+
+
+def changed_in_place(record: Record) -> Record:
+    """Make the record of a pruned model whose weights were changed without a word on how: it has no old figures."""
+    logger.warning(
+        "The weights were changed after pruning: the record drops the figures of the old ones. Say how they were "
+        'changed: pruned.retrained(pruned.model, "LoRA of rank 16 on my-data").'
+    )
+    known = record.method.get("training")
+    how = f"{known}, then changed again" if known else "how is not recorded"
+    return replace(record, metrics={}, method={**record.method, "training": how})

@@ -14,17 +14,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.calibration.chat_template import has_chat_template
 from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.errors import SavedModelError, UserError
-from selfpruner_hub.evaluation.figures import text_figures
+from selfpruner_hub.evaluation.figures import text_figures, window_of
 from selfpruner_hub.evaluation.metrics import teach
 from selfpruner_hub.exporting import make_exports
 from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.hub.publish import STATIC, Published, check_request, publish
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.forward import check_ids
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
-from selfpruner_hub.models.weights import rebuild_buffers
+from selfpruner_hub.models.unsupported import check_generation
+from selfpruner_hub.models.weights import changed, is_tied, rebuild_buffers, sampled
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.provenance import check_parent
+from selfpruner_hub.provenance import changed_in_place, check_parent
 from selfpruner_hub.retraining import Retraining
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -66,6 +68,7 @@ class PrunedModel(Retraining):
         self._journal = journal
         self._checkpoints = checkpoints or Checkpoints()
         self._store = store
+        self._sampled = sampled(model)
 
     @property
     def plan(self) -> Plan:
@@ -83,6 +86,13 @@ class PrunedModel(Retraining):
             raise AttributeError(name)
         return getattr(self.model, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute where it is read: of the transformers model, unless it belongs to this object."""
+        if name in ("model", "tokenizer", "report") or name.startswith("_") or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.model, name, value)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; arguments and result are those of the transformers model."""
         return self.model(*args, **kwargs)
@@ -93,15 +103,23 @@ class PrunedModel(Retraining):
 
     def to(self, *args: Any, **kwargs: Any) -> PrunedModel:
         """Move the model to a device or a dtype, in place; arguments are those of `torch.nn.Module.to`."""
+        self._notice_training()
         self.model.to(*args, **kwargs)
         rebuild_buffers(self.model)
+        self._sampled = sampled(self.model)
         return self
+
+    def _notice_training(self) -> None:
+        """Put it into the record if the weights were changed in place: figures of the old ones are no longer true."""
+        before, self._sampled = self._sampled, sampled(self.model)
+        if changed(before, self._sampled):
+            self.report = changed_in_place(self.report)
 
     def evaluate(
         self,
         data: str = "wikitext2",
         *,
-        window: int = 2048,
+        window: int | None = None,
         windows: int | None = None,
         dense: PreTrainedModel | None = None,
     ) -> dict[str, Metric]:
@@ -109,7 +127,8 @@ class PrunedModel(Retraining):
 
         Args:
             data: `"wikitext2"` or `"c4"` (test split), or a path to a `.txt` or `.jsonl` file.
-            window: Tokens per window, at least 2.
+            window: Tokens per window, from 2 to as many as the model was made to read; None takes 2048, or as many as
+                that.
             windows: Number of windows, from the start of the text; None takes all.
             dense: The dense model, to compare with; None leaves the comparison out.
 
@@ -118,12 +137,15 @@ class PrunedModel(Retraining):
 
         Raises:
             DataError: The text is unreadable or too short, or the model has no tokenizer.
-            UserError: The perplexity is not finite, `dense` is not the model that was pruned, or another thread works
-                on one of the models.
+            ModelError: The text has tokens that the model has no embedding of.
+            UserError: The window is too wide, a perplexity is not finite, `dense` is not the model that was pruned, or
+                another thread works on one of the models.
         """
         if dense is not None:
             check_parent(self.report, dense, "dense")
-        corpus = consecutive_windows(data, self.tokenizer, window, windows)
+        corpus = consecutive_windows(data, self.tokenizer, window_of(self.model, window), windows)
+        check_ids(self.model, int(corpus.windows.max()))
+        self._notice_training()
         with working_on(self.model, *([] if dense is None else [dense])):
             teacher = None if dense is None else teach(dense, corpus.windows, counted=corpus.counted)
             found = text_figures(self.model, corpus, teacher)
@@ -159,7 +181,8 @@ class PrunedModel(Retraining):
 
         Raises:
             OutputError: The directory cannot be written, or holds another model.
-            UserError: There are arguments for publishing and nothing is published, or the Hub refuses.
+            UserError: There are arguments for publishing and nothing is published, the generation settings contradict
+                each other, or the Hub refuses.
             HubError: The Hub is unreachable, or fails.
         """
         if not push_to_hub and (unused := [*publishing, *(["repo_id"] if repo_id else [])]):
@@ -174,11 +197,14 @@ class PrunedModel(Retraining):
         self._checkpoints.clear()
 
     def _write(self, directory: Path, max_shard_size: int | str | None = None) -> None:
+        check_generation(self.model)
+        self._notice_training()
         size = max_shard_size or (OFFLOADED_SHARD if self._store.on_disk else None)
         sharding: Any = {} if size is None else {"max_shard_size": size}
         earlier = (*TOKENIZER, *TEMPLATES, GENERATION) if (directory / "config.json").exists() else ()
         with save_directory(directory, stale=(*WEIGHTS, *earlier)) as staging:
             self.model.config._name_or_path = self.report.base_model
+            self.model.config.tie_word_embeddings = is_tied(self.model)
             self.model.save_pretrained(staging, **sharding)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(staging)
@@ -267,6 +293,7 @@ class PrunedModel(Retraining):
         """
         from exporters.export import export_model  # it imports this package
 
+        self._notice_training()
         return export_model(
             self.model,
             self.tokenizer,

@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.errors import UserError
-from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.models.weights import count_parameters
+from selfpruner_hub.models.patching import working_on
+from selfpruner_hub.models.weights import sampled
 from selfpruner_hub.progress import Bars
+from selfpruner_hub.provenance import check_parent, trained
 from selfpruner_hub.recovery.settings import Budget, resolve
 from selfpruner_hub.settings import check_seed
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -35,6 +36,7 @@ class Retraining:
     tokenizer: PreTrainedTokenizerBase | None
     report: Record
     _checkpoints: Checkpoints
+    _sampled: dict[str, Tensor]
 
     def retrained(self, model: PreTrainedModel, how: str) -> Self:
         """Return this model with weights that were trained after pruning, without the figures of the old weights.
@@ -49,19 +51,7 @@ class Retraining:
         Raises:
             UserError: The model has other widths, adapters or values that are not finite, or `how` is not one line.
         """
-        if not how.strip() or "\n" in how:
-            raise UserError("Say in one line how the model was trained.", 'For example "LoRA of rank 16 on my-data".')
-        if any(".base_layer." in name for name, _ in model.named_parameters()):
-            raise UserError("The model still has adapters.", "Merge them first: model.merge_and_unload().")
-        if shape_of(model.config).dense != self.report.plan:
-            raise UserError(
-                "The trained model has other widths than the pruned one.", "Train this model: pruned.model."
-            )
-        broken = [name for name, weights in model.named_parameters() if not weights.isfinite().all()]
-        if broken:
-            raise UserError(f"The training diverged: {broken[0]} is not finite.", "Train with a lower learning rate.")
-        report = replace(self.report, metrics={}, method={**self.report.method, "training": how.strip()})
-        return self._with(model.eval(), report, Checkpoints())
+        return self._with(model.eval(), trained(self.report, model, how), Checkpoints())
 
     def recover(
         self,
@@ -104,14 +94,10 @@ class Retraining:
 
         started, method, budget = time.monotonic(), resolve(**settings), Budget(minutes, tokens)
         check_seed(seed)
-        if count_parameters(dense) != self.report.parameters["dense"]:
-            raise UserError(
-                f"The model was pruned from one with {self.report.parameters['dense']:,} parameters; this one has "
-                f"{count_parameters(dense):,}.",
-                f"Give its parent, {self.report.base_model}.",
-            )
+        check_parent(self.report, dense, "dense")
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
+            stack.enter_context(working_on(self.model, dense))
             folder = Path(run_dir or stack.enter_context(tempfile.TemporaryDirectory()))
             run = Run(MEMORY, Checkpoints(folder / "recovery"), report, seed)
             pair = Pair(self.model, dense, self.tokenizer)
@@ -127,5 +113,5 @@ class Retraining:
 
     def _with(self, model: PreTrainedModel, report: Record, checkpoints: Checkpoints) -> Self:
         made = copy.copy(self)
-        made.model, made.report, made._checkpoints = model, report, checkpoints
+        made.model, made.report, made._checkpoints, made._sampled = model, report, checkpoints, sampled(model)
         return made

@@ -11,8 +11,8 @@ import pytest
 import torch
 from support.chatting import chat_tokenizer
 from support.checks import check_tokenizers_without_package
-from support.tiny import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, pipeline
+from support.tiny import tiny_model, tiny_tokenizer, uneven
+from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 from selfpruner_hub import pruned_model
 from selfpruner_hub.errors import OutputError, UserError
@@ -143,6 +143,78 @@ def test_what_is_no_trained_form_of_it_is_refused(spoil, how, said, saved_model)
     model.mul_, model.adapt = spread, adapt
     with pytest.raises(UserError, match=said):
         pruned.retrained(spoil(model), how)
+
+
+UNSAID = "how is not recorded"
+
+
+@pytest.mark.parametrize(
+    ("change", "known", "training"),
+    [
+        (lambda model: model.model.norm.weight.data.mul_(1.01), None, UNSAID),
+        (lambda model: model.model.norm.weight.data.mul_(1.01), "by hand", "by hand, then changed again"),
+        (lambda model: model.to(torch.bfloat16), None, None),
+        (lambda model: model.resize_token_embeddings(130), None, None),
+        (lambda model: model, "by hand", "by hand"),
+    ],
+    ids=["changed", "changed again", "converted", "resized", "trained"],
+)
+def test_weights_that_were_changed_in_place_have_no_old_figures(change, known, training, saved_model, tmp_path):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    if known:
+        pruned = pruned.retrained(pruned.model, known)
+    pruned.report = replace(pruned.report, metrics={"perplexity": Metric(3.0, None, "once")})
+    change(pruned.model)
+    for name in ("one", "two"):
+        pruned.save_pretrained(tmp_path / name)
+        record = read_record(tmp_path / name)
+        assert record.method.get("training") == training
+        assert bool(record.metrics) == (training == known)
+        assert ("was not retrained" in (tmp_path / name / "README.md").read_text()) == (training is None)
+
+
+def test_a_conversion_there_and_back_is_no_training(saved_model, tmp_path):
+    pruned = PrunedModel.from_pretrained(saved_model).to(torch.bfloat16).to(torch.float32)
+    pruned.save_pretrained(tmp_path / "again")
+    assert "training" not in read_record(tmp_path / "again").method
+
+
+def test_an_attribute_is_set_where_it_is_read(saved_model):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    pruned.generation_config = GenerationConfig(max_new_tokens=3)
+    assert pruned.model.generation_config.max_new_tokens == 3
+    assert pruned.generate(IDS, do_sample=False, eos_token_id=None).shape[1] == IDS.shape[1] + 3
+    pruned.tokenizer = None
+    assert not hasattr(pruned.model, "tokenizer")
+
+
+def test_generation_settings_are_not_those_of_the_dense_model():
+    dense = tiny_model("llama")
+    uneven(dense).generation_config.max_new_tokens = 3
+    assert dense.generation_config.max_new_tokens != 3
+
+
+def test_generation_settings_that_cannot_be_saved_are_one_line(saved_model, tmp_path):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    pruned.generation_config.temperature = 0.5
+    with pytest.raises(UserError, match="generation settings of the model cannot be saved: `temperature`"):
+        pruned.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_retrained_head_of_its_own_is_in_the_configuration(saved_model, tmp_path):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    pruned.model.config.tie_word_embeddings = True  # as of a parent whose head was tied
+    pruned.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_window_is_as_wide_as_the_model_reads(saved_model, tmp_path):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    pruned = PrunedModel.from_pretrained(saved_model)
+    assert set(pruned.evaluate(str(tmp_path / "text.txt"))) == {"perplexity (128)"}
+    with pytest.raises(UserError, match="at most 128 tokens, as many as the model was made to read; got 129"):
+        pruned.evaluate(str(tmp_path / "text.txt"), window=129)
 
 
 def test_what_it_measures_is_in_its_record(saved_model, tmp_path):

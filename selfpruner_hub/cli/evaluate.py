@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 HALF = "report"
 """Name of the half of the plain questions that no setting was chosen on."""
-WINDOW = 2048
-"""Tokens a window, where the model was made to read as many."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "wikitext2)",
     )  # fmt: skip
     parser.add_argument(
-        "--window", type=int, metavar="W", help=f"tokens a window: papers take 2048 or 128 (default: {WINDOW}, or as "
+        "--window", type=int, metavar="W", help="tokens a window: papers take 2048 or 128 (default: 2048, or as "
         "many as the model was made to read)",
     )  # fmt: skip
     parser.add_argument("--windows", type=int, metavar="N", help="only the first N windows")
@@ -192,17 +190,15 @@ def _corpus(
 ) -> Corpus | None:
     """Return the text for perplexity; None where only tasks are requested."""
     from selfpruner_hub.calibration.corpus import consecutive_windows
+    from selfpruner_hub.evaluation.figures import window_of
+    from selfpruner_hub.models.forward import check_ids
 
     if options.data is None and tasks:
         return None
-    window, context = options.window, getattr(model.config, "max_position_embeddings", WINDOW)
-    if window is None:
-        window = min(WINDOW, context)
-    elif window > context:  # perplexity there would say nothing of the model
-        raise UserError(
-            f"--window expects at most {context}, as many tokens as the model was made to read; got {window}."
-        )
-    return consecutive_windows(options.data or "wikitext2", tokenizer, window, options.windows)
+    window = window_of(model, options.window)
+    corpus = consecutive_windows(options.data or "wikitext2", tokenizer, window, options.windows)
+    check_ids(model, int(corpus.windows.max()))
+    return corpus
 
 
 def _tasks(

@@ -21,9 +21,35 @@ from selfpruner_hub.storage.model_record import Metric
 
 ANSWERED, KEPT = "plain questions answered", "plain questions kept"
 AGREEMENT, DIVERGENCE = "agreement (conversations)", "KL (conversations)"
+WINDOW = 2048
+"""Tokens per window, where the model was made to read as many."""
 CHAT_FIGURES = (ANSWERED, KEPT, AGREEMENT, DIVERGENCE)
 """Names of the figures of a chat model, the easiest to understand first."""
 _KL = f"KL from the dense model over its {TOP_K} likeliest tokens and the rest as one"
+
+
+def window_of(model: PreTrainedModel, window: int | None) -> int:
+    """Choose the tokens per window of a measurement.
+
+    Args:
+        model: A causal language model.
+        window: Tokens that were asked for; None takes `WINDOW`, or as many as the model was made to read.
+
+    Returns:
+        Tokens per window.
+
+    Raises:
+        UserError: The model was made to read fewer; a perplexity there would say nothing of it.
+    """
+    context = getattr(model.config, "max_position_embeddings", None) or WINDOW
+    if window is None:
+        return min(WINDOW, context)
+    if window > context:
+        raise UserError(
+            f"A window has at most {context} tokens, as many as the model was made to read; got {window}.",
+            "Measure with shorter windows.",
+        )
+    return window
 
 
 def text_figures(model: PreTrainedModel, corpus: Corpus, teacher: Teacher | None = None) -> dict[str, Metric]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,9 @@ CHUNK = 2**20
 """Number of values that are summed at a time: few enough for the caches of a processor."""
 NOT_OF_THE_MODEL = frozenset(("architectures", "auto_map", "dtype", "tie_word_embeddings", "transformers_version"))
 """Keys of a configuration that say where a model comes from and how it is stored, and those that its weights say."""
+
+COMPARED = 64
+"""Number of values of a parameter that are compared to see whether it was changed."""
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -94,6 +98,21 @@ def _tensor_hash(tensor: Tensor) -> str:
     for values in (some.float(), sums):
         digest.update(values.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def sampled(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Read a few values of each parameter, by name and shape, to see later whether the weights were changed."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with suppress(NotImplementedError):  # weights in files of a device map, and those of torchao
+            some = parameter.detach().flatten()[:: max(1, parameter.numel() // COMPARED) | 1]
+            found[f"{name} {tuple(parameter.shape)}"] = some.clone().cpu()
+    return found
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    """Whether values differ in two results of `sampled`; other shapes and a conversion to a dtype are no change."""
+    return any(not torch.equal(before[key].to(after[key].dtype), after[key]) for key in before.keys() & after.keys())
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -186,7 +187,7 @@ def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
     model.load_state_dict({k: _own(v, slicer.store) for k, v in state.items()}, assign=True, strict=True)
     model.tie_weights()
     rebuild_buffers(model)
-    model.generation_config = dense.generation_config
+    model.generation_config = copy.deepcopy(dense.generation_config)
     if streams(dense):
         stream_layers(model, dense.device)
     return model.eval()

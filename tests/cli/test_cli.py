@@ -479,7 +479,7 @@ def test_a_pruned_model_that_is_cut_off(assert_mistake, pruned, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("window", "said"), [("0", "at least 2"), ("5000", "at most 128, as many tokens as the model")]
+    ("window", "said"), [("0", "at least 2"), ("5000", "at most 128 tokens, as many as the model")]
 )
 def test_bad_windows_of_a_measurement(window, said, assert_mistake, dense, text):
     assert_mistake(said, "evaluate", dense, "--data", text, "--window", window, "--quiet")
