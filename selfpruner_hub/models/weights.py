@@ -103,10 +103,10 @@ def _tensor_hash(tensor: Tensor) -> str:
 def sampled(model: PreTrainedModel) -> dict[str, Tensor]:
     """Read a few values of each parameter, by name and shape, to see later whether the weights were changed."""
     found: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, weight in model.named_parameters():
         with suppress(NotImplementedError):  # weights in files of a device map, and those of torchao
-            some = parameter.detach().flatten()[:: max(1, parameter.numel() // COMPARED) | 1]
-            found[f"{name} {tuple(parameter.shape)}"] = some.clone().cpu()
+            some = weight.detach().flatten()[:: max(1, weight.numel() // COMPARED) | 1]
+            found[f"{name} {tuple(weight.shape)}"] = some.clone().cpu()
     return found
 
 
