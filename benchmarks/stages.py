@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from selfpruner_hub.cli.demo import load_embedded
-from selfpruner_hub.effort import seconds_per_token
+from selfpruner_hub.search.effort import seconds_per_token
 from selfpruner_hub.settings import resolve
 
 BETA = 0.3

@@ -24,9 +24,9 @@ from selfpruner_hub.models.forward import check_ids
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.unsupported import check_generation
-from selfpruner_hub.models.weights import changed, is_tied, rebuild_buffers, sampled
+from selfpruner_hub.models.weights import is_tied, rebuild_buffers, sampled
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.provenance import changed_in_place, check_parent
+from selfpruner_hub.provenance import check_parent
 from selfpruner_hub.retraining import Retraining
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -108,12 +108,6 @@ class PrunedModel(Retraining):
         rebuild_buffers(self.model)
         self._sampled = sampled(self.model)
         return self
-
-    def _notice_training(self) -> None:
-        """Put it into the record if the weights were changed in place: figures of the old ones are no longer true."""
-        before, self._sampled = self._sampled, sampled(self.model)
-        if changed(before, self._sampled):
-            self.report = changed_in_place(self.report)
 
     def evaluate(
         self,

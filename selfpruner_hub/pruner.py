@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,6 @@ from selfpruner_hub.aim import aim_of
 from selfpruner_hub.calibration.chat_template import template_date
 from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
-from selfpruner_hub.effort import with_effort
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
@@ -37,6 +38,7 @@ from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.choose_proposer import choose_proposer
+from selfpruner_hub.search.effort import CUT, minutes_left, with_effort
 from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import Proposer
@@ -46,6 +48,8 @@ from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
 from selfpruner_hub.storage.run import Run
 from selfpruner_hub.storage.run_lock import run_lock
+
+logger = logging.getLogger(__name__)
 
 
 class AutoPruner:
@@ -158,6 +162,7 @@ class AutoPruner:
         fitness: str | None = None,
         evaluations: float | None = None,
         minutes: float | None = None,
+        recover: float | None = None,
         seed: int = 0,
         run_dir: str | Path | None = None,
         executor: str | None = None,
@@ -180,7 +185,7 @@ class AutoPruner:
                 None takes 128 and 32.
             preset: Name of the preset: `"default"`, `"draft"` for a first look (no second repair), `"fast"` for little
                 text and one starting point, `"best"` for twice the text, or `"paper"` for the settings of
-                arXiv 2502.14413. None takes the default, or with `minutes` a faster one where little text fits.
+                arXiv 2502.14413. None takes the default, or with `minutes` what fits into them.
             proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
                 Hub repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object
                 that follows the `Proposer` protocol; one that is given searches. None asks the dense model where
@@ -197,9 +202,10 @@ class AutoPruner:
             evaluations: Length of the search in full-evaluation equivalents; 0 takes the best seed plan. None uses the
                 preset's (0 in all but `"paper"`), or `settings.SEARCH` where a proposer is given. A round that has
                 begun is finished.
-            minutes: Minutes that the run may take: the amount of text, and the preset where none is given, are chosen
-                so that it takes about this long on this machine (`effort.within_minutes`); `settings.TEXT_SIZES`
-                cannot be given too. None changes nothing.
+            minutes: Minutes of the whole run: where no preset is given, the best one that takes a part of them is taken
+                (`search.effort`), and recovery takes the rest. None takes the preset, without recovery.
+            recover: Minutes of recovery after the cut (`PrunedModel.recover`), in place of the rest of `minutes`; 0
+                trains nothing.
             seed: Random seed.
             run_dir: Directory of the journal and of the checkpoints of each stage; a run with the same directory
                 resumes.
@@ -215,9 +221,10 @@ class AutoPruner:
             UserError: An argument is wrong, the text too short, `run_dir` belongs to another search or is in use, or
                 another thread works on the model.
         """
+        started = time.monotonic()
         aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
-        check_minutes(minutes, settings)
+        check_minutes(minutes, recover)
         check_executor(executor)
         resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **settings)
         folder = None if run_dir is None else Path(run_dir)
@@ -232,7 +239,7 @@ class AutoPruner:
                 checkpoints,
                 evaluations=evaluations,
                 proposer_given=proposer is not None,
-                minutes=minutes,
+                minutes=minutes and (minutes if recover == 0 else CUT * minutes),
             )
             method = replace(method, multiple_of=method.multiple_of or self.shape.default_multiple)
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
@@ -263,4 +270,12 @@ class AutoPruner:
                 compensate(self.model, model, calibration, inputs=method.repair_gate_up, fisher=fisher, run=run)
             scale = match_confidence(self.model, model, texts.search.windows, report) if method.confidence else 1.0
             record = aim.measured(describe(model, asked_for, found, scale), budget, model, report)
-        return PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)
+            left = minutes_left(minutes, recover, started, run.checkpoints)
+        pruned = PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)
+        if left is None:
+            return pruned
+        try:
+            return pruned.recover(self.model, minutes=left, data=data, seed=seed, run_dir=folder, progress=progress)
+        except UserError as error:  # what was pruned is not lost
+            logger.warning("The model was pruned, and not recovered. %s", error)
+            return pruned

@@ -16,15 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.models.patching import working_on
-from selfpruner_hub.models.weights import sampled
+from selfpruner_hub.models.weights import changed, sampled
 from selfpruner_hub.progress import Bars
-from selfpruner_hub.provenance import check_parent, trained
+from selfpruner_hub.provenance import changed_in_place, check_parent, trained
 from selfpruner_hub.recovery.settings import Budget, resolve
 from selfpruner_hub.settings import check_seed
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.model_record import Record
 from selfpruner_hub.storage.offload import MEMORY
 from selfpruner_hub.storage.run import Run
+from selfpruner_hub.storage.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
 
@@ -95,21 +96,29 @@ class Retraining:
         started, method, budget = time.monotonic(), resolve(**settings), Budget(minutes, tokens)
         check_seed(seed)
         check_parent(self.report, dense, "dense")
+        self._notice_training()
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             stack.enter_context(working_on(self.model, dense))
-            folder = Path(run_dir or stack.enter_context(tempfile.TemporaryDirectory()))
-            run = Run(MEMORY, Checkpoints(folder / "recovery"), report, seed)
+            stack.enter_context(run_lock(None if run_dir is None else Path(run_dir)))
+            stages = Path(run_dir or stack.enter_context(tempfile.TemporaryDirectory())) / "stages"
+            run = Run(MEMORY, Checkpoints(stages / "recovery"), report, seed)
             pair = Pair(self.model, dense, self.tokenizer)
-            found = recover(pair, budget, data, method, run, folder / "recovery")
+            found = recover(pair, budget, data, method, run, stages / "recovery")
         if found.model is None:
             logger.warning("%s The model is left as it was.", found.line)
             run.checkpoints.clear()
             return self
         record = {**found.record, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
         how = f"distilled from its parent on {record['tokens']:,} tokens in {record['minutes']} minutes"
-        report_after = replace(self.report, metrics={}, recovery=record, method={**self.report.method, "training": how})
-        return self._with(found.model, report_after, run.checkpoints)
+        recovered = replace(trained(self.report, found.model, how), recovery=record)
+        return self._with(found.model, recovered, Checkpoints(stages))
+
+    def _notice_training(self) -> None:
+        """Put it into the record if the weights were changed in place: figures of the old ones are no longer true."""
+        before, self._sampled = self._sampled, sampled(self.model)
+        if changed(before, self._sampled):
+            self.report = changed_in_place(self.report)
 
     def _with(self, model: PreTrainedModel, report: Record, checkpoints: Checkpoints) -> Self:
         made = copy.copy(self)

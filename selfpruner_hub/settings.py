@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -120,8 +120,6 @@ class PruneSettings:
 
 OLD_NAMES = {"accumulate": "sequential_repair", "refit_inputs": "repair_gate_up"}
 """Earlier names of settings, which are still taken and read."""
-TEXT_SIZES = ("calibration_tokens", "fisher_tokens", "fitness_tokens")
-"""Settings that follow from the minutes of a run, where these are given."""
 SEARCH = 10
 """Length of the search where a proposer is given and no length, in evaluations on the whole fitness text."""
 PRESETS = {
@@ -287,21 +285,20 @@ def resolve(preset: str | None, **changes: Any) -> PruneSettings:
     return method
 
 
-def check_minutes(minutes: Any, given: Collection[str]) -> None:
-    """Refuse what is no length of a run, and settings that the length decides.
+def check_minutes(minutes: Any, recover: Any) -> None:
+    """Refuse what is no length of a run or of its recovery.
 
     Args:
         minutes: Minutes that a run may take, above 0; None if they are not limited.
-        given: Names of the settings that the user has changed.
+        recover: Minutes of recovery, at least 0; None if they are not given.
 
     Raises:
-        UserError: It is not a number above 0, or such a setting is given as well.
+        UserError: It is not.
     """
-    if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0):
-        raise UserError(f"minutes must be a number above 0; got {minutes!r}.")
-    decided = [name for name in TEXT_SIZES if name in given]
-    if minutes is not None and decided:
-        raise UserError(f"minutes decides {decided[0]}, and both are given.", "Leave out one of them.")
+    for name, value, least in (("minutes", minutes, "above"), ("recover", recover, "of at least")):
+        number = not isinstance(value, bool) and isinstance(value, (int, float))
+        if value is not None and not (number and (value > 0 or (value == 0 and least != "above"))):
+            raise UserError(f"{name} must be a number {least} 0; got {value!r}.")
 
 
 def check_seed(seed: Any) -> None:

@@ -22,7 +22,7 @@ LAYERS = (
     {"plans", "settings"},
     {"storage"},
     {"models"},
-    {"calibration", "effort"},
+    {"calibration"},
     {"pruning", "exporters"},
     {"evaluation"},
     {"search", "recovery"},

@@ -64,7 +64,7 @@ def test_a_recovered_model_is_saved_with_what_was_done(saved_model, text, tmp_pa
 
 def test_a_model_that_is_not_its_parent_is_refused(saved_model, text):
     pruned = PrunedModel.from_pretrained(saved_model)
-    with pytest.raises(UserError, match="Give its parent"):
+    with pytest.raises(UserError, match="is not 'tests/llama', the parent of this model"):
         pruned.recover(tiny_model("llama", num_hidden_layers=5), tokens=1024, data=text, **SETTINGS)
 
 

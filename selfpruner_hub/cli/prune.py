@@ -74,11 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     method = parser.add_argument_group("the method")
     method.add_argument(
-        "--preset", help=f"{', '.join(PRESETS)} (default: default; with --minutes a faster one where little text fits)"
+        "--preset", help=f"{', '.join(PRESETS)} (default: default; with --minutes what fits)"
     )  # fmt: skip
     method.add_argument(
-        "--minutes", type=number, metavar="N", help="preset and amount of text for about N minutes on this machine"
+        "--minutes",
+        type=number,
+        metavar="N",
+        help="minutes in all: the preset that fits, and recovery until they are over",
     )
+    method.add_argument(
+        "--recover", type=number, metavar="N", help="minutes of recovery after the cut, as of the verb recover; 0 "
+        "trains nothing (default: none, or what is left of --minutes)",
+    )  # fmt: skip
     method.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="any other setting; `selfpruner settings` lists them with their defaults",
@@ -120,7 +127,7 @@ def run(options: argparse.Namespace) -> str:
         wanted = parse_target(options.target)
         target = target_of(wanted, options.runtime, request)
     check_seed(options.seed)
-    check_minutes(options.minutes, settings)
+    check_minutes(options.minutes, options.recover)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
     check_writable(options.output)
     if options.output.exists() and Path(options.model).exists() and options.output.samefile(options.model):
@@ -152,6 +159,7 @@ def run(options: argparse.Namespace) -> str:
         fitness=options.fitness,
         evaluations=options.evaluations,
         minutes=options.minutes,
+        recover=options.recover,
         seed=options.seed,
         run_dir=run_dir,
         executor=options.executor,

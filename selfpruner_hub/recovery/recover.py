@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.models.devices import fork_rng
+from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.recovery.deciding import Deciding, is_better, score
@@ -171,6 +172,11 @@ def curve(divergences: Sequence[float], tokens: int) -> list[list[float]]:
 
 
 def _check_pair(pruned: PreTrainedModel, parent: PreTrainedModel) -> None:
+    if streams(pruned) or streams(parent):
+        raise UserError(
+            "Recovery needs both models in memory, and one of them rests in files.",
+            "Load the saved model and its parent without offload_folder (--offload).",
+        )
     sizes = [len(model.get_output_embeddings().weight) for model in (pruned, parent)]
     if sizes[0] != sizes[1]:
         raise UserError(
