@@ -55,6 +55,16 @@ CHAT: Columns = (
     ("KL, code", lambda row: figure(row, "kl_code", "{:.2f}")),
 )
 COLUMNS: dict[str, Columns] = {
+    "recovery": (
+        ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense"),
+        ("minutes asked", lambda row: figure(row, "asked", "{:g}")),
+        ("tokens asked", lambda row: figure(row, "asked_tokens", "{:,}")),
+        ("minutes", lambda row: figure(row, "minutes", "{:.0f}")),
+        ("512, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
+        *CHAT,
+        ("by a sample", lambda row: share(row, "kept_sampled")),
+        ("within 8", lambda row: share(row, "kept_within_8")),
+    ),
     "browser": (
         ("weights", lambda row: row["dtype"]),
         ("prompt", words("prompt")),

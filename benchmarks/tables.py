@@ -16,7 +16,8 @@ from typing import Any
 
 from columns import PERPLEXITIES, RUNTIME_NAMES, UNKNOWN, figure, markdown, of_benchmark, protocol, share, shown
 
-from selfpruner_hub.settings import PRESETS, explained
+from selfpruner_hub.recovery.settings import RecoverySettings
+from selfpruner_hub.settings import PRESETS, described, explained
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
@@ -151,6 +152,15 @@ def settings_table() -> str:
     return markdown(["setting", "default", *others, "meaning"], rows)
 
 
+def recovery_settings_table() -> str:
+    """Every setting of recovery: its name, its default and its meaning."""
+    rows = [
+        [f"`{each.name}`", f"`{json.dumps(each.default)}`", each.meaning.replace("|", "\\|")]
+        for each in described(RecoverySettings)
+    ]
+    return markdown(["setting", "default", "meaning"], rows)
+
+
 def faults_table() -> str:
     """Every fault of `make mutants`, file by file: the test that noticed it, or why none needs to."""
     found = {(row["file"], row["what"]): row["failed"] for row in json.loads(NOTICED.read_text(encoding="utf-8"))}
@@ -183,6 +193,8 @@ GENERATED = (
     ("docs/results.md", "targets", partial(of_benchmark, "targets")),
     ("docs/results.md", "browser", partial(of_benchmark, "browser")),
     ("docs/settings.md", "settings", settings_table),
+    ("docs/recovery.md", "recovery", partial(of_benchmark, "recovery")),
+    ("docs/recovery.md", "recovery_settings", recovery_settings_table),
     ("docs/testing.md", "faults", faults_table),
 )
 """Pages, the name of the markers in them, and what makes the text between these."""

@@ -184,7 +184,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of `PruneSettings`, as users are told of it."""
+    """A field of a dataclass of settings, as users are told of it."""
 
     name: str
     kind: str
@@ -196,7 +196,7 @@ class Setting:
 
 
 def explained(preset: str = "default") -> list[Setting]:
-    """List all settings with their meaning, which is read from the source of `PruneSettings`.
+    """List all settings of `prune`, as `described`.
 
     Args:
         preset: A key of `PRESETS`, whose values are given as defaults.
@@ -208,16 +208,30 @@ def explained(preset: str = "default") -> list[Setting]:
         UserError: The preset is unknown.
     """
     method = _of_preset(preset)
-    defaults = {**method.record(), "templates": method.templates}
-    (defined,) = ast.parse(inspect.getsource(PruneSettings)).body
+    return described(PruneSettings, {**method.record(), "templates": method.templates})
+
+
+def described(cls: type, values: Mapping[str, Any] | None = None) -> list[Setting]:
+    """List the fields of a dataclass of settings with their meaning, which is read from its source.
+
+    Args:
+        cls: Dataclass; each field has a docstring and a default.
+        values: JSON values by name, given as defaults; None takes those of the fields.
+
+    Returns:
+        The settings, in the order of the fields.
+    """
+    (defined,) = ast.parse(inspect.getsource(cls)).body
     meanings = {
         ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
         for field, text in pairwise(getattr(defined, "body", []))
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
     return [
-        Setting(f.name, _KINDS[str(f.type)][1], defaults[f.name], meanings.get(f.name, ""))
-        for f in fields(PruneSettings)
+        Setting(
+            f.name, _KINDS[str(f.type)][1], f.default if values is None else values[f.name], meanings.get(f.name, "")
+        )
+        for f in fields(cls)
     ]
 
 

@@ -18,6 +18,7 @@ from support.trained import TEXT, VOCABULARY, trained_tokenizer
 from selfpruner_hub import PrunedModel, settings
 from selfpruner_hub.calibration import text_sources
 from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.recovery import texts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LONGEST = 40
@@ -157,6 +158,13 @@ def test_recover_with_lora(run, model, tmp_path):
     assert report.method["training"] == ("LoRA of rank 16 on all linear layers, 30 steps of 4 x 256 tokens of text.txt")
     assert [name for name in report.metrics if name.startswith("search_")] == []
     assert report.plan == PrunedModel.from_pretrained("pruned-b30").plan
+
+
+def test_recover(run, model, monkeypatch):
+    monkeypatch.setattr(texts, "DECIDING_WINDOWS", 1)
+    said = run("09_recover.py", model, 8192)
+    assert PrunedModel.from_pretrained("recovered-b30").report.base_model == "tiny-chat"
+    assert said.count("KL from the parent on") in (0, 3)  # random weights may have nothing to recover
 
 
 def test_notebook(model, monkeypatch, capsys):

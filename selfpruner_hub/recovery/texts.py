@@ -25,7 +25,7 @@ DECIDING_WINDOWS = 12
 DECIDING_SEED = 2**30
 """Offset of the random seed of what the parent writes to decide by."""
 DECIDING_PART = 8
-"""A text that is read gives at most one of so many windows to decide by."""
+"""A text that is too short for all that is wanted of it gives one of so many windows to decide by."""
 ROUNDS = 4
 """Attempts to fill the windows with conversations."""
 LENGTHS = {"conversations": 110, "questions": 60}
@@ -156,7 +156,7 @@ class Writer:
         if kind.is_written:
             return self._text(kind.name, kind.source, -(-count // passes), seed=self._run.seed), None
         text = self._text(kind.name, kind.source, count, seed=self._run.seed, spare=DECIDING_WINDOWS)
-        held = min(DECIDING_WINDOWS, len(text.windows) // DECIDING_PART)
+        held = min(DECIDING_WINDOWS, max(len(text.windows) - count, len(text.windows) // DECIDING_PART))
         if not held:
             needed = DECIDING_PART * self._window
             raise too_little_text(kind.name, text.windows.numel(), needed, "or a shorter window")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.chatting import chat_tokenizer
-from support.tiny import CONFIGS, shallow, tiny_model, tiny_pruned, tiny_tokenizer
+from support.tiny import CONFIGS, DISTINCT, shallow, tiny_model, tiny_pruned, tiny_tokenizer
 
 from selfpruner_hub.errors import DataError, OutputError, UserError
 from selfpruner_hub.recovery import distiller, texts
@@ -66,8 +66,9 @@ def test_it_is_nearer_to_its_parent_and_nothing_else_changes(pair, tmp_path):
     copy.deepcopy(found.model)(torch.tensor([[5, 6]]))
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "full") for name in CONFIGS), *((name, "lora") for name in DISTINCT)]
+)
 def test_every_architecture(name, method, tmp_path):
     dense = tiny_model(name, num_hidden_layers=2, **kinds(name))
     found = recovered(
