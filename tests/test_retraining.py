@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny import tiny_model
+from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.recovery.schedule import Schedule
 from selfpruner_hub.storage.model_record import Metric, read_record
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 200
@@ -77,7 +78,8 @@ def test_what_does_not_help_leaves_the_model(saved_model, text, caplog):
 
 
 def test_on_the_command_line(saved_model, text, parent, tmp_path, capsys):
-    words = ["recover", str(saved_model), "--against", parent, "--tokens", "1024", "--data", text, "--quiet", *WORDS]
+    data = f"self+{text}"
+    words = ["recover", str(saved_model), "--against", parent, "--tokens", "1024", "--data", data, "--quiet", *WORDS]
     assert main([*words, "--output", str(tmp_path / "better"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["improved"]
@@ -90,6 +92,20 @@ def test_on_the_command_line(saved_model, text, parent, tmp_path, capsys):
     assert read_record(saved_model).recovery["tokens"] == 1024
     assert main([*words[:-10], "--set", "learning_rate=1.0", *WORDS[:4]]) == 0
     assert capsys.readouterr().out == f"{saved_model}: not improved, and left as it was.\n"
+
+
+def test_cut_and_recovery_in_one_command(parent, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("selfpruner_hub.recovery.recover.planned", lambda *_: Schedule(12, [12 * 16], None))
+    monkeypatch.setattr("selfpruner_hub.recovery.settings.REFERENCE_RATE", 2e-3)
+    tiny_tokenizer().save_pretrained(parent)
+    words = ["prune", parent, "--beta", "0.3", "--output", str(tmp_path / "made"), "--data", "self", "--quiet"]
+    small = ("window=32", "calibration_tokens=512", "fitness_tokens=128", "fisher_tokens=128")
+    assert main([*words, *(word for one in small for word in ("--set", one)), "--recover", "5"]) == 0
+    record, said = read_record(tmp_path / "made"), capsys.readouterr().out
+    assert record.recovery["tokens"] == 12 * 16 * 128
+    assert f"{tmp_path / 'made'}: trained on {record.recovery['tokens']:,} tokens in" in said
+    assert "KL from the parent on self: " in said
+    assert not (tmp_path / "made.run").exists()
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def _complain(error: SelfPrunerError, options: argparse.Namespace, status: int) 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="selfpruner", description="Shrink a causal language model without retraining."
+        prog="selfpruner", description="Shrink a causal language model: cut, repair, recover."
     )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 

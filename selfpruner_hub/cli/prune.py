@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from selfpruner_hub.cli.options import from_pretrained, loading, number, path, settings_of
+from selfpruner_hub.cli.recover import told
 from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.settings import PRESETS, SEARCH, Setting, check_minutes, check_seed, explained, resolve
 
@@ -182,6 +183,8 @@ def run(options: argparse.Namespace) -> str:
         lines.append(
             f"{options.target} in {known['runtime']}: predicted {target.said(known['predicted'])}, measured {found}"
         )
+    if report.recovery:
+        lines += told(str(options.output), report.recovery)
     gains, name = report.proposer["gains"], report.method["fitness"]
     if "search_text" in gains and "unseen_text" in gains:
         own, unseen = ("{:.4f} -> {:.4f}".format(*gains[text]) for text in ("search_text", "unseen_text"))

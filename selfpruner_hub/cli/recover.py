@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from selfpruner_hub.cli.options import number, settings_of, whole
 from selfpruner_hub.recovery.settings import Budget, resolve
@@ -91,10 +93,21 @@ def run(options: argparse.Namespace) -> str:
         return json.dumps({"output": str(output), "improved": recovered is not pruned, **asdict(report)})
     if recovered is pruned:
         return f"{output}: not improved, and left as it was."
-    found = report.recovery
-    lines = [f"{output}: trained on {found['tokens']:,} tokens in {found['minutes']} minutes"]
-    lines += [
+    return "\n".join(told(str(output), report.recovery))
+
+
+def told(name: str, recovery: Mapping[str, Any]) -> list[str]:
+    """Lines that say what a recovery brought.
+
+    Args:
+        name: Name of the model.
+        recovery: Entry of its record.
+
+    Returns:
+        One line, and one for each text that decided.
+    """
+    lines = [f"{name}: trained on {recovery['tokens']:,} tokens in {recovery['minutes']} minutes"]
+    return lines + [
         f"KL from the parent on {text['name']}: {text['before']:.4f} -> {text['after']:.4f}"
-        for text in found["deciding"]
+        for text in recovery["deciding"]
     ]
-    return "\n".join(lines)

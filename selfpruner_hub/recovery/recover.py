@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -210,12 +210,13 @@ def _seconds(
 
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Keep the global random states, which Trainer sets, and let transformers say nothing of its checkpoints."""
+    """Keep the global random states, which Trainer sets, let it take this device, and keep transformers quiet."""
     states = random.getstate(), np.random.get_state()
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with fork_rng(device):
+    current = nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index or 0)
+    with fork_rng(device), current:
         try:
             yield
         finally:
