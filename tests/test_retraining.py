@@ -79,17 +79,17 @@ def test_what_does_not_help_leaves_the_model(saved_model, text, caplog):
 
 def test_on_the_command_line(saved_model, text, parent, tmp_path, capsys):
     data = f"self+{text}"
-    words = ["recover", str(saved_model), "--against", parent, "--tokens", "1024", "--data", data, "--quiet", *WORDS]
+    words = ["recover", str(saved_model), "--against", parent, "--tokens", "2048", "--data", data, "--quiet", *WORDS]
     assert main([*words, "--output", str(tmp_path / "better"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["improved"]
-    assert read_record(tmp_path / "better").recovery["tokens"] == 1024
+    assert read_record(tmp_path / "better").recovery["tokens"] == 2048
     assert read_record(saved_model).recovery == {}
     assert not (tmp_path / "better.run").exists()
     assert main(words) == 0  # in place
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"{saved_model}: trained on 1,024 tokens in ")
-    assert read_record(saved_model).recovery["tokens"] == 1024
+    assert lines[0].startswith(f"{saved_model}: trained on 2,048 tokens in ")
+    assert read_record(saved_model).recovery["tokens"] == 2048
     assert main([*words[:-10], "--set", "learning_rate=1.0", *WORDS[:4]]) == 0
     assert capsys.readouterr().out == f"{saved_model}: not improved, and left as it was.\n"
 

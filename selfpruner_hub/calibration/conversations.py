@@ -200,11 +200,18 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 class Distinct:
-    """A set of texts without near-duplicates, by the Jaccard similarity of their word trigrams."""
+    """A set of texts without near-duplicates, by the Jaccard similarity of their word trigrams.
 
-    def __init__(self) -> None:
+    Args:
+        texts: Texts of the set, in the order in which they were added.
+    """
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self.texts: list[str] = []
         self._sizes: list[int] = []
         self._having: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        for text in texts:
+            self.add(text)
 
     def add(self, text: str) -> bool:
         """Add a text unless a similar one was added before; return whether it was added."""
@@ -216,6 +223,7 @@ class Distinct:
         for gram in grams:
             self._having[gram].append(len(self._sizes))
         self._sizes.append(len(grams))
+        self.texts.append(text)
         return True
 
 

@@ -246,7 +246,7 @@ class Pace(TrainerCallback):
 
 
 def arguments(
-    folder: Path, device: torch.device, steps: int, batch: int, settings: RecoverySettings, rate: float, **more: Any
+    folder: Path, device: torch.device, steps: int, checks: int, batch: int, settings: RecoverySettings, **more: Any
 ) -> TrainingArguments:
     """Arguments of transformers' Trainer.
 
@@ -254,20 +254,19 @@ def arguments(
         folder: Directory of its checkpoints.
         device: Device of the models.
         steps: Number of steps.
+        checks: Times that the model is measured and kept.
         batch: Windows in a step.
         settings: Settings of recovery.
-        rate: Peak learning rate.
         **more: Other arguments.
 
     Returns:
         The arguments.
     """
-    every = max(1, -(-steps // settings.checks))
+    every = -(-steps // checks)
     made = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch,
-        learning_rate=rate,
         lr_scheduler_type="linear",
         warmup_steps=min(settings.warmup, steps // 4),
         optim="adamw_torch_fused",

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,11 +20,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from selfpruner_hub.calibration.conversations import end_tokens
+from selfpruner_hub.calibration.text_sources import tokenizer_hash
 from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.models.devices import fork_rng
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.weights import identity_of
-from selfpruner_hub.pruning.temperature import match_confidence
+from selfpruner_hub.pruning.temperature import TOKENS, match_confidence
 from selfpruner_hub.recovery.deciding import Deciding, is_better, score
 from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, distilled, last_checkpoint
 from selfpruner_hub.recovery.schedule import Timed, planned, remembered, scheduled
@@ -88,13 +90,18 @@ def recover(pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, r
     started = time.monotonic()
     pruned, parent, tokenizer = pair
     _check_pair(pruned, parent)
-    identity = json.dumps([identity_of(pruned), identity_of(parent), repr((budget, data, settings, run.seed))])
-    run = replace(run, checkpoints=run.checkpoints.of(identity))
-    folder = folder / f"training-{sha256(identity.encode()).hexdigest()[:16]}"
     window = min(settings.window, getattr(parent.config, "max_position_embeddings", settings.window))
     batch = max(1, settings.batch_tokens // window)
     adapters, dtype = uses_adapters(pruned, settings), compute_dtype(pruned)
     kinds = shares(data, tokenizer, settings)
+    identity = json.dumps(
+        [
+            *(identity_of(model) for model in (pruned, parent)),
+            *(tokenizer_hash(tokenizer), sorted(end_tokens(parent, tokenizer))),
+            *(asdict(budget), settings.record(), run.seed, [(kind.name, kind.share) for kind in kinds]),
+        ]
+    )
+    run = replace(run, checkpoints=run.checkpoints.of(identity))
     writer = Writer(parent, tokenizer, window, run)
 
     deciding, writing = writer.deciding()
@@ -105,8 +112,12 @@ def recover(pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, r
             timed = Timed(writing, step, time.monotonic() - started)
             schedule = planned(budget, kinds, batch, window, settings, timed)
             remembered(run.checkpoints, schedule)
+        # What is read is read anew, and may have changed: the training goes on where all texts are the same.
         pairs = [writer.training(kind, n, settings.passes) for kind, n in zip(kinds, schedule.counts, strict=True)]
         texts, deciding = [text for text, _ in pairs], [*deciding, *(held for _, held in pairs if held is not None)]
+        order = scheduled(texts, schedule.counts, run.seed)
+        hashes = "".join(text.sha256 for text in (*texts, *deciding))
+        folder = folder / f"training-{sha256((identity + hashes).encode()).hexdigest()[:16]}"
         measure = Deciding(parent, deciding)
         before = measure(pruned)
         distiller = Distiller(
@@ -118,13 +129,14 @@ def recover(pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, r
                 folder,
                 pruned.device,
                 schedule.steps,
+                schedule.checks(batch, sum(len(text.windows) for text in deciding), settings),
                 batch,
                 settings,
-                settings.rate(pruned.num_parameters(), adapters),
+                learning_rate=settings.rate(pruned.num_parameters(), adapters),
                 bf16=dtype == torch.bfloat16,
                 seed=run.seed,
             ),
-            train_dataset=Windows(texts, scheduled(texts, schedule.counts, run.seed), settings.emphasis),
+            train_dataset=Windows(texts, order, settings.emphasis),
             eval_dataset=Windows(deciding, [], 0.0),  # Trainer asks for one; `check` measures
         )
         pace = Pace(schedule.seconds, run.progress)
@@ -132,7 +144,8 @@ def recover(pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, r
         with _writable(folder), pace.interruptible():
             distiller.train(resume_from_checkpoint=last_checkpoint(folder))
         model = finished(student, pruned)
-    match_confidence(parent, model, torch.cat([text.windows for text in texts]), run.progress)
+    read = torch.stack([texts[number].windows[place] for number, place in order[: max(1, TOKENS // window)]])
+    match_confidence(parent, model, read, run.progress)
     after = measure(model)
     state = distiller.state
     record = {

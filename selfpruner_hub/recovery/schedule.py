@@ -12,8 +12,10 @@ from selfpruner_hub.recovery.settings import Budget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
-OVERHEAD = 1.08
-"""Time of a step with its optimiser and checkpoints, as a multiple of the passes that are timed."""
+OVERHEAD = 1.15
+"""Time of a step with its optimiser, checks and checkpoints, as a multiple of the passes that are timed."""
+CHECKS, CHECKING = 5, 0.05
+"""Most times that the model is measured on the deciding text, and the largest share of the time for it."""
 FEWEST = 4
 """Fewest steps that a recovery is begun for."""
 
@@ -38,6 +40,20 @@ class Schedule(NamedTuple):
     """Windows that are read of each kind of text, with repeats."""
     seconds: float | None
     """Time of all steps; None sets no limit."""
+
+    def checks(self, batch: int, deciding: int, settings: RecoverySettings) -> int:
+        """Times that the model is measured: a forward pass of a window takes a third of its part of a step.
+
+        Args:
+            batch: Windows in a step.
+            deciding: Windows of all deciding texts.
+            settings: Settings of recovery, which may say it.
+
+        Returns:
+            At least 1.
+        """
+        affordable = int(CHECKING * self.steps * 3 * batch / deciding)
+        return settings.checks or max(1, min(CHECKS, affordable))
 
 
 def planned(

@@ -20,7 +20,7 @@ from selfpruner_hub.errors import DataError
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.storage.run import Run
 
-DECIDING_WINDOWS = 12
+DECIDING_WINDOWS = 10
 """Windows of each kind of text that decide which state is kept."""
 DECIDING_SEED = 2**30
 """Offset of the random seed of what the parent writes to decide by."""
@@ -30,6 +30,8 @@ ROUNDS = 4
 """Attempts to fill the windows with conversations."""
 LENGTHS = {"conversations": 110, "questions": 60}
 """Expected tokens of a conversation of each kind, until the first ones are written."""
+SEPARATOR = "\0"
+"""Stands between user's turns in a checkpoint."""
 STYLES: dict[str, Style] = {"conversations": CHAT, "questions": QUESTIONS}
 
 
@@ -52,14 +54,18 @@ class Text(NamedTuple):
         """The windows from `first` up to `last`."""
         return Text(self.name, self.windows[first:last], self.counted[first:last])
 
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids, as hexadecimal digits."""
+        return sha256(self.windows.contiguous().numpy().tobytes()).hexdigest()
+
     def record(self, windows: int) -> dict[str, Any]:
         """The entry for `selfpruner.json`, with the number of windows of this kind that were read."""
-        written = self.windows.contiguous().numpy().tobytes()
         return {
             "name": self.name,
             "tokens": self.windows.numel(),
             "tokens_read": windows * self.windows.shape[1],
-            "sha256": sha256(written).hexdigest(),
+            "sha256": self.sha256,
         }
 
 
@@ -135,7 +141,7 @@ class Writer:
         texts, seconds = [], {}
         for name in names:
             started = time.monotonic()
-            texts.append(self._text(name, name, DECIDING_WINDOWS, seed=self._run.seed + DECIDING_SEED))
+            texts.append(self._written(name, DECIDING_WINDOWS, self._run.seed + DECIDING_SEED))
             seconds[name] = (time.monotonic() - started) / len(texts[-1].windows)
         return texts, seconds
 
@@ -154,37 +160,42 @@ class Writer:
             DataError: The source is unknown, unreadable or too short.
         """
         if kind.is_written:
-            return self._text(kind.name, kind.source, -(-count // passes), seed=self._run.seed), None
-        text = self._text(kind.name, kind.source, count, seed=self._run.seed, spare=DECIDING_WINDOWS)
-        held = min(DECIDING_WINDOWS, max(len(text.windows) - count, len(text.windows) // DECIDING_PART))
+            return self._written(kind.name, -(-count // passes), self._run.seed), None
+        windows = self._loaded(kind.source, count, self._run.seed, DECIDING_WINDOWS)
+        text = Text(kind.name, windows, _all(windows))
+        held = min(DECIDING_WINDOWS, max(len(windows) - count, len(windows) // DECIDING_PART))
         if not held:
-            needed = DECIDING_PART * self._window
-            raise too_little_text(kind.name, text.windows.numel(), needed, "or a shorter window")
+            raise too_little_text(kind.name, windows.numel(), DECIDING_PART * self._window, "or a shorter window")
         return text.part(0, -held), text.part(-held, None)
 
-    def _text(self, name: str, source: Any, count: int, *, seed: int, spare: int = 0) -> Text:
-        """Make `count + spare` windows of one kind, or fewer; the spare ones are from behind the others."""
-        digest = sha256(repr((name, source, count, spare, seed)).encode()).hexdigest()[:16]
-        if known := self._run.checkpoints.load(f"recovery-text-{digest}"):
+    def _written(self, name: str, count: int, seed: int) -> Text:
+        """Windows of one kind that the parent writes, `count` or fewer, from the checkpoint where there is one."""
+        key = f"recovery-{name}-{count}-{seed}"
+        if known := self._run.checkpoints.load(key):
+            self._distinct = Distinct(_lines(known["turns"]))  # so that what follows is the same
             return Text(name, known["windows"], known["counted"].bool())
         if name in STYLES:
             windows, counted = self._conversations(name, count, seed)
         else:
-            windows = load_corpus(
-                source,
-                self._tokenizer,
-                tokens=count * self._window,
-                spare=spare * self._window,
-                least=0.0,
-                window=self._window,
-                seed=seed,
-                model=self._model,
-                progress=self._run.progress,
-            ).windows
-            counted = torch.ones(windows.shape[0], windows.shape[1] - 1, dtype=torch.bool)
-        tensors = {"windows": windows, "counted": counted.to(torch.uint8)}
-        self._run.checkpoints.save(f"recovery-text-{digest}", tensors)
+            windows = self._loaded(name, count, seed)
+            counted = _all(windows)
+        turns = torch.tensor([*SEPARATOR.join(self._distinct.texts).encode()], dtype=torch.uint8)
+        self._run.checkpoints.save(key, {"windows": windows, "counted": counted.to(torch.uint8), "turns": turns})
         return Text(name, windows, counted)
+
+    def _loaded(self, source: Any, count: int, seed: int, spare: int = 0) -> Tensor:
+        """Windows of a source, `count + spare` or fewer; the spare ones are from behind the others."""
+        return load_corpus(
+            source,
+            self._tokenizer,
+            tokens=count * self._window,
+            spare=spare * self._window,
+            least=0.0,
+            window=self._window,
+            seed=seed,
+            model=self._model,
+            progress=self._run.progress,
+        ).windows
 
     def _conversations(self, name: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """Write conversations until they fill `count` windows; fewer if the model repeats itself."""
@@ -216,6 +227,17 @@ class Writer:
             raise too_little_text(name, sum(len(each.ids) for each in written), self._window, "or shorter windows")
         ids, answered = zip(*rows[:count], strict=True)
         return torch.tensor(ids), torch.tensor(answered)[:, 1:]
+
+
+def _lines(turns: Tensor) -> list[str]:
+    """The user's turns that a checkpoint holds."""
+    text = bytes(turns.tolist()).decode()
+    return text.split(SEPARATOR) if text else []
+
+
+def _all(windows: Tensor) -> Tensor:
+    """The mask of windows whose predictions all count."""
+    return torch.ones(windows.shape[0], windows.shape[1] - 1, dtype=torch.bool)
 
 
 def _packed(conversations: Sequence[Conversation], window: int) -> Iterator[tuple[list[int], list[bool]]]:

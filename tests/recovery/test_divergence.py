@@ -51,7 +51,7 @@ def test_decisive_tokens_weigh_more():
     plain, _ = distilled(student, student, parent, batch(), torch.float32)
     weighted, mean = distilled(student, student, parent, batch(4.0), torch.float32)
     assert plain.item() == pytest.approx(mean.item(), rel=1e-5)
-    assert weighted.item() > 1.05 * mean.item()  # tokens whose first choice is another one diverge more
+    assert weighted.item() > 1.01 * mean.item()  # tokens whose first choice is another one diverge more
 
 
 def test_a_frozen_head_gets_no_gradient():

@@ -108,3 +108,18 @@ def test_texts_are_kept(writer):
     assert torch.equal(first.windows, again.windows)
     assert torch.equal(first.counted, again.counted)
     assert first.record(9)["tokens_read"] == 9 * WINDOW
+
+
+def test_what_is_kept_leaves_what_follows_the_same(writer, tmp_path):
+    """A run that is resumed after its first text drops the same near-duplicates from the next one."""
+    made, script, tokenizer = writer
+    made.deciding()
+    resumed = texts.Writer(MODEL, tokenizer, WINDOW, Run(checkpoints=Checkpoints(tmp_path), seed=3))
+    resumed.deciding()
+    assert resumed._distinct.texts == made._distinct.texts
+    assert len(made._distinct.texts) > 20
+    script._questions = iter([made._distinct.texts[0], "Is this new?", *ASKED[2000:]])
+    text, _ = resumed.training(Share("conversations", "chat", 1.0), 2, passes=1)
+    said = "".join(tokenizer.decode(ids) for ids in text.windows)
+    assert "Is this new?" in said
+    assert said.count(made._distinct.texts[0]) == 0

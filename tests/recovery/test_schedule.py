@@ -60,3 +60,9 @@ def test_texts_are_mixed_evenly_and_repeated_alike():
     assert set(Counter(window for number, window in order if number == 0).values()) == {3}
     assert order == scheduled(texts, counts, 0)
     assert order != scheduled(texts, counts, 1)
+
+
+def test_a_short_recovery_is_measured_once():
+    checks = [Schedule(steps, [], None).checks(4, 30, resolve()) for steps in (4, 60, 150, 250, 1000)]
+    assert checks == [1, 1, 3, 5, 5]
+    assert Schedule(4, [], None).checks(4, 30, resolve(checks=3)) == 3
