@@ -7,10 +7,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfpruner_hub.errors import SavedModelError, UserError
+from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.bundle import EXPORT_OPTIONS, ONNX, check_export
 from selfpruner_hub.hub.space import DENSE
 from selfpruner_hub.plans.target import Meter
+from selfpruner_hub.provenance import check_parent
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 from selfpruner_hub.storage.model_record import Record, read_record
 from selfpruner_hub.storage.staging import save_directory
@@ -69,9 +70,7 @@ def _export_parent(target: Path, record: Record, parent: str) -> None:
 
     with tempfile.TemporaryDirectory() as temporary, save_directory(target) as staging:
         made = export(parent, ONNX, Path(temporary) / DENSE, **EXPORT_OPTIONS[ONNX])
-        found, wanted = read_export(made).source["parameters"], record.parameters["dense"]
-        if found != wanted:
-            raise UserError(f"{parent!r} is not the parent: it has {found:,} parameters, the parent {wanted:,}.")
+        check_parent(record, read_export(made).source, parent)
         for path in (made / EXPORT_RECORD_FILE, *(made / ONNX).iterdir()):
             if not path.name.startswith("model.onnx"):
                 shutil.move(path, staging)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.models.weights import count_parameters, identity_of
+from selfpruner_hub.models.weights import count_parameters
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import Plan, widths_of
@@ -145,19 +146,19 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{library: version(library) for library in libraries}}
 
 
-def check_parent(record: Record, dense: PreTrainedModel, name: str) -> None:
+def check_parent(record: Record, found: Mapping[str, Any], name: str) -> None:
     """Refuse a model that is not the one that a pruned model was made from.
 
     Args:
         record: Record of the pruned model.
-        dense: Model that is taken for its parent; weights of another dtype than the parent's, or that cannot be read,
-            are not compared.
+        found: Identity of the model that is taken for its parent (`models.weights.identity_of`); weights of another
+            dtype than the parent's, or that could not be read, are not compared.
         name: Name of that model, for the message.
 
     Raises:
         UserError: It is another model.
     """
-    found, parent = identity_of(dense), {"parameters": record.parameters["dense"], **record.parent}
+    parent = {"parameters": record.parameters["dense"], **record.parent}
     unread = ("dtype", "weights") if found["dtype"] != parent.get("dtype") or not found["weights"] else ("dtype",)
     if different := [key for key in parent if key not in unread and found[key] != parent[key]]:
         raise UserError(

@@ -266,8 +266,8 @@ def test_figures_of_another_parent_are_refused(other, what, saved_model, tmp_pat
     """They would stand in the record and in the card as those of the parent."""
     dense = {"num_hidden_layers": 2}
     pruned = PrunedModel.from_pretrained(saved_model, device="cpu")
-    check_parent(pruned.report, tiny_model("llama", **dense), "it")
-    check_parent(pruned.report, tiny_model("llama", **dense).bfloat16(), "it")
+    for parent in (tiny_model("llama", **dense), tiny_model("llama", **dense).bfloat16()):
+        check_parent(pruned.report, identity_of(parent), "it")
     model = tiny_model("llama", **dense | other)
     with pytest.raises(UserError, match=f"'dense' is not 'tests/llama', the parent of this model: other {what}"):
         pruned.evaluate(str(tmp_path / "text.txt"), dense=model)

@@ -77,6 +77,7 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
     from selfpruner_hub.models.devices import described
     from selfpruner_hub.models.loading import load_config, load_model
     from selfpruner_hub.models.patching import working_on
+    from selfpruner_hub.models.weights import identity_of
     from selfpruner_hub.progress import Bars
     from selfpruner_hub.provenance import check_parent
     from selfpruner_hub.storage.model_record import read_record
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
             placed = {key: loading[key] for key in ("device", "device_map", "dtype") if key in loading}
             dense = load_model(options.against, **placed, **gguf)
             if record is not None:
-                check_parent(record, dense[0], options.against)
+                check_parent(record, identity_of(dense[0]), options.against)
             report.say(f"{options.against} on {described(dense[0])}")
             with working_on(dense[0]):
                 parent = _parent(options, tasks, *dense, report)
