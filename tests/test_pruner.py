@@ -302,5 +302,5 @@ def test_a_model_that_is_assigned_is_checked_as_the_first_is():
     pruner = AutoPruner(tiny_model("llama"), None, "tests/llama")
     with pytest.raises(UnsupportedArchitectureError):
         pruner.model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
-    pruner.model = tiny_model("qwen2", num_hidden_layers=2)
+    pruner.model = tiny_model("llama", num_hidden_layers=2)
     assert pruner.shape.num_layers == 2

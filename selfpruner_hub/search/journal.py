@@ -55,15 +55,16 @@ class Journal:
         found, wanted = _record(self._texts[0], self.path, 1), json.loads(header)
         if isinstance(found.get("settings"), dict):
             found["settings"] = renamed(found["settings"])
-        begun, present = found.pop("versions", None) or {}, wanted.pop("versions")
+        begun, present = found.pop("versions", None), wanted.pop("versions")
         if found != wanted:
             raise RunMismatchError(
                 f"{self.path} belongs to another search ({_difference(found, wanted)}).",
                 "Use another run directory, or the same model, data and settings.",
             )
         if begun != present:
-            names = [name for name in present if begun.get(name) != present[name]]
-            changes = ", ".join(f"{name} {begun.get(name, 'unknown')}, now {present[name]}" for name in names)
+            before = begun if isinstance(begun, dict) else {}
+            names = [name for name in present if before.get(name) != present[name]]
+            changes = ", ".join(f"{name} {before.get(name, 'unknown')}, now {present[name]}" for name in names)
             logger.warning("%s was begun with other versions: %s. What they compute may differ.", self.path, changes)
         self.lines = _events(self._texts, self.path)
 
