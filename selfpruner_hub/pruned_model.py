@@ -22,13 +22,9 @@ from selfpruner_hub.hub.publish import STATIC, Published, check_request, publish
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.forward import check_ids
 from selfpruner_hub.models.loading import load_model, resolve_directory
-<<<<<<< HEAD
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.unsupported import check_generation
-from selfpruner_hub.models.weights import is_tied, rebuild_buffers, sampled
-=======
-from selfpruner_hub.models.weights import identity_of
->>>>>>> 91f3c3a (Take the graphs of the recorded parent alone into a static Space)
+from selfpruner_hub.models.weights import identity_of, is_tied, rebuild_buffers, sampled
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.provenance import check_parent
 from selfpruner_hub.retraining import Retraining
@@ -140,8 +136,7 @@ class PrunedModel(Retraining):
                 another thread works on one of the models.
         """
         if dense is not None:
-<<<<<<< HEAD
-            check_parent(self.report, dense, "dense")
+            check_parent(self.report, identity_of(dense), "dense")
         corpus = consecutive_windows(data, self.tokenizer, window_of(self.model, window), windows)
         check_ids(self.model, int(corpus.windows.max()))
         self._notice_training()
@@ -149,12 +144,6 @@ class PrunedModel(Retraining):
             teacher = None if dense is None else teach(dense, corpus.windows, counted=corpus.counted)
             found = text_figures(self.model, corpus, teacher)
             theirs = {} if dense is None else text_figures(dense, corpus)
-=======
-            check_parent(self.report, identity_of(dense), "dense")
-        corpus = consecutive_windows(data, self.tokenizer, window, windows)
-        teacher = None if dense is None else teach(dense, corpus.windows, counted=corpus.counted)
-        found = text_figures(self.model, corpus, teacher)
->>>>>>> 91f3c3a (Take the graphs of the recorded parent alone into a static Space)
         if dense is not None:
             found = {k: replace(m, dense=theirs[k].value) if k in theirs else m for k, m in found.items()}
         self.report = replace(self.report, metrics={**self.report.metrics, **found})

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.models.patching import working_on
-from selfpruner_hub.models.weights import changed, sampled
+from selfpruner_hub.models.weights import changed, identity_of, sampled
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import changed_in_place, check_parent, trained
 from selfpruner_hub.recovery.settings import Budget, resolve
@@ -95,7 +95,7 @@ class Retraining:
 
         started, method, budget = time.monotonic(), resolve(**settings), Budget(minutes, tokens)
         check_seed(seed)
-        check_parent(self.report, dense, "dense")
+        check_parent(self.report, identity_of(dense), "dense")
         self._notice_training()
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
