@@ -157,6 +157,8 @@ def verify(
 
 def _check_runtime(record: ExportRecord) -> None:
     """Refuse an export that cannot run here, before the model is loaded."""
+    if record.format == "gguf" and record.options["dtype"] not in DTYPES:
+        raise SavedModelError(f"The record of the export names an unknown dtype {record.options['dtype']!r}.")
     if record.format == "tensorrt":
         check_fits(record)
     elif record.format in NEEDED:

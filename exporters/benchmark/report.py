@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -107,7 +107,7 @@ class Report:
         Raises:
             SavedModelError: The text is not such a record.
         """
-        values = parse_versioned(text, source, SCHEMA_VERSION, {f.name for f in fields(cls)})
+        values = parse_versioned(text, source, SCHEMA_VERSION, cls)
         try:
             sides = {key: _side(values[key]) for key in _SIDES}
             cases = tuple(Case(**{**case, **{key: _phase(case[key]) for key in _PHASES}}) for case in values["cases"])

@@ -44,8 +44,11 @@ def widths_of(plan: Plan) -> dict[str, list[int]]:
 
 
 def plan_of(widths: Mapping[str, Sequence[int]]) -> Plan:
-    """Build a plan from widths in the format of files; other keys are ignored."""
-    return Plan.of(widths["intermediate_size"], widths["num_key_value_heads"])
+    """Build a plan from widths in the format of files; other keys are ignored, and other values are a `ValueError`."""
+    plan = Plan.of(widths["intermediate_size"], widths["num_key_value_heads"])
+    if not plan.layers or any(type(n) is not int or n < 1 for w in plan.layers for n in vars(w).values()):
+        raise ValueError("every width must be a whole number from 1 on")
+    return plan
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
-from selfpruner_hub.search.journal_lines import JournalLine, L, filed, line_of
+from selfpruner_hub.plans.plan import plan_of
+from selfpruner_hub.search.journal_lines import CheckLine, JournalLine, L, ProbeLine, ScoreLine, filed, line_of
 from selfpruner_hub.settings import renamed
+from selfpruner_hub.storage.versioned_json import check_writable_text, fits, parse_json
 
 SCHEMA_VERSION = 1
 JOURNAL_FILE = "search.jsonl"
@@ -116,9 +118,42 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[JournalLine]]:
     """
     texts = _complete_lines(path, repair=False)
     header = _record(texts[0], path, 1) if texts else {}
-    if header.get("kind") != "header" or not isinstance(header.get("settings"), dict):
+    if header.get("kind") != "header" or not fits(header.get("settings"), _Settings):
         raise RunMismatchError(f"{path} is not the journal of a search.")
-    return header["settings"], _events(texts, path)
+    settings, events = header["settings"], _events(texts, path)
+    layers = {len(line.plan.layers) for line in events if isinstance(line, (ScoreLine, CheckLine, ProbeLine))}
+    try:
+        dense = plan_of(settings["shape"])
+        check_writable_text([header, *(line.origin for line in events if isinstance(line, ScoreLine))])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunMismatchError(f"{path} is damaged at line 1.") from error
+    if layers - {len(dense.layers)}:
+        raise RunMismatchError(f"{path} is damaged: its plans are of another number of layers than its model.")
+    return settings, events
+
+
+class _Shape(TypedDict):
+    hidden_size: int
+    head_dim: int
+    queries_per_group: int
+    intermediate_size: list[int]
+    num_key_value_heads: list[int]
+
+
+class _Target(TypedDict):
+    quantity: str
+    value: float
+    runtime: str
+
+
+class _Settings(TypedDict):
+    """What is read of the settings of a search."""
+
+    model: str
+    beta: float
+    fitness: str
+    shape: _Shape
+    target: NotRequired[_Target]
 
 
 def _complete_lines(path: Path, *, repair: bool) -> list[bytes]:
@@ -135,7 +170,7 @@ def _complete_lines(path: Path, *, repair: bool) -> list[bytes]:
 
 def _record(text: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(text)
+        record = parse_json(text)
     except ValueError as error:
         raise RunMismatchError(f"{path} is damaged at line {number}.", "Use another run directory.") from error
     if not isinstance(record, dict):

@@ -11,6 +11,7 @@ from selfpruner_hub.plans.budget import Rates
 from selfpruner_hub.plans.plan import Plan, plan_of, widths_of
 from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.search.proposers import Operation, Proposal
+from selfpruner_hub.storage.versioned_json import fits
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,16 @@ def line_of(record: dict[str, Any]) -> JournalLine:
         The line.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: It is not the object of a line.
+        KeyError, TypeError, ValueError, AttributeError: It is not the object of a line, or a value is of another type.
     """
     kind, values = _KINDS[record["kind"]], {}
     for field in fields(kind):
         name, _, read = _FORMS.get(field.name, (field.name, _same, _same))
         values[field.name] = read(record[name])
-    return kind(**values)
+    line = kind(**values)
+    if not fits(line, kind):
+        raise ValueError("a value is of another type")
+    return line
 
 
 def _filed_reply(reply: Reply) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ class CostTable:
         Raises:
             SavedModelError: The text is not such a table.
         """
-        values = parse_versioned(text, source, SCHEMA_VERSION, {f.name for f in fields(cls)})
+        values = parse_versioned(text, source, SCHEMA_VERSION, cls)
         try:
             return cls(**{**values, "points": tuple(Point(**point) for point in values["points"])})
         except TypeError as error:

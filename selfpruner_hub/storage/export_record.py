@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.storage.versioned_json import parse_versioned
+from selfpruner_hub.storage.layout import EXPORTS
+from selfpruner_hub.storage.versioned_json import fits, parse_versioned
 
 EXPORT_RECORD_FILE = "selfpruner_export.json"
 """Name of the file; not `export.json`, since transformers' exporters write a manifest of that name."""
@@ -66,10 +67,54 @@ def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
             f"{str(directory)!r} holds no export (no readable {EXPORT_RECORD_FILE}).",
             "Give a directory written by `selfpruner export`.",
         ) from error
-    values = parse_versioned(text, str(path), SCHEMA_VERSION, {f.name for f in fields(ExportRecord)})
+    values = parse_versioned(text, str(path), SCHEMA_VERSION, ExportRecord, _INNER)
     if expected is not None and values["format"] != expected:
         raise SavedModelError(
             f"{str(directory)!r} holds an export to {values['format']}, not to {expected}.",
             f"Export the model with --to {expected}.",
         )
+    if not fits(values["options"], _OPTIONS[values["format"]]):
+        raise SavedModelError(f"{path} is damaged: its options do not say how it was written.", "Export again.")
     return ExportRecord(**values)
+
+
+class _Source(TypedDict):
+    """What is read of the source."""
+
+    name: str
+    model_type: str
+    parameters: int
+    weights_hash: NotRequired[str]
+
+
+class _Hub(TypedDict):
+    layout: Literal["hub"]
+
+
+class _Onnx(TypedDict):
+    dtype: str
+    fusions: Literal["cpu", "cuda", "none"]
+
+
+class _Gguf(TypedDict):
+    dtype: str
+    tokenizer_from: str | None
+
+
+class _TensorRt(TypedDict):
+    dtype: Literal["float32", "float16", "bfloat16"]
+    context: int
+    library: str
+    compute_capability: str
+    sha256: str
+
+
+class _WithDtype(TypedDict):
+    dtype: str
+
+
+_OPTIONS: dict[str, Any] = {
+    "onnx": _Hub | _Onnx, "gguf": _Gguf, "tensorrt": _TensorRt, "openvino": _WithDtype, "padded": _WithDtype,
+}  # fmt: skip
+"""What is read of the options, by format."""
+_INNER = {"source": _Source, "format": Literal[EXPORTS]}

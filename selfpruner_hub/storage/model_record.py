@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.plans.plan import Plan, plan_of
-from selfpruner_hub.storage.versioned_json import parse_versioned
+from selfpruner_hub.storage.versioned_json import REMEDY, parse_versioned
 
 SCHEMA_VERSION = 1
 MODEL_RECORD_FILE = "selfpruner.json"
+ALREADY_READ = "calibration or search read a text of this name, so this is no figure of unseen text"
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,21 @@ class Record:
         gains = self.proposer.get("gains", {})
         if not {"search_text", "unseen_text"} <= gains.keys():
             return ""
-        own, unseen = (100 * (1 - after / before) for before, after in (gains["search_text"], gains["unseen_text"]))
+        pairs = (gains["search_text"], gains["unseen_text"])
+        own, unseen = (100 * (1 - after / before) if before else 0.0 for before, after in pairs)
         if own <= 0:
             return "The search found nothing better than its best seed plan."
         if unseen <= 0:
             return f"The search gained {own:.1f} % on its own text, and nothing on unseen text: the gain does not hold."
         return f"The search gained {own:.1f} % on its own text, and {unseen:.1f} % on unseen text."
+
+    def marked(self, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+        """Return figures that say so in their protocol where the model was made with a text of that name."""
+        read = {name for text in self.data.values() for name in (text["name"], *text["name"].split(" and "))}
+        return {
+            key: replace(metric, protocol=f"{metric.protocol}; {ALREADY_READ}") if metric.dataset in read else metric
+            for key, metric in metrics.items()
+        }
 
     def to_json(self) -> str:
         """Serialise, schema version first."""
@@ -117,15 +127,63 @@ class Record:
         Raises:
             SavedModelError: The text is not such a record.
         """
-        values = parse_versioned(text, source, SCHEMA_VERSION, {f.name for f in fields(cls)})
+        inner = {"method": _Method, "proposer": _Search, "data": _Texts, "parameters": _Counts}
+        values = parse_versioned(text, source, SCHEMA_VERSION, cls, inner)
         try:
             metrics = {name: Metric(**metric) for name, metric in values.pop("metrics").items()}
             record = cls(**{**values, "rates": tuple(values["rates"]), "metrics": metrics})
-            if not all(map(math.isfinite, record.rates)) or len(record.plan.layers) != len(record.rates):
-                raise SavedModelError(f"{source} is damaged: its rates do not match its widths.")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SavedModelError(f"{source} is damaged: {error}.", "Save or download the model again.") from error
+            if len(record.plan.layers) != len(record.rates) or min(record.parameters.values()) < 1:
+                raise ValueError("its rates or its parameters do not match its widths")
+        except (ValueError, TypeError, KeyError) as error:
+            raise SavedModelError(f"{source} is damaged: {error}.", REMEDY) from error
         return record
+
+
+class _Target(TypedDict):
+    quantity: str
+    value: float
+    runtime: str
+    predicted: float
+    measured: float | None
+    why: NotRequired[str]
+
+
+class _Method(TypedDict):
+    """What is read of the settings."""
+
+    fitness: str
+    importance: str
+    repair: bool
+    evaluations: NotRequired[float]
+    training: NotRequired[str]
+    target: NotRequired[_Target]
+
+
+class _Search(TypedDict):
+    """What is read of a proposer and its search."""
+
+    name: str
+    evaluations: float
+    best_from: str
+    tokens: int
+    replies: NotRequired[dict[str, int]]
+    gains: NotRequired[dict[str, tuple[float, float]]]
+
+
+class _Text(TypedDict):
+    name: str
+    tokens: int
+
+
+class _Texts(TypedDict):
+    calibration: _Text
+    fitness: _Text
+    unseen: NotRequired[_Text]
+
+
+class _Counts(TypedDict):
+    dense: int
+    pruned: int
 
 
 def read_record(directory: Path) -> Record:
@@ -149,5 +207,5 @@ def read_record(directory: Path) -> Record:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SavedModelError(f"{path} cannot be read, or is damaged.", "Save or download the model again.") from error
+        raise SavedModelError(f"{path} cannot be read, or is damaged.", REMEDY) from error
     return Record.from_json(text, str(path))

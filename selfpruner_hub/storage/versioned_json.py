@@ -1,21 +1,67 @@
-"""Strict reading of this package's JSON files, which have a schema version."""
+"""Strict reading of this package's JSON files: no values that are no JSON, known versions and keys, and their types."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from selfpruner_hub.errors import SavedModelError
 
+LARGEST = 2**63
+"""Bound of the whole numbers that are read: larger ones are no counts."""
+REMEDY = "Save or download the model again."
 
-def parse_versioned(text: str, source: str, version: int, keys: set[str]) -> dict[str, Any]:
-    """Read one of this package's JSON files strictly: all keys and no others, of a known version.
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON of this package.
+
+    Args:
+        text: Content of a file or of a line.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It is no JSON, is nested too deep, or holds a number that is not finite or far too large.
+    """
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def check_writable_text(value: Any) -> None:
+    """Raise `ValueError` if a value from JSON holds half of a character, which no file takes."""
+    json.dumps(value, ensure_ascii=False).encode()
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > len(str(LARGEST)) or abs(number := int(text)) >= LARGEST:
+        raise ValueError("a number is too large")
+    return number
+
+
+def parse_versioned(
+    text: str, source: str, version: int, kind: type, inner: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read one of this package's JSON files strictly: all keys and no others, of a known version, with their types.
 
     Args:
         text: Content of the file.
         source: Name of the file, for error messages.
         version: Schema version that the file must have.
-        keys: Names of all keys, `schema_version` among them.
+        kind: Dataclass of the content; its fields are the keys, `schema_version` among them.
+        inner: Types of fields that the dataclass leaves open, by the name of the field.
 
     Returns:
         The values by key.
@@ -24,15 +70,69 @@ def parse_versioned(text: str, source: str, version: int, keys: set[str]) -> dic
         SavedModelError: The text is not such a file.
     """
     try:
-        values: dict[str, Any] = json.loads(text)
+        values: dict[str, Any] = parse_json(text)
+        check_writable_text(values)
         found = values.get("schema_version")
     except (ValueError, AttributeError) as error:
-        raise SavedModelError(f"{source} is damaged: {error}.", "Save or download the model again.") from error
-    if found != version:
+        raise SavedModelError(f"{source} is damaged: {error}.", REMEDY) from error
+    if found != version or isinstance(found, bool):
         raise SavedModelError(
             f"{source} has schema version {found!r}; this version reads {version}.",
             "Install a matching selfpruner-hub.",
         )
-    if unknown := set(values) ^ keys:
+    expected = {**get_type_hints(kind), **(inner or {})}
+    if unknown := set(values) ^ {field.name for field in fields(kind)}:
         raise SavedModelError(f"{source} has unknown or missing keys: {', '.join(sorted(unknown))}.")
+    for name, value in values.items():
+        if not fits(value, expected[name]):
+            raise SavedModelError(f"{source} is damaged: its {name} has a wrong value.", REMEDY)
     return values
+
+
+def fits(value: Any, expected: Any) -> bool:
+    """Return whether a value is of a type, with all that it contains.
+
+    Args:
+        value: Value from JSON, or a dataclass that was made of such values.
+        expected: Type hint: `Any`, a class, a union, a dict, a list, a tuple, a `TypedDict` (whose further keys may
+            hold anything) or a dataclass. A list passes for a tuple, an object of JSON for a dataclass, a whole number
+            for a float, and no bool for a number.
+
+    Returns:
+        Whether it fits.
+    """
+    origin, inner = get_origin(expected) or expected, get_args(expected)
+    if origin is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if is_typeddict(origin) or is_dataclass(origin):
+        return _has_fields(value, origin)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            return False
+        hints = (inner[0],) * len(value) if origin is list or Ellipsis in inner else inner
+        return len(hints) == len(value) and all(map(fits, value, hints))
+    if isinstance(value, bool):
+        return origin is bool
+    return isinstance(value, (int, float) if origin is float else origin)
+
+
+def _has_fields(value: Any, expected: Any) -> bool:
+    """Return whether an object of JSON, or a dataclass, has the fields of a class with their types."""
+    if is_typeddict(expected):
+        # `__required_keys__` does not see NotRequired in annotations that are text.
+        hints = get_type_hints(expected, include_extras=True)
+        own, needed = value, {name for name, hint in hints.items() if get_origin(hint) is not NotRequired}
+    else:
+        own = vars(value) if isinstance(value, expected) else value
+        needed = {field.name for field in fields(expected) if field.default is field.default_factory is MISSING}
+    if not isinstance(own, dict):
+        return False
+    return needed <= set(own) and all(
+        fits(own[name], hint) for name, hint in get_type_hints(expected).items() if name in own
+    )

@@ -74,16 +74,17 @@ def test_what_it_keeps(said, tmp_path):
 @pytest.mark.parametrize(
     ("form", "options", "name", "variable"),
     [
-        ("gguf", {"dtype": "f16"}, "model-f16.gguf", "PRUNED_GGUF"),
+        ("gguf", {"dtype": "f16", "tokenizer_from": None}, "model-f16.gguf", "PRUNED_GGUF"),
         ("onnx", {"layout": "hub"}, "config.json", "PRUNED_GRAPHS"),
-        ("onnx", {"layout": "transformers"}, "config.json", None),
+        ("onnx", {"layout": "transformers", "dtype": "float32", "fusions": "cpu"}, "config.json", None),
     ],
 )
 def test_a_model_that_was_exported_is_opened_in_its_engine(
     form, options, name, variable, other, saved_models, saved_model, monkeypatch
 ):
     """Not in an export of another model, which an earlier one may have left there."""
-    record = ExportRecord(form, options, identity_of(load_model(str(saved_model))[0]), {}, 0.1, 0.0, "", "")
+    source = {"name": "", **identity_of(load_model(str(saved_model))[0])}
+    record = ExportRecord(form, options, source, {}, 0.1, 0.0, "", "")
     (saved_model / form).mkdir()
     (saved_model / form / EXPORT_RECORD_FILE).write_text(record.to_json())
     (saved_model / form / name).touch()

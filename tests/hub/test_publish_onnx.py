@@ -173,7 +173,7 @@ def handmade(saved_model):
     """A saved model with graphs that take no time to make: publishing does not run them."""
     folder = saved_model / "onnx"
     (folder / "onnx").mkdir(parents=True)
-    source = identity_of(load_model(str(saved_model), device="cpu")[0])
+    source = {"name": "", **identity_of(load_model(str(saved_model), device="cpu")[0])}
     (folder / EXPORT_RECORD_FILE).write_text(
         ExportRecord("onnx", {"layout": "hub"}, source, {}, 0.1, 0.0, "", "").to_json()
     )

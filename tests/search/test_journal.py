@@ -15,7 +15,12 @@ from selfpruner_hub.search.journal import Journal, read_journal
 from selfpruner_hub.search.journal_lines import AskLine, CheckLine, ProbeLine, Reply, RoundLine, ScoreLine, SeedsLine
 from selfpruner_hub.search.proposers import Proposal
 
-SETTINGS = {"beta": 0.3, "seed": 0, "seeds": ("uniform", "ramp"), "data": {"name": "wikitext2"}}
+SETTINGS = {"beta": 0.3, "seed": 0, "seeds": ("uniform", "ramp"), "data": {"name": "wikitext2"}} | {
+    "model": "m", "fitness": "kl", "shape": {
+        "hidden_size": 8, "head_dim": 4, "queries_per_group": 1, "intermediate_size": [8, 16],
+        "num_key_value_heads": [2, 1],
+    },
+}  # fmt: skip
 PLAN = Plan.of([8, 16], [2, 1])
 LINES = [
     ScoreLine(0, "seed:ramp", 0.25, 0.1 + 0.2, PLAN, 0.5),
@@ -38,7 +43,7 @@ LINES = [
     SeedsLine({"uniform": Rates((0.0, 0.5), (0.5, 0.1 + 0.2))}),
     CheckLine(0.25, PLAN, 1.5),
 ]
-FILE = r"""{"kind": "header", "schema_version": 1, "versions": {}, "settings": {"beta": 0.3, "seed": 0, "seeds": ["uniform", "ramp"], "data": {"name": "wikitext2"}}}
+FILE = r"""{"kind": "header", "schema_version": 1, "versions": {}, "settings": {"beta": 0.3, "seed": 0, "seeds": ["uniform", "ramp"], "data": {"name": "wikitext2"}, "model": "m", "fitness": "kl", "shape": {"hidden_size": 8, "head_dim": 4, "queries_per_group": 1, "intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}}}
 {"kind": "score", "round": 0, "origin": "seed:ramp", "share": 0.25, "fitness": 0.30000000000000004, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 0.5}
 {"kind": "score", "round": 0, "origin": "seed:ramp", "share": 1.0, "fitness": null, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 2.0}
 {"kind": "probe", "round": 1, "share": 1.25, "slopes": {"attention_removed": [0.5, null], "attention_restored": [-0.25, 0.0], "ffn_removed": [0.125, 1.0], "ffn_restored": [null, -1e-06]}, "widths": {"intermediate_size": [8, 16], "num_key_value_heads": [2, 1]}, "seconds": 3.0}

@@ -16,10 +16,10 @@ RECORD = Record(
     rates=(0.25, 0.35),
     widths={"intermediate_size": [40, 30], "num_key_value_heads": [4, 3]},
     parameters={"dense": 1000, "pruned": 800},
-    method={"fitness": "kl", "seeds": ["uniform"]},
+    method={"fitness": "kl", "importance": "taylor", "repair": True, "seeds": ["uniform"]},
     seed=0,
-    proposer={"name": "evolution"},
-    data={"calibration": {"name": "a.txt"}, "fitness": {"name": "a.txt"}},
+    proposer={"name": "evolution", "evaluations": 4, "best_from": "seed:uniform", "tokens": 0},
+    data={name: {"name": "a.txt", "tokens": 640} for name in ("calibration", "fitness")},
     versions={"torch": "2.13"},
     metrics={
         "perplexity": Metric(12.5, 10.25, "a.txt, 4 windows"),

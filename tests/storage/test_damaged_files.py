@@ -1,0 +1,143 @@
+"""Damaged files: whatever value of a record is wrong or missing, what reads it works, or refuses it in one line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.chat import assistant, chat_tokenizer, user
+from support.damaged import told_clearly
+
+from selfpruner_hub.calibration.chat_template import conversation
+from selfpruner_hub.calibration.text_sources import entries
+from selfpruner_hub.hub.card import render_card, render_onnx_card
+from selfpruner_hub.hub.plots import plot_search
+from selfpruner_hub.hub.space import static_files
+from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.search.journal import JOURNAL_FILE
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
+from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record
+
+OPTIONS = {
+    "onnx": {"dtype": "float32", "fusions": "cpu", "layout": "transformers"},
+    "gguf": {"dtype": "q8_0", "tokenizer_from": None, "imatrix": None},
+    "padded": {"width": "widest", "dtype": "float32"},
+}
+
+
+def read_record(value):
+    record = Record.from_json(json.dumps(value), "record")
+    assert isinstance(record.search_verdict, str)
+    for card in (render_card(record, chat=True), render_onnx_card(record, "me/graphs", "me/model", Sizes())):
+        card.encode()
+    static_files(record, "me/graphs", "https://huggingface.co")
+    record.to_json().encode()
+
+
+class Sizes(dict):
+    """In place of the files of graphs, which are not there."""
+
+    def __missing__(self, name):
+        return Path(__file__)
+
+
+def reader_of_journals(folder):
+    def read(lines):
+        folder.mkdir(exist_ok=True)
+        (folder / JOURNAL_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        plot_search(folder, folder / "plots", formats=())
+
+    return read
+
+
+def reader_of_exports(folder):
+    def read(value):
+        folder.mkdir(exist_ok=True)
+        (folder / EXPORT_RECORD_FILE).write_text(json.dumps(value))
+        record = read_export(folder)
+        assert record.has_hub_layout in (True, False)
+        assert record.source["name"] or record.options["dtype"] or True
+
+    return read
+
+
+def reader_of_configs(model):
+    def read(value):
+        (model / "config.json").write_text(json.dumps(value))
+        PrunedModel.from_pretrained(model, device="cpu")
+
+    return read
+
+
+def reader_of_conversations(folder):
+    tokenizer = chat_tokenizer("llama3")
+
+    def read(values):
+        folder.mkdir(exist_ok=True)
+        (folder / "talks.jsonl").write_text("".join(f"{json.dumps(value)}\n" for value in values))
+        for talk in entries(folder / "talks.jsonl"):
+            if not isinstance(talk, str):
+                conversation(tokenizer, talk)
+
+    return read
+
+
+def records(model):
+    """A record with all that records may have."""
+    value = json.loads((model / MODEL_RECORD_FILE).read_text())
+    value["metrics"]["perplexity (32)"] = {
+        "value": 20.5, "dense": 12.25, "protocol": "4 windows", "dataset": "a.txt", "machine": "a CPU",
+    }  # fmt: skip
+    value["method"]["target"] = {
+        "quantity": "memory", "value": 0.5, "runtime": "torch", "predicted": 0.49, "measured": 0.49,
+    }  # fmt: skip
+    value["method"]["training"] = "LoRA"
+    return value
+
+
+def exports(form):
+    source = {"name": "tests/llama", "model_type": "llama", "parameters": 1000, "weights_hash": "0"}
+    return json.loads(ExportRecord(form, OPTIONS[form], source, {"torch": "2.13"}, 1e-4, 1e-5, "", "").to_json())
+
+
+TALKS = [
+    {"messages": [user("What do bees make?"), assistant("Honey.")]},
+    {"messages": [user("And?"), {"role": "assistant", "content": [{"type": "text", "text": "Wax."}]}]},
+    {"text": "Bees."},
+]
+
+
+def journal(model):
+    return [json.loads(line) for line in (model / JOURNAL_FILE).read_text().splitlines()]
+
+
+def test_records(saved_models):
+    value = records(saved_models / "first")
+    read_record(value)
+    assert min(told_clearly(value, read_record, 150)[kind] for kind in ("fine", "refused")) > 10
+
+
+def test_journals(saved_models, tmp_path):
+    lines, read = journal(saved_models / "first"), reader_of_journals(tmp_path)
+    read(lines)
+    assert min(told_clearly(lines, read, 50)[kind] for kind in ("fine", "refused")) > 3
+
+
+@pytest.mark.parametrize("form", OPTIONS)
+def test_export_records(form, tmp_path):
+    value, read = exports(form), reader_of_exports(tmp_path)
+    read(value)
+    assert min(told_clearly(value, read, 50)[kind] for kind in ("fine", "refused")) > 3
+
+
+def test_configurations(saved_models, tmp_path):
+    model = shutil.copytree(saved_models / "first", tmp_path / "model")
+    value, read = json.loads((model / "config.json").read_text()), reader_of_configs(model)
+    read(value)
+    assert told_clearly(value, read, 50)["refused"] > 3
+
+
+def test_conversations(tmp_path):
+    read = reader_of_conversations(tmp_path)
+    read(TALKS)
+    assert min(told_clearly(TALKS, read, 50)[kind] for kind in ("fine", "refused")) > 3
