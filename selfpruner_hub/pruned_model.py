@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from selfpruner_hub.storage.layout import GENERATION, TEMPLATES, TOKENIZER, WEIG
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 from selfpruner_hub.storage.staging import check_replaceable, output_path, save_directory
+from selfpruner_hub.storage.versioned_json import REMEDY
 
 OFFLOADED_SHARD = "1GB"
 """Maximum size of a file of weights, for a model that is larger than memory."""
@@ -146,6 +148,7 @@ class PrunedModel(Retraining):
             theirs = {} if dense is None else text_figures(dense, corpus)
         if dense is not None:
             found = {k: replace(m, dense=theirs[k].value) if k in theirs else m for k, m in found.items()}
+        found = self.report.marked(found)
         self.report = replace(self.report, metrics={**self.report.metrics, **found})
         return found
 
@@ -179,8 +182,10 @@ class PrunedModel(Retraining):
                 each other, or the Hub refuses.
             HubError: The Hub is unreachable, or fails.
         """
-        if not push_to_hub and (unused := [*publishing, *(["repo_id"] if repo_id else [])]):
-            raise UserError(f"save_pretrained has no use for {unused[0]!r}.", "Set push_to_hub=True, or leave it out.")
+        used = signature(publish).parameters if push_to_hub else {}
+        if unused := [name for name in (*publishing, *(["repo_id"] if repo_id else [])) if name not in used]:
+            hint = "Leave it out, or set push_to_hub=True if it is for publishing."
+            raise UserError(f"save_pretrained has no use for {unused[0]!r}.", hint)
         if not is_main_process:
             return
         place = output_path(directory)
@@ -220,6 +225,7 @@ class PrunedModel(Retraining):
         commit_message: str | None = None,
         commit_description: str | None = None,
         max_shard_size: int | str | None = None,
+        **unknown: Any,
     ) -> Published:
         """Save into a temporary directory, and publish it by `hub.publish.publish`.
 
@@ -234,14 +240,17 @@ class PrunedModel(Retraining):
             commit_message: Message of the commit, one line; None writes one.
             commit_description: Text below the message, or None.
             max_shard_size: Maximum size of a file of weights, as for `save_pretrained`.
+            **unknown: Arguments of transformers' method that have no use here; they are refused.
 
         Returns:
             Addresses of the model, its graphs and the Space, and whether a commit to the model was made.
 
         Raises:
-            UserError: The Hub refuses.
+            UserError: An argument has no use here, or the Hub refuses.
             HubError: The Hub is unreachable, or fails.
         """
+        for name in unknown:
+            raise UserError(f"push_to_hub has no use for {name!r}.", "Leave it out.")
         check_request(space=space, create_pr=create_pr, exports=exports)
         with tempfile.TemporaryDirectory() as temporary:
             self._write(directory := Path(temporary) / "model", max_shard_size)
@@ -260,23 +269,14 @@ class PrunedModel(Retraining):
         self._checkpoints.clear()
         return published
 
-    def export(
-        self,
-        to: str,
-        output: str | Path,
-        *,
-        tolerance: float | None = None,
-        overwrite: bool = False,
-        **options: Any,
-    ) -> Path:
+    def export(self, to: str, output: str | Path, *, tolerance: float | None = None, **options: Any) -> Path:
         """Write the model in another format, and compare the export with this model.
 
         Args:
             to: Format: `"onnx"`, `"tensorrt"`, `"openvino"`, `"gguf"` or `"padded"`.
             output: Directory of the export; files of the same names are replaced.
             tolerance: Largest allowed difference of a logit from PyTorch's in float32; None uses the format's default.
-            overwrite: Whether to replace a model that is no export.
-            **options: Options of the format, such as `dtype`.
+            **options: Options of the format, such as `dtype`; `overwrite=True` replaces a model that is no export.
 
         Returns:
             `output`.
@@ -296,7 +296,6 @@ class PrunedModel(Retraining):
             name=f"{self.report.base_model} at β = {self.report.beta}",
             record=self.report,
             tolerance=tolerance,
-            overwrite=overwrite,
             **options,
         )
 
@@ -324,4 +323,8 @@ class PrunedModel(Retraining):
                 f"{str(name)!r} is damaged: {MODEL_RECORD_FILE} and config.json disagree on the widths."
             )
         journal = directory / JOURNAL_FILE
-        return cls(model, tokenizer, report, journal.read_text(encoding="utf-8") if journal.is_file() else "")
+        try:
+            text = journal.read_text(encoding="utf-8") if journal.is_file() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise SavedModelError(f"{str(journal)!r} cannot be read, or is damaged.", REMEDY) from error
+        return cls(model, tokenizer, report, text)

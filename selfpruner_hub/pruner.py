@@ -76,6 +76,10 @@ class AutoPruner:
         licence: dict[str, str] | None = None,
         store: TensorStore = MEMORY,
     ) -> None:
+        if not isinstance(name, str) or not name:
+            raise UserError(
+                f"name must be the name of the model in records and cards; got {name!r}.", "Give its Hub id."
+            )
         self.name = name
         self.model = model
         self.tokenizer = tokenizer

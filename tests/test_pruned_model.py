@@ -14,8 +14,8 @@ from support.checks import check_tokenizers_without_package
 from support.tiny import tiny_model, tiny_tokenizer, uneven
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
-from selfpruner_hub import pruned_model
-from selfpruner_hub.errors import OutputError, UserError
+from selfpruner_hub import AutoPruner, pruned_model
+from selfpruner_hub.errors import OutputError, SavedModelError, UserError
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.storage.model_record import Metric, read_record
 
@@ -68,6 +68,30 @@ def test_a_dense_model_is_replaced_only_if_asked(saved_model, tmp_path):
     assert (tmp_path / "dense" / "config.json").read_bytes() == before
     pruned.save_pretrained(tmp_path / "dense", overwrite=True)
     assert PrunedModel.from_pretrained(tmp_path / "dense").plan == pruned.plan
+
+
+def test_arguments_that_have_no_use_are_named(saved_model, tmp_path):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    for act in (
+        lambda: pruned.push_to_hub("me/model", tags=["mine"]),
+        lambda: pruned.save_pretrained(tmp_path / "new", push_to_hub=True, tags=["mine"]),
+        lambda: pruned.save_pretrained(tmp_path / "new", tags=["mine"]),
+    ):
+        with pytest.raises(UserError, match="has no use for 'tags'"):
+            act()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_journal_that_is_no_text_is_damaged(saved_model):
+    (saved_model / "search.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SavedModelError, match="damaged"):
+        PrunedModel.from_pretrained(saved_model)
+
+
+@pytest.mark.parametrize("name", [None, "", 5])
+def test_a_model_needs_a_name(name):
+    with pytest.raises(UserError, match="name must be the name of the model"):
+        AutoPruner(tiny_model("llama"), tiny_tokenizer(), name)
 
 
 def test_it_is_used_as_a_transformers_model_is(saved_model):

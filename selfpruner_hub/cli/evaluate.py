@@ -104,7 +104,8 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
         with working_on(model):
             metrics = _measured(options, tasks, model, tokenizer, report, parent)
     if options.save:
-        save_metrics(Path(options.model), metrics)
+        saved = save_metrics(Path(options.model), metrics)
+        metrics = {name: saved.metrics[name] for name in metrics}
     if options.json:
         return json.dumps({"metrics": {name: asdict(metric) for name, metric in metrics.items()}})
     return "\n".join(_line(name, metric) for name, metric in metrics.items())

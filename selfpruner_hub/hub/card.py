@@ -21,6 +21,8 @@ from selfpruner_hub.storage.staging import write_atomically
 CHAT_TEMPLATE = "chat_template.jinja"
 """Name of the file with the chat template; a saved model that has it is a chat model."""
 
+OLDEST_TRANSFORMERS = "5.24"
+"""Oldest version of transformers that the code of saved models was tested with."""
 WEIGHTS_OF_GRAPHS = {"": "float32", "_fp16": "float16", "_quantized": "8 bits", "_q4": "4 bits"}
 """Weights of a graph, by what Transformers.js appends to the name of its file."""
 
@@ -72,6 +74,7 @@ def render_card(
         base_model=record.base_model if on_hub else name,
         base_link=f"https://huggingface.co/{record.base_model}" if on_hub else "",
         record=record,
+        oldest_transformers=OLDEST_TRANSFORMERS,
         chat=chat,
         answers={key: figures[key] for key in CHAT_FIGURES if key in figures},
         answered=answered(figures),
@@ -164,7 +167,7 @@ def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
         OutputError: The record or the card cannot be written.
     """
     record = read_record(directory)
-    record = replace(record, metrics={**record.metrics, **metrics})
+    record = replace(record, metrics={**record.metrics, **record.marked(metrics)})
     write_atomically(directory / MODEL_RECORD_FILE, record.to_json())
     write_atomically(directory / "README.md", render_card(record, chat=(directory / CHAT_TEMPLATE).is_file()))
     return record

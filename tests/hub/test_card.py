@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ import yaml
 from huggingface_hub import ModelCard
 from support.hub_server import check_yaml
 
-from selfpruner_hub.hub.card import render_card
+from selfpruner_hub.hub.card import OLDEST_TRANSFORMERS, render_card, save_metrics
 from selfpruner_hub.search.llm.endpoint import BEHIND
-from selfpruner_hub.storage.model_record import Metric, Record, read_record
+from selfpruner_hub.storage.model_record import ALREADY_READ, Metric, Record, read_record
 
 MADE = Path(__file__).parents[2] / "model_cards"
 RECORD = Record(
@@ -42,6 +43,7 @@ PICTURES = ("plots/rates.png", "plots/search.png")
 BARE = replace(RECORD, metrics={})
 OWN_NUMBERS = (
     *("31", "31.0"),  # achieved, in the title and the first line
+    "5.24",  # the oldest transformers
     *("20", "0", "20", "0"),  # the code: how many tokens to write, and the first of the batch
     *("1,234,567", "876,543"),
     *("1", "12.3", "14", "421", "2", "45.6", "13", "261", "3", "35.0", "12", "312"),
@@ -254,3 +256,21 @@ def test_cards_of_models_that_we_made_are_those_of_their_records(name):
 def test_it_says_what_the_search_found(search_text, unseen_text, says):
     gains = {"search_text": search_text, "unseen_text": unseen_text}
     assert says in render_card(replace(RECORD, proposer={**RECORD.proposer, "gains": gains}))
+
+
+def test_the_oldest_transformers_is_that_of_the_package():
+    (needed,) = [each for each in requires("selfpruner-hub") if re.match(r"transformers[^\w-]", each)]
+    assert f">={OLDEST_TRANSFORMERS}" in needed
+    assert f"with transformers {OLDEST_TRANSFORMERS} or later" in render_card(RECORD)
+
+
+def test_a_figure_on_a_text_that_made_the_model_says_so(saved_model):
+    record = read_record(saved_model)
+    name = record.data["calibration"]["name"]
+    figures = {key: Metric(20.5, None, "4 windows", dataset=data) for key, data in (("a", name), ("b", "other.txt"))}
+    saved = save_metrics(saved_model, figures)
+    assert ALREADY_READ in saved.metrics["a"].protocol
+    assert saved.metrics["b"] == figures["b"]
+    mixed = replace(record, data={"calibration": {"name": "chat and own.txt"}})
+    assert ALREADY_READ in mixed.marked({"c": replace(figures["b"], dataset="own.txt")})["c"].protocol
+    assert (saved_model / "README.md").read_text().count(ALREADY_READ) == 1
