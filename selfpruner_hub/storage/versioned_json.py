@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import types
@@ -124,15 +125,25 @@ def fits(value: Any, expected: Any) -> bool:
 
 def _has_fields(value: Any, expected: Any) -> bool:
     """Return whether an object of JSON, or a dataclass, has the fields of a class with their types."""
-    if is_typeddict(expected):
-        # `__required_keys__` does not see NotRequired in annotations that are text.
-        hints = get_type_hints(expected, include_extras=True)
-        own, needed = value, {name for name, hint in hints.items() if get_origin(hint) is not NotRequired}
-    else:
-        own = vars(value) if isinstance(value, expected) else value
-        needed = {field.name for field in fields(expected) if field.default is field.default_factory is MISSING}
+    own = vars(value) if isinstance(value, _instances(expected)) else value
     if not isinstance(own, dict):
         return False
-    return needed <= set(own) and all(
-        fits(own[name], hint) for name, hint in get_type_hints(expected).items() if name in own
-    )
+    hints, needed = _fields_of(expected)
+    return needed <= own.keys() and all(fits(own[name], hint) for name, hint in hints.items() if name in own)
+
+
+def _instances(expected: Any) -> tuple[type, ...]:
+    """Return the class of instances that pass for an object of JSON: none for a `TypedDict`."""
+    return () if is_typeddict(expected) else (expected,)
+
+
+@functools.cache  # evaluating type hints takes as long as reading a line
+def _fields_of(expected: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return the types of the fields of a `TypedDict` or a dataclass, and the names of those that must be there."""
+    if is_typeddict(expected):
+        # `__required_keys__` does not see NotRequired in annotations that are text.
+        marked = get_type_hints(expected, include_extras=True)
+        needed = {name for name, hint in marked.items() if get_origin(hint) is not NotRequired}
+    else:
+        needed = {field.name for field in fields(expected) if field.default is field.default_factory is MISSING}
+    return get_type_hints(expected), frozenset(needed)
