@@ -81,7 +81,7 @@ def of_saved(output: Path, figures: Callable[[PreTrainedModel], dict[str, float]
     return {
         **json.loads(output.with_suffix(".json").read_text()),
         "calibration_tokens": record.method["calibration_tokens"],
-        "tokens": record.recovery.get("tokens", 0),
+        "tokens": (record.recovery or {}).get("tokens", 0),
         **figures(model),
     }
 

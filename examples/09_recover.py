@@ -16,5 +16,5 @@ recovered = pruned.recover(pruner.model, tokens=tokens)
 if recovered is pruned:
     print("The deciding text says that recovery did not help.")
 recovered.save_pretrained("recovered-b30")
-for text in recovered.report.recovery.get("deciding", []):
+for text in (recovered.report.recovery or {}).get("deciding", []):
     print(f"KL from the parent on {text['name']}: {text['before']:.3f} before, {text['after']:.3f} after")

@@ -118,8 +118,6 @@ class PruneSettings:
         return Path(self.templates) if self.templates else None
 
 
-OLD_NAMES = {"accumulate": "sequential_repair", "refit_inputs": "repair_gate_up"}
-"""Earlier names of settings, which are still taken and read."""
 SEARCH = 10
 """Length of the search where a proposer is given and no length, in evaluations on the whole fitness text."""
 PRESETS = {
@@ -241,17 +239,12 @@ def _of_preset(preset: str) -> PruneSettings:
     return PRESETS[preset]
 
 
-def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give settings under earlier names those of today."""
-    return {OLD_NAMES.get(name, name): value for name, value in values.items()}
-
-
 def resolve(preset: str | None, **changes: Any) -> PruneSettings:
     """Take a preset and change some of its settings.
 
     Args:
         preset: A key of `PRESETS`; None takes the default.
-        **changes: Fields of `PruneSettings`, or their `OLD_NAMES`; those that are None are left alone.
+        **changes: Fields of `PruneSettings`; those that are None are left alone.
 
     Returns:
         The checked settings.
@@ -260,10 +253,7 @@ def resolve(preset: str | None, **changes: Any) -> PruneSettings:
         UserError: The preset or a setting is unknown, or a value is out of its range.
     """
     base = _of_preset("default" if preset is None else preset)
-    given = {key: value for key, value in changes.items() if value is not None}
-    if both := sorted(old for old, new in OLD_NAMES.items() if {old, new} <= set(given)):
-        raise UserError(f"{both[0]} is the old name of {OLD_NAMES[both[0]]}, and both are given.", "Give one of them.")
-    changes = renamed(given)
+    changes = {key: value for key, value in changes.items() if value is not None}
     if unknown := set(changes) - {f.name for f in fields(PruneSettings)}:
         raise UserError(
             f"Unknown setting {', '.join(sorted(unknown))}.",

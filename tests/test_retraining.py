@@ -44,7 +44,7 @@ def test_a_recovered_model_is_saved_with_what_was_done(saved_model, text, tmp_pa
         tiny_model("llama", **PARENT), tokens=16 * 128, data=f"self+{text}", progress=False, seed=4, **SETTINGS
     )
     assert better is not pruned
-    assert pruned.report.recovery == {}
+    assert pruned.report.recovery is None
     assert all(torch.equal(value, before[name]) for name, value in pruned.model.state_dict().items())
     better.save_pretrained(tmp_path / "better")
     again = PrunedModel.from_pretrained(tmp_path / "better")
@@ -84,7 +84,7 @@ def test_on_the_command_line(saved_model, text, parent, tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["improved"]
     assert read_record(tmp_path / "better").recovery["tokens"] == 2048
-    assert read_record(saved_model).recovery == {}
+    assert read_record(saved_model).recovery is None
     assert not (tmp_path / "better.run").exists()
     assert main(words) == 0  # in place
     lines = capsys.readouterr().out.splitlines()

@@ -14,7 +14,7 @@ from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.importance import ORDERS
-from selfpruner_hub.settings import CHOICES, OLD_NAMES, PRESETS, PruneSettings, explained, resolve
+from selfpruner_hub.settings import CHOICES, PRESETS, PruneSettings, explained, resolve
 
 
 def test_the_paper_preset_has_the_papers_numbers():
@@ -39,13 +39,6 @@ def test_changes_replace_settings_and_none_leaves_them_alone():
     assert resolve("paper", fitness=None, p_max=0.5) == resolve("paper", p_max=0.5)
     assert resolve("paper", p_max=0.5).p_max == 0.5
     assert PRESETS["paper"].p_max == 0.9
-
-
-@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
-def test_old_names_are_taken(old, new):
-    assert resolve("default", **{old: False}) == resolve("default", **{new: False}) != resolve("default")
-    with pytest.raises(UserError, match=f"{old} is the old name of {new}, and both are given"):
-        resolve("default", **{old: False, new: False})
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -183,8 +183,7 @@ def run(options: argparse.Namespace) -> str:
         lines.append(
             f"{options.target} in {known['runtime']}: predicted {target.said(known['predicted'])}, measured {found}"
         )
-    if report.recovery:
-        lines += told(str(options.output), report.recovery)
+    lines += told(str(options.output), report)
     gains, name = report.proposer["gains"], report.method["fitness"]
     if "search_text" in gains and "unseen_text" in gains:
         own, unseen = ("{:.4f} -> {:.4f}".format(*gains[text]) for text in ("search_text", "unseen_text"))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from selfpruner_hub.cli.options import number, settings_of, whole
 from selfpruner_hub.recovery.settings import Budget, resolve
 from selfpruner_hub.settings import check_seed
+
+if TYPE_CHECKING:
+    from selfpruner_hub.storage.model_record import Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,21 +95,25 @@ def run(options: argparse.Namespace) -> str:
         return json.dumps({"output": str(output), "improved": recovered is not pruned, **asdict(report)})
     if recovered is pruned:
         return f"{output}: not improved, and left as it was."
-    return "\n".join(told(str(output), report.recovery))
+    return "\n".join(told(str(output), report))
 
 
-def told(name: str, recovery: Mapping[str, Any]) -> list[str]:
+def told(name: str, record: Record) -> list[str]:
     """Lines that say what a recovery brought.
 
     Args:
         name: Name of the model.
-        recovery: Entry of its record.
+        record: Record of the model.
 
     Returns:
-        One line, and one for each text that decided.
+        One line, and one for each text that decided; none for a model that was not recovered.
     """
-    lines = [f"{name}: trained on {recovery['tokens']:,} tokens in {recovery['minutes']} minutes"]
-    return lines + [
-        f"KL from the parent on {text['name']}: {text['before']:.4f} -> {text['after']:.4f}"
-        for text in recovery["deciding"]
+    if (found := record.recovery) is None:
+        return []
+    return [
+        f"{name}: trained on {found['tokens']:,} tokens in {found['minutes']} minutes",
+        *(
+            f"KL from the parent on {text['name']}: {text['before']:.4f} -> {text['after']:.4f}"
+            for text in found["deciding"]
+        ),
     ]

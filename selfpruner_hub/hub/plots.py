@@ -50,8 +50,9 @@ def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS)
         "population": _population(scores, shape),
         "rates": _rates(_best(scores), shape, settings),
     }
-    if (directory / MODEL_RECORD_FILE).is_file() and (curve := read_record(directory).recovery.get("curve")):
-        pictures["recovery"] = _recovery(curve)
+    recovery = read_record(directory).recovery if (directory / MODEL_RECORD_FILE).is_file() else None
+    if recovery and recovery["curve"]:
+        pictures["recovery"] = _recovery(recovery["curve"])
     written = []
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ from typing import Any, NotRequired, TypedDict, cast
 from selfpruner_hub.errors import OutputError, RunMismatchError
 from selfpruner_hub.plans.plan import plan_of
 from selfpruner_hub.search.journal_lines import CheckLine, JournalLine, L, ProbeLine, ScoreLine, filed, line_of
-from selfpruner_hub.settings import renamed
 from selfpruner_hub.storage.versioned_json import check_writable_text, fits, parse_json
 
 SCHEMA_VERSION = 1
@@ -55,8 +54,6 @@ class Journal:
             self._write(header)
             return
         found, wanted = _record(self._texts[0], self.path, 1), json.loads(header)
-        if isinstance(found.get("settings"), dict):
-            found["settings"] = renamed(found["settings"])
         begun, present = found.pop("versions", None), wanted.pop("versions")
         if found != wanted:
             raise RunMismatchError(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.plans.plan import Plan, plan_of
@@ -69,9 +69,9 @@ class Record:
     """Identity of the dense parent, as `models.weights.identity_of` returns it; empty where unknown."""
     licence: dict[str, str] = field(default_factory=dict)
     """Licence of the parent from its model card: `license`, `license_name`, `license_link`; empty where unknown."""
-    recovery: dict[str, Any] = field(default_factory=dict)
+    recovery: dict[str, Any] | None = None
     """How the model was distilled from its parent after the cut (`recovery.recover`): tokens, minutes, settings, texts,
-    divergence on each deciding text before and after, and the curve of the loss; empty where it was not."""
+    divergence on each deciding text before and after, and the curve of the loss; None where it was not."""
     metrics: dict[str, Metric] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -102,7 +102,9 @@ class Record:
 
     def marked(self, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
         """Return figures that say so in their protocol where the model was made with a text of that name."""
-        read = {name for text in self.data.values() for name in (text["name"], *text["name"].split(" and "))}
+        texts = [*self.data.values(), *(self.recovery or {}).get("texts", ())]
+        names = [text["name"] for text in texts if "name" in text]
+        read = {part for name in names for part in (name, *name.split(" and "))}
         return {
             key: replace(metric, protocol=f"{metric.protocol}; {ALREADY_READ}") if metric.dataset in read else metric
             for key, metric in metrics.items()
@@ -127,7 +129,8 @@ class Record:
         Raises:
             SavedModelError: The text is not such a record.
         """
-        inner = {"method": _Method, "proposer": _Search, "data": _Texts, "parameters": _Counts}
+        inner: dict[str, Any] = {"method": _Method, "proposer": _Search, "data": _Texts, "parameters": _Counts}
+        inner["recovery"] = _Recovery | None
         values = parse_versioned(text, source, SCHEMA_VERSION, cls, inner)
         try:
             metrics = {name: Metric(**metric) for name, metric in values.pop("metrics").items()}
@@ -179,6 +182,29 @@ class _Texts(TypedDict):
     calibration: _Text
     fitness: _Text
     unseen: NotRequired[_Text]
+
+
+class _TrainingText(TypedDict):
+    name: str
+    tokens_read: int
+
+
+class _Deciding(TypedDict):
+    name: str
+    tokens: int
+    before: float
+    after: float
+
+
+class _Recovery(TypedDict):
+    """What is read of a recovery."""
+
+    method: Literal["full", "lora"]
+    tokens: int
+    minutes: float
+    texts: list[_TrainingText]
+    deciding: list[_Deciding]
+    curve: list[tuple[int, float]]
 
 
 class _Counts(TypedDict):

@@ -143,5 +143,5 @@ def test_prune_takes_minutes_and_recovers_in_them(machine, capsys, monkeypatch):
 
 def test_a_recovery_that_cannot_begin_loses_nothing(caplog):
     made = pruned(recover=1e-6, progress=False)
-    assert made.report.recovery == {}
+    assert made.report.recovery is None
     assert "The model was pruned, and not recovered. That is too little for a recovery." in caplog.text
