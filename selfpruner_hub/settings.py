@@ -194,7 +194,7 @@ class Setting:
 
 
 def explained(preset: str = "default") -> list[Setting]:
-    """List all settings of `prune`, as `described`.
+    """List all settings of `prune`.
 
     Args:
         preset: A key of `PRESETS`, whose values are given as defaults.
@@ -225,12 +225,8 @@ def described(cls: type, values: Mapping[str, Any] | None = None) -> list[Settin
         for field, text in pairwise(getattr(defined, "body", []))
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
-    return [
-        Setting(
-            f.name, _KINDS[str(f.type)][1], f.default if values is None else values[f.name], meanings.get(f.name, "")
-        )
-        for f in fields(cls)
-    ]
+    given = {f.name: f.default for f in fields(cls)} if values is None else values
+    return [Setting(f.name, _KINDS[str(f.type)][1], given[f.name], meanings.get(f.name, "")) for f in fields(cls)]
 
 
 def _of_preset(preset: str) -> PruneSettings:

@@ -19,8 +19,8 @@ PASSES = {"default": 1_000_000, "fast": 200_000, "draft": 60_000}
 """Presets to choose from, the best first, and the time that they take, in forward passes of the decoder over one token
 (`benchmarks/stages.json`). It is rough: what the cut takes more or less, recovery takes less or more."""
 CUT = 0.8
-"""Largest share of the minutes for the cut; recovery gets the rest. The default cut with 131 k tokens of recovery is nearer
-to its parent than that of `fast` with as many, by more than the time between the two would buy."""
+"""Largest share of the minutes for the cut; recovery gets the rest. After 131 k tokens of recovery, the default cut is
+nearer to its parent than that of `fast`, by more than recovery buys in the time between the two."""
 NO_SEARCH = "no search: the best starting point is taken (evaluations=N asks for one)"
 
 
