@@ -175,7 +175,7 @@ def test_half_of_an_emoji_is_read_as_a_replacement_character(lines):
     assert list(entries(["\ud83d cut"])) == ["\ufffd cut"]
 
 
-@pytest.mark.parametrize("source", [5, 0.5, object()], ids=str)
+@pytest.mark.parametrize("source", [5, 0.5, object()], ids=lambda source: type(source).__name__)
 def test_what_is_neither_a_path_nor_a_list_is_refused(source):
     with pytest.raises(DataError, match=", not a text"):
         list(entries(source))
