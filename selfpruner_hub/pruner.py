@@ -38,7 +38,7 @@ from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.choose_proposer import choose_proposer
-from selfpruner_hub.search.effort import CUT, minutes_left, with_effort
+from selfpruner_hub.search.effort import minutes_left, with_effort
 from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import Proposer
@@ -206,8 +206,9 @@ class AutoPruner:
             evaluations: Length of the search in full-evaluation equivalents; 0 takes the best seed plan. None uses the
                 preset's (0 in all but `"paper"`), or `settings.SEARCH` where a proposer is given. A round that has
                 begun is finished.
-            minutes: Minutes of the whole run: where no preset is given, the best one that takes a part of them is taken
-                (`search.effort`), and recovery takes the rest. None takes the preset, without recovery.
+            minutes: Minutes of the whole run: the preset (where none is given) and its amount of text are what fits by a
+                rough estimate (`search.effort`), and recovery takes the rest; `settings.TEXT_SIZES` cannot be given
+                too. None takes the preset, without recovery.
             recover: Minutes of recovery after the cut (`PrunedModel.recover`), in place of the rest of `minutes`; 0
                 trains nothing.
             seed: Random seed.
@@ -228,7 +229,7 @@ class AutoPruner:
         started = time.monotonic()
         aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
-        check_minutes(minutes, recover)
+        check_minutes(minutes, recover, settings)
         check_executor(executor)
         resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **settings)
         folder = None if run_dir is None else Path(run_dir)
@@ -243,7 +244,7 @@ class AutoPruner:
                 checkpoints,
                 evaluations=evaluations,
                 proposer_given=proposer is not None,
-                minutes=minutes and (minutes if recover == 0 else CUT * minutes),
+                minutes=minutes,
             )
             method = replace(method, multiple_of=method.multiple_of or self.shape.default_multiple)
             report = progress if callable(progress) else stack.enter_context(Bars(progress))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -118,6 +118,8 @@ class PruneSettings:
         return Path(self.templates) if self.templates else None
 
 
+TEXT_SIZES = ("calibration_tokens", "fisher_tokens", "fitness_tokens")
+"""Settings that follow from the minutes of a run, where these are given."""
 SEARCH = 10
 """Length of the search where a proposer is given and no length, in evaluations on the whole fitness text."""
 PRESETS = {
@@ -278,23 +280,27 @@ def resolve(preset: str | None, **changes: Any) -> PruneSettings:
             raise UserError(f"{name} must be a number from {low:g} to {high:g}; got {value!r}.")
     if not all(isinstance(share, (int, float)) and 0 < share < math.inf for share in method.shares):
         raise UserError(f"shares must be numbers above 0; got {list(method.shares)!r}.")
-    if any(getattr(method, name) < 0 for name in ("population", "crossover", "mutation")):
+    if min(method.population, method.crossover, method.mutation) < 0:
         raise UserError("population, crossover and mutation must not be negative.")
     if method.evaluations and not method.crossover + method.mutation:
         raise UserError("A search needs crossover or mutation children.", "Set one of them above 0.")
     return method
 
 
-def check_minutes(minutes: Any, recover: Any) -> None:
-    """Refuse what is no length of a run or of its recovery.
+def check_minutes(minutes: Any, recover: Any, given: Collection[str]) -> None:
+    """Refuse what is no length of a run or of its recovery, and settings that the length decides.
 
     Args:
         minutes: Minutes that a run may take, above 0; None if they are not limited.
         recover: Minutes of recovery, at least 0; None if they are not given.
+        given: Names of the settings that the user has changed.
 
     Raises:
-        UserError: It is not.
+        UserError: It is not such a number, or such a setting is given as well.
     """
+    decided = [name for name in TEXT_SIZES if name in given]
+    if minutes is not None and decided:
+        raise UserError(f"minutes decides {decided[0]}, and both are given.", "Leave out one of them.")
     for name, value, least in (("minutes", minutes, "above"), ("recover", recover, "of at least")):
         number = not isinstance(value, bool) and isinstance(value, (int, float))
         if value is not None and not (number and (value > 0 or (value == 0 and least != "above"))):
@@ -302,14 +308,7 @@ def check_minutes(minutes: Any, recover: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse what is no random seed.
-
-    Args:
-        seed: A whole number from 0 to 2³¹ - 1.
-
-    Raises:
-        UserError: It is not.
-    """
+    """Raise `UserError` unless a random seed is a whole number from 0 to 2³¹ - 1."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise UserError(f"seed must be a whole number from 0 to {2**31 - 1}; got {seed!r}.")
 

@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> str:
         wanted = parse_target(options.target)
         target = target_of(wanted, options.runtime, request)
     check_seed(options.seed)
-    check_minutes(options.minutes, options.recover)
+    check_minutes(options.minutes, options.recover, settings)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
     check_writable(options.output)
     if options.output.exists() and Path(options.model).exists() and options.output.samefile(options.model):

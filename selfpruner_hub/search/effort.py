@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.forward import last_hidden_states
 from selfpruner_hub.settings import SEARCH, PruneSettings
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
 WINDOWS, WIDTH = 4, 512
 """Windows of the forward pass that is timed, and their tokens."""
-PASSES = {"default": 1_000_000, "fast": 200_000, "draft": 60_000}
-"""Presets to choose from, the best first, and the time that they take, in forward passes of the decoder over one token
-(`benchmarks/stages.json`). It is rough: what the cut takes more or less, recovery takes less or more."""
-CUT = 0.8
-"""Largest share of the minutes for the cut; recovery gets the rest. After 131 k tokens of recovery, the default cut is
-nearer to its parent than that of `fast`, by more than recovery buys in the time between the two."""
+STEP = 1_024
+"""Calibration tokens are chosen in multiples of this number."""
+
+
+class Cost(NamedTuple):
+    """Time that a preset takes, in forward passes of the decoder over one token."""
+
+    token: float
+    """Cost of a calibration token: writing it, calibration, both repairs, and its share of the other texts."""
+    fixed: float
+    """Cost of what does not depend on the text: order, factors, solutions."""
+    fewest: int
+    """Fewest calibration tokens that the preset is taken for; with fewer, the next one is better."""
+
+
+COSTS = {
+    "default": Cost(12.0, 140_000.0, 16_384),
+    "fast": Cost(12.0, 70_000.0, 8_192),
+    "draft": Cost(11.0, 10_000.0, 2_048),
+}
+"""Presets to choose from, the best first. Fitted by hand to runs of 16 k tokens (`benchmarks/stages.json`) and 65 k
+on a processor without AMX, that of `fast` guessed from a run with it. It need not be exact: what the cut takes less,
+recovery takes more."""
 NO_SEARCH = "no search: the best starting point is taken (evaluations=N asks for one)"
 
 
@@ -34,7 +53,7 @@ def with_effort(
     proposer_given: bool,
     minutes: float | None,
 ) -> tuple[PruneSettings, list[str]]:
-    """Decide what nobody has asked for: the preset that fits into the minutes, and whether the run searches.
+    """Decide what nobody has asked for: preset and text that fit into the minutes, and whether the run searches.
 
     Args:
         preset: Name of the preset that the user has chosen, or None.
@@ -43,19 +62,18 @@ def with_effort(
         checkpoints: Checkpoints of the run.
         evaluations: Length of the search that the user has asked for, which `resolved` gives; or None.
         proposer_given: Whether the user has chosen a proposer, and so asked for a search.
-        minutes: Minutes that the cut may take; None leaves the preset as it is. A search comes on top.
+        minutes: Minutes of the whole run; None leaves the preset as it is. A search comes on top.
 
     Returns:
         The settings, and lines for the user.
 
     Raises:
-        UserError: The preset is unknown.
+        UserError: The preset is unknown, or the minutes are too few.
     """
-    lines = []
-    if minutes is not None and preset is None:
-        preset = preset_within(minutes, model, checkpoints)
-        lines.append(f"preset {preset}, which takes a part of the minutes")
-    method = resolved(preset)
+    method, lines = resolved(preset), []
+    if minutes is not None:
+        method, line = within_minutes(minutes, model, preset, resolved, checkpoints)
+        lines.append(line)
     if evaluations is None and proposer_given:
         method = replace(method, evaluations=method.evaluations or SEARCH)
     if evaluations is None and not method.evaluations:
@@ -63,24 +81,64 @@ def with_effort(
     return method, lines
 
 
-def preset_within(minutes: float, model: PreTrainedModel, checkpoints: Checkpoints) -> str:
-    """Choose the best preset that takes no longer than this on this machine; the quickest one if none does.
+def within_minutes(
+    minutes: float,
+    model: PreTrainedModel,
+    preset: str | None,
+    resolved: Callable[[str | None], PruneSettings],
+    checkpoints: Checkpoints,
+) -> tuple[PruneSettings, str]:
+    """Choose a preset and the amount of text, up to its own, so that the cut takes no longer than this.
+
+    A calibration token buys more than a token of recovery (docs/recovery.md), so recovery begins where the text of the
+    default preset fits. Where that is too little text for it, a faster preset is taken; one that the user has chosen
+    stays.
 
     Args:
-        minutes: Minutes for the cut, above 0.
+        minutes: Minutes of the whole run, above 0.
         model: The dense model; a forward pass of it is timed.
+        preset: Name of the preset that the user has chosen, or None.
+        resolved: Function that returns a preset's settings with the user's changes.
         checkpoints: Checkpoints of the run, which keep the choice: a second timing might lead to another one.
 
     Returns:
-        A key of `PASSES`.
+        The settings, and a line that says what was chosen.
+
+    Raises:
+        UserError: `minutes` is too short for the fewest tokens.
     """
-    ladder, name = list(PASSES), f"preset-{minutes:g}"
+    ladder = list(COSTS) if preset is None else [preset]
+    name = f"minutes-{minutes:g}-{preset}"
     if (known := checkpoints.load(name)) is None:
-        affordable = 60 * minutes / seconds_per_token(model)
-        fitting = [place for place, preset in enumerate(ladder) if PASSES[preset] <= affordable]
-        known = {"place": torch.tensor(fitting[0] if fitting else len(ladder) - 1)}
+        place, tokens = _choice(minutes, model, ladder)
+        known = {"place": torch.tensor(place), "tokens": torch.tensor(tokens)}
         checkpoints.save(name, known)
-    return ladder[int(known["place"])]
+    chosen = ladder[int(known["place"])]
+    method = resolved(chosen)
+    tokens = min(method.calibration_tokens, int(known["tokens"]))
+    few = max(STEP, tokens // 8)
+    method = replace(
+        method,
+        calibration_tokens=tokens,
+        fisher_tokens=min(method.fisher_tokens, few),
+        fitness_tokens=min(method.fitness_tokens, 2 * few),
+    )
+    return method, f"preset {chosen}, {tokens} tokens of calibration text, and recovery in what is left of the minutes"
+
+
+def _choice(minutes: float, model: PreTrainedModel, ladder: Sequence[str]) -> tuple[int, int]:
+    """The place of a preset in `ladder`, and the calibration tokens that fit."""
+    per_pass = seconds_per_token(model) / 60
+    for place, preset in enumerate(ladder):
+        cost = COSTS.get(preset, COSTS["default"])
+        tokens = int((minutes / per_pass - cost.fixed) / cost.token) // STEP * STEP
+        if tokens >= cost.fewest:
+            return place, tokens
+    least = (cost.fixed + cost.token * cost.fewest) * per_pass
+    raise UserError(
+        f"Pruning this model on this device takes about {least:.1f} minutes or more; {minutes:g} are too few.",
+        "Give it more minutes, or a faster device.",
+    )
 
 
 def minutes_left(
