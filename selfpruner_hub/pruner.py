@@ -206,8 +206,8 @@ class AutoPruner:
             evaluations: Length of the search in full-evaluation equivalents; 0 takes the best seed plan. None uses the
                 preset's (0 in all but `"paper"`), or `settings.SEARCH` where a proposer is given. A round that has
                 begun is finished.
-            minutes: Minutes of the whole run: the preset (where none is given) and its amount of text are what fits by a
-                rough estimate (`search.effort`), and recovery takes the rest; `settings.TEXT_SIZES` cannot be given
+            minutes: Minutes of the whole run: the preset (where none is given) and its amount of text are what fits by
+                a rough estimate (`search.effort`), and recovery takes the rest; `settings.TEXT_SIZES` cannot be given
                 too. None takes the preset, without recovery.
             recover: Minutes of recovery after the cut (`PrunedModel.recover`), in place of the rest of `minutes`; 0
                 trains nothing.
