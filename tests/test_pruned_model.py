@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 from dataclasses import replace
@@ -274,7 +275,12 @@ def test_weights_of_other_names_leave_with_the_model_that_they_were_of(saved_mod
 
 def test_arguments_of_publishing_reach_it(saved_model, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(pruned_model, "publish", lambda directory, repo_id, **more: asked.append((repo_id, more)))
+
+    @functools.wraps(pruned_model.publish)
+    def publish(directory, repo_id, **more):
+        asked.append((repo_id, more))
+
+    monkeypatch.setattr(pruned_model, "publish", publish)
     pruned = PrunedModel.from_pretrained(saved_model)
     message = {"commit_message": "Shrink it", "commit_description": "By a third.", "private": True, "token": True}
     pruned.push_to_hub("me/model", max_shard_size="20KB", **message)

@@ -40,6 +40,7 @@ def check_model(model: Any) -> None:
             f"A transformers model is needed; got {type(model).__name__}.",
             "Give AutoPruner a model, its tokenizer and a name, or give AutoPruner.from_pretrained the name alone.",
         )
+    shape_of(model.config)  # fails where the architecture is not supported
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     if len(dtypes) > 1:
         raise ModelError(

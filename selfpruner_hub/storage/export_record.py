@@ -84,7 +84,8 @@ class _Source(TypedDict):
     name: str
     model_type: str
     parameters: int
-    weights_hash: NotRequired[str]
+    weights: NotRequired[str | None]
+    configuration: NotRequired[str]
 
 
 class _Hub(TypedDict):

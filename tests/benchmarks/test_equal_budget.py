@@ -118,7 +118,7 @@ def test_every_method_can_be_made(pruner, tmp_path):
     made = equal_budget.proposers(pruner, budget, options.endpoint, tmp_path)
     assert set(made) == {*options.methods, "endpoint"}
     names = {method: make().name for method, make in made.items()}
-    assert names.pop("endpoint") == "http://127.0.0.1:9/v1 a-model"
+    assert names.pop("endpoint") == "a-model behind an OpenAI-compatible endpoint"
     assert all(method == name for method, name in names.items())
 
 

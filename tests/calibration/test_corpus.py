@@ -152,9 +152,10 @@ def test_an_unknown_source_names_the_known_ones(source):
     assert_one_line_with_remedy(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"nothing\.txt.*No such file"):
-        draw(str(tmp_path / "nothing.txt"))
+        draw("nothing.txt")
 
 
 def test_a_folder_is_no_text(tmp_path):

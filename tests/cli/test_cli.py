@@ -314,7 +314,7 @@ def test_help_of_prune_is_in_groups_with_the_defaults_that_matter(capsys):
     groups = ["what is made:", "the model:", "the text of calibration and search:", "the search:", "the method:"]
     places = [told.index(group) for group in groups]
     assert places == sorted(places)
-    assert "(default: 0; paper: 430; 10 with another proposer)" in told
+    assert "(default: 0; paper: 430; 10 with a proposer)" in told
     assert "kl or perplexity (default: kl; paper: perplexity)" in told
     assert "(default: chat+wikitext2 for a chat model, else wikitext2)" in told
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
+from support.exports import OPTIONS
 from support.tiny import tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 from transformers import GenerationConfig
@@ -301,7 +302,7 @@ def as_format(directory, to, output, **options):
     """A copy of an export whose record has another format."""
     shutil.copytree(directory, output)
     record = json.loads((output / EXPORT_RECORD_FILE).read_text())
-    record |= {"format": to, "options": options}
+    record |= {"format": to, "options": {**OPTIONS[to], **options}}
     (output / EXPORT_RECORD_FILE).write_text(json.dumps(record))
     return output
 

@@ -3,11 +3,12 @@
 import json
 import re
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 from support.chatting import TEMPLATE, chat_tokenizer
+from support.exports import export_record
 from support.hub_server import check_yaml
 
 from selfpruner_hub.cli import main
@@ -15,7 +16,7 @@ from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.bundle import collect, is_ours, write_card
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.models.weights import identity_of
-from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, SCHEMA_VERSION, ExportRecord
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, read_record
 
 
@@ -24,14 +25,8 @@ def put_export(directory, name, record):
     folder = directory / name
     folder.mkdir()
     (folder / MODEL_RECORD_FILE).write_text(record.to_json())
-    values = {
-        **{f.name: None for f in fields(ExportRecord)},
-        "format": name,
-        "options": {},
-        "source": identity_of(load_model(str(directory), device="cpu")[0]),
-        "schema_version": SCHEMA_VERSION,
-    }
-    (folder / EXPORT_RECORD_FILE).write_text(json.dumps(values))
+    made = export_record(name, identity_of(load_model(str(directory), device="cpu")[0]))
+    (folder / EXPORT_RECORD_FILE).write_text(made.to_json())
     (folder / "model.bin").write_bytes(b"graph")
     return folder
 

@@ -140,14 +140,6 @@ def test_other_settings_are_refused_with_their_difference(journal, tmp_path, cha
     assert journal.path.read_bytes() == before
 
 
-def test_a_search_goes_on_where_settings_had_earlier_names(tmp_path):
-    Journal(tmp_path, SETTINGS | {"accumulate": True, "refit_inputs": False}).append(LINES[0])
-    today = SETTINGS | {"sequential_repair": True, "repair_gate_up": False}
-    assert Journal(tmp_path, today).lines == LINES[:1]
-    with pytest.raises(RunMismatchError, match="repair_gate_up: False there, True here"):
-        Journal(tmp_path, today | {"repair_gate_up": True})
-
-
 def test_a_setting_that_went_away_is_named(journal, tmp_path):
     with pytest.raises(RunMismatchError, match="seed: 0 there, None here"):
         Journal(tmp_path, {key: value for key, value in SETTINGS.items() if key != "seed"})

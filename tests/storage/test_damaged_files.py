@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support.chat import assistant, chat_tokenizer, user
 from support.damaged import told_clearly
+from support.exports import OPTIONS, export_record
 
 from selfpruner_hub.calibration.chat_template import conversation
 from selfpruner_hub.calibration.text_sources import entries
@@ -15,14 +16,8 @@ from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.hub.space import static_files
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.search.journal import JOURNAL_FILE
-from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record
-
-OPTIONS = {
-    "onnx": {"dtype": "float32", "fusions": "cpu", "layout": "transformers"},
-    "gguf": {"dtype": "q8_0", "tokenizer_from": None, "imatrix": None},
-    "padded": {"width": "widest", "dtype": "float32"},
-}
 
 
 def read_record(value):
@@ -91,13 +86,18 @@ def records(model):
     value["method"]["target"] = {
         "quantity": "memory", "value": 0.5, "runtime": "torch", "predicted": 0.49, "measured": 0.49,
     }  # fmt: skip
-    value["method"]["training"] = "LoRA"
+    value["method"]["training"] = "distilled from its parent"
+    value["recovery"] = {
+        "method": "full", "tokens": 100, "minutes": 0.5, "curve": [[50, 0.5], [100, 0.25]],
+        "texts": [{"name": "self", "tokens_read": 100}],
+        "deciding": [{"name": "self", "tokens": 31, "before": 0.5, "after": 0.25}],
+    }  # fmt: skip
     return value
 
 
 def exports(form):
-    source = {"name": "tests/llama", "model_type": "llama", "parameters": 1000, "weights_hash": "0"}
-    return json.loads(ExportRecord(form, OPTIONS[form], source, {"torch": "2.13"}, 1e-4, 1e-5, "", "").to_json())
+    identity = {"model_type": "llama", "parameters": 1000, "weights": "0", "configuration": "0"}
+    return json.loads(export_record(form, identity).to_json())
 
 
 TALKS = [
