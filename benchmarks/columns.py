@@ -58,8 +58,8 @@ COLUMNS: dict[str, Columns] = {
     "recovery": (
         ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense"),
         ("minutes asked", lambda row: figure(row, "asked", "{:g}")),
-        ("tokens asked", lambda row: figure(row, "asked_tokens", "{:,}")),
         ("minutes", lambda row: figure(row, "minutes", "{:.0f}")),
+        ("tokens trained on", lambda row: f"{row['tokens']:,}" if row.get("tokens") else UNKNOWN),
         ("512, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
         *CHAT,
         ("by a sample", lambda row: share(row, "kept_sampled")),

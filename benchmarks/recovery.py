@@ -32,7 +32,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__)
     parser.add_argument("--betas", type=float, nargs="*", default=[], metavar="B")
     parser.add_argument("--minutes", type=float, nargs="*", default=[], metavar="M", help="in all")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[], metavar="N", help="growth, from one cut")
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[], metavar="N", help="growth, from one cut; 0: the cut"
+    )
     options = parser.parse_args(words)
     work: Path = options.work
     rows, pruner, dense, measured, how, chat = begun(work, options.unseen_text)
@@ -52,9 +54,12 @@ def main(words: Sequence[str] | None = None) -> None:
                 rows.keep({"beta": beta, "asked": minutes, **of_saved(output, figures)})
     for tokens in options.tokens:
         if not rows.have(beta=BETA, asked_tokens=tokens):
-            cut, output = work / f"b{100 * BETA:.0f}-cut", work / f"b{100 * BETA:.0f}-t{tokens}"
+            cut, output = (work / f"b{100 * BETA:.0f}-{name}" for name in ("cut", f"t{tokens}"))
             ran([*prune, "--beta", BETA, "--recover", 0], cut)
-            ran(["recover", cut, "--against", dense, "--data", data, "--tokens", tokens], output)
+            if tokens:
+                ran(["recover", cut, "--against", dense, "--data", data, "--tokens", tokens], output)
+            else:
+                output = cut
             rows.keep({"beta": BETA, "asked_tokens": tokens, **of_saved(output, figures)})
     protocol = (
         "SmolLM2-135M-Instruct in bfloat16: `selfpruner prune --minutes`, which cuts and then recovers, and "
