@@ -63,7 +63,8 @@ class AutoPruner:
         store: Store of statistics, hidden states and the pruned model.
 
     Raises:
-        UserError: The model is not one, is compiled, or has generation settings that cannot be saved.
+        UserError: The model or the tokenizer is not one, or the model is compiled, or has generation settings that
+            cannot be saved.
         ModelError: The model object cannot be pruned as it is (`prepare.check_model`), or is on several devices.
         UnsupportedArchitectureError: The architecture is not supported, or the weights are quantised.
     """
@@ -79,6 +80,10 @@ class AutoPruner:
         if not isinstance(name, str) or not name:
             raise UserError(
                 f"name must be the name of the model in records and cards; got {name!r}.", "Give its Hub id."
+            )
+        if isinstance(tokenizer, str | Path):
+            raise UserError(
+                f"The tokenizer is a name, {str(tokenizer)!r}.", "Give AutoTokenizer.from_pretrained of it, or None."
             )
         self.name = name
         self.model = model

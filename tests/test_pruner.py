@@ -189,6 +189,11 @@ def test_a_model_is_no_name():
         AutoPruner.from_pretrained(changed())
 
 
+def test_a_tokenizer_is_no_name():
+    with pytest.raises(UserError, match="The tokenizer is a name, 'tests/llama'"):
+        AutoPruner(tiny_model("llama"), "tests/llama", "tests/llama")
+
+
 def test_tokens_beyond_the_embeddings_are_refused_before_any_pass(article):
     model = tiny_model("llama", num_hidden_layers=2, vocab_size=60)
     model.register_forward_pre_hook(lambda *_: pytest.fail("a pass began"))
