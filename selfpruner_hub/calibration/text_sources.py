@@ -27,8 +27,9 @@ PIECE = 1 << 18
 """Maximum number of characters that are tokenized at once."""
 _LONGEST_SHOWN = 80
 """Maximum number of characters of a source that a message shows."""
-_JOINT = re.compile(r"(?s).*\S\n(?=\S)")
-"""A text up to its last single line break between two lines: pre-tokenizers of byte-level BPE always split there."""
+_JOINTS = tuple(re.compile(f"(?s).*(?:{joint})") for joint in (r"\S\n(?=\S)|\n(?= \S)", r"\S(?= \S)"))
+"""A text up to its last line break between two lines (of which the second may begin with one space), or else up to the
+last space between two words: pre-tokenizers of byte-level BPE always split there."""
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -81,7 +82,7 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int)
 
 
 def pieces(text: TextIO) -> Iterator[str]:
-    """Read a text in pieces of at most `PIECE` characters, cut at a line break where there is one.
+    """Read a text in pieces of at most `PIECE` characters, cut between two lines, or else between two words.
 
     Args:
         text: File or `io.StringIO` of the text.
@@ -91,8 +92,7 @@ def pieces(text: TextIO) -> Iterator[str]:
     """
     rest = ""
     while len(piece := rest + text.read(PIECE - len(rest))) == PIECE:
-        found = _JOINT.match(piece)
-        cut = found.end() if found else PIECE
+        cut = next((found.end() for joint in _JOINTS if (found := joint.match(piece))), PIECE)
         yield piece[:cut]
         rest = piece[cut:]
     if piece:

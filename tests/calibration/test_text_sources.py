@@ -195,15 +195,21 @@ def short_pieces(monkeypatch):
 LONG = "\n\n".join("\n".join(TEXT) for _ in range(3))
 
 
+SPACED = "".join(f" \n = {line[:9].strip()} = \n \n {line.strip()} \n" for line in TEXT * 3)
+"""Lines that begin and end with a space, as those of WikiText-2 do."""
+WORDS = " ".join(TEXT).replace("\n", " ")
+
+
+@pytest.mark.parametrize("text", [LONG, SPACED, WORDS], ids=["lines", "spaced lines", "one line"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_have_the_token_ids_of_the_whole_text(kind, short_pieces):
+def test_pieces_have_the_token_ids_of_the_whole_text(kind, text, short_pieces):
     """A SentencePiece tokenizer may start each piece with one more token."""
     tokenizer = trained_tokenizer(kind)
-    whole, found = tokenizer(LONG, add_special_tokens=False)["input_ids"], encode([LONG], tokenizer, limit=1 << 20)
+    whole, found = tokenizer(text, add_special_tokens=False)["input_ids"], encode([text], tokenizer, limit=1 << 20)
     if not kind.startswith("sentencepiece"):
         assert found == whole
     assert tokenizer.decode(found).replace(" ", "") == tokenizer.decode(whole).replace(" ", "")
-    assert len(whole) <= len(found) <= len(whole) + len(LONG) // 50
+    assert len(whole) <= len(found) <= len(whole) + len(text) // 50
 
 
 @pytest.mark.parametrize(
