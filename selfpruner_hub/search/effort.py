@@ -90,8 +90,8 @@ def within_minutes(
 ) -> tuple[PruneSettings, str]:
     """Choose a preset and the amount of text, up to its own, so that the cut takes no longer than this.
 
-    The cut comes first, and recovery takes what is left. Where too little text fits for the default preset, a faster one
-    is taken; one that the user has chosen stays.
+    The cut comes first, and recovery takes what is left. Where too little text fits for the default preset, a faster
+    one is taken; one that the user has chosen stays.
 
     Args:
         minutes: Minutes of the whole run, above 0.
