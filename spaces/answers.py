@@ -10,7 +10,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from engines import load
-from shown import UnavailableError
+from model_source import UnavailableError
 from tokens import encode, tokenizer
 
 try:  # Hugging Face's package on a ZeroGPU Space; elsewhere the import may find this folder itself

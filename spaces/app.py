@@ -16,12 +16,12 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import answers
 import charts
 import engines
-import facts
 import gradio as gr
-import live
+import live_pruning
+import record_tables
 from answers import LONGEST_PROMPT, MOST_TOKENS, Answer
-from look import CSS, theme
-from shown import UnavailableError, record
+from model_source import UnavailableError, record
+from theme import CSS, theme
 
 EXAMPLES = [
     "What is the capital of France?",
@@ -77,7 +77,7 @@ def compare(prompt: str, tokens: float) -> Iterator[tuple[str, str, str, str, st
 
 
 def _took(answer: Answer) -> str:
-    slowed = " · someone is pruning here, so it is slower than usual" if live.busy.locked() else ""
+    slowed = " · someone is pruning here, so it is slower than usual" if live_pruning.busy.locked() else ""
     return f"{answer.took()}{slowed}"
 
 
@@ -98,9 +98,9 @@ def _in_pytorch() -> str:
 
 def prune(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str, Any, Any]]:
     """Prune a small model, and show the state of the search."""
-    run = live.Run()
+    run = live_pruning.Run()
     try:
-        for run in live.prune(beta, int(evaluations), proposer):
+        for run in live_pruning.prune(beta, int(evaluations), proposer):
             yield _standing(run), *_pictures(run)
     except UnavailableError as error:
         yield f"⚠️ {error}", *_pictures(run)
@@ -108,14 +108,14 @@ def prune(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str,
     count = run.pruned.report.parameters
     yield (
         f"**Done in {run.seconds:.0f} s.** {count['dense']:,} → {count['pruned']:,} parameters; the best plan came "
-        f"from `{run.pruned.report.proposer['best_from']}`.\n\n> {live.PROMPT}\n\n{live.sample(run)}",
+        f"from `{run.pruned.report.proposer['best_from']}`.\n\n> {live_pruning.PROMPT}\n\n{live_pruning.sample(run)}",
         *_pictures(run),
     )
 
 
-def _pictures(run: live.Run) -> tuple[Any, Any]:
+def _pictures(run: live_pruning.Run) -> tuple[Any, Any]:
     """Return the updated plots of the search and of its best plan; hidden while there are no scores."""
-    plans, rates = facts.scored(run.journal), live.removed_by_best(run)
+    plans, rates = record_tables.scored(run.journal), live_pruning.removed_by_best(run)
     there = len(plans) > 0
     return (
         gr.update(value=plans, visible=there, **charts.limits(plans)),
@@ -123,10 +123,10 @@ def _pictures(run: live.Run) -> tuple[Any, Any]:
     )
 
 
-def _standing(run: live.Run) -> str:
+def _standing(run: live_pruning.Run) -> str:
     filled = round(20 * run.share)
     bar = f"`{'█' * filled}{'░' * (20 - filled)}`"
-    found = live.best(run)
+    found = live_pruning.best(run)
     best = f" · best so far **{found[1]:.4f}**" if found else ""
     return f"{bar} {run.stage} · {run.seconds:.0f} s{best}"
 
@@ -137,7 +137,7 @@ def _standing(run: live.Run) -> str:
 def build() -> gr.Blocks:
     """Build the page; where there is no model to show, it says why."""
     try:
-        headline, sentence = facts.title()
+        headline, sentence = record_tables.title()
     except UnavailableError as error:
         with gr.Blocks(title="No model yet") as page:
             gr.Markdown(f"# There is no model to show yet\n\n{error}")
@@ -196,16 +196,16 @@ def _buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
 
 
 def _facts_tab() -> None:
-    known, records = record(), facts.journal()
-    settings = facts.header(records)
-    gr.Markdown(facts.figures())
+    known, records = record(), record_tables.journal()
+    settings = record_tables.header(records)
+    gr.Markdown(record_tables.figures())
     charts.rates(
-        facts.removed(known["widths"], known["rates"], settings.get("shape")),
+        record_tables.removed(known["widths"], known["rates"], settings.get("shape")),
         fitting=50,
         label="Removed from each layer, % of its weights",
         elem_id="rates",
     )
-    plans = facts.scored(records)
+    plans = record_tables.scored(records)
     if not len(plans):
         return
     fitness = charts.FITNESS[settings["fitness"]]
@@ -216,14 +216,14 @@ def _facts_tab() -> None:
 
 def _live_tab() -> None:
     gr.Markdown(
-        f"Prunes **{live.called()}** while you watch, on text that it writes itself. A real run takes "
+        f"Prunes **{live_pruning.called()}** while you watch, on text that it writes itself. A real run takes "
         "many times as much text and a longer search, and is better for it."
     )
     with gr.Row():
         beta = gr.Slider(0.1, 0.5, value=0.3, step=0.05, label="β: mean fraction of weights to remove", elem_id="beta")
         evaluations = gr.Slider(
             0,
-            live.MOST_EVALUATIONS,
+            live_pruning.MOST_EVALUATIONS,
             value=6,
             step=1,
             label="Length of the search, in evaluations",
@@ -239,9 +239,9 @@ def _live_tab() -> None:
     standing = gr.Markdown("", elem_id="standing")
     with gr.Row():
         plans = charts.plans(
-            facts.scored([]), charts.FITNESS["kl"], label="The search", visible=False, elem_id="live-search"
+            record_tables.scored([]), charts.FITNESS["kl"], label="The search", visible=False, elem_id="live-search"
         )
-        nothing = live.removed_by_best(live.Run())
+        nothing = live_pruning.removed_by_best(live_pruning.Run())
         rates = charts.rates(
             nothing, fitting=20, label="Removed by the best plan so far, %", visible=False, elem_id="live-rates"
         )

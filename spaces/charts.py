@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import facts
 import gradio as gr
 import pandas as pd
-from shown import record
+import record_tables
+from model_source import record
 
 PARTS = {"FFN": "#0d9488", "attention": "#f59e0b", "layer": "#0d9488"}
 """Colours of the parts, with enough contrast on white and on black."""
@@ -34,7 +34,7 @@ def rates(value: pd.DataFrame, fitting: int, **settings: Any) -> gr.BarPlot:
 
 def search(plans: pd.DataFrame, fitness: str, **settings: Any) -> gr.LinePlot:
     """Plot the best fitness so far against the evaluations spent."""
-    curve = facts.best_so_far(plans)
+    curve = record_tables.best_so_far(plans)
     return gr.LinePlot(
         curve,
         x="evaluations",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from shown import UnavailableError, cannot_be_loaded, shown
+from model_source import UnavailableError, cannot_be_loaded, shown
 from transformers import AutoTokenizer
 
 

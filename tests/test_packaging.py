@@ -27,7 +27,7 @@ for name, source in space_files(read_record(pathlib.Path(sys.argv[1])), "me/tiny
     path.write_bytes(source if isinstance(source, bytes) else source.read_bytes())
 """
 PAGE = """
-import answers, app, facts, selfpruner_hub
+import answers, app, record_tables, selfpruner_hub
 *_, last = answers.answer("pruned", "a b c", 4)
 print(last.tokens, len(facts.scored(facts.journal())), selfpruner_hub.__file__)
 """

@@ -62,7 +62,8 @@ def space_files(
         Files by their path in the Space.
     """
     app = asset("spaces")
-    files: dict[str, Path | bytes] = {path.name: path for path in app.iterdir() if path.suffix in (".py", ".txt")}
+    found = (path for pattern in ("*.py", "engines/*.py", REQUIREMENTS) for path in app.glob(pattern))
+    files: dict[str, Path | bytes] = {path.relative_to(app).as_posix(): path for path in found}
     settings = {"pruned": repo_id, "revision": revision, "dense": record.base_model}
     if export is not None:
         kind, where = export

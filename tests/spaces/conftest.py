@@ -9,7 +9,10 @@ from support.tiny import save_tiny
 
 from selfpruner_hub.storage.layout import asset
 
-MODULES = [path.stem for path in asset("spaces").glob("*.py")]
+SPACE = asset("spaces")
+MODULES = [
+    ".".join(path.relative_to(SPACE).with_suffix("").parts).removesuffix(".__init__") for path in SPACE.rglob("*.py")
+]
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +26,7 @@ def space(saved_models, dense, monkeypatch):
     pytest.importorskip("gradio", reason='needs pip install -e ".[space]"')
     monkeypatch.setenv("PRUNED_MODEL", str(saved_models / "first"))
     monkeypatch.setenv("DENSE_MODEL", str(dense))
-    monkeypatch.syspath_prepend(str(asset("spaces")))
+    monkeypatch.syspath_prepend(str(SPACE))
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module

@@ -63,7 +63,7 @@ def test_both_engines_write_the_same_text(modules, runtime, request, tmp_path, m
         seen = [(a.text, a.tokens, a.runtime, a.done) for a in answers.answer(which, PROMPT, 12)]
         assert seen[-1][2:] == (runtime, True)
         assert len(seen) > 6  # a stream
-        pytorch, pieces = published("in_pytorch").load(which), []
+        pytorch, pieces = published("engines.pytorch").load(which), []
         ids = tokens.encode(pytorch.tokenizer, PROMPT)["input_ids"][0].tolist()
         pytorch.write(ids, 12, lambda *piece: pieces.append(piece) or False)  # noqa: B023
         assert seen[-1][:2] == ("".join(text for text, _ in pieces), 12)
@@ -77,7 +77,9 @@ def test_both_engines_write_the_same_text(modules, runtime, request, tmp_path, m
 @pytest.fixture
 def alone(published, monkeypatch):
     """The same with the pruned model alone in llama.cpp, which saves the conversion of the parent."""
-    engine = published("in_llama_cpp").LlamaCppEngine(published("shown").shown().file("gguf/model-f32.gguf"))
+    engine = published("engines.llama_cpp").LlamaCppEngine(
+        published("model_source").shown().file("gguf/model-f32.gguf")
+    )
     monkeypatch.setattr(published("engines"), "_exported", lambda: ({"pruned": engine}, ""))
     return published("answers"), engine
 
@@ -154,8 +156,8 @@ def test_a_parent_that_cannot_be_converted(published, tmp_path, monkeypatch):
 )
 def test_a_parent_that_is_too_large_to_convert(modules, form, copies, request, monkeypatch):
     published = request.getfixturevalue(modules)
-    engine = published("engine")
-    needed = copies * 4 * published("shown").record()["parameters"]["dense"] * engine.GROWTH
+    engine = published("engines.base")
+    needed = copies * 4 * published("model_source").record()["parameters"]["dense"] * engine.GROWTH
     monkeypatch.setattr(engine, "memory_left", lambda: needed - 1)
     said = f"For a conversion to {form}, the dense model is too large for this machine: it needs about"
     assert published("engines").why_pytorch().startswith(said)
@@ -186,11 +188,11 @@ def test_graphs_of_another_kind(with_graphs, graphs, tmp_path, monkeypatch):
 def test_only_the_graph_in_float32_is_downloaded(with_graphs, graphs, monkeypatch):
     """A repository has graphs in other dtypes, and those of the parent, too."""
     asked = {}
-    module = with_graphs("in_onnx_runtime")
+    module = with_graphs("engines.onnx_runtime")
     monkeypatch.setattr(module, "snapshot_download", lambda *name, **given: asked.update(given) or str(graphs))
     monkeypatch.setenv("PRUNED_GRAPHS", "me/first-ONNX")
     monkeypatch.setenv("PRUNED_REVISION", "trial")
-    assert set(with_graphs("in_onnx_runtime").load("me/first-ONNX")) == {"pruned", "dense"}
+    assert set(with_graphs("engines.onnx_runtime").load("me/first-ONNX")) == {"pruned", "dense"}
     assert asked["revision"] == "trial"
     assert {name for name in asked["allow_patterns"] if "/" in name} == {"onnx/model.onnx", "onnx/model.onnx_data"}
     for name in asked["allow_patterns"]:
@@ -204,10 +206,10 @@ def test_a_gpu_keeps_pytorch(published, monkeypatch):
 
 def test_the_file_belongs_to_the_model_that_publishing_named(published, model, tmp_path, monkeypatch):
     """A Space's `model.json` names model and file; where the environment names another model, the file is not its."""
-    shown = published("shown")
+    shown = published("model_source")
     written = {"pruned": "me/first", "gguf": "gguf/model-f16.gguf", "graphs": "me/first-ONNX"}
     (tmp_path / "model.json").write_text(json.dumps(written))
-    monkeypatch.setattr(shown, "__file__", str(tmp_path / "shown.py"))
+    monkeypatch.setattr(shown, "__file__", str(tmp_path / "model_source.py"))
     monkeypatch.delenv("PRUNED_GGUF")
     assert (shown.shown().gguf, shown.shown().graphs) == (None, None)
     shown.shown.cache_clear()

@@ -103,7 +103,7 @@ def test_a_missing_parent(space, monkeypatch):
 
 def test_a_model_that_is_too_large(space, monkeypatch):
     engines = space("engines")
-    monkeypatch.setattr(space("engine"), "memory_left", lambda: 50_000.0)
+    monkeypatch.setattr(space("engines.base"), "memory_left", lambda: 50_000.0)
     with pytest.raises(engines.UnavailableError, match="The dense model is too large for this machine"):
         engines.load("dense")
 
@@ -130,7 +130,7 @@ def test_a_model_that_fails_while_it_writes(space, monkeypatch):
 def test_what_was_removed_is_what_the_record_says(space, saved_models):
     record = read_record(saved_models / "first")
     settings, _ = read_journal(saved_models / "first" / "search.jsonl")
-    facts = space("facts")
+    facts = space("record_tables")
     shape = settings["shape"]
     table = facts.removed(record.widths, record.rates, shape)
     whole = table.groupby("layer", sort=False)["removed"].sum().tolist()
@@ -142,13 +142,13 @@ def test_what_was_removed_is_what_the_record_says(space, saved_models):
 def test_what_was_removed_of_ffns_without_a_gate(space):
     shape = ModelShape(16, 4, 1, Plan.of([64] * 2, [4] * 2), ffn_matrices=2)
     kept = Plan.of([16, 64], [4, 1])
-    table = space("facts").removed(widths_of(kept), shape.rates(kept), shape.record())
+    table = space("record_tables").removed(widths_of(kept), shape.rates(kept), shape.record())
     whole = table.groupby("layer", sort=False)["removed"].sum().tolist()
     assert whole == pytest.approx([100 * rate for rate in shape.rates(kept)])
 
 
 def test_the_curve_of_a_search(space):
-    facts = space("facts")
+    facts = space("record_tables")
     journal = [
         {"kind": "header"},
         *({"kind": "score", "share": share, "fitness": f, "origin": o} for share, f, o in SCORES),
@@ -169,7 +169,7 @@ SCORES = [
 
 
 def test_a_line_that_is_still_being_written_is_passed_over(space):
-    assert space("facts").lines('{"a": 1}\n{"b": ') == [{"a": 1}]
+    assert space("record_tables").lines('{"a": 1}\n{"b": ') == [{"a": 1}]
 
 
 def test_figures_are_those_of_the_record(space, saved_model, monkeypatch):
@@ -190,7 +190,7 @@ def test_figures_are_those_of_the_record(space, saved_model, monkeypatch):
     }
     (saved_model / "selfpruner.json").write_text(json.dumps(record))
     monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
-    said = space("facts").figures()
+    said = space("record_tables").figures()
     assert f"| parameters | {record['parameters']['dense']:,} | {record['parameters']['pruned']:,} |" in said
     assert "| perplexity | 10.25 | 12.5 |" in said
     assert "| prefill | – | 7.5 ms |" in said
@@ -199,11 +199,11 @@ def test_figures_are_those_of_the_record(space, saved_model, monkeypatch):
     names += ("search fitness", "search logit scale")
     places = [said.index(f"| {name}") for name in names]
     assert places == sorted(places)  # answers, other quality, speed, figures of the search
-    assert space("facts").quality() == (
+    assert space("record_tables").quality() == (
         "Of the plain questions that its parent answers, it answers **71 %**. "
         "On **81 %** of the tokens of its parent's answers it chooses the same."
     )
-    told = space("facts").title()[1]
+    told = space("record_tables").title()[1]
     places = [told.index(said) for said in ("without retraining", "Of the plain questions", "A search found")]
     assert places == sorted(places)
 
@@ -213,23 +213,23 @@ def test_quality_is_that_of_text_where_no_answers_were_measured(space, saved_mod
     record["metrics"]["perplexity (512)"] = {"value": 12.53, "dense": 10.25, "protocol": "44 windows"}
     (saved_model / "selfpruner.json").write_text(json.dumps(record))
     monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
-    assert space("facts").quality() == "Its perplexity on text is **12.53**, its parent's 10.25."
+    assert space("record_tables").quality() == "Its perplexity on text is **12.53**, its parent's 10.25."
 
 
 def test_who_searched_is_told_as_it_was(space, saved_model, monkeypatch):
-    assert "A search found" in space("facts").title()[1]
+    assert "A search found" in space("record_tables").title()[1]
     path = saved_model / "selfpruner.json"
     path.write_text(path.read_text().replace('"name": "evolution"', '"name": "self"'))
     monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
     for name in MODULES:
         sys.modules.pop(name, None)
-    assert "The model itself proposed" in space("facts").title()[1]
+    assert "The model itself proposed" in space("record_tables").title()[1]
     record = json.loads(path.read_text())
     record["method"]["evaluations"] = 0  # the default
     path.write_text(json.dumps(record))
     for name in MODULES:
         sys.modules.pop(name, None)
-    assert "Measurements of its layers, without a search, say how much each" in space("facts").title()[1]
+    assert "Measurements of its layers, without a search, say how much each" in space("record_tables").title()[1]
 
 
 def test_training_after_pruning_is_told(space, saved_model, monkeypatch):
@@ -237,7 +237,7 @@ def test_training_after_pruning_is_told(space, saved_model, monkeypatch):
     record["method"]["training"] = "LoRA, 100 steps"
     (saved_model / "selfpruner.json").write_text(json.dumps(record))
     monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
-    assert "of its layers' weights and was then trained (LoRA, 100 steps). " in space("facts").title()[1]
+    assert "of its layers' weights and was then trained (LoRA, 100 steps). " in space("record_tables").title()[1]
 
 
 # -- live -------------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_training_after_pruning_is_told(space, saved_model, monkeypatch):
 
 @pytest.fixture
 def live(space, monkeypatch):
-    module = space("live")
+    module = space("live_pruning")
     monkeypatch.setattr(module, "TEXT", {**module.TEXT, "window": 32, "calibration_tokens": 256, "fitness_tokens": 64})
     return module
 

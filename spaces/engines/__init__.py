@@ -10,12 +10,11 @@ import logging
 import threading
 from functools import cache
 
-import in_llama_cpp
-import in_onnx_runtime
-import in_pytorch
 import torch
-from engine import Engine
-from shown import UnavailableError, shown
+from model_source import UnavailableError, shown
+
+from engines import llama_cpp, onnx_runtime, pytorch
+from engines.base import Engine
 
 loading = threading.Lock()
 """Lock that is held while a model is loaded: transformers sets torch's default dtype then, for every thread, and two
@@ -31,7 +30,7 @@ def load(which: str) -> Engine:
 @cache
 def _load(which: str) -> Engine:
     engines, _ = _exported()
-    return engines[which] if engines else in_pytorch.load(which)
+    return engines[which] if engines else pytorch.load(which)
 
 
 def why_pytorch() -> str:
@@ -47,7 +46,7 @@ def _exported() -> tuple[dict[str, Engine], str]:
     if torch.cuda.is_available() or (at.gguf is None and at.graphs is None):
         return {}, ""
     try:
-        return (in_onnx_runtime.load(at.graphs) if at.gguf is None else in_llama_cpp.load(at.gguf)), ""
+        return (onnx_runtime.load(at.graphs) if at.gguf is None else llama_cpp.load(at.gguf)), ""
     except UnavailableError as error:
         logging.getLogger(__name__).warning("the export is not used: %s", error.__cause__ or error)
         return {}, str(error)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import psutil
 import torch
-from shown import UnavailableError
+from model_source import UnavailableError
 
 GROWTH = 1.3
 """Memory of a model during generation, as a multiple of its weights."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from engine import Engine, Told, check_size, threads, warm
-from shown import UnavailableError, cannot_be_loaded, record, shown
+from model_source import UnavailableError, cannot_be_loaded, record, shown
 from tokens import tokenizer
 from transformers import AutoModelForCausalLM, StoppingCriteria, TextStreamer
+
+from engines.base import Engine, Told, check_size, threads, warm
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
-from shown import record, shown
+from model_source import record, shown
 
 REMOVED = ["layer", "part", "removed"]
 SCORED = ["evaluations", "fitness", "from"]

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from engines import loading
-from facts import header, lines, removed
-from in_pytorch import fast_dtype
-from shown import UnavailableError, record, shown
+from engines.pytorch import fast_dtype
+from model_source import UnavailableError, record, shown
+from record_tables import header, lines, removed
 from tokens import encode
 
 SMALL = 400_000_000

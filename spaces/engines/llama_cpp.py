@@ -5,8 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from engine import FLOAT32, Engine, Told, check_size, or_say, threads, warm
-from shown import record, shown
+from model_source import record, shown
+
+from engines.base import FLOAT32, Engine, Told, check_size, or_say, threads, warm
 
 LONGEST = 4_096
 """Longest prompt and answer together, because llama.cpp takes the memory of its cache at once, in tokens."""

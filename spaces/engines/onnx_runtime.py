@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import FLOAT32, Engine, check_size, or_say, threads, warm
 from huggingface_hub import snapshot_download
-from in_pytorch import Generating
-from shown import record, shown
+from model_source import record, shown
 from tokens import tokenizer
+
+from engines.base import FLOAT32, Engine, check_size, or_say, threads, warm
+from engines.pytorch import Generating
 
 
 def load(graphs: str) -> dict[str, Engine]:
