@@ -81,12 +81,6 @@ COLUMNS: dict[str, Columns] = {
         *CHAT,
         ("mean accuracy", lambda row: f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_error']:.1f} %"),
     ),
-    "releases": (
-        ("model", words("model")),
-        *PERPLEXITIES,
-        ("nats above the first", difference),
-        *CHAT,
-    ),
     "shares": (
         ("preset", words("preset")),
         ("conversations : articles", words("shares")),

@@ -21,10 +21,6 @@ from selfpruner_hub.settings import PRESETS, described, explained
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
-ARTICLES = ROOT / "benchmarks" / "defaults_articles.json"
-"""What defaults.py wrote of 0.1.0."""
-HALVES = ROOT / "benchmarks" / "defaults_halves.json"
-"""What it wrote of a default that read as many conversations as articles."""
 SEARCHED = {name: ROOT / "benchmarks" / f"defaults_{name}.json" for name in ("self", "slopes")}
 """What it wrote of runs that searched, by proposer."""
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
@@ -40,11 +36,6 @@ def defaults_table() -> str:
     rows = _defaults()
     notes = "".join(f" {row['note']}" for row in rows if "note" in row)
     return f"{_figures_table(rows)}\n\n{_kept(rows)}{notes}\n\n{protocol(DEFAULTS)}"
-
-
-def figures_table(file: Path) -> str:
-    """The same table of another file that defaults.py wrote, and how it was measured."""
-    return f"{_figures_table(_rows(file))}\n\n{protocol(file)}"
 
 
 def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -180,9 +171,6 @@ def faults_table() -> str:
 
 GENERATED = (
     ("README.md", "defaults", defaults_table),
-    ("docs/results.md", "articles", partial(figures_table, ARTICLES)),
-    ("docs/results.md", "releases", partial(of_benchmark, "releases")),
-    ("docs/results.md", "halves", partial(figures_table, HALVES)),
     ("docs/data.md", "shares", partial(of_benchmark, "shares")),
     ("docs/results.md", "search", search_table),
     ("docs/results.md", "front", partial(of_benchmark, "front")),
