@@ -21,14 +21,10 @@ from selfpruner_hub.settings import PRESETS, described, explained
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
-SEARCHED = {name: ROOT / "benchmarks" / f"defaults_{name}.json" for name in ("self", "slopes")}
-"""What it wrote of runs that searched, by proposer."""
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
 FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml", "results.json"))
 """Faults that were put into the code, and what `make mutants` wrote of them."""
 SERVING, STAGES = (ROOT / "benchmarks" / f"{name}.json" for name in ("serving", "stages"))
-TEXTS = {"search_text": "fitness text", "unseen_text": "unseen text"}
-"""Keys of a search's gains, and the texts that they were measured on."""
 
 
 def defaults_table() -> str:
@@ -49,17 +45,6 @@ def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
         ("minutes", lambda row: figure(row, "minutes", "{:.0f}")),
     )
     return shown(rows, columns, numbers=True)
-
-
-def search_table() -> str:
-    """What a search gained at each β, on every text that it was measured on."""
-    runs = [(who, row) for who, file in SEARCHED.items() for row in _rows(file) if row.get("search")]
-    names = [f"{text}: {which}" for text in TEXTS.values() for which in ("best seed", "found")]
-    cells = [
-        [who, f"{row['beta']:g}", *(f"{value:.3f}" for text in TEXTS for value in row["search"][text])]
-        for who, row in runs
-    ]
-    return markdown(["proposer", "β", *names], cells)
 
 
 def _defaults() -> list[dict[str, Any]]:
@@ -172,7 +157,6 @@ def faults_table() -> str:
 GENERATED = (
     ("README.md", "defaults", defaults_table),
     ("docs/data.md", "shares", partial(of_benchmark, "shares")),
-    ("docs/results.md", "search", search_table),
     ("docs/results.md", "front", partial(of_benchmark, "front")),
     ("docs/results.md", "stages", stages_table),
     ("docs/results.md", "serving", serving_table),

@@ -61,8 +61,6 @@ def test_tables_take_rows_with_more_and_fewer_keys(monkeypatch):
     assert lines[3] == "| 0.2 | 113.3 M | 35.2 | 28.3 | 33.3 | 87 % | 91 % | 0.43 | 47 |"
     assert lines[4] == "| 0.5 | 81.4 M | – | – | – | – | – | – | 31 |"
     assert "still answers 91 % at β = 0.2." in tables.defaults_table()
-    monkeypatch.setattr(tables, "_rows", lambda _file: [])
-    assert tables.search_table().splitlines()[2:] == []
 
 
 def test_a_page_without_markers_is_refused():
