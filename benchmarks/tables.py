@@ -1,4 +1,4 @@
-"""Fill the generated tables of the pages: figures from defaults.json, settings from the settings' docstrings, faults.
+"""Fill the generated tables of the pages: figures from defaults.json and settings from the settings' docstrings.
 
 Run: python benchmarks/tables.py
 It imports no torch. `tests/test_docs.py` holds the pages equal to what is made here.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,6 @@ from selfpruner_hub.settings import PRESETS, described, explained
 ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
-FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml", "results.json"))
-"""Faults that were put into the code, and what `make mutants` wrote of them."""
 SERVING, STAGES = (ROOT / "benchmarks" / f"{name}.json" for name in ("serving", "stages"))
 
 
@@ -137,23 +134,6 @@ def recovery_settings_table() -> str:
     return markdown(["setting", "default", "meaning"], rows)
 
 
-def faults_table() -> str:
-    """Every fault of `make mutants`, file by file: the test that noticed it, or why none needs to."""
-    found = {(row["file"], row["what"]): row["failed"] for row in json.loads(NOTICED.read_text(encoding="utf-8"))}
-    rows, untried = [], 0
-    for module in tomllib.loads(FAULTS.read_text(encoding="utf-8"))["module"]:
-        rows.append([f"**`{module['file']}`**", ""])
-        for fault in module["fault"]:
-            failed = found.get((module["file"], fault["what"]))
-            untried += failed is None
-            reason = "not tried yet" if failed is None else failed or f"none: {fault.get('lives', 'a test is missing')}"
-            name = reason.partition("[")[0]  # without the parameters of a test
-            rows.append([fault["what"], f"`{name}`" if "::" in name else reason])
-    noticed = sum(map(bool, found.values()))
-    still = f" {untried} were not tried yet." if untried else ""
-    return f"{noticed} of {len(found)} faults are noticed.{still}\n\n{markdown(['fault', 'noticed first by'], rows)}"
-
-
 GENERATED = (
     ("README.md", "defaults", defaults_table),
     ("docs/data.md", "shares", partial(of_benchmark, "shares")),
@@ -167,7 +147,6 @@ GENERATED = (
     ("docs/settings.md", "settings", settings_table),
     ("docs/recovery.md", "recovery", partial(of_benchmark, "recovery")),
     ("docs/recovery.md", "recovery_settings", recovery_settings_table),
-    ("docs/testing.md", "faults", faults_table),
 )
 """Pages, the name of the markers in them, and what makes the text between these."""
 
