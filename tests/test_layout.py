@@ -18,7 +18,7 @@ ARCHITECTURE = "docs/architecture.md"
 # Bottom to top. A module imports from its own package and from the layers below it; packages of one layer do not import
 # each other. Names are those inside selfpruner_hub, save for `exporters`, which stands beside it.
 LAYERS = (
-    {"errors", "import_hook", "interrupts", "progress"},
+    {"errors", "interrupts", "progress"},
     {"plans", "settings"},
     {"storage"},
     {"models"},

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from selfpruner_hub.cli.options import path
+from selfpruner_hub.cli.options import path, quieten
 
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +59,9 @@ def push(options: argparse.Namespace) -> tuple[str, str]:
     from selfpruner_hub.exporting import make_exports
     from selfpruner_hub.hub.publish import STATIC, check_request, publish
 
+    quieten(options)
     if not options.quiet:
-        enable_progress_bars()
+        enable_progress_bars()  # of the Hub, for uploads
     check_request(space=options.space, create_pr=options.create_pr, exports=options.exports)
     make_exports(options.directory, options.exports, static=options.space == STATIC, parent=options.against)
     done = publish(
