@@ -1,4 +1,4 @@
-"""Fill the generated tables of the pages: figures from defaults.json and settings from the settings' docstrings.
+"""Fill the generated tables of the pages: figures from JSON, settings and the tree of modules from docstrings.
 
 Run: python benchmarks/tables.py
 It imports no torch. `tests/test_docs.py` holds the pages equal to what is made here.
@@ -6,9 +6,10 @@ It imports no torch. `tests/test_docs.py` holds the pages equal to what is made 
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,29 @@ def recovery_settings_table() -> str:
     return markdown(["setting", "default", "meaning"], rows)
 
 
+def tree() -> str:
+    """Every package and module, with the first sentence of its docstring."""
+    lines = [line for package in ("selfpruner_hub", "exporters") for line in _branch(ROOT / package)]
+    return "\n".join(("```", *lines, "```"))
+
+
+def _branch(folder: Path, depth: int = 0) -> Iterator[str]:
+    yield _leaf(f"{folder.name}/", folder / "__init__.py", depth)
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        if path.suffix == ".py" and path.name != "__init__.py":
+            yield _leaf(path.name, path, depth + 1)
+        elif (path / "__init__.py").is_file():
+            yield from _branch(path, depth + 1)
+
+
+def _leaf(name: str, module: Path, depth: int) -> str:
+    said = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    first = re.split(r"\.(?:\s|$)", said, maxsplit=1)[0]
+    return f"{'  ' * depth + name:<28}{' '.join(first.split())}".rstrip()
+
+
 GENERATED = (
+    ("docs/architecture.md", "tree", tree),
     ("README.md", "defaults", defaults_table),
     ("docs/data.md", "shares", partial(of_benchmark, "shares")),
     ("docs/results.md", "front", partial(of_benchmark, "front")),

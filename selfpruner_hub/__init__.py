@@ -1,4 +1,4 @@
-"""selfpruner_hub: language models that find out by themselves how much each of their layers can lose."""
+"""Structured pruning of causal language models: measure what each layer can lose, cut, repair, recover."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout: imports point down, packages and modules stay small, the architecture page is complete, the wheel too."""
+"""The layout: imports point down, packages and modules stay small, and the wheel is complete."""
 
 import ast
 import graphlib
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pytest
 
@@ -200,28 +200,6 @@ def test_names_say_what_modules_do():
 
 def test_the_package_is_typed():
     assert (ROOT / PACKAGE / "py.typed").is_file()
-
-
-def described() -> dict[str, str]:
-    """The tree of the architecture page: what it says of each path; folders end with a slash."""
-    text = (ROOT / ARCHITECTURE).read_text(encoding="utf-8")
-    found, above = {}, []
-    for line in text.split("```")[1].strip().splitlines():
-        indent, name, said = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()
-        above[len(indent) // 2 :] = [name]
-        found["".join(above)] = said
-    return found
-
-
-def test_the_tree_has_a_line_for_every_file():
-    tracked = [PurePosixPath(path) for path in tracked_files() if len(path.parts) > 1 and path.parts[0][0] != "."]
-    files = {path for path in tracked if path.parts[0] in (PACKAGE, "exporters") and path.name != "__init__.py"}
-    folders = {parent for path in files for parent in path.parents} | {PurePosixPath(path.parts[0]) for path in tracked}
-    there = {str(path) for path in files} | {f"{path}/" for path in folders - {PurePosixPath(".")}}
-    tree = described()
-    assert not sorted(there - tree.keys()), f"missing in the tree of {ARCHITECTURE}"
-    assert not sorted(tree.keys() - there), f"the tree of {ARCHITECTURE} names what is not there"
-    assert not [path for path, said in tree.items() if not said and not path.endswith("/")], "say what each file is"
 
 
 def test_the_table_of_layers_is_the_one_that_is_enforced():
