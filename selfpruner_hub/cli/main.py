@@ -82,9 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     push = verb(verbs, "push", _push, "publish a saved model on the Hub, with its card, and a Space to try it in")
     cli_publish.add_push_arguments(push)
 
-    card = verb(verbs, "card", _card, "write the card that push would publish, with its pictures")
-    cli_publish.add_card_arguments(card)
-
     export = verb(verbs, "export", _export, "write a model in another format, and compare it with PyTorch")
     cli_export.add_arguments(export)
 
@@ -125,10 +122,6 @@ def _push(options: argparse.Namespace) -> None:
     print(text)
     if note:
         print(f"selfpruner: {note}", file=sys.stderr)
-
-
-def _card(options: argparse.Namespace) -> None:
-    print(cli_publish.card(options))
 
 
 def _export(options: argparse.Namespace) -> None:

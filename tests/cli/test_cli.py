@@ -277,7 +277,6 @@ EMPTY = {
     "prune": ["prune", "model", "--beta", "0.3"],
     "export": ["export", "model", "--to", "onnx"],
     "benchmark": ["benchmark", "model", "--against", "dense"],
-    "card": ["card", "model", "me/model"],
     "plot": ["plot", "model"],
     "demo": ["demo"],
 }
