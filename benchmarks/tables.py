@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from columns import PERPLEXITIES, RUNTIME_NAMES, UNKNOWN, figure, markdown, of_benchmark, protocol, share, shown
+from columns import PERPLEXITIES, RUNTIME_NAMES, UNKNOWN, figure, markdown, measured, of_benchmark, share, shown
 
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.settings import PRESETS, described, explained
@@ -22,14 +22,14 @@ from selfpruner_hub.settings import PRESETS, described, explained
 ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
-SERVING, STAGES = (ROOT / "benchmarks" / f"{name}.json" for name in ("serving", "stages"))
+SERVING = ROOT / "benchmarks" / "serving.json"
 
 
 def defaults_table() -> str:
-    """What is left of the model at each β, as a Markdown table, what that means for chat, and how it was measured."""
+    """What is left of the model at each β, as a Markdown table, what that means for chat, and where it was measured."""
     rows = _defaults()
     notes = "".join(f" {row['note']}" for row in rows if "note" in row)
-    return f"{_figures_table(rows)}\n\n{_kept(rows)}{notes}\n\n{protocol(DEFAULTS)}"
+    return f"{_figures_table(rows)}\n\n{_kept(rows)}{notes}\n\n{measured(DEFAULTS)}"
 
 
 def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -73,8 +73,8 @@ def _parameters(row: Mapping[str, Any]) -> float:
 
 
 def serving_table() -> str:
-    """Speed and memory in every runtime, and how they were measured."""
-    return f"{speeds(json.loads(SERVING.read_text(encoding='utf-8'))['results'])}\n\n{protocol(SERVING)}"
+    """Speed and memory in every runtime, and where they were measured."""
+    return f"{speeds(json.loads(SERVING.read_text(encoding='utf-8'))['results'])}\n\n{measured(SERVING)}"
 
 
 def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -97,18 +97,6 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
             cells[-1].append(UNKNOWN if UNKNOWN in both else " → ".join(both))
     told = ["memory in MB", *(["perplexity"] if read else [])]
     return markdown(["runtime", "β", *names, *(f"{name}, dense → pruned" for name in told)], cells)
-
-
-def stages_table() -> str:
-    """Seconds and operations of each stage of a `prune`, and how they were measured."""
-    found = json.loads(STAGES.read_text(encoding="utf-8"))["results"]
-    columns = {"stage": "stage", "seconds": "seconds", "passes": "passes", "gflop_bfloat16": "GFLOP, bfloat16"}
-    columns |= {"gflop_float32": "GFLOP, float32", "share_of_machine": "share of the machine"}
-    rows = found["stages"]
-    cells = [[str(row.get(key, UNKNOWN)) for key in columns] for row in rows]
-    rates = " and ".join(f"{rate} GFLOP/s in {dtype}" for dtype, rate in found["gflops"].items())
-    total = f"All stages: {sum(row['seconds'] for row in rows):.0f} s. The machine's products reach {rates}."
-    return f"{markdown([*columns.values()], cells)}\n\n{total} {protocol(STAGES)}"
 
 
 def settings_table() -> str:
@@ -159,16 +147,16 @@ def _leaf(name: str, module: Path, depth: int) -> str:
 GENERATED = (
     ("docs/architecture.md", "tree", tree),
     ("README.md", "defaults", defaults_table),
+    ("docs/results.md", "defaults", defaults_table),
     ("docs/data.md", "shares", partial(of_benchmark, "shares")),
     ("docs/results.md", "front", partial(of_benchmark, "front")),
-    ("docs/results.md", "stages", stages_table),
     ("docs/results.md", "serving", serving_table),
     ("docs/results.md", "searches", partial(of_benchmark, "search")),
     ("docs/results.md", "equal_budget", partial(of_benchmark, "equal_budget")),
     ("docs/results.md", "targets", partial(of_benchmark, "targets")),
-    ("docs/results.md", "browser", partial(of_benchmark, "browser")),
     ("docs/settings.md", "settings", settings_table),
     ("docs/recovery.md", "recovery", partial(of_benchmark, "recovery")),
+    ("docs/results.md", "recovery", partial(of_benchmark, "recovery")),
     ("docs/recovery.md", "recovery_settings", recovery_settings_table),
 )
 """Pages, the name of the markers in them, and what makes the text between these."""
