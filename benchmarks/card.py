@@ -6,11 +6,12 @@ Run, after defaults.py: python benchmarks/card.py WORK UNSEEN_TEXT TASKS_DIR
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
 from selfpruner_hub.cli import main as selfpruner
+from selfpruner_hub.hub.bundle import CARD, collect
+from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE
 
 NAME = "smollm2-135m-instruct-b30"
@@ -28,11 +29,15 @@ def main(work: Path, unseen_text: str, tasks: str) -> None:
         ["evaluate", model, *items, "--no-chat", *figures],
         ["benchmark", model, "--runtime", "torch", "--dtype", "float32", *figures],
         ["benchmark", model, "--runtime", "gguf", "--dtype", "q8_0", "--exports", str(work / "gguf"), *figures],
-        ["card", model, f"me/{NAME}", "--output", str(card)],
     ):
         if status := selfpruner(command):
             sys.exit(status)
-    shutil.copy(saved / MODEL_RECORD_FILE, card)  # the record that the card was made from
+    bundle = collect(saved)
+    text = render_card(bundle.record, f"me/{NAME}", pictures=list(bundle.pictures), chat=bundle.chat)
+    files = {CARD: text.encode(), MODEL_RECORD_FILE: (saved / MODEL_RECORD_FILE).read_bytes(), **bundle.pictures}
+    for name, content in files.items():
+        (card / name).parent.mkdir(parents=True, exist_ok=True)
+        (card / name).write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ BETA = ("β", lambda row: f"{row['beta']:g}")
 PERPLEXITIES: Columns = (
     ("perplexity, 512", lambda row: figure(row, "perplexity_512", "{:.1f}")),
     ("perplexity, 2048", lambda row: figure(row, "perplexity_2048", "{:.1f}")),
-    ("512, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
+    ("perplexity, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
 )
 CHAT: Columns = (
     ("KL, chat", lambda row: figure(row, "kl_chat", "{:.2f}")),
@@ -60,19 +60,10 @@ COLUMNS: dict[str, Columns] = {
         ("minutes asked", lambda row: figure(row, "asked", "{:g}")),
         ("minutes", lambda row: figure(row, "minutes", "{:.0f}")),
         ("tokens trained on", lambda row: f"{row['tokens']:,}" if row.get("tokens") else UNKNOWN),
-        ("512, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
+        ("perplexity, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
         *CHAT,
         ("by a sample", lambda row: share(row, "kept_sampled")),
         ("within 8", lambda row: share(row, "kept_within_8")),
-    ),
-    "browser": (
-        ("weights", lambda row: row["dtype"]),
-        ("prompt", words("prompt")),
-        ("tokens/s, dense", words("dense_tokens_per_s")),
-        ("pruned", words("pruned_tokens_per_s")),
-        ("ratio", words("ratio")),
-        ("dense wrote", words("dense")),
-        ("pruned wrote", words("pruned")),
     ),
     "front": (
         ("method", words("method")),
@@ -80,12 +71,6 @@ COLUMNS: dict[str, Columns] = {
         *PERPLEXITIES,
         *CHAT,
         ("mean accuracy", lambda row: f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_error']:.1f} %"),
-    ),
-    "releases": (
-        ("model", words("model")),
-        *PERPLEXITIES,
-        ("nats above the first", difference),
-        *CHAT,
     ),
     "shares": (
         ("preset", words("preset")),
@@ -98,8 +83,8 @@ COLUMNS: dict[str, Columns] = {
         ("runtime", lambda row: RUNTIME_NAMES[row["runtime"]]),
         ("plan", words("plan")),
         ("β", lambda row: f"{row['achieved_beta']:.3f}"),
-        ("KV groups", words("kv_groups")),
-        ("FFN channels", words("channels")),
+        ("KV groups kept", words("kv_groups")),
+        ("FFN channels kept", words("channels")),
         ("predicted", lambda row: f"{row['predicted']:.2f}×"),
         ("measured", lambda row: f"{row['measured']:.2f}×"),
         ("KL, articles b", lambda row: figure(row, "kl_articles", "{:.3f}")),
@@ -120,7 +105,7 @@ COLUMNS: dict[str, Columns] = {
         ("proposer", words("method")),
         ("best plan from", words("best_from")),
         ("fitness text", lambda row: f"{row['selected']:.4f}"),
-        ("elsewhere", lambda row: f"{row['elsewhere']:.4f}"),
+        ("unseen text", lambda row: f"{row['elsewhere']:.4f}"),
         ("KL, articles b", lambda row: f"{row['kl_articles']:.3f}"),
         ("difference", difference),
         *CHAT,
@@ -130,22 +115,24 @@ COLUMNS: dict[str, Columns] = {
 
 
 def of_benchmark(name: str) -> str:
-    """The rows of `NAME.json` as a Markdown table, and their protocol."""
+    """The rows of `NAME.json` as a Markdown table, and where they were measured."""
     file = Path(__file__).with_name(f"{name}.json")
-    return f"{shown(json.loads(file.read_text(encoding='utf-8'))['results'], COLUMNS[name])}\n\n{protocol(file)}"
+    return f"{shown(json.loads(file.read_text(encoding='utf-8'))['results'], COLUMNS[name])}\n\n{measured(file)}"
 
 
-def protocol(file: Path) -> str:
-    """What a benchmark says of how it measured."""
+def measured(file: Path) -> str:
+    """When and on which machine a benchmark measured, and where its protocol is."""
     found = json.loads(file.read_text(encoding="utf-8"))
-    return f"Protocol ({found['date']}): {found['protocol']}."
+    machine = found["machine"]
+    on = f"{machine['cpu'].replace('(R)', '').removesuffix(' Processor')}, {machine['cores']} cores"
+    return f"Measured on {found['date']}, {on}{', shared' * machine['shared']}; protocol: `benchmarks/{file.name}`."
 
 
 def shown(rows: Sequence[Row], columns: Columns, *, numbers: bool = False) -> str:
-    """Rows as a Markdown table."""
-    return markdown(
-        [name for name, _ in columns], [[show(row) for _, show in columns] for row in rows], numbers=numbers
-    )
+    """Rows as a Markdown table; a column without a figure is left out."""
+    cells = {name: [show(row) for row in rows] for name, show in columns}
+    cells = {name: column for name, column in cells.items() if {*column} - {UNKNOWN}}
+    return markdown([*cells], [*zip(*cells.values(), strict=True)], numbers=numbers)
 
 
 def markdown(names: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:

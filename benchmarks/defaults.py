@@ -1,9 +1,8 @@
 """Pruning from the command line with default settings: time, and quality of the pruned model and its answers.
 
-Run: python benchmarks/defaults.py WORK SEARCH_TEXT UNSEEN_TEXT BETA … [--proposer NAME --evaluations N] [--alone]
+Run: python benchmarks/defaults.py WORK SEARCH_TEXT UNSEEN_TEXT BETA … [--proposer NAME --evaluations N]
 (here: WikiText-2 raw, articles a and conversations for calibration and search, articles b for the figures)
-Rows that exist in the directory WORK are reused. With a proposer, the run searches, and writes defaults_NAME.json. With
-`--alone`, it reads no conversations and as much of SEARCH_TEXT as 0.1.0 did, and writes defaults_alone[_NAME].json.
+Rows that exist in the directory WORK are reused. With a proposer, the run searches, and writes defaults_NAME.json.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ from selfpruner_hub.storage.model_record import read_record
 
 DATA = "chat+"
 """Prefix of the search text: the default of a model with a chat template."""
-ALONE = 163_840
-"""Calibration tokens of the default of 0.1.0, which read articles alone."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -40,9 +37,6 @@ def main(words: Sequence[str] | None = None) -> None:
     rows, pruner, dense, measured, how, _ = begun(work, options.unseen_text)
     name, told, more = "defaults", "", []
     text = f"{DATA}{Path(options.search_text).name} (the default's wikitext2, from a file)"
-    if options.alone:
-        name, text = f"{name}_alone", f"{ALONE} tokens of {Path(options.search_text).name}"
-        more += ["--set", f"calibration_tokens={ALONE}"]
     if options.proposer:
         name = f"{name}_{options.proposer}"
         told = f" and a search of {options.evaluations:g} evaluations by {options.proposer}"
@@ -54,8 +48,7 @@ def main(words: Sequence[str] | None = None) -> None:
         rows.keep({"beta": 0.0, **measured(pruner.model)})
     for beta in options.betas:
         if not rows.have(beta=beta):
-            data = ("" if options.alone else DATA) + options.search_text
-            rows.keep(pruned(dense, beta, data, work / f"b{100 * beta:.0f}", measured, more))
+            rows.keep(pruned(dense, beta, DATA + options.search_text, work / f"b{100 * beta:.0f}", measured, more))
         write(name, protocol, sorted(rows, key=lambda row: row["beta"]), options.output)
 
 
@@ -123,7 +116,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("betas", metavar="BETA", nargs="+", type=float)
     parser.add_argument("--proposer", metavar="NAME", help="who proposes in a search (default: no search)")
     parser.add_argument("--evaluations", metavar="N", type=float, default=SEARCH, help="of the search (%(default)g)")
-    parser.add_argument("--alone", action="store_true", help="read SEARCH_TEXT alone, as the default of 0.1.0 did")
     return parser
 
 

@@ -20,7 +20,6 @@ from statistics import mean
 from typing import Any
 
 from defaults import DATA, begun, pruned
-from ours import removed
 from peers import Flap, block_influence, by_channels, taylor, without_blocks
 from picture import IMAGES
 from protocol import Rows, write
@@ -111,6 +110,12 @@ class Peers:
             copy.deepcopy(self._model), pruning_percentage=percent, dataloader=batches, show_progress=False
         )
         yield decoder_layers(made)
+
+
+def removed(pruner: AutoPruner, layers: nn.ModuleList) -> float:
+    """Share of the prunable weights that was removed, counted from the layers' tensors."""
+    kept = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
+    return 1 - kept / pruner.shape.weights(pruner.shape.dense)
 
 
 def add_peers(rows: Rows, pruner: AutoPruner, windows: Tensor, beta: float, measure: Measure) -> None:

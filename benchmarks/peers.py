@@ -1,4 +1,4 @@
-"""Other training-free structured methods, by their papers' formulas: the baselines of `quality.py`.
+"""Other training-free structured methods, by their papers' formulas: the baselines of `front.py`.
 
 They remove FFN channels, KV groups or whole layers, and refit no weight.
 """
@@ -25,14 +25,6 @@ def by_channels(model: PreTrainedModel, scores: Sequence[Tensor]) -> list[LayerO
     """Order the FFN channels by score, the highest first; KV groups keep their order."""
     groups = [torch.arange(widths.num_key_value_heads) for widths in shape_of(model.config).dense.layers]
     return [LayerOrder(of, each.argsort(descending=True, stable=True)) for of, each in zip(groups, scores, strict=True)]
-
-
-def magnitude(model: PreTrainedModel) -> list[Tensor]:
-    """‖w‖₂² of the weights of each FFN channel (rows of gate and up, column of down), `[F]` for each layer.
-
-    Torch-Pruning computes it, as the mean over the three projections.
-    """
-    return _scores(model, tp.importance.GroupMagnitudeImportance(p=2, normalizer=None))
 
 
 def taylor(model: PreTrainedModel, windows: Tensor) -> list[Tensor]:

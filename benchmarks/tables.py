@@ -1,4 +1,4 @@
-"""Fill the generated tables of the pages: figures from defaults.json, settings from the settings' docstrings, faults.
+"""Fill the generated tables of the pages: figures from JSON, settings and the tree of modules from docstrings.
 
 Run: python benchmarks/tables.py
 It imports no torch. `tests/test_docs.py` holds the pages equal to what is made here.
@@ -6,45 +6,30 @@ It imports no torch. `tests/test_docs.py` holds the pages equal to what is made 
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from columns import PERPLEXITIES, RUNTIME_NAMES, UNKNOWN, figure, markdown, of_benchmark, protocol, share, shown
+from columns import PERPLEXITIES, RUNTIME_NAMES, UNKNOWN, figure, markdown, measured, of_benchmark, share, shown
 
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.settings import PRESETS, described, explained
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
-ARTICLES = ROOT / "benchmarks" / "defaults_articles.json"
-"""What defaults.py wrote of 0.1.0."""
-HALVES = ROOT / "benchmarks" / "defaults_halves.json"
-"""What it wrote of a default that read as many conversations as articles."""
-SEARCHED = {name: ROOT / "benchmarks" / f"defaults_{name}.json" for name in ("self", "slopes")}
-"""What it wrote of runs that searched, by proposer."""
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
-FAULTS, NOTICED = (ROOT / "tests" / "mutants" / name for name in ("faults.toml", "results.json"))
-"""Faults that were put into the code, and what `make mutants` wrote of them."""
-SERVING, STAGES = (ROOT / "benchmarks" / f"{name}.json" for name in ("serving", "stages"))
-TEXTS = {"search_text": "fitness text", "unseen_text": "unseen text"}
-"""Keys of a search's gains, and the texts that they were measured on."""
+SERVING = ROOT / "benchmarks" / "serving.json"
 
 
 def defaults_table() -> str:
-    """What is left of the model at each β, as a Markdown table, what that means for chat, and how it was measured."""
+    """What is left of the model at each β, as a Markdown table, what that means for chat, and where it was measured."""
     rows = _defaults()
     notes = "".join(f" {row['note']}" for row in rows if "note" in row)
-    return f"{_figures_table(rows)}\n\n{_kept(rows)}{notes}\n\n{protocol(DEFAULTS)}"
-
-
-def figures_table(file: Path) -> str:
-    """The same table of another file that defaults.py wrote, and how it was measured."""
-    return f"{_figures_table(_rows(file))}\n\n{protocol(file)}"
+    return f"{_figures_table(rows)}\n\n{_kept(rows)}{notes}\n\n{measured(DEFAULTS)}"
 
 
 def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -58,17 +43,6 @@ def _figures_table(rows: Sequence[Mapping[str, Any]]) -> str:
         ("minutes", lambda row: figure(row, "minutes", "{:.0f}")),
     )
     return shown(rows, columns, numbers=True)
-
-
-def search_table() -> str:
-    """What a search gained at each β, on every text that it was measured on."""
-    runs = [(who, row) for who, file in SEARCHED.items() for row in _rows(file) if row.get("search")]
-    names = [f"{text}: {which}" for text in TEXTS.values() for which in ("best seed", "found")]
-    cells = [
-        [who, f"{row['beta']:g}", *(f"{value:.3f}" for text in TEXTS for value in row["search"][text])]
-        for who, row in runs
-    ]
-    return markdown(["proposer", "β", *names], cells)
 
 
 def _defaults() -> list[dict[str, Any]]:
@@ -99,8 +73,8 @@ def _parameters(row: Mapping[str, Any]) -> float:
 
 
 def serving_table() -> str:
-    """Speed and memory in every runtime, and how they were measured."""
-    return f"{speeds(json.loads(SERVING.read_text(encoding='utf-8'))['results'])}\n\n{protocol(SERVING)}"
+    """Speed and memory in every runtime, and where they were measured."""
+    return f"{speeds(json.loads(SERVING.read_text(encoding='utf-8'))['results'])}\n\n{measured(SERVING)}"
 
 
 def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -123,18 +97,6 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
             cells[-1].append(UNKNOWN if UNKNOWN in both else " → ".join(both))
     told = ["memory in MB", *(["perplexity"] if read else [])]
     return markdown(["runtime", "β", *names, *(f"{name}, dense → pruned" for name in told)], cells)
-
-
-def stages_table() -> str:
-    """Seconds and operations of each stage of a `prune`, and how they were measured."""
-    found = json.loads(STAGES.read_text(encoding="utf-8"))["results"]
-    columns = {"stage": "stage", "seconds": "seconds", "passes": "passes", "gflop_bfloat16": "GFLOP, bfloat16"}
-    columns |= {"gflop_float32": "GFLOP, float32", "share_of_machine": "share of the machine"}
-    rows = found["stages"]
-    cells = [[str(row.get(key, UNKNOWN)) for key in columns] for row in rows]
-    rates = " and ".join(f"{rate} GFLOP/s in {dtype}" for dtype, rate in found["gflops"].items())
-    total = f"All stages: {sum(row['seconds'] for row in rows):.0f} s. The machine's products reach {rates}."
-    return f"{markdown([*columns.values()], cells)}\n\n{total} {protocol(STAGES)}"
 
 
 def settings_table() -> str:
@@ -161,41 +123,41 @@ def recovery_settings_table() -> str:
     return markdown(["setting", "default", "meaning"], rows)
 
 
-def faults_table() -> str:
-    """Every fault of `make mutants`, file by file: the test that noticed it, or why none needs to."""
-    found = {(row["file"], row["what"]): row["failed"] for row in json.loads(NOTICED.read_text(encoding="utf-8"))}
-    rows, untried = [], 0
-    for module in tomllib.loads(FAULTS.read_text(encoding="utf-8"))["module"]:
-        rows.append([f"**`{module['file']}`**", ""])
-        for fault in module["fault"]:
-            failed = found.get((module["file"], fault["what"]))
-            untried += failed is None
-            reason = "not tried yet" if failed is None else failed or f"none: {fault.get('lives', 'a test is missing')}"
-            name = reason.partition("[")[0]  # without the parameters of a test
-            rows.append([fault["what"], f"`{name}`" if "::" in name else reason])
-    noticed = sum(map(bool, found.values()))
-    still = f" {untried} were not tried yet." if untried else ""
-    return f"{noticed} of {len(found)} faults are noticed.{still}\n\n{markdown(['fault', 'noticed first by'], rows)}"
+def tree() -> str:
+    """Every package and module, with the first sentence of its docstring."""
+    lines = [line for package in ("selfpruner_hub", "exporters") for line in _branch(ROOT / package)]
+    return "\n".join(("```", *lines, "```"))
+
+
+def _branch(folder: Path, depth: int = 0) -> Iterator[str]:
+    yield _leaf(f"{folder.name}/", folder / "__init__.py", depth)
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        if path.suffix == ".py" and path.name != "__init__.py":
+            yield _leaf(path.name, path, depth + 1)
+        elif (path / "__init__.py").is_file():
+            yield from _branch(path, depth + 1)
+
+
+def _leaf(name: str, module: Path, depth: int) -> str:
+    said = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    first = re.split(r"\.(?:\s|$)", said, maxsplit=1)[0]
+    return f"{'  ' * depth + name:<28}{' '.join(first.split())}".rstrip()
 
 
 GENERATED = (
+    ("docs/architecture.md", "tree", tree),
     ("README.md", "defaults", defaults_table),
-    ("docs/results.md", "articles", partial(figures_table, ARTICLES)),
-    ("docs/results.md", "releases", partial(of_benchmark, "releases")),
-    ("docs/results.md", "halves", partial(figures_table, HALVES)),
+    ("docs/results.md", "defaults", defaults_table),
     ("docs/data.md", "shares", partial(of_benchmark, "shares")),
-    ("docs/results.md", "search", search_table),
     ("docs/results.md", "front", partial(of_benchmark, "front")),
-    ("docs/results.md", "stages", stages_table),
     ("docs/results.md", "serving", serving_table),
     ("docs/results.md", "searches", partial(of_benchmark, "search")),
     ("docs/results.md", "equal_budget", partial(of_benchmark, "equal_budget")),
     ("docs/results.md", "targets", partial(of_benchmark, "targets")),
-    ("docs/results.md", "browser", partial(of_benchmark, "browser")),
     ("docs/settings.md", "settings", settings_table),
     ("docs/recovery.md", "recovery", partial(of_benchmark, "recovery")),
+    ("docs/results.md", "recovery", partial(of_benchmark, "recovery")),
     ("docs/recovery.md", "recovery_settings", recovery_settings_table),
-    ("docs/testing.md", "faults", faults_table),
 )
 """Pages, the name of the markers in them, and what makes the text between these."""
 

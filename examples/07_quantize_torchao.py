@@ -10,7 +10,7 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
-import selfpruner_hub  # noqa: F401 - the Auto classes learn of pruned models; without it: trust_remote_code=True
+from selfpruner_hub import PrunedModel  # noqa: F401 - registers pruned models; without it: trust_remote_code=True
 
 GROUP = 32
 KINDS = {

@@ -1,11 +1,9 @@
-"""selfpruner_hub: language models that find out by themselves how much each of their layers can lose."""
+"""Structured pruning of causal language models: measure what each layer can lose, cut, repair, recover."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING
-
-from selfpruner_hub.import_hook import after_import
 
 if TYPE_CHECKING:
     from selfpruner_hub.pruned_model import PrunedModel
@@ -14,10 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["AutoPruner", "PrunedModel"]
 __version__ = "0.2.0"
 
-# Importing this package registers pruned models with the Auto classes. That imports torch, which takes seconds, so it
-# waits until transformers is imported: `selfpruner --help` does not need it.
-after_import("transformers", lambda: import_module("selfpruner_hub.models.modeling_selfpruned"))
-
+# The public classes are imported at their first use, because torch takes seconds and `selfpruner --help` needs none.
+# With them come `models.modeling_selfpruned`, which registers pruned models with the Auto classes of transformers.
 if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept any name
     _MODULES = {"AutoPruner": "selfpruner_hub.pruner", "PrunedModel": "selfpruner_hub.pruned_model"}
 

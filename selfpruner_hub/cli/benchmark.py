@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from selfpruner_hub.cli.options import device_map, path
+from selfpruner_hub.cli.options import device_map, path, quieten
 from selfpruner_hub.errors import UserError
 
 
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> str:
     from selfpruner_hub.storage.model_record import read_record
     from selfpruner_hub.storage.staging import check_writable, write_atomically
 
+    quieten(options)
     if options.output is not None:
         check_writable(options.output.parent)
     if options.save:

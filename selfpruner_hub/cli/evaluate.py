@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfpruner_hub.cli.options import quieten
 from selfpruner_hub.errors import DataError, ModelError, UserError
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
     from selfpruner_hub.provenance import check_parent
     from selfpruner_hub.storage.model_record import read_record
 
+    quieten(options)
     tasks = named(options.tasks) if options.tasks is not None else []
     if tasks:
         check_tasks(tasks, options.tasks_dir)

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from selfpruner_hub.cli.options import path
+from selfpruner_hub.cli.options import path, quieten
 from selfpruner_hub.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> str:
     from selfpruner_hub.progress import Bars
     from selfpruner_hub.storage.export_record import read_export
 
+    quieten(options)
     loading = {"revision": options.revision, "gguf_file": options.gguf_file}
     with Bars(not options.quiet) as progress:
         directory = export(

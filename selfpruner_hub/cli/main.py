@@ -18,9 +18,8 @@ from selfpruner_hub.cli import prune as cli_prune
 from selfpruner_hub.cli import publish as cli_publish
 from selfpruner_hub.cli import recover as cli_recover
 from selfpruner_hub.cli import verify as cli_verify
-from selfpruner_hub.cli.options import from_pretrained, loading, number, path, verb
+from selfpruner_hub.cli.options import from_pretrained, loading, number, path, quieten, verb
 from selfpruner_hub.errors import SelfPrunerError, UserError
-from selfpruner_hub.import_hook import after_import
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        after_import("transformers", lambda: _quieten(options))  # torch is not imported for usage errors
         status: int | None = options.run(options)
     except UserError as error:
         return _complain(error, options, 2)
@@ -53,15 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status or 0
-
-
-def _quieten(options: argparse.Namespace) -> None:
-    """Turn off transformers' progress bars for every file, which would hide our own progress."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if options.quiet:
-        logging.set_verbosity_error()
 
 
 def _complain(error: SelfPrunerError, options: argparse.Namespace, status: int) -> int:
@@ -92,9 +81,6 @@ def _parser() -> argparse.ArgumentParser:
 
     push = verb(verbs, "push", _push, "publish a saved model on the Hub, with its card, and a Space to try it in")
     cli_publish.add_push_arguments(push)
-
-    card = verb(verbs, "card", _card, "write the card that push would publish, with its pictures")
-    cli_publish.add_card_arguments(card)
 
     export = verb(verbs, "export", _export, "write a model in another format, and compare it with PyTorch")
     cli_export.add_arguments(export)
@@ -138,10 +124,6 @@ def _push(options: argparse.Namespace) -> None:
         print(f"selfpruner: {note}", file=sys.stderr)
 
 
-def _card(options: argparse.Namespace) -> None:
-    print(cli_publish.card(options))
-
-
 def _export(options: argparse.Namespace) -> None:
     print(cli_export.run(options))
 
@@ -166,6 +148,7 @@ def _plot(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from selfpruner_hub.cli import demo
 
+    quieten(options)
     if options.directory:
         demo.open_space(options.directory)
         return

@@ -49,6 +49,18 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def quieten(options: argparse.Namespace) -> None:
+    """Turn off transformers' progress bars for every file, which would hide our own progress.
+
+    This imports transformers, which takes seconds, so a verb calls it after it has checked its options.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if options.quiet:
+        logging.set_verbosity_error()
+
+
 def loading(options: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of `from_pretrained` from the options for loading a model."""
     named = {name: getattr(options, name) for name in ("device", "device_map", "dtype", "revision", "gguf_file")}

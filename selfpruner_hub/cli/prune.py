@@ -10,7 +10,7 @@ import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
-from selfpruner_hub.cli.options import from_pretrained, loading, number, path, settings_of
+from selfpruner_hub.cli.options import from_pretrained, loading, number, path, quieten, settings_of
 from selfpruner_hub.cli.recover import told
 from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.settings import PRESETS, SEARCH, Setting, check_minutes, check_seed, explained, resolve
@@ -141,6 +141,7 @@ def run(options: argparse.Namespace) -> str:
     from selfpruner_hub.pruner import AutoPruner
     from selfpruner_hub.search.journal import JOURNAL_FILE
 
+    quieten(options)
     meter = None if target is None else meter_of(target.runtime, options.python)
     pruner = AutoPruner.from_pretrained(
         options.model,

@@ -1,4 +1,4 @@
-"""The verbs `selfpruner push`, `selfpruner card` and `selfpruner plot`, for a saved model."""
+"""The verbs `selfpruner push` and `selfpruner plot`, for a saved model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from selfpruner_hub.cli.options import path
+from selfpruner_hub.cli.options import path, quieten
 
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +59,9 @@ def push(options: argparse.Namespace) -> tuple[str, str]:
     from selfpruner_hub.exporting import make_exports
     from selfpruner_hub.hub.publish import STATIC, check_request, publish
 
+    quieten(options)
     if not options.quiet:
-        enable_progress_bars()
+        enable_progress_bars()  # of the Hub, for uploads
     check_request(space=options.space, create_pr=options.create_pr, exports=options.exports)
     make_exports(options.directory, options.exports, static=options.space == STATIC, parent=options.against)
     done = publish(
@@ -77,36 +78,6 @@ def push(options: argparse.Namespace) -> tuple[str, str]:
         return json.dumps(asdict(done)), note
     where = done.url if done.changed else f"{done.url} (it was up to date)"
     return "\n".join(filter(None, (where, done.graphs, done.space))), note
-
-
-def add_card_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the verb.
-
-    Args:
-        parser: Parser of the verb.
-    """
-    parser.add_argument("directory", metavar="DIR", type=Path, help="a saved model")
-    parser.add_argument("repo", metavar="REPO", help="where it is, or will be, published: NAMESPACE/NAME")
-    parser.add_argument("--output", required=True, type=path, metavar="DIR", help="such as model_cards/NAME")
-
-
-def card(options: argparse.Namespace) -> str:
-    """Write the card that `push` would publish.
-
-    Args:
-        options: Parsed command line.
-
-    Returns:
-        Text to print: the path of the card, or JSON.
-
-    Raises:
-        SavedModelError: The directory holds no complete pruned model.
-    """
-    from selfpruner_hub.hub.bundle import CARD, write_card
-
-    write_card(options.directory, options.repo, options.output)
-    written = str(options.output / CARD)
-    return json.dumps({"card": written}) if options.json else written
 
 
 def add_plot_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfpruner_hub.cli.options import number, settings_of, whole
+from selfpruner_hub.cli.options import number, quieten, settings_of, whole
 from selfpruner_hub.recovery.settings import Budget, resolve
 from selfpruner_hub.settings import check_seed
 
@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> str:
     from selfpruner_hub.models.loading import load_model
     from selfpruner_hub.pruned_model import PrunedModel
 
+    quieten(options)
     pruned = PrunedModel.from_pretrained(options.directory, device=options.device, dtype="auto")
     gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
     parent, _ = load_model(options.against, device=options.device, dtype=pruned.model.dtype, **gguf)

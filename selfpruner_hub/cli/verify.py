@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfpruner_hub.cli.options import quieten
 from selfpruner_hub.errors import ExportError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> tuple[str, ExportError | None]:
     from exporters.verify import verify
     from selfpruner_hub.progress import Bars
 
+    quieten(options)
     loading = {name: value for name in ("revision", "gguf_file") if (value := getattr(options, name)) is not None}
     with Bars(not options.quiet) as progress:
         found = verify(

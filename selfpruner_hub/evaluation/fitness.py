@@ -21,7 +21,7 @@ METRICS = ("kl", "perplexity")
 REMAINS = 0.3
 """Weight of the excess, the loss beyond the sum of the layers' predicted losses, in scores before a second repair; that
 repair takes part of the excess away. Values up to 0.7 ranked four plans of one model at one β as their final losses
-did; 1 did not (`benchmarks/excess.py`)."""
+did; 1 did not (`benchmarks/excess.py` of commit 1e390c6)."""
 
 
 class Fitness:
@@ -32,8 +32,7 @@ class Fitness:
         windows: Token ids, `[N, W]`; never those that results are reported on.
         metric: `"perplexity"` (the paper), or `"kl"`, the KL divergence from the dense model's top-k next-token
             distribution, which needs no labels. Týr-the-Pruner (NeurIPS 2025, table 5) found that `"kl"` preserves
-            accuracy better; here, plans on which the two metrics disagree are equally accurate
-            (`benchmarks/fitness.py`).
+            accuracy better.
 
     Raises:
         UserError: The metric is unknown.

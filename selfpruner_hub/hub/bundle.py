@@ -12,8 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.hub.card import CHAT_TEMPLATE, render_card
-from selfpruner_hub.hub.privacy import check_private
+from selfpruner_hub.hub.card import CHAT_TEMPLATE
 from selfpruner_hub.hub.space import DENSE
 from selfpruner_hub.models.loading import load_config
 from selfpruner_hub.models.weights import configuration_hash, saved_weights, weights_hash
@@ -21,7 +20,6 @@ from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.export_record import ExportRecord, read_export
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS, TEMPLATES, TOKENIZER, weight_files
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
-from selfpruner_hub.storage.staging import save_directory
 
 CARD = "README.md"
 NEEDED = ("config.json", "modeling_selfpruned.py", MODEL_RECORD_FILE)
@@ -92,29 +90,6 @@ def collect(directory: Path) -> Bundle:
             exports.append(name)
             files |= _within(directory / name, directory)
     return Bundle(record, files, _pictures(directory), tuple(exports), graphs)
-
-
-def write_card(directory: Path, repo_id: str, output: Path) -> None:
-    """Write the card that publishing would add to a model, with its plots.
-
-    Args:
-        directory: Directory of a saved model.
-        repo_id: Hub repository of the model, which need not exist yet.
-        output: Directory of the card; `README.md` and the plots in it are replaced.
-
-    Raises:
-        SavedModelError: The directory holds no complete pruned model.
-        UserError: The card holds a secret.
-        OutputError: The card cannot be written.
-    """
-    bundle = collect(directory)
-    card = render_card(bundle.record, repo_id, pictures=list(bundle.pictures), exports=bundle.exports, chat=bundle.chat)
-    files = {CARD: card.encode(), **bundle.pictures}
-    check_private(files, directory)
-    with save_directory(output) as staging:
-        for name, content in files.items():
-            (staging / name).parent.mkdir(exist_ok=True)
-            (staging / name).write_bytes(content)
 
 
 def check_export(directory: Path, name: str, record: Record) -> ExportRecord:

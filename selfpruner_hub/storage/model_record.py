@@ -59,8 +59,7 @@ class Record:
     proposer: dict[str, Any]
     """The proposer and its search: name, evaluations, origin of the best plan, counts of replies, tokens. `gains`:
     fitness of the best seed plan and of the best plan, on `search_text`, the fitness text, and on `unseen_text`, which
-    neither calibration, nor repairs, nor search have read. Older records call the first `selected_on`; instead of the
-    second they have `elsewhere`, measured on the calibration text, to which the repairs were fitted."""
+    neither calibration, nor repairs, nor search have read."""
     data: dict[str, dict[str, Any]]
     """Texts of the run, `calibration`, `fitness` and, where the gain was measured on it, `unseen`: name, tokens, window
     and hash of each; and `chat_template`, where it writes the date: the `date` that it was given."""

@@ -1,10 +1,10 @@
-"""The baselines of `benchmarks/quality.py`, each on a case that can be checked by hand."""
+"""The baselines of `benchmarks/front.py`, each on a case that can be checked by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from peers import Flap, block_influence, by_channels, magnitude, taylor, without_blocks
+from peers import Flap, block_influence, taylor, without_blocks
 from support.tiny import tiny_model
 
 from selfpruner_hub.calibration.statistics import calibrate
@@ -18,18 +18,6 @@ WINDOWS = torch.randint(3, 128, (6, 16), generator=torch.Generator().manual_seed
 @pytest.fixture
 def model():
     return tiny_model("llama")
-
-
-def test_magnitude_is_the_norm_of_a_channel(model):
-    mlp = decoder_layers(model)[1].mlp
-    with torch.no_grad():
-        for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            module.weight.zero_()
-        mlp.gate_proj.weight[5, 0], mlp.up_proj.weight[5, 3], mlp.down_proj.weight[2, 5] = 2.0, 3.0, 6.0
-    scores = magnitude(model)[1]
-    assert scores[5].item() == pytest.approx((4 + 9 + 36) / 3)
-    assert scores.sum() == scores[5]
-    assert by_channels(model, magnitude(model))[1].channels[0] == 5
 
 
 def test_taylor_is_the_first_order_change_of_the_loss(model):

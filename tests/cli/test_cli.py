@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from support.tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from selfpruner_hub import PrunedModel
 from selfpruner_hub.calibration.corpus import consecutive_windows
@@ -276,7 +277,6 @@ EMPTY = {
     "prune": ["prune", "model", "--beta", "0.3"],
     "export": ["export", "model", "--to", "onnx"],
     "benchmark": ["benchmark", "model", "--against", "dense"],
-    "card": ["card", "model", "me/model"],
     "plot": ["plot", "model"],
     "demo": ["demo"],
 }
@@ -290,6 +290,28 @@ def test_an_output_without_a_name_is_refused(verb, tmp_path, monkeypatch, capsys
     assert stopped.value.code == 2
     assert "argument --output: expects a path" in capsys.readouterr().err
     assert not names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "missing", "--beta", "0.3", "--output", "out"],
+        ["evaluate", "missing"],
+        ["export", "missing", "--to", "gguf", "--output", "out"],
+        ["verify", "missing"],
+        ["benchmark", "missing", "--against", "missing"],
+        ["push", "missing", "me/model"],
+        ["recover", "saved", "--against", "missing", "--minutes", "1"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_bars_of_transformers_are_off_before_a_model_is_loaded(words, pruned, tmp_path, monkeypatch):
+    """They would hide our own progress."""
+    logging.enable_progress_bar()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pruned, "saved")
+    assert main(words) != 0
+    assert not logging.is_progress_bar_enabled()
 
 
 def test_help_by_the_module():

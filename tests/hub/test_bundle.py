@@ -13,7 +13,8 @@ from support.hub_server import check_yaml
 
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.hub.bundle import collect, is_ours, write_card
+from selfpruner_hub.hub.bundle import collect, is_ours
+from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
@@ -64,7 +65,7 @@ def test_a_model_without_one_of_its_shards_stays_at_home(saved_model):
     assert set(names) <= set(collect(saved_model).weights)
 
 
-def test_a_chat_template_is_published(saved_model, tmp_path):
+def test_a_chat_template_is_published(saved_model):
     """Without it, what is loaded from the Hub cannot chat; the card says whether it can."""
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = {"default": TEMPLATE, "tool_use": TEMPLATE}
@@ -75,8 +76,6 @@ def test_a_chat_template_is_published(saved_model, tmp_path):
     assert templates <= set(bundle.files)
     assert all(map(is_ours, templates))
     assert bundle.chat
-    write_card(saved_model, "me/tiny", tmp_path / "card")
-    assert "apply_chat_template" in (tmp_path / "card" / "README.md").read_text()
 
 
 def test_pictures_are_drawn_the_same_twice(saved_model):
@@ -132,33 +131,23 @@ def test_an_export_to_another_format(saved_model):
         collect(saved_model)
 
 
-def test_the_card_alone(saved_model, tmp_path, capsys):
-    output = tmp_path / "cards" / "tiny"
-    assert main(["card", str(saved_model), "me/tiny", "--output", str(output)]) == 0
-    assert capsys.readouterr().out == f"{output / 'README.md'}\n"
-    card = (output / "README.md").read_text()
+def test_the_card_shows_the_pictures_that_are_published(saved_model):
+    bundle = collect(saved_model)
+    card = render_card(bundle.record, "me/tiny", pictures=list(bundle.pictures), chat=bundle.chat)
     assert check_yaml(card) == []
-    pictures = {path.relative_to(output).as_posix() for path in (output / "plots").iterdir()}
-    assert set(re.findall(r"\]\((plots/[^)]+)\)", card)) == pictures - {"plots/population.png"}
+    assert set(re.findall(r"\]\((plots/[^)]+)\)", card)) == bundle.pictures.keys() - {"plots/population.png"}
     assert 'from_pretrained("me/tiny"' in card
-    assert main(["card", str(saved_model), "me/tiny", "--output", str(output)]) == 0  # again, over the old one
-    assert (output / "README.md").read_text() == card
 
 
-@pytest.mark.parametrize("verb", ["card", "push"])
-def test_a_secret_in_the_record_stays_at_home(verb, saved_model, tmp_path, monkeypatch, capsys):
-    """The card is looked through where it is written alone, too."""
+def test_a_secret_in_the_record_stays_at_home(saved_model, monkeypatch, capsys):
     monkeypatch.setenv("MY_API_KEY", "planted-in-a-protocol")
     record = read_record(saved_model)
     metrics = {"perplexity": Metric(12.5, 10.25, "at planted-in-a-protocol")}
     (saved_model / MODEL_RECORD_FILE).write_text(replace(record, metrics=metrics).to_json())
-    output = tmp_path / "card"
-    words = ["card", str(saved_model), "me/tiny", "--output", str(output)]
-    assert main(words if verb == "card" else ["push", str(saved_model), "me/tiny", "--quiet"]) == 2
+    assert main(["push", str(saved_model), "me/tiny", "--quiet"]) == 2
     said = capsys.readouterr()
     assert "holds the value of MY_API_KEY; nothing was published" in said.err
     assert "planted-in-a-protocol" not in said.err
-    assert not output.exists()
 
 
 @pytest.mark.parametrize(

@@ -123,24 +123,18 @@ def test_the_code_of_a_chat_model_uses_its_template():
             assert block == block.strip() + "\n"
 
 
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        (("search_text", "unseen_text"), "text that neither calibration, nor repairs, nor search have seen."),
-        (("selected_on", "elsewhere"), "the calibration text, which the repairs were fitted to."),  # an older record
-    ],
-)
-def test_the_gain_of_the_search_is_told_with_the_texts_that_it_was_measured_on(names, said):
-    gains = dict(zip(names, ([0.0711, 0.0639], [0.0822, 0.0733]), strict=True))
+def test_the_gain_of_the_search_is_told_with_the_texts_that_it_was_measured_on():
+    gains = {"search_text": [0.0711, 0.0639], "unseen_text": [0.0822, 0.0733]}
     record = Record.from_json(replace(RECORD, proposer={**RECORD.proposer, "gains": gains}).to_json(), "record")
     told = " ".join(render_card(record).split())
     assert (
-        "kl went from 0.0711 to 0.0639 on the text that the search selected on, and from 0.0822 to 0.0733 on " + said
+        "kl went from 0.0711 to 0.0639 on the text that the search selected on, and from 0.0822 to 0.0733 on "
+        "text that neither calibration, nor repairs, nor search have seen."
     ) in told
 
 
 def test_a_gain_that_was_not_measured_is_not_told():
-    for gains in ({}, {"selected_on": [0.0711, 0.0639]}, {"search_text": [0.0711, 0.0639]}):  # without a search
+    for gains in ({}, {"search_text": [0.0711, 0.0639]}):  # without a search
         assert "went from" not in render_card(replace(RECORD, proposer={**RECORD.proposer, "gains": gains}))
     older = {key: value for key, value in RECORD.proposer.items() if key != "gains"}
     assert "went from" not in render_card(replace(RECORD, proposer=older))

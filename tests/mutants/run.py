@@ -2,7 +2,8 @@
 
 Run: make mutants, or python tests/mutants/run.py [--untried] [WORD …]; with words, only faults of files whose path has
 one of them.
-The results are in results.json, and the table of docs/testing.md is made from it (benchmarks/tables.py).
+It prints the test that noticed each fault, and keeps that in results.json, which git ignores: the next run tries that
+test first, and `--untried` only what has not been tried here.
 
 Each run is a fork of this process, which has the libraries imported already but not the package: importing them takes
 ten seconds, and the tests that are run one or two. Of each file, the tests run until one fails, and that one must pass
@@ -228,7 +229,7 @@ def main(words: Sequence[str]) -> None:
                 wrong.append(
                     f"{fault.file}: {fault.what}: {'noticed, so take out `lives`' if failed else 'no test notices'}"
                 )
-    print("\n".join([*wrong, f"{noticed} of {len(chosen)} faults are noticed. Now run: python benchmarks/tables.py"]))
+    print("\n".join([*wrong, f"{noticed} of {len(chosen)} faults are noticed."]))
     raise SystemExit(bool(wrong))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
-from mutants.run import RESULTS, ROOT, WITHOUT, Fault, Trial, faults, named, tried
+from mutants.run import ROOT, WITHOUT, Fault, Trial, faults, named, tried
 
 FAULTS = faults()
 
@@ -20,13 +19,8 @@ def test_every_fault_can_be_put_in(fault):
     assert all((ROOT / name.partition("::")[0]).is_file() for name in fault.tests)
 
 
-def test_every_fault_that_was_tried_is_noticed_or_has_a_reason():
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
-    known = {(fault.file, fault.what): fault for fault in FAULTS}
-    assert len(known) == len(FAULTS)
-    for row in rows:
-        assert bool(row["failed"]) != bool(known[row["file"], row["what"]].lives), row
-    assert sum(bool(row["failed"]) for row in rows) >= 0.9 * len(rows)
+def test_every_fault_has_a_name_of_its_own():
+    assert len({(fault.file, fault.what) for fault in FAULTS}) == len(FAULTS)
 
 
 def test_files_are_named_by_a_part_of_their_path():
@@ -38,12 +32,6 @@ def test_files_are_named_by_a_part_of_their_path():
     assert list(named([], FAULTS)) == FAULTS
     with pytest.raises(SystemExit, match="No file with faults has '--help' in its path"):
         list(named(["budget", "--help"], FAULTS))
-
-
-def test_every_test_that_noticed_is_still_there():
-    for row in json.loads(RESULTS.read_text(encoding="utf-8")):
-        file, _, name = row["failed"].partition("[")[0].rpartition("::")
-        assert not file or f"def {name}(" in (ROOT / file.partition("::")[0]).read_text(encoding="utf-8"), row
 
 
 def test_the_tests_run_without_the_plugins_that_the_runner_leaves_out():
