@@ -18,9 +18,9 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from exporters.benchmark.compare import benchmark
 from exporters.benchmark.latency import CausalLMRunner, Measured, timing
-from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.benchmark.workload import workload_of
 from exporters.export import export_model
+from exporters.format import RUNTIMES, Setting
 from exporters.to_tensorrt.causal_lm import capture
 from exporters.to_tensorrt.library import find_library
 from selfpruner_hub.errors import MissingExtraError, SelfPrunerError

@@ -20,8 +20,8 @@ from tables import RUNTIME_NAMES, speeds
 
 from exporters.benchmark import benchmark
 from exporters.benchmark.report import Phase
-from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.export import export
+from exporters.format import RUNTIMES, Setting
 from exporters.machine import threads
 from selfpruner_hub.errors import SelfPrunerError
 from selfpruner_hub.progress import Bars

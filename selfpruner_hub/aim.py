@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.errors import SelfPrunerError, UserError
-from selfpruner_hub.exporting import meter_of
+from selfpruner_hub.hub.exports import meter_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import ParameterBudget

@@ -17,8 +17,8 @@ from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.evaluation.figures import text_figures, window_of
 from selfpruner_hub.evaluation.metrics import teach
-from selfpruner_hub.exporting import make_exports
 from selfpruner_hub.hub.card import render_card
+from selfpruner_hub.hub.exports import make_exports
 from selfpruner_hub.hub.publish import STATIC, Published, check_request, publish
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.forward import check_ids

@@ -15,14 +15,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from exporters import machine
-from exporters.benchmark import other_python
 from exporters.benchmark.latency import interleaved, timing
 from exporters.benchmark.report import Case, Phase, Quality, Report, Side
-from exporters.benchmark.runtimes import RUNTIMES, Runtime, Setting, versions_elsewhere
 from exporters.benchmark.worker import Worker, started
 from exporters.benchmark.workload import workload_of
 from exporters.export import export
+from exporters.format import RUNTIMES, Runtime, Setting, versions_elsewhere
 from exporters.to_onnx.hub_layout import read_configuration
+from exporters.vllm import other_python
 from exporters.writer import one_of
 from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows
 from selfpruner_hub.errors import UserError

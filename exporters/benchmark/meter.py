@@ -16,11 +16,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters import machine
-from exporters.benchmark import other_python
 from exporters.benchmark.latency import Measured, Runner, interleaved
-from exporters.benchmark.runtimes import RUNTIMES, Setting, versions_elsewhere
 from exporters.benchmark.worker import started
 from exporters.export import export_model
+from exporters.format import RUNTIMES, Setting, versions_elsewhere
+from exporters.vllm import other_python
 from exporters.writer import one_of, require
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import model_class, shape_of

@@ -21,10 +21,10 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from exporters.benchmark import other_python
 from exporters.benchmark.latency import Measured, Runner
-from exporters.benchmark.runtimes import RUNTIMES, Setting
+from exporters.format import RUNTIMES, Setting
 from exporters.machine import forget_peak, peak_memory
+from exporters.vllm import other_python
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UserError
 
 PAUSE = 0.01

@@ -137,7 +137,7 @@ def run(options: argparse.Namespace) -> str:
     run_dir = options.run_dir or Path(f"{options.output.resolve()}.run")
     options.kept = f"What was scored is in {run_dir}: the same command again goes on from there."
 
-    from selfpruner_hub.exporting import meter_of
+    from selfpruner_hub.hub.exports import meter_of
     from selfpruner_hub.pruner import AutoPruner
     from selfpruner_hub.search.journal import JOURNAL_FILE
 

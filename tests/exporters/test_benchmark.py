@@ -24,9 +24,9 @@ from exporters.benchmark import benchmark
 from exporters.benchmark import compare as module
 from exporters.benchmark.latency import Measured, timing
 from exporters.benchmark.report import Report
-from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.benchmark.worker import started
 from exporters.export import export
+from exporters.format import RUNTIMES, Setting
 from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import ModelError, SavedModelError, UserError

@@ -18,10 +18,10 @@ from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters import OnnxCausalLM
 from exporters.benchmark import benchmark
-from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.benchmark.worker import started
 from exporters.benchmark.workload import workload_of
 from exporters.export import export_model
+from exporters.format import RUNTIMES, Setting
 from exporters.parity import expected, logit_difference
 from exporters.to_onnx import hub_layout
 from exporters.to_onnx.causal_lm import default_options

@@ -23,9 +23,9 @@ from transformers import AutoConfig
 
 from exporters.benchmark import benchmark
 from exporters.benchmark.meter import RuntimeMeter
-from exporters.benchmark.other_python import environment, staged
-from exporters.benchmark.runtimes import Setting
-from exporters.benchmark.vllm_worker import Vllm
+from exporters.format import Setting
+from exporters.vllm.other_python import environment, staged
+from exporters.vllm.runner import Vllm
 from selfpruner_hub.cli import main
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.plans.target import target_of

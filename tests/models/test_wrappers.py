@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from exporters.benchmark import benchmark, compare
-from exporters.benchmark.runtimes import RUNTIMES
+from exporters.format import RUNTIMES
 from selfpruner_hub.models.loading import load_config, load_model
 from selfpruner_hub.storage.offload import DiskStore
 

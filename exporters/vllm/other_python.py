@@ -14,7 +14,7 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
 
-VLLM_WORKER = Path(__file__).with_name("vllm_worker.py")
+VLLM_WORKER = Path(__file__).with_name("runner.py")
 """Program that times a model in vLLM."""
 _PROBE = """
 import json, sys

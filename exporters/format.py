@@ -13,11 +13,11 @@ from gguf import GGML_QUANT_SIZES
 from torch import Tensor
 
 from exporters.benchmark.latency import CausalLMRunner, Measured, Runner
-from exporters.benchmark.other_python import VLLM_WORKER, versions
 from exporters.to_gguf.dtypes import DTYPES
 from exporters.to_gguf.library import cross_entropy
 from exporters.to_gguf.llama_cpp import LlamaCpp
 from exporters.to_onnx.hub_layout import file_of
+from exporters.vllm.other_python import VLLM_WORKER, versions
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.storage.export_record import read_export
