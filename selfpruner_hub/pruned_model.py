@@ -273,7 +273,7 @@ class PrunedModel(Retraining):
         """Write the model in another format, and compare the export with this model.
 
         Args:
-            to: Format: `"onnx"`, `"tensorrt"`, `"openvino"`, `"gguf"` or `"padded"`.
+            to: Format, such as `"onnx"` or `"gguf"`: a key of `storage.layout.EXPORTS`.
             output: Directory of the export; files of the same names are replaced.
             tolerance: Largest allowed difference of a logit from PyTorch's in float32; None uses the format's default.
             **options: Options of the format, such as `dtype`; `overwrite=True` replaces a model that is no export.
