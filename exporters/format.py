@@ -114,6 +114,11 @@ class Format:
     elsewhere: OtherPython | None = None
     """The other Python that runs it, if it is not this one."""
 
+    def __post_init__(self) -> None:
+        """Refuse an export that nothing could be compared of."""
+        if (self.write is None) != (self.files is None):
+            raise ValueError(f"{self.name} needs both a writer and its files, or neither.")
+
     @property
     def runs(self) -> bool:
         """Whether it is a runtime that models can be timed in."""

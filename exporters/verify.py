@@ -98,6 +98,7 @@ def verify(
     if new_tokens < 1:
         raise UserError(f"At least one new token is needed; got {new_tokens}.")
     form = export_format(read_export(directory).format)
+    assert form.files is not None
     record = form.read(directory)
     form.check_runs(record)
     name = model or _find_model(directory, record)
@@ -111,7 +112,7 @@ def verify(
     progress(VERIFYING, 1, 3, "running PyTorch")
     end = _end_tokens(loaded)
     expected = Expected(prompt, ids, tokenizer, new_tokens, end, continued(loaded, ids, new_tokens, end))
-    files = list(form.files(directory, record, loaded.config, len(ids) + new_tokens) if form.files else ())
+    files = list(form.files(directory, record, loaded.config, len(ids) + new_tokens))
     references = [expected.of(file.reference(loaded)) if file.reference else expected for file in files]
     del loaded  # one model in memory at a time
     tokens, compared = chosen(expected.passes), []

@@ -8,6 +8,7 @@ import inspect
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_an_entry_is_what_it_says(name):
     assert found.name == name
     assert found.title
     assert not found.extra or found.extra in extras["optional-dependencies"]
-    assert (found.write is not None) == (found.files is not None) == (name in EXPORTS)
+    assert (found.write is not None) == (name in EXPORTS)
     assert found.runs == bool(found.dtypes())
     assert found.export_format in ("", *EXPORTS)
 
@@ -98,6 +99,11 @@ def test_the_options_of_a_format_are_keywords_of_its_writer(name):
     writer = importlib.import_module(f"{EXPORTS[name]}.writer").write
     keywords = inspect.signature(writer).parameters.values()
     assert [option.name for option in FORMATS[name].options] == [k.name for k in keywords if k.kind is k.KEYWORD_ONLY]
+
+
+def test_a_format_that_could_not_be_compared_is_refused():
+    with pytest.raises(ValueError, match="onnx needs both a writer and its files"):
+        replace(FORMATS["onnx"], files=None)
 
 
 def test_the_registry_imports_no_library():

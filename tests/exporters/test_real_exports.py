@@ -13,9 +13,9 @@ from support.shortened import shortened
 from exporters.benchmark import Passes, benchmark
 from exporters.export import export, export_model
 from exporters.parity import expected, logit_difference
-from exporters.to_gguf.writer import write
 from exporters.to_gguf.library import cross_entropy
 from exporters.to_gguf.llama_cpp import LlamaCpp
+from exporters.to_gguf.writer import write
 from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.storage.export_record import read_export
