@@ -23,7 +23,7 @@ from typing import Any
 from huggingface_hub import SpaceCard
 from protocol import Rows, write
 
-from selfpruner_hub.exporting import make_exports
+from selfpruner_hub.hub.exports import make_exports
 from selfpruner_hub.hub.space import static_files
 from selfpruner_hub.storage.model_record import read_record
 

@@ -7,19 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from exporters.format import FORMATS, runtimes
+
 Row = Mapping[str, Any]
 Columns = Sequence[tuple[str, Callable[[Row], str]]]
 """Names of columns, and what a row has in them."""
 UNKNOWN = "–"
 """Stands where a row has no such figure."""
-RUNTIME_NAMES = {
-    "torch": "PyTorch",
-    "onnx": "ONNX Runtime",
-    "genai": "ONNX Runtime GenAI",
-    "openvino": "OpenVINO",
-    "gguf": "llama.cpp",
-    "vllm": "vLLM",
-}
+RUNTIME_NAMES = {name: FORMATS[name].title for name in runtimes()}
 
 
 def figure(row: Row, key: str, form: str) -> str:

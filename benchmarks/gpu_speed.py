@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from exporters.benchmark.compare import benchmark
-from exporters.benchmark.latency import CausalLMRunner, Measured, timing
-from exporters.benchmark.runtimes import RUNTIMES, Setting
+from exporters.benchmark.compare import Passes, benchmark
+from exporters.benchmark.latency import timing
 from exporters.benchmark.workload import workload_of
 from exporters.export import export_model
+from exporters.format import FORMATS
+from exporters.runtime import CausalLMRunner, Measured, Setting
 from exporters.to_tensorrt.causal_lm import capture
 from exporters.to_tensorrt.library import find_library
 from selfpruner_hub.errors import MissingExtraError, SelfPrunerError
@@ -109,7 +110,7 @@ class GraphRunner(CausalLMRunner):
 
     @torch.inference_mode()
     def measure(self, ids: Tensor, new_tokens: int) -> Measured:
-        """Time a pass; see `latency.Runner.measure`."""
+        """Time a pass; see `exporters.runtime.Runner.measure`."""
         self.ids.copy_(ids)
         start = self._now()
         self.prefill()
@@ -256,7 +257,7 @@ def exported(bench: Bench, part: str, runtime: str) -> None:
     Args:
         bench: Device, sizes, results.
         part: Name of the part, for its rows.
-        runtime: Key of `RUNTIMES`.
+        runtime: One of `exporters.format.runtimes()`.
     """
     if (missing := _missing(bench.device, runtime)) is not None:
         bench.keep(part, runtime=runtime, not_installed=missing)
@@ -267,7 +268,7 @@ def exported(bench: Bench, part: str, runtime: str) -> None:
     )
     dtype = "float32" if bench.device.type == "cpu" else "float16"
     setting = Setting(1, str(bench.device), dtype, prompt + new_tokens + 8, max(batches))
-    options = RUNTIMES[runtime].options
+    options = FORMATS[runtime].exported
     kind = KINDS[1]
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
@@ -278,17 +279,8 @@ def exported(bench: Bench, part: str, runtime: str) -> None:
                 export_model(model, None, runtime, folder / f"{beta}", **options(setting))  # type: ignore[misc]
                 del model
                 if beta:
-                    report = benchmark(
-                        folder / f"{beta}",
-                        folder / "0.0",
-                        runtime,
-                        batches=batches,
-                        prompts=(prompt,),
-                        new_tokens=new_tokens,
-                        runs=runs,
-                        dtype=dtype,
-                        device=str(bench.device),
-                    )
+                    passes = Passes(batches, (prompt,), new_tokens, runs, dtype=dtype, device=str(bench.device))
+                    report = benchmark(folder / f"{beta}", folder / "0.0", runtime, passes)
                     for case in report.cases:
                         bench.keep(part, **row, dtype=dtype, **asdict(case))
             except SelfPrunerError as error:

@@ -18,11 +18,12 @@ import torch
 from protocol import Rows, write
 from tables import RUNTIME_NAMES, speeds
 
-from exporters.benchmark import benchmark
+from exporters.benchmark import Passes, benchmark
 from exporters.benchmark.report import Phase
-from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.export import export
+from exporters.format import FORMATS
 from exporters.machine import threads
+from exporters.runtime import Setting
 from selfpruner_hub.errors import SelfPrunerError
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.storage.export_record import read_export
@@ -48,7 +49,7 @@ def exported(work: Path, source: Path, runtime: str, dtype: str, longest: int) -
     Args:
         work: Directory of the exports.
         source: Directory of the model.
-        runtime: Key of `RUNTIMES`.
+        runtime: One of `exporters.format.runtimes()`.
         dtype: Dtype of the weights.
         longest: Longest sequence, in tokens.
 
@@ -56,13 +57,14 @@ def exported(work: Path, source: Path, runtime: str, dtype: str, longest: int) -
         The directory that the runtime loads, and figures of the export: its distance from PyTorch's logits, and the
         seconds that it took, if it was made now.
     """
-    row = RUNTIMES[runtime]
-    if row.options is None:
+    row = FORMATS[runtime]
+    if row.exported is None:
         return source, {}
     directory, found = work / f"{runtime}-{dtype}" / source.name, dict[str, Any]()
     if not directory.is_dir():
         started = time.perf_counter()
-        export(source, row.format or runtime, directory, **row.options(Setting(threads(), row.device, dtype, longest)))
+        setting = Setting(threads(), row.device, dtype, longest)
+        export(source, row.export_format or runtime, directory, **row.exported(setting))
         found["export_s"] = round(time.perf_counter() - started, 1)
     return directory, {"max_difference": read_export(directory).max_difference, **found}
 
@@ -88,7 +90,7 @@ def compared(
         work: Directory of the exports.
         models: Directories of the dense and of the pruned model.
         run: Runtime and dtype.
-        **sizes: Arguments of `exporters.benchmark.benchmark`: prompts, new_tokens, runs, python, text.
+        **sizes: Fields of `exporters.benchmark.Passes`: prompts, new_tokens, runs, python, text.
 
     Returns:
         One row per prompt length, and the versions of the libraries.
@@ -97,7 +99,8 @@ def compared(
     longest = max(sizes["prompts"]) + sizes["new_tokens"]
     (dense, _), (pruned, made) = (exported(work, model, runtime, dtype, longest) for model in models)
     with Bars() as progress:
-        report = benchmark(pruned, dense, runtime, batches=(1,), dtype=dtype, progress=progress, **sizes)
+        passes = Passes(batches=(1,), dtype=dtype, **sizes)
+        report = benchmark(pruned, dense, runtime, passes, progress=progress)
     sides = {"perplexity": report.pruned.quality, "dense_perplexity": report.dense.quality}
     sizes_of = {"mb": pruned, "dense_mb": dense}
     files = {name: round(sum(f.stat().st_size for f in at.rglob("*")) / 1e6, 1) for name, at in sizes_of.items()}
@@ -125,11 +128,11 @@ def main(words: Sequence[str] | None = None) -> None:
     known = {path.name: read_record(path).beta for path in options.pruned}
     sizes = {"prompts": options.prompts, "new_tokens": options.new, "runs": options.passes}
     for run in RUNS:
-        own_python = RUNTIMES[run[0]].program is not None
+        own_python = FORMATS[run[0]].elsewhere is not None
         if (options.only and ":".join(run) not in options.only) or (own_python and options.python is None):
             continue
         there = {"python": options.python} if own_python else {}
-        if RUNTIMES[run[0]].scored:
+        if FORMATS[run[0]].scored:
             there["text"] = options.text
         for pruned in options.pruned:
             key = {"runtime": run[0], "dtype": run[1], "model": pruned.name, "beta": known[pruned.name]}

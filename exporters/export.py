@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
-import inspect
 import math
 import mmap
 import platform
@@ -20,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.writer import Writer, one_of
+from exporters.format import Format, export_format
 from selfpruner_hub.errors import ExportError, OutputError, UserError
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
@@ -29,9 +26,6 @@ from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import check_replaceable, check_writable, output_path, save_directory
-
-FORMATS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
-"""Export formats. Each has a module `exporters.to_FORMAT` with a `Writer` named `write`, imported on first use."""
 
 EXPORTING, STAGES = "exporting", ("loading", "writing", "comparing with PyTorch")
 
@@ -55,7 +49,7 @@ def export(
 
     Args:
         name: Directory or Hub repository of the model.
-        to: Format, one of `FORMATS`.
+        to: Format, a key of `storage.layout.EXPORTS`.
         output: Directory of the export; files with the same names are replaced.
         tolerance: Largest allowed distance of a logit from PyTorch's in float32; None takes the format's default, and
             infinity compares nothing.
@@ -104,7 +98,7 @@ def export_model(
     Args:
         model: Model of any dtype on any device; it is not changed unless `consume` is set.
         tokenizer: Tokenizer to save with the export; None saves none.
-        to: Format, one of `FORMATS`.
+        to: Format, a key of `storage.layout.EXPORTS`.
         output: Directory of the export.
         name: Name of the model, for the record.
         record: Record of a pruned model, saved with the export.
@@ -123,7 +117,8 @@ def export_model(
             model.
         ExportError: The export differs from the PyTorch model; its files are deleted.
     """
-    write, output = _check(to, options, output, overwrite)
+    form, output = _check(to, options, output, overwrite)
+    assert form.write is not None
     with working_on(model), save_directory(output) as staging:
         if model.dtype != torch.float32 or model.device.type != "cpu":
             model, consume = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32), True
@@ -136,7 +131,7 @@ def export_model(
             (staging / MODEL_RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
         progress(EXPORTING, 1, len(STAGES), STAGES[1])
         with _consumed(model) if consume else nullcontext():
-            written = write(model, tokenizer, staging, **options)
+            written = form.write(model, tokenizer, staging, **options)
             if tolerance == math.inf:
                 tolerance = None
                 written = replace(written, compare=None, unchecked=written.unchecked or "any difference was allowed")
@@ -194,14 +189,13 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def _check(to: str, options: dict[str, Any], output: str | Path, overwrite: bool) -> tuple[Writer, Path]:
-    """Return the writer of a format, and the output; refuse options and outputs that do not work."""
-    writer: Writer = importlib.import_module(f"exporters.to_{one_of('format', to, FORMATS)}").write
-    parameters = inspect.signature(writer).parameters.values()
-    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+def _check(to: str, options: dict[str, Any], output: str | Path, overwrite: bool) -> tuple[Format, Path]:
+    """Return the format, and the output; refuse options and outputs that do not work."""
+    form = export_format(to)
+    known = [option.name for option in form.options]
     if unknown := sorted(set(options) - set(known)):
         raise UserError(f"An export to {to} has no option {unknown[0]!r}.", f"It takes {', '.join(known)}.")
     place = output_path(output)
     check_writable(place)
     check_replaceable(place, EXPORT_RECORD_FILE, overwrite)
-    return writer, place
+    return form, place

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.errors import SelfPrunerError, UserError
-from selfpruner_hub.exporting import meter_of
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.target import RUNTIME, Meter, Target, check_beta, needs_target, target_of
-from selfpruner_hub.provenance import reached
 from selfpruner_hub.settings import PruneSettings
-from selfpruner_hub.storage.model_record import Record
+from selfpruner_hub.storage.model_record import Metric, Record
 
 Report = Callable[..., None]
 """Function that is called with (what, done, total)."""
@@ -108,6 +110,56 @@ def aim_of(
     where = RUNTIME if runtime is None else runtime
     meter = meter_of(where) if isinstance(where, str) else where
     return TargetInRuntime(target_of(target, meter.name, request), meter, dense, tokenizer)
+
+
+def meter_of(runtime: str, python: str | Path | None = None) -> Meter:
+    """Make what measures costs in a runtime.
+
+    Args:
+        runtime: Name of the runtime: `"torch"`, `"onnx"`, `"gguf"` or `"vllm"`.
+        python: Path of the Python of a runtime that has an environment of its own (`"vllm"`).
+
+    Returns:
+        The meter.
+
+    Raises:
+        UserError: Targets cannot be measured in the runtime, or its library is missing.
+    """
+    from exporters.benchmark.meter import RuntimeMeter  # it imports this package
+
+    return RuntimeMeter(runtime, python=python)
+
+
+def reached(record: Record, target: Target, costs: Costs, measured: tuple[float, float] | str) -> Record:
+    """Add what was measured of a target to the record, beside what was predicted.
+
+    Args:
+        record: Record of the pruned model, from `describe`.
+        target: Target of the run.
+        costs: What each width was expected to cost.
+        measured: Cost of the dense and of the pruned model, or the reason why they were not measured.
+
+    Returns:
+        The record: `method["target"]` has `predicted` and `measured` in the terms of the target, and the costs of both
+        models are a metric.
+    """
+    known = dict(record.method["target"])
+    if isinstance(measured, str):
+        return replace(record, method={**record.method, "target": {**known, "measured": None, "why": measured}})
+    dense, pruned = measured
+    known["measured"] = round(target.figure(pruned, dense), 6)
+    metric = Metric(
+        value=round(pruned, 2),
+        dense=round(dense, 2),
+        protocol=f"{target.charged}; asked for {target.name}: predicted "
+        f"{target.said(known['predicted'])}, measured {target.said(known['measured'])}; predicted "
+        f"{target.said_cost(costs.of(record.plan))}, and {target.said_cost(costs.dense)} dense",
+        unit=target.unit,
+        machine=platform.processor() or platform.machine(),
+        date=datetime.now(UTC).date().isoformat(),
+    )
+    metrics = {**record.metrics, f"{target.quantity} in {target.runtime}": metric}
+    return replace(record, method={**record.method, "target": known}, metrics=metrics)
 
 
 def _bounds(method: PruneSettings) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from importlib.metadata import version
 from math import isfinite
 from typing import Any
@@ -18,9 +17,7 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.weights import count_parameters
 from selfpruner_hub.plans.budget import ParameterBudget
-from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import Plan, widths_of
-from selfpruner_hub.plans.target import Target
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.outcome import Found
@@ -176,38 +173,6 @@ def _target(budget: ParameterBudget, plan: Plan | None = None) -> dict[str, Any]
     if plan is not None:
         known["predicted"] = round(target.figure(costs.of(plan), costs.dense), 6)
     return {"target": known}
-
-
-def reached(record: Record, target: Target, costs: Costs, measured: tuple[float, float] | str) -> Record:
-    """Add what was measured of a target to the record, beside what was predicted.
-
-    Args:
-        record: Record of the pruned model, from `describe`.
-        target: Target of the run.
-        costs: What each width was expected to cost.
-        measured: Cost of the dense and of the pruned model, or the reason why they were not measured.
-
-    Returns:
-        The record: `method["target"]` has `predicted` and `measured` in the terms of the target, and the costs of both
-        models are a metric.
-    """
-    known = dict(record.method["target"])
-    if isinstance(measured, str):
-        return replace(record, method={**record.method, "target": {**known, "measured": None, "why": measured}})
-    dense, pruned = measured
-    known["measured"] = round(target.figure(pruned, dense), 6)
-    metric = Metric(
-        value=round(pruned, 2),
-        dense=round(dense, 2),
-        protocol=f"{target.charged}; asked for {target.name}: predicted "
-        f"{target.said(known['predicted'])}, measured {target.said(known['measured'])}; predicted "
-        f"{target.said_cost(costs.of(record.plan))}, and {target.said_cost(costs.dense)} dense",
-        unit=target.unit,
-        machine=platform.processor() or platform.machine(),
-        date=datetime.now(UTC).date().isoformat(),
-    )
-    metrics = {**record.metrics, f"{target.quantity} in {target.runtime}": metric}
-    return replace(record, method={**record.method, "target": known}, metrics=metrics)
 
 
 def _gains(measured: dict[str, tuple[float, float]]) -> dict[str, list[float]]:

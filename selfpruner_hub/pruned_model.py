@@ -17,8 +17,8 @@ from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.evaluation.figures import text_figures, window_of
 from selfpruner_hub.evaluation.metrics import teach
-from selfpruner_hub.exporting import make_exports
 from selfpruner_hub.hub.card import render_card
+from selfpruner_hub.hub.exports import make_exports
 from selfpruner_hub.hub.publish import STATIC, Published, check_request, publish
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.forward import check_ids
@@ -273,7 +273,7 @@ class PrunedModel(Retraining):
         """Write the model in another format, and compare the export with this model.
 
         Args:
-            to: Format: `"onnx"`, `"tensorrt"`, `"openvino"`, `"gguf"` or `"padded"`.
+            to: Format, such as `"onnx"` or `"gguf"`: a key of `storage.layout.EXPORTS`.
             output: Directory of the export; files of the same names are replaced.
             tolerance: Largest allowed difference of a logit from PyTorch's in float32; None uses the format's default.
             **options: Options of the format, such as `dtype`; `overwrite=True` replaces a model that is no export.

@@ -177,7 +177,7 @@ def saved_graphs(once) -> Path:
         from support.tiny import tiny_model
         from support.trained import VOCABULARY, trained_tokenizer
 
-        from selfpruner_hub.exporting import make_exports
+        from selfpruner_hub.hub.exports import make_exports
         from selfpruner_hub.pruner import AutoPruner
 
         dense, tokenizer = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2), trained_tokenizer()

@@ -26,8 +26,9 @@ LAYERS = (
     {"pruning", "exporters"},
     {"evaluation"},
     {"search", "recovery"},
-    {"hub", "provenance"},
-    {"exporting", "retraining"},
+    {"provenance"},
+    {"hub"},
+    {"retraining"},
     {"pruned_model", "aim"},
     {"pruner"},
     {"cli"},
@@ -45,7 +46,6 @@ MAX_PARAMETERS = 7
 MANY_PARAMETERS = {
     # What users call: each parameter is a keyword of their own, and an option of the command line.
     "selfpruner_hub.pruner.prune",
-    "exporters.benchmark.compare.benchmark",
     "exporters.export.export_model",
     # The arguments are those of transformers' PushToHubMixin.
     "selfpruner_hub.pruned_model.push_to_hub",
@@ -53,8 +53,6 @@ MANY_PARAMETERS = {
     # One form of sampling, with its settings, for all text that a model writes.
     "selfpruner_hub.calibration.generated_text.continuations",
     "selfpruner_hub.calibration.corpus.load_corpus",
-    # One row of the table of a comparison.
-    "exporters.benchmark.compare._case",
 }
 """Functions with more than `MAX_PARAMETERS` parameters, keyword-only ones included, and why."""
 
@@ -154,7 +152,7 @@ def test_pruning_needs_no_exporters(module):
     """Only the command line imports them, and the modules that export or measure, at the moment when they do."""
     if unit(module) in ("cli", "exporters"):
         return
-    lazy = inside(module) in ("pruned_model", "exporting")
+    lazy = inside(module) in ("pruned_model", "hub.exports", "aim")
     found = {name for name in imports(module, anywhere=not lazy) if unit(name) == "exporters"}
     assert not found, f"{module} imports {', '.join(sorted(found))}"
 

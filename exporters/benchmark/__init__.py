@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exporters.benchmark.compare import benchmark
+    from exporters.benchmark.compare import Passes, benchmark
 
-__all__ = ["benchmark"]
+__all__ = ["Passes", "benchmark"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `benchmark` on first access, so that a process that runs `worker` does not import `compare`."""
-    if name != "benchmark":
+    """Import `compare` on first access, so that a process that runs `worker` does not import it."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from exporters.benchmark.compare import benchmark
+    from exporters.benchmark import compare
 
-    return benchmark
+    return getattr(compare, name)

@@ -1,77 +1,14 @@
-"""Latency of several models: interleaved passes after a warm-up, as median and spread; and their loss on text."""
+"""Latency of several models: interleaved passes after a warm-up, as median and spread."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Measured:
-    """Times of one pass: a prompt and the tokens after it."""
-
-    prefill: float
-    """Milliseconds until the first new token."""
-    decode: float
-    """Mean milliseconds for each further token."""
-
-
-class Runner(Protocol):
-    """A model that is loaded and can be timed."""
-
-    def measure(self, ids: Tensor, new_tokens: int) -> Measured:
-        """Read prompts `[B, P]`, then generate greedy tokens one at a time; an end-of-text token does not stop it."""
-        ...
-
-    def cross_entropy(self, windows: Tensor) -> float:
-        """Nats per predicted token of windows `[N, W]`, each predicted on its own from its second token on."""
-        ...
-
-
-class CausalLMRunner:
-    """A model with the call interface of a transformers causal language model.
-
-    Args:
-        model: The model.
-        device: Device of the model's inputs.
-    """
-
-    def __init__(self, model: Callable[..., Any], device: torch.device | str = "cpu") -> None:
-        self.model = model
-        self.device = torch.device(device)
-
-    @torch.inference_mode()
-    def measure(self, ids: Tensor, new_tokens: int) -> Measured:
-        """Time a pass; see `Runner.measure`."""
-        ids = ids.to(self.device)
-        start = self._now()
-        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1:].argmax(-1)
-        read = self._now()
-        for _ in range(new_tokens):
-            out = self.model(input_ids=token, cache=out.cache, use_cache=True, logits_to_keep=1)
-            token = out.logits[:, -1:].argmax(-1)
-        return Measured(1000 * (read - start), 1000 * (self._now() - read) / new_tokens)
-
-    @torch.inference_mode()
-    def cross_entropy(self, windows: Tensor) -> float:
-        """Measure the loss on text; see `Runner.cross_entropy`."""
-        losses = []
-        for window in windows.to(self.device):
-            logits = self.model(input_ids=window[None], use_cache=True).logits[0, :-1].float()
-            losses.append(torch.nn.functional.cross_entropy(logits, window[1:].to(logits.device)).item())
-        return statistics.fmean(losses)
-
-    def _now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
+from exporters.runtime import Measured, Runner
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters import machine
-from exporters.benchmark import other_python
-from exporters.benchmark.latency import Measured, Runner, interleaved
-from exporters.benchmark.runtimes import RUNTIMES, Setting, versions_elsewhere
+from exporters.benchmark.latency import interleaved
 from exporters.benchmark.worker import started
 from exporters.export import export_model
+from exporters.format import FORMATS, metered, runtimes
+from exporters.runtime import Measured, Runner, Setting
 from exporters.writer import one_of, require
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import model_class, shape_of
@@ -31,8 +31,6 @@ from selfpruner_hub.plans.plan import ModelShape, widths_of
 from selfpruner_hub.plans.target import Target
 from selfpruner_hub.storage.cost_table import Point, keep_table, read_table
 
-LIBRARIES = {"torch": "torch", "onnx": "onnxruntime", "gguf": "xllamacpp", "vllm": "vllm"}
-"""Runtimes of targets, and the library whose version a table is for."""
 LAYER_WEIGHTS = 128_000_000
 """Largest number of weights in the layers of a model that is built to be measured: 512 MB in float32, far more than
 what the caches of a processor hold."""
@@ -59,7 +57,7 @@ class RuntimeMeter:
     Exports have the default dtype of their runtime, or float16 on a GPU.
 
     Args:
-        runtime: A key of `LIBRARIES`.
+        runtime: One of `exporters.format.metered()`.
         runs: Number of passes that are timed; None takes `RUNS`.
         python: Path of the Python of a runtime that has an environment of its own (`"vllm"`).
 
@@ -69,17 +67,18 @@ class RuntimeMeter:
     """
 
     def __init__(self, runtime: str, runs: int | None = None, *, python: str | Path | None = None) -> None:
-        if runtime in RUNTIMES and runtime not in LIBRARIES:
+        possible = metered()
+        if runtime in runtimes() and runtime not in possible:
             raise UserError(
-                f"A target cannot be measured in {runtime}.", f"Choose one of {', '.join(LIBRARIES)}, or give beta."
+                f"A target cannot be measured in {runtime}.", f"Choose one of {', '.join(possible)}, or give beta."
             )
-        self.name = one_of("runtime", runtime, tuple(LIBRARIES))
-        self._row, self._python = RUNTIMES[runtime], python
-        elsewhere = versions_elsewhere(runtime, python)
-        if not elsewhere and runtime != "torch":
-            require(LIBRARIES[runtime], runtime)
+        self.name = one_of("runtime", runtime, possible)
+        self._row, self._python = FORMATS[runtime], python
+        elsewhere = self._row.versions_elsewhere(python)
+        if not elsewhere:
+            require(self._row.library, self._row.extra)
         told = [f"{name} {number}" for name, number in sorted(elsewhere.items())]
-        self._version = ", ".join(told) if told else version(LIBRARIES[runtime])
+        self._version = ", ".join(told) if told else version(self._row.library)
         self._runs = RUNS if runs is None else runs
 
     def costs(
@@ -101,7 +100,7 @@ class RuntimeMeter:
         """
         shape = shape_of(model.config)
         if target.quantity == "kv_cache":
-            element = self._row.dtypes[self._dtype(model, self._device(model))][1]
+            element = self._row.dtypes()[self._dtype(model, self._device(model))][1]
             return Costs.linear(shape, 2 * shape.head_dim * element, 0.0, unit=target.unit)
         key = self._key(model, shape, target)
         table = read_table(key) or keep_table(key, self._measured(model, tokenizer, shape, target, report))
@@ -167,7 +166,7 @@ class RuntimeMeter:
         report: Report,
     ) -> list[Point]:
         """Export models and time them in turn; times are relative to those of the first, in the same turn."""
-        loads = max(1, self._runs // RUNS_OF_A_LOAD) if self._row.program is None else 1
+        loads = max(1, self._runs // RUNS_OF_A_LOAD) if self._row.elsewhere is None else 1
         total, done = len(makers) * (1 + loads * (1 + WARMUP) + self._runs), iter(range(10**9))
 
         def step() -> None:
@@ -224,13 +223,15 @@ class RuntimeMeter:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path, setting: Setting
     ) -> tuple[str, Setting]:
         """Save a model where the runtime loads it; return that place, and the settings for loading it."""
-        if self._row.options is not None:
-            export_model(model, tokenizer, self.name, directory, tolerance=math.inf, **self._row.options(setting))
+        if self._row.exported is not None:
+            to, options = self._row.export_format or self.name, self._row.exported(setting)
+            export_model(model, tokenizer, to, directory, tolerance=math.inf, **options)
             return str(directory), setting
         model.save_pretrained(directory)
-        if self._row.program is None:
+        if self._row.elsewhere is None:
             return str(directory), setting
-        name = other_python.staged(str(directory), model.config, {}, directory.with_name(f"{directory.name}-staged"))
+        place = directory.with_name(f"{directory.name}-staged")
+        name = self._row.elsewhere.staged(str(directory), model.config, {}, place)
         return name, replace(setting, python=str(self._python), staged=name != str(directory))
 
     def _runner(self, name: str, setting: Setting, processes: ExitStack) -> Runner:
@@ -246,9 +247,10 @@ class RuntimeMeter:
     def _dtype(self, model: PreTrainedModel, device: str) -> str:
         """Name of the dtype that the model has in the runtime."""
         own = str(model.dtype).removeprefix("torch.")
-        if self._row.options is None and own in self._row.dtypes:
+        dtypes = self._row.dtypes()
+        if self._row.exported is None and own in dtypes:
             return own
-        return "float16" if device.startswith("cuda") else next(iter(self._row.dtypes))
+        return "float16" if device.startswith("cuda") else next(iter(dtypes))
 
     def _key(self, model: PreTrainedModel, shape: ModelShape, target: Target) -> dict[str, object]:
         device = self._device(model)

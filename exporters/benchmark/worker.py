@@ -21,10 +21,9 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from exporters.benchmark import other_python
-from exporters.benchmark.latency import Measured, Runner
-from exporters.benchmark.runtimes import RUNTIMES, Setting
+from exporters.format import FORMATS, OtherPython, entry
 from exporters.machine import forget_peak, peak_memory
+from exporters.runtime import Measured, Runner, Setting
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UserError
 
 PAUSE = 0.01
@@ -94,7 +93,7 @@ def started(runtime: str, name: str, setting: Setting) -> Iterator[Worker]:
     """Start a process and load a model in it; the process ends when the context exits.
 
     Args:
-        runtime: Key of `RUNTIMES`.
+        runtime: Key of `FORMATS`, a runtime.
         name: Model, or directory of its export, as the runtime loads it.
         setting: Settings for loading it.
 
@@ -104,8 +103,8 @@ def started(runtime: str, name: str, setting: Setting) -> Iterator[Worker]:
     Raises:
         UserError: The model cannot be loaded.
     """
-    if (program := RUNTIMES[runtime].program) is not None:
-        command, environment = [setting.python, str(program)], other_python.environment()
+    if (elsewhere := FORMATS[runtime].elsewhere) is not None:
+        command, environment = [setting.python, str(elsewhere.program)], OtherPython.environment()
     else:
         command = [sys.executable, "-m", "exporters.benchmark.worker"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # this package, anywhere
@@ -117,7 +116,7 @@ def started(runtime: str, name: str, setting: Setting) -> Iterator[Worker]:
     ):
         try:
             worker = Worker(process, errors, name)
-            worker.ask({"runtime": runtime, "name": name, "setting": asdict(setting)})
+            worker.ask({"package": FORMATS.package(runtime), "name": name, "setting": asdict(setting)})
             yield worker
         finally:
             process.kill()  # it has nothing to clean up
@@ -151,7 +150,7 @@ class _Server:
         if "name" in request:
             setting = Setting(**request["setting"])
             torch.set_num_threads(setting.threads)
-            load = cast(Callable[[str, Setting], Runner], RUNTIMES[request["runtime"]].load)
+            load = cast(Callable[[str, Setting], Runner], entry(request["package"]).load)
             self.runner = load(request["name"], setting)
             self.device, self.loading = setting.device, peak_memory()
             forget_peak()

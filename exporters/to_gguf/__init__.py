@@ -1,5 +1,35 @@
 """Export to GGUF."""
 
-from exporters.to_gguf.writer import write
+from typing import TypedDict
 
-__all__ = ["write"]
+from exporters.format import DTYPE, Format, Option, later
+
+
+class Recorded(TypedDict):
+    """What is read of the options of an export."""
+
+    dtype: str
+    tokenizer_from: str | None
+
+
+FORMAT = Format(
+    "gguf",
+    title="llama.cpp",
+    library="xllamacpp",
+    extra="gguf",
+    libraries=("xllamacpp",),
+    write=later(f"{__name__}.writer", "write"),
+    options=(
+        DTYPE,
+        Option("tokenizer_from", "copy the tokenizer of this GGUF file", metavar="FILE"),
+        Option("imatrix", "text that tells which weights count: self, a path, …", metavar="DATA"),
+    ),
+    recorded=Recorded,
+    files=later(f"{__name__}.runner", "files"),
+    context=later(f"{__name__}.runner", "context"),
+    load=later(f"{__name__}.runner", "load"),
+    dtypes=later(f"{__name__}.runner", "dtypes"),
+    exported=lambda setting: {"dtype": setting.dtype},
+    batched=False,
+    metered=True,
+)

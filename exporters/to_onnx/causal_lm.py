@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedConfig
 
 from exporters.graph_causal_lm import GraphCausalLM
+from exporters.to_onnx import FORMAT
 from exporters.writer import one_line, require
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.models.loading import resolve_directory
-from selfpruner_hub.storage.export_record import read_export
 
 Provider = str | tuple[str, dict[str, Any]]
 """Execution provider of ONNX Runtime, with its options if there are any."""
@@ -73,7 +73,7 @@ class OnnxCausalLM(GraphCausalLM):
         """
         require("onnxruntime", "onnx")
         directory = resolve_directory(str(name), subfolder, **kwargs)
-        record = read_export(directory, "onnx")
+        record = FORMAT.read(directory)
         if record.has_hub_layout:
             raise SavedModelError(
                 f"{str(directory)!r} is for ONNX Runtime GenAI and Transformers.js (layout hub).",

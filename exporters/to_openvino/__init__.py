@@ -1,5 +1,27 @@
 """Export to OpenVINO."""
 
-from exporters.to_openvino.writer import write
+from typing import TypedDict
 
-__all__ = ["write"]
+from exporters.format import DTYPE, Format, later
+
+
+class Recorded(TypedDict):
+    """What is read of the options of an export."""
+
+    dtype: str
+
+
+FORMAT = Format(
+    "openvino",
+    title="OpenVINO",
+    library="openvino",
+    extra="openvino",
+    libraries=("openvino",),
+    write=later(f"{__name__}.writer", "write"),
+    options=(DTYPE,),
+    recorded=Recorded,
+    files=later(f"{__name__}.runner", "files"),
+    load=later(f"{__name__}.runner", "load"),
+    dtypes=lambda: {"float32": (4, 4), "float16": (2, 4)},
+    exported=lambda setting: {"dtype": setting.dtype},
+)

@@ -14,10 +14,10 @@ from transformers import AutoConfig, Cache, DynamicCache, GenerationConfig, PreT
 from transformers.cache_utils import DynamicLayer
 
 from exporters.graph_causal_lm import GraphCausalLM
+from exporters.to_openvino import FORMAT
 from exporters.writer import one_line, require
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.models.loading import resolve_directory
-from selfpruner_hub.storage.export_record import read_export
 
 GRAPH = "openvino_model.xml"
 EXTRA = "openvino"
@@ -118,7 +118,7 @@ class OpenVinoCausalLM(GraphCausalLM):
         """
         require("openvino", EXTRA)
         directory = resolve_directory(str(name), subfolder, **kwargs)
-        read_export(directory, "openvino")
+        FORMAT.read(directory)
         return cls.open(directory, device, threads, settings)
 
     @classmethod

@@ -1,5 +1,37 @@
 """Export to TensorRT."""
 
-from exporters.to_tensorrt.writer import write
+from typing import Literal, TypedDict
 
-__all__ = ["write"]
+from exporters.format import DTYPE, Format, Option, later
+
+
+class Recorded(TypedDict):
+    """What is read of the options of an export."""
+
+    dtype: Literal["float32", "float16", "bfloat16"]
+    context: int
+    library: str
+    compute_capability: str
+    sha256: str
+
+
+FORMAT = Format(
+    "tensorrt",
+    title="TensorRT",
+    libraries=("tensorrt",),
+    write=later(f"{__name__}.writer", "write"),
+    options=(
+        DTYPE,
+        Option("compute_capability", "of a GPU that is not here, such as 8.6", metavar="C"),
+        Option("batch", "most sequences at a time", int, "N"),
+        Option("context", "most tokens of a sequence", int, "N"),
+    ),
+    recorded=Recorded,
+    files=later(f"{__name__}.runner", "files"),
+    check=later(f"{__name__}.causal_lm", "check_fits"),
+    context=lambda record, config: record.options["context"],
+    load=later(f"{__name__}.runner", "load"),
+    dtypes=lambda: {"float16": (2, 2), "float32": (4, 4), "bfloat16": (2, 2)},
+    exported=lambda setting: {"dtype": setting.dtype, "batch": setting.batch, "context": setting.longest},
+    device="cuda",
+)

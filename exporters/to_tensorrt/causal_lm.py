@@ -12,13 +12,14 @@ from torch import Tensor
 from transformers import AutoConfig, Cache, GenerationConfig, PreTrainedConfig
 
 from exporters.graph_causal_lm import GraphCausalLM
+from exporters.to_tensorrt import FORMAT
 from exporters.to_tensorrt.cuda_graphs import FixedWindow, layer_names
 from exporters.to_tensorrt.engine import Engine
 from exporters.to_tensorrt.library import find_library, gpu_here
 from exporters.tracing import cache_of, states_of
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.models.loading import resolve_directory
-from selfpruner_hub.storage.export_record import ExportRecord, read_export
+from selfpruner_hub.storage.export_record import ExportRecord
 
 ENGINE = "model.engine"
 PREFILL, DECODE = 0, 1
@@ -71,7 +72,7 @@ class TensorRtCausalLM(GraphCausalLM):
             UserError: There is no NVIDIA GPU, or the library is missing.
         """
         directory = resolve_directory(str(name), subfolder, **kwargs)
-        record = read_export(directory, "tensorrt")
+        record = FORMAT.read(directory)
         serialised = read_engine(directory, record)
         check_fits(record)
         return cls.load(directory, record.options, serialised, graphs=graphs)

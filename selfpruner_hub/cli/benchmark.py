@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from selfpruner_hub.cli.options import device_map, path, quieten
+from exporters.format import runtimes
+from selfpruner_hub.cli.options import device_map, listed, path, quieten
 from selfpruner_hub.errors import UserError
 
 
@@ -17,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("directory", metavar="DIR", help="a pruned model, or an export of it for the runtime")
     parser.add_argument("--against", required=True, metavar="MODEL", help="its dense parent, or the parent's export")
-    parser.add_argument(
-        "--runtime", default="torch", help="torch, onnx, genai, tensorrt, openvino, gguf or vllm (default: %(default)s)"
-    )
+    parser.add_argument("--runtime", default="torch", help=f"{listed(runtimes())} (default: %(default)s)")
     parser.add_argument("--batch", metavar="N,…", help="prompts at a time (default: 1; vllm: 1,8,32)")
     parser.add_argument(
         "--prompt", metavar="N,…", help="tokens of a prompt (default: 128,512, or what of it the models can read)"
@@ -56,7 +55,7 @@ def run(options: argparse.Namespace) -> str:
     (new,), (runs,) = (_numbers(name, getattr(options, name), 1) for name in ("new", "runs"))
     threads = None if options.threads is None else _numbers("threads", options.threads, 1)[0]
 
-    from exporters.benchmark import benchmark
+    from exporters.benchmark import Passes, benchmark
     from selfpruner_hub.hub.card import save_metrics
     from selfpruner_hub.progress import Bars
     from selfpruner_hub.storage.model_record import read_record
@@ -67,22 +66,25 @@ def run(options: argparse.Namespace) -> str:
         check_writable(options.output.parent)
     if options.save:
         read_record(Path(options.directory))  # fails before the benchmark, which takes minutes
+    passes = Passes(
+        batches=batches,
+        prompts=prompts,
+        new_tokens=new,
+        runs=runs,
+        threads=threads,
+        dtype=options.dtype,
+        device=options.device,
+        python=options.python,
+        text=options.text,
+    )
     named = {"revision": options.revision, "gguf_file": options.gguf_file, "device_map": options.device_map}
     with Bars(not options.quiet) as progress:
         report = benchmark(
             options.directory,
             options.against,
             options.runtime,
-            batches=batches,
-            prompts=prompts,
-            new_tokens=new,
-            runs=runs,
-            threads=threads,
-            dtype=options.dtype,
-            device=options.device,
+            passes,
             exports=options.exports,
-            python=options.python,
-            text=options.text,
             loading={key: value for key, value in named.items() if value is not None},
             progress=progress,
         )

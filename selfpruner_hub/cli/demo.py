@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.benchmark.latency import CausalLMRunner, interleaved, timing
+from exporters.benchmark.latency import interleaved, timing
 from exporters.benchmark.meter import RuntimeMeter
+from exporters.runtime import CausalLMRunner
 from selfpruner_hub.errors import MissingExtraError, ModelError, SavedModelError, SelfPrunerError
 from selfpruner_hub.evaluation.chat import ChatMeasure
 from selfpruner_hub.evaluation.questions import replies

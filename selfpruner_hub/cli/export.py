@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from selfpruner_hub.cli.options import path, quieten
+from exporters.format import FORMATS, Option
+from selfpruner_hub.cli.options import listed, path, quieten
 from selfpruner_hub.errors import UserError
+from selfpruner_hub.storage.layout import EXPORTS
 
 if TYPE_CHECKING:
     from selfpruner_hub.storage.export_record import ExportRecord
-
-OPTIONS = ("dtype", "fusions", "compute_capability", "batch", "context", "width", "tokenizer_from", "imatrix", "layout")
-"""Names of the options of the formats; each format refuses those of the others."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: Parser of the verb.
     """
     parser.add_argument("model", metavar="MODEL_OR_DIR", help="a pruned model, or a dense one for comparison")
-    parser.add_argument("--to", required=True, metavar="FORMAT", help="onnx, tensorrt, openvino, gguf or padded")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=listed(EXPORTS))
     parser.add_argument("--output", required=True, type=path, metavar="DIR", help="where the export goes")
     parser.add_argument("--overwrite", action="store_true", help="replace a model in DIR that is no export")
     parser.add_argument(
@@ -33,15 +32,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument("--gguf-file", metavar="FILE", help="load the weights from this GGUF file of MODEL_OR_DIR")
     of = parser.add_argument_group("options of the formats")
-    of.add_argument("--dtype", help="of the weights, in the format's words: float32, float16, int8, q4_k_m, …")
-    of.add_argument("--fusions", help="onnx: operators of cpu, cuda, or none for a plain graph")
-    of.add_argument("--layout", help="onnx: transformers, or hub for ONNX Runtime GenAI and Transformers.js")
-    of.add_argument("--compute-capability", metavar="C", help="tensorrt: of a GPU that is not here, such as 8.6")
-    of.add_argument("--batch", type=int, metavar="N", help="tensorrt: most sequences at a time")
-    of.add_argument("--context", type=int, metavar="N", help="tensorrt: most tokens of a sequence")
-    of.add_argument("--width", help="padded: widest or dense")
-    of.add_argument("--tokenizer-from", metavar="FILE", help="gguf: copy the tokenizer of this GGUF file")
-    of.add_argument("--imatrix", metavar="DATA", help="gguf: text that tells which weights count: self, a path, …")
+    for option in _options():
+        flag = f"--{option.name.replace('_', '-')}"
+        of.add_argument(flag, type=option.type, metavar=option.metavar, help=option.help)
+
+
+def _options() -> list[Option]:
+    """Options of all formats; where only one format has an option, its help names that format."""
+    found: dict[str, list[tuple[str, Option]]] = {}
+    for name in EXPORTS:
+        for option in FORMATS[name].options:
+            found.setdefault(option.name, []).append((name, option))
+    return [
+        option if len(owners) > 1 else replace(option, help=f"{owner}: {option.help}")
+        for owners in found.values()
+        for owner, option in owners[:1]
+    ]
 
 
 def run(options: argparse.Namespace) -> str:
@@ -57,8 +63,6 @@ def run(options: argparse.Namespace) -> str:
         UserError: An option is wrong, or the model cannot be loaded.
         ExportError: The model cannot be exported, or what was written differs from it.
     """
-    from selfpruner_hub.storage.layout import EXPORTS
-
     if options.to not in EXPORTS:  # before torch is imported, which takes seconds
         raise UserError(f"Unknown format {options.to!r}.", f"Choose {', '.join(EXPORTS)}.")
 
@@ -77,7 +81,7 @@ def run(options: argparse.Namespace) -> str:
             loading=_given(loading),
             overwrite=options.overwrite,
             progress=progress,
-            **_given({name: getattr(options, name) for name in OPTIONS}),
+            **_given({option.name: getattr(options, option.name) for option in _options()}),
         )
     record = read_export(directory)
     if options.json:

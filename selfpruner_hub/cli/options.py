@@ -34,6 +34,12 @@ def device_map(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device-map", metavar="MAP", help="auto, balanced, …: let transformers place the weights")
 
 
+def listed(names: Collection[str]) -> str:
+    """Join names for a help text: a, b or c."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def number(text: str) -> Any:
     """Return a number, or the text itself, which the package then refuses with its own message."""
     try:

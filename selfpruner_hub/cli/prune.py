@@ -10,7 +10,8 @@ import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
-from selfpruner_hub.cli.options import from_pretrained, loading, number, path, quieten, settings_of
+from exporters.format import metered
+from selfpruner_hub.cli.options import from_pretrained, listed, loading, number, path, quieten, settings_of
 from selfpruner_hub.cli.recover import told
 from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.settings import PRESETS, SEARCH, Setting, check_minutes, check_seed, explained, resolve
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", metavar="NAME=VALUE",
         help="in place of it: speedup=1.5, latency=MS, memory=200MB or kv_cache=0.5 (or bytes a token) in the runtime",
     )  # fmt: skip
-    made.add_argument("--runtime", help="of the target: torch, onnx, gguf or vllm (default: torch)")
+    made.add_argument("--runtime", help=f"of the target: {listed(metered())} (default: torch)")
     made.add_argument("--python", type=Path, metavar="PATH", help="the Python of vLLM's environment (vllm only)")
     made.add_argument(
         "--request", metavar="P+N",
@@ -137,7 +138,7 @@ def run(options: argparse.Namespace) -> str:
     run_dir = options.run_dir or Path(f"{options.output.resolve()}.run")
     options.kept = f"What was scored is in {run_dir}: the same command again goes on from there."
 
-    from selfpruner_hub.exporting import meter_of
+    from selfpruner_hub.aim import meter_of
     from selfpruner_hub.pruner import AutoPruner
     from selfpruner_hub.search.journal import JOURNAL_FILE
 

@@ -56,7 +56,7 @@ def push(options: argparse.Namespace) -> tuple[str, str]:
     """
     from huggingface_hub.utils.tqdm import enable_progress_bars
 
-    from selfpruner_hub.exporting import make_exports
+    from selfpruner_hub.hub.exports import make_exports
     from selfpruner_hub.hub.publish import STATIC, check_request, publish
 
     quieten(options)

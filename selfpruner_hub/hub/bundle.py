@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -31,8 +30,6 @@ PATTERNS = (
 """Names of the files that publishing writes to a repository, beside the card, the plots and the exports. Other files of
 the directory are not uploaded, and other files of the repository are not changed."""
 ONNX = "onnx"
-EXPORT_OPTIONS: dict[str, dict[str, Any]] = {ONNX: {"layout": "hub"}}
-"""Options of the exports that publishing makes, by format."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 """Patterns of files that are also published, where the directory has them; they are never deleted from a repository."""
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.storage.layout import EXPORTS
-from selfpruner_hub.storage.versioned_json import fits, parse_versioned
+from selfpruner_hub.storage.versioned_json import parse_versioned
 
 EXPORT_RECORD_FILE = "selfpruner_export.json"
 """Name of the file; not `export.json`, since transformers' exporters write a manifest of that name."""
@@ -47,7 +47,7 @@ class ExportRecord:
 
 
 def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
-    """Read the record of an export, strictly.
+    """Read the record of an export, strictly; `exporters.format.Format.read` checks its options too.
 
     Args:
         directory: Directory of `selfpruner_export.json`.
@@ -67,14 +67,13 @@ def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
             f"{str(directory)!r} holds no export (no readable {EXPORT_RECORD_FILE}).",
             "Give a directory written by `selfpruner export`.",
         ) from error
-    values = parse_versioned(text, str(path), SCHEMA_VERSION, ExportRecord, _INNER)
+    inner = {"source": _Source, "format": Literal[tuple(EXPORTS)]}
+    values = parse_versioned(text, str(path), SCHEMA_VERSION, ExportRecord, inner)
     if expected is not None and values["format"] != expected:
         raise SavedModelError(
             f"{str(directory)!r} holds an export to {values['format']}, not to {expected}.",
             f"Export the model with --to {expected}.",
         )
-    if not fits(values["options"], _OPTIONS[values["format"]]):
-        raise SavedModelError(f"{path} is damaged: its options do not say how it was written.", "Export again.")
     return ExportRecord(**values)
 
 
@@ -86,36 +85,3 @@ class _Source(TypedDict):
     parameters: int
     weights: NotRequired[str | None]
     configuration: NotRequired[str]
-
-
-class _Hub(TypedDict):
-    layout: Literal["hub"]
-
-
-class _Onnx(TypedDict):
-    dtype: str
-    fusions: Literal["cpu", "cuda", "none"]
-
-
-class _Gguf(TypedDict):
-    dtype: str
-    tokenizer_from: str | None
-
-
-class _TensorRt(TypedDict):
-    dtype: Literal["float32", "float16", "bfloat16"]
-    context: int
-    library: str
-    compute_capability: str
-    sha256: str
-
-
-class _WithDtype(TypedDict):
-    dtype: str
-
-
-_OPTIONS: dict[str, Any] = {
-    "onnx": _Hub | _Onnx, "gguf": _Gguf, "tensorrt": _TensorRt, "openvino": _WithDtype, "padded": _WithDtype,
-}  # fmt: skip
-"""What is read of the options, by format."""
-_INNER = {"source": _Source, "format": Literal[EXPORTS]}

@@ -8,8 +8,15 @@ from pathlib import Path
 from selfpruner_hub.errors import SavedModelError
 
 PLOTS = "plots"
-EXPORTS = ("onnx", "tensorrt", "openvino", "gguf", "padded")
-"""Folders of a published model: plots of its search, and exports, each named after its format."""
+"""Folder of a published model with the plots of its search."""
+EXPORTS = {
+    "onnx": "exporters.to_onnx",
+    "tensorrt": "exporters.to_tensorrt",
+    "openvino": "exporters.to_openvino",
+    "gguf": "exporters.to_gguf",
+    "padded": "exporters.to_padded",
+}
+"""Formats of exports, which are folders of a published model, and the package of each: see `exporters.format`."""
 
 WEIGHTS = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",

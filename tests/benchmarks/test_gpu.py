@@ -217,8 +217,8 @@ def test_other_runtimes(bench, monkeypatch):
     """What is exported and timed, with `exporters`' own functions stubbed: their tests run them."""
     exported, timed = [], []
 
-    def timing(pruned, against, runtime, **how):
-        timed.append((pruned.name, against.name, runtime, how["batches"], how["device"]))
+    def timing(pruned, against, runtime, passes):
+        timed.append((pruned.name, against.name, runtime, passes.batches, passes.device))
         phase = Phase(*[Timing(1.0, 0.1, 2)] * 3, 1.4, 10.0, 14.0)
         return SimpleNamespace(cases=[Case(1, 12, 4, phase, phase)])
 

@@ -35,12 +35,12 @@ def run(saved_models, tmp_path, monkeypatch):
     """Run the script on tiny models; gives back what was measured. vLLM fails."""
     dense, measured = save_tiny("llama", tmp_path / "dense"), []
 
-    def benchmark(pruned, dense, runtime, **options):
+    def benchmark(pruned, dense, runtime, passes, **_):
         if runtime == "vllm":
-            assert "text" not in options  # benchmark refuses it for a runtime that gives no logits
+            assert passes.text is None  # benchmark refuses it for a runtime that gives no logits
             raise UserError("The environment has no vLLM.", "Install it.")
-        measured.append((pruned.name, dense.name, runtime, options["dtype"]))
-        return report(options["prompts"], options.get("text"))
+        measured.append((pruned.name, dense.name, runtime, passes.dtype))
+        return report(passes.prompts, passes.text)
 
     monkeypatch.setattr(serving, "benchmark", benchmark)
 
@@ -100,5 +100,5 @@ def test_a_runtime_that_is_unknown(run, capsys):
 
 def test_every_row_of_the_table_is_a_runtime():
     for runtime, dtype in serving.RUNS:
-        assert dtype in serving.RUNTIMES[runtime].dtypes
+        assert dtype in serving.FORMATS[runtime].dtypes()
         assert runtime in tables.RUNTIME_NAMES

@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -20,13 +21,14 @@ from support.tiny import save_tiny, tiny_model
 from support.trained import TEXT, VOCABULARY, trained_tokenizer
 
 from exporters import OnnxCausalLM
-from exporters.benchmark import benchmark
+from exporters.benchmark import Passes, benchmark
 from exporters.benchmark import compare as module
-from exporters.benchmark.latency import Measured, timing
+from exporters.benchmark.latency import timing
 from exporters.benchmark.report import Report
-from exporters.benchmark.runtimes import RUNTIMES, Setting
 from exporters.benchmark.worker import started
 from exporters.export import export
+from exporters.format import FORMATS, OtherPython
+from exporters.runtime import Measured, Setting
 from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import ModelError, SavedModelError, UserError
@@ -35,10 +37,12 @@ from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
+from selfpruner_hub.storage.layout import EXPORTS
 from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.heavy
 SMALL = ("--prompt", "16,40", "--batch", "1,2", "--new", "4", "--runs", "3", "--threads", "1", "--quiet")
+SHORT = Passes(prompts=(8,), new_tokens=1, runs=2)
 SETTING = Setting(threads=1, device="cpu", dtype="float32", longest=64)
 
 
@@ -156,7 +160,7 @@ def drifting(monkeypatch):
 
 def test_a_speed_up_is_that_of_neighbours(pair, drifting):
     """The machine slows down while the benchmark runs; the ratio of the two models stays what it is."""
-    (case,) = benchmark(pair[1], pair[0], prompts=(8,), new_tokens=2, runs=5).cases
+    (case,) = benchmark(pair[1], pair[0], passes=Passes(prompts=(8,), new_tokens=2, runs=5)).cases
     assert case.prefill.speedup == timing([1.5] * 5)
     assert case.decode.speedup == timing([1.5] * 5)
     assert drifting == [("torch", str(pair[0])), ("torch", str(pair[1]))]
@@ -164,7 +168,7 @@ def test_a_speed_up_is_that_of_neighbours(pair, drifting):
 
 def test_progress_goes_to_the_end(pair, drifting):
     seen = []
-    benchmark(pair[1], pair[0], prompts=(8,), new_tokens=1, runs=2, progress=lambda *at: seen.append(at))
+    benchmark(pair[1], pair[0], passes=SHORT, progress=lambda *at: seen.append(at))
     assert seen == [("batch 1, prompt 8", step, 8) for step in range(1, 9)]
 
 
@@ -187,7 +191,7 @@ def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
     for side in pair:
         shutil.copytree(side, tmp_path / side.name)
         (tmp_path / side.name / EXPORT_RECORD_FILE).touch()
-    benchmark(tmp_path / "pruned", tmp_path / "dense", "gguf", prompts=(8,), new_tokens=1, runs=2)
+    benchmark(tmp_path / "pruned", tmp_path / "dense", "gguf", SHORT)
     assert drifting == [("gguf", str(tmp_path / "dense")), ("gguf", str(tmp_path / "pruned"))]
 
 
@@ -256,7 +260,7 @@ def test_mistakes(arguments, says, pair, capsys):
 
 
 def test_prompts_are_those_that_the_models_can_read(pair, drifting):
-    (case,) = benchmark(pair[1], pair[0], new_tokens=2, runs=2).cases
+    (case,) = benchmark(pair[1], pair[0], passes=Passes(new_tokens=2, runs=2)).cases
     assert case.prompt == 126  # of 128 tokens
 
 
@@ -265,7 +269,7 @@ def test_without_a_gpu(pair, monkeypatch):
     with pytest.raises(UserError, match="tensorrt cannot run on cuda: PyTorch sees no NVIDIA GPU"):
         benchmark(pair[1], pair[0], "tensorrt")
     with pytest.raises(UserError, match="torch cannot run on cuda:1"):
-        benchmark(pair[1], pair[0], device="cuda:1")
+        benchmark(pair[1], pair[0], passes=Passes(device="cuda:1"))
 
 
 def test_foreign_input(pair, tmp_path, capsys):
@@ -286,7 +290,7 @@ def test_foreign_input(pair, tmp_path, capsys):
         assert err.count("\n") == 1
     export(pair[0], "padded", tmp_path / "padded")
     with pytest.raises(SavedModelError, match="export to padded, not to gguf"):
-        RUNTIMES["gguf"].load(str(tmp_path / "padded"), SETTING)
+        FORMATS["gguf"].load(str(tmp_path / "padded"), SETTING)
 
 
 @pytest.mark.usefixtures("forked_workers")
@@ -300,7 +304,9 @@ def sleeping(tmp_path, monkeypatch):
     """A runtime whose program answers that it has loaded a model, and then nothing."""
     program = tmp_path / "sleeping.py"
     program.write_text("import time\ninput()\nprint('{\"result\": null}', flush=True)\ntime.sleep(600)\n")
-    monkeypatch.setitem(RUNTIMES, "sleeping", replace(RUNTIMES["torch"], program=program))
+    entry = replace(FORMATS["torch"], elsewhere=OtherPython(program, dict, lambda name, *_: name))
+    monkeypatch.setitem(sys.modules, "sleeping", SimpleNamespace(FORMAT=entry))
+    monkeypatch.setitem(EXPORTS, "sleeping", "sleeping")
     return started("sleeping", "a model", replace(SETTING, python=sys.executable))
 
 
@@ -331,7 +337,8 @@ def test_a_worker_that_fails_says_how(pair):
 def test_on_a_gpu(runtime, pair):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    found = benchmark(pair[1], pair[0], runtime, prompts=(16,), batches=(2,), new_tokens=4, runs=2, device="cuda")
+    passes = Passes(prompts=(16,), batches=(2,), new_tokens=4, runs=2, device="cuda")
+    found = benchmark(pair[1], pair[0], runtime, passes)
     assert found.device == "cuda"
     assert found.machine["gpu"]
     assert found.cases[0].decode.pruned.median > 0

@@ -17,12 +17,13 @@ from support.shortened import shortened
 from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters import OnnxCausalLM
-from exporters.benchmark import benchmark
-from exporters.benchmark.runtimes import RUNTIMES, Setting
+from exporters.benchmark import Passes, benchmark
 from exporters.benchmark.worker import started
 from exporters.benchmark.workload import workload_of
 from exporters.export import export_model
+from exporters.format import FORMATS
 from exporters.parity import expected, logit_difference
+from exporters.runtime import Setting
 from exporters.to_onnx import hub_layout
 from exporters.to_onnx.causal_lm import default_options
 from exporters.to_onnx.matrix_bits import rounded
@@ -207,7 +208,7 @@ def test_genai_is_compared_by_the_widths_of_every_layer(model, saved_graphs, dir
     shutil.copytree(graphs, parent / "onnx")  # without the one in float32
     hub_layout.save_configurations(dense, parent)
     shutil.copy(graphs / EXPORT_RECORD_FILE, parent)
-    found = benchmark(directory, parent, "genai", prompts=(8,), new_tokens=2, runs=2, dtype="int8", threads=1)
+    found = benchmark(directory, parent, "genai", Passes(prompts=(8,), new_tokens=2, runs=2, dtype="int8", threads=1))
     works = [workload_of(each.config) for each in (dense, model)]
     assert [found.dense.workload, found.pruned.workload] == works
     assert found.cases[0].prefill.ideal > 1
@@ -219,10 +220,10 @@ def test_genai_reads_this_layout_alone(directory, tmp_path, monkeypatch):
     text = (directory / EXPORT_RECORD_FILE).read_text()
     (tmp_path / EXPORT_RECORD_FILE).write_text(text.replace('"layout": "hub"', '"layout": "transformers"'))
     with pytest.raises(SavedModelError, match="is not for GenAI. Export the model with --layout hub"):
-        RUNTIMES["genai"].load(str(tmp_path), setting)
+        FORMATS["genai"].load(str(tmp_path), setting)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     with pytest.raises(UserError, match="pip install onnxruntime-genai"):
-        RUNTIMES["genai"].load(str(directory), setting)
+        FORMATS["genai"].load(str(directory), setting)
 
 
 def in_transformers_js(dtype, directory):

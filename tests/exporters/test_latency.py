@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.tiny import tiny_model, tiny_pruned
 
-from exporters.benchmark.latency import CausalLMRunner, Measured, interleaved, timing
+from exporters.benchmark.latency import interleaved, timing
+from exporters.runtime import CausalLMRunner, Measured
 
 IDS = torch.arange(3, 23)[None]
 

@@ -12,8 +12,8 @@ from support.trained import VOCABULARY, trained_tokenizer
 from transformers import AutoConfig
 
 from exporters.benchmark import meter
-from exporters.benchmark.latency import Measured
 from exporters.benchmark.meter import RuntimeMeter
+from exporters.runtime import Measured
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.plans.target import target_of

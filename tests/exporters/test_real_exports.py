@@ -10,12 +10,12 @@ import pytest
 import torch
 from support.shortened import shortened
 
-from exporters.benchmark import benchmark
+from exporters.benchmark import Passes, benchmark
 from exporters.export import export, export_model
 from exporters.parity import expected, logit_difference
-from exporters.to_gguf import write
 from exporters.to_gguf.library import cross_entropy
 from exporters.to_gguf.llama_cpp import LlamaCpp
+from exporters.to_gguf.writer import write
 from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.storage.export_record import read_export
@@ -146,7 +146,7 @@ def test_llama_cpp_is_really_faster(real_dense, real_pruner, tmp_path):
     for model, output in ((real_dense, dense), (tmp_path / "model", pruned)):
         export(str(model), "gguf", output, dtype="f16", tolerance=math.inf)  # `test_gguf` compares
     threads = 1  # two would spin where other tests run beside
-    found = benchmark(pruned, dense, "gguf", prompts=(64,), new_tokens=8, runs=5, threads=threads)
+    found = benchmark(pruned, dense, "gguf", Passes(prompts=(64,), new_tokens=8, runs=5, threads=threads))
     (case,) = found.cases
     assert case.prefill.speedup.median > 1.1
     assert case.decode.speedup.median > 1.1

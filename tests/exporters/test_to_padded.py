@@ -12,7 +12,7 @@ from support.tiny import CONFIGS, save_tiny, tiny_model, tiny_pruned, tiny_token
 from transformers import AutoModelForCausalLM
 
 from exporters.export import export, export_model
-from exporters.to_padded import REMARK, padded_model
+from exporters.to_padded.writer import REMARK, padded_model
 from selfpruner_hub.errors import ExportError, UserError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.weights import is_tied

@@ -17,9 +17,9 @@ from support.tiny import tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 from transformers import GenerationConfig
 
-from exporters import verify as verify_module
 from exporters.export import export_model
 from exporters.to_gguf.dtypes import DTYPES
+from exporters.to_tensorrt import causal_lm
 from selfpruner_hub.cli import main
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
@@ -329,8 +329,8 @@ def test_tensorrt_is_compared(exported, verified, home, tmp_path, monkeypatch):
     """With PyTorch in the place of an engine: the padded twin, in an engine's context."""
     directory = as_format(exported("padded"), "tensorrt", tmp_path / "trt", context=32)
     twin = load_model(str(exported("padded")), device="cpu", dtype=torch.float32)[0]
-    monkeypatch.setattr(verify_module, "check_fits", lambda record: None)
-    monkeypatch.setattr(verify_module.TensorRtCausalLM, "from_pretrained", lambda directory: twin)
+    monkeypatch.setattr(causal_lm, "check_fits", lambda record: None)
+    monkeypatch.setattr(causal_lm.TensorRtCausalLM, "from_pretrained", lambda directory: twin)
     status, told = verified(directory, "--model", home / "tiny")
     assert (status, told["files"][0]["file"], told["files"][0]["differs_at"]) == (0, "model.engine", None)
     status, told = verified(directory, "--model", home / "tiny", "--new-tokens", 30)

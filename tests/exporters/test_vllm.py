@@ -21,11 +21,12 @@ import torch
 from support.tiny import save_tiny, tiny_model, tiny_pruned, tiny_tokenizer
 from transformers import AutoConfig
 
-from exporters.benchmark import benchmark
+from exporters.benchmark import Passes, benchmark
 from exporters.benchmark.meter import RuntimeMeter
-from exporters.benchmark.other_python import environment, staged
-from exporters.benchmark.runtimes import Setting
-from exporters.benchmark.vllm_worker import Vllm
+from exporters.format import OtherPython
+from exporters.runtime import Setting
+from exporters.vllm.other_python import staged
+from exporters.vllm.runner import Vllm
 from selfpruner_hub.cli import main
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.plans.target import target_of
@@ -103,7 +104,7 @@ def fake_python(tmp_path_factory):
 @pytest.mark.heavy
 def test_passes_are_timed_step_by_step(pair, fake_python):
     """Prefill lasts until every prompt has a token; vLLM writes on others meanwhile."""
-    report = benchmark(pair[1], pair[0], "vllm", prompts=(8,), new_tokens=4, runs=2, python=fake_python)
+    report = benchmark(pair[1], pair[0], "vllm", Passes(prompts=(8,), new_tokens=4, runs=2, python=fake_python))
     assert [case.batch for case in report.cases] == [1, 8, 32]
     for case in report.cases:
         assert case.prefill.dense.median == pytest.approx(20 * case.batch)
@@ -215,7 +216,7 @@ def served(python, directory, log):
     with log.open("w") as output:
         process = subprocess.Popen(
             [python, "-m", "vllm.entrypoints.openai.api_server", "--model", directory, *words],
-            env={**environment(), **own}, stdout=output, stderr=output, start_new_session=True,
+            env={**OtherPython.environment(), **own}, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
         try:
             while True:
@@ -269,7 +270,7 @@ def test_the_benchmark_times_vllm(vllm_python, tmp_path):
     )
     report = benchmark(
         tmp_path / "pruned", tmp_path / "dense", "vllm",
-        batches=(1, 4), prompts=(16,), new_tokens=4, runs=2, python=vllm_python,
+        Passes(batches=(1, 4), prompts=(16,), new_tokens=4, runs=2, python=vllm_python),
     )  # fmt: skip
     assert {"torch", "transformers"} < set(report.versions)
     for case in report.cases:

@@ -11,8 +11,8 @@ import yaml
 from support.hub_server import check_yaml
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.exporting import make_exports
 from selfpruner_hub.hub.bundle import collect
+from selfpruner_hub.hub.exports import make_exports
 from selfpruner_hub.hub.publish import publish
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.models.weights import identity_of

@@ -22,8 +22,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from exporters.benchmark import benchmark, compare
-from exporters.benchmark.runtimes import RUNTIMES
+from exporters.benchmark import Passes, benchmark, compare
+from exporters.format import FORMATS
 from selfpruner_hub.models.loading import load_config, load_model
 from selfpruner_hub.storage.offload import DiskStore
 
@@ -82,11 +82,11 @@ def test_it_is_timed_beside_its_pruned_text_model(wrapper, tmp_path, monkeypatch
 
     @contextmanager
     def here(runtime, name, setting):
-        yield SimpleNamespace(measure=RUNTIMES[runtime].load(name, setting).measure, memory=dict)
+        yield SimpleNamespace(measure=FORMATS[runtime].load(name, setting).measure, memory=dict)
 
     monkeypatch.setattr(compare, "started", here)
     uneven(load_model(str(wrapper[2]))[0]).save_pretrained(tmp_path)
-    (case,) = benchmark(tmp_path, wrapper[2], prompts=(8,), new_tokens=1, runs=2, threads=1).cases
+    (case,) = benchmark(tmp_path, wrapper[2], passes=Passes(prompts=(8,), new_tokens=1, runs=2, threads=1)).cases
     assert case.prefill.ideal > 1
 
 

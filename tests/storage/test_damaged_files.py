@@ -9,6 +9,7 @@ from support.chat import assistant, chat_tokenizer, user
 from support.damaged import told_clearly
 from support.exports import OPTIONS, export_record
 
+from exporters.format import FORMATS
 from selfpruner_hub.calibration.chat_template import conversation
 from selfpruner_hub.calibration.text_sources import entries
 from selfpruner_hub.hub.card import render_card, render_onnx_card
@@ -49,7 +50,7 @@ def reader_of_exports(folder):
     def read(value):
         folder.mkdir(exist_ok=True)
         (folder / EXPORT_RECORD_FILE).write_text(json.dumps(value))
-        record = read_export(folder)
+        record = FORMATS[read_export(folder).format].read(folder)
         assert record.has_hub_layout in (True, False)
         assert record.source["name"] or record.options["dtype"] or True
 

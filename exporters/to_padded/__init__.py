@@ -1,0 +1,21 @@
+"""Export to a zero-padded model of the stock architecture."""
+
+from typing import TypedDict
+
+from exporters.format import DTYPE, Format, Option, later
+
+
+class Recorded(TypedDict):
+    """What is read of the options of an export."""
+
+    dtype: str
+
+
+FORMAT = Format(
+    "padded",
+    title="stock transformers",
+    write=later(f"{__name__}.writer", "write"),
+    options=(Option("width", "widest or dense"), DTYPE),
+    recorded=Recorded,
+    files=later(f"{__name__}.runner", "files"),
+)
