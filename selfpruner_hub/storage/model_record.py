@@ -57,10 +57,11 @@ class Record:
     `measured` in its terms; and `training`, where the weights were trained after pruning: how, in a line."""
     seed: int
     proposer: dict[str, Any]
-    """The proposer and its search: name, evaluations, origin of the best plan, counts of replies, tokens. `gains`:
-    fitness of the best seed plan and of the best plan, on `search_text`, the fitness text, and on `unseen_text`, which
-    neither calibration, nor repairs, nor search have read. Older records call the first `selected_on`; instead of the
-    second they have `elsewhere`, measured on the calibration text, to which the repairs were fitted."""
+    """The proposer and its search: name, options of a language model, evaluations, origin of the best plan, counts of
+    replies, tokens. `gains`: fitness of the best seed plan and of the best plan, on `search_text`, the fitness text,
+    and on `unseen_text`, which neither calibration, nor repairs, nor search have read. Older records call the first
+    `selected_on`; instead of the second they have `elsewhere`, measured on the calibration text, to which the repairs
+    were fitted."""
     data: dict[str, dict[str, Any]]
     """Texts of the run, `calibration`, `fitness` and, where the gain was measured on it, `unseen`: name, tokens, window
     and hash of each; and `chat_template`, where it writes the date: the `date` that it was given."""
@@ -151,13 +152,17 @@ class _Target(TypedDict):
     why: NotRequired[str]
 
 
+class _Schedule(TypedDict):
+    evaluations: float
+
+
 class _Method(TypedDict):
     """What is read of the settings."""
 
     fitness: str
     importance: str
-    repair: bool
-    evaluations: NotRequired[float]
+    repair: str
+    schedule: NotRequired[_Schedule]
     training: NotRequired[str]
     target: NotRequired[_Target]
 
