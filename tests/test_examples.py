@@ -29,9 +29,7 @@ SMALL = {
     "fisher_tokens": 256,
     "fitness_tokens": 256,
     "evaluations": 2,
-    "population": 2,
-    "crossover": 1,
-    "mutation": 1,
+    "schedule": {"population": 2, "crossover": 1, "mutation": 1},
 }
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
@@ -114,6 +112,7 @@ def test_endpoint_proposer(run, model, monkeypatch):
     assert f"{100 * len(server.bodies)} tokens were read and written." in said
     report = PrunedModel.from_pretrained("pruned-by-endpoint").report
     assert report.proposer["name"] == "m behind an OpenAI-compatible endpoint"
+    assert report.proposer["options"] == {"temperature": 1.0, "request_limit": 200, "token_limit": 1_000_000}
 
 
 def test_custom_proposer(run, model):

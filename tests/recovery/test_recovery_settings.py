@@ -13,8 +13,8 @@ from selfpruner_hub.recovery.settings import Budget, RecoverySettings, resolve
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"speed": 1}, "Unknown setting speed of recovery"),
-        ({"method": "prompt"}, "Choose one of: auto, full, lora"),
+        ({"speed": 1}, "Unknown recovery setting speed. Known: method, rank"),
+        ({"method": "prompt"}, "Choose from: auto, full, lora"),
         ({"rank": 0}, "rank must be a whole number from 1"),
         ({"rank": 2.5}, "rank must be a whole number"),
         ({"passes": True}, "passes must be a whole number"),
