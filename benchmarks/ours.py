@@ -30,10 +30,10 @@ from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.loop import Problem, search
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import LanguageModelOptions, PruneSettings, SearchSchedule
 
 WINDOW, CALIBRATION, FITNESS = 512, 32_768, 8_192
-SETTINGS = PruneSettings(evaluations=16, patience=0, population=4)
+SCHEDULE = SearchSchedule(evaluations=16, patience=0, population=4)
 
 
 def texts(pruner: AutoPruner, search_text: str, *others: int) -> list[Tensor]:
@@ -133,14 +133,14 @@ class Ours:
         return SecondRepairScore(Fitness(self._slicer, self._fitness_text, metric), self.curves, remains)
 
     def _starts(self, budget: ParameterBudget, fitness: SecondRepairScore) -> dict[str, Rates]:
-        return seeds(budget, self.curves, partial(fitness.loss, share=SETTINGS.first_share))
+        return seeds(budget, self.curves, partial(fitness.loss, share=SCHEDULE.first_share))
 
     def _searched(
         self, budget: ParameterBudget, name: str, fitness: SecondRepairScore, starts: dict[str, Rates]
     ) -> Plan:
-        asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME, SETTINGS)
+        asked = ModelProposer(self._model, self._pruner.tokenizer, budget, NAME, LanguageModelOptions())
         journal = Journal(self._work / f"search-{budget.beta}-{name}", {"beta": budget.beta, "fitness": name})
-        found = search(asked, Problem(budget, starts, fitness, fitness.measure_steps), journal, SETTINGS)
+        found = search(asked, Problem(budget, starts, fitness, fitness.measure_steps), journal, SCHEDULE)
         return found.best.plan
 
     def once(self, beta: float, how: str) -> tuple[float, PreTrainedModel]:

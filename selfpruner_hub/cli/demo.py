@@ -37,7 +37,7 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SETTINGS: dict[str, Any] = {"preset": "draft", "data": "chat", "fitness_tokens": 1024}
 """Settings for two minutes on two cores: the quickest preset, on text that the model writes."""
-SEARCH: dict[str, Any] = {"evaluations": 4, "crossover": 2, "mutation": 2}
+SEARCH: dict[str, Any] = {"evaluations": 4, "schedule": {"crossover": 2, "mutation": 2}}
 CONVERSATIONS = 8
 """Number of conversations that the dense model writes with another random seed: neither calibration nor search has read
 them."""
