@@ -153,7 +153,7 @@ class _Target(TypedDict):
 
 
 class _Schedule(TypedDict):
-    evaluations: float
+    evaluations: float | None
 
 
 class _Method(TypedDict):
@@ -162,7 +162,7 @@ class _Method(TypedDict):
     fitness: str
     importance: str
     repair: str
-    schedule: NotRequired[_Schedule]
+    schedule: _Schedule
     training: NotRequired[str]
     target: NotRequired[_Target]
 

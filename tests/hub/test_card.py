@@ -23,7 +23,7 @@ RECORD = Record(
     rates=(0.123, 0.456, 0.35),
     widths={"intermediate_size": [421, 261, 312], "num_key_value_heads": [14, 13, 12]},
     parameters={"dense": 1234567, "pruned": 876543},
-    method={"importance": "wanda-sp", "repair": "full", "fitness": "kl"},
+    method={"importance": "wanda-sp", "repair": "full", "fitness": "kl", "schedule": {"evaluations": 48}},
     seed=77,
     proposer={
         "name": "evolution",
