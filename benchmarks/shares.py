@@ -42,9 +42,10 @@ def main(words: Sequence[str] | None = None) -> None:
     for preset, shares, tokens in RUNS:
         name = ":".join(map(str, shares))
         if not rows.have(preset=preset, shares=name):
-            others = {size: getattr(PRESETS[preset], size) for size in TEXT_SIZES}
-            changes = {**others, "calibration_tokens": tokens, "shares": list(shares)}
-            more = ["--preset", preset, *(word for item in changes.items() for word in ("--set", "{}={}".format(*item)))]
+            sizes = {size: getattr(PRESETS[preset], size) for size in TEXT_SIZES}
+            changes = {**sizes, "calibration_tokens": tokens, "shares": list(shares)}
+            more = ["--preset", preset]
+            more += [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
             output = work / f"{preset}-{name.replace(':', '-')}"
             found = pruned(dense, BETA, DATA + options.search_text, output, measured, more)
             rows.keep({"preset": preset, "shares": name, "tokens": tokens, **found})
