@@ -17,7 +17,7 @@ from typing import Any
 from columns import PERPLEXITIES, RUNTIME_NAMES, UNKNOWN, figure, markdown, of_benchmark, protocol, share, shown
 
 from selfpruner_hub.recovery.settings import RecoverySettings
-from selfpruner_hub.settings import PRESETS, EndpointOptions, described, explained
+from selfpruner_hub.settings import PRESETS, EndpointOptions, described_fields, explained
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
@@ -159,7 +159,8 @@ def settings_table(schedule: bool = False) -> str:
 def described_table(cls: type, column: str = "setting") -> str:
     """Every field of a dataclass of settings: its name, its default and its meaning."""
     rows = [
-        [f"`{each.name}`", f"`{json.dumps(each.default)}`", each.meaning.replace("|", "\\|")] for each in described(cls)
+        [f"`{each.name}`", f"`{json.dumps(each.default)}`", each.meaning.replace("|", "\\|")]
+        for each in described_fields(cls)
     ]
     return markdown([column, "default", "meaning"], rows)
 

@@ -19,7 +19,7 @@ from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.weights import changed, identity_of, sampled
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import changed_in_place, check_parent, trained
-from selfpruner_hub.recovery.settings import Budget, resolve
+from selfpruner_hub.recovery.settings import Budget, resolve_recovery
 from selfpruner_hub.settings import check_seed
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.model_record import Record
@@ -93,7 +93,7 @@ class Retraining:
         """
         from selfpruner_hub.recovery.recover import Pair, recover  # Trainer takes a second to import
 
-        started, settings, budget = time.monotonic(), resolve(**changes), Budget(minutes, tokens)
+        started, settings, budget = time.monotonic(), resolve_recovery(**changes), Budget(minutes, tokens)
         check_seed(seed)
         check_parent(self.report, identity_of(dense), "dense")
         self._notice_training()

@@ -16,7 +16,7 @@ from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.settings import (
     PRESETS,
     SEARCH,
-    Setting,
+    DescribedSetting,
     check_minutes,
     check_seed,
     explained,
@@ -249,7 +249,7 @@ def list_settings(options: argparse.Namespace) -> str:
     return "\n".join([first, *(_told(setting, width) for setting in settings)])
 
 
-def _told(setting: Setting, width: int) -> str:
+def _told(setting: DescribedSetting, width: int) -> str:
     value = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)
     meaning = textwrap.fill(setting.meaning, width, initial_indent="    ", subsequent_indent="    ")
     return f"\n{setting.name}={value}\n{meaning}"

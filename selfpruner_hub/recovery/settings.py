@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.settings.fields import Rules, changed
+from selfpruner_hub.settings.fields import Rules, with_changes
 
 REFERENCE_RATE, REFERENCE_SIZE = 2e-4, 1.35e8
 """Learning rate that was measured, and the number of parameters of the model that it was measured on."""
@@ -87,7 +87,7 @@ class Budget:
             raise UserError(f"{name} of recovery must be a number above 0; got {value!r}.")
 
 
-_RULES = Rules(
+_RECOVERY_RULES = Rules(
     ranges={
         "rank": (1, 4096),
         "learning_rate": (0, 1e3),
@@ -106,7 +106,7 @@ _RULES = Rules(
 )
 
 
-def resolve(**changes: Any) -> RecoverySettings:
+def resolve_recovery(**changes: Any) -> RecoverySettings:
     """Take the default settings and change some of them.
 
     Args:
@@ -118,4 +118,4 @@ def resolve(**changes: Any) -> RecoverySettings:
     Raises:
         UserError: A setting is unknown, or a value is out of its range.
     """
-    return changed(RecoverySettings(), changes, _RULES)
+    return with_changes(RecoverySettings(), changes, _RECOVERY_RULES)

@@ -1,6 +1,6 @@
 """Settings of pruning: what they are, the presets, and how they are checked."""
 
-from selfpruner_hub.settings.fields import Setting, described
+from selfpruner_hub.settings.fields import DescribedSetting, described_fields
 from selfpruner_hub.settings.presets import (
     CHOICES,
     FORMER,
@@ -25,10 +25,10 @@ __all__ = [
     "LanguageModelOptions",
     "PruneSettings",
     "SearchSchedule",
-    "Setting",
+    "DescribedSetting",
     "check_minutes",
     "check_seed",
-    "described",
+    "described_fields",
     "explained",
     "proposer_options",
     "resolve",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="DataclassInstance")
 
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+_KINDS_OF_VALUES: dict[str, tuple[tuple[type, ...], str]] = {
     "str": ((str,), "a name"),
     "bool": ((bool,), "true or false"),
     "int": ((int,), "a whole number"),
@@ -45,7 +45,7 @@ class Rules(NamedTuple):
     """Text before the name of a field in errors."""
 
 
-def changed(settings: S, changes: Mapping[str, Any], rules: Rules) -> S:
+def with_changes(settings: S, changes: Mapping[str, Any], rules: Rules) -> S:
     """Change some settings and check all of them.
 
     Args:
@@ -67,30 +67,30 @@ def changed(settings: S, changes: Mapping[str, Any], rules: Rules) -> S:
             " ".join(now) or f"Known: {', '.join(rules.prefix + name for name in known)}.",
         )
     values = {
-        name: changed(getattr(settings, name), value, rules.parts[name])
+        name: with_changes(getattr(settings, name), value, rules.parts[name])
         if name in rules.parts and isinstance(value, Mapping)
         else value
         for name, value in changes.items()
     }
     made = replace(settings, **values)
-    _check(made, rules)
+    _check_fields(made, rules)
     return made
 
 
-def _check(settings: DataclassInstance, rules: Rules) -> None:
+def _check_fields(settings: DataclassInstance, rules: Rules) -> None:
     for f in fields(settings):
         name, value = f"{rules.prefix}{f.name}", getattr(settings, f.name)
         if f.name in rules.parts:
             kind: Any = type(f.default)
             if not isinstance(value, kind):
                 raise UserError(f"{name} must be a {kind.__name__} or a mapping of its fields; got {value!r}.")
-            _check(value, rules.parts[f.name])
+            _check_fields(value, rules.parts[f.name])
             continue
-        types, called = _KINDS[str(f.type)]
+        types, called = _KINDS_OF_VALUES[str(f.type)]
         limits, known = rules.ranges.get(f.name), rules.choices.get(f.name, ())
         remedy = f"Choose from: {', '.join(known)}." if known else ""
         fits = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
-        if not fits or (limits and value is not None and not _within(value, *limits)):
+        if not fits or (limits and value is not None and not _in_range(value, *limits)):
             limited = f" from {limits[0]:g} to {limits[1]:g}" if limits else ""
             raise UserError(f"{name} must be {called}{limited}; got {value!r}.", remedy)
         words = [value] if isinstance(value, str) else value
@@ -98,7 +98,7 @@ def _check(settings: DataclassInstance, rules: Rules) -> None:
             raise UserError(f"Unknown {name} {value!r}.", remedy)
 
 
-def _within(value: Any, low: float, high: float) -> bool:
+def _in_range(value: Any, low: float, high: float) -> bool:
     numbers = list(value) if isinstance(value, (list, tuple)) else [value]
     return bool(numbers) and all(
         isinstance(number, (int, float)) and not isinstance(number, bool) and low <= number <= high
@@ -107,7 +107,7 @@ def _within(value: Any, low: float, high: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Setting:
+class DescribedSetting:
     """A field of a dataclass of settings, as users are told of it."""
 
     name: str
@@ -120,7 +120,9 @@ class Setting:
     """Its docstring, in one line."""
 
 
-def described(cls: type[DataclassInstance], values: Mapping[str, Any] | None = None, prefix: str = "") -> list[Setting]:
+def described_fields(
+    cls: type[DataclassInstance], values: Mapping[str, Any] | None = None, prefix: str = ""
+) -> list[DescribedSetting]:
     """List the fields of a dataclass of settings with their meaning, which is read from its source.
 
     Args:
@@ -133,13 +135,13 @@ def described(cls: type[DataclassInstance], values: Mapping[str, Any] | None = N
     """
     meanings = {name: text for base in reversed(cls.__mro__) if is_dataclass(base) for name, text in _meanings(base)}
     given = asdict(cls()) if values is None else values
-    found: list[Setting] = []
+    found: list[DescribedSetting] = []
     for f in fields(cls):
         name, value = f"{prefix}{f.name}", given[f.name]
         if is_dataclass(f.default) and not isinstance(f.default, type):
-            found += described(type(f.default), value, f"{name}.")
+            found += described_fields(type(f.default), value, f"{name}.")
         else:
-            found.append(Setting(name, _KINDS[str(f.type)][1], value, meanings.get(f.name, "")))
+            found.append(DescribedSetting(name, _KINDS_OF_VALUES[str(f.type)][1], value, meanings.get(f.name, "")))
     return found
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.settings.fields import Rules, Setting, changed, described
+from selfpruner_hub.settings.fields import DescribedSetting, Rules, described_fields, with_changes
 from selfpruner_hub.settings.prune import EndpointOptions, LanguageModelOptions, PruneSettings, SearchSchedule
 
 FOLLOWING = ("fisher_tokens", "fitness_tokens")
@@ -77,7 +77,7 @@ FORMER = {
     },
 }
 """Names of settings before the first release, and what took their place."""
-_RULES = Rules(
+_PRUNE_RULES = Rules(
     ranges={
         "window": (2, 1 << 20),
         **dict.fromkeys(TEXT_SIZES, (1, 1 << 40)),
@@ -103,7 +103,7 @@ _OPTION_RULES = Rules(
 )
 
 
-def explained(preset: str = "default") -> list[Setting]:
+def explained(preset: str = "default") -> list[DescribedSetting]:
     """List all settings of `prune`.
 
     Args:
@@ -115,7 +115,7 @@ def explained(preset: str = "default") -> list[Setting]:
     Raises:
         UserError: The preset is unknown.
     """
-    return described(PruneSettings, _of_preset(preset).record())
+    return described_fields(PruneSettings, _of_preset(preset).record())
 
 
 def _of_preset(preset: str) -> PruneSettings:
@@ -141,12 +141,12 @@ def resolve(preset: str | None, *, evaluations: float | None = None, **changes: 
     """
     base = _of_preset("default" if preset is None else preset)
     changes = {name: value for name, value in changes.items() if value is not None}
-    settings = changed(base, changes, _RULES)
+    settings = with_changes(base, changes, _PRUNE_RULES)
     if evaluations is not None:
         given = changes.get("schedule", {})
         if (given.get("evaluations") if isinstance(given, Mapping) else given.evaluations) is not None:
             raise UserError("evaluations and schedule.evaluations are both given.", "Leave out one of them.")
-        settings = changed(settings, {"schedule": {"evaluations": evaluations}}, _RULES)
+        settings = with_changes(settings, {"schedule": {"evaluations": evaluations}}, _PRUNE_RULES)
     schedule = settings.schedule
     if schedule.evaluations != 0 and not schedule.crossover + schedule.mutation:
         raise UserError("A search needs crossover or mutation children.", "Set one above 0, or evaluations to 0.")
@@ -173,7 +173,7 @@ def proposer_options(proposer: object, options: Mapping[str, Any] | None) -> Lan
     if not isinstance(options, Mapping | None):
         raise UserError(f"proposer_options must be a mapping of names to values; got {options!r}.")
     kind = EndpointOptions if isinstance(proposer, str) and "://" in proposer else LanguageModelOptions
-    return changed(kind(), options or {}, _OPTION_RULES)
+    return with_changes(kind(), options or {}, _OPTION_RULES)
 
 
 def check_minutes(minutes: Any, recover: Any, given: Collection[str]) -> None:

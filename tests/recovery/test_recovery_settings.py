@@ -7,7 +7,7 @@ import re
 import pytest
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.recovery.settings import Budget, RecoverySettings, resolve
+from selfpruner_hub.recovery.settings import Budget, RecoverySettings, resolve_recovery
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from selfpruner_hub.recovery.settings import Budget, RecoverySettings, resolve
 )
 def test_what_is_wrong_is_said(changes, told):
     with pytest.raises(UserError, match=re.escape(told)):
-        resolve(**changes)
+        resolve_recovery(**changes)
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,4 @@ def test_larger_models_get_lower_rates():
     assert settings.rate(30_000_000, lora=False) == settings.rate(135_000_000, lora=False) == 2e-4
     assert settings.rate(8_000_000_000, lora=False) == pytest.approx(2.6e-5, rel=0.01)
     assert settings.rate(8_000_000_000, lora=True) == pytest.approx(2.6e-4, rel=0.01)
-    assert resolve(learning_rate=1e-3).rate(8_000_000_000, lora=True) == 1e-3
+    assert resolve_recovery(learning_rate=1e-3).rate(8_000_000_000, lora=True) == 1e-3
