@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """Small defaults, a text in place of WikiText-2, and a directory for what examples write."""
-    monkeypatch.setitem(settings.PRESETS, "default", replace(settings.PruneSettings(), **SMALL))
+    monkeypatch.setitem(settings.PRESETS, "default", settings.resolve(None, **SMALL))
     monkeypatch.setattr(text_sources, "_hub_texts", lambda source, split: cycle(TEXT))
     monkeypatch.chdir(tmp_path)
 

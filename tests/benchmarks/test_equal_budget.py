@@ -131,7 +131,7 @@ def test_every_method_can_be_made(pruner, tmp_path):
 def test_rows_are_paired_with_the_control(pruner, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(equal_budget, "load_embedded", lambda: pruner)
     monkeypatch.setattr(equal_budget, "PAPER", SMALL)
-    monkeypatch.setattr(equal_budget, "SETTINGS", SHORT)
+    monkeypatch.setattr(equal_budget, "SCHEDULE", SHORT)
     monkeypatch.setattr(equal_budget, "WINDOWS", 3)
     texts = [tmp_path / name for name in ("search.txt", "unseen.txt")]
     for seed, path in enumerate(texts):
