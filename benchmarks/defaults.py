@@ -105,7 +105,7 @@ def pruned(
         **json.loads(timed.read_text()),
         "achieved_beta": round(record.achieved_beta, 4),
         "logit_scale": record.metrics["search_logit_scale"].value,
-        **({"search": record.proposer["gains"]} if record.method["evaluations"] else {}),
+        **({"search": record.proposer["gains"]} if record.method["schedule"]["evaluations"] else {}),
     }
     model, _ = load_model(str(output), dtype="auto")
     return {"beta": beta, **found, **measured(model)}

@@ -43,10 +43,10 @@ from selfpruner_hub.search.proposers import (
     RandomProposer,
     random_rates,
 )
-from selfpruner_hub.settings import PRESETS
+from selfpruner_hub.settings import PRESETS, EndpointOptions, LanguageModelOptions
 
 PAPER = PRESETS["paper"]
-SETTINGS = replace(PAPER, population=0)
+SCHEDULE = replace(PAPER.schedule, population=0)
 """The starting population takes the place of the first proposals."""
 CONTROLS = {"cmaes+self": "cmaes"}
 """Method that another is compared with, window by window; the others are compared with evolution."""
@@ -59,25 +59,25 @@ def proposers(
     """Functions that make each proposer; `endpoint`: URL and model; `directory` is for prompts of their own."""
 
     def own(templates: Path | None = None) -> Proposer:
-        settings = replace(SETTINGS, templates=str(templates or ""))
-        return ModelProposer(pruner.model, pruner.tokenizer, budget, NAME, settings)
+        options = LanguageModelOptions(templates=str(templates or ""))
+        return ModelProposer(pruner.model, pruner.tokenizer, budget, NAME, options)
 
     found: dict[str, Callable[[], Proposer]] = {
         "evolution": lambda: EvolutionProposer(budget),
         "random": lambda: RandomProposer(budget),
-        "cmaes": lambda: CmaEs(budget, SETTINGS.mutation),
+        "cmaes": lambda: CmaEs(budget, SCHEDULE.mutation),
         "self": own,
-        "cmaes+self": lambda: CmaEsWithModel(budget, SETTINGS.mutation, directory / "prompts", own),
+        "cmaes+self": lambda: CmaEsWithModel(budget, SCHEDULE.mutation, directory / "prompts", own),
     }
     if endpoint is not None:
-        found["endpoint"] = lambda: EndpointProposer(*endpoint, budget, NAME, SETTINGS)
+        found["endpoint"] = lambda: EndpointProposer(*endpoint, budget, NAME, EndpointOptions())
     return found
 
 
 def population(budget: ParameterBudget, seed: int) -> dict[str, Rates]:
     """The starting population of a seed: uniform rates, and as many random ones as the paper has."""
     rng = np.random.default_rng(seed)
-    drawn = {f"start-{number}": random_rates(budget, rng) for number in range(PAPER.population - 1)}
+    drawn = {f"start-{number}": random_rates(budget, rng) for number in range(PAPER.schedule.population - 1)}
     return {"uniform": budget.spread([budget.beta] * budget.shape.num_layers), **drawn}
 
 
@@ -128,7 +128,7 @@ def searched(
     calibration, fitness_text = corpus.split(PAPER.calibration_tokens, PAPER.fitness_tokens)
     unseen = consecutive_windows(options.unseen_text, pruner.tokenizer, PAPER.window, WINDOWS).windows
     budget = ParameterBudget(pruner.shape, options.beta, p_min=PAPER.p_min, p_max=PAPER.p_max, tied=True)
-    settings = replace(SETTINGS, evaluations=options.evaluations)
+    schedule = replace(SCHEDULE, evaluations=options.evaluations)
     with prepared(pruner.model, calibration.windows, PAPER) as ready:
         fitness = Fitness(ready.slicer, fitness_text.windows, PAPER.fitness)
         for seed, method in runs:
@@ -136,7 +136,7 @@ def searched(
             directory, started = options.work / "-".join(map(str, key.values())), time.perf_counter()
             journal, problem = Journal(directory, key), Problem(budget, population(budget, seed), fitness)
             proposer = proposers(pruner, budget, options.endpoint, directory)[method]()
-            found = search(proposer, problem, journal, settings, seed=seed, report=_tell)
+            found = search(proposer, problem, journal, schedule, seed=seed, report=_tell)
             scored = [line for line in journal.lines if isinstance(line, RoundLine)]
             yield {
                 **key,
@@ -158,9 +158,9 @@ def publish(rows: Sequence[dict[str, Any]], options: argparse.Namespace, dtype: 
         "equal_budget",
         f"SmolLM2-135M-Instruct, {dtype}: the paper's settings (preset paper: one rate a layer, Wanda-sp, "
         f"no repair, perplexity on {PAPER.fitness_tokens} tokens of {Path(options.search_text).name}), "
-        f"{options.evaluations:g} evaluations for each method, those of the {PAPER.population} plans of the starting "
-        "population included, which is the same for all methods of a seed; minutes: of the last start, where a run was "
-        f"stopped, beside other work. Perplexity on {WINDOWS} windows of {PAPER.window} tokens of "
+        f"{options.evaluations:g} evaluations for each method, those of the {PAPER.schedule.population} plans of the "
+        "starting population included, which is the same for all methods of a seed; minutes: of the last start, where "
+        f"a run was stopped, beside other work. Perplexity on {WINDOWS} windows of {PAPER.window} tokens of "
         f"{Path(options.unseen_text).name}, on which nothing was chosen; difference: mean difference in nats a token "
         "from the control with the same seed on the same windows, and its standard error over windows",
         compared(sorted(rows, key=lambda row: (row["beta"], row["seed"], row["method"]))),
@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--beta", type=float, default=0.3)
     parser.add_argument("--methods", nargs="+", default=["evolution", "random", "cmaes", "cmaes+self", "self"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--evaluations", type=float, default=PAPER.evaluations)
+    parser.add_argument("--evaluations", type=float, default=PAPER.schedule.evaluations)
     parser.add_argument(
         "--endpoint", nargs=2, metavar=("URL", "MODEL"), help="an OpenAI-compatible endpoint, for the method endpoint"
     )

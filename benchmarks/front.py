@@ -181,11 +181,11 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path, ours: Sequ
 
     if not rows.have(method="dense"):
         rows.keep({"method": "dense", "minutes": 0.0, "removed": 0.0, **measure(pruner.model)})
-    method = resolve("default", evaluations=0)
+    settings = resolve("default", evaluations=0)
     text = Texts(pruner.model, pruner.tokenizer).read(
-        DATA + search_text, method, Run(checkpoints=Checkpoints(work / "text"))
+        DATA + search_text, settings, Run(checkpoints=Checkpoints(work / "text"))
     )
-    add_peers(rows, pruner, text.calibration.windows[: TOKENS // method.window], BETA, measure)
+    add_peers(rows, pruner, text.calibration.windows[: TOKENS // settings.window], BETA, measure)
     for name in ours:
         if not rows.have(method=OURS_IN_ROWS + name):
             output = work / name.replace(" ", "-")

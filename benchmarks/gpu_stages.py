@@ -91,18 +91,18 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 def _prune(model: PreTrainedModel, tokens: int, window: int, stage: Stage) -> None:
     """Do what `AutoPruner.prune` does, each of `STAGES` in a context of its own."""
-    method = resolve("default", evaluations=EVALUATIONS, window=window, fisher_tokens=tokens)
+    settings = resolve("default", evaluations=EVALUATIONS, window=window, fisher_tokens=tokens)
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randint(model.config.vocab_size, (tokens // window, window), generator=generator) for _ in range(2)]
     texts = RunTexts(*(Corpus.of("random tokens", windows) for windows in drawn), unseen=None)
     calibration = texts.calibration.windows
     budget = ParameterBudget(shape_of(model.config), BETA)
     with stage("Fisher information"):
-        fisher = fisher_information(model, calibration, method, RUN)
+        fisher = fisher_information(model, calibration, settings, RUN)
     with stage("calibration"):
         statistics = calibrate(model, calibration)
     with stage("order"):
-        order = rank(model, statistics, method.importance, fisher)
+        order = rank(model, statistics, settings.importance, fisher)
     with ordered(model, order):
         with stage("first repair"):
             layer_by_layer: Iterator[Any] = (statistics.pop(0) for _ in range(len(statistics)))  # frees each behind it
@@ -110,11 +110,11 @@ def _prune(model: PreTrainedModel, tokens: int, window: int, stage: Stage) -> No
             curves = slicer.loss_curves()
         with stage("seeds and search"):
             ready = Prepared(order, slicer, curves)
-            found = find_plan(EvolutionProposer(budget), budget, ready, texts, Journal(None, {}), method, RUN)
+            found = find_plan(EvolutionProposer(budget), budget, ready, texts, Journal(None, {}), settings, RUN)
         with stage("slicing"):
             pruned = slice_model(slicer, found.outcome.best.plan)
         del slicer, ready
     with stage("second repair"):
-        compensate(model, pruned, calibration, inputs=method.repair_gate_up, fisher=fisher)
+        compensate(model, pruned, calibration, fisher=fisher)
     with stage("temperature"):
         match_confidence(model, pruned, texts.search.windows)

@@ -33,7 +33,7 @@ from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.journal_lines import RoundLine
 from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT
-from selfpruner_hub.settings import SEARCH, PruneSettings
+from selfpruner_hub.settings import SEARCH, PruneSettings, SearchSchedule
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
@@ -45,29 +45,28 @@ def main(words: Sequence[str] | None = None) -> None:
     """Search with every method at every β, repair the best plan of each, and measure it."""
     options = _parser().parse_args(words)
     rows, pruner = Rows(options.work / "rows.jsonl"), load_embedded()
-    method = replace(
+    settings = replace(
         PruneSettings(),
         calibration_tokens=options.tokens,
         fisher_tokens=options.tokens // 4,
         fitness_tokens=options.tokens // 2,
-        evaluations=options.evaluations,
-        patience=0,
+        schedule=SearchSchedule(options.evaluations, patience=0),
     )
     run = Run(checkpoints=Checkpoints(options.work / "text"), progress=_tell)
-    texts = Texts(pruner.model, pruner.tokenizer).read(DATA + options.search_text, method, run)
+    texts = Texts(pruner.model, pruner.tokenizer).read(DATA + options.search_text, settings, run)
     articles = Unseen(options.unseen_text, pruner.tokenizer).windows[512]
     teachers = [teach(pruner.model, window[None]) for window in articles]
     chat = Chat(pruner.model, pruner.tokenizer, options.work)
     for beta in options.betas:
         missing = [name for name in options.methods if not rows.have(beta=beta, method=name)]
-        for row, model in searched(pruner, beta, missing, texts, method, options.work) if missing else ():
+        for row, model in searched(pruner, beta, missing, texts, settings, options.work) if missing else ():
             if not rows.have(beta=beta, method=row["method"]):
                 found = [divergence(model, w[None], t) for w, t in zip(articles, teachers, strict=True)]
                 rows.keep({**row, **chat.figures(model), "kl_by_window": [round(value, 5) for value in found]})
     write(
         "search",
-        f"SmolLM2-135M-Instruct, {pruner.model.dtype}: the default's settings with {method.calibration_tokens} "
-        f"calibration, {method.fisher_tokens} Fisher and {method.fitness_tokens} fitness tokens of "
+        f"SmolLM2-135M-Instruct, {pruner.model.dtype}: the default's settings with {settings.calibration_tokens} "
+        f"calibration, {settings.fisher_tokens} Fisher and {settings.fitness_tokens} fitness tokens of "
         f"{DATA}{Path(options.search_text).name}, and {options.evaluations:g} evaluations in place of the "
         f"{SEARCH} of a usual search; selected: the score that a search lowers, elsewhere: the same on text that "
         "neither it nor a repair has read. The best plan of each is repaired twice and its confidence matched. KL to "
@@ -80,17 +79,17 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def searched(
-    pruner: AutoPruner, beta: float, methods: Sequence[str], texts: RunTexts, method: PruneSettings, work: Path
+    pruner: AutoPruner, beta: float, methods: Sequence[str], texts: RunTexts, settings: PruneSettings, work: Path
 ) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
     """Yield the figures of a search, and its best plan repaired; the best of the starting plans comes first."""
     budget, windows, run = ParameterBudget(pruner.shape, beta), texts.calibration.windows, Run(progress=_tell)
-    fisher = fisher_information(pruner.model, windows, method, run)
+    fisher = fisher_information(pruner.model, windows, settings, run)
     rows: list[tuple[dict[str, Any], Plan]] = []
-    with prepared(pruner.model, windows, method, fisher, run) as ready:
+    with prepared(pruner.model, windows, settings, fisher, run) as ready:
         for name in methods:
-            journal = Journal(work / f"{beta:g}-{name}", {"beta": beta, **method.record()})
-            proposer = choose_proposer(name, None, budget, method, NAME, (pruner.model, pruner.tokenizer))
-            found = find_plan(proposer, budget, ready, texts, journal, method, run)
+            journal = Journal(work / f"{beta:g}-{name}", {"beta": beta, **settings.record()})
+            proposer = choose_proposer(name, None, None, budget, True, NAME, (pruner.model, pruner.tokenizer))
+            found = find_plan(proposer, budget, ready, texts, journal, settings, run)
             pairs = zip(("selected", "elsewhere"), (found.gains[t] for t in (SEARCH_TEXT, UNSEEN_TEXT)), strict=True)
             gains = {key: [round(value, 4) for value in pair] for key, pair in pairs}
             for index, best in enumerate((found.outcome.best_seed, found.outcome.best)):

@@ -14,6 +14,8 @@ from pathlib import Path
 from defaults import DATA, begun, pruned
 from protocol import arguments, write
 
+from selfpruner_hub.settings import PRESETS, TEXT_SIZES
+
 BETA = 0.3
 RUNS = (
     ("default", (1, 1), 65_536),
@@ -40,7 +42,10 @@ def main(words: Sequence[str] | None = None) -> None:
     for preset, shares, tokens in RUNS:
         name = ":".join(map(str, shares))
         if not rows.have(preset=preset, shares=name):
-            more = ["--preset", preset, "--set", f"shares={list(shares)}", "--set", f"calibration_tokens={tokens}"]
+            sizes = {size: getattr(PRESETS[preset], size) for size in TEXT_SIZES}
+            changes = {**sizes, "calibration_tokens": tokens, "shares": list(shares)}
+            more = ["--preset", preset]
+            more += [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
             output = work / f"{preset}-{name.replace(':', '-')}"
             found = pruned(dense, BETA, DATA + options.search_text, output, measured, more)
             rows.keep({"preset": preset, "shares": name, "tokens": tokens, **found})

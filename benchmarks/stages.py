@@ -122,11 +122,11 @@ def main(text: str, changes: dict[str, Any]) -> None:
             }
         )
         print(rows[-1], flush=True)
-    method = resolve("default", **changes)
+    settings = resolve("default", **changes)
     write(
         "stages",
         f"SmolLM2-135M-Instruct in bfloat16, one default prune at β = {BETA} on conversations that it writes and "
-        f"{Path(text).name}, {method.calibration_tokens} tokens of calibration text; time between two reports of "
+        f"{Path(text).name}, {settings.calibration_tokens} tokens of calibration text; time between two reports of "
         "progress is charged to the stage that reports; operations are those of matrix products and attention, counted "
         "as they run; the share is the time that they would take at this machine's rate of such products, over the "
         "time that the stage took (factorisations, elementwise functions and sampling are not counted, so it is a "

@@ -17,7 +17,7 @@ from typing import Any
 from columns import PERPLEXITIES, RUNTIME_NAMES, UNKNOWN, figure, markdown, measured, of_benchmark, share, shown
 
 from selfpruner_hub.recovery.settings import RecoverySettings
-from selfpruner_hub.settings import PRESETS, described, explained
+from selfpruner_hub.settings import PRESETS, EndpointOptions, described_fields, explained
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
@@ -99,8 +99,11 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown(["runtime", "β", *names, *(f"{name}, dense → pruned" for name in told)], cells)
 
 
-def settings_table() -> str:
-    """Every setting: its name, its default, those of the other presets where they differ, and its meaning."""
+def settings_table(schedule: bool = False) -> str:
+    """Every setting: its name, its default, those of the other presets where they differ, and its meaning.
+
+    Those of the schedule of the search are in a table of their own.
+    """
     others = [preset for preset in PRESETS if preset != "default"]
     rows = [
         [
@@ -110,17 +113,18 @@ def settings_table() -> str:
             default.meaning.replace("|", "\\|"),
         ]
         for default, *rest in zip(explained(), *map(explained, others), strict=True)
+        if default.name.startswith("schedule.") == schedule
     ]
     return markdown(["setting", "default", *others, "meaning"], rows)
 
 
-def recovery_settings_table() -> str:
-    """Every setting of recovery: its name, its default and its meaning."""
+def described_table(cls: type, column: str = "setting") -> str:
+    """Every field of a dataclass of settings: its name, its default and its meaning."""
     rows = [
         [f"`{each.name}`", f"`{json.dumps(each.default)}`", each.meaning.replace("|", "\\|")]
-        for each in described(RecoverySettings)
+        for each in described_fields(cls)
     ]
-    return markdown(["setting", "default", "meaning"], rows)
+    return markdown([column, "default", "meaning"], rows)
 
 
 def tree() -> str:
@@ -155,9 +159,11 @@ GENERATED = (
     ("docs/results.md", "equal_budget", partial(of_benchmark, "equal_budget")),
     ("docs/results.md", "targets", partial(of_benchmark, "targets")),
     ("docs/settings.md", "settings", settings_table),
+    ("docs/settings.md", "schedule", partial(settings_table, schedule=True)),
+    ("docs/proposers.md", "options", partial(described_table, EndpointOptions, "option")),
     ("docs/recovery.md", "recovery", partial(of_benchmark, "recovery")),
     ("docs/results.md", "recovery", partial(of_benchmark, "recovery")),
-    ("docs/recovery.md", "recovery_settings", recovery_settings_table),
+    ("docs/recovery.md", "recovery_settings", partial(described_table, RecoverySettings)),
 )
 """Pages, the name of the markers in them, and what makes the text between these."""
 

@@ -16,8 +16,7 @@ pruned = pruner.prune(
     beta=0.3,
     proposer=url,
     proposer_model=model_at_url,
-    request_limit=200,  # retries count too
-    token_limit=1_000_000,
+    proposer_options={"request_limit": 200, "token_limit": 1_000_000},  # retries count too
 )
 pruned.save_pretrained("pruned-by-endpoint")
 

@@ -27,7 +27,7 @@ Report = Callable[..., None]
 class Aim(Protocol):
     """Where the budget of a run comes from, and what is measured of it in the end."""
 
-    def budget(self, method: PruneSettings, report: Report) -> ParameterBudget:
+    def budget(self, settings: PruneSettings, report: Report) -> ParameterBudget:
         """Make the budget under the bounds of these settings."""
         ...
 
@@ -43,9 +43,9 @@ class ShareOfWeights:
     beta: float
     dense: PreTrainedModel
 
-    def budget(self, method: PruneSettings, report: Report) -> ParameterBudget:
+    def budget(self, settings: PruneSettings, report: Report) -> ParameterBudget:
         """Make the budget of β."""
-        return ParameterBudget(shape_of(self.dense.config), self.beta, **_bounds(method))
+        return ParameterBudget(shape_of(self.dense.config), self.beta, **_bounds(settings))
 
     def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
         """Return the record as it is."""
@@ -61,10 +61,10 @@ class TargetInRuntime:
     dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
 
-    def budget(self, method: PruneSettings, report: Report) -> ParameterBudget:
+    def budget(self, settings: PruneSettings, report: Report) -> ParameterBudget:
         """Make the budget from what each width costs in the runtime."""
         costs = self.meter.costs(self.dense, self.tokenizer, self.target, report)
-        return ParameterBudget.for_target(shape_of(self.dense.config), costs, self.target, **_bounds(method))
+        return ParameterBudget.for_target(shape_of(self.dense.config), costs, self.target, **_bounds(settings))
 
     def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
         """Measure both models in the runtime; a failure is recorded, since the pruned model itself is there."""
@@ -162,6 +162,6 @@ def reached(record: Record, target: Target, costs: Costs, measured: tuple[float,
     return replace(record, method={**record.method, "target": known}, metrics=metrics)
 
 
-def _bounds(method: PruneSettings) -> dict[str, Any]:
+def _bounds(settings: PruneSettings) -> dict[str, Any]:
     names = ("p_min", "p_max", "tied", "multiple_of", "kv_multiple")
-    return {name: getattr(method, name) for name in names}
+    return {name: getattr(settings, name) for name in names}

@@ -21,14 +21,15 @@ from selfpruner_hub.plans.plan import Plan, widths_of
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.outcome import Found
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.search.proposers import Proposer
+from selfpruner_hub.settings import LanguageModelOptions, PruneSettings
 from selfpruner_hub.storage.model_record import Metric, Record
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """What a run is asked to do."""
 
     name: str
@@ -37,12 +38,12 @@ class Request:
     """Identity of the dense model, as `models.weights.identity_of` returns it."""
     budget: ParameterBudget
     """Parameter budget of the search."""
-    method: PruneSettings
+    settings: PruneSettings
     """Settings of the run."""
     seed: int
     """Random seed."""
-    proposer: str
-    """Name of the source of rates."""
+    proposer: Proposer
+    """Source of rates."""
     texts: RunTexts
     """Texts of the run."""
     licence: dict[str, str]
@@ -51,7 +52,7 @@ class Request:
     """Date that the chat template is given, where it asks for one."""
 
 
-def fingerprint(request: Request) -> dict[str, Any]:
+def fingerprint(request: RunRequest) -> dict[str, Any]:
     """Collect every setting that changes the course of a search; a run directory belongs to one such set.
 
     Args:
@@ -60,24 +61,34 @@ def fingerprint(request: Request) -> dict[str, Any]:
     Returns:
         The settings for the journal's header, JSON-serialisable.
     """
-    method, texts = request.method, request.texts
+    options, texts = options_of(request.proposer), request.texts
     return {
         "model": request.name,
         **request.identity,
         "shape": request.budget.shape.record(),
         "beta": request.budget.beta,
         "seed": request.seed,
-        "proposer": request.proposer,
+        "proposer": request.proposer.name,
         **_target(request.budget),
-        **method.record(),
-        "prompts": [prompts.template(operation, method.template_directory) for operation in replies.PARENTS],
+        **request.settings.record(),
+        **({"options": options.record(), "prompts": _prompts(options)} if options else {}),
         "data": [texts.calibration.sha256, texts.search.sha256],
     }
 
 
+def options_of(proposer: Proposer) -> LanguageModelOptions | None:
+    """Return the options of a language model that proposes; None for another proposer."""
+    options = getattr(proposer, "options", None)
+    return options if isinstance(options, LanguageModelOptions) else None
+
+
+def _prompts(options: LanguageModelOptions) -> list[str]:
+    return [prompts.template(operation, options.template_directory) for operation in replies.PARENTS]
+
+
 def describe(
     pruned: PreTrainedModel,
-    request: Request,
+    request: RunRequest,
     found: Found,
     logit_scale: float,
 ) -> Record:
@@ -92,12 +103,12 @@ def describe(
     Returns:
         The record, with parameters counted from the tensors.
     """
-    budget, method, texts = request.budget, request.method, request.texts
-    outcome, searched = found.outcome, texts.search
+    budget, settings, texts = request.budget, request.settings, request.texts
+    outcome, searched, options = found.outcome, texts.search, options_of(request.proposer)
     plan = outcome.best.plan
-    weighed = ", weighed for the second repair," if method.weighs_excess else ""
+    weighed = ", weighed for the second repair," if settings.weighs_excess else ""
     protocol = (
-        f"{method.fitness}{weighed} on the {searched.tokens} tokens of {searched.name} that the search selected on, "
+        f"{settings.fitness}{weighed} on the {searched.tokens} tokens of {searched.name} that the search selected on, "
         f"windows of {searched.windows.shape[1]}: a figure of the search, not of quality"
     )
     return Record(
@@ -108,10 +119,11 @@ def describe(
         widths=widths_of(plan),
         parameters={"dense": request.identity["parameters"], "pruned": count_parameters(pruned)},
         parent=request.identity,
-        method={**method.record(), **_target(budget, plan)},
+        method={**settings.record(), **_target(budget, plan)},
         seed=request.seed,
         proposer={
-            "name": request.proposer,
+            "name": request.proposer.name,
+            **({"options": options.record()} if options else {}),
             "evaluations": round(outcome.spent, 4),
             "best_from": outcome.best.origin,
             "replies": outcome.counts,

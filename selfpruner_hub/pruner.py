@@ -31,7 +31,7 @@ from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.progress import Bars
-from selfpruner_hub.provenance import Request, describe, fingerprint, library_versions
+from selfpruner_hub.provenance import RunRequest, describe, fingerprint, library_versions
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruning.prepare import check_model, fisher_information, prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
@@ -167,6 +167,7 @@ class AutoPruner:
         preset: str | None = None,
         proposer: str | Proposer | None = None,
         proposer_model: str | None = None,
+        proposer_options: Mapping[str, Any] | None = None,
         data: Any = None,
         fitness: str | None = None,
         evaluations: float | None = None,
@@ -176,7 +177,7 @@ class AutoPruner:
         run_dir: str | Path | None = None,
         executor: str | None = None,
         progress: bool | Callable[..., None] = True,
-        **settings: Any,
+        **changes: Any,
     ) -> PrunedModel:
         """Find the rates of all layers under the mean rate β or a target, and prune the model by them.
 
@@ -201,6 +202,8 @@ class AutoPruner:
                 `evaluations` or the preset ask for a search.
             proposer_model: Name of the model at the endpoint; its key comes from the environment
                 (SELFPRUNER_API_KEY).
+            proposer_options: Options of a language model that proposes, by name: fields of
+                `settings.LanguageModelOptions`, and of `settings.EndpointOptions` for an endpoint.
             data: Text of calibration and search. `"chat"` (conversations that the model writes through its chat
                 template), `"self"` (plain text that it writes), `"wikitext2"` or `"c4"` (from the Hub), a path to a
                 `.txt` or `.jsonl` (one object per line, with a text under `text` or a conversation under `messages`),
@@ -208,9 +211,9 @@ class AutoPruner:
                 `datasets.Dataset`. None: `"chat+wikitext2"` for a model with a chat template, else `"wikitext2"`, as
                 for the paper's preset.
             fitness: Score of plans, `"kl"` or `"perplexity"`; None uses the preset's.
-            evaluations: Length of the search in full-evaluation equivalents; 0 takes the best seed plan. None uses the
-                preset's (0 in all but `"paper"`), or `settings.SEARCH` where a proposer is given. A round that has
-                begun is finished.
+            evaluations: Length of the search in full-evaluation equivalents, `schedule.evaluations`; 0 takes the best
+                seed plan. None uses the preset's (430 for `"paper"`), else `settings.SEARCH` where a proposer is given,
+                else 0. A round that has begun is finished.
             minutes: Minutes of the whole run: the preset (where none is given) and its amount of text are what fits by
                 a rough estimate (`search.effort`), and recovery takes the rest; `settings.TEXT_SIZES` cannot be given
                 too. None takes the preset, without recovery.
@@ -222,7 +225,8 @@ class AutoPruner:
             executor: Place where candidates are scored: None for this process, `"ray"` for parallel Ray workers
                 (`ray_workers.ray_workers`).
             progress: Whether to show bars on stderr, or a function that is called with (what, done, total).
-            **settings: Values of other fields of `settings.PruneSettings`.
+            **changes: Values of other fields of `settings.PruneSettings`; `schedule` is a `SearchSchedule`, or a
+                mapping that changes some fields of the preset's.
 
         Returns:
             The pruned model with its record; the dense model is unchanged.
@@ -234,52 +238,53 @@ class AutoPruner:
         started = time.monotonic()
         aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
-        check_minutes(minutes, recover, settings)
+        check_minutes(minutes, recover, changes)
         check_executor(executor)
-        resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **settings)
+        resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **changes)
         folder = None if run_dir is None else Path(run_dir)
         checkpoints = Checkpoints(folder and folder / "stages")
         with contextlib.ExitStack() as stack:
             stack.enter_context(run_lock(folder))
             stack.enter_context(working_on(self.model))
-            method, lines = with_effort(
+            settings, lines = with_effort(
                 preset,
                 resolved,
                 self.model,
                 checkpoints,
-                evaluations=evaluations,
                 proposer_given=proposer is not None,
                 minutes=minutes,
             )
-            method = replace(method, multiple_of=method.multiple_of or self.shape.default_multiple)
+            settings = replace(settings, multiple_of=settings.multiple_of or self.shape.default_multiple)
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(report, Bars):
                 layers = ", one layer at a time" if streams(self.model) else ""
                 for line in (f"{self.name} on {described(self.model)}{layers}", *lines):
                     report.say(line)
-            budget = aim.budget(method, report)
-            asked = choose_proposer(proposer, proposer_model, budget, method, self.name, (self.model, self.tokenizer))
+            budget = aim.budget(settings, report)
+            searches, own = settings.schedule.length > 0, (self.model, self.tokenizer)
+            proposer = choose_proposer(proposer, proposer_model, proposer_options, budget, searches, self.name, own)
             run = Run(self._store, checkpoints, report, seed, executor)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             identity = identity_of(self.model)
-            texts = Texts(self.model, self.tokenizer, self._known, identity).read(data, method, run)
+            texts = Texts(self.model, self.tokenizer, self._known, identity).read(data, settings, run)
             check_ids(self.model, max(int(text.windows.max()) for text in texts if text is not None))
             date = template_date(self.tokenizer)
-            asked_for = Request(self.name, identity, budget, method, seed, asked.name, texts, self.licence, date)
-            search_id = fingerprint(asked_for)
+            run_request = RunRequest(self.name, identity, budget, settings, seed, proposer, texts, self.licence, date)
+            search_id = fingerprint(run_request)
             journal = Journal(folder, search_id, library_versions())
             run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))
 
             calibration = texts.calibration.windows
-            fisher = fisher_information(self.model, calibration, method, run)
-            with prepared(self.model, calibration, method, fisher, run) as ready:
-                found = find_plan(asked, budget, ready, texts, journal, method, run)
+            fisher = fisher_information(self.model, calibration, settings, run)
+            with prepared(self.model, calibration, settings, fisher, run) as ready:
+                found = find_plan(proposer, budget, ready, texts, journal, settings, run)
                 model = slice_model(ready.slicer, found.outcome.best.plan)
                 del ready  # its Cholesky factors take more memory than the model
-            if method.repairs_twice:
-                compensate(self.model, model, calibration, inputs=method.repair_gate_up, fisher=fisher, run=run)
-            scale = match_confidence(self.model, model, texts.search.windows, report) if method.confidence else 1.0
-            record = aim.measured(describe(model, asked_for, found, scale), budget, model, report)
+            if settings.repairs_twice:
+                gate_up = settings.repair == "full"
+                compensate(self.model, model, calibration, inputs=gate_up, fisher=fisher, run=run)
+            scale = match_confidence(self.model, model, texts.search.windows, report) if settings.confidence else 1.0
+            record = aim.measured(describe(model, run_request, found, scale), budget, model, report)
             left = minutes_left(minutes, recover, started, run.checkpoints)
         pruned = PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)
         if left is None:

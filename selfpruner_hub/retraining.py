@@ -19,7 +19,7 @@ from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.weights import changed, identity_of, sampled
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import changed_in_place, check_parent, trained
-from selfpruner_hub.recovery.settings import Budget, resolve
+from selfpruner_hub.recovery.settings import Budget, resolve_recovery
 from selfpruner_hub.settings import check_seed
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.model_record import Record
@@ -64,7 +64,7 @@ class Retraining:
         seed: int = 0,
         run_dir: str | Path | None = None,
         progress: bool | Callable[..., None] = True,
-        **settings: Any,
+        **changes: Any,
     ) -> Self:
         """Distil the model from its dense parent, mostly on text that the parent writes; never worse than before.
 
@@ -81,7 +81,7 @@ class Retraining:
             run_dir: Directory of texts and checkpoints; the same call with the same directory resumes. None keeps
                 nothing.
             progress: Whether to show bars on stderr, or a function that is called with (what, done, total).
-            **settings: Values of fields of `recovery.settings.RecoverySettings`.
+            **changes: Values of fields of `recovery.settings.RecoverySettings`.
 
         Returns:
             The recovered model with its record, without the figures of the old weights; this model where the deciding
@@ -93,7 +93,7 @@ class Retraining:
         """
         from selfpruner_hub.recovery.recover import Pair, recover  # Trainer takes a second to import
 
-        started, method, budget = time.monotonic(), resolve(**settings), Budget(minutes, tokens)
+        started, settings, budget = time.monotonic(), resolve_recovery(**changes), Budget(minutes, tokens)
         check_seed(seed)
         check_parent(self.report, identity_of(dense), "dense")
         self._notice_training()
@@ -104,7 +104,7 @@ class Retraining:
             stages = Path(run_dir or stack.enter_context(tempfile.TemporaryDirectory())) / "stages"
             run = Run(MEMORY, Checkpoints(stages / "recovery"), report, seed)
             pair = Pair(self.model, dense, self.tokenizer)
-            found = recover(pair, budget, data, method, run, stages / "recovery")
+            found = recover(pair, budget, data, settings, run, stages / "recovery")
         if found.model is None:
             logger.warning("%s The model is left as it was.", found.line)
             run.checkpoints.clear()

@@ -25,15 +25,11 @@ STAND_IN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SECONDS = 600
 """Time limit of one pruning run, in seconds."""
 MOST_EVALUATIONS = 16
-TEXT = {"data": "self", "window": 64, "calibration_tokens": 2_048, "fitness_tokens": 512}
+TEXT = {"data": "self", "window": 64, "calibration_tokens": 2_048, "fisher_tokens": 2_048, "fitness_tokens": 512}
 """Settings of the text: the model generates it, and little of it, to save time."""
 SEARCH = {
-    "population": 2,
-    "crossover": 2,
-    "mutation": 4,
-    "first_share": 0.5,
-    "survivors": 0.5,
-    "sequential_repair": False,
+    "schedule": {"population": 2, "crossover": 2, "mutation": 4, "first_share": 0.5, "survivors": 0.5},
+    "repair": "output",
 }
 PROMPT = "What is the capital of France?"
 

@@ -91,7 +91,7 @@ def title() -> tuple[str, str]:
     count = known["parameters"]
     name = known["base_model"].rpartition("/")[2]
     who = "The model itself proposed" if known["proposer"]["name"] == "self" else "A search found"
-    if not known["method"].get("evaluations", 1):
+    if not known["method"]["schedule"]["evaluations"]:
         who = "Measurements of its layers, without a search, say"
     training = known["method"].get("training")
     said = (

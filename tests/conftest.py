@@ -122,7 +122,8 @@ def real_pruned(real_pruner, once) -> Path:
     def make(folder):
         pruned = real_pruner.prune(
             0.2, data="chat", window=128, calibration_tokens=2048, fisher_tokens=1024, fitness_tokens=512,
-            repair_gate_up=False, seeds=("uniform", "sensitivity"), evaluations=5, crossover=2, mutation=2,
+            repair="sequential", seeds=("uniform", "sensitivity"), evaluations=5,
+            schedule={"crossover": 2, "mutation": 2},
             progress=False,
         )  # fmt: skip
         ids = real_pruner.tokenizer(EIFFEL, return_tensors="pt")["input_ids"]

@@ -28,7 +28,7 @@ LAYERS = 2
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 12]
 SHORT = {
     "window": 16, "calibration_tokens": 128, "fisher_tokens": 64, "fitness_tokens": 64, "evaluations": 3,
-    "crossover": 1, "mutation": 1, "seeds": ("uniform", "sensitivity", "refined"),
+    "schedule": {"crossover": 1, "mutation": 1}, "seeds": ("uniform", "sensitivity", "refined"),
 }  # fmt: skip
 IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
 
@@ -182,7 +182,7 @@ def test_the_memory_of_a_streamed_run(name, accelerator, tmp_path, monkeypatch):
     indirect=["dense"],
 )
 def test_the_papers_preset_scores_as_on_a_cpu(dense, proposer, accelerator):
-    settings = {**SHORT, "preset": "paper", "population": 2, "proposer": proposer}
+    settings = {**SHORT, "preset": "paper", "schedule": {**SHORT["schedule"], "population": 2}, "proposer": proposer}
     made = AutoPruner.from_pretrained(dense).prune(0.3, data=TEXT, progress=False, **settings)
     assert_equal(on_cpu(dense, **settings), made)
 

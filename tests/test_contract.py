@@ -281,21 +281,21 @@ def test_the_search_scores_what_the_second_repair_leaves(metric, monkeypatch):
     """Of what a plan costs beyond the sum of its layers' losses, only where a second repair of gate and up follows."""
     pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
 
-    def nats(remains, twice, gate_up=True):
+    def nats(remains, repair):
         monkeypatch.setattr("selfpruner_hub.search.find_plan.REMAINS", remains)
         found = pruner.prune(
             0.3, data="self", proposer="evolution", window=32, calibration_tokens=1024, fitness_tokens=256,
-            evaluations=0, seeds=("uniform",), sequential_repair=twice, repair_gate_up=gate_up, fitness=metric,
+            evaluations=0, seeds=("uniform",), repair=repair, fitness=metric,
             progress=False,
         ).report.metrics["search_fitness"]  # fmt: skip
-        assert ("weighed for the second repair" in found.protocol) == (twice and gate_up)
+        assert ("weighed for the second repair" in found.protocol) == (repair == "full")
         return found.value if metric == "kl" else math.log(found.value)
 
-    alone, all_of_it = nats(0, True), nats(1, True)
+    alone, all_of_it = nats(0, "full"), nats(1, "full")
     assert alone != pytest.approx(all_of_it, rel=1e-2)
-    assert nats(0.3, True) == pytest.approx(alone + 0.3 * (all_of_it - alone), abs=1e-5)
-    assert nats(0.3, False) == pytest.approx(all_of_it, abs=1e-5)
-    assert nats(0.3, True, gate_up=False) == pytest.approx(all_of_it, abs=1e-5)
+    assert nats(0.3, "full") == pytest.approx(alone + 0.3 * (all_of_it - alone), abs=1e-5)
+    assert nats(0.3, "output") == pytest.approx(all_of_it, abs=1e-5)
+    assert nats(0.3, "sequential") == pytest.approx(all_of_it, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", DISTINCT)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -29,9 +28,7 @@ SMALL = {
     "fisher_tokens": 256,
     "fitness_tokens": 256,
     "evaluations": 2,
-    "population": 2,
-    "crossover": 1,
-    "mutation": 1,
+    "schedule": {"population": 2, "crossover": 1, "mutation": 1},
 }
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
@@ -54,7 +51,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """Small defaults, a text in place of WikiText-2, and a directory for what examples write."""
-    monkeypatch.setitem(settings.PRESETS, "default", replace(settings.PruneSettings(), **SMALL))
+    monkeypatch.setitem(settings.PRESETS, "default", settings.resolve(None, **SMALL))
     monkeypatch.setattr(text_sources, "_hub_texts", lambda source, split: cycle(TEXT))
     monkeypatch.chdir(tmp_path)
 
@@ -114,6 +111,7 @@ def test_endpoint_proposer(run, model, monkeypatch):
     assert f"{100 * len(server.bodies)} tokens were read and written." in said
     report = PrunedModel.from_pretrained("pruned-by-endpoint").report
     assert report.proposer["name"] == "m behind an OpenAI-compatible endpoint"
+    assert report.proposer["options"] == {"temperature": 1.0, "request_limit": 200, "token_limit": 1_000_000}
 
 
 def test_custom_proposer(run, model):

@@ -22,7 +22,9 @@ from selfpruner_hub.errors import RunMismatchError
 from selfpruner_hub.pruner import AutoPruner
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 400
-SETTINGS = ("window=32", "calibration_tokens=512", "fitness_tokens=512", "population=3", "crossover=3", "mutation=3")
+SETTINGS = (
+    "window=32", "calibration_tokens=512", "fitness_tokens=512", "schedule.population=3",
+    "schedule.crossover=3", "schedule.mutation=3")  # fmt: skip
 EVALUATIONS = 13
 """Of two rounds, and one that is cut."""
 

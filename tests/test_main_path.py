@@ -96,7 +96,7 @@ def test_the_predicted_losses_are_those_of_the_fisher_information(default):
     for curves, errors in zip(calls["find_plan"]["ready"].curves, calls["Slicer"].result.errors(), strict=True):
         for curve, error in zip((curves.attention, curves.ffn), errors, strict=True):
             assert curve == pytest.approx(error.double().numpy() / 2)
-    _, _, calls, _ = prune(sequential_repair=False, importance="energy", seeds=("uniform",))
+    _, _, calls, _ = prune(repair="output", importance="energy", seeds=("uniform",))
     assert calls["find_plan"]["ready"].curves is None
 
 
@@ -115,7 +115,7 @@ def test_the_plan_that_was_found_is_cut_though_a_seed_is_another(monkeypatch):
         return replace(found, outcome=replace(found.outcome, best_seed=seed))
 
     monkeypatch.setattr(pruner, "find_plan", search)
-    made, _, calls, _ = prune(sequential_repair=False)
+    made, _, calls, _ = prune(repair="output")
     outcome = calls["find_plan"].result.outcome
     assert calls["slice_model"]["plan"] == made.plan == outcome.best.plan != outcome.best_seed.plan
 
@@ -145,7 +145,7 @@ def test_the_second_repair_and_the_confidence_change_the_pruned_model(default):
 @pytest.mark.parametrize("refit", [True, False])
 def test_gate_and_up_are_refitted_where_that_is_asked_for(refit):
     """Without it, their rows are rows of the dense model's."""
-    made, model, _, _ = prune(repair_gate_up=refit)
+    made, model, _, _ = prune(repair="full" if refit else "sequential")
     taken = []
     for layer, dense in zip(decoder_layers(made.model), decoder_layers(model), strict=True):
         for name in ("gate_proj", "up_proj"):
@@ -157,11 +157,11 @@ def test_gate_and_up_are_refitted_where_that_is_asked_for(refit):
 @pytest.mark.parametrize(
     ("settings", "left_out"),
     [
-        ({"sequential_repair": False}, {"compensate"}),
-        ({"repair": False}, {"compensate"}),
+        ({"repair": "output"}, {"compensate"}),
+        ({"repair": "none"}, {"compensate"}),
         ({"confidence": False}, {"match_confidence"}),
         (
-            {"sequential_repair": False, "importance": "energy", "seeds": ("uniform",)},
+            {"repair": "output", "importance": "energy", "seeds": ("uniform",)},
             {"compensate", "output_fisher"},
         ),
     ],
@@ -172,5 +172,5 @@ def test_a_stage_that_nothing_asks_for_is_left_out(settings, left_out):
 
 
 def test_without_a_repair_nothing_is_repaired():
-    _, _, calls, _ = prune(repair=False)
+    _, _, calls, _ = prune(repair="none")
     assert calls["slice_model"]["slicer"].repairs is None

@@ -13,7 +13,7 @@ from selfpruner_hub.storage.model_record import Record
 
 SETTINGS = {
     "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 640, "fitness_tokens": 256,
-    "evaluations": 2, "crossover": 2, "mutation": 2, "progress": False, "sequential_repair": False,
+    "evaluations": 2, "schedule": {"crossover": 2, "mutation": 2}, "progress": False, "repair": "output",
 }  # fmt: skip
 
 

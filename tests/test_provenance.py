@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from selfpruner_hub.models.weights import configuration_hash, identity_of, saved
 from selfpruner_hub.provenance import check_parent
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm.reply_schema import PARENTS
-from selfpruner_hub.settings import CHOICES, PruneSettings
+from selfpruner_hub.settings import CHOICES, PruneSettings, SearchSchedule
 from selfpruner_hub.storage.offload import DiskStore
 
 WINDOW = 32
@@ -75,13 +76,22 @@ def other_values(name, value):
     return [(1.0,)] if isinstance(value, tuple) else []
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(PruneSettings) if f.name != "templates"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f.name for f in fields(PruneSettings) if f.name != "schedule"),
+        *(f"schedule.{f.name}" for f in fields(SearchSchedule) if f.name != "evaluations"),
+        "evaluations",
+    ],
+)
 def test_every_setting_alone(name, identity):
-    before = getattr(replace(PruneSettings(), **SMALL), name)
+    settings = replace(PruneSettings(), **SMALL)
+    before = 10 if name == "evaluations" else operator.attrgetter(name)(settings)
     refused = []
     for value in other_values(name, before):
+        owner, _, last = name.rpartition(".")
         try:
-            assert identity(**{name: value}) != identity()
+            assert identity(**({owner: {last: value}} if owner else {name: value})) != identity()
             return
         except UserError as error:
             refused.append(str(error))
@@ -137,11 +147,23 @@ def test_the_text_of_every_prompt_and_not_its_place(identity, tmp_path):
         (tmp_path / folder).mkdir()
         for operation in PARENTS:
             (tmp_path / folder / f"{operation}.txt").write_text(prompts.template(operation))
-    assert identity(templates=str(tmp_path / "one")) == identity(templates=str(tmp_path / "two")) == identity()
+
+    def of(folder=None):
+        return identity(proposer="self", proposer_options={"templates": str(folder)} if folder else None)
+
+    assert of(tmp_path / "one") == of(tmp_path / "two") == of()
     for operation in PARENTS:
         changed = shutil.copytree(tmp_path / "one", tmp_path / operation)
         (changed / f"{operation}.txt").write_text("Another prompt.")
-        assert identity(templates=str(changed)) != identity()
+        assert of(changed) != of()
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"), [({"temperature": 0.5}, True), ({"token_limit": 9}, True), ({"token_price": 9}, False)]
+)
+def test_options_that_change_the_replies(options, changes, identity):
+    endpoint = {"proposer": "http://127.0.0.1:9/v1", "proposer_model": "m"}
+    assert (identity(**endpoint, proposer_options=options) != identity(**endpoint)) == changes
 
 
 @pytest.mark.parametrize("name", [name for name, _ in tiny_model("llama").named_parameters()])

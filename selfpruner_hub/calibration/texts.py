@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,12 +58,12 @@ class Texts:
         self._known = {} if known is None else known
         self._identity_of_model = identity
 
-    def read(self, data: Any, method: PruneSettings, run: Run) -> RunTexts:
+    def read(self, data: Any, settings: PruneSettings, run: Run) -> RunTexts:
         """Return the texts of one run.
 
         Args:
             data: Text argument of `AutoPruner.prune`; None uses the default text.
-            method: Settings: tokens, window, shares.
+            settings: Settings: tokens, window, shares.
             run: Run context; its checkpoints keep generated text.
 
         Returns:
@@ -84,11 +84,13 @@ class Texts:
                 data,
             )
         sources = sources_of(data)
-        shares = method.shares or tuple(method.written_share if _is_written(source) else 1.0 for source in sources)
+        given = settings.shares
+        shares = given if isinstance(given, Sequence) else [given if _is_written(each) else 1.0 for each in sources]
         if len(shares) != len(sources):
             raise UserError(f"{len(shares)} shares do not fit {len(sources)} sources of text.", "Give one for each.")
         parts = [
-            self._parts(source, share / sum(shares), method, run) for source, share in zip(sources, shares, strict=True)
+            self._parts(source, share / sum(shares), settings, run)
+            for source, share in zip(sources, shares, strict=True)
         ]
         unseen = [part.unseen for part in parts if part.unseen is not None]
         return RunTexts(
@@ -97,16 +99,16 @@ class Texts:
             Corpus.mixed(unseen, run.seed) if unseen else None,
         )
 
-    def _parts(self, source: Any, share: float, method: PruneSettings, run: Run) -> RunTexts:
+    def _parts(self, source: Any, share: float, settings: PruneSettings, run: Run) -> RunTexts:
         """The windows of one source for each of the three texts."""
-        window = min(method.window, getattr(self._model.config, "max_position_embeddings", method.window))
-        tokens = method.calibration_tokens, method.fitness_tokens
+        window = min(settings.window, getattr(self._model.config, "max_position_embeddings", settings.window))
+        tokens = settings.calibration_tokens, settings.fitness_tokens
         wanted = [max(1, -(-int(share * n) // window)) * window for n in tokens]
         identity = self._identity(source)
         key = json.dumps([identity, run.seed, window, *wanted])
         # Text that is read always includes spare text, so the calibration text is the same with and without a search.
         # Spare text that the model writes would take minutes, so it is generated only for a search.
-        spare = wanted[1] if method.evaluations or not _is_written(source) else 0
+        spare = wanted[1] if settings.schedule.evaluations or not _is_written(source) else 0
         enough, corpus = self._known.get(key, (-1, None))
         if corpus is None or enough < spare:
             corpus = self._load(source, key, sum(wanted), spare, window, run)
@@ -115,7 +117,7 @@ class Texts:
         found = min(1.0, corpus.tokens / sum(wanted))
         calibration, search = (max(1, int(n * found) // window) for n in wanted)
         unseen = 0
-        if method.evaluations:
+        if settings.schedule.evaluations:
             left = len(corpus.windows) - calibration - search
             taken = max(0, min(search - 1, max(1, (search + left) // 3) - left))  # from the fitness text
             search, unseen = search - taken, left + taken

@@ -38,7 +38,7 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SETTINGS: dict[str, Any] = {"preset": "draft", "data": "chat", "fitness_tokens": 1024}
 """Settings for two minutes on two cores: the quickest preset, on text that the model writes."""
-SEARCH: dict[str, Any] = {"evaluations": 4, "crossover": 2, "mutation": 2}
+SHORT_SEARCH: dict[str, Any] = {"evaluations": 4, "schedule": {"crossover": 2, "mutation": 2}}
 CONVERSATIONS = 8
 """Number of conversations that the dense model writes with another random seed: neither calibration nor search has read
 them."""
@@ -96,7 +96,7 @@ def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = N
         f"Searching the rates of its {pruner.shape.num_layers} layers at β = {beta}. The model proposes them itself; "
         "first it writes the text for that."
     )
-    pruned = pruner.prune(beta, proposer="self", progress=progress, **SETTINGS, **SEARCH)
+    pruned = pruner.prune(beta, proposer="self", progress=progress, **SETTINGS, **SHORT_SEARCH)
     with tempfile.TemporaryDirectory() as temporary:
         directory = output or Path(temporary) / "smollm2-pruned"
         pruned.save_pretrained(directory)

@@ -83,11 +83,11 @@ def settings_of(pairs: Sequence[str], own: Collection[str] = ()) -> dict[str, An
     """Read the settings of `--set`.
 
     Args:
-        pairs: Settings as NAME=VALUE; a value is JSON, or a text.
+        pairs: Settings as NAME=VALUE; a value is JSON, or a text. `schedule.NAME` is a field of the schedule.
         own: Names that have an option of their own.
 
     Returns:
-        Values by name.
+        Values by name; fields of a setting as a mapping.
 
     Raises:
         UserError: A pair has no `=`, or its name has an option of its own.
@@ -97,11 +97,16 @@ def settings_of(pairs: Sequence[str], own: Collection[str] = ()) -> dict[str, An
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--set expects NAME=VALUE; got {pair!r}.")
-        if name in own:
-            raise UserError(f"{name} has an option of its own.", f"Use --{name} {value}.")
+        owner, dot, last = name.rpartition(".")
+        if last in own:
+            raise UserError(f"{name} has an option of its own.", f"Use --{last} {value}.")
         try:
             parsed = json.loads(value)
         except ValueError:
             parsed = value
-        settings[name] = tuple(parsed) if isinstance(parsed, list) else parsed
+        parsed = tuple(parsed) if isinstance(parsed, list) else parsed
+        if dot:
+            before = settings.get(owner)
+            parsed = {**(before if isinstance(before, dict) else {}), last: parsed}
+        settings[owner or name] = parsed
     return settings

@@ -14,7 +14,16 @@ from exporters.format import metered
 from selfpruner_hub.cli.options import from_pretrained, listed, loading, number, path, quieten, settings_of
 from selfpruner_hub.cli.recover import told
 from selfpruner_hub.errors import OutputError, UserError
-from selfpruner_hub.settings import PRESETS, SEARCH, Setting, check_minutes, check_seed, explained, resolve
+from selfpruner_hub.settings import (
+    PRESETS,
+    SEARCH,
+    DescribedSetting,
+    check_minutes,
+    check_seed,
+    explained,
+    proposer_options,
+    resolve,
+)
 
 OWN_OPTIONS = ("fitness", "evaluations")
 """Names of the settings that have their own option."""
@@ -60,15 +69,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     searching.add_argument(
         "--evaluations", type=number, metavar="N",
         help="length, in evaluations on the whole text; 0 takes the best starting point "
-        f"({_defaults('evaluations')}; {SEARCH} with a proposer)",
+        f"(default: 0; paper: {PRESETS['paper'].schedule.evaluations}; {SEARCH} with a proposer)",
     )  # fmt: skip
-    searching.add_argument("--fitness", help=f"kl or perplexity ({_defaults('fitness')})")
+    searching.add_argument("--fitness", help="kl or perplexity (default: kl; paper: perplexity)")
     searching.add_argument(
         "--proposer",
         help="self (the model), evolution, slopes, random, another model, or an endpoint's URL; one that is given "
         "searches (default: self, where --evaluations or the preset ask for a search)",
     )  # fmt: skip
     searching.add_argument("--proposer-model", metavar="M", help="name of the model at the endpoint")
+    searching.add_argument(
+        "--proposer-option", action="append", default=[], metavar="NAME=VALUE",
+        help="of a language model that proposes: temperature, templates; of an endpoint: request_limit, token_limit, "
+        "token_price",
+    )  # fmt: skip
     searching.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     searching.add_argument("--run-dir", type=path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
     searching.add_argument(
@@ -94,13 +108,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _defaults(name: str) -> str:
-    """Return the default of a setting, and its values in the presets that differ, for its help."""
-    usual = getattr(PRESETS["default"], name)
-    others = {preset: getattr(method, name) for preset, method in PRESETS.items()}
-    return "; ".join(f"{preset}: {value}" for preset, value in others.items() if preset == "default" or value != usual)
-
-
 def run(options: argparse.Namespace) -> str:
     """Prune a model and save it.
 
@@ -119,6 +126,7 @@ def run(options: argparse.Namespace) -> str:
     from selfpruner_hub.storage.staging import check_replaceable, check_writable
 
     settings = settings_of(options.set, ("preset", *OWN_OPTIONS))
+    asking = settings_of(options.proposer_option)
     # All that is wrong is said before torch and the model are loaded, which takes seconds.
     request = None if options.request is None else _request(options.request)
     if options.target is None:
@@ -131,6 +139,7 @@ def run(options: argparse.Namespace) -> str:
     check_seed(options.seed)
     check_minutes(options.minutes, options.recover, settings)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
+    proposer_options(options.proposer, asking)
     check_writable(options.output)
     if options.output.exists() and Path(options.model).exists() and options.output.samefile(options.model):
         raise OutputError("The output would replace the model that is pruned.", "Choose another output.")
@@ -158,6 +167,7 @@ def run(options: argparse.Namespace) -> str:
         preset=options.preset,
         proposer=options.proposer,
         proposer_model=options.proposer_model,
+        proposer_options=asking,
         data=options.data,
         fitness=options.fitness,
         evaluations=options.evaluations,
@@ -232,7 +242,8 @@ def list_settings(options: argparse.Namespace) -> str:
     Raises:
         UserError: The preset is unknown.
     """
-    settings = [setting for setting in explained(options.preset) if setting.name not in OWN_OPTIONS]
+    found = explained(options.preset)
+    settings = [setting for setting in found if setting.name.rpartition(".")[2] not in OWN_OPTIONS]
     if options.json:
         return json.dumps([asdict(setting) for setting in settings])
     width = min(100, shutil.get_terminal_size().columns)
@@ -240,7 +251,7 @@ def list_settings(options: argparse.Namespace) -> str:
     return "\n".join([first, *(_told(setting, width) for setting in settings)])
 
 
-def _told(setting: Setting, width: int) -> str:
+def _told(setting: DescribedSetting, width: int) -> str:
     value = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)
     meaning = textwrap.fill(setting.meaning, width, initial_indent="    ", subsequent_indent="    ")
     return f"\n{setting.name}={value}\n{meaning}"

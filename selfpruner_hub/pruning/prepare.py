@@ -76,7 +76,7 @@ class Prepared:
     """Predicted loss of each layer alone; None without Fisher information."""
 
 
-def fisher_information(model: PreTrainedModel, windows: Tensor, method: PruneSettings, run: Run) -> Fisher | None:
+def fisher_information(model: PreTrainedModel, windows: Tensor, settings: PruneSettings, run: Run) -> Fisher | None:
     """Measure the Fisher information of the outputs of all layers, if a setting needs it.
 
     It runs before every other stage, because a backward pass takes much memory.
@@ -84,27 +84,31 @@ def fisher_information(model: PreTrainedModel, windows: Tensor, method: PruneSet
     Args:
         model: The dense model.
         windows: Token ids of the calibration text, `[N, W]`; only the first `fisher_tokens` tokens are read.
-        method: Settings.
+        settings: Settings.
         run: Run context.
 
     Returns:
         Result of `output_fisher`; None if no setting needs it.
     """
-    if not (method.predicts_losses or method.importance == "obs" or method.repairs_twice):
+    if not (settings.predicts_losses or settings.importance == "obs" or settings.repairs_twice):
         return None
-    return output_fisher(model, windows[: max(1, method.fisher_tokens // windows.shape[1])], run)
+    return output_fisher(model, windows[: max(1, settings.fisher_tokens // windows.shape[1])], run)
 
 
 @contextmanager
 def prepared(
-    model: PreTrainedModel, windows: Tensor, method: PruneSettings, fisher: Fisher | None = None, run: Run = DEFAULT_RUN
+    model: PreTrainedModel,
+    windows: Tensor,
+    settings: PruneSettings,
+    fisher: Fisher | None = None,
+    run: Run = DEFAULT_RUN,
 ) -> Iterator[Prepared]:
     """Calibrate a model and put its weights into order of importance, in place, while the context lasts.
 
     Args:
         model: The dense model; it computes the same function, and on exit its weights are restored.
         windows: Token ids of the calibration text, `[N, W]`.
-        method: Settings: order, repair.
+        settings: Settings: order, repair.
         fisher: Result of `fisher_information`.
         run: Run context.
 
@@ -112,11 +116,11 @@ def prepared(
         The order, the slicer and the loss curves of the model.
     """
     statistics = calibrate(model, windows, run)
-    order = rank(model, statistics, method.importance, fisher, run)
+    order = rank(model, statistics, settings.importance, fisher, run)
     with ordered(model, order):
         slicer = Slicer(model, order, _drained(statistics), run.store, fisher)
         curves = slicer.loss_curves() if fisher else None
-        yield Prepared(order, slicer if method.repair else Slicer(model, order, None, run.store), curves)
+        yield Prepared(order, slicer if settings.repair != "none" else Slicer(model, order, None, run.store), curves)
 
 
 def _drained(items: list[Any]) -> Iterator[Any]:

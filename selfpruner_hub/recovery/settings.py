@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from selfpruner_hub.errors import UserError
+from selfpruner_hub.settings.fields import Rules, with_changes
 
-METHODS = ("auto", "full", "lora")
-"""Which weights are trained: all of them, adapters of all linear layers, or what fits into memory."""
 REFERENCE_RATE, REFERENCE_SIZE = 2e-4, 1.35e8
 """Learning rate that was measured, and the number of parameters of the model that it was measured on."""
 LORA_FACTOR = 10.0
@@ -88,22 +87,26 @@ class Budget:
             raise UserError(f"{name} of recovery must be a number above 0; got {value!r}.")
 
 
-_RANGES = {
-    "rank": (1, 4096),
-    "learning_rate": (0, 1e3),
-    "beta2": (0, 0.9999),
-    "warmup": (0, 1 << 20),
-    "batch_tokens": (1, 1 << 30),
-    "window": (8, 1 << 20),
-    "written_share": (0, 1),
-    "question_share": (0, 1),
-    "emphasis": (0, 1e3),
-    "passes": (1, 1 << 20),
-    "checks": (0, 1 << 20),
-}
+_RECOVERY_RULES = Rules(
+    ranges={
+        "rank": (1, 4096),
+        "learning_rate": (0, 1e3),
+        "beta2": (0, 0.9999),
+        "warmup": (0, 1 << 20),
+        "batch_tokens": (1, 1 << 30),
+        "window": (8, 1 << 20),
+        "written_share": (0, 1),
+        "question_share": (0, 1),
+        "emphasis": (0, 1e3),
+        "passes": (1, 1 << 20),
+        "checks": (0, 1 << 20),
+    },
+    choices={"method": ("auto", "full", "lora")},
+    what="recovery setting",
+)
 
 
-def resolve(**changes: Any) -> RecoverySettings:
+def resolve_recovery(**changes: Any) -> RecoverySettings:
     """Take the default settings and change some of them.
 
     Args:
@@ -115,16 +118,4 @@ def resolve(**changes: Any) -> RecoverySettings:
     Raises:
         UserError: A setting is unknown, or a value is out of its range.
     """
-    known = {f.name: type(f.default) for f in fields(RecoverySettings)}
-    if unknown := sorted(set(changes) - set(known)):
-        raise UserError(f"Unknown setting {', '.join(unknown)} of recovery.", f"Known: {', '.join(known)}.")
-    settings = replace(RecoverySettings(), **changes)
-    if settings.method not in METHODS:
-        raise UserError(f"Unknown method {settings.method!r} of recovery.", f"Choose one of: {', '.join(METHODS)}.")
-    for name, (low, high) in _RANGES.items():
-        value = getattr(settings, name)
-        kinds = (int, float) if known[name] is float else (int,)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-            whole = "" if known[name] is float else "whole "
-            raise UserError(f"{name} must be a {whole}number from {low:g} to {high:g}; got {value!r}.")
-    return settings
+    return with_changes(RecoverySettings(), changes, _RECOVERY_RULES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
 from selfpruner_hub.search.slopes import SlopesProposer
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import EndpointOptions, proposer_options
 
 WITHOUT_MODEL: dict[str, Callable[[ParameterBudget], Proposer]] = {
     "evolution": EvolutionProposer,
@@ -27,8 +28,9 @@ WITHOUT_MODEL: dict[str, Callable[[ParameterBudget], Proposer]] = {
 def choose_proposer(
     proposer: str | Proposer | None,
     endpoint_model: str | None,
+    options: Mapping[str, Any] | None,
     budget: ParameterBudget,
-    method: PruneSettings,
+    searches: bool,
     subject: str,
     own: tuple[PreTrainedModel, PreTrainedTokenizerBase | None],
 ) -> Proposer:
@@ -37,8 +39,9 @@ def choose_proposer(
     Args:
         proposer: Name, model, URL or object, as for `AutoPruner.prune`; None is `"self"`.
         endpoint_model: Name of the model at the endpoint.
+        options: Options of a language model that proposes, by name; None takes their defaults.
         budget: Parameter budget of the search.
-        method: Settings; with `evaluations=0` no proposer is asked, so no model is loaded.
+        searches: Whether there is a search; without one no proposer is asked, so no model is loaded.
         subject: Name of the model that is being pruned, for the prompts.
         own: Model that is being pruned, and its tokenizer; `"self"` asks them.
 
@@ -46,21 +49,25 @@ def choose_proposer(
         The proposer; an object that follows the protocol is returned unchanged.
 
     Raises:
-        UserError: The name is unknown, or the model that proposes has no tokenizer.
+        UserError: The name or an option is unknown, options are given to a proposer that is no language model, or the
+            model that proposes has no tokenizer.
         ModelError: The directory or repository does not load.
     """
     if proposer is None:
         proposer = "self"
+    checked = proposer_options(proposer, options)
+    if options and (not isinstance(proposer, str) or proposer in WITHOUT_MODEL):
+        raise UserError("proposer_options are those of a language model, and this proposer is none.", "Leave them out.")
     if not isinstance(proposer, str):
         return proposer
-    if proposer in WITHOUT_MODEL or not method.evaluations:
+    if proposer in WITHOUT_MODEL or not searches:
         return WITHOUT_MODEL.get(proposer, EvolutionProposer)(budget)
-    if "://" in proposer:
-        return EndpointProposer(proposer, endpoint_model, budget, subject, method)
+    if isinstance(checked, EndpointOptions):
+        return EndpointProposer(proposer, endpoint_model, budget, subject, checked)
     if proposer == "self":
-        asked, tokenizer = own
+        model, tokenizer = own
     elif "/" in proposer or Path(proposer).is_dir():
-        asked, tokenizer = load_model(proposer, any_architecture=True, dtype="auto", device=own[0].device)
+        model, tokenizer = load_model(proposer, any_architecture=True, dtype="auto", device=own[0].device)
     else:
         raise UserError(
             f"Unknown proposer {proposer!r}.",
@@ -72,4 +79,4 @@ def choose_proposer(
             f"proposer={proposer!r} needs the model's tokenizer, and there is none.", 'Use proposer="evolution".'
         )
     name = proposer if proposer == "self" else Path(proposer).name
-    return ModelProposer(asked, tokenizer, budget, subject, method, name=name)
+    return ModelProposer(model, tokenizer, budget, subject, checked, name=name)

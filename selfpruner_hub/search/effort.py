@@ -49,7 +49,6 @@ def with_effort(
     model: PreTrainedModel,
     checkpoints: Checkpoints,
     *,
-    evaluations: float | None,
     proposer_given: bool,
     minutes: float | None,
 ) -> tuple[PruneSettings, list[str]]:
@@ -60,7 +59,6 @@ def with_effort(
         resolved: Function that returns a preset's settings with the user's changes.
         model: The dense model.
         checkpoints: Checkpoints of the run.
-        evaluations: Length of the search that the user has asked for, which `resolved` gives; or None.
         proposer_given: Whether the user has chosen a proposer, and so asked for a search.
         minutes: Minutes of the whole run; None leaves the preset as it is. A search comes on top.
 
@@ -70,15 +68,16 @@ def with_effort(
     Raises:
         UserError: The preset is unknown, or the minutes are too few.
     """
-    method, lines = resolved(preset), []
+    settings, lines = resolved(preset), []
     if minutes is not None:
-        method, line = within_minutes(minutes, model, preset, resolved, checkpoints)
+        settings, line = within_minutes(minutes, model, preset, resolved, checkpoints)
         lines.append(line)
-    if evaluations is None and proposer_given:
-        method = replace(method, evaluations=method.evaluations or SEARCH)
-    if evaluations is None and not method.evaluations:
-        lines.append(NO_SEARCH)
-    return method, lines
+    if settings.schedule.evaluations is None:
+        evaluations = SEARCH if proposer_given else 0
+        settings = replace(settings, schedule=replace(settings.schedule, evaluations=evaluations))
+        if not evaluations:
+            lines.append(NO_SEARCH)
+    return settings, lines
 
 
 def within_minutes(
@@ -113,16 +112,19 @@ def within_minutes(
         known = {"place": torch.tensor(place), "tokens": torch.tensor(tokens)}
         checkpoints.save(name, known)
     chosen = ladder[int(known["place"])]
-    method = resolved(chosen)
-    tokens = min(method.calibration_tokens, int(known["tokens"]))
+    settings = resolved(chosen)
+    tokens = min(settings.calibration_tokens, int(known["tokens"]))
     few = max(STEP, tokens // 8)
-    method = replace(
-        method,
+    settings = replace(
+        settings,
         calibration_tokens=tokens,
-        fisher_tokens=min(method.fisher_tokens, few),
-        fitness_tokens=min(method.fitness_tokens, 2 * few),
+        fisher_tokens=min(settings.fisher_tokens, few),
+        fitness_tokens=min(settings.fitness_tokens, 2 * few),
     )
-    return method, f"preset {chosen}, {tokens} tokens of calibration text, and recovery in what is left of the minutes"
+    return (
+        settings,
+        f"preset {chosen}, {tokens} tokens of calibration text, and recovery in what is left of the minutes",
+    )
 
 
 def _choice(minutes: float, model: PreTrainedModel, ladder: Sequence[str]) -> tuple[int, int]:

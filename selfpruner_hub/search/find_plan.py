@@ -34,7 +34,7 @@ def find_plan(
     ready: Prepared,
     texts: RunTexts,
     journal: Journal,
-    method: PruneSettings,
+    settings: PruneSettings,
     run: Run,
 ) -> Found:
     """Search for a plan, then compare it with the best seed plan on unseen text.
@@ -45,31 +45,33 @@ def find_plan(
         ready: Slicer that cuts the candidates, and the predicted losses of each layer.
         texts: Texts of the run: the fitness text, on which plans are selected, and the unseen one.
         journal: Journal of the search; its lines are replayed first, then new ones are appended.
-        method: Settings of the run.
+        settings: Settings of the run.
         run: Progress (`Bars` also show a note), random seed and executor of the run.
 
     Returns:
         Outcome and gains; without a search (`evaluations=0`) or without unseen text, only the gain on the fitness text.
     """
     slicer, curves = ready.slicer, ready.curves
-    scoring = curves if method.weighs_excess else None
-    fitness = _fitness(slicer, texts.search.windows, method, scoring)
+    scoring = curves if settings.weighs_excess else None
+    fitness = _fitness(slicer, texts.search.windows, settings, scoring)
     measure_steps = (
         fitness.measure_steps
         if isinstance(fitness, SecondRepairScore)
         else partial(fitness.measure_steps, curves=curves)
     )
-    measure = partial(fitness.loss, share=method.first_share)
-    effects = partial(measure_steps, share=method.first_share) if "refined" in method.seeds else None
-    known = _journaled(journal, lambda: seeds(budget, curves if method.predicts_losses else None, measure, effects))
-    starts = {name: rates for name, rates in known.items() if name in method.seeds}
+    measure = partial(fitness.loss, share=settings.schedule.first_share)
+    effects = partial(measure_steps, share=settings.schedule.first_share) if "refined" in settings.seeds else None
+    known = _journaled(journal, lambda: seeds(budget, curves if settings.predicts_losses else None, measure, effects))
+    starts = {name: rates for name, rates in known.items() if name in settings.seeds}
     check = None
-    if method.evaluations and texts.unseen is not None:
-        check = checked(journal, partial(_fitness, slicer, texts.unseen.windows, method, scoring))
+    if settings.schedule.evaluations and texts.unseen is not None:
+        check = checked(journal, partial(_fitness, slicer, texts.unseen.windows, settings, scoring))
     with ray_workers(fitness) if run.executor == "ray" else nullcontext() as pool:
         told = measure_steps if getattr(proposer, "reads_slopes", False) else None
         problem = Problem(budget, starts, fitness, told, pool, check)
-        outcome = search(proposer, problem, journal, method, seed=run.seed, report=_live(run.progress, method))
+        price = float(getattr(proposer, "token_price", 0.0))
+        report = _live(run.progress, settings, price)
+        outcome = search(proposer, problem, journal, settings.schedule, seed=run.seed, report=report)
     gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
     if check is not None:
         gains[UNSEEN_TEXT] = check(outcome.best_seed.plan), check(outcome.best.plan)
@@ -99,24 +101,24 @@ def checked(journal: Journal, make: Callable[[], Callable[[Plan], float]]) -> Ca
 
 
 def _fitness(
-    slicer: Slicer, windows: Tensor, method: PruneSettings, curves: Sequence[LossCurves] | None
+    slicer: Slicer, windows: Tensor, settings: PruneSettings, curves: Sequence[LossCurves] | None
 ) -> Fitness | SecondRepairScore:
     """Make the fitness that is minimised; with `curves`, the one that allows for the second repair."""
-    fitness = Fitness(slicer, windows, method.fitness)
+    fitness = Fitness(slicer, windows, settings.fitness)
     return fitness if curves is None else SecondRepairScore(fitness, curves, REMAINS)
 
 
-def _live(report: Callable[..., None], method: PruneSettings) -> Callable[[Standing], None]:
+def _live(report: Callable[..., None], settings: PruneSettings, token_price: float) -> Callable[[Standing], None]:
     """Report the evaluations spent; bars also show the best plan, and the tokens and cost of a language model."""
 
     def show(at: Standing) -> None:
         note = [f"round {at.round}"]
         if at.best is not None:
-            note.append(f"best {method.fitness} {at.best.fitness:.4f} ({at.best.origin})")
+            note.append(f"best {settings.fitness} {at.best.fitness:.4f} ({at.best.origin})")
         if at.tokens:
-            cost = f", ${at.tokens * method.token_price / 1e6:.2f}" if method.token_price else ""
+            cost = f", ${at.tokens * token_price / 1e6:.2f}" if token_price else ""
             note.append(f"{at.tokens / 1000:.1f}k tokens{cost}")
         notes = [", ".join(note)] if isinstance(report, Bars) else []
-        report("searching", min(at.spent, method.evaluations), method.evaluations, *notes)
+        report("searching", min(at.spent, settings.schedule.length), settings.schedule.length, *notes)
 
     return show

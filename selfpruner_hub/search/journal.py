@@ -192,8 +192,17 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     old, new = found.get("settings"), wanted["settings"]
     if not isinstance(old, dict) or found.get("schema_version") != SCHEMA_VERSION:
         return "written by another version"
+    old, new = _flat(old), _flat(new)
     names = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return ", ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} here" for name in names[:2])[:400]
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by name; a field of a setting has both names, with a dot between them."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _text(record: dict[str, Any]) -> bytes:

@@ -24,7 +24,7 @@ from selfpruner_hub.search.journal_lines import AskLine, ProbeLine, Reply, Round
 from selfpruner_hub.search.outcome import Outcome, Standing
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Proposer, Scored
 from selfpruner_hub.search.schedule import rounds
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import SearchSchedule
 
 Score = Callable[[Plan, float], float]
 """(plan, share of the windows) → fitness, lower is better."""
@@ -73,7 +73,7 @@ def search(
     proposer: Proposer,
     problem: Problem,
     journal: Journal,
-    settings: PruneSettings,
+    schedule: SearchSchedule,
     *,
     seed: int = 0,
     report: Callable[[Standing], None] | None = None,
@@ -84,19 +84,19 @@ def search(
         proposer: Source of rates.
         problem: Budget, seed plans and score.
         journal: Journal of the search; its lines are replayed first, then new ones are appended.
-        settings: Settings of the search: its length, and how the rounds spend it.
+        schedule: Length of the search, and how its rounds spend it.
         seed: Random seed.
         report: Function that is called with the state of the search after every evaluation.
 
     Returns:
         The outcome; its best plan is never worse than the best seed plan on the same windows.
     """
-    run = _Search(proposer, problem, journal, settings, seed, report)
+    run = _Search(proposer, problem, journal, schedule, seed, report)
     run.score_round(0, [(f"seed:{name}", problem.budget.project(rates)) for name, rates in problem.seeds.items()])
     best_seed = run.incumbent()
     barren = idle = 0
-    for number, operation, count in rounds(settings):
-        if run.spent >= settings.evaluations or barren == BARREN_ROUNDS or 0 < settings.patience <= idle:
+    for number, operation, count in rounds(schedule):
+        if run.spent >= schedule.length or barren == BARREN_ROUNDS or 0 < schedule.patience <= idle:
             break
         before = run.incumbent().plan
         run.measure_steps(number)
@@ -114,7 +114,7 @@ class _Search:
     proposer: Proposer
     problem: Problem
     journal: Journal
-    settings: PruneSettings
+    schedule: SearchSchedule
     seed: int
     report: Callable[[Standing], None] | None
     spent: float = 0.0
@@ -148,7 +148,7 @@ class _Search:
 
     def measure_steps(self, number: int) -> None:
         """Predict the effects of small changes of the incumbent, once for each plan."""
-        plan, share = self.incumbent().plan, self.settings.probe_share
+        plan, share = self.incumbent().plan, self.schedule.probe_share
         if self.problem.measure_steps is None or not share or plan in self.effects:
             return
         if plan not in self._probed:
@@ -162,7 +162,7 @@ class _Search:
     def gained(self, before: Plan) -> bool:
         """Whether the incumbent is better than the one `before` this round on unseen text too, if there is any."""
         now, check = self.incumbent().plan, self.problem.check
-        if not self.settings.patience or check is None:
+        if not self.schedule.patience or check is None:
             return True
         return now != before and check(now) <= (1 - LEAST_GAIN) * check(before)
 
@@ -252,12 +252,12 @@ class _Search:
         unique: dict[Plan, str] = {}
         for origin, plan in children:  # two seeds may give the same plan: the first is its origin
             unique.setdefault(plan, origin)
-        scored = self._scored([(origin, plan) for plan, origin in unique.items()], self.settings.first_share, number)
+        scored = self._scored([(origin, plan) for plan, origin in unique.items()], self.schedule.first_share, number)
         self.first.update({s.plan: s for s in scored})
         ranked = sorted(scored, key=lambda s: s.fitness)
-        share = self.settings.survivors if number else SURVIVING_SEEDS
+        share = self.schedule.survivors if number else SURVIVING_SEEDS
         keep = max(1, math.ceil(share * len(ranked)))
-        survivors = ranked if self.settings.first_share >= 1 else ranked[:keep]
+        survivors = ranked if self.schedule.first_share >= 1 else ranked[:keep]
         self._scored([(survivor.origin, survivor.plan) for survivor in survivors], 1.0, number)
         return scored
 
@@ -269,7 +269,7 @@ class _Search:
         for origin, plan in children:
             if (plan, share) not in self._scores:
                 self._score_live(plan, share, origin, number, values)
-            if not (share == 1.0 == self.settings.first_share and plan in self.first):  # scored once, counted once
+            if not (share == 1.0 == self.schedule.first_share and plan in self.first):  # scored once, counted once
                 self.spent += share
             scored.append(
                 Scored(plan, self.problem.budget.rates(plan), self._scores[plan, share], share, origin, number)

@@ -52,7 +52,7 @@ class Proposer(Protocol):
     """Interface of ask and tell. Proposers score nothing and write nothing; all randomness comes from `rng`.
 
     If it has a true attribute `reads_slopes`, its history holds the predicted effects of small changes of the best
-    plan.
+    plan. The progress line shows what the tokens cost by its attribute `token_price`, in dollars for a million.
     """
 
     name: str

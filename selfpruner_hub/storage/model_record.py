@@ -57,9 +57,9 @@ class Record:
     `measured` in its terms; and `training`, where the weights were trained after pruning: how, in a line."""
     seed: int
     proposer: dict[str, Any]
-    """The proposer and its search: name, evaluations, origin of the best plan, counts of replies, tokens. `gains`:
-    fitness of the best seed plan and of the best plan, on `search_text`, the fitness text, and on `unseen_text`, which
-    neither calibration, nor repairs, nor search have read."""
+    """The proposer and its search: name, options of a language model, evaluations, origin of the best plan, counts of
+    replies, tokens. `gains`: fitness of the best seed plan and of the best plan, on `search_text`, the fitness text,
+    and on `unseen_text`, which neither calibration, nor repairs, nor search have read."""
     data: dict[str, dict[str, Any]]
     """Texts of the run, `calibration`, `fitness` and, where the gain was measured on it, `unseen`: name, tokens, window
     and hash of each; and `chat_template`, where it writes the date: the `date` that it was given."""
@@ -150,13 +150,17 @@ class _Target(TypedDict):
     why: NotRequired[str]
 
 
+class _Schedule(TypedDict):
+    evaluations: float | None
+
+
 class _Method(TypedDict):
     """What is read of the settings."""
 
     fitness: str
     importance: str
-    repair: bool
-    evaluations: NotRequired[float]
+    repair: str
+    schedule: _Schedule
     training: NotRequired[str]
     target: NotRequired[_Target]
 

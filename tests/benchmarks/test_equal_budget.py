@@ -22,9 +22,15 @@ from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import Proposal, RandomProposer, Scored, random_rates
 
-SMALL = replace(equal_budget.PAPER, window=32, calibration_tokens=256, fitness_tokens=64, population=4)
-CHILDREN = equal_budget.SETTINGS.mutation
-SHORT = replace(equal_budget.SETTINGS, crossover=4, mutation=4)
+SMALL = replace(
+    equal_budget.PAPER,
+    window=32,
+    calibration_tokens=256,
+    fitness_tokens=64,
+    schedule=replace(equal_budget.PAPER.schedule, population=4),
+)
+CHILDREN = equal_budget.SCHEDULE.mutation
+SHORT = replace(equal_budget.SCHEDULE, crossover=4, mutation=4)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +46,8 @@ def found(proposer, budget, journal=None, evaluations=200.0):
         equal_budget.population(budget, 0),
         lambda plan, _share: float(np.square(np.array(budget.rates(plan).ffn) - wanted).sum()),
     )
-    settings = replace(equal_budget.SETTINGS, evaluations=evaluations)
-    return search(proposer, problem, journal or Journal(None, {}), settings)
+    schedule = replace(equal_budget.SCHEDULE, evaluations=evaluations)
+    return search(proposer, problem, journal or Journal(None, {}), schedule)
 
 
 def test_cmaes_learns_from_the_scores(pruner):
@@ -108,7 +114,7 @@ def test_what_the_model_is_told_follows_the_scores(pruner):
 def test_every_method_starts_from_the_same_plans():
     budget = ParameterBudget(AutoPruner(tiny_model("llama"), None, "x").shape, 0.3, p_min=0.1, tied=True)
     first, again, other = (equal_budget.population(budget, seed) for seed in (0, 0, 1))
-    assert len(first) == equal_budget.PAPER.population
+    assert len(first) == equal_budget.PAPER.schedule.population
     assert first == again != other
 
 
@@ -125,7 +131,7 @@ def test_every_method_can_be_made(pruner, tmp_path):
 def test_rows_are_paired_with_the_control(pruner, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(equal_budget, "load_embedded", lambda: pruner)
     monkeypatch.setattr(equal_budget, "PAPER", SMALL)
-    monkeypatch.setattr(equal_budget, "SETTINGS", SHORT)
+    monkeypatch.setattr(equal_budget, "SCHEDULE", SHORT)
     monkeypatch.setattr(equal_budget, "WINDOWS", 3)
     texts = [tmp_path / name for name in ("search.txt", "unseen.txt")]
     for seed, path in enumerate(texts):

@@ -65,10 +65,10 @@ def test_windows_that_the_model_writes(start):
 
 @pytest.mark.parametrize("data", ["self", [TEXT]])
 def test_all_texts_of_a_run_begin_so(data, tmp_path):
-    method = resolve("default", window=16, calibration_tokens=64, fitness_tokens=32, evaluations=1)
+    settings = resolve("default", window=16, calibration_tokens=64, fitness_tokens=32, evaluations=1)
     run = Run(checkpoints=Checkpoints(tmp_path))
     for tokens, expected in (("<s>", True), ("", False)):  # text that was written with a start is not taken without
-        texts = Texts(tiny_model("llama"), tiny_tokenizer(tokens)).read(data, method, run)
+        texts = Texts(tiny_model("llama"), tiny_tokenizer(tokens)).read(data, settings, run)
         assert [bool((text.windows[:, 0] == 1).all()) for text in texts] == [expected] * 3
 
 

@@ -12,13 +12,13 @@ from selfpruner_hub.calibration import conversations, corpus, texts
 from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.calibration.texts import Texts
 from selfpruner_hub.errors import DataError, UserError
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 WINDOW, CALIBRATION, FITNESS = 32, 20, 8
-METHOD = PruneSettings(
-    evaluations=0, window=WINDOW, calibration_tokens=WINDOW * CALIBRATION, fitness_tokens=WINDOW * FITNESS
+SETTINGS = resolve(
+    None, evaluations=0, window=WINDOW, calibration_tokens=WINDOW * CALIBRATION, fitness_tokens=WINDOW * FITNESS
 )
 QUESTIONS = [f"What is item {i} of list {i * i}?" for i in range(4000)]
 TALKS = [[user(question), assistant("It is a number.")] for question in QUESTIONS[:60]]
@@ -76,9 +76,9 @@ def loaded(monkeypatch):
     return asked
 
 
-def read(model, data, method=METHOD, *, tokenizer=None, seed=0, checkpoints=None):
+def read(model, data, settings=SETTINGS, *, tokenizer=None, seed=0, checkpoints=None):
     found = Texts(model, tokenizer or chat_tokenizer()).read(
-        data, method, Run(seed=seed, checkpoints=checkpoints or Checkpoints())
+        data, settings, Run(seed=seed, checkpoints=checkpoints or Checkpoints())
     )
     assert found.unseen is None  # nothing is searched
     return found.calibration, found.search
@@ -98,11 +98,11 @@ def count(windows, *names):
 
 @pytest.mark.parametrize(
     ("shares", "calibration", "fitness"),
-    [((), (10, 10), (4, 4)), ((3, 1), (15, 5), (6, 2)), ((0.25, 0.75), (5, 15), (2, 6)), ((1, 1), (10, 10), (4, 4))],
+    [(0.5, (10, 10), (4, 4)), ((3, 1), (15, 5), (6, 2)), ((0.25, 0.75), (5, 15), (2, 6)), ((1, 1), (10, 10), (4, 4))],
 )
 def test_each_source_gives_its_share_to_both(shares, calibration, fitness, model, letters):
     data = f"{letters('A')}+{letters('B')}"
-    found = read(model, data, replace(METHOD, shares=shares))
+    found = read(model, data, replace(SETTINGS, shares=shares))
     assert count(found[0].windows, "A", "B") == calibration
     assert count(found[1].windows, "A", "B") == fitness
     assert [text.name for text in found] == ["A.txt and B.txt"] * 2
@@ -120,14 +120,14 @@ def test_each_source_gives_its_share_to_both(shares, calibration, fitness, model
     ],
 )
 def test_a_source_that_the_model_writes_has_a_share_of_its_own(data, share, own, others, model, letters):
-    found = read(model, data.format(A=letters("A"), B=letters("B")), replace(METHOD, written_share=share))
+    found = read(model, data.format(A=letters("A"), B=letters("B")), replace(SETTINGS, shares=share))
     assert tuple(kinds(text.windows).count("own") for text in found) == own
     assert tuple(len(text.windows) - written for text, written in zip(found, own, strict=True)) == others
 
 
 def test_three_sources_one_of_which_the_model_writes(model, letters):
     data = f"{letters('A')}+self+{letters('B')}"
-    first, second = read(model, data, replace(METHOD, shares=(2, 1, 1)))
+    first, second = read(model, data, replace(SETTINGS, shares=(2, 1, 1)))
     assert count(first.windows, "A", "own", "B") == (10, 5, 5)
     assert count(second.windows, "A", "own", "B") == (4, 2, 2)
     own = [{tuple(row) for row in part.windows.tolist() if len(set(row[1:])) > 1} for part in (first, second)]
@@ -136,12 +136,12 @@ def test_three_sources_one_of_which_the_model_writes(model, letters):
 
 @pytest.mark.parametrize("shares", [(1, 1e-9), (1e-9, 1)])
 def test_every_source_gives_a_window_at_least(shares, model, letters):
-    found = read(model, f"{letters('A')}+{letters('B')}", replace(METHOD, shares=shares))
+    found = read(model, f"{letters('A')}+{letters('B')}", replace(SETTINGS, shares=shares))
     assert [set(kinds(text.windows)) for text in found] == [{"A", "B"}] * 2
 
 
 def test_a_few_tokens_of_two_sources(model, letters):
-    few = replace(METHOD, calibration_tokens=1, fitness_tokens=1)
+    few = replace(SETTINGS, calibration_tokens=1, fitness_tokens=1)
     found = read(model, f"{letters('A')}+{letters('B')}", few)
     assert [count(text.windows, "A", "B") for text in found] == [(1, 1), (1, 1)]
 
@@ -149,7 +149,7 @@ def test_a_few_tokens_of_two_sources(model, letters):
 @pytest.mark.parametrize(("data", "shares"), [("self", (1, 1)), ("self+chat", (1,)), ("self+self", (1, 1))])
 def test_shares_fit_the_sources(data, shares, model):
     with pytest.raises(UserError, match=rf"{len(shares)} shares do not fit \d source") as caught:
-        read(model, data, replace(METHOD, shares=shares))
+        read(model, data, replace(SETTINGS, shares=shares))
     assert caught.value.hint
 
 
@@ -175,7 +175,7 @@ def test_the_default_is_a_mixture_for_a_chat_model_alone(tokenizer, expected, mo
 
 def test_without_a_tokenizer_the_default_says_what_works(model):
     with pytest.raises(DataError, match='tokenizer.*data="self"'):
-        Texts(model, None).read(None, METHOD, DEFAULT_RUN)
+        Texts(model, None).read(None, SETTINGS, DEFAULT_RUN)
 
 
 @pytest.mark.parametrize(
@@ -206,19 +206,19 @@ def test_a_chat_model_on_articles_alone_is_warned_of(data, tokenizer, warned, mo
 
 def test_what_a_file_gave_is_read_once(model, loaded, letters):
     known, path = Texts(model, chat_tokenizer()), letters("A")
-    first = known.read(path, METHOD, DEFAULT_RUN)
-    assert known.read(path, METHOD, DEFAULT_RUN).calibration.sha256 == first.calibration.sha256
+    first = known.read(path, SETTINGS, DEFAULT_RUN)
+    assert known.read(path, SETTINGS, DEFAULT_RUN).calibration.sha256 == first.calibration.sha256
     assert len(loaded) == 1
-    known.read(path, METHOD, Run(seed=1))
-    known.read(path, replace(METHOD, fitness_tokens=WINDOW), DEFAULT_RUN)
+    known.read(path, SETTINGS, Run(seed=1))
+    known.read(path, replace(SETTINGS, fitness_tokens=WINDOW), DEFAULT_RUN)
     assert len(loaded) == 3
 
 
 def test_a_list_is_read_each_time(model, loaded):
     """Its entries may be others by then."""
     talks, known = list(TALKS), Texts(model, chat_tokenizer())
-    known.read(talks, METHOD, DEFAULT_RUN)
-    known.read(talks, METHOD, DEFAULT_RUN)
+    known.read(talks, SETTINGS, DEFAULT_RUN)
+    known.read(talks, SETTINGS, DEFAULT_RUN)
     assert len(loaded) == 2
 
 
@@ -238,9 +238,9 @@ def test_what_the_model_wrote_is_kept_and_used_again(data, model, tmp_path, writ
     [
         {"model": tiny_model("llama", seed=1)},
         {"seed": 1},
-        {"method": replace(METHOD, window=16)},
-        {"method": replace(METHOD, fitness_tokens=WINDOW * 9)},
-        {"data": "self+c4", "method": replace(METHOD, shares=(3, 1))},
+        {"settings": replace(SETTINGS, window=16)},
+        {"settings": replace(SETTINGS, fitness_tokens=WINDOW * 9)},
+        {"data": "self+c4", "settings": replace(SETTINGS, shares=(3, 1))},
     ],
     ids=lambda other: "-".join(other),
 )

@@ -14,15 +14,13 @@ from selfpruner_hub.calibration.corpus import Corpus, load_corpus
 from selfpruner_hub.calibration.texts import Texts
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.search import find_plan
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
 WINDOW, CALIBRATION, FITNESS = 8, 8, 4
-METHOD = PruneSettings(
-    window=WINDOW, calibration_tokens=WINDOW * CALIBRATION, fitness_tokens=WINDOW * FITNESS, evaluations=10
-)
-UNSEARCHED = replace(METHOD, evaluations=0)
+SIZES = {"window": WINDOW, "calibration_tokens": WINDOW * CALIBRATION, "fitness_tokens": WINDOW * FITNESS}
+SETTINGS, UNSEARCHED = (resolve(None, evaluations=evaluations, **SIZES) for evaluations in (10, 0))
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +58,8 @@ def places(text):
     return [] if text is None else [int("".join(map(chr, row[1:]))) for row in text.windows.tolist()]
 
 
-def read(model, data, method=METHOD, run=None):
-    return Texts(model, tiny_tokenizer()).read(data, method, run or Run())
+def read(model, data, settings=SETTINGS, run=None):
+    return Texts(model, tiny_tokenizer()).read(data, settings, run or Run())
 
 
 def test_it_is_a_stretch_behind_the_others_which_are_the_same_without_it(model, text):
@@ -94,13 +92,13 @@ def test_a_short_text_has_one_too(windows, sizes, unsearched, model, text):
 
 
 def test_one_window_is_for_the_search(model, text):
-    found = read(model, text(9), replace(METHOD, fitness_tokens=WINDOW))
+    found = read(model, text(9), replace(SETTINGS, fitness_tokens=WINDOW))
     assert [len(places(part)) for part in found] == [8, 1, 0]
     assert found.unseen is None
 
 
 def test_every_source_gives_its_share(model, text):
-    found = read(model, f"{text(100, 'A')}+{text(100, 'B')}+self", replace(METHOD, shares=(2, 1, 1)))
+    found = read(model, f"{text(100, 'A')}+{text(100, 'B')}+self", replace(SETTINGS, shares=(2, 1, 1)))
     kinds = ["".join(chr(row[0]) if chr(row[-1]).isdigit() and row[0] in b"AB" else "?" for row in t.windows.tolist())
              for t in found]  # fmt: skip
     assert [tuple(kind.count(c) for c in "AB?") for kind in kinds] == [(4, 2, 2), (2, 1, 1), (2, 1, 1)]
@@ -122,17 +120,17 @@ def test_text_of_a_run_without_a_search_is_not_enough_for_one(kept, model, sampl
     run = Run(checkpoints=Checkpoints(tmp_path))
     known = Texts(model, tiny_tokenizer())
     known.read("self", UNSEARCHED, run)
-    found = (known if kept == "in memory" else Texts(model, tiny_tokenizer())).read("self", METHOD, run)
+    found = (known if kept == "in memory" else Texts(model, tiny_tokenizer())).read("self", SETTINGS, run)
     assert sampled == [CALIBRATION + FITNESS, CALIBRATION + FITNESS, FITNESS]
     assert [len(part.windows) for part in found] == [CALIBRATION, FITNESS, FITNESS]
 
 
 def test_it_is_written_once(model, sampled, tmp_path):
     known, run = Texts(model, tiny_tokenizer()), Run(checkpoints=Checkpoints(tmp_path))
-    first = known.read("self", METHOD, run)
-    for method in (METHOD, UNSEARCHED):
-        assert [part.sha256 for part in known.read("self", method, run)[:2]] == [part.sha256 for part in first[:2]]
-    assert known.read("self", METHOD, run).unseen.sha256 == first.unseen.sha256
+    first = known.read("self", SETTINGS, run)
+    for settings in (SETTINGS, UNSEARCHED):
+        assert [part.sha256 for part in known.read("self", settings, run)[:2]] == [part.sha256 for part in first[:2]]
+    assert known.read("self", SETTINGS, run).unseen.sha256 == first.unseen.sha256
     assert read(model, "self", run=run).unseen.sha256 == first.unseen.sha256
     assert len(sampled) == 2
 
@@ -170,7 +168,7 @@ def test_the_gain_is_measured_on_it(model, monkeypatch):
 
     monkeypatch.setattr(find_plan, "Fitness", Spy)
     small = {"data": "self", "proposer": "evolution", "window": 32, "seeds": ("uniform",), "progress": False}
-    small |= {"calibration_tokens": 1024, "fitness_tokens": 256, "sequential_repair": False}  # scores are measurements
+    small |= {"calibration_tokens": 1024, "fitness_tokens": 256, "repair": "output"}  # scores are measurements
     report = AutoPruner(model, tiny_tokenizer(), "tests/llama").prune(0.3, evaluations=4, **small).report
     (searched, on_own), (unseen, on_unseen) = scored
     assert Corpus.of("", searched).sha256 == report.data["fitness"]["sha256"]

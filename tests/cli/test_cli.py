@@ -24,7 +24,7 @@ from selfpruner_hub.cli import main
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import perplexity
 from selfpruner_hub.hub import licences
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import PruneSettings, SearchSchedule
 from selfpruner_hub.storage.model_record import Record, read_record
 
 SMALL = [
@@ -345,7 +345,8 @@ def test_settings_lists_what_set_takes(run, dense, text, tmp_path):
     status, out, err = run("settings", "--json")
     listed = {setting["name"]: setting for setting in json.loads(out)}
     assert (status, err) == (0, "")
-    assert set(listed) == {f.name for f in fields(PruneSettings)} - {"fitness", "evaluations"}
+    names = {f.name for f in fields(PruneSettings)} | {f"schedule.{f.name}" for f in fields(SearchSchedule)}
+    assert set(listed) == names - {"fitness", "schedule", "schedule.evaluations"}
     assert listed["window"] == {
         "name": "window", "kind": "a whole number", "default": PruneSettings().window,
         "meaning": listed["window"]["meaning"],
@@ -367,6 +368,7 @@ def test_settings_for_people(run):
     assert "\n\nimportance=wanda-sp\n    " in out
     assert '\n\nseeds=["uniform"]\n    ' in out
     assert "evaluations=" not in out
+    assert "\n\nschedule.population=30\n    " in out
     assert max(map(len, out.splitlines())) <= 100
     assert run("settings", "--preset", "papers")[0] == 2
 
@@ -443,7 +445,18 @@ def test_beta_out_of_range(beta, assert_mistake, dense, text, tmp_path):
         (["--set", "windows=32"], "Unknown setting windows."),
         (["--set", "window"], "NAME=VALUE"),
         (["--set", "window=wide"], "window must be a whole number"),
-        (["--set", "repair=no"], "repair must be true or false"),
+        (["--set", "repair=no"], "Unknown repair 'no'. Choose from: none, output, sequential, full."),
+        (["--set", "repair=false"], "repair must be a name; got False. Choose from: none, output"),
+        (["--set", "sequential_repair=false"], "sequential_repair is now part of repair, one of none, output"),
+        (["--set", "patience=0"], "patience is now a field of schedule: "),
+        (["--set", "schedule.patients=0"], "Unknown setting schedule.patients. Known: schedule.evaluations"),
+        (["--set", "schedule.crossover=-1"], "schedule.crossover must be a whole number from 0 to"),
+        (["--set", "schedule=5"], "schedule must be a SearchSchedule or a mapping of its fields; got 5."),
+        (["--set", "schedule.evaluations=5"], "Use --evaluations 5."),
+        (["--set", "window.size=5"], "window must be a whole number from 2 to"),
+        (["--set", "temperature=2"], "temperature is now an option of the proposer: "),
+        (["--proposer", "self", "--proposer-option", "request_limit=9"], "Unknown proposer option request_limit."),
+        (["--proposer", "random", "--proposer-option", "temperature=9"], "this proposer is none. Leave them out."),
         (["--set", "importance=magnitude"], "Unknown importance 'magnitude'."),
         (["--set", 'seeds=["best"]'], "Unknown seeds"),
         (["--set", "fitness=perplexity"], "Use --fitness perplexity."),

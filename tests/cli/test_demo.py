@@ -30,7 +30,7 @@ def said(monkeypatch):
     few = {"window": 32, "calibration_tokens": 512, "fisher_tokens": 128, "fitness_tokens": 128}
     monkeypatch.setattr(demo, "load_embedded", lambda: tiny)
     monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **few})
-    monkeypatch.setattr(demo, "SEARCH", {"evaluations": 0})
+    monkeypatch.setattr(demo, "SHORT_SEARCH", {"evaluations": 0})
     monkeypatch.setattr(demo, "CONVERSATIONS", 4)
 
     def run(*arguments):

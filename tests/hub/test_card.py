@@ -23,7 +23,7 @@ RECORD = Record(
     rates=(0.123, 0.456, 0.35),
     widths={"intermediate_size": [421, 261, 312], "num_key_value_heads": [14, 13, 12]},
     parameters={"dense": 1234567, "pruned": 876543},
-    method={"importance": "wanda-sp", "repair": True, "fitness": "kl"},
+    method={"importance": "wanda-sp", "repair": "full", "fitness": "kl", "schedule": {"evaluations": 48}},
     seed=77,
     proposer={
         "name": "evolution",
@@ -218,7 +218,7 @@ def test_no_path_of_the_host_is_published(path):
     assert check_yaml(card) == []
 
 
-@pytest.mark.parametrize(("repair", "said"), [(True, "repair on"), (False, "repair off")])
+@pytest.mark.parametrize(("repair", "said"), [("full", "repair full"), ("none", "repair none")])
 def test_settings_are_told(repair, said):
     card = render_card(replace(RECORD, method={**RECORD.method, "repair": repair}))
     assert said in card

@@ -18,7 +18,7 @@ from selfpruner_hub.errors import DataError, OutputError, UserError
 from selfpruner_hub.recovery import distiller, texts
 from selfpruner_hub.recovery.deciding import is_better, score
 from selfpruner_hub.recovery.recover import Pair, curve, recover
-from selfpruner_hub.recovery.settings import Budget, resolve
+from selfpruner_hub.recovery.settings import Budget, resolve_recovery
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
@@ -29,7 +29,7 @@ SETTINGS = {"window": 32, "batch_tokens": 128, "learning_rate": 2e-3, "warmup": 
 
 def recovered(pair, folder, *, steps=STEPS, data=TEXT, progress=lambda *_: None, budget=None, **settings):
     run = Run(checkpoints=Checkpoints(folder / "stages"), progress=progress)
-    wanted = resolve(**{**SETTINGS, **settings})
+    wanted = resolve_recovery(**{**SETTINGS, **settings})
     return recover(pair, budget or Budget(tokens=128 * steps), data, wanted, run, folder / "training")
 
 

@@ -7,14 +7,14 @@ import re
 import pytest
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.recovery.settings import Budget, RecoverySettings, resolve
+from selfpruner_hub.recovery.settings import Budget, RecoverySettings, resolve_recovery
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"speed": 1}, "Unknown setting speed of recovery"),
-        ({"method": "prompt"}, "Choose one of: auto, full, lora"),
+        ({"speed": 1}, "Unknown recovery setting speed. Known: method, rank"),
+        ({"method": "prompt"}, "Choose from: auto, full, lora"),
         ({"rank": 0}, "rank must be a whole number from 1"),
         ({"rank": 2.5}, "rank must be a whole number"),
         ({"passes": True}, "passes must be a whole number"),
@@ -24,7 +24,7 @@ from selfpruner_hub.recovery.settings import Budget, RecoverySettings, resolve
 )
 def test_what_is_wrong_is_said(changes, told):
     with pytest.raises(UserError, match=re.escape(told)):
-        resolve(**changes)
+        resolve_recovery(**changes)
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,4 @@ def test_larger_models_get_lower_rates():
     assert settings.rate(30_000_000, lora=False) == settings.rate(135_000_000, lora=False) == 2e-4
     assert settings.rate(8_000_000_000, lora=False) == pytest.approx(2.6e-5, rel=0.01)
     assert settings.rate(8_000_000_000, lora=True) == pytest.approx(2.6e-4, rel=0.01)
-    assert resolve(learning_rate=1e-3).rate(8_000_000_000, lora=True) == 1e-3
+    assert resolve_recovery(learning_rate=1e-3).rate(8_000_000_000, lora=True) == 1e-3

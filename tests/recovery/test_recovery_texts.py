@@ -12,7 +12,7 @@ from support.tiny import tiny_model, tiny_tokenizer
 from selfpruner_hub.calibration import conversations
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.recovery import texts
-from selfpruner_hub.recovery.settings import resolve
+from selfpruner_hub.recovery.settings import resolve_recovery
 from selfpruner_hub.recovery.texts import Share
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
@@ -45,12 +45,12 @@ def writer(monkeypatch, tmp_path):
 )
 def test_shares(data, chats, wanted):
     tokenizer = chat_tokenizer() if chats else tiny_tokenizer()
-    found = texts.shares(data, tokenizer, resolve())
+    found = texts.shares(data, tokenizer, resolve_recovery())
     assert {share.name: share.share for share in found} == pytest.approx(wanted)
 
 
 def test_a_share_of_nothing_is_left_out():
-    found = texts.shares(None, chat_tokenizer(), resolve(question_share=0.0))
+    found = texts.shares(None, chat_tokenizer(), resolve_recovery(question_share=0.0))
     assert [share.name for share in found] == ["conversations", "wikitext2"]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.recovery.schedule import OVERHEAD, Schedule, Timed, planned, remembered, scheduled
-from selfpruner_hub.recovery.settings import Budget, resolve
+from selfpruner_hub.recovery.settings import Budget, resolve_recovery
 from selfpruner_hub.recovery.texts import Share, Text
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
@@ -21,13 +21,13 @@ def text(name, windows):
 
 
 def test_tokens_are_read_in_shares():
-    found = planned(Budget(tokens=100_000), KINDS, 4, 512, resolve(), Timed({}, 0.0, 0.0))
+    found = planned(Budget(tokens=100_000), KINDS, 4, 512, resolve_recovery(), Timed({}, 0.0, 0.0))
     assert found == Schedule(48, [48, 144], None)
 
 
 def test_the_time_pays_for_writing_and_training():
     timed = Timed({"questions": 2.0}, step=5.0, spent=30.0)
-    found = planned(Budget(minutes=10), KINDS, 4, 512, resolve(passes=2), timed)
+    found = planned(Budget(minutes=10), KINDS, 4, 512, resolve_recovery(passes=2), timed)
     written = found.counts[0] / 2 * 2.0
     assert found.steps * OVERHEAD * 5.0 + written + 30 == pytest.approx(600, abs=7)
     assert found.seconds == pytest.approx(600 - 30 - written, abs=1)
@@ -39,7 +39,7 @@ def test_the_time_pays_for_writing_and_training():
 )
 def test_too_little_is_refused(budget, told):
     with pytest.raises(UserError, match=told):
-        planned(budget, KINDS, 4, 512, resolve(), Timed({"questions": 2.0}, 5.0, 30.0))
+        planned(budget, KINDS, 4, 512, resolve_recovery(), Timed({"questions": 2.0}, 5.0, 30.0))
 
 
 @pytest.mark.parametrize("schedule", [Schedule(48, [48, 144], None), Schedule(3, [12], 12.5)])
@@ -63,6 +63,6 @@ def test_texts_are_mixed_evenly_and_repeated_alike():
 
 
 def test_a_short_recovery_is_measured_once():
-    checks = [Schedule(steps, [], None).checks(4, 30, resolve()) for steps in (4, 60, 150, 250, 1000)]
+    checks = [Schedule(steps, [], None).checks(4, 30, resolve_recovery()) for steps in (4, 60, 150, 250, 1000)]
     assert checks == [1, 1, 3, 5, 5]
-    assert Schedule(4, [], None).checks(4, 30, resolve(checks=3)) == 3
+    assert Schedule(4, [], None).checks(4, 30, resolve_recovery(checks=3)) == 3

@@ -11,7 +11,7 @@ from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer
 from selfpruner_hub.search.slopes import SlopesProposer
-from selfpruner_hub.settings import resolve
+from selfpruner_hub.settings import EndpointOptions, LanguageModelOptions
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +19,8 @@ def choose():
     model = tiny_model("llama")
     budget = ParameterBudget(shape_of(model.config), 0.3)
 
-    def choose(proposer, tokenizer=None, evaluations=8, endpoint_model=None):
-        method = resolve("default", evaluations=evaluations)
-        return choose_proposer(proposer, endpoint_model, budget, method, "tests/llama", (model, tokenizer))
+    def choose(proposer, tokenizer=None, searches=True, endpoint_model=None, options=None):
+        return choose_proposer(proposer, endpoint_model, options, budget, searches, "tests/llama", (model, tokenizer))
 
     return choose
 
@@ -53,13 +52,46 @@ def test_endpoint(choose):
     assert type(choose("http://127.0.0.1:9/v1", endpoint_model="some")) is EndpointProposer
 
 
+@pytest.mark.parametrize(
+    ("proposer", "options", "expected"),
+    [
+        ("self", {"temperature": 0.5}, LanguageModelOptions(temperature=0.5)),
+        (None, {"templates": "here"}, LanguageModelOptions(templates="here")),
+        ("http://127.0.0.1:9/v1", {"temperature": 2, "token_limit": 5}, EndpointOptions(2, token_limit=5)),
+        ("http://127.0.0.1:9/v1", None, EndpointOptions()),
+    ],
+    ids=str,
+)
+def test_options_reach_the_language_model(choose, proposer, options, expected):
+    assert choose(proposer, tiny_tokenizer(), endpoint_model="some", options=options).options == expected
+
+
+@pytest.mark.parametrize(
+    ("proposer", "options", "said"),
+    [
+        ("self", {"request_limit": 5}, "Unknown proposer option request_limit.*Known: temperature, templates"),
+        ("http://127.0.0.1:9/v1", {"limit": 5}, "Unknown proposer option limit.*request_limit, token_limit"),
+        ("http://127.0.0.1:9/v1", {"request_limit": -1}, "request_limit must be a whole number from 0 to"),
+        ("self", {"temperature": 0}, "temperature must be a number from 0.001 to 100; got 0"),
+        ("self", {"temperature": "hot"}, "temperature must be a number from 0.001 to 100; got 'hot'"),
+        ("self", 5, "proposer_options must be a mapping"),
+        ("evolution", {"temperature": 1.0}, "this proposer is none"),
+        (object(), {"temperature": 1.0}, "this proposer is none"),
+    ],
+    ids=["local limit", "unknown", "negative", "zero", "word", "number", "evolution", "object"],
+)
+def test_options_that_are_refused(choose, proposer, options, said):
+    with pytest.raises(UserError, match=said):
+        choose(proposer, tiny_tokenizer(), endpoint_model="some", options=options)
+
+
 def test_what_has_the_protocol_stays(choose):
     mine = object()
     assert choose(mine) is mine
 
 
-def test_without_evaluations_nothing_is_loaded(choose, tmp_path):
-    assert type(choose(str(tmp_path / "none"), evaluations=0)) is EvolutionProposer
+def test_without_a_search_nothing_is_loaded(choose, tmp_path):
+    assert type(choose(str(tmp_path / "none"), searches=False)) is EvolutionProposer
 
 
 def test_without_a_tokenizer(choose):

@@ -43,8 +43,8 @@ def choose(minutes, checkpoints=None, preset=None, **changes):
 
 def test_the_most_text_that_fits_is_taken_up_to_that_of_the_preset(machine):
     machine(SECOND)
-    method, line = choose(1.001)
-    assert method == DEFAULT
+    settings, line = choose(1.001)
+    assert settings == DEFAULT
     assert line.startswith("preset default, 73728 tokens of calibration text, and recovery")
     assert choose(1000)[0] == DEFAULT  # recovery takes the rest
     assert choose(0.99)[0].calibration_tokens == 72_704
@@ -61,18 +61,18 @@ def test_the_other_texts_shrink_with_it(machine):
 def test_where_little_text_fits_a_faster_preset_is_taken(machine):
     machine(SECOND)
     for slower, faster in pairwise(COSTS):
-        method, line = choose(0.999 * least(slower))
-        assert line.startswith(f"preset {faster}, {method.calibration_tokens} tokens")
-        assert method.importance == PRESETS[faster].importance
-        assert method.sequential_repair == PRESETS[faster].sequential_repair
+        settings, line = choose(0.999 * least(slower))
+        assert line.startswith(f"preset {faster}, {settings.calibration_tokens} tokens")
+        assert settings.importance == PRESETS[faster].importance
+        assert settings.repair == PRESETS[faster].repair
     assert choose(0.999 * least("default"), window=128)[0].window == 128  # what the user has changed stays
 
 
 def test_a_preset_that_was_chosen_stays(machine):
     machine(SECOND)
-    method, line = choose(1000, preset="draft")
+    settings, line = choose(1000, preset="draft")
     assert "preset draft, 4096 tokens" in line
-    assert method.importance == PRESETS["draft"].importance
+    assert settings.importance == PRESETS["draft"].importance
     for preset in ("best", "default"):
         with pytest.raises(UserError, match="are too few"):
             choose(least("draft"), preset=preset)
@@ -151,26 +151,24 @@ def test_the_forward_pass_of_the_model_is_timed():
 ])  # fmt: skip
 def test_a_run_searches_where_one_asks_for_it(machine, preset, evaluations, proposer, minutes, length, said):
     machine(SECOND)
-    method, lines = with_effort(
+    settings, lines = with_effort(
         preset, partial(resolve, evaluations=evaluations), None, Checkpoints(),
-        evaluations=evaluations, proposer_given=proposer, minutes=minutes,
+        proposer_given=proposer, minutes=minutes,
     )  # fmt: skip
-    assert method.evaluations == length
+    assert settings.schedule.evaluations == length
     assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
-    assert method.importance == PRESETS[preset or "default"].importance
+    assert settings.importance == PRESETS[preset or "default"].importance
 
 
 @pytest.mark.parametrize(
-    ("asked", "length"), [({}, 0), ({"proposer": "self"}, SEARCH), ({"proposer": "random"}, SEARCH)]
+    ("asked", "searches"), [({}, False), ({"proposer": "self"}, True), ({"proposer": "random"}, True)]
 )
-def test_a_proposer_that_is_named_searches(asked, length, monkeypatch):
+def test_a_proposer_that_is_named_searches(asked, searches, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        pruner, "choose_proposer", lambda *given: seen.append((given[0], given[3].evaluations)) or 1 / 0
-    )
+    monkeypatch.setattr(pruner, "choose_proposer", lambda *given: seen.append((given[0], given[4])) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama").prune(0.3, progress=False, **asked)
-    assert seen == [(asked.get("proposer"), length)]
+    assert seen == [(asked.get("proposer"), searches)]
 
 
 def pruned(monkeypatch, **asked):

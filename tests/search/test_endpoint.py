@@ -26,7 +26,7 @@ from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import Scored
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import EndpointOptions, SearchSchedule
 
 pytestmark = pytest.mark.heavy
 BUDGET = ParameterBudget(ModelShape(32, 4, 2, Plan.of([48] * 4, [4] * 4)), 0.3)
@@ -39,11 +39,11 @@ def online_and_quick(monkeypatch):
     monkeypatch.setattr(module, "_FIRST_PAUSE", 0.01)
 
 
-def ask(server: Server, count: int = 1, **settings):
+def ask(server: Server, count: int = 1, **options):
     plan = BUDGET.project(seeds(BUDGET)["uniform"])
     history = [Scored(plan, BUDGET.rates(plan), 1.5, 1.0, "seed:uniform", 0)]
     proposer = EndpointProposer(
-        server.url, "m", BUDGET, "tests/m", PruneSettings(**settings), environment={"SELFPRUNER_API_KEY": SECRET}
+        server.url, "m", BUDGET, "tests/m", EndpointOptions(**options), environment={"SELFPRUNER_API_KEY": SECRET}
     )
     return proposer.ask("mutation", history, count, np.random.default_rng(0))
 
@@ -135,7 +135,7 @@ def test_keys_go_to_their_own_hosts_only(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     environment = {"HF_TOKEN": "hf_planted", "OPENAI_API_KEY": SECRET}
     server = Server(GOOD)
-    proposer = EndpointProposer(server.url, "m", BUDGET, "tests/m", PruneSettings(), environment=environment)
+    proposer = EndpointProposer(server.url, "m", BUDGET, "tests/m", EndpointOptions(), environment=environment)
     proposer.ask("initial", [], 1, np.random.default_rng(0))
     assert server.keys == ["Bearer none"]
 
@@ -145,12 +145,12 @@ def test_keys_go_to_their_own_hosts_only(monkeypatch):
 )
 def test_bad_urls(url):
     with pytest.raises(UserError, match="URL"):
-        EndpointProposer(url, "m", BUDGET, "x", PruneSettings())
+        EndpointProposer(url, "m", BUDGET, "x", EndpointOptions())
 
 
 def test_a_model_must_be_named():
     with pytest.raises(UserError, match="--proposer-model"):
-        EndpointProposer("http://127.0.0.1:1/v1", None, BUDGET, "x", PruneSettings())
+        EndpointProposer("http://127.0.0.1:1/v1", None, BUDGET, "x", EndpointOptions())
 
 
 def test_offline_mode_is_explained(monkeypatch):
@@ -164,7 +164,7 @@ def test_offline_mode_is_explained(monkeypatch):
 
 def test_a_search_by_a_server_that_only_talks_nonsense_ends_well(tmp_path):
     proposer = EndpointProposer(
-        Server("Sure! Here you go.").url, "m", BUDGET, "tests/m", PruneSettings(), environment={}
+        Server("Sure! Here you go.").url, "m", BUDGET, "tests/m", EndpointOptions(), environment={}
     )
     target = BUDGET.project(seeds(BUDGET)["ramp"])
 
@@ -173,8 +173,8 @@ def test_a_search_by_a_server_that_only_talks_nonsense_ends_well(tmp_path):
         return float(sum(abs(a.intermediate_size - b.intermediate_size) for a, b in pairs))
 
     problem = Problem(BUDGET, {"uniform": seeds(BUDGET)["uniform"]}, score)
-    settings = PruneSettings(evaluations=12, population=4, crossover=4, mutation=4, first_share=1.0)
-    found = search(proposer, problem, Journal(tmp_path, {}), settings)
+    schedule = SearchSchedule(evaluations=12, population=4, crossover=4, mutation=4, first_share=1.0)
+    found = search(proposer, problem, Journal(tmp_path, {}), schedule)
     assert found.counts["refused"] >= 8
     assert found.counts["replaced"] >= 4
     assert found.best.fitness <= score(BUDGET.project(seeds(BUDGET)["uniform"]), 1.0)
@@ -220,9 +220,9 @@ def test_command_line_with_a_real_llama_cpp_server(llama_cpp, tmp_path):
         "window": 32,
         "calibration_tokens": 2048,
         "fitness_tokens": 512,
-        "population": 3,
-        "crossover": 3,
-        "mutation": 0,
+        "schedule.population": 3,
+        "schedule.crossover": 3,
+        "schedule.mutation": 0,
     }
     words += [word for name, value in few.items() for word in ("--set", f"{name}={value}")]
     env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"SELFPRUNER_API_KEY": SECRET}

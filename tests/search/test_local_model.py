@@ -12,7 +12,7 @@ from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import Scored, random_rates
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import LanguageModelOptions
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["split", "tied"])
@@ -23,7 +23,7 @@ def asked(request):
     rng = np.random.default_rng(0)
     plans = [budget.project(random_rates(budget, rng)) for _ in range(6)]
     history = [Scored(p, budget.rates(p), 0.1 * i, 1.0, "seed", 0) for i, p in enumerate(plans, 1)]
-    return ModelProposer(model, tiny_tokenizer(), budget, "tests/llama", PruneSettings()), budget, history
+    return ModelProposer(model, tiny_tokenizer(), budget, "tests/llama", LanguageModelOptions()), budget, history
 
 
 @pytest.mark.parametrize("operation", ["initial", "crossover", "mutation"])

@@ -21,13 +21,13 @@ from selfpruner_hub.search.journal_lines import AskLine, RoundLine
 from selfpruner_hub.search.loop import PROBE_COST, SURVIVING_SEEDS, Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposal, RandomProposer
 from selfpruner_hub.search.schedule import rounds
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import SearchSchedule
 
 SHAPE = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64] * 6, [4] * 6))
 BUDGET = ParameterBudget(SHAPE, 0.3)
 TARGET = BUDGET.project(Rates((0.25, 0, 0, 0.25, 0.5, 0), (0.1, 0.6, 0.2, 0.0, 0.3, 0.7)))
 SETTINGS = {"test": 1}
-FOUR = PruneSettings(population=4, crossover=4, mutation=4)
+FOUR = SearchSchedule(population=4, crossover=4, mutation=4)
 SHORT = replace(FOUR, evaluations=7, population=2, crossover=3, mutation=3, first_share=0.125, probe_share=0.1)
 
 
@@ -128,21 +128,21 @@ class Trap:
         return proposer
 
 
-def run(proposer, directory=None, *, budget=BUDGET, score=score, settings=SHORT, journal=None, **options):
+def run(proposer, directory=None, *, budget=BUDGET, score=score, schedule=SHORT, journal=None, **options):
     journal = journal or Journal(directory, SETTINGS)
     start = options.pop("seeds", None) or seeds(budget)
     check = options.pop("check", None)
     problem = Problem(budget, start, score, options.pop("probe", None), check=check and checked(journal, lambda: check))
-    return search(proposer, problem, journal, settings, **options)
+    return search(proposer, problem, journal, schedule, **options)
 
 
-def trapped(directory, kill_at=None, settings=SHORT):
+def trapped(directory, kill_at=None, schedule=SHORT):
     """Run an unreliable search on disk; returns what it found (None when killed) and the calls it made."""
     trap = Trap(kill_at)
     try:
         proposer = trap.proposer(Unreliable(BUDGET))
         outcome = run(
-            proposer, directory, score=trap.score, settings=settings, seed=2, probe=trap.probe, check=trap.check
+            proposer, directory, score=trap.score, schedule=schedule, seed=2, probe=trap.probe, check=trap.check
         )
     except Killed:
         outcome = None
@@ -156,7 +156,7 @@ def records(directory):
 
 
 def seeds_alone():
-    return run(EvolutionProposer(BUDGET), settings=replace(FOUR, evaluations=0))
+    return run(EvolutionProposer(BUDGET), schedule=replace(FOUR, evaluations=0))
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def seeds_alone():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_evolution_beats_its_best_seed(seed):
-    outcome = run(EvolutionProposer(BUDGET), settings=replace(FOUR, evaluations=60), seed=seed)
+    outcome = run(EvolutionProposer(BUDGET), schedule=replace(FOUR, evaluations=60), seed=seed)
     found, start = outcome.best, outcome.best_seed
     assert start == seeds_alone().best == seeds_alone().best_seed
     assert found.fitness < 0.7 * seeds_alone().best.fitness
@@ -269,7 +269,7 @@ def test_a_longer_search_goes_on_from_a_shorter_one(undisturbed, tmp_path):
     longer = replace(SHORT, evaluations=10)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "search.jsonl").write_bytes((undisturbed[0] / "search.jsonl").read_bytes())
-    assert trapped(tmp_path / "a", settings=longer)[0] == trapped(tmp_path / "b", settings=longer)[0]
+    assert trapped(tmp_path / "a", schedule=longer)[0] == trapped(tmp_path / "b", schedule=longer)[0]
     assert records(tmp_path / "a") == records(tmp_path / "b")
 
 
@@ -298,19 +298,19 @@ def test_the_slopes_of_every_incumbent_are_measured_once_and_shown(tmp_path):
         probed.append((plan, share))
         return slopes(plan)
 
-    settings = replace(FOUR, evaluations=60, population=0, probe_share=0.1)
-    outcome = run(Reader(BUDGET), tmp_path, settings=settings, probe=probe)
+    schedule = replace(FOUR, evaluations=60, population=0, probe_share=0.1)
+    outcome = run(Reader(BUDGET), tmp_path, schedule=schedule, probe=probe)
     lines = records(tmp_path)
     assert len({plan for plan, _ in probed}) == len(probed) > 2
-    assert {share for _, share in probed} == {settings.probe_share}
+    assert {share for _, share in probed} == {schedule.probe_share}
     assert [r["widths"] for r in lines if r["kind"] == "probe"] == [widths_of(plan) for plan, _ in probed]
     assert Reader.seen[0] == {probed[0][0]: slopes(probed[0][0])}
     assert all(shown[plan] == slopes(plan) for shown in Reader.seen for plan in shown)
     spent = sum(r["share"] for r in lines if r["kind"] in ("score", "probe"))
     assert outcome.spent == pytest.approx(spent)
-    assert {r["share"] for r in lines if r["kind"] == "probe"} == {PROBE_COST * settings.probe_share}
+    assert {r["share"] for r in lines if r["kind"] == "probe"} == {PROBE_COST * schedule.probe_share}
     before = len(probed)
-    assert run(Reader(BUDGET), tmp_path, settings=settings, probe=probe) == outcome
+    assert run(Reader(BUDGET), tmp_path, schedule=schedule, probe=probe) == outcome
     assert len(probed) == before
 
 
@@ -331,7 +331,7 @@ def test_the_slopes_of_every_incumbent_are_measured_once_and_shown(tmp_path):
     ids=["refuses", "raises", "too-few", "too-many", "nan", "inf", "silent"],
 )
 def test_a_proposer_that_only_refuses_is_replaced(answer, refusals, tmp_path):
-    outcome = run(Stubborn(answer), tmp_path, settings=replace(FOUR, evaluations=30))
+    outcome = run(Stubborn(answer), tmp_path, schedule=replace(FOUR, evaluations=30))
     assert outcome.best.fitness < 0.9 * seeds_alone().best.fitness
     assert outcome.best.origin == "fallback"
     lines = records(tmp_path)
@@ -353,7 +353,7 @@ def test_duplicates_are_counted_and_asked_again(tmp_path):
 
 def test_twins_in_one_reply_are_duplicates():
     fresh = Proposal(BUDGET.rates(TARGET))
-    outcome = run(Stubborn(fresh), settings=replace(FOUR, evaluations=2.6))
+    outcome = run(Stubborn(fresh), schedule=replace(FOUR, evaluations=2.6))
     assert outcome.counts["duplicate"] >= 3 + 3  # of 4, one is taken; of 3 more, none
     assert outcome.best.plan == TARGET
 
@@ -370,7 +370,7 @@ def test_a_proposal_with_one_parent_keeps_the_layers_that_it_leaves_alone(tmp_pa
             ffn[-1] += 0.02
             return [Proposal(Rates(parent.rates.attention, tuple(ffn)), (history.index(parent),))]
 
-    run(TwoLayers(BUDGET), tmp_path, settings=replace(FOUR, evaluations=8, population=0))
+    run(TwoLayers(BUDGET), tmp_path, schedule=replace(FOUR, evaluations=8, population=0))
     asks = [r for r in records(tmp_path) if r["kind"] == "ask" and r["proposer"] == "evolution"]
     live = [ask for ask in asks if ask["attempt"] < 2]
     assert len(live) == len(parents) > 5
@@ -413,8 +413,8 @@ def test_tokens_are_summed(tmp_path):
 
 def rounds_of(check, patience=2, proposer=EvolutionProposer):
     """Number of rounds of a search that may score 60 plans."""
-    journal, settings = Journal(None, SETTINGS), replace(FOUR, evaluations=60, patience=patience)
-    run(proposer(BUDGET), journal=journal, settings=settings, check=check)
+    journal, schedule = Journal(None, SETTINGS), replace(FOUR, evaluations=60, patience=patience)
+    run(proposer(BUDGET), journal=journal, schedule=schedule, check=check)
     return sum(isinstance(line, RoundLine) for line in journal.lines)
 
 
@@ -442,8 +442,8 @@ def test_evaluations_are_respected(first_share, evaluations):
         shares.append(share)
         return score(plan, share)
 
-    settings = replace(FOUR, evaluations=evaluations, population=2, first_share=first_share, survivors=0.5)
-    outcome = run(RandomProposer(BUDGET), score=counting, settings=settings)
+    schedule = replace(FOUR, evaluations=evaluations, population=2, first_share=first_share, survivors=0.5)
+    outcome = run(RandomProposer(BUDGET), score=counting, schedule=schedule)
     assert outcome.spent == pytest.approx(sum(shares))
     staged = first_share < 1
     start = 2 * first_share + staged
@@ -456,7 +456,7 @@ def test_evaluations_are_respected(first_share, evaluations):
 
 
 def test_only_the_survivors_of_a_round_are_scored_on_all_windows(tmp_path):
-    run(RandomProposer(BUDGET), tmp_path, settings=replace(FOUR, evaluations=8, population=8, survivors=0.25))
+    run(RandomProposer(BUDGET), tmp_path, schedule=replace(FOUR, evaluations=8, population=8, survivors=0.25))
     for number, group in itertools.groupby(records(tmp_path)[1:], key=lambda r: r["round"]):
         scores = [r for r in group if r["kind"] == "score"]
         first = sorted((r for r in scores if r["share"] < 1), key=lambda r: r["fitness"])
@@ -467,7 +467,7 @@ def test_only_the_survivors_of_a_round_are_scored_on_all_windows(tmp_path):
 
 def test_rounds_follow_the_settings():
     def first(**counts):
-        return list(itertools.islice(rounds(PruneSettings(**counts)), 4))
+        return list(itertools.islice(rounds(SearchSchedule(**counts)), 4))
 
     assert first(population=2, crossover=3, mutation=5) == [
         (1, "initial", 2),
@@ -487,7 +487,7 @@ def search_one_layer(groups, tied=False):
         EvolutionProposer(budget),
         budget=budget,
         score=lambda plan, share: -float(plan.layers[0].intermediate_size),  # the fewest groups are the best
-        settings=replace(FOUR, evaluations=1000, first_share=1.0),
+        schedule=replace(FOUR, evaluations=1000, first_share=1.0),
     )
     return every, outcome
 

@@ -18,7 +18,8 @@ from selfpruner_hub.search.ray_workers import MEMORY, check_executor, check_memo
 pytestmark = pytest.mark.heavy
 SETTINGS = {
     "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 512, "fitness_tokens": 256,
-    "evaluations": 16, "population": 4, "crossover": 4, "mutation": 4, "sequential_repair": False, "progress": False,
+    "evaluations": 16, "schedule": {"population": 4, "crossover": 4, "mutation": 4}, "repair": "output",
+    "progress": False,
 }  # fmt: skip
 
 

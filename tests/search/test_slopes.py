@@ -13,7 +13,7 @@ from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer, Scored
 from selfpruner_hub.search.slopes import SlopesProposer
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import SearchSchedule
 
 SHAPE = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64] * 6, [4] * 6))
 COSTS = (1.0, 4.0, 2.0, 8.0, 1.0, 3.0)
@@ -108,11 +108,11 @@ def measured(plan, _share):
 
 def test_it_finds_more_than_evolution_and_chance_with_the_same_evaluations():
     budget = ParameterBudget(SHAPE, 0.4)
-    settings = PruneSettings(evaluations=24, first_share=1.0, crossover=4, mutation=4)
+    schedule = SearchSchedule(evaluations=24, first_share=1.0, crossover=4, mutation=4)
 
     def best(kind, told=None):
         problem = Problem(budget, {"uniform": Rates.tied([0.4] * 6)}, loss, told)
-        return search(kind(budget), problem, Journal(None, {}), settings).best.fitness
+        return search(kind(budget), problem, Journal(None, {}), schedule).best.fitness
 
     slopes = best(SlopesProposer, measured)
     assert slopes < 0.97 * best(EvolutionProposer)

@@ -225,7 +225,7 @@ def test_who_searched_is_told_as_it_was(space, saved_model, monkeypatch):
         sys.modules.pop(name, None)
     assert "The model itself proposed" in space("record_tables").title()[1]
     record = json.loads(path.read_text())
-    record["method"]["evaluations"] = 0  # the default
+    record["method"]["schedule"]["evaluations"] = 0  # the default
     path.write_text(json.dumps(record))
     for name in MODULES:
         sys.modules.pop(name, None)

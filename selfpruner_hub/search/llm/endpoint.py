@@ -21,7 +21,7 @@ from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import EndpointOptions
 
 KEY_VARIABLE = "SELFPRUNER_API_KEY"
 _KEYS_BY_HOST = {"api.openai.com": "OPENAI_API_KEY", "router.huggingface.co": "HF_TOKEN"}
@@ -45,8 +45,8 @@ class EndpointProposer:
         model: Name of the model at the endpoint.
         budget: Parameter budget of the search.
         subject: Name of the model that is being pruned, for the prompt.
-        settings: Settings: temperature, prompt templates, and limits of the requests of this process (retries
-            included) and of the tokens read and written (as the server counts them).
+        options: Temperature, prompt templates, limits of the requests of this process (retries included) and of the
+            tokens read and written (as the server counts them), and their price.
         timeout: Time limit of one request, in seconds.
         environment: Variables in which the key is looked up; None uses the process's environment.
 
@@ -62,7 +62,7 @@ class EndpointProposer:
         model: str | None,
         budget: ParameterBudget,
         subject: str,
-        settings: PruneSettings,
+        options: EndpointOptions,
         *,
         timeout: float = 120.0,
         environment: Mapping[str, str] | None = None,
@@ -77,7 +77,8 @@ class EndpointProposer:
         self._model = model
         self._budget = budget
         self._subject = subject
-        self._settings = settings
+        self.options = options
+        self.token_price = options.token_price
         self._requests = self._tokens = 0
         variables = os.environ if environment is None else environment
         key = variables.get(KEY_VARIABLE) or variables.get(_KEYS_BY_HOST.get(str(parts.hostname), ""), "")
@@ -102,13 +103,13 @@ class EndpointProposer:
             UserError: The endpoint refuses the key, or has no such model.
         """
         question = Question(operation, history, self._budget)
-        prompt = prompts.render(question, self._subject, self._settings.template_directory)
+        prompt = prompts.render(question, self._subject, self.options.template_directory)
         schema = replies.schema(question)
         seeds = [int(seed) for seed in rng.integers(2**31, size=count)]
 
         def one(seed: int) -> Proposal:
             try:
-                reply, tokens = self._request(request(self._model, prompt, schema, self._settings.temperature, seed))
+                reply, tokens = self._request(request(self._model, prompt, schema, self.options.temperature, seed))
             except ProposerError as error:
                 return Proposal(None, prompt=prompt, error=str(error))
             return replies.proposal(question, prompt, reply, tokens)
@@ -122,7 +123,7 @@ class EndpointProposer:
     def _request(self, arguments: dict[str, Any]) -> tuple[str, int]:
         """Send one request; repeat it after a pause where the error may be temporary."""
         for attempt in range(_RETRIES):
-            if self._requests >= self._settings.request_limit or self._tokens >= self._settings.token_limit:
+            if self._requests >= self.options.request_limit or self._tokens >= self.options.token_limit:
                 raise ProposerError("The limit of requests or tokens is reached.")
             self._requests += 1
             try:

@@ -28,7 +28,7 @@ from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import LanguageModelOptions
 
 CACHE_MEMORY = 0.75
 """Memory limit of the KV caches of a batch of replies, as a multiple of the model's weights."""
@@ -45,7 +45,7 @@ class ModelProposer:
         tokenizer: Fast tokenizer of the model; its chat template is used where it has one.
         budget: Parameter budget of the search.
         subject: Name of the model that is being pruned, for the prompt.
-        settings: Settings: temperature and prompt templates.
+        options: Temperature and prompt templates.
         name: Name of the proposer in the journal.
 
     Raises:
@@ -60,7 +60,7 @@ class ModelProposer:
         tokenizer: PreTrainedTokenizerBase,
         budget: ParameterBudget,
         subject: str,
-        settings: PruneSettings,
+        options: LanguageModelOptions,
         *,
         name: str = "self",
     ) -> None:
@@ -69,7 +69,7 @@ class ModelProposer:
         self._tokenizer = tokenizer
         self._budget = budget
         self._subject = subject
-        self._settings = settings
+        self.options = options
         try:
             self._grammar_tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=model.config.vocab_size)  # type: ignore[arg-type]
         except ValueError as error:
@@ -80,7 +80,7 @@ class ModelProposer:
     ) -> list[Proposal]:
         """Let the model write `count` proposals after one prompt."""
         question = Question(operation, history, self._budget)
-        prompt = prompts.render(question, self._subject, self._settings.template_directory)
+        prompt = prompts.render(question, self._subject, self.options.template_directory)
         schema = replies.schema(question, narrow=True)
         ids, limit = self._encode(prompt).to(self._model.device), _reply_limit(self._tokenizer, schema)
         read = self._read(ids[:, :-1])
@@ -124,7 +124,7 @@ class ModelProposer:
                 attention_mask=torch.ones_like(repeated),
                 cache=cache,
                 do_sample=True,
-                temperature=self._settings.temperature,
+                temperature=self.options.temperature,
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=limit,
