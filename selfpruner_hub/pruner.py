@@ -152,7 +152,7 @@ class AutoPruner:
         if base_model is not None and not is_repo_id(base_model):
             raise UserError(f"base_model must name a Hub repository, OWNER/NAME; got {base_model!r}.")
         store = MEMORY if offload_folder is None else DiskStore(offload_folder)
-        model, tokenizer = load_model(name, quantized=False, store=store, device=device, **kwargs)
+        model, tokenizer = load_model(name, to_prune=True, store=store, device=device, **kwargs)
         called = base_model or (Path(name).resolve().name if Path(name).exists() else name)
         licence = licence_of(name, **kwargs) or (licence_of(base_model) if base_model else {})
         return cls(model, tokenizer, called, licence, store)
