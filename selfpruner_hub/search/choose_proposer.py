@@ -46,12 +46,17 @@ def choose_proposer(
         The proposer; an object that follows the protocol is returned unchanged.
 
     Raises:
-        UserError: The name is unknown, or the model that proposes has no tokenizer.
+        UserError: The name is unknown, the object follows no protocol, or the model that proposes has no tokenizer.
         ModelError: The directory or repository does not load.
     """
     if proposer is None:
         proposer = "self"
     if not isinstance(proposer, str):
+        if missing := [part for part in ("name", "ask", "tell") if not hasattr(proposer, part)]:
+            raise UserError(
+                f"The proposer, of type {type(proposer).__name__}, has no {missing[0]}.",
+                "Give a name, or an object with a name, ask and tell (search.proposers.Proposer).",
+            )
         return proposer
     if proposer in WITHOUT_MODEL or not method.evaluations:
         return WITHOUT_MODEL.get(proposer, EvolutionProposer)(budget)
