@@ -61,4 +61,20 @@ class Bars:
         self.close()
 
 
+def noted(progress: Progress, what: str, done: int, total: int, note: str) -> None:
+    """Report progress with a note, which bars show; a function of a user is called with (what, done, total).
+
+    Args:
+        progress: Function that receives the progress.
+        what: Name of the work.
+        done: Amount that is done.
+        total: Amount in all.
+        note: Text to show behind the bar.
+    """
+    if isinstance(progress, Bars):
+        progress(what, done, total, note)
+    else:
+        progress(what, done, total)
+
+
 _FORMAT = "{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"

@@ -25,7 +25,7 @@ from selfpruner_hub.models.forward import check_ids
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.unsupported import check_generation
-from selfpruner_hub.models.weights import identity_of, is_tied, rebuild_buffers, sampled
+from selfpruner_hub.models.weights import identity_of, is_tied, sampled
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.provenance import check_parent
 from selfpruner_hub.retraining import Retraining
@@ -102,14 +102,6 @@ class PrunedModel(Retraining):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens; arguments and result are those of transformers' `generate`."""
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-
-    def to(self, *args: Any, **kwargs: Any) -> PrunedModel:
-        """Move the model to a device or a dtype, in place; arguments are those of `torch.nn.Module.to`."""
-        self._notice_training()
-        self.model.to(*args, **kwargs)
-        rebuild_buffers(self.model)
-        self._sampled = sampled(self.model)
-        return self
 
     def evaluate(
         self,

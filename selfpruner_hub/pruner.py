@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.aim import aim_of
 from selfpruner_hub.calibration.chat_template import template_date
 from selfpruner_hub.calibration.corpus import Corpus
-from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
+from selfpruner_hub.calibration.texts import PLAIN_DATA, RunTexts, Texts
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.models.architectures import shape_of
@@ -28,6 +28,7 @@ from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.unsupported import check_generation, refuse_quantized
 from selfpruner_hub.models.weights import identity_of
+from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.progress import Bars
@@ -41,9 +42,10 @@ from selfpruner_hub.search.choose_proposer import choose_proposer
 from selfpruner_hub.search.effort import minutes_left, with_effort
 from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
+from selfpruner_hub.search.outcome import Found
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import check_executor
-from selfpruner_hub.settings import check_minutes, check_seed, resolve
+from selfpruner_hub.settings import PruneSettings, check_minutes, check_seed, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
 from selfpruner_hub.storage.run import Run
@@ -152,7 +154,7 @@ class AutoPruner:
         if base_model is not None and not is_repo_id(base_model):
             raise UserError(f"base_model must name a Hub repository, OWNER/NAME; got {base_model!r}.")
         store = MEMORY if offload_folder is None else DiskStore(offload_folder)
-        model, tokenizer = load_model(name, quantized=False, store=store, device=device, **kwargs)
+        model, tokenizer = load_model(name, to_prune=True, store=store, device=device, **kwargs)
         called = base_model or (Path(name).resolve().name if Path(name).exists() else name)
         licence = licence_of(name, **kwargs) or (licence_of(base_model) if base_model else {})
         return cls(model, tokenizer, called, licence, store)
@@ -257,9 +259,7 @@ class AutoPruner:
             settings = replace(settings, multiple_of=settings.multiple_of or self.shape.default_multiple)
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(report, Bars):
-                layers = ", one layer at a time" if streams(self.model) else ""
-                for line in (f"{self.name} on {described(self.model)}{layers}", *lines):
-                    report.say(line)
+                self._say(report, lines)
             budget = aim.budget(settings, report)
             searches, own = settings.schedule.length > 0, (self.model, self.tokenizer)
             proposer = choose_proposer(proposer, proposer_model, proposer_options, budget, searches, self.name, own)
@@ -273,16 +273,7 @@ class AutoPruner:
             search_id = fingerprint(run_request)
             journal = Journal(folder, search_id, library_versions())
             run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))
-
-            calibration = texts.calibration.windows
-            fisher = fisher_information(self.model, calibration, settings, run)
-            with prepared(self.model, calibration, settings, fisher, run) as ready:
-                found = find_plan(proposer, budget, ready, texts, journal, settings, run)
-                model = slice_model(ready.slicer, found.outcome.best.plan)
-                del ready  # its Cholesky factors take more memory than the model
-            if settings.repairs_twice:
-                gate_up = settings.repair == "full"
-                compensate(self.model, model, calibration, inputs=gate_up, fisher=fisher, run=run)
+            model, found = self._cut(proposer, budget, texts, journal, settings, run)
             scale = match_confidence(self.model, model, texts.search.windows, report) if settings.confidence else 1.0
             record = aim.measured(describe(model, run_request, found, scale), budget, model, report)
             left = minutes_left(minutes, recover, started, run.checkpoints)
@@ -294,3 +285,29 @@ class AutoPruner:
         except UserError as error:  # what was pruned is not lost
             logger.warning("The model was pruned, and not recovered. %s", error)
             return pruned
+
+    def _say(self, bars: Bars, lines: Sequence[str]) -> None:
+        """Say what is pruned where, and how a length was chosen."""
+        layers = ", one layer at a time" if streams(self.model) else ""
+        for line in (f"{self.name} on {described(self.model)}{layers}", *lines):
+            bars.say(line)
+
+    def _cut(
+        self,
+        proposer: Proposer,
+        budget: ParameterBudget,
+        texts: RunTexts,
+        journal: Journal,
+        settings: PruneSettings,
+        run: Run,
+    ) -> tuple[PreTrainedModel, Found]:
+        """Calibrate, find the plan, cut the model by it, and repair what is left."""
+        calibration = texts.calibration.windows
+        fisher = fisher_information(self.model, calibration, settings, run)
+        with prepared(self.model, calibration, settings, fisher, run) as ready:
+            found = find_plan(proposer, budget, ready, texts, journal, settings, run)
+            model = slice_model(ready.slicer, found.outcome.best.plan)
+            del ready  # its Cholesky factors take more memory than the model
+        if settings.repairs_twice:
+            compensate(self.model, model, calibration, inputs=settings.repair == "full", fisher=fisher, run=run)
+        return model, found

@@ -1,4 +1,4 @@
-"""Training after the cut: a pruned model distilled from its parent, or trained by a user."""
+"""Changes of a pruned model after the cut: conversion, distillation from its parent, training by a user."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.models.patching import working_on
-from selfpruner_hub.models.weights import changed, identity_of, sampled
+from selfpruner_hub.models.weights import changed, identity_of, rebuild_buffers, sampled
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import changed_in_place, check_parent, trained
 from selfpruner_hub.recovery.settings import Budget, resolve_recovery
@@ -30,14 +31,63 @@ from selfpruner_hub.storage.run_lock import run_lock
 logger = logging.getLogger(__name__)
 
 
-class Retraining:
-    """What `PrunedModel` can do with weights that are trained after the cut."""
+class Conversion:
+    """Conversions of a pruned model to a device or a dtype, in place.
+
+    Rotary frequencies stay those of the configuration, which the conversions of transformers round: a converted model
+    is the one that is saved and loaded in that dtype. Conversions of `model` itself are made good when it is measured,
+    saved or exported.
+    """
 
     model: PreTrainedModel
+    report: Record
+    _sampled: dict[str, Tensor]
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the model to a device or a dtype, in place; arguments are those of `torch.nn.Module.to`."""
+        self._notice_training()
+        self.model.to(*args, **kwargs)
+        rebuild_buffers(self.model)
+        self._sampled = sampled(self.model)
+        return self
+
+    def half(self) -> Self:
+        """Convert the model to float16, in place."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Self:
+        """Convert the model to bfloat16, in place."""
+        return self.to(torch.bfloat16)
+
+    def float(self) -> Self:
+        """Convert the model to float32, in place."""
+        return self.to(torch.float32)
+
+    def double(self) -> Self:
+        """Convert the model to float64, in place."""
+        return self.to(torch.float64)
+
+    def cpu(self) -> Self:
+        """Move the model to the CPU, in place."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | str | None = None) -> Self:
+        """Move the model to an NVIDIA GPU, in place; None is the current one."""
+        return self.to(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
+
+    def _notice_training(self) -> None:
+        """Put it into the record if the weights were changed in place: figures of the old ones are no longer true."""
+        before, self._sampled = self._sampled, sampled(self.model)
+        if changed(before, self._sampled):
+            self.report = changed_in_place(self.report)
+
+
+class Retraining(Conversion):
+    """What `PrunedModel` can do with weights that are trained after the cut."""
+
     tokenizer: PreTrainedTokenizerBase | None
     report: Record
     _checkpoints: Checkpoints
-    _sampled: dict[str, Tensor]
 
     def retrained(self, model: PreTrainedModel, how: str) -> Self:
         """Return this model with weights that were trained after pruning, without the figures of the old weights.
@@ -113,12 +163,6 @@ class Retraining:
         how = f"distilled from its parent on {record['tokens']:,} tokens in {record['minutes']} minutes"
         recovered = replace(trained(self.report, found.model, how), recovery=record)
         return self._with(found.model, recovered, Checkpoints(stages))
-
-    def _notice_training(self) -> None:
-        """Put it into the record if the weights were changed in place: figures of the old ones are no longer true."""
-        before, self._sampled = self._sampled, sampled(self.model)
-        if changed(before, self._sampled):
-            self.report = changed_in_place(self.report)
 
     def _with(self, model: PreTrainedModel, report: Record, checkpoints: Checkpoints) -> Self:
         made = copy.copy(self)

@@ -8,9 +8,17 @@ import json
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from support.tiny import CONFIGS, tiny_model, tiny_tokenizer
+from support.tiny import CONFIGS, tiny_model, tiny_pruned, tiny_tokenizer
 from support.virtual_device import BYTES, MixedDevicesError, virtual_accelerator
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Config, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Trainer,
+)
 
 from selfpruner_hub.calibration.generated_text import continuations
 from selfpruner_hub.cli import main
@@ -23,8 +31,13 @@ from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.slicing import Slicer
+from selfpruner_hub.recovery.recover import Pair, recover
+from selfpruner_hub.recovery.settings import Budget, resolve
+from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.run import Run
 
 LAYERS = 2
+WHEN = ("before", "after")
 TEXT = ["The quick brown fox jumps over the lazy dog. " * 12]
 SHORT = {
     "window": 16, "calibration_tokens": 128, "fisher_tokens": 64, "fitness_tokens": 64, "evaluations": 3,
@@ -225,6 +238,22 @@ def test_the_command_line(dense, accelerator, tmp_path, capsys):
     assert found["gpu"] == pytest.approx(found["cpu"], rel=1e-3)
     assert main([*measured, "--device", "cuda"]) == 2
     assert "There is no device 'cuda' here. Choose one of: cpu, gpu:0." in capsys.readouterr().err
+
+
+def test_recovery_on_an_accelerator_as_on_a_cpu(accelerator, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", lambda *_: None)  # it would pickle virtual tensors
+    found = {}
+    for device in ("cpu", "gpu"):
+        if device == "gpu":
+            monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "gpu")  # accelerate knows no device of this name
+        pair = Pair(tiny_pruned("llama").to(device), tiny_model("llama").to(device), tiny_tokenizer())
+        run = Run(checkpoints=Checkpoints(tmp_path / device / "stages"))
+        settings = resolve(window=32, batch_tokens=64, learning_rate=2e-3, warmup=2, checks=1)
+        found[device] = recover(pair, Budget(tokens=64 * 8), TEXT * 4, settings, run, tmp_path / device / "training")
+    assert {parameter.device.type for parameter in found["gpu"].model.parameters()} == {"gpu"}
+    before, after = ([[text[when] for text in each.record["deciding"]] for each in found.values()] for when in WHEN)
+    assert before[1] == pytest.approx(before[0], rel=1e-3)
+    assert after[1] == pytest.approx(after[0], rel=1e-2)
 
 
 def spread(model):

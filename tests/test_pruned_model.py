@@ -204,6 +204,22 @@ def test_a_conversion_there_and_back_is_no_training(saved_model, tmp_path):
     assert "training" not in read_record(tmp_path / "again").method
 
 
+CONVERSIONS = {
+    "half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "double": torch.float64,
+    "cpu": torch.float32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_a_converted_model_is_the_one_that_is_loaded_in_that_dtype(name, saved_model):
+    dtype = CONVERSIONS[name]
+    pruned, loaded = (PrunedModel.from_pretrained(saved_model, dtype=kind) for kind in (torch.float32, dtype))
+    assert getattr(pruned, name)() is pruned
+    assert {parameter.dtype for parameter in pruned.model.parameters()} == {dtype}
+    assert pruned.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(pruned(IDS).logits, loaded(IDS).logits)
+
+
 def test_an_attribute_is_set_where_it_is_read(saved_model):
     pruned = PrunedModel.from_pretrained(saved_model)
     pruned.generation_config = GenerationConfig(max_new_tokens=3)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from exporters.format import runtimes
 from selfpruner_hub.cli.options import device_map, listed, path, quieten
 from selfpruner_hub.errors import UserError
+
+if TYPE_CHECKING:
+    from selfpruner_hub.storage.model_record import Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +52,8 @@ def run(options: argparse.Namespace) -> str:
         Text to print: the table, or JSON.
 
     Raises:
-        UserError: An option is wrong, or a model cannot be loaded or exported.
+        UserError: An option is wrong, a model cannot be loaded or exported, or figures are to be saved beside those of
+            a model that is not the parent.
     """
     batches = [] if options.batch is None else _numbers("batch", options.batch)
     prompts = [] if options.prompt is None else _numbers("prompt", options.prompt)
@@ -58,14 +63,13 @@ def run(options: argparse.Namespace) -> str:
     from exporters.benchmark import Passes, benchmark
     from selfpruner_hub.hub.card import save_metrics
     from selfpruner_hub.progress import Bars
+    from selfpruner_hub.provenance import check_parent
     from selfpruner_hub.storage.model_record import read_record
     from selfpruner_hub.storage.staging import check_writable, write_atomically
 
     quieten(options)
     if options.output is not None:
         check_writable(options.output.parent)
-    if options.save:
-        read_record(Path(options.directory))  # fails before the benchmark, which takes minutes
     passes = Passes(
         batches=batches,
         prompts=prompts,
@@ -78,6 +82,9 @@ def run(options: argparse.Namespace) -> str:
         text=options.text,
     )
     named = {"revision": options.revision, "gguf_file": options.gguf_file, "device_map": options.device_map}
+    if options.save:  # what is wrong is said before the benchmark, which takes minutes
+        record = read_record(Path(options.directory))
+        check_parent(record, _identity(options, record), options.against)
     with Bars(not options.quiet) as progress:
         report = benchmark(
             options.directory,
@@ -93,6 +100,20 @@ def run(options: argparse.Namespace) -> str:
     if options.save:
         save_metrics(Path(options.directory), report.metrics())
     return report.to_json().rstrip("\n") if options.json else report.table()
+
+
+def _identity(options: argparse.Namespace, record: Record) -> dict[str, Any]:
+    """Identity of the model to compare with: that in its record, of an export, or else that of its weights."""
+    from selfpruner_hub.models.loading import load_model
+    from selfpruner_hub.models.weights import identity_of
+    from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
+
+    if (Path(options.against) / EXPORT_RECORD_FILE).is_file():
+        return read_export(Path(options.against)).source
+    named = {"revision": options.revision, "gguf_file": options.gguf_file}
+    given = {key: value for key, value in named.items() if value is not None}
+    model, _ = load_model(options.against, device="cpu", dtype=record.parent.get("dtype", "auto"), **given)
+    return identity_of(model)
 
 
 def _numbers(name: str, text: str, most: int | None = None) -> list[int]:

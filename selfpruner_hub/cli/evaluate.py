@@ -94,6 +94,8 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
             load_config(options.model, **loading)  # its errors come first; only one model is in memory at a time
             gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
             placed = {key: loading[key] for key in ("device", "device_map", "dtype") if key in loading}
+            if record is not None and placed.get("dtype") == "auto":  # that of the run, so that weights are compared
+                placed["dtype"] = record.parent.get("dtype", "auto")
             dense = load_model(options.against, **placed, **gguf)
             if record is not None:
                 check_parent(record, identity_of(dense[0]), options.against)

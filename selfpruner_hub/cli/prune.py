@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shutil
 import textwrap
@@ -123,6 +122,7 @@ def run(options: argparse.Namespace) -> str:
     """
     from selfpruner_hub.plans.target import check_beta, needs_target, parse_target, target_of
     from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE
+    from selfpruner_hub.storage.run_lock import default_run_dir, output_lock
     from selfpruner_hub.storage.staging import check_replaceable, check_writable
 
     settings = settings_of(options.set, ("preset", *OWN_OPTIONS))
@@ -144,7 +144,7 @@ def run(options: argparse.Namespace) -> str:
     if options.output.exists() and Path(options.model).exists() and options.output.samefile(options.model):
         raise OutputError("The output would replace the model that is pruned.", "Choose another output.")
     check_replaceable(options.output, MODEL_RECORD_FILE, options.overwrite)
-    run_dir = options.run_dir or Path(f"{options.output.resolve()}.run")
+    run_dir = options.run_dir or default_run_dir(options.output)
     options.kept = f"What was scored is in {run_dir}: the same command again goes on from there."
 
     from selfpruner_hub.aim import meter_of
@@ -153,37 +153,36 @@ def run(options: argparse.Namespace) -> str:
 
     quieten(options)
     meter = None if target is None else meter_of(target.runtime, options.python)
-    pruner = AutoPruner.from_pretrained(
-        options.model,
-        base_model=options.base_model,
-        offload_folder=run_dir if options.offload else None,
-        **loading(options),
-    )
-    pruned = pruner.prune(
-        options.beta,
-        target=wanted,
-        runtime=meter,
-        request=request,
-        preset=options.preset,
-        proposer=options.proposer,
-        proposer_model=options.proposer_model,
-        proposer_options=asking,
-        data=options.data,
-        fitness=options.fitness,
-        evaluations=options.evaluations,
-        minutes=options.minutes,
-        recover=options.recover,
-        seed=options.seed,
-        run_dir=run_dir,
-        executor=options.executor,
-        progress=not options.quiet,
-        **settings,
-    )
-    pruned.save_pretrained(options.output, overwrite=options.overwrite)
-    if options.run_dir is None:
-        with contextlib.suppress(OSError):
-            (run_dir / JOURNAL_FILE).unlink()  # it is in the output now
-            run_dir.rmdir()  # fails where it holds other files, which are kept
+    with output_lock(options.output, run_dir):
+        pruner = AutoPruner.from_pretrained(
+            options.model,
+            base_model=options.base_model,
+            offload_folder=run_dir if options.offload else None,
+            **loading(options),
+        )
+        pruned = pruner.prune(
+            options.beta,
+            target=wanted,
+            runtime=meter,
+            request=request,
+            preset=options.preset,
+            proposer=options.proposer,
+            proposer_model=options.proposer_model,
+            proposer_options=asking,
+            data=options.data,
+            fitness=options.fitness,
+            evaluations=options.evaluations,
+            minutes=options.minutes,
+            recover=options.recover,
+            seed=options.seed,
+            run_dir=run_dir,
+            executor=options.executor,
+            progress=not options.quiet,
+            **settings,
+        )
+        pruned.save_pretrained(options.output, overwrite=options.overwrite)
+        if options.run_dir is None:
+            (run_dir / JOURNAL_FILE).unlink(missing_ok=True)  # it is in the output now
     report = pruned.report
     if options.json:
         return json.dumps({"output": str(options.output), **asdict(report)})

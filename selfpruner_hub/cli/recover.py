@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -56,6 +55,7 @@ def run(options: argparse.Namespace) -> str:
         OutputError: The output cannot be written.
     """
     from selfpruner_hub.storage.model_record import read_record
+    from selfpruner_hub.storage.run_lock import default_run_dir, output_lock
     from selfpruner_hub.storage.staging import check_writable
 
     settings = settings_of(options.set)
@@ -66,31 +66,29 @@ def run(options: argparse.Namespace) -> str:
     output: Path = options.output or options.directory
     read_record(options.directory)
     check_writable(output)
-    run_dir = options.run_dir or Path(f"{output.resolve()}.run")
+    run_dir = options.run_dir or default_run_dir(output)
     options.kept = f"What was trained is in {run_dir}: the same command again goes on from there."
 
     from selfpruner_hub.models.loading import load_model
     from selfpruner_hub.pruned_model import PrunedModel
 
     quieten(options)
-    pruned = PrunedModel.from_pretrained(options.directory, device=options.device, dtype="auto")
-    gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
-    parent, _ = load_model(options.against, device=options.device, dtype=pruned.model.dtype, **gguf)
-    recovered = pruned.recover(
-        parent,
-        minutes=options.minutes,
-        tokens=options.tokens,
-        data=options.data,
-        seed=options.seed,
-        run_dir=run_dir,
-        progress=not options.quiet,
-        **settings,
-    )
-    if recovered is not pruned or output != options.directory:
-        recovered.save_pretrained(output)
-    if options.run_dir is None:
-        with contextlib.suppress(OSError):
-            run_dir.rmdir()  # fails where it holds other files, which are kept
+    with output_lock(output, run_dir):
+        pruned = PrunedModel.from_pretrained(options.directory, device=options.device, dtype="auto")
+        gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
+        parent, _ = load_model(options.against, device=options.device, dtype=pruned.model.dtype, **gguf)
+        recovered = pruned.recover(
+            parent,
+            minutes=options.minutes,
+            tokens=options.tokens,
+            data=options.data,
+            seed=options.seed,
+            run_dir=run_dir,
+            progress=not options.quiet,
+            **settings,
+        )
+        if recovered is not pruned or output != options.directory:
+            recovered.save_pretrained(output)
     report = recovered.report
     if options.json:
         return json.dumps({"output": str(output), "improved": recovered is not pruned, **asdict(report)})

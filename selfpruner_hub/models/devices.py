@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfpruner_hub.errors import ModelError, UserError
+
+logger = logging.getLogger(__name__)
 
 WITH_FLOAT64 = ("cpu", "cuda")
 """Types of devices that sum in float64; Apple's GPUs (mps) have no float64, and other devices are not known to."""
@@ -47,18 +50,69 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     return asked if asked.index is not None else torch.device(here.type, torch.accelerator.current_device_index())
 
 
-def check_dtype(asked: Any) -> None:
-    """Check that a model can be loaded in a dtype.
+def dtype_of(asked: Any) -> Any:
+    """Return the dtype to load a model in.
 
     Args:
         asked: Dtype or its name; None and `"auto"` take that of the checkpoint.
 
+    Returns:
+        The dtype, or `"auto"`.
+
     Raises:
         UserError: There is no such dtype, or it does not hold floating-point numbers.
     """
-    found = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
-    if asked not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    if asked in (None, "auto"):
+        return "auto"
+    dtype = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"A model cannot be loaded in dtype {asked!r}.", "Choose auto, float32, bfloat16 or float16.")
+    return dtype
+
+
+def refuse_float16(dtype: Any) -> None:
+    """Raise if a model is to be pruned in float16.
+
+    Values above 65504 are infinite in it, which the activations of a cut model may pass although those of the dense
+    model do not. A run would find that out in its last stage.
+
+    Args:
+        dtype: Dtype of the model.
+
+    Raises:
+        ModelError: It is float16.
+    """
+    if dtype == torch.float16:
+        raise ModelError(
+            "A model cannot be pruned in float16, whose range may be too small for a cut model.",
+            "Prune it in bfloat16, which takes the same memory, or in float32, which keeps every bit: dtype=bfloat16 "
+            "(--dtype), or model.to(torch.bfloat16). The pruned model may be converted back.",
+        )
+
+
+def dtype_to_prune_in(name: str, asked: Any, checkpoint: Any) -> Any:
+    """Choose the dtype to prune a checkpoint in: its own, or bfloat16 in place of float16, in a line that says so.
+
+    Args:
+        name: Name of the model, for the line.
+        asked: Dtype that was asked for; `"auto"` takes that of the checkpoint.
+        checkpoint: Dtype of the checkpoint, or its name; None if it is not known.
+
+    Returns:
+        The dtype, or `"auto"`.
+
+    Raises:
+        ModelError: float16 was asked for.
+    """
+    refuse_float16(asked)
+    if asked != "auto" or dtype_of(checkpoint) != torch.float16:
+        return asked
+    logger.warning(
+        "%s is in float16, whose range may be too small for a cut model: it is pruned and saved in bfloat16, which "
+        "rounds its weights to 8 bits in place of 11. dtype=float32 (--dtype) keeps every bit, in twice the memory.",
+        name,
+    )
+    return torch.bfloat16
 
 
 def check_one_device(model: PreTrainedModel) -> None:

@@ -28,12 +28,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
-from selfpruner_hub.models.devices import check_dtype, choose_device, out_of_memory
+from selfpruner_hub.models.devices import choose_device, dtype_of, dtype_to_prune_in, out_of_memory
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
 from selfpruner_hub.models.patching import gguf_read_once
 from selfpruner_hub.models.placement import stream_layers
 from selfpruner_hub.models.unsupported import refuse_quantized
-from selfpruner_hub.models.weights import is_tied
+from selfpruner_hub.models.weights import is_tied, rebuild_buffers
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS, weight_files
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 from selfpruner_hub.storage.tokenizer_files import load_tokenizer
@@ -54,7 +54,7 @@ def load_model(
     name: str,
     *,
     any_architecture: bool = False,
-    quantized: bool = True,
+    to_prune: bool = False,
     store: TensorStore = MEMORY,
     device: str | torch.device | None = None,
     **kwargs: Any,
@@ -67,7 +67,8 @@ def load_model(
     Args:
         name: Directory or Hub repository.
         any_architecture: Whether to accept models that cannot be pruned, such as a proposer.
-        quantized: Whether to accept quantised weights, which cannot be cut.
+        to_prune: Whether the model is to be cut: quantised weights are refused, and a float16 checkpoint is loaded in
+            bfloat16 (`devices.dtype_to_prune_in`).
         store: Store for the weights; a store on disk reads them one by one from safetensors, and each decoder layer is
             on the device only while it runs.
         device: Device, such as `"cuda:1"` or `"cpu"`; None takes the accelerator where there is one. With
@@ -81,23 +82,23 @@ def load_model(
         UnsupportedArchitectureError: The architecture is not in the table, or the weights are quantised; checked before
             any weight is read.
         ModelError: The model is missing, gated, unreachable or truncated, or has weights that are not finite, or its
-            tokenizer cannot be loaded.
+            tokenizer cannot be loaded, or it is to be cut in float16.
         UserError: There is no such device, it is given together with a device map, or a store on disk is combined with
             a GGUF file, a device map or quantization.
     """
     with gguf_read_once() if kwargs.get("gguf_file") else nullcontext():
-        return _loaded(name, any_architecture, quantized, store, device, **kwargs)
+        return _loaded(name, any_architecture, to_prune, store, device, **kwargs)
 
 
 def _loaded(
     name: str,
     any_architecture: bool,
-    quantized: bool,
+    to_prune: bool,
     store: TensorStore,
     device: str | torch.device | None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    check_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
+    kwargs["dtype"] = dtype_of(kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None))
     chosen = _device(device, kwargs.get("device_map"), store)
     if chosen.type != "cpu" and not kwargs.get("device_map"):
         kwargs["device_map"] = {"": chosen}  # weights go to it one by one, without a copy in memory
@@ -106,8 +107,9 @@ def _loaded(
     if kwargs.get("gguf_file"):
         kwargs.setdefault("quantization_config", GgufConfig(dequantize=True))
     config = load_config(name, any_architecture=any_architecture, **kwargs)
-    if not quantized:
+    if to_prune:
         refuse_quantized(config, name, kwargs.get("quantization_config"))
+        kwargs["dtype"] = dtype_to_prune_in(name, kwargs["dtype"], text_config(config).dtype)
     if not any_architecture:
         config = _config_to_load(config, kwargs)
     try:
@@ -123,6 +125,8 @@ def _loaded(
     except Exception as error:  # transformers, the Hub client and safetensors share no base class
         raise explain(name, error) from error
     _check_weights(name, model, found["missing_keys"])
+    if to_prune and not store.on_disk and dtype_to_prune_in(name, kwargs["dtype"], model.dtype) != kwargs["dtype"]:
+        rebuild_buffers(model.to(torch.bfloat16))  # its configuration named no dtype
     if not any_architecture:  # the weights decide, since a cut model is built from the configuration
         model.config.tie_word_embeddings = is_tied(model)
     return model.eval(), tokenizer

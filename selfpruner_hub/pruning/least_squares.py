@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
@@ -133,8 +133,7 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     min E‖rest - D Σ_k f_k ∘ (V_k h)‖² is linear least squares, exact for up_proj and of first order for gate_proj. Its
     matrix is too large to build, so a few steps of conjugate gradients read the stream instead, preconditioned by
     (DᵀD ∘ E[f_k f_kᵀ]) ⊗ E[h hᵀ] (as in K-FAC, arXiv 1503.05671). They stop when the error on held-out windows stops
-    falling; early stopping acts as a ridge. Products are computed in the dtype of the stream, those of float16 in
-    float32 because its range is too small, and summed in float32.
+    falling; early stopping acts as a ridge. Products are computed in the dtype of the stream and summed in float32.
 
     Args:
         stream: Function that iterates over all windows, once per call.
@@ -148,15 +147,9 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     start = torch.zeros_like(inputs, dtype=torch.float32)
     gates = start.new_zeros(len(start), start.shape[1], start.shape[1])
     read = start.new_zeros(start.shape[2], start.shape[2])
-    dtype = torch.float32 if inputs.dtype == torch.float16 else inputs.dtype
-    down = down.to(dtype)
-
-    def batches() -> Iterator[Gated]:
-        for batch in stream():
-            yield Gated(*(each.to(dtype) for each in batch))
-
+    down = down.to(inputs.dtype)
     gradients = _Pair(start)
-    for h, factors, rest in batches():
+    for h, factors, rest in stream():
         gradients.add(rest @ down, factors, h)
         for gate, factor in zip(gates, factors.flatten(0, 1)[::GATE_STRIDE].unbind(1), strict=True):
             add_gram(gate, factor)
@@ -175,8 +168,8 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     preconditioned = _solved(fitted, left, right)
     direction, norm = preconditioned.clone(), (fitted * preconditioned).sum()
     for _ in range(ITERATIONS):
-        products, rounded = _Pair(start), direction.to(dtype)
-        for h, factors, _rest in batches():
+        products, rounded = _Pair(start), direction.to(inputs.dtype)
+        for h, factors, _rest in stream():
             changes = ((h @ v.t()).mul_(f) for v, f in zip(rounded, factors.unbind(-2), strict=True))
             products.add(reduce(Tensor.add_, changes) @ down.t() @ down, factors, h)
         step = norm / (direction * products.sums[0]).sum()

@@ -14,6 +14,7 @@ from selfpruner_hub.calibration.fisher import Fisher, output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import ModelError, UserError
 from selfpruner_hub.models.architectures import decoder_layers, shape_of
+from selfpruner_hub.models.devices import refuse_float16
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.ordering import ordered
@@ -30,8 +31,8 @@ def check_model(model: Any) -> None:
 
     Raises:
         UserError: It is no transformers model, or it is compiled.
-        ModelError: Its weights are of several dtypes or cannot take part in a backward pass, it has other layers than
-            its configuration, or its attention has no backward pass here.
+        ModelError: Its weights are of several dtypes or in float16, or cannot take part in a backward pass, it has
+            other layers than its configuration, or its attention has no backward pass here.
     """
     if hasattr(model, "_orig_mod"):
         raise UserError("The model is compiled.", "Prune the model that was given to torch.compile.")
@@ -45,8 +46,9 @@ def check_model(model: Any) -> None:
     if len(dtypes) > 1:
         raise ModelError(
             f"The model has weights in {' and '.join(dtypes)}; pruning needs one dtype.",
-            f"Convert it first: model.to(torch.{dtypes[0]}).",
+            f"Convert it first: model.to(torch.{next(dtype for dtype in dtypes if dtype != 'float16')}).",
         )
+    refuse_float16(model.dtype)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise ModelError(
             "The model was made in torch.inference_mode(), so no gradients can be taken.", "Load it outside of that."

@@ -220,10 +220,8 @@ class _Ffn:
         return helps
 
     def _rest(self, output: Tensor, target: Tensor) -> Tensor:
-        """The residual, target minus output, times R; float32 for float16, whose range may be too small for it."""
+        """The residual, target minus output, times R."""
         rest = _sum(target, -output)
-        if rest.dtype == torch.float16:
-            rest = rest.float()
         return rest if self._root is None else nn.functional.linear(rest, self._root.to(rest.dtype))
 
     def _linearised(self, h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

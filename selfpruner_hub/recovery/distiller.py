@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from selfpruner_hub.progress import Progress
+from selfpruner_hub.progress import Progress, noted
 from selfpruner_hub.recovery.divergence import Head, distillation_loss
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.recovery.texts import Text
@@ -220,7 +220,7 @@ class Pace(TrainerCallback):
         """Show the divergence, and stop where it is no number: no step from there on can be of use."""
         if not logs or "divergence" not in logs:
             return
-        self._progress("recovering", state.global_step, state.max_steps, f"KL {logs['divergence']:.3f}")  # type: ignore[call-arg]
+        noted(self._progress, "recovering", state.global_step, state.max_steps, f"KL {logs['divergence']:.3f}")
         if not math.isfinite(logs["divergence"]):
             self.stopped = BROKEN
             control.should_training_stop = True

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import json
-import random
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from selfpruner_hub.calibration.conversations import end_tokens
 from selfpruner_hub.calibration.text_sources import tokenizer_hash
-from selfpruner_hub.errors import OutputError, UserError
-from selfpruner_hub.models.devices import fork_rng
+from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruning.temperature import TOKENS, match_confidence
 from selfpruner_hub.recovery.deciding import Deciding, is_better, score
 from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, distilled, last_checkpoint
-from selfpruner_hub.recovery.schedule import Timed, planned, remembered, scheduled
+from selfpruner_hub.recovery.process import undisturbed, writable
+from selfpruner_hub.recovery.schedule import Schedule, Timed, keep, kept, planned, scheduled
 from selfpruner_hub.recovery.settings import Budget, RecoverySettings
-from selfpruner_hub.recovery.texts import Text, Writer, shares
+from selfpruner_hub.recovery.texts import Share, Text, Writer, shares
 from selfpruner_hub.recovery.trainable import compute_dtype, finished, trainable, uses_adapters
 from selfpruner_hub.storage.run import Run
 
@@ -88,81 +83,172 @@ def recover(pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, r
         OutputError: A checkpoint cannot be written.
     """
     started = time.monotonic()
-    pruned, parent, tokenizer = pair
-    _check_pair(pruned, parent)
-    window = min(settings.window, getattr(parent.config, "max_position_embeddings", settings.window))
-    batch = max(1, settings.batch_tokens // window)
-    adapters, dtype = uses_adapters(pruned, settings), compute_dtype(pruned)
-    kinds = shares(data, tokenizer, settings)
-    identity = json.dumps(
-        [
-            *(identity_of(model) for model in (pruned, parent)),
-            *(tokenizer_hash(tokenizer), sorted(end_tokens(parent, tokenizer))),
-            *(asdict(budget), settings.record(), run.seed, [(kind.name, kind.share) for kind in kinds]),
-        ]
-    )
-    run = replace(run, checkpoints=run.checkpoints.of(identity))
-    writer = Writer(parent, tokenizer, window, run)
-
+    _check_pair(pair.pruned, pair.parent)
+    task = _Task.of(pair, budget, data, settings, run)
+    writer = Writer(pair.parent, pair.tokenizer, task.window, task.run)
     deciding, writing = writer.deciding()
-    with _undisturbed(pruned.device):
-        student = trainable(pruned, settings, adapters)
-        if (schedule := remembered(run.checkpoints)) is None:
-            step = 0.0 if budget.minutes is None else _seconds(student, parent, deciding, batch, dtype)
-            timed = Timed(writing, step, time.monotonic() - started)
-            schedule = planned(budget, kinds, batch, window, settings, timed)
-            remembered(run.checkpoints, schedule)
-        # What is read is read anew, and may have changed: the training goes on where all texts are the same.
-        pairs = [writer.training(kind, n, settings.passes) for kind, n in zip(kinds, schedule.counts, strict=True)]
-        texts, deciding = [text for text, _ in pairs], [*deciding, *(held for _, held in pairs if held is not None)]
-        order = scheduled(texts, schedule.counts, run.seed)
-        hashes = "".join(text.sha256 for text in (*texts, *deciding))
-        folder = folder / f"training-{sha256((identity + hashes).encode()).hexdigest()[:16]}"
-        measure = Deciding(parent, deciding)
-        before = measure(pruned)
-        distiller = Distiller(
-            student,
-            parent,
-            lambda model: score(before, measure(model)),
-            dtype,
-            args=arguments(
-                folder,
-                pruned.device,
-                schedule.steps,
-                schedule.checks(batch, sum(len(text.windows) for text in deciding), settings),
-                batch,
-                settings,
-                learning_rate=settings.rate(pruned.num_parameters(), adapters),
-                bf16=dtype == torch.bfloat16,
-                seed=run.seed,
-            ),
-            train_dataset=Windows(texts, order, settings.emphasis),
-            eval_dataset=Windows(deciding, [], 0.0),  # Trainer asks for one; `check` measures
-        )
+    with undisturbed(pair.pruned.device):
+        student = trainable(pair.pruned, settings, task.adapters)
+        schedule = kept(task.run.checkpoints) or task.scheduled(student, deciding, writing, started)
+        texts = task.texts(writer, schedule, deciding)
+        measure = Deciding(pair.parent, texts.deciding)
+        before = measure(pair.pruned)
+        distiller = task.distiller(student, lambda model: score(before, measure(model)), schedule, texts, folder)
         pace = Pace(schedule.seconds, run.progress)
-        distiller.add_callback(pace)
-        with _writable(folder), pace.interruptible():
-            distiller.train(resume_from_checkpoint=last_checkpoint(folder))
-        model = finished(student, pruned)
-    read = torch.stack([texts[number].windows[place] for number, place in order[: max(1, TOKENS // window)]])
-    match_confidence(parent, model, read, run.progress)
+        _train(distiller, pace)
+        model = finished(student, pair.pruned)
+    match_confidence(pair.parent, model, texts.first(max(1, TOKENS // task.window)), run.progress)
     after = measure(model)
-    state = distiller.state
     record = {
-        "method": "lora" if adapters else "full",
-        "learning_rate": distiller.args.learning_rate,
-        "steps": state.global_step,
-        "tokens": state.global_step * batch * window,
-        "stopped": pace.stopped,
-        "settings": settings.record(),
-        "texts": [text.record(count) for text, count in zip(texts, schedule.counts, strict=True)],
+        **task.record(distiller, pace.stopped),
+        "texts": [text.record(count) for text, count in zip(texts.training, schedule.counts, strict=True)],
         "deciding": [
             {"name": text.name, "tokens": int(text.counted.sum()), "before": round(was, 5), "after": round(now, 5)}
-            for text, was, now in zip(deciding, before, after, strict=True)
+            for text, was, now in zip(texts.deciding, before, after, strict=True)
         ],
-        "curve": curve(distiller.divergences, batch * window),
+        "curve": curve(distiller.divergences, task.batch * task.window),
     }
     return Recovered(model if is_better(before, after) else None, record)
+
+
+class _Texts(NamedTuple):
+    """What a recovery reads."""
+
+    training: list[Text]
+    """Texts to train on."""
+    deciding: list[Text]
+    """Texts that nothing is trained on, and that decide."""
+    order: list[tuple[int, int]]
+    """Pairs of the number of a training text and the number of a window in it, as they are read."""
+
+    @property
+    def hashes(self) -> str:
+        """Hashes of all texts."""
+        return "".join(text.sha256 for text in (*self.training, *self.deciding))
+
+    def first(self, count: int) -> Tensor:
+        """The windows that are read first, `[count, W]`."""
+        return torch.stack([self.training[number].windows[place] for number, place in self.order[:count]])
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is asked of a recovery, and what follows from the models."""
+
+    pair: Pair
+    budget: Budget
+    settings: RecoverySettings
+    kinds: list[Share]
+    """Kinds of text with their shares."""
+    window: int
+    """Tokens of a window."""
+    batch: int
+    """Windows of a step."""
+    adapters: bool
+    """Whether adapters are trained in place of all weights."""
+    dtype: torch.dtype
+    """Dtype of the products."""
+    identity: str
+    """All that the result depends on, but for the texts that are read."""
+    run: Run
+    """Run context, with the checkpoints of this task alone."""
+
+    @classmethod
+    def of(cls, pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, run: Run) -> _Task:
+        """The task of the arguments of `recover`."""
+        window = min(settings.window, getattr(pair.parent.config, "max_position_embeddings", settings.window))
+        kinds = shares(data, pair.tokenizer, settings)
+        identity = json.dumps(
+            [
+                *(identity_of(model) for model in (pair.pruned, pair.parent)),
+                *(tokenizer_hash(pair.tokenizer), sorted(end_tokens(pair.parent, pair.tokenizer))),
+                *(asdict(budget), settings.record(), run.seed, [(kind.name, kind.share) for kind in kinds]),
+            ]
+        )
+        return cls(
+            pair=pair,
+            budget=budget,
+            settings=settings,
+            kinds=kinds,
+            window=window,
+            batch=max(1, settings.batch_tokens // window),
+            adapters=uses_adapters(pair.pruned, settings),
+            dtype=compute_dtype(pair.pruned),
+            identity=identity,
+            run=replace(run, checkpoints=run.checkpoints.of(identity)),
+        )
+
+    def scheduled(
+        self, student: nn.Module, deciding: Sequence[Text], writing: Mapping[str, float], started: float
+    ) -> Schedule:
+        """Choose how much is written and read, and keep it for a resumed recovery."""
+        timed = self.budget.minutes is not None
+        step = _seconds(student, self.pair.parent, deciding, self.batch, self.dtype) if timed else 0.0
+        spent = Timed(writing, step, time.monotonic() - started)
+        schedule = planned(self.budget, self.kinds, self.batch, self.window, self.settings, spent)
+        keep(self.run.checkpoints, schedule)
+        return schedule
+
+    def texts(self, writer: Writer, schedule: Schedule, deciding: Sequence[Text]) -> _Texts:
+        """Write and read all texts, and split off what decides beside `deciding`."""
+        amounts = zip(self.kinds, schedule.counts, strict=True)
+        pairs = [writer.training(kind, count, self.settings.passes) for kind, count in amounts]
+        training = [text for text, _ in pairs]
+        held = [text for _, text in pairs if text is not None]
+        return _Texts(training, [*deciding, *held], scheduled(training, schedule.counts, self.run.seed))
+
+    def distiller(
+        self,
+        student: nn.Module,
+        check: Callable[[PreTrainedModel], float],
+        schedule: Schedule,
+        texts: _Texts,
+        folder: Path,
+    ) -> Distiller:
+        """Make the training loop, with its checkpoints in a folder of its own inside of `folder`.
+
+        What is read is read anew, and may have changed: the training goes on where all texts are the same.
+        """
+        name = f"training-{sha256((self.identity + texts.hashes).encode()).hexdigest()[:16]}"
+        made = arguments(
+            folder / name,
+            self.pair.pruned.device,
+            schedule.steps,
+            schedule.checks(self.batch, sum(len(text.windows) for text in texts.deciding), self.settings),
+            self.batch,
+            self.settings,
+            learning_rate=self.settings.rate(self.pair.pruned.num_parameters(), self.adapters),
+            bf16=self.dtype == torch.bfloat16,
+            seed=self.run.seed,
+        )
+        return Distiller(
+            student,
+            self.pair.parent,
+            check,
+            self.dtype,
+            args=made,
+            train_dataset=Windows(texts.training, texts.order, self.settings.emphasis),
+            eval_dataset=Windows(texts.deciding, [], 0.0),  # Trainer asks for one; `check` measures
+        )
+
+    def record(self, distiller: Distiller, stopped: str) -> dict[str, Any]:
+        """What the record says of the training."""
+        return {
+            "method": "lora" if self.adapters else "full",
+            "learning_rate": distiller.args.learning_rate,
+            "steps": distiller.state.global_step,
+            "tokens": distiller.state.global_step * self.batch * self.window,
+            "stopped": stopped,
+            "settings": self.settings.record(),
+        }
+
+
+def _train(distiller: Distiller, pace: Pace) -> None:
+    """Train, from the newest checkpoint on."""
+    folder = Path(cast(str, distiller.args.output_dir))
+    distiller.add_callback(pace)
+    with writable(folder), pace.interruptible():
+        distiller.train(resume_from_checkpoint=last_checkpoint(folder))
 
 
 def curve(divergences: Sequence[float], tokens: int) -> list[list[float]]:
@@ -219,38 +305,3 @@ def _seconds(
         student.zero_grad(set_to_none=True)
         seconds = time.monotonic() - started
     return seconds * batch / len(windows)
-
-
-@contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Keep the global random states, which Trainer sets, let it take this device, and keep transformers quiet."""
-    states = random.getstate(), np.random.get_state()
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    current = nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index or 0)
-    with fork_rng(device), current:
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()
-
-
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is written into one line."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        full = folder.is_dir() and shutil.disk_usage(folder).free < 1 << 20
-        if isinstance(error, RuntimeError) and not full:  # torch.save raises it where the disk is full
-            raise
-        raise OutputError(
-            f"Cannot write a checkpoint of the recovery in {folder}: {error}.",
-            "Make room, or choose another run directory; the same command resumes.",
-        ) from error

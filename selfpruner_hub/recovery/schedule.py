@@ -18,6 +18,8 @@ CHECKS, CHECKING = 5, 0.05
 """Most times that the model is measured on the deciding text, and the largest share of the time for it."""
 FEWEST = 4
 """Fewest steps that a recovery is begun for."""
+SCHEDULE = "recovery-schedule"
+"""Name of the checkpoint of the schedule."""
 
 
 class Timed(NamedTuple):
@@ -95,26 +97,31 @@ def planned(
     return Schedule(steps, counts, seconds)
 
 
-def remembered(checkpoints: Checkpoints, schedule: Schedule | None = None) -> Schedule | None:
-    """Keep a schedule, or return the one that was kept: a second timing might lead to another one.
+def kept(checkpoints: Checkpoints) -> Schedule | None:
+    """Return the schedule that was kept, since a second timing might lead to another one.
 
     Args:
         checkpoints: Checkpoints of the recovery.
-        schedule: Schedule to keep; None returns the one that was kept, or None.
 
     Returns:
-        The schedule.
+        The schedule; None if none was kept.
     """
-    name = "recovery-schedule"
-    if schedule is None:
-        if (known := checkpoints.load(name)) is None:
-            return None
-        seconds = float(known["seconds"])
-        return Schedule(int(known["steps"]), known["counts"].tolist(), seconds if seconds >= 0 else None)
+    if (known := checkpoints.load(SCHEDULE)) is None:
+        return None
+    seconds = float(known["seconds"])
+    return Schedule(int(known["steps"]), known["counts"].tolist(), seconds if seconds >= 0 else None)
+
+
+def keep(checkpoints: Checkpoints, schedule: Schedule) -> None:
+    """Keep a schedule for a resumed recovery.
+
+    Args:
+        checkpoints: Checkpoints of the recovery.
+        schedule: Schedule to keep.
+    """
     values = {"steps": schedule.steps, "seconds": -1.0 if schedule.seconds is None else schedule.seconds}
     tensors = {name: torch.tensor(value) for name, value in values.items()}
-    checkpoints.save(name, {**tensors, "counts": torch.tensor(schedule.counts)})
-    return schedule
+    checkpoints.save(SCHEDULE, {**tensors, "counts": torch.tensor(schedule.counts)})
 
 
 def scheduled(texts: Sequence[Text], counts: Sequence[int], seed: int) -> list[tuple[int, int]]:

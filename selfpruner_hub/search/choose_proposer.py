@@ -49,8 +49,8 @@ def choose_proposer(
         The proposer; an object that follows the protocol is returned unchanged.
 
     Raises:
-        UserError: The name or an option is unknown, options are given to a proposer that is no language model, or the
-            model that proposes has no tokenizer.
+        UserError: The name or an option is unknown, options are given to a proposer that is no language model, the
+            object follows no protocol, or the model that proposes has no tokenizer.
         ModelError: The directory or repository does not load.
     """
     if proposer is None:
@@ -59,6 +59,11 @@ def choose_proposer(
     if options and (not isinstance(proposer, str) or proposer in WITHOUT_MODEL):
         raise UserError("proposer_options are those of a language model, and this proposer is none.", "Leave them out.")
     if not isinstance(proposer, str):
+        if missing := [part for part in ("name", "ask", "tell") if not hasattr(proposer, part)]:
+            raise UserError(
+                f"The proposer, of type {type(proposer).__name__}, has no {missing[0]}.",
+                "Give a name, or an object with a name, ask and tell (search.proposers.Proposer).",
+            )
         return proposer
     if proposer in WITHOUT_MODEL or not searches:
         return WITHOUT_MODEL.get(proposer, EvolutionProposer)(budget)

@@ -543,7 +543,7 @@ def test_another_model_is_overwritten_only_if_asked(run, assert_mistake, dense, 
 
 def test_a_run_directory_that_cannot_be_used(assert_mistake, dense, text, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert_mistake("run directory", *prune(dense, tmp_path / "small", text, "--run-dir", tmp_path / "file"))
+    assert_mistake("for the run: ", *prune(dense, tmp_path / "small", text, "--run-dir", tmp_path / "file"))
 
 
 @pytest.mark.parametrize(("words", "said"), [(["--seed", "1"], "seed: 0 there, 1 here"), (["--beta", "0.2"], "beta: ")])

@@ -187,6 +187,25 @@ def test_figures_go_into_the_record_and_the_card(pair, drifting, tmp_path, capsy
     assert "is not a model that selfpruner saved" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("exported", [False, True])
+def test_figures_beside_those_of_another_model_are_not_saved(exported, pair, drifting, tmp_path, capsys):
+    pruned = shutil.copytree(pair[1], tmp_path / "pruned")
+    other = tmp_path / "other"
+    tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2 if not exported else 3, seed=7).save_pretrained(
+        other
+    )
+    trained_tokenizer().save_pretrained(other)
+    if exported:
+        assert main(["export", str(other), "--to", "gguf", "--output", str(tmp_path / "export"), "--quiet"]) == 0
+        other = tmp_path / "export"
+    before = (pruned / "selfpruner.json").read_text()
+    small = ["--prompt", "8", "--new", "2", "--runs", "2", "--quiet"]
+    assert main(["benchmark", str(pruned), "--against", str(other), *small, "--save"]) == 2
+    assert "is not 'tests/llama', the parent of this model: other " in capsys.readouterr().err
+    assert not drifting
+    assert (pruned / "selfpruner.json").read_text() == before
+
+
 def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
     for side in pair:
         shutil.copytree(side, tmp_path / side.name)

@@ -27,7 +27,9 @@ STEPS = 12
 SETTINGS = {"window": 32, "batch_tokens": 128, "learning_rate": 2e-3, "warmup": 2, "checks": 3}
 
 
-def recovered(pair, folder, *, steps=STEPS, data=TEXT, progress=lambda *_: None, budget=None, **settings):
+def recovered(
+    pair, folder, *, steps=STEPS, data=TEXT, progress=lambda what, done, total: None, budget=None, **settings
+):
     run = Run(checkpoints=Checkpoints(folder / "stages"), progress=progress)
     wanted = resolve_recovery(**{**SETTINGS, **settings})
     return recover(pair, budget or Budget(tokens=128 * steps), data, wanted, run, folder / "training")
@@ -131,7 +133,7 @@ def test_a_loss_that_is_no_number_ends_it(place, pair, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_returns_the_best_so_far(pair, tmp_path):
-    def interrupt(what, done, total, note=""):
+    def interrupt(what, done, total):
         if what == "recovering" and done == 6:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -147,7 +149,7 @@ def test_it_ends_in_time(pair, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(distiller.time, "monotonic", lambda: now[0])
 
-    def tick(what, done, total, note=""):
+    def tick(what, done, total):
         now[0] += 10.0 if what == "recovering" else 0.0  # each step takes ten seconds
 
     monkeypatch.setattr("selfpruner_hub.recovery.recover._seconds", lambda *_: 5.0)  # and half of it was expected
@@ -164,7 +166,7 @@ class Stopped(Exception):  # noqa: N818
 def test_what_was_stopped_resumes_to_the_same_model(step, pair, tmp_path):
     whole = recovered(pair, tmp_path / "whole")
 
-    def stop(what, done, total, note=""):
+    def stop(what, done, total):
         if what == "recovering" and done == step:
             raise Stopped
 

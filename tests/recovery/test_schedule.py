@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.recovery.schedule import OVERHEAD, Schedule, Timed, planned, remembered, scheduled
+from selfpruner_hub.recovery.schedule import OVERHEAD, Schedule, Timed, keep, kept, planned, scheduled
 from selfpruner_hub.recovery.settings import Budget, resolve_recovery
 from selfpruner_hub.recovery.texts import Share, Text
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -44,11 +44,11 @@ def test_too_little_is_refused(budget, told):
 
 @pytest.mark.parametrize("schedule", [Schedule(48, [48, 144], None), Schedule(3, [12], 12.5)])
 def test_a_schedule_is_kept(schedule, tmp_path):
-    kept = Checkpoints(tmp_path, "run")
-    assert remembered(kept) is None
-    remembered(kept, schedule)
-    assert remembered(Checkpoints(tmp_path, "run")) == schedule
-    assert remembered(Checkpoints(tmp_path, "other")) is None
+    checkpoints = Checkpoints(tmp_path, "run")
+    assert kept(checkpoints) is None
+    keep(checkpoints, schedule)
+    assert kept(Checkpoints(tmp_path, "run")) == schedule
+    assert kept(Checkpoints(tmp_path, "other")) is None
 
 
 def test_texts_are_mixed_evenly_and_repeated_alike():

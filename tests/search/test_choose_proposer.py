@@ -1,5 +1,7 @@
 """Which proposer a word stands for, and what is said where none does."""
 
+from types import SimpleNamespace
+
 import pytest
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -86,8 +88,18 @@ def test_options_that_are_refused(choose, proposer, options, said):
 
 
 def test_what_has_the_protocol_stays(choose):
-    mine = object()
+    mine = RandomProposer(None)
     assert choose(mine) is mine
+
+
+@pytest.mark.parametrize(
+    ("mine", "missing"),
+    [(object(), "name"), (5, "name"), (SimpleNamespace(name="mine"), "ask")],
+    ids=["object", "number", "nameless"],
+)
+def test_what_does_not_have_it_is_refused(mine, missing, choose):
+    with pytest.raises(UserError, match=rf"of type {type(mine).__name__}, has no {missing}\."):
+        choose(mine)
 
 
 def test_without_a_search_nothing_is_loaded(choose, tmp_path):

@@ -49,6 +49,9 @@ class _Backend(_DummyBackendModule):
 
     def empty_cache(self) -> None: ...
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
 
 class Bytes:
     """Bytes of the tensors on the device; tensors that share memory count once.

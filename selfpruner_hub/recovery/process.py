@@ -1,0 +1,69 @@
+"""What a training must not disturb in its process, and what it may find on the disk."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from selfpruner_hub.errors import OutputError
+from selfpruner_hub.models.devices import fork_rng
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Keep the global random states, which Trainer sets, let it take a device, and keep transformers quiet.
+
+    Args:
+        device: Device of the models.
+
+    Yields:
+        Nothing.
+    """
+    states = random.getstate(), np.random.get_state()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    current = nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index or 0)
+    with fork_rng(device), current:
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong while a checkpoint is written into one line.
+
+    Args:
+        folder: Directory of the checkpoints, created if missing.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OutputError: A checkpoint cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        full = folder.is_dir() and shutil.disk_usage(folder).free < 1 << 20
+        if isinstance(error, RuntimeError) and not full:  # torch.save raises it where the disk is full
+            raise
+        raise OutputError(
+            f"Cannot write a checkpoint of the recovery in {folder}: {error}.",
+            "Make room, or choose another run directory; the same command resumes.",
+        ) from error
