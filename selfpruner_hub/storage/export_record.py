@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.storage.layout import EXPORTS
-from selfpruner_hub.storage.versioned_json import fits, parse_versioned
+from selfpruner_hub.storage.versioned_json import Amount, Count, fits, parse_versioned
 
 EXPORT_RECORD_FILE = "selfpruner_export.json"
 """Name of the file; not `export.json`, since transformers' exporters write a manifest of that name."""
@@ -83,7 +83,7 @@ class _Source(TypedDict):
 
     name: str
     model_type: str
-    parameters: int
+    parameters: Count
     weights: NotRequired[str | None]
     configuration: NotRequired[str]
 
@@ -104,7 +104,7 @@ class _Gguf(TypedDict):
 
 class _TensorRt(TypedDict):
     dtype: Literal["float32", "float16", "bfloat16"]
-    context: int
+    context: Count
     library: str
     compute_capability: str
     sha256: str
@@ -118,4 +118,6 @@ _OPTIONS: dict[str, Any] = {
     "onnx": _Hub | _Onnx, "gguf": _Gguf, "tensorrt": _TensorRt, "openvino": _WithDtype, "padded": _WithDtype,
 }  # fmt: skip
 """What is read of the options, by format."""
-_INNER = {"source": _Source, "format": Literal[EXPORTS]}
+_INNER: dict[str, Any] = {
+    "source": _Source, "format": Literal[EXPORTS], "tolerance": Amount, "max_difference": Amount | None,
+}  # fmt: skip

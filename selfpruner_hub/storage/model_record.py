@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.plans.plan import Plan, plan_of
-from selfpruner_hub.storage.versioned_json import REMEDY, parse_versioned
+from selfpruner_hub.storage.versioned_json import REMEDY, Amount, Count, parse_versioned
 
 SCHEMA_VERSION = 1
 MODEL_RECORD_FILE = "selfpruner.json"
@@ -137,6 +137,8 @@ class Record:
             record = cls(**{**values, "rates": tuple(values["rates"]), "metrics": metrics})
             if len(record.plan.layers) != len(record.rates) or min(record.parameters.values()) < 1:
                 raise ValueError("its rates or its parameters do not match its widths")
+            if not all(0 <= rate < 1 for rate in (record.beta, record.achieved_beta, *record.rates)):
+                raise ValueError("a rate is not in [0, 1)")
         except (ValueError, TypeError, KeyError) as error:
             raise SavedModelError(f"{source} is damaged: {error}.", REMEDY) from error
         return record
@@ -157,7 +159,7 @@ class _Method(TypedDict):
     fitness: str
     importance: str
     repair: bool
-    evaluations: NotRequired[float]
+    evaluations: NotRequired[Amount]
     training: NotRequired[str]
     target: NotRequired[_Target]
 
@@ -166,16 +168,16 @@ class _Search(TypedDict):
     """What is read of a proposer and its search."""
 
     name: str
-    evaluations: float
+    evaluations: Amount
     best_from: str
-    tokens: int
-    replies: NotRequired[dict[str, int]]
+    tokens: Count
+    replies: NotRequired[dict[str, Count]]
     gains: NotRequired[dict[str, tuple[float, float]]]
 
 
 class _Text(TypedDict):
     name: str
-    tokens: int
+    tokens: Count
 
 
 class _Texts(TypedDict):
@@ -186,12 +188,12 @@ class _Texts(TypedDict):
 
 class _TrainingText(TypedDict):
     name: str
-    tokens_read: int
+    tokens_read: Count
 
 
 class _Deciding(TypedDict):
     name: str
-    tokens: int
+    tokens: Count
     before: float
     after: float
 
@@ -200,11 +202,11 @@ class _Recovery(TypedDict):
     """What is read of a recovery."""
 
     method: Literal["full", "lora"]
-    tokens: int
-    minutes: float
+    tokens: Count
+    minutes: Amount
     texts: list[_TrainingText]
     deciding: list[_Deciding]
-    curve: list[tuple[int, float]]
+    curve: list[tuple[Count, float]]
 
 
 class _Counts(TypedDict):
