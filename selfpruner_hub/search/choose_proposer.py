@@ -46,12 +46,17 @@ def choose_proposer(
         The proposer; an object that follows the protocol is returned unchanged.
 
     Raises:
-        UserError: The name is unknown, or the model that proposes has no tokenizer.
+        UserError: The name is unknown, the object is no proposer, or the model that proposes has no tokenizer.
         ModelError: The directory or repository does not load.
     """
     if proposer is None:
         proposer = "self"
     if not isinstance(proposer, str):
+        if missing := [name for name in ("name", "ask", "tell") if not hasattr(proposer, name)]:
+            raise UserError(
+                f"The proposer is a {type(proposer).__name__} without {missing[0]!r}.",
+                "Give an object with a name, ask and tell (examples/05_custom_proposer.py), or the name of a proposer.",
+            )
         return proposer
     if proposer in WITHOUT_MODEL or not method.evaluations:
         return WITHOUT_MODEL.get(proposer, EvolutionProposer)(budget)

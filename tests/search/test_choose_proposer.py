@@ -1,5 +1,7 @@
 """Which proposer a word stands for, and what is said where none does."""
 
+from types import SimpleNamespace
+
 import pytest
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -54,8 +56,15 @@ def test_endpoint(choose):
 
 
 def test_what_has_the_protocol_stays(choose):
-    mine = object()
+    mine = RandomProposer(ParameterBudget(shape_of(tiny_model("llama").config), 0.3))
     assert choose(mine) is mine
+
+
+@pytest.mark.parametrize("missing", ["name", "ask", "tell"])
+def test_an_object_without_the_protocol_is_refused(choose, missing):
+    mine = SimpleNamespace(**{name: name for name in ("name", "ask", "tell") if name != missing})
+    with pytest.raises(UserError, match=f"The proposer is a SimpleNamespace without '{missing}'"):
+        choose(mine)
 
 
 def test_without_evaluations_nothing_is_loaded(choose, tmp_path):
