@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import random
 import signal
 import sys
@@ -15,12 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 from support.chat import TEMPLATES, assistant, chat_tokenizer, user
+from support.damaged import TIMES
 from support.processes import FORKED
 from support.tiny import save_tiny, tiny_model
 
 from selfpruner_hub.errors import RunMismatchError
 from selfpruner_hub.pruner import AutoPruner
 
+logger = logging.getLogger(__name__)
 TEXT = "The quick brown fox jumps over the lazy dog. " * 400
 SETTINGS = (
     "window=32", "calibration_tokens=512", "fitness_tokens=512", "schedule.population=3",
@@ -102,14 +106,11 @@ def test_killed_four_times(tmp_path):
     assert all((tmp_path / "killed" / n).read_bytes() == (tmp_path / "undisturbed" / n).read_bytes() for n in names)
 
 
-MOMENTS = 10
+MOMENTS = 10 if TIMES == 1 else 50
+"""Number of kills: ten of each kind where all is tried (`support.damaged`)."""
 CHANGED = {"nothing": "", "configuration": "configuration", "weights": "weights", "template": "data", "text": "data"}
 """What is changed between the kill and the next run, and the setting that a refusal names."""
 DATED = TEMPLATES["chatml"].replace("You are tiny.", "It is ' + strftime_now('%d %b %Y') + '.")
-
-
-class Killed(BaseException):
-    """The process ends here."""
 
 
 def pruned(folder: Path, change: str, **more):
@@ -132,17 +133,20 @@ def test_what_is_changed_in_between_is_noticed(tmp_path):
     whole = pruned(tmp_path, "nothing", progress=lambda what, *_: events.append(what))
     assert whole.report.data["chat_template"] == {"date": "2026-01-01"}
     fresh = cache(lambda change: pruned(tmp_path, change, progress=False))
-    moments = random.Random(0).sample(range(1, len(events)), MOMENTS)
+    moments = random.Random(0).choices(range(1, len(events)), k=MOMENTS)
     refused = 0
     for number, moment in enumerate(sorted(moments)):
         change, left = list(CHANGED)[number % len(CHANGED)], iter(range(moment))
 
         def kill(*_told, left=left):
             if next(left, None) is None:
-                raise Killed
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        with pytest.raises(Killed):
-            pruned(tmp_path, "nothing", progress=kill, run_dir=tmp_path / f"run-{number}")
+        killed = {"progress": kill, "run_dir": tmp_path / f"run-{number}"}
+        process = get_context("fork").Process(target=pruned, args=(tmp_path, "nothing"), kwargs=killed)
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         said = found = None
         try:
             found = pruned(tmp_path, change, progress=False, run_dir=tmp_path / f"run-{number}")
@@ -157,4 +161,5 @@ def test_what_is_changed_in_between_is_noticed(tmp_path):
         assert (found.report == whole.report) == (change == "nothing")
         for a, b in zip(found.model.parameters(), fresh(change).model.parameters(), strict=True):
             assert torch.equal(a, b)
+    logger.info("%d of %d resumed runs were refused, the others are right", refused, MOMENTS)
     assert 0 < refused < MOMENTS

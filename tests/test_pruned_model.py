@@ -243,6 +243,24 @@ def test_generation_settings_that_cannot_be_saved_are_one_line(saved_model, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_generation_settings_of_a_file_are_kept_as_they_are(tmp_path):
+    tiny_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    vicuna = {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}
+    (tmp_path / "dense" / "generation_config.json").write_text(json.dumps(vicuna))
+    pruner = AutoPruner.from_pretrained(str(tmp_path / "dense"), device="cpu")
+    texts = ["The quick brown fox jumps over the lazy dog. " * 40]
+    pruner.prune(
+        0.3, data=texts, window=32, calibration_tokens=512, fitness_tokens=128, fisher_tokens=128, evaluations=0,
+        seeds=("uniform",), progress=False,
+    ).save_pretrained(tmp_path / "out")  # fmt: skip
+    again = PrunedModel.from_pretrained(tmp_path / "out", device="cpu")
+    again.save_pretrained(tmp_path / "again")
+    for name in ("out", "again"):
+        saved = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert vicuna.items() <= saved.items()
+
+
 def test_a_retrained_head_of_its_own_is_in_the_configuration(saved_model, tmp_path):
     pruned = PrunedModel.from_pretrained(saved_model)
     pruned.model.config.tie_word_embeddings = True  # as of a parent whose head was tied

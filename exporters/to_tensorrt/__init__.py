@@ -3,13 +3,14 @@
 from typing import Literal, TypedDict
 
 from exporters.format import DTYPE, Format, Option, later
+from selfpruner_hub.storage.versioned_json import Count
 
 
 class Recorded(TypedDict):
     """What is read of the options of an export."""
 
     dtype: Literal["float32", "float16", "bfloat16"]
-    context: int
+    context: Count
     library: str
     compute_capability: str
     sha256: str

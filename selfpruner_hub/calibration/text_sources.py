@@ -23,6 +23,8 @@ HUB_SOURCES = {
     "c4": ("allenai/c4", "en", {"train": "train", "test": "validation"}),
 }
 """Repository, configuration and names of the splits of each source on the Hub."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "ipython", "function")
+"""Roles of messages. Most templates write any other text as a role, too, and no model was trained on that."""
 PIECE = 1 << 18
 """Maximum number of characters that are tokenized at once."""
 _LONGEST_SHOWN = 80
@@ -184,12 +186,12 @@ def _entry(value: Any, where: str) -> Entry:
         return [_message(message, where) for message in value]
     raise DataError(
         f'{where}: expected a text, or an object with a text under "text" or a conversation under "messages".',
-        'A conversation is a list of objects with a "role" and a "content".',
+        f'A conversation is a list of objects with a "role" and a "content"; roles are {", ".join(ROLES)}.',
     )
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
+    return isinstance(value, Mapping) and value.get("role") in ROLES and "content" in value
 
 
 def _message(message: Mapping[str, Any], where: str) -> Message:

@@ -44,14 +44,18 @@ def _has_other_layers(config: PreTrainedConfig) -> bool:
 def check_generation(model: PreTrainedModel) -> None:
     """Raise if the generation settings of a model contradict each other, so that it could not be saved after its run.
 
+    Those of a file (Vicuna's has a temperature without sampling) are saved as they are until someone changes them.
+
     Args:
         model: A model.
 
     Raises:
         UserError: They do, such as a temperature without sampling.
     """
+    settings = model.generation_config
+    changed = getattr(settings, "_original_object_hash", None) != hash(settings)  # as transformers tells it
     try:
-        model.generation_config.validate(strict=True)
+        settings.validate(strict=changed)
     except ValueError as error:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.startswith("- ")] or [str(error)]
         raise UserError(

@@ -105,6 +105,14 @@ class ModelShape:
         """Number of weights of one KV group."""
         return 2 * self.hidden_size * self.head_dim * (self.queries_per_group + 1)
 
+    def contains(self, plan: Plan) -> bool:
+        """Whether a plan has as many layers, and none is wider than it is here."""
+        pairs = zip(plan.layers, self.dense.layers, strict=False)
+        return len(plan.layers) == self.num_layers and all(
+            kept.intermediate_size <= dense.intermediate_size and kept.num_key_value_heads <= dense.num_key_value_heads
+            for kept, dense in pairs
+        )
+
     def layer_weights(self, widths: LayerWidths) -> int:
         """Count the prunable weights of a layer with these widths."""
         return widths.intermediate_size * self.channel_weights + widths.num_key_value_heads * self.group_weights

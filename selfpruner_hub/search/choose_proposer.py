@@ -62,7 +62,7 @@ def choose_proposer(
         if missing := [part for part in ("name", "ask", "tell") if not hasattr(proposer, part)]:
             raise UserError(
                 f"The proposer, of type {type(proposer).__name__}, has no {missing[0]}.",
-                "Give a name, or an object with a name, ask and tell (search.proposers.Proposer).",
+                "Give the name of a proposer, or an object with a name, ask and tell (examples/05_custom_proposer.py).",
             )
         return proposer
     if proposer in WITHOUT_MODEL or not searches:

@@ -10,8 +10,18 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
-from selfpruner_hub.plans.plan import plan_of
-from selfpruner_hub.search.journal_lines import CheckLine, JournalLine, L, ProbeLine, ScoreLine, filed, line_of
+from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.plan import Plan, plan_of
+from selfpruner_hub.search.journal_lines import (
+    AskLine,
+    CheckLine,
+    JournalLine,
+    L,
+    ProbeLine,
+    ScoreLine,
+    filed,
+    line_of,
+)
 from selfpruner_hub.storage.versioned_json import check_writable_text, fits, parse_json
 
 SCHEMA_VERSION = 1
@@ -85,6 +95,25 @@ class Journal:
         self.lines.append(again)
         return again
 
+    def check_plans(self, budget: ParameterBudget) -> None:
+        """Check that a search within a budget may have come to all plans that are there.
+
+        Args:
+            budget: Budget of the search.
+
+        Raises:
+            RunMismatchError: A plan is beyond the model or off the budget, or effects are of other layers.
+        """
+        for number, line in enumerate(self.lines, 2):
+            plans = [reply.plan for reply in line.replies if reply.plan] if isinstance(line, AskLine) else []
+            if isinstance(line, (ScoreLine, CheckLine, ProbeLine)):
+                plans = [line.plan]
+            effects = vars(line.slopes).values() if isinstance(line, ProbeLine) else ()
+            if not all(_is_of(budget, plan) for plan in plans) or any(
+                len(part) != budget.shape.num_layers for part in effects
+            ):
+                raise RunMismatchError(f"{self.path} is damaged at line {number}.", "Use another run directory.")
+
     def text(self) -> str:
         """Return all lines as the text of the file."""
         return b"".join(text + b"\n" for text in self._texts).decode("utf-8")
@@ -127,6 +156,14 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[JournalLine]]:
     if layers - {len(dense.layers)}:
         raise RunMismatchError(f"{path} is damaged: its plans are of another number of layers than its model.")
     return settings, events
+
+
+def _is_of(budget: ParameterBudget, plan: Plan) -> bool:
+    """Whether a plan is within the model and on the budget; with a target, whether it reaches that."""
+    if not budget.shape.contains(plan):
+        return False
+    beyond = budget.removed_share(plan) - budget.beta
+    return beyond >= -1e-9 if budget.target else abs(beyond) <= budget.tolerance + 1e-9
 
 
 class _Shape(TypedDict):

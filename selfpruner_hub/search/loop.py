@@ -90,6 +90,9 @@ def search(
 
     Returns:
         The outcome; its best plan is never worse than the best seed plan on the same windows.
+
+    Raises:
+        RunMismatchError: The journal has plans that this search cannot have made.
     """
     run = _Search(proposer, problem, journal, schedule, seed, report)
     run.score_round(0, [(f"seed:{name}", problem.budget.project(rates)) for name, rates in problem.seeds.items()])
@@ -128,6 +131,7 @@ class _Search:
     """Predicted effects of small changes, by plan, where measured."""
 
     def __post_init__(self) -> None:
+        self.journal.check_plans(self.problem.budget)
         lines = self.journal.lines
         self._asked = {(line.round, line.attempt): line for line in lines if isinstance(line, AskLine)}
         self._scores = {(line.plan, line.share): line.fitness for line in lines if isinstance(line, ScoreLine)}

@@ -9,7 +9,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.storage.layout import EXPORTS
-from selfpruner_hub.storage.versioned_json import parse_versioned
+from selfpruner_hub.storage.versioned_json import Amount, Count, parse_versioned
 
 EXPORT_RECORD_FILE = "selfpruner_export.json"
 """Name of the file; not `export.json`, since transformers' exporters write a manifest of that name."""
@@ -67,7 +67,9 @@ def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
             f"{str(directory)!r} holds no export (no readable {EXPORT_RECORD_FILE}).",
             "Give a directory written by `selfpruner export`.",
         ) from error
-    inner = {"source": _Source, "format": Literal[tuple(EXPORTS)]}
+    inner = {
+        "source": _Source, "format": Literal[tuple(EXPORTS)], "tolerance": Amount, "max_difference": Amount | None,
+    }  # fmt: skip
     values = parse_versioned(text, str(path), SCHEMA_VERSION, ExportRecord, inner)
     if expected is not None and values["format"] != expected:
         raise SavedModelError(
@@ -82,6 +84,6 @@ class _Source(TypedDict):
 
     name: str
     model_type: str
-    parameters: int
+    parameters: Count
     weights: NotRequired[str | None]
     configuration: NotRequired[str]

@@ -10,7 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.plans.plan import Plan, plan_of
-from selfpruner_hub.storage.versioned_json import REMEDY, parse_versioned
+from selfpruner_hub.storage.versioned_json import REMEDY, Amount, Count, parse_versioned
 
 SCHEMA_VERSION = 1
 MODEL_RECORD_FILE = "selfpruner.json"
@@ -136,6 +136,8 @@ class Record:
             record = cls(**{**values, "rates": tuple(values["rates"]), "metrics": metrics})
             if len(record.plan.layers) != len(record.rates) or min(record.parameters.values()) < 1:
                 raise ValueError("its rates or its parameters do not match its widths")
+            if not all(0 <= rate < 1 for rate in (record.beta, record.achieved_beta, *record.rates)):
+                raise ValueError("a rate is not in [0, 1)")
         except (ValueError, TypeError, KeyError) as error:
             raise SavedModelError(f"{source} is damaged: {error}.", REMEDY) from error
         return record
@@ -151,7 +153,7 @@ class _Target(TypedDict):
 
 
 class _Schedule(TypedDict):
-    evaluations: float | None
+    evaluations: Amount | None
 
 
 class _Method(TypedDict):
@@ -169,16 +171,16 @@ class _Search(TypedDict):
     """What is read of a proposer and its search."""
 
     name: str
-    evaluations: float
+    evaluations: Amount
     best_from: str
-    tokens: int
-    replies: NotRequired[dict[str, int]]
+    tokens: Count
+    replies: NotRequired[dict[str, Count]]
     gains: NotRequired[dict[str, tuple[float, float]]]
 
 
 class _Text(TypedDict):
     name: str
-    tokens: int
+    tokens: Count
 
 
 class _Texts(TypedDict):
@@ -189,12 +191,12 @@ class _Texts(TypedDict):
 
 class _TrainingText(TypedDict):
     name: str
-    tokens_read: int
+    tokens_read: Count
 
 
 class _Deciding(TypedDict):
     name: str
-    tokens: int
+    tokens: Count
     before: float
     after: float
 
@@ -203,11 +205,11 @@ class _Recovery(TypedDict):
     """What is read of a recovery."""
 
     method: Literal["full", "lora"]
-    tokens: int
-    minutes: float
+    tokens: Count
+    minutes: Amount
     texts: list[_TrainingText]
     deciding: list[_Deciding]
-    curve: list[tuple[int, float]]
+    curve: list[tuple[Count, float]]
 
 
 class _Counts(TypedDict):

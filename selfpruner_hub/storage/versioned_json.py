@@ -8,13 +8,17 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Literal, NewType, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from selfpruner_hub.errors import SavedModelError
 
 LARGEST = 2**63
 """Bound of the whole numbers that are read: larger ones are no counts."""
 REMEDY = "Save or download the model again."
+Count = NewType("Count", int)
+"""Type hint of a whole number that is not negative."""
+Amount = NewType("Amount", float)
+"""Type hint of a number that is not negative."""
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -95,9 +99,9 @@ def fits(value: Any, expected: Any) -> bool:
 
     Args:
         value: Value from JSON, or a dataclass that was made of such values.
-        expected: Type hint: `Any`, a class, a union, a dict, a list, a tuple, a `TypedDict` (whose further keys may
-            hold anything) or a dataclass. A list passes for a tuple, an object of JSON for a dataclass, a whole number
-            for a float, and no bool for a number.
+        expected: Type hint: `Any`, a class, `Count`, `Amount`, a union, a dict, a list, a tuple, a `TypedDict` (whose
+            further keys may hold anything) or a dataclass. A list passes for a tuple, an object of JSON for a
+            dataclass, a whole number for a float, and no bool for a number.
 
     Returns:
         Whether it fits.
@@ -105,6 +109,8 @@ def fits(value: Any, expected: Any) -> bool:
     origin, inner = get_origin(expected) or expected, get_args(expected)
     if origin is Any:
         return True
+    if origin in (Count, Amount):
+        return fits(value, origin.__supertype__) and value >= 0
     if origin in (Union, types.UnionType):
         return any(fits(value, one) for one in inner)
     if origin is Literal:

@@ -95,6 +95,8 @@ WRONG = [
     {"messages": [{"from": "human", "value": "Hi"}]},
     {"messages": [{"role": "user"}]},
     {"messages": [*TALK, {"role": None, "content": "Hi"}]},
+    {"messages": [{"role": "gpt", "content": "Hi"}]},
+    {"messages": [{"role": "\ud800", "content": "Hi"}]},
     {"conversations": TALK},
 ]
 

@@ -8,8 +8,8 @@ import os
 import pytest
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
-from selfpruner_hub.plans.budget import Rates
-from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.search.journal import Journal, read_journal
 from selfpruner_hub.search.journal_lines import AskLine, CheckLine, ProbeLine, Reply, RoundLine, ScoreLine, SeedsLine
@@ -242,3 +242,33 @@ def test_another_version_of_a_library_is_warned_of(tmp_path, caplog):
         assert Journal(tmp_path, SETTINGS, {"torch": "2.14", "transformers": "5.24"}).lines == LINES[:1]
     (said,) = (record.getMessage() for record in caplog.records)
     assert "was begun with other versions: torch 2.13, now 2.14." in said
+
+
+OTHERS = {
+    "wider than the model": Plan.of([9, 16], [2, 1]),
+    "of another number of layers": Plan.of([8], [2]),
+    "off the budget": PLAN,
+}
+
+
+@pytest.mark.parametrize("plan", OTHERS.values(), ids=OTHERS)
+def test_plans_of_another_search_are_damage(plan, tmp_path):
+    journal = Journal(tmp_path, SETTINGS)
+    budget = ParameterBudget(ModelShape(8, 4, 1, Plan.of([8, 16], [2, 1])), 0.3)
+    kept = budget.project(Rates((0.0, 0.0), (0.5, 0.5)))
+    for line in (ScoreLine(0, "self", 1.0, 0.5, kept, 1.0), CheckLine(0.25, kept, 1.0)):
+        journal.append(line)
+    journal.check_plans(budget)
+    reply = Reply(Proposal(Rates((0.0, 0.0), (0.0, 0.0))), plan, 0.0)
+    journal.append(AskLine(1, 0, "crossover", "self", (0, 1, 0), (reply,), 1.0))
+    with pytest.raises(RunMismatchError, match=r"search\.jsonl is damaged at line 4"):
+        journal.check_plans(budget)
+
+
+def test_effects_are_of_every_layer(tmp_path):
+    budget = ParameterBudget(ModelShape(8, 4, 1, Plan.of([8, 16], [2, 1])), 0.3)
+    journal = Journal(tmp_path, SETTINGS)
+    effects = StepEffects(*((0.5,),) * 4)
+    journal.append(ProbeLine(1, 1.25, effects, budget.project(Rates((0.0, 0.0), (0.5, 0.5))), 3.0))
+    with pytest.raises(RunMismatchError, match=r"search\.jsonl is damaged at line 2"):
+        journal.check_plans(budget)

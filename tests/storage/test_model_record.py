@@ -92,6 +92,10 @@ def test_damaged_json_is_refused(text):
     "values",
     [
         {"rates": [0.3]},
+        {"rates": [0.3, -1]},
+        {"beta": 1e308},
+        {"achieved_beta": -0.1},
+        {"parameters": {"dense": 100, "pruned": -1}},
         {"rates": [0.3, 0.3, 0.3]},
         {"rates": [0.3, float("nan")]},
         {"rates": ["0.3", "0.3"]},
