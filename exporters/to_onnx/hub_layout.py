@@ -23,6 +23,7 @@ from exporters.writer import one_line, require
 from selfpruner_hub.errors import ExportError, SavedModelError
 from selfpruner_hub.models.architectures import architecture_of, shape_of
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
+from selfpruner_hub.models.stock_config import rope_keys
 
 FOLDER = "onnx"
 GENAI_CONFIG = "genai_config.json"
@@ -101,7 +102,7 @@ def save_configurations(model: PreTrainedModel, directory: Path) -> None:
     config, shape = model.config, shape_of(model.config)
     stock = architecture_of(config).model_type
     values = {key: value for key, value in config.to_dict().items() if key not in LEFT_OUT}
-    values |= {
+    values |= rope_keys(config) | {
         "model_type": stock,
         "architectures": [type(model).__name__.removeprefix("SelfPruned")],
         "head_dim": shape.head_dim,
