@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.errors import UserError
+from selfpruner_hub.errors import UserError, check_protocol
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
@@ -52,11 +52,7 @@ def choose_proposer(
     if proposer is None:
         proposer = "self"
     if not isinstance(proposer, str):
-        if missing := [part for part in ("name", "ask", "tell") if not hasattr(proposer, part)]:
-            raise UserError(
-                f"The proposer, of type {type(proposer).__name__}, has no {missing[0]}.",
-                "Give a name, or an object with a name, ask and tell (search.proposers.Proposer).",
-            )
+        check_protocol(proposer, "proposer", ("name", "ask", "tell"))
         return proposer
     if proposer in WITHOUT_MODEL or not method.evaluations:
         return WITHOUT_MODEL.get(proposer, EvolutionProposer)(budget)
