@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.errors import SelfPrunerError, UserError
+from selfpruner_hub.errors import SelfPrunerError, UserError, check_protocol
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import ParameterBudget
@@ -109,6 +109,7 @@ def aim_of(
         raise UserError("beta and a target are both given.", "Give one of them.")
     where = RUNTIME if runtime is None else runtime
     meter = meter_of(where) if isinstance(where, str) else where
+    check_protocol(meter, "runtime", ("name", "costs", "measure"))
     return TargetInRuntime(target_of(target, meter.name, request), meter, dense, tokenizer)
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class SelfPrunerError(Exception):
     """Base of every error that a user can act on.
@@ -83,3 +88,21 @@ class ProposerError(SelfPrunerError):
 
 class WorkerError(SelfPrunerError):
     """Workers that score candidates cannot be started, or die repeatedly."""
+
+
+def check_protocol(given: object, what: str, parts: Sequence[str]) -> None:
+    """Check that an object of a user has what is read of it.
+
+    Args:
+        given: The object.
+        what: What it is given as, for the message.
+        parts: Names of the attributes that it needs.
+
+    Raises:
+        UserError: It lacks one.
+    """
+    if missing := [part for part in parts if not hasattr(given, part)]:
+        raise UserError(
+            f"The {what}, of type {type(given).__name__}, has no {missing[0]}.",
+            f"Give a name, or an object with {', '.join(parts)}.",
+        )

@@ -206,7 +206,7 @@ def trained(record: Record, model: PreTrainedModel, how: str) -> Record:
     Raises:
         UserError: The model has other widths, adapters or values that are not finite, or `how` is not one line.
     """
-    if not how.strip() or "\n" in how:
+    if not isinstance(how, str) or not how.strip() or "\n" in how:
         raise UserError("Say in one line how the model was trained.", 'For example "LoRA of rank 16 on my-data".')
     if any(".base_layer." in name for name, _ in model.named_parameters()):
         raise UserError("The model still has adapters.", "Merge them first: model.merge_and_unload().")

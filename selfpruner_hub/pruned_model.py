@@ -25,9 +25,8 @@ from selfpruner_hub.models.forward import check_ids
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.unsupported import check_generation
-from selfpruner_hub.models.weights import identity_of, is_tied, sampled
+from selfpruner_hub.models.weights import is_tied, sampled
 from selfpruner_hub.plans.plan import Plan
-from selfpruner_hub.provenance import check_parent
 from selfpruner_hub.retraining import Retraining
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -130,7 +129,7 @@ class PrunedModel(Retraining):
                 another thread works on one of the models.
         """
         if dense is not None:
-            check_parent(self.report, identity_of(dense), "dense")
+            self._check_dense(dense)
         corpus = consecutive_windows(data, self.tokenizer, window_of(self.model, window), windows)
         check_ids(self.model, int(corpus.windows.max()))
         self._notice_training()

@@ -50,6 +50,7 @@ from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
 from selfpruner_hub.storage.run import Run
 from selfpruner_hub.storage.run_lock import run_lock
+from selfpruner_hub.storage.staging import output_path
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,11 @@ class AutoPruner:
         if isinstance(tokenizer, str | Path):
             raise UserError(
                 f"The tokenizer is a name, {str(tokenizer)!r}.", "Give AutoTokenizer.from_pretrained of it, or None."
+            )
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise UserError(
+                f"The tokenizer must be one of transformers; got {type(tokenizer).__name__}.",
+                "Give AutoTokenizer.from_pretrained(NAME), or None.",
             )
         self.name = name
         self.model = model
@@ -153,7 +159,7 @@ class AutoPruner:
             )
         if base_model is not None and not is_repo_id(base_model):
             raise UserError(f"base_model must name a Hub repository, OWNER/NAME; got {base_model!r}.")
-        store = MEMORY if offload_folder is None else DiskStore(offload_folder)
+        store = MEMORY if offload_folder is None else DiskStore(output_path(offload_folder))
         model, tokenizer = load_model(name, to_prune=True, store=store, device=device, **kwargs)
         called = base_model or (Path(name).resolve().name if Path(name).exists() else name)
         licence = licence_of(name, **kwargs) or (licence_of(base_model) if base_model else {})
@@ -243,7 +249,7 @@ class AutoPruner:
         check_minutes(minutes, recover, changes)
         check_executor(executor)
         resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **changes)
-        folder = None if run_dir is None else Path(run_dir)
+        folder = None if run_dir is None else output_path(run_dir)
         checkpoints = Checkpoints(folder and folder / "stages")
         with contextlib.ExitStack() as stack:
             stack.enter_context(run_lock(folder))

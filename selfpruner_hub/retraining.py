@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.models.patching import working_on
+from selfpruner_hub.models.unsupported import check_is_model
 from selfpruner_hub.models.weights import changed, identity_of, rebuild_buffers, sampled
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import changed_in_place, check_parent, trained
@@ -27,6 +28,7 @@ from selfpruner_hub.storage.model_record import Record
 from selfpruner_hub.storage.offload import MEMORY
 from selfpruner_hub.storage.run import Run
 from selfpruner_hub.storage.run_lock import run_lock
+from selfpruner_hub.storage.staging import output_path
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ class Retraining(Conversion):
         Raises:
             UserError: The model has other widths, adapters or values that are not finite, or `how` is not one line.
         """
+        check_is_model(model, "The trained model")
         return self._with(model.eval(), trained(self.report, model, how), Checkpoints())
 
     def recover(
@@ -145,13 +148,14 @@ class Retraining(Conversion):
 
         started, settings, budget = time.monotonic(), resolve_recovery(**changes), Budget(minutes, tokens)
         check_seed(seed)
-        check_parent(self.report, identity_of(dense), "dense")
+        folder = None if run_dir is None else output_path(run_dir)
+        self._check_dense(dense)
         self._notice_training()
         with contextlib.ExitStack() as stack:
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             stack.enter_context(working_on(self.model, dense))
-            stack.enter_context(run_lock(None if run_dir is None else Path(run_dir)))
-            stages = Path(run_dir or stack.enter_context(tempfile.TemporaryDirectory())) / "stages"
+            stack.enter_context(run_lock(folder))
+            stages = (folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / "stages"
             run = Run(MEMORY, Checkpoints(stages / "recovery"), report, seed)
             pair = Pair(self.model, dense, self.tokenizer)
             found = recover(pair, budget, data, settings, run, stages / "recovery")
@@ -163,6 +167,11 @@ class Retraining(Conversion):
         how = f"distilled from its parent on {record['tokens']:,} tokens in {record['minutes']} minutes"
         recovered = replace(trained(self.report, found.model, how), recovery=record)
         return self._with(found.model, recovered, Checkpoints(stages))
+
+    def _check_dense(self, dense: PreTrainedModel) -> None:
+        """Refuse what is not the dense parent."""
+        check_is_model(dense, "dense")
+        check_parent(self.report, identity_of(dense), "dense")
 
     def _with(self, model: PreTrainedModel, report: Record, checkpoints: Checkpoints) -> Self:
         made = copy.copy(self)

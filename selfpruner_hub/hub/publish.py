@@ -55,8 +55,10 @@ def check_request(*, space: bool | str, create_pr: bool, exports: Sequence[str] 
         exports: Formats of the exports that are made first.
 
     Raises:
-        UserError: A Space is requested together with a pull request, or a format is unknown.
+        UserError: A Space is requested together with a pull request, a format is unknown, or the formats are no list.
     """
+    if isinstance(exports, str | bytes) or not isinstance(exports, Sequence):
+        raise UserError(f"exports must be a list of formats; got {exports!r}.", 'For example exports=["gguf"].')
     if space not in (True, False, *SPACES):
         raise UserError(f"Unknown kind of Space {space!r}.", f"Choose {' or '.join(SPACES)}.")
     if space and create_pr:

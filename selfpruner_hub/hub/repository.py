@@ -13,7 +13,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundE
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-from selfpruner_hub.errors import HubError
+from selfpruner_hub.errors import HubError, UserError
 from selfpruner_hub.models.hub_errors import explain_hub, may_have_committed, pause
 
 PAUSES = (2.0, 8.0)
@@ -56,6 +56,10 @@ class Repository:
     """
 
     def __init__(self, api: HfApi, repo_id: str, kind: str, revision: str | None = None) -> None:
+        if not isinstance(repo_id, str):
+            raise UserError(
+                f"A repository has a name, such as OWNER/NAME; got {repo_id!r}.", "Give the name of one on the Hub."
+            )
         self._api = api
         self.repo_id = repo_id
         self.kind = kind

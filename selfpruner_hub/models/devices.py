@@ -40,7 +40,7 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
         )
     try:
         asked = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):  # no word for a device, no text, a number beyond all
         asked = None
     if asked is not None and asked.type == "cpu":
         return torch.device("cpu")

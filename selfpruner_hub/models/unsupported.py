@@ -41,6 +41,15 @@ def _has_other_layers(config: PreTrainedConfig) -> bool:
     return not _WITH_ATTENTION.issuperset(kinds) or any(name.startswith(_OF_OTHER_LAYERS) for name in config.to_dict())
 
 
+def check_is_model(given: Any, what: str) -> None:
+    """Raise `UserError` unless `given` is a transformers model; `what` names the argument."""
+    if not isinstance(given, PreTrainedModel):
+        raise UserError(
+            f"{what} must be a transformers model; got {type(given).__name__}.",
+            "Load it first: AutoModelForCausalLM.from_pretrained(NAME).",
+        )
+
+
 def check_generation(model: PreTrainedModel) -> None:
     """Raise if the generation settings of a model contradict each other, so that it could not be saved after its run.
 

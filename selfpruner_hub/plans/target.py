@@ -152,6 +152,8 @@ def target_of(wanted: Mapping[str, Any], runtime: str | None, request: tuple[int
         raise UserError(f"A target's speedup must be above 1; got {value:g}.", REMEDY)
     if value == 1 and QUANTITIES[quantity] == "bytes":
         raise UserError(f"{quantity}=1 is neither a share below 1 nor a number of bytes.", REMEDY)
+    if request is not None and not (isinstance(request, (tuple, list)) and len(request) == 2):
+        raise UserError(f"A request is two numbers of tokens, such as (128, 32); got {request!r}.", REMEDY)
     prompt, new_tokens = REQUEST if request is None else request
     for name, count in (("prompt", prompt), ("new_tokens", new_tokens)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:

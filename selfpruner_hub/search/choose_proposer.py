@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.errors import UserError
+from selfpruner_hub.errors import UserError, check_protocol
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
@@ -59,11 +59,7 @@ def choose_proposer(
     if options and (not isinstance(proposer, str) or proposer in WITHOUT_MODEL):
         raise UserError("proposer_options are those of a language model, and this proposer is none.", "Leave them out.")
     if not isinstance(proposer, str):
-        if missing := [part for part in ("name", "ask", "tell") if not hasattr(proposer, part)]:
-            raise UserError(
-                f"The proposer, of type {type(proposer).__name__}, has no {missing[0]}.",
-                "Give the name of a proposer, or an object with a name, ask and tell (examples/05_custom_proposer.py).",
-            )
+        check_protocol(proposer, "proposer", ("name", "ask", "tell"))
         return proposer
     if proposer in WITHOUT_MODEL or not searches:
         return WITHOUT_MODEL.get(proposer, EvolutionProposer)(budget)

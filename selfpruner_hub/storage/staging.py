@@ -110,7 +110,7 @@ def check_writable(directory: Path) -> None:
 
 
 def output_path(given: str | Path) -> Path:
-    """Return an output as a path.
+    """Return the path of a place that is written to.
 
     Args:
         given: Path of a directory or file; an empty text, such as that of an unset variable, would stand for the
@@ -120,8 +120,10 @@ def output_path(given: str | Path) -> Path:
         The path.
 
     Raises:
-        OutputError: The text is empty.
+        OutputError: The text is empty, or it is no path.
     """
+    if not isinstance(given, str | Path) or "\0" in str(given):
+        raise OutputError(f"{given!r} is no path of a directory.", "Give its name as text, or a pathlib.Path.")
     if not str(given).strip():
         raise OutputError("The output has no name.", 'Give a directory; the working directory is ".".')
     return Path(given)

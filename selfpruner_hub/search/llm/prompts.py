@@ -29,7 +29,7 @@ def template(operation: Operation, templates: Path | None = None) -> str:
     source = (resources.files(__package__) / "templates") if templates is None else templates
     try:
         return (source / f"{operation}.txt").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8 text, or no path
         raise UserError(f"The prompt template {operation}.txt cannot be used: {error}.") from error
 
 
