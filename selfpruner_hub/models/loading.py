@@ -32,7 +32,7 @@ from selfpruner_hub.models.devices import check_dtype, choose_device, out_of_mem
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
 from selfpruner_hub.models.patching import gguf_read_once
 from selfpruner_hub.models.placement import stream_layers
-from selfpruner_hub.models.unsupported import refuse_quantized
+from selfpruner_hub.models.unsupported import check_layers, refuse_quantized
 from selfpruner_hub.models.weights import is_tied
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS, weight_files
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
@@ -166,7 +166,9 @@ def load_config(name: str, *, any_architecture: bool = False, **kwargs: Any) -> 
         ModelError: The model is missing, gated, or unreachable.
     """
     try:
-        config = AutoConfig.from_pretrained(name, **_for_files(kwargs))
+        files = _for_files(kwargs)
+        check_layers(PreTrainedConfig.get_config_dict(name, **files)[0], name)
+        config = AutoConfig.from_pretrained(name, **files)
         if not any_architecture:
             architecture_of(text_config(config))
     except SelfPrunerError:
