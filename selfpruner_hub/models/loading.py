@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,8 +28,8 @@ from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
 from selfpruner_hub.models.devices import choose_device, dtype_of, dtype_to_prune_in, out_of_memory
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
 from selfpruner_hub.models.patching import gguf_read_once
-from selfpruner_hub.models.placement import stream_layers
-from selfpruner_hub.models.unsupported import refuse_quantized
+from selfpruner_hub.models.placement import from_files
+from selfpruner_hub.models.unsupported import check_layers, refuse_quantized
 from selfpruner_hub.models.weights import is_tied, rebuild_buffers
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS, weight_files
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
@@ -170,7 +167,9 @@ def load_config(name: str, *, any_architecture: bool = False, **kwargs: Any) -> 
         ModelError: The model is missing, gated, or unreachable.
     """
     try:
-        config = AutoConfig.from_pretrained(name, **_for_files(kwargs))
+        files = _for_files(kwargs)
+        check_layers(PreTrainedConfig.get_config_dict(name, **files)[0], name)
+        config = AutoConfig.from_pretrained(name, **files)
         if not any_architecture:
             architecture_of(text_config(config))
     except SelfPrunerError:
@@ -221,39 +220,9 @@ def _one_by_one(
     if not any((directory / file).is_file() for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)):
         raise ModelError(f"{name!r} has no safetensors, which offloading needs.", "Load it without, and save it first.")
     named: Any = config.dtype if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    for file in weight_files(directory):
-        with safe_open(directory / file, "pt") as opened:
-            keys = list(opened.keys())
-        for key in keys:
-            with safe_open(directory / file, "pt") as opened:  # reopened each time: read data stay in memory
-                _put(model, _renamed(key, key_mapping), opened.get_tensor(key), named, store)
-    missing = {key for key, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
-    model.tie_weights(missing_keys=missing)
-    stream_layers(model, device)
+    files = [directory / file for file in weight_files(directory)]
+    model, missing = from_files(config, files, store, device, named, key_mapping or {})
     return model, {"missing_keys": missing}
-
-
-def _renamed(key: str, mapping: dict[str, str] | None) -> str:
-    """The name of a weight after the first pattern of `mapping` that it matches."""
-    for pattern, target in (mapping or {}).items():
-        renamed, found = re.subn(pattern, target, key)
-        if found:
-            return renamed
-    return key
-
-
-def _put(model: PreTrainedModel, key: str, tensor: Tensor, dtype: torch.dtype | None, store: TensorStore) -> None:
-    owner, _, leaf = key.rpartition(".")
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
-        return  # weights without a module are ignored, as in from_pretrained
-    if (expected := module._parameters.get(leaf)) is not None:
-        if expected.shape != tensor.shape:
-            raise ModelError(f"The weights of the model do not fit its configuration (first {key}).", _GIVE)
-        module._parameters[leaf] = nn.Parameter(store(tensor.to(dtype or tensor.dtype)))
 
 
 def explain(name: str, error: Exception) -> SelfPrunerError:

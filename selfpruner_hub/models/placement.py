@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from selfpruner_hub.errors import ModelError
 from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.models.weights import is_tied
+from selfpruner_hub.storage.offload import TensorStore
 
 
 @contextmanager
@@ -87,3 +93,65 @@ def _streamed(kind: Any) -> type[nn.Module]:
 def streams(model: PreTrainedModel) -> bool:
     """Whether `stream_layers` was called for a model."""
     return isinstance(decoder_layers(model)[0], _RunsWithInput)
+
+
+def from_files(
+    config: PreTrainedConfig,
+    files: Iterable[Path],
+    store: TensorStore,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    renaming: Mapping[str, str],
+) -> tuple[PreTrainedModel, set[str]]:
+    """Build a model whose weights are read one by one, each moved to a store; each layer is on the device as it runs.
+
+    Args:
+        config: Configuration of the model.
+        files: Files of safetensors.
+        store: Store for the weights.
+        device: Device to run on.
+        dtype: Dtype of the weights; None keeps that of the files.
+        renaming: Pattern of a weight's name in the files → what stands in its place in the model's name.
+
+    Returns:
+        The model, and the names of the weights that no file has.
+
+    Raises:
+        ModelError: A weight has another shape than the configuration says.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            keys = list(opened.keys())
+        for key in keys:
+            with safe_open(file, "pt") as opened:  # reopened each time: read data stay in memory
+                _put(model, _renamed(key, renaming), opened.get_tensor(key), dtype, store)
+    missing = {key for key, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    model.tie_weights(missing_keys=missing)
+    stream_layers(model, device)
+    return model, missing
+
+
+def _renamed(key: str, renaming: Mapping[str, str]) -> str:
+    """The name of a weight after the first pattern that it matches."""
+    for pattern, target in renaming.items():
+        renamed, found = re.subn(pattern, target, key)
+        if found:
+            return renamed
+    return key
+
+
+def _put(model: PreTrainedModel, key: str, tensor: Tensor, dtype: torch.dtype | None, store: TensorStore) -> None:
+    owner, _, leaf = key.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return  # weights without a module are ignored, as in from_pretrained
+    if (expected := module._parameters.get(leaf)) is not None:
+        if expected.shape != tensor.shape:
+            raise ModelError(
+                f"The weights of the model do not fit its configuration (first {key}).",
+                "Give a Hub repository, or a directory that `save_pretrained` wrote.",
+            )
+        module._parameters[leaf] = nn.Parameter(store(tensor.to(dtype or tensor.dtype)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from selfpruner_hub.errors import UnsupportedArchitectureError, UserError
+from selfpruner_hub.errors import ModelError, UnsupportedArchitectureError, UserError
 
+MOST_LAYERS = 10_000
 _WITH_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 """Kinds of layers that have attention over tokens."""
 _OF_OTHER_LAYERS = ("mamba_", "ssm_", "linear_", "conv_L_cache", "state_size", "lru_width", "time_step_")
@@ -48,6 +50,23 @@ def check_is_model(given: Any, what: str) -> None:
             f"{what} must be a transformers model; got {type(given).__name__}.",
             "Load it first: AutoModelForCausalLM.from_pretrained(NAME).",
         )
+
+
+def check_layers(values: Any, name: str) -> None:
+    """Raise if a configuration has more layers than any model: transformers would count them for ever.
+
+    Args:
+        values: Content of its config.json.
+        name: Directory or Hub repository of the model.
+
+    Raises:
+        ModelError: It has.
+    """
+    parts = (values, *values.values()) if isinstance(values, Mapping) else ()
+    for part in parts:
+        layers = part.get("num_hidden_layers") if isinstance(part, Mapping) else None
+        if isinstance(layers, (int, float)) and layers > MOST_LAYERS:
+            raise ModelError(f"{name!r} has {layers} layers by its config.json.", "Download or save it again.")
 
 
 def check_generation(model: PreTrainedModel) -> None:

@@ -181,6 +181,13 @@ def test_a_configuration_of_no_model(text, model):
     assert "config.json is missing, or names no model_type" in refusal(model)
 
 
+@pytest.mark.parametrize("layers", [2**62, 1e308])
+def test_more_layers_than_any_model_has(layers, model):
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, "num_hidden_layers": layers}))
+    assert "layers by its config.json" in refusal(model)
+
+
 def test_only_safetensors_are_offloaded(model, tmp_path):
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
