@@ -102,6 +102,8 @@ def test_a_search_without_evaluations_needs_no_children():
         ({"schedule": {"population": "ten"}}, "population must be a whole number"),
         ({"multiple_of": 1.5}, "multiple_of must be a whole number"),
         ({"schedule": {"crossover": True}}, "crossover must be a whole number"),
+        ({"multiple_of": True}, "multiple_of must be a whole number; got True"),
+        ({"p_max": False}, "p_max must be a number; got False"),
         ({"repair": "no"}, "Unknown repair 'no'.*Choose from: none, output, sequential, full"),
         ({"repair": True}, "repair must be a name; got True.*Choose from: none, output, sequential, full"),
         ({"tied": 1}, "tied must be true or false"),
