@@ -315,5 +315,6 @@ class AutoPruner:
             model = slice_model(ready.slicer, found.outcome.best.plan)
             del ready  # its Cholesky factors take more memory than the model
         if settings.repairs_twice:
-            compensate(self.model, model, calibration, inputs=settings.repair == "full", fisher=fisher, run=run)
+            gate_up = settings.repair == "full"
+            compensate(self.model, model, calibration, inputs=gate_up, fisher=fisher, run=run)
         return model, found
