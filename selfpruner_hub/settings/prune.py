@@ -14,7 +14,7 @@ class SearchSchedule:
 
     evaluations: float | None = None
     """Greatest length of the search, in evaluations on the whole fitness text; 0 takes the best seed. Not given: 10
-    where a proposer is given, else 0, as 10 evaluations gained 0.2 % or less on unseen text at β = 0.2, 0.3 and 0.5."""
+    where a proposer is given, else 0."""
     patience: int = 2
     """Rounds in a row without a gain on unseen text, after which the search ends; 0 spends all evaluations."""
     population: int = 0

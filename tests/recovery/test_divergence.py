@@ -33,6 +33,9 @@ def of_all_logits(student, parent, emphasis):
 @pytest.mark.parametrize("name", DISTINCT)
 def test_loss_and_gradient_are_those_of_all_logits(name, emphasis, monkeypatch):
     parent, student = tiny_model(name), tiny_pruned(name)
+    head = student.get_output_embeddings().weight
+    with torch.no_grad():  # training moves it away from the parent's
+        head.add_(0.02 * torch.randn(head.shape, generator=torch.Generator().manual_seed(2)))
     wanted, plain = of_all_logits(student, parent, emphasis)
     wanted.backward()
     gradients = {key: parameter.grad for key, parameter in student.named_parameters()}
