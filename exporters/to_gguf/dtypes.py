@@ -28,6 +28,8 @@ class Dtype:
     """Type of the output head; None stores it as the other matrices."""
     finer: Kind | None = None
     """Type of attn_v and ffn_down in the layers where errors count most; None stores them as the other matrices."""
+    fused: Kind | None = None
+    """Type of q, k and v in one matrix; None stores it as the other matrices."""
 
     @property
     def quantised(self) -> bool:
@@ -51,6 +53,8 @@ class Dtype:
             wanted = self.head or wanted
         elif name in ("attn_v", "ffn_down") and _counts_most(layer, layers):
             wanted = self.finer or wanted
+        elif name == "attn_qkv":
+            wanted = self.fused or wanted
         kinds = (wanted, FALLBACKS.get(wanted, Kind.F16), Kind.F16)
         return next(kind for kind in kinds if columns % GGML_QUANT_SIZES[kind][0] == 0)
 
@@ -94,7 +98,7 @@ DTYPES = {
     "f16": Dtype(Kind.F16, LlamaFileType.MOSTLY_F16, 0.1),
     "q8_0": Dtype(Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0, 1.5),
     "q6_k": Dtype(Kind.Q6_K, LlamaFileType.MOSTLY_Q6_K, 1.5),
-    "q5_k_m": Dtype(Kind.Q5_K, LlamaFileType.MOSTLY_Q5_K_M, 4.0, Kind.Q6_K, Kind.Q6_K),
-    "q4_k_m": Dtype(Kind.Q4_K, LlamaFileType.MOSTLY_Q4_K_M, 4.0, Kind.Q6_K, Kind.Q6_K),
+    "q5_k_m": Dtype(Kind.Q5_K, LlamaFileType.MOSTLY_Q5_K_M, 4.0, Kind.Q6_K, Kind.Q6_K, Kind.Q6_K),
+    "q4_k_m": Dtype(Kind.Q4_K, LlamaFileType.MOSTLY_Q4_K_M, 4.0, Kind.Q6_K, Kind.Q6_K, Kind.Q5_K),
     "q4_0": Dtype(Kind.Q4_0, LlamaFileType.MOSTLY_Q4_0, 6.0, Kind.Q6_K),
 }

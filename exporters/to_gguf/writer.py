@@ -1,7 +1,6 @@
-"""Export to GGUF for llama.cpp, Ollama and LM Studio, with llama.cpp's architecture `deci` (different layer widths).
+"""Export to GGUF for llama.cpp, Ollama and LM Studio, with an architecture of llama.cpp that sizes every layer.
 
-Models whose layers all have the same widths (dense parents) get `llama`, which every llama.cpp program supports.
-Both architectures rotate neighbouring dimensions; transformers rotates halves. So the rows of q and k are permuted.
+`folds` chooses the architecture, and says what becomes of the weights.
 """
 
 from __future__ import annotations
@@ -22,22 +21,26 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from exporters.padding import padded_state
 from exporters.to_gguf.dtypes import DTYPES, FALLBACKS, HEAD, Dtype
+from exporters.to_gguf.folds import Fold, fold_of
 from exporters.to_gguf.importance import Importance, importance_matrix
 from exporters.to_gguf.library import library, quantise
 from exporters.to_gguf.llama_cpp import answers, log_probability_difference
 from exporters.to_gguf.modelfile import modelfile
 from exporters.to_gguf.tokenizer import TokenizerFields, converted_fields, copied_fields
 from exporters.writer import Written, one_of
-from selfpruner_hub.errors import UnsupportedArchitectureError, UserError
+from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import architecture_of, block_rows, decoder_layers, shape_of
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape
 
-WRITABLE = ("llama", "mistral", "qwen2", "phi3")
-"""Architectures that `deci` can express. It has no q/k norms (Qwen3) and not Gemma's activation."""
-ROPE_TYPES = ("default", "linear", "llama3")
-"""RoPE types whose frequencies are the default ones divided by constants."""
 INPUT_NAMES = ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
 """llama.cpp's names of the input projections, in the order of `Architecture`'s row blocks."""
+MODULES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+"""Paths of a layer's norms, by llama.cpp's names."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,11 @@ class _Entry:
     name: str
     tensor: Tensor
     kind: GGMLQuantizationType
-    rotated_heads: int = 0
-    """Number of heads within which the rows are permuted; 0 permutes nothing."""
     importance: Tensor | None = None
     """Importance of the columns, `[columns]`."""
 
-    def values(self) -> np.ndarray:
-        tensor = self.tensor
-        if self.rotated_heads:
-            tensor = tensor.unflatten(0, (self.rotated_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-        values = tensor.float().contiguous().numpy()
+    def values(self, fold: Fold) -> np.ndarray:
+        values = fold.apply(self.name.split(".")[-2], self.tensor).float().contiguous().numpy()
         if self.kind in _IN_PYTHON:
             return quants.quantize(values, self.kind)
         return quantise(values, self.kind, None if self.importance is None else self.importance.numpy())
@@ -94,12 +92,13 @@ def write(
         UserError: The option is unknown, or llama.cpp does not support the model or tokenizer.
     """
     stored = DTYPES[one_of("dtype", dtype, tuple(DTYPES))]
-    _check(model.config, model.get_decoder().rotary_emb)
+    widths = _file_widths(shape_of(model.config), stored)
+    fold = fold_of(model, equal=len(set(widths)) == 1)
     _check_quantisation(dtype, imatrix)
     fields = _tokenizer_fields(tokenizer, tokenizer_from, model.config.vocab_size)
     path, longest = staging / f"model-{dtype}.gguf", context_length(model.config)
     importance = importance_matrix(model, tokenizer, imatrix) if imatrix else {}
-    kinds = _write_file(path, model, fields, stored, importance)
+    kinds = _write_file(path, _Source(model, fold, widths, stored, importance), fields)
     (staging / "Modelfile").write_text(modelfile(path.name, model, tokenizer, longest), encoding="utf-8")
     model.config.to_json_file(staging / "config.json")  # for our benchmark's workload; llama.cpp needs none
     converted = None if tokenizer_from else tokenizer
@@ -117,27 +116,6 @@ def write(
         unchecked="" if measurable else "xllamacpp is not installed",
         remark=_remark(stored, kinds),
     )
-
-
-def _check(config: PreTrainedConfig, rotary: nn.Module) -> None:
-    """Refuse models that `deci` would silently compute differently."""
-    model_type = architecture_of(config).model_type
-    if model_type not in WRITABLE:
-        raise UnsupportedArchitectureError(
-            f"llama.cpp has no architecture for pruned {model_type} models.",
-            f"GGUF can be written for {', '.join(WRITABLE)}; export to onnx, or to padded.",
-        )
-    if config.hidden_act != "silu":
-        raise UnsupportedArchitectureError(
-            f"llama.cpp computes silu in such models, not {config.hidden_act}.", "Export to onnx, or to padded."
-        )
-    rope, whole = config.rope_parameters, 2 * len(rotary.inv_freq) == shape_of(config).head_dim  # type: ignore[arg-type]
-    if rope["rope_type"] not in ROPE_TYPES or not whole:
-        kind = rope["rope_type"] if whole else "partial"
-        raise UnsupportedArchitectureError(
-            f"A GGUF file cannot hold {kind} rotary embeddings here.",
-            f"It can for {', '.join(ROPE_TYPES)}; export to onnx, or to padded.",
-        )
 
 
 def _check_quantisation(dtype: str, imatrix: str | None) -> None:
@@ -169,27 +147,71 @@ def _tokenizer_fields(
     return converted_fields(tokenizer, vocabulary)
 
 
-def _write_file(
-    path: Path, model: PreTrainedModel, fields: TokenizerFields, dtype: Dtype, importance: Importance
-) -> list[GGMLQuantizationType]:
+@dataclass(frozen=True)
+class _Source:
+    """What the tensors of a file are made from."""
+
+    model: PreTrainedModel
+    fold: Fold
+    widths: list[LayerWidths]
+    """Widths in the file, with padded FFNs."""
+    dtype: Dtype
+    importance: Importance
+
+    def entries(self) -> Iterator[_Entry]:
+        """Yield every tensor of the file, in order."""
+        decoder, dtype, shape = self.model.get_decoder(), self.dtype, shape_of(self.model.config)
+        embeddings, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
+        tied, hidden = head is embeddings, shape.hidden_size
+        yield _Entry("token_embd.weight", embeddings.detach(), dtype.kind(HEAD if tied else "token_embd", hidden))  # type: ignore[operator]
+        yield _Entry("output_norm.weight", decoder.norm.weight.detach(), GGMLQuantizationType.F32)
+        if not tied:
+            yield _Entry("output.weight", head.detach(), dtype.kind(HEAD, hidden))
+        if self.fold.divides:
+            yield _Entry("rope_freqs.weight", self.fold.frequency_divisors, GGMLQuantizationType.F32)
+        for index, layer in enumerate(decoder_layers(self.model)):
+            for part in self._parts(index, layer):
+                kind, counts = GGMLQuantizationType.F32, None
+                if part.tensor.ndim > 1:
+                    columns = part.tensor.shape[1]
+                    kind = dtype.kind(part.name, columns, index, shape.num_layers)
+                    counts = self.importance.get((index, part.path))
+                    if counts is not None:  # the columns that were added are zero
+                        counts = nn.functional.pad(counts, (0, columns - len(counts)), value=float(counts.min()))
+                yield _Entry(f"blk.{index}.{part.name}.{part.leaf}", part.tensor, kind, counts)
+
+    def _parts(self, index: int, layer: nn.Module) -> Iterator[_Part]:
+        """Yield the tensors of a decoder layer."""
+        config, widths = self.model.config, self.widths[index]
+        architecture, shape = architecture_of(config), shape_of(config)
+        state = padded_state(layer, config, shape.dense.layers[index], widths)
+        modules = {**MODULES, "attn_output": architecture.attention_output, "ffn_down": architecture.ffn_output}
+        for leaf in ("weight", "bias"):
+            names, inputs = iter(INPUT_NAMES), []
+            for path, blocks in ((p.path, p.blocks) for p in architecture.inputs):
+                rows = [block_rows(shape, widths, block) for block in blocks]
+                parts = state[f"{path}.{leaf}"].split(rows) if f"{path}.{leaf}" in state else ()
+                for name, tensor in zip([next(names) for _ in rows], parts, strict=False):
+                    inputs.append(_Part(name, leaf, path, tensor))
+            if self.fold.fused and inputs:
+                qkv = torch.cat([part.tensor for part in inputs[:3]])
+                inputs[:3] = [_Part("attn_qkv", leaf, inputs[0].path, qkv)]
+            yield from inputs
+            for name, path in modules.items():
+                if f"{path}.{leaf}" in state:
+                    yield _Part(name, leaf, path, state[f"{path}.{leaf}"])
+
+
+def _write_file(path: Path, source: _Source, fields: TokenizerFields) -> list[GGMLQuantizationType]:
     """Write the file; return the types of its tensors."""
-    config, shape = model.config, shape_of(model.config)
-    # Widths in the file, with padded FFNs.
-    widths = [
-        LayerWidths(
-            dtype.ffn_width(w.intermediate_size, shape.hidden_size, index, shape.num_layers), w.num_key_value_heads
-        )
-        for index, w in enumerate(shape.dense.layers)
-    ]
-    writer = GGUFWriter(path, "llama" if len(set(widths)) == 1 else "deci")
-    _describe(writer, config, shape, widths)
-    writer.add_file_type(dtype.file)
+    writer, kinds = GGUFWriter(path, source.fold.architecture), []
+    _describe(writer, source)
+    writer.add_file_type(source.dtype.file)
     writer.add_quantization_version(2)  # GGML_QNT_VERSION
     for key, value, kind, items in fields:
         writer.add_key_value(key, value, kind, items)
-    kinds = []
     try:
-        for entry in _entries(model, widths, dtype, importance):
+        for entry in source.entries():
             kinds.append(entry.kind)
             size = tuple(entry.tensor.shape)
             count = math.prod(quants.quant_shape_to_byte_shape(size, entry.kind))
@@ -197,18 +219,29 @@ def _write_file(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry in _entries(model, widths, dtype, importance):
-            writer.write_tensor_data(entry.values())
+        for entry in source.entries():
+            writer.write_tensor_data(entry.values(source.fold))
     finally:
         writer.close()
     return kinds
 
 
-def _describe(writer: GGUFWriter, config: PreTrainedConfig, shape: ModelShape, widths: list[LayerWidths]) -> None:
+def _file_widths(shape: ModelShape, dtype: Dtype) -> list[LayerWidths]:
+    """Widths of every layer in the file, with padded FFNs."""
+    return [
+        LayerWidths(
+            dtype.ffn_width(w.intermediate_size, shape.hidden_size, index, shape.num_layers), w.num_key_value_heads
+        )
+        for index, w in enumerate(shape.dense.layers)
+    ]
+
+
+def _describe(writer: GGUFWriter, source: _Source) -> None:
     """Write the keys that llama.cpp builds the model from; scalars where all layers have the same value."""
+    config, shape, widths = source.model.config, shape_of(source.model.config), source.widths
 
     def each(values: list[int]) -> int | list[int]:
-        return values[0] if writer.arch == "llama" else values
+        return values[0] if len(set(widths)) == 1 else values
 
     writer.add_type("model")
     writer.add_block_count(shape.num_layers)
@@ -220,41 +253,22 @@ def _describe(writer: GGUFWriter, config: PreTrainedConfig, shape: ModelShape, w
     writer.add_head_count_kv(each([w.num_key_value_heads for w in widths]))
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(source.fold.epsilon)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(shape.head_dim)
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Longest context for which the file is exact, in tokens: `deci` and `llama` have no sliding window."""
-    longest: int = config.max_position_embeddings
-    return min(getattr(config, "sliding_window", None) or longest, longest)
+    """Longest context for which the file is exact, in tokens.
 
-
-def _entries(
-    model: PreTrainedModel, widths: list[LayerWidths], dtype: Dtype, importance: Importance
-) -> Iterator[_Entry]:
-    """Yield every tensor of the file, in order."""
-    decoder, config, shape = model.get_decoder(), model.config, shape_of(model.config)
-    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    tied, hidden = head is embeddings, shape.hidden_size
-    yield _Entry("token_embd.weight", embeddings.detach(), dtype.kind(HEAD if tied else "token_embd", hidden))  # type: ignore[operator]
-    yield _Entry("output_norm.weight", decoder.norm.weight.detach(), GGMLQuantizationType.F32)
-    if not tied:
-        yield _Entry("output.weight", head.detach(), dtype.kind(HEAD, hidden))
-    factors = _rope_factors(decoder.rotary_emb, config.rope_parameters["rope_theta"])
-    if not torch.allclose(factors, torch.ones_like(factors)):
-        yield _Entry("rope_freqs.weight", factors, GGMLQuantizationType.F32)
-    for index, (layer, own, padded) in enumerate(zip(decoder_layers(model), shape.dense.layers, widths, strict=True)):
-        for part in _layer_parts(padded_state(layer, config, own, padded), config, padded):
-            kind, counts = GGMLQuantizationType.F32, None
-            if part.tensor.ndim > 1:
-                columns = part.tensor.shape[1]
-                kind = dtype.kind(part.name, columns, index, shape.num_layers)
-                counts = importance.get((index, part.path))
-                if counts is not None:  # the columns that were added are zero
-                    counts = nn.functional.pad(counts, (0, columns - len(counts)), value=float(counts.min()))
-            yield _Entry(f"blk.{index}.{part.name}.{part.leaf}", part.tensor, kind, part.heads, counts)
+    llama.cpp's architectures here have no sliding window, and none of Ministral 3's larger queries at later positions.
+    """
+    longest = [config.max_position_embeddings]
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        longest.append(getattr(config, "sliding_window", None))
+    if config.rope_parameters.get("llama_4_scaling_beta"):
+        longest.append(config.rope_parameters["original_max_position_embeddings"])
+    return min(length for length in longest if length)
 
 
 class _Part(NamedTuple):
@@ -264,34 +278,3 @@ class _Part(NamedTuple):
     leaf: str
     path: str
     tensor: Tensor
-    heads: int = 0
-    """Number of heads to permute; 0 permutes nothing."""
-
-
-def _layer_parts(state: dict[str, Tensor], config: PreTrainedConfig, widths: LayerWidths) -> Iterator[_Part]:
-    """Yield the tensors of a decoder layer."""
-    architecture, shape = architecture_of(config), shape_of(config)
-    modules = {
-        "attn_output": architecture.attention_output,
-        "ffn_down": architecture.ffn_output,
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }
-    for leaf in ("weight", "bias"):
-        names = iter(INPUT_NAMES)
-        for path, blocks in ((p.path, p.blocks) for p in architecture.inputs):
-            rows = [block_rows(shape, widths, block) for block in blocks]
-            parts = state[f"{path}.{leaf}"].split(rows) if f"{path}.{leaf}" in state else ()
-            for name, tensor in zip([next(names) for _ in rows], parts, strict=False):
-                heads = len(tensor) // shape.head_dim if name in ("attn_q", "attn_k") else 0
-                yield _Part(name, leaf, path, tensor, heads)
-        for name, path in modules.items():
-            if f"{path}.{leaf}" in state:
-                yield _Part(name, leaf, path, state[f"{path}.{leaf}"])
-
-
-def _rope_factors(rotary: nn.Module, theta: float) -> Tensor:
-    """Divisors of the default rotary frequencies, `[head_dim / 2]`."""
-    frequencies: Tensor = rotary.inv_freq  # type: ignore[assignment]
-    plain = theta ** -(torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies))
-    return (plain / frequencies.double()).float()

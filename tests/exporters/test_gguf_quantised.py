@@ -82,6 +82,9 @@ def test_the_types_are_those_of_llama_quantize():
     assert finer == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29]
     assert [layer for layer in range(30) if q4.kind("attn_v", 4096, layer, 30) == Kind.Q6_K] == finer
     assert {q4.kind(name, 4096, 0, 30) for name in ("attn_q", "attn_k", "attn_output", "ffn_up")} == {Kind.Q4_K}
+    assert [DTYPES[name].kind("attn_qkv", 4096) for name in ("q4_k_m", "q5_k_m", "q6_k", "q4_0")] == [
+        Kind.Q5_K, Kind.Q6_K, Kind.Q6_K, Kind.Q4_0,
+    ]  # fmt: skip
     assert q4.kind(HEAD, 4096) == Kind.Q6_K
     assert q4.kind("token_embd", 4096) == Kind.Q4_K
     assert [q4.kind(HEAD, 576), q4.kind("ffn_up", 576), q6.kind("ffn_up", 576)] == [Kind.Q8_0, Kind.Q5_0, Kind.Q8_0]
