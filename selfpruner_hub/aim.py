@@ -14,6 +14,7 @@ from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.target import RUNTIME, Meter, Target, check_beta, needs_target, target_of
+from selfpruner_hub.plans.uniform import UniformBudget
 from selfpruner_hub.provenance import reached
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Record
@@ -43,7 +44,7 @@ class ShareOfWeights:
 
     def budget(self, method: PruneSettings, report: Report) -> ParameterBudget:
         """Make the budget of β."""
-        return ParameterBudget(shape_of(self.dense.config), self.beta, **_bounds(method))
+        return _kind(method)(shape_of(self.dense.config), self.beta, **_bounds(method))
 
     def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
         """Return the record as it is."""
@@ -62,7 +63,7 @@ class TargetInRuntime:
     def budget(self, method: PruneSettings, report: Report) -> ParameterBudget:
         """Make the budget from what each width costs in the runtime."""
         costs = self.meter.costs(self.dense, self.tokenizer, self.target, report)
-        return ParameterBudget.for_target(shape_of(self.dense.config), costs, self.target, **_bounds(method))
+        return _kind(method).for_target(shape_of(self.dense.config), costs, self.target, **_bounds(method))
 
     def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
         """Measure both models in the runtime; a failure is recorded, since the pruned model itself is there."""
@@ -108,6 +109,10 @@ def aim_of(
     where = RUNTIME if runtime is None else runtime
     meter = meter_of(where) if isinstance(where, str) else where
     return TargetInRuntime(target_of(target, meter.name, request), meter, dense, tokenizer)
+
+
+def _kind(method: PruneSettings) -> type[ParameterBudget]:
+    return UniformBudget if method.uniform else ParameterBudget
 
 
 def _bounds(method: PruneSettings) -> dict[str, Any]:

@@ -252,6 +252,10 @@ class AutoPruner:
                 minutes=minutes,
             )
             method = replace(method, multiple_of=method.multiple_of or self.shape.default_multiple)
+            if method.uniform:
+                if method.evaluations:
+                    raise UserError("uniform leaves one plan, and nothing to search.", "Leave out one of them.")
+                method = replace(method, seeds=("uniform",))
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(report, Bars):
                 layers = ", one layer at a time" if streams(self.model) else ""
@@ -274,7 +278,7 @@ class AutoPruner:
             fisher = fisher_information(self.model, calibration, method, run)
             with prepared(self.model, calibration, method, fisher, run) as ready:
                 found = find_plan(asked, budget, ready, texts, journal, method, run)
-                model = slice_model(ready.slicer, found.outcome.best.plan)
+                model = slice_model(ready.slicer, found.outcome.best.plan, stock=method.uniform)
                 del ready  # its Cholesky factors take more memory than the model
             if method.repairs_twice:
                 compensate(self.model, model, calibration, inputs=method.repair_gate_up, fisher=fisher, run=run)

@@ -78,10 +78,11 @@ def other_values(name, value):
 @pytest.mark.parametrize("name", [f.name for f in fields(PruneSettings) if f.name != "templates"])
 def test_every_setting_alone(name, identity):
     before = getattr(replace(PruneSettings(), **SMALL), name)
+    others = {"evaluations": 0} if name == "uniform" else {}  # it leaves nothing to search
     refused = []
     for value in other_values(name, before):
         try:
-            assert identity(**{name: value}) != identity()
+            assert identity(**others, **{name: value}) != identity(**others)
             return
         except UserError as error:
             refused.append(str(error))

@@ -88,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trains nothing (default: none, or what is left of --minutes)",
     )  # fmt: skip
     method.add_argument(
+        "--uniform", action="store_true", help="one FFN width for all layers, and all attention: a stock model"
+    )
+    method.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="any other setting; `selfpruner settings` lists them with their defaults",
     )  # fmt: skip
@@ -117,7 +120,7 @@ def run(options: argparse.Namespace) -> str:
     from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE
     from selfpruner_hub.storage.staging import check_replaceable, check_writable
 
-    settings = settings_of(options.set, ("preset", *OWN_OPTIONS))
+    settings = settings_of(options.set, ("preset", *OWN_OPTIONS)) | ({"uniform": True} if options.uniform else {})
     # All that is wrong is said before torch and the model are loaded, which takes seconds.
     request = None if options.request is None else _request(options.request)
     if options.target is None:
