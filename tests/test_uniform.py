@@ -107,10 +107,15 @@ def test_a_stock_model_replaces_one_with_code(tmp_path):
     assert "config.json" in collect(tmp_path).files
 
 
-def test_an_export_keeps_the_record(tmp_path):
+@pytest.mark.parametrize(
+    "form", ["padded", pytest.param("onnx", marks=pytest.mark.heavy), pytest.param("openvino", marks=pytest.mark.heavy)]
+)
+def test_an_export_keeps_the_record(form, tmp_path):
+    """Each is compared with PyTorch as it is made."""
+    pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}.get(form, "torch"))
     pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
     pruner.prune(0.2, uniform=True, **QUICK).save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", "padded", tmp_path / "out")
+    export(tmp_path / "model", form, tmp_path / "out")
     assert read_record(tmp_path / "out") == read_record(tmp_path / "model")
 
 
