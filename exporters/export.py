@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.format import Format, export_format
 from selfpruner_hub.errors import ExportError, OutputError, UserError
+from selfpruner_hub.models.architectures import is_stock
 from selfpruner_hub.models.loading import load_model, resolve_directory
-from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
@@ -72,7 +72,7 @@ def export(
     _check(to, options, output, overwrite)  # before the slow loading of the model
     progress(EXPORTING, 0, len(STAGES), STAGES[0])
     model, tokenizer = load_model(name, device="cpu", **keywords)
-    pruned = type(model) in MODEL_CLASSES.values()
+    pruned = not is_stock(model) or (Path(name) / MODEL_RECORD_FILE).is_file()  # a uniform model is a stock one
     record = read_record(resolve_directory(name, **keywords)) if pruned else None
     called = Path(name).resolve().name if Path(name).exists() else name
     details: dict[str, Any] = {"name": called, "record": record, "tolerance": tolerance, "progress": progress}

@@ -17,6 +17,7 @@ from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import ParameterBudget
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.target import RUNTIME, Meter, Target, check_beta, needs_target, target_of
+from selfpruner_hub.plans.uniform import UniformBudget
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Metric, Record
 
@@ -45,7 +46,7 @@ class ShareOfWeights:
 
     def budget(self, settings: PruneSettings, report: Report) -> ParameterBudget:
         """Make the budget of β."""
-        return ParameterBudget(shape_of(self.dense.config), self.beta, **_bounds(settings))
+        return _kind(settings)(shape_of(self.dense.config), self.beta, **_bounds(settings))
 
     def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
         """Return the record as it is."""
@@ -64,7 +65,7 @@ class TargetInRuntime:
     def budget(self, settings: PruneSettings, report: Report) -> ParameterBudget:
         """Make the budget from what each width costs in the runtime."""
         costs = self.meter.costs(self.dense, self.tokenizer, self.target, report)
-        return ParameterBudget.for_target(shape_of(self.dense.config), costs, self.target, **_bounds(settings))
+        return _kind(settings).for_target(shape_of(self.dense.config), costs, self.target, **_bounds(settings))
 
     def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
         """Measure both models in the runtime; a failure is recorded, since the pruned model itself is there."""
@@ -161,6 +162,10 @@ def reached(record: Record, target: Target, costs: Costs, measured: tuple[float,
     )
     metrics = {**record.metrics, f"{target.quantity} in {target.runtime}": metric}
     return replace(record, method={**record.method, "target": known}, metrics=metrics)
+
+
+def _kind(settings: PruneSettings) -> type[ParameterBudget]:
+    return UniformBudget if settings.uniform else ParameterBudget
 
 
 def _bounds(settings: PruneSettings) -> dict[str, Any]:

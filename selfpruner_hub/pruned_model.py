@@ -24,13 +24,14 @@ from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.forward import check_ids
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
+from selfpruner_hub.models.stock_config import save_model
 from selfpruner_hub.models.unsupported import check_generation
-from selfpruner_hub.models.weights import is_tied, sampled
+from selfpruner_hub.models.weights import sampled
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.retraining import Retraining
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
-from selfpruner_hub.storage.layout import GENERATION, TEMPLATES, TOKENIZER, WEIGHTS
+from selfpruner_hub.storage.layout import GENERATION, MODEL_CODE, TEMPLATES, TOKENIZER, WEIGHTS
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 from selfpruner_hub.storage.staging import check_replaceable, output_path, save_directory
@@ -192,10 +193,9 @@ class PrunedModel(Retraining):
         size = max_shard_size or (OFFLOADED_SHARD if self._store.on_disk else None)
         sharding: Any = {} if size is None else {"max_shard_size": size}
         earlier = (*TOKENIZER, *TEMPLATES, GENERATION) if (directory / "config.json").exists() else ()
-        with save_directory(directory, stale=(*WEIGHTS, *earlier)) as staging:
+        with save_directory(directory, stale=(*WEIGHTS, MODEL_CODE, *earlier)) as staging:
             self.model.config._name_or_path = self.report.base_model
-            self.model.config.tie_word_embeddings = is_tied(self.model)
-            self.model.save_pretrained(staging, **sharding)
+            save_model(self.model, staging, **sharding)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(staging)
             (staging / MODEL_RECORD_FILE).write_text(self.report.to_json(), encoding="utf-8")

@@ -263,6 +263,10 @@ class AutoPruner:
                 minutes=minutes,
             )
             settings = replace(settings, multiple_of=settings.multiple_of or self.shape.default_multiple)
+            if settings.uniform:
+                if settings.schedule.length:
+                    raise UserError("uniform leaves one plan, and nothing to search.", "Leave out one of them.")
+                settings = replace(settings, seeds=("uniform",))
             report = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(report, Bars):
                 self._say(report, lines)
@@ -312,7 +316,7 @@ class AutoPruner:
         fisher = fisher_information(self.model, calibration, settings, run)
         with prepared(self.model, calibration, settings, fisher, run) as ready:
             found = find_plan(proposer, budget, ready, texts, journal, settings, run)
-            model = slice_model(ready.slicer, found.outcome.best.plan)
+            model = slice_model(ready.slicer, found.outcome.best.plan, stock=settings.uniform)
             del ready  # its Cholesky factors take more memory than the model
         if settings.repairs_twice:
             gate_up = settings.repair == "full"

@@ -17,7 +17,7 @@ from exporters.padding import padded_state
 from exporters.parity import Step, expected, logit_difference
 from exporters.writer import Written, one_of
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
-from selfpruner_hub.models.stock_config import save_stock
+from selfpruner_hub.models.stock_config import save_model
 from selfpruner_hub.models.weights import is_tied, rebuild_buffers
 from selfpruner_hub.plans.plan import LayerWidths
 
@@ -50,7 +50,7 @@ def write(
     """
     one_of("dtype", dtype, tuple(TOLERANCES))
     twin = padded_model(model, one_of("width", width, WIDTHS))
-    save_stock(twin.to(getattr(torch, dtype)), staging)
+    save_model(twin.to(getattr(torch, dtype)), staging)
     return Written(
         options={"width": width, "dtype": dtype},
         libraries=(),

@@ -102,6 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trains nothing (default: none, or what is left of --minutes)",
     )  # fmt: skip
     method.add_argument(
+        "--uniform", action="store_true", help="one FFN width for all layers, and all attention: a stock model"
+    )
+    method.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="any other setting; `selfpruner settings` lists them with their defaults",
     )  # fmt: skip
@@ -125,7 +128,7 @@ def run(options: argparse.Namespace) -> str:
     from selfpruner_hub.storage.run_lock import default_run_dir, output_lock
     from selfpruner_hub.storage.staging import check_replaceable, check_writable
 
-    settings = settings_of(options.set, ("preset", *OWN_OPTIONS))
+    settings = settings_of(options.set, ("preset", *OWN_OPTIONS)) | ({"uniform": True} if options.uniform else {})
     asking = settings_of(options.proposer_option)
     # All that is wrong is said before torch and the model are loaded, which takes seconds.
     request = None if options.request is None else _request(options.request)

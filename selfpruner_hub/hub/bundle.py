@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,13 +17,13 @@ from selfpruner_hub.models.loading import load_config
 from selfpruner_hub.models.weights import configuration_hash, saved_weights, weights_hash
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.export_record import ExportRecord, read_export
-from selfpruner_hub.storage.layout import EXPORTS, PLOTS, TEMPLATES, TOKENIZER, weight_files
+from selfpruner_hub.storage.layout import EXPORTS, MODEL_CODE, PLOTS, TEMPLATES, TOKENIZER, weight_files
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 
 CARD = "README.md"
-NEEDED = ("config.json", "modeling_selfpruned.py", MODEL_RECORD_FILE)
+NEEDED = ("config.json", MODEL_RECORD_FILE)
 PATTERNS = (
-    *NEEDED,
+    *(*NEEDED, MODEL_CODE),
     *("model*.safetensors", "model.safetensors.index.json", "generation_config.json", JOURNAL_FILE),
     *(*TOKENIZER, *TEMPLATES, "additional_chat_templates/*.jinja"),
 )
@@ -76,7 +76,7 @@ def collect(directory: Path) -> Bundle:
     """
     record = read_record(directory)
     files = _matching(directory, (*PATTERNS, *LICENCES))
-    _check_whole(directory, files)
+    _check_whole(directory, files, NEEDED if record.stock else (*NEEDED, MODEL_CODE))
     exports, graphs = [], {}
     for name in EXPORTS:
         if not (directory / name).is_dir():
@@ -159,11 +159,11 @@ def _within(folder: Path, root: Path) -> dict[str, Path]:
     return {path.relative_to(root).as_posix(): path for path in found}
 
 
-def _check_whole(directory: Path, files: dict[str, Path]) -> None:
-    needed = [*NEEDED, *weight_files(directory)]
-    if missing := [name for name in needed if name not in files]:
+def _check_whole(directory: Path, files: dict[str, Path], needed: Sequence[str]) -> None:
+    weights = weight_files(directory)
+    if missing := [name for name in (*needed, *weights) if name not in files]:
         raise SavedModelError(f"{str(directory)!r} is not a whole model: {missing[0]} is missing.", "Save it again.")
-    for name in needed[len(NEEDED) :]:
+    for name in weights:
         try:
             with safe_open(files[name], framework="numpy"):
                 pass  # opening compares the header with the size of the file

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from selfpruner_hub.errors import UnsupportedArchitectureError
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
@@ -126,6 +126,17 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The pruned model class, with layers of different widths, for `config`'s architecture."""
     return MODEL_CLASSES[architecture_of(config).model_type]
+
+
+def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of transformers for `config`'s architecture."""
+    config_class = CONFIG_MAPPING[architecture_of(config).model_type]
+    return cast(type[PreTrainedModel], AutoModelForCausalLM._model_mapping[config_class])
+
+
+def is_stock(model: PreTrainedModel) -> bool:
+    """Whether a model is of a class of transformers, not of one whose layers have widths of their own."""
+    return not isinstance(model, tuple(MODEL_CLASSES.values()))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -12,6 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from selfpruner_hub.models.architectures import is_stock
+from selfpruner_hub.models.weights import is_tied
+
 
 def rope_keys(config: PreTrainedConfig) -> dict[str, Any]:
     """Repeat the rotary parameters of a configuration under the keys of transformers 4.
@@ -36,14 +39,18 @@ def rope_keys(config: PreTrainedConfig) -> dict[str, Any]:
     return keys
 
 
-def save_stock(model: PreTrainedModel, directory: Path) -> None:
-    """Save a model of a stock class, its `config.json` with the RoPE keys of transformers 4.
+def save_model(model: PreTrainedModel, directory: Path, **saving: Any) -> None:
+    """Save a model, tied if its weights are; the `config.json` of a stock class has the RoPE keys of transformers 4.
 
     Args:
-        model: Model of a stock class.
+        model: Dense or pruned model.
         directory: Directory of the model.
+        **saving: Keyword arguments of transformers' `save_pretrained`.
     """
-    model.save_pretrained(directory)
+    model.config.tie_word_embeddings = is_tied(model)
+    model.save_pretrained(directory, **saving)
+    if not is_stock(model):
+        return
     path = directory / "config.json"
     values = json.loads(path.read_text(encoding="utf-8")) | rope_keys(model.config)
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

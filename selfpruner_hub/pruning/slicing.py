@@ -21,6 +21,7 @@ from selfpruner_hub.models.architectures import (
     linear,
     model_class,
     shape_of,
+    stock_class,
     unit_rows,
 )
 from selfpruner_hub.models.modeling_selfpruned import WIDTHS, LayerConfig
@@ -166,20 +167,21 @@ class Slicer:
 
 
 @torch.no_grad()  # not inference_mode, because the returned model can be fine-tuned
-def slice_model(slicer: Slicer, plan: Plan) -> PreTrainedModel:
+def slice_model(slicer: Slicer, plan: Plan, *, stock: bool = False) -> PreTrainedModel:
     """Build the compact pruned model of `plan` from copies of the sliced weights; the dense model shares none of them.
 
     Args:
         slicer: Slicer of the dense model.
         plan: Widths to keep.
+        stock: Whether the model is of the dense model's class; all layers must have the same widths.
 
     Returns:
-        A model of the matching `selfpruned_*` class, in eval mode, on the dense model's device.
+        A model of the matching `selfpruned_*` class, or of the stock class, in eval mode, on the dense model's device.
     """
     dense = slicer.model
-    config = pruned_config(dense, plan)
+    config = pruned_config(dense, plan, stock=stock)
     with torch.device("meta"):
-        model = model_class(dense.config)(config)
+        model = (stock_class if stock else model_class)(dense.config)(config)
     state = {k: v for k, v in dense.state_dict().items() if ".layers." not in k}
     prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
     for index, kept in enumerate(plan.layers):
@@ -200,10 +202,11 @@ def _own(tensor: Tensor, store: TensorStore) -> Tensor:
     return store(tensor.detach().contiguous())
 
 
-def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
+def pruned_config(dense: PreTrainedModel, plan: Plan, *, stock: bool = False) -> PreTrainedConfig:
     """The configuration of the pruned model: dense values at the top level, `plan` in `per_layer_config`.
 
-    Whether embeddings and head are tied is read from the weights of the dense model.
+    That of a stock class has the widths of all layers at the top level. Whether embeddings and head are tied is read
+    from the weights of the dense model.
     """
     shape = shape_of(dense.config)
     values = dense.config.to_dict()
@@ -214,8 +217,10 @@ def pruned_config(dense: PreTrainedModel, plan: Plan) -> PreTrainedConfig:
         for kept in plan.layers
     )
     per_layer = {index: dict(zip(WIDTHS, values_, strict=True)) for index, values_ in enumerate(widths)}
-    config_class: type[PreTrainedConfig] = model_class(dense.config).config_class  # type: ignore[assignment]
-    own = {"head_dim": shape.head_dim, "per_layer_config": per_layer, "tie_word_embeddings": is_tied(dense)}
+    build = stock_class if stock else model_class
+    config_class: type[PreTrainedConfig] = build(dense.config).config_class  # type: ignore[assignment]
+    own: dict[str, object] = {**per_layer[0]} if stock else {"per_layer_config": per_layer}
+    own |= {"head_dim": shape.head_dim, "tie_word_embeddings": is_tied(dense)}
     config = config_class(**{**values, **own})
     config._attn_implementation_internal = dense.config._attn_implementation_internal
     return config

@@ -63,6 +63,8 @@ class PruneSettings:
     kv_multiple: int = 1
     """KV heads of every layer are a multiple of this number, such as the size of tensor parallelism. It must divide the
     dense number."""
+    uniform: bool = False
+    """Give the FFNs of all layers one width, and keep all attention: the result is a stock model."""
     window: int = 512
     """Tokens of a window of calibration and fitness text."""
     calibration_tokens: int = 73_728

@@ -31,6 +31,8 @@ TOKENIZER = (
 """Names of the files of a tokenizer, without its chat templates."""
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
 """Names of its chat templates: a file, and a folder of further ones."""
+MODEL_CODE = "modeling_selfpruned.py"
+"""Name of the file of model code; a stock model has none."""
 GENERATION = "generation_config.json"
 """Name of the file of generation settings."""
 

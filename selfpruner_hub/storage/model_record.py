@@ -80,6 +80,11 @@ class Record:
         return plan_of(self.widths)
 
     @property
+    def stock(self) -> bool:
+        """Whether the model is of a class of transformers, and needs no remote code."""
+        return bool(self.method.get("uniform"))
+
+    @property
     def treatment(self) -> str:
         """How the weights that are left were treated, as the end of a sentence."""
         training = self.method.get("training")

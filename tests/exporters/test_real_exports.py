@@ -139,7 +139,7 @@ def test_llama_cpp_is_really_faster(real_dense, real_pruner, tmp_path):
     pytest.importorskip("xllamacpp")
     real_pruner.prune(
         0.5, data=["The quick brown fox jumps over the lazy dog. " * 20], window=32, calibration_tokens=64,
-        fitness_tokens=32, importance="wanda-sp", repair=False, confidence=False, seeds=("uniform",), evaluations=0,
+        fitness_tokens=32, importance="wanda-sp", repair="none", confidence=False, seeds=("uniform",), evaluations=0,
         progress=False,
     ).save_pretrained(tmp_path / "model")  # fmt: skip
     dense, pruned = tmp_path / "dense", tmp_path / "pruned"

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from support.hub_client import environment
 from support.processes import run_python
+from support.tiny import tiny_model, tiny_tokenizer
 
 from exporters.format import FORMATS
+from selfpruner_hub import AutoPruner
 from selfpruner_hub.hub.space import GGUF, GRAPHS, RUNTIMES
 from selfpruner_hub.storage.layout import EXPORTS, asset
 from selfpruner_hub.storage.model_record import read_record
@@ -73,6 +75,21 @@ def test_a_new_model_replaces_the_old_one_whole(push, hub, saved_models, saved_m
     assert new["plots/rates.png"] != old["plots/rates.png"]
     assert set(old) - set(new) == {"model-00001-of-00002.safetensors"}
     assert set(new) <= set(old)
+
+
+def test_a_stock_model_replaces_one_with_code(push, hub, saved_model, repo_name, tmp_path):
+    push(saved_model, repo_name)
+    assert "modeling_selfpruned.py" in hub.files(repo_name)
+    settings = {"window": 32, "calibration_tokens": 1024, "fitness_tokens": 256, "fisher_tokens": 256}
+    pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
+    pruned = pruner.prune(0.2, uniform=True, data="self", multiple_of=1, progress=False, **settings)
+    pruned.save_pretrained(tmp_path / "stock")
+    done = push(tmp_path / "stock", repo_name, "--space")
+    assert (done.status, done.err) == (0, "")
+    files = hub.files(repo_name)
+    assert files["model.safetensors"] == (tmp_path / "stock" / "model.safetensors").read_bytes()
+    assert not [name for name in files if name.endswith(".py")]
+    assert "trust_remote_code" not in files["README.md"].decode()
 
 
 def test_what_others_put_there_is_left_alone(push, hub, saved_model, repo_name):

@@ -13,8 +13,8 @@ from test_rope import KINDS, parameters
 from transformers import AutoConfig
 
 from exporters.to_onnx.hub_layout import read_configuration, save_configurations
-from exporters.to_padded import write
-from selfpruner_hub.models.stock_config import rope_keys, save_stock
+from exporters.to_padded.writer import write
+from selfpruner_hub.models.stock_config import rope_keys, save_model
 
 CASES = {**{name: (name, {}) for name in CONFIGS}, **{kind: parameters(kind) for kind in KINDS}}
 """Every tiny configuration, and every kind of rotary embedding."""
@@ -24,7 +24,7 @@ CASES = {**{name: (name, {}) for name in CONFIGS}, **{kind: parameters(kind) for
 def test_a_stock_model_has_the_former_keys_and_reloads_to_the_same(case, tmp_path):
     name, changes = CASES[case]
     model = tiny_model(name, **changes)
-    save_stock(model, tmp_path)
+    save_model(model, tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     assert {"rope_theta", "rope_scaling"} <= values.keys()
     without = {key: value for key, value in values.items() if key not in rope_keys(model.config)}

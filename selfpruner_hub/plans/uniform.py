@@ -1,0 +1,59 @@
+"""The budget of models that are stock models: one FFN width for all layers, and all of their attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from selfpruner_hub.errors import BudgetError
+from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.plan import Plan
+
+
+@dataclass(frozen=True)
+class UniformBudget(ParameterBudget):
+    """A budget that one plan meets: every proposal is projected to it.
+
+    Raises:
+        BudgetError: The layers have different widths, attention is to be cut as well, or a field of
+            `ParameterBudget` is wrong.
+    """
+
+    def __post_init__(self) -> None:
+        """Keep all attention; check the values."""
+        dense = self.shape.dense.layers
+        if len(set(dense)) > 1:
+            raise BudgetError(
+                "A uniform plan needs layers of one width, and this model's differ.", "Leave out uniform."
+            )
+        if self.tied or self.p_min:
+            raise BudgetError("A uniform plan cuts the FFNs alone.", "Leave out tied and p_min.")
+        object.__setattr__(self, "shape", replace(self.shape, whole_attention=True))
+        super().__post_init__()
+
+    @cached_property
+    def tolerance(self) -> float:
+        """Maximum accepted difference from β: half of a step, which all layers make together."""
+        shares = [self.removed_share(plan) for plan in self._plans[:2]]
+        return max(super().tolerance, abs(shares[0] - shares[-1]) / 2 + 1e-9)
+
+    def project(self, rates: Rates, parent: Rates | None = None) -> Plan:
+        """Return the plan nearest to β; of a target, the widest that reaches it. See `ParameterBudget.project`."""
+        self._check(rates)
+        return self._plan
+
+    @cached_property
+    def _plan(self) -> Plan:
+        reached = [plan for plan in self._plans if self.removed_share(plan) >= self.beta - 1e-9]
+        if self.target is not None and reached:
+            return max(reached, key=lambda plan: plan.layers[0].intermediate_size)
+        return min(self._plans, key=lambda plan: abs(self.removed_share(plan) - self.beta))
+
+    @cached_property
+    def _plans(self) -> Sequence[Plan]:
+        """All plans within the bounds, narrowest first."""
+        ((low, high), *_) = self._ffn_bounds([0] * self.shape.num_layers)
+        (dense, *_), layers = self.shape.dense.layers, self.shape.num_layers
+        widths = [dense.intermediate_size - units * self.multiple_of for units in range(high, low - 1, -1)]
+        return [Plan.of([width] * layers, [dense.num_key_value_heads] * layers) for width in widths]
