@@ -97,6 +97,12 @@ def test_checkpoints_of_half_precision(dtype, pair, tmp_path):
     assert found.model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
+def test_ctrl_c_is_as_before_afterwards(pair, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    recovered(pair, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 def test_what_is_not_better_is_not_taken(pair, tmp_path):
     before = weights(pair.pruned)
     found = recovered(pair, tmp_path, learning_rate=1.0)
@@ -236,6 +242,7 @@ def test_the_verdict():
     assert is_better([0.5, 0.2], [0.4, 0.2])
     assert not is_better([0.5, 0.2], [0.1, 0.21])  # better on average, and worse on a text
     assert not is_better([0.5], [float("nan")])
+    assert score([0.5], [float("nan")]) == float("inf")
     assert not is_better([0.5, 0.5], [0.5, 0.5])
 
 
