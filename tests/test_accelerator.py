@@ -25,7 +25,7 @@ from selfpruner_hub.cli import main
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
-from selfpruner_hub.models.layer_stream import BATCH_TOKENS
+from selfpruner_hub.models.layer_stream import LAYER_BATCH_TOKENS
 from selfpruner_hub.models.placement import stream_layers, streams
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
@@ -166,8 +166,10 @@ def test_the_memory_of_a_streamed_run(name, accelerator, tmp_path, monkeypatch):
     The widest matrices are those of the second repair's step of gate_proj and up_proj. The depth adds nothing: at the
     depth of the real models, the peak is below 1.3 times the weights and five times what one layer needs.
     """
-    for module in ("models.layer_stream", "models.forward", "evaluation.fitness"):  # batches are smaller too
-        monkeypatch.setattr(f"selfpruner_hub.{module}.BATCH_TOKENS", BATCH_TOKENS // SMALLER)
+    smaller = LAYER_BATCH_TOKENS // SMALLER
+    monkeypatch.setattr("selfpruner_hub.models.layer_stream.LAYER_BATCH_TOKENS", smaller)
+    for module in ("models.forward", "evaluation.fitness"):
+        monkeypatch.setattr(f"selfpruner_hub.{module}.BATCH_TOKENS", smaller)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SCALED[name])
     model.save_pretrained(tmp_path / "dense")

@@ -96,7 +96,7 @@ QUESTIONS = Style(
     shuffled=True,
 )
 """Short questions about everything, with the likeliest answers."""
-ROUNDS = 8
+QUESTION_ATTEMPTS = 8
 """Maximum number of attempts to get enough user's turns."""
 SIMILAR = 0.5
 """Jaccard similarity of word trigrams at or above which two user's turns are near-duplicates."""
@@ -141,7 +141,7 @@ def write_conversations(
     ends = end_tokens(model, tokenizer)
     distinct = distinct or Distinct()
     kept: list[list[dict[str, str]]] = []
-    for attempt in range(ROUNDS):
+    for attempt in range(QUESTION_ATTEMPTS):
         if len(kept) >= count:
             break
         wanted = [opened[i % len(opened)] for i in range(8 + int(1.3 * (count - len(kept))))]
@@ -152,7 +152,7 @@ def write_conversations(
             style.user_tokens,
             ends=stops,
             temperature=style.user_temperature,
-            seed=ROUNDS * seed + attempt,
+            seed=QUESTION_ATTEMPTS * seed + attempt,
             progress=progress,
             what="writing questions",
         )

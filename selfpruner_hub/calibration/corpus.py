@@ -22,10 +22,10 @@ from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, Entr
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 CONVERSATION_TOKENS = 100
 """Expected length of a conversation in tokens, used until the first conversations are written."""
-ATTEMPTS = 4
+CONVERSATION_ATTEMPTS = 4
 """Maximum number of attempts to fill the windows with conversations that the model writes."""
 SPARE_SEED = 2**31
 """Offset of the random seed for spare text that a model writes; the random seed of a run is smaller."""
@@ -235,10 +235,10 @@ def _written_conversations(
         raise DataError('data="chat" needs a tokenizer with a chat template.', 'Use data="self", or plain text.')
     windows = torch.empty(0, window, dtype=torch.int64)
     written: list[Conversation] = []
-    for attempt in range(ATTEMPTS):
+    for attempt in range(CONVERSATION_ATTEMPTS):
         length = windows.numel() / len(written) if len(windows) else min(CONVERSATION_TOKENS, window)
         some = 1 + round(1.1 * (count - len(windows)) * window / length)
-        seeded = ATTEMPTS * seed + attempt
+        seeded = CONVERSATION_ATTEMPTS * seed + attempt
         written += write_conversations(model, tokenizer, some, seeded, distinct=distinct, progress=progress)
         windows = packed(written, window)
         if len(windows) >= count:
@@ -254,7 +254,7 @@ def _windows(items: Iterable[Entry], tokenizer: PreTrainedTokenizerBase, window:
     if talks and not has_chat_template(tokenizer):
         raise DataError("Conversations need a tokenizer with a chat template.", "Give plain text instead.")
 
-    def same(kind: type[T]) -> Iterator[T]:
+    def same(kind: type[_T]) -> Iterator[_T]:
         for each in chain([first], rest):
             if not isinstance(each, kind):
                 raise DataError("Texts and conversations are mixed in one source.", "Give two files.")

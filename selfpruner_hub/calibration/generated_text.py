@@ -24,7 +24,7 @@ ENDED = 0.2
 """Share of finished sequences above which they leave the batch; each time, the rest of the cache is copied."""
 CACHE_FREE = 0.5
 """Maximum size of a cache, as a share of what is free on an accelerator."""
-ROOM = 64
+CACHE_STEP = 64
 """Number of tokens by which a cache grows at a time."""
 
 
@@ -196,7 +196,7 @@ class _GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._buffers is None or self._buffers[0].shape[-2] < length:
-            self._buffers = tuple(x.new_empty(*x.shape[:-2], length + ROOM, x.shape[-1]) for x in new)
+            self._buffers = tuple(x.new_empty(*x.shape[:-2], length + CACHE_STEP, x.shape[-1]) for x in new)
             if before and self.keys is not None and self.values is not None:
                 for buffer, old in zip(self._buffers, (self.keys, self.values), strict=True):
                     buffer[..., :before, :] = old

@@ -21,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.weights import rebuild_buffers
 
-NAME = "selfpruner_decoding"
+GROUPED_SDPA = "selfpruner_decoding"
 GRAM_BLOCKS = 4
 """Number of blocks of columns of a symmetric product: with 4, it takes 10 of 16 products of blocks."""
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -155,7 +155,7 @@ def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
 def attending_by_group(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let a model that uses `sdpa` on a CPU use `grouped_sdpa` temporarily, for generation; others do not change."""
     fits = model.config._attn_implementation == "sdpa" and model.device.type == "cpu"
-    return attending_by(model, NAME) if fits else nullcontext()
+    return attending_by(model, GROUPED_SDPA) if fits else nullcontext()
 
 
 @contextmanager
@@ -237,5 +237,5 @@ def add_gram(total: Tensor, x: Tensor) -> None:
         total[first + width :, rows] = total[rows, first + width :].t()
 
 
-AttentionInterface.register(NAME, grouped_sdpa)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
+AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:  # NumPy takes a tenth of a second, and a mistake on the comma
 
 QUANTITIES = {"speedup": "ms", "latency": "ms", "memory": "bytes", "kv_cache": "bytes"}
 """What a target can name, with the unit of its costs."""
-SCALES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+BYTE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 RUNTIME, REQUEST = "torch", (128, 32)
 """Where a target is measured by default: the runtime, and the tokens of the prompt and of the answer of a request."""
-REMEDY = "Give one of speedup=1.5, latency=MS, memory=200MB and kv_cache=0.5."
+TARGET_REMEDY = "Give one of speedup=1.5, latency=MS, memory=200MB and kv_cache=0.5."
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def check_beta(beta: object) -> float:
 def needs_target(runtime: object, request: object) -> None:
     """Raise `UserError` if what only a target reads is given without one."""
     if runtime is not None or request is not None:
-        raise UserError("runtime and request say how a target is measured, and none is given.", REMEDY)
+        raise UserError("runtime and request say how a target is measured, and none is given.", TARGET_REMEDY)
 
 
 def target_of(wanted: Mapping[str, Any], runtime: str | None, request: tuple[int, int] | None = None) -> Target:
@@ -145,15 +145,15 @@ def target_of(wanted: Mapping[str, Any], runtime: str | None, request: tuple[int
         UserError: It is not one quantity, or a value is out of its range.
     """
     if not isinstance(wanted, Mapping) or len(wanted) != 1 or not set(wanted) <= set(QUANTITIES):
-        raise UserError(f"A target is one quantity and its value; got {wanted!r}.", REMEDY)
+        raise UserError(f"A target is one quantity and its value; got {wanted!r}.", TARGET_REMEDY)
     ((quantity, given),) = wanted.items()
     value = _value(given, quantity)
     if quantity == "speedup" and value <= 1:
-        raise UserError(f"A target's speedup must be above 1; got {value:g}.", REMEDY)
+        raise UserError(f"A target's speedup must be above 1; got {value:g}.", TARGET_REMEDY)
     if value == 1 and QUANTITIES[quantity] == "bytes":
-        raise UserError(f"{quantity}=1 is neither a share below 1 nor a number of bytes.", REMEDY)
+        raise UserError(f"{quantity}=1 is neither a share below 1 nor a number of bytes.", TARGET_REMEDY)
     if request is not None and not (isinstance(request, (tuple, list)) and len(request) == 2):
-        raise UserError(f"A request is two numbers of tokens, such as (128, 32); got {request!r}.", REMEDY)
+        raise UserError(f"A request is two numbers of tokens, such as (128, 32); got {request!r}.", TARGET_REMEDY)
     prompt, new_tokens = REQUEST if request is None else request
     for name, count in (("prompt", prompt), ("new_tokens", new_tokens)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -165,7 +165,7 @@ def parse_target(text: str) -> dict[str, str]:
     """Read a target from the command line, NAME=VALUE, for `target_of`."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"A target is NAME=VALUE; got {text!r}.", REMEDY)
+        raise UserError(f"A target is NAME=VALUE; got {text!r}.", TARGET_REMEDY)
     return {name.strip(): value.strip()}
 
 
@@ -177,6 +177,6 @@ def _value(given: Any, quantity: str) -> float:
     except ValueError:
         number = math.nan
     unit = (match[2] or "").lower() if match else ""
-    if not 0 < number < math.inf or (unit and QUANTITIES[quantity] != "bytes") or unit not in SCALES:
-        raise UserError(f"{quantity} must be a number above 0; got {given!r}.", REMEDY)
-    return number * SCALES[unit]
+    if not 0 < number < math.inf or (unit and QUANTITIES[quantity] != "bytes") or unit not in BYTE_UNITS:
+        raise UserError(f"{quantity} must be a number above 0; got {given!r}.", TARGET_REMEDY)
+    return number * BYTE_UNITS[unit]

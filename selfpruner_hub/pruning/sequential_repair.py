@@ -25,7 +25,7 @@ from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
-RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
+REPAIR_RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
 """Candidates for λ, in units of mean(diag E[x̂ x̂ᵀ]). They are much larger than in the first repair: they pull toward its
 weights, and only what many tokens have in common changes these."""
 
@@ -35,7 +35,7 @@ def compensate(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
     windows: Tensor,
-    ridges: Sequence[float] = RIDGES,
+    ridges: Sequence[float] = REPAIR_RIDGES,
     *,
     inputs: bool = True,
     fisher: Fisher | None = None,

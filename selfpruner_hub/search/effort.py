@@ -17,7 +17,7 @@ from selfpruner_hub.storage.checkpoints import Checkpoints
 
 WINDOWS, WIDTH = 4, 512
 """Windows of the forward pass that is timed, and their tokens."""
-STEP = 1_024
+TOKEN_STEP = 1_024
 """Calibration tokens are chosen in multiples of this number."""
 
 
@@ -114,7 +114,7 @@ def within_minutes(
     chosen = ladder[int(known["place"])]
     settings = resolved(chosen)
     tokens = min(settings.calibration_tokens, int(known["tokens"]))
-    few = max(STEP, tokens // 8)
+    few = max(TOKEN_STEP, tokens // 8)
     settings = replace(
         settings,
         calibration_tokens=tokens,
@@ -132,7 +132,7 @@ def _choice(minutes: float, model: PreTrainedModel, ladder: Sequence[str]) -> tu
     per_pass = seconds_per_token(model) / 60
     for place, preset in enumerate(ladder):
         cost = COSTS.get(preset, COSTS["default"])
-        tokens = int((minutes / per_pass - cost.fixed) / cost.token) // STEP * STEP
+        tokens = int((minutes / per_pass - cost.fixed) / cost.token) // TOKEN_STEP * TOKEN_STEP
         if tokens >= cost.fewest:
             return place, tokens
     least = (cost.fixed + cost.token * cost.fewest) * per_pass

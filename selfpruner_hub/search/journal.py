@@ -24,7 +24,7 @@ from selfpruner_hub.search.journal_lines import (
 )
 from selfpruner_hub.storage.versioned_json import check_writable_text, fits, parse_json
 
-SCHEMA_VERSION = 1
+JOURNAL_VERSION = 1
 JOURNAL_FILE = "search.jsonl"
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Journal:
         self.lines: list[JournalLine] = []
         self._texts: list[bytes] = []
         header = _text(
-            {"kind": "header", "schema_version": SCHEMA_VERSION, "versions": versions or {}, "settings": settings}
+            {"kind": "header", "schema_version": JOURNAL_VERSION, "versions": versions or {}, "settings": settings}
         )
         if self.path is not None:
             try:
@@ -227,7 +227,7 @@ def _events(texts: list[bytes], path: Path) -> list[JournalLine]:
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Name the first settings that differ."""
     old, new = found.get("settings"), wanted["settings"]
-    if not isinstance(old, dict) or found.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(old, dict) or found.get("schema_version") != JOURNAL_VERSION:
         return "written by another version"
     old, new = _flat(old), _flat(new)
     names = [key for key in {**old, **new} if old.get(key) != new.get(key)]

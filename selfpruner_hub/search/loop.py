@@ -38,7 +38,7 @@ PROBE_COST = 5.0
 again."""
 SURVIVING_SEEDS = 0.5
 """Share of the seed plans that is scored on all windows."""
-ATTEMPTS = 2
+ASK_ATTEMPTS = 2
 """Number of times that a proposer is asked before evolution's children replace its bad replies."""
 BARREN_ROUNDS = 8
 """Number of rounds in a row without a new plan after which the search ends."""
@@ -176,7 +176,7 @@ class _Search:
         """Ask, ask again in place of refused and duplicate proposals, and fill the rest with evolution's children."""
         children: list[tuple[str, Plan]] = []
         known = set(self.first)
-        for attempt in range(ATTEMPTS):
+        for attempt in range(ASK_ATTEMPTS):
             missing = count - len(children)
             if missing:
                 self._accept(
@@ -186,10 +186,10 @@ class _Search:
                     known,
                 )
         fallback = EvolutionProposer(self.problem.budget)
-        for attempt in range(ATTEMPTS, ATTEMPTS + 4):
+        for attempt in range(ASK_ATTEMPTS, ASK_ATTEMPTS + 4):
             missing = count - len(children)
             if missing:
-                self.counts["replaced"] += missing if attempt == ATTEMPTS else 0
+                self.counts["replaced"] += missing if attempt == ASK_ATTEMPTS else 0
                 self._accept(self._replies(fallback, number, attempt, operation, missing), "fallback", children, known)
         return children
 

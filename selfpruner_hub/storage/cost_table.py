@@ -20,7 +20,7 @@ from selfpruner_hub.plans.target import Target
 from selfpruner_hub.storage.staging import write_atomically
 from selfpruner_hub.storage.versioned_json import parse_versioned
 
-SCHEMA_VERSION = 1
+COST_TABLE_VERSION = 1
 logger = logging.getLogger(__name__)
 
 
@@ -52,7 +52,7 @@ class CostTable:
     points: tuple[Point, ...]
     """The whole dense model first; then models of fewer layers: dense ones, and such with narrower FFNs or attentions,
     not both."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = COST_TABLE_VERSION
 
     def costs(self, shape: ModelShape, target: Target) -> Costs:
         """Fit a cost of a KV group and one of an FFN channel; the cost of the dense model is the measured one.
@@ -103,7 +103,7 @@ class CostTable:
         Raises:
             SavedModelError: The text is not such a table.
         """
-        values = parse_versioned(text, source, SCHEMA_VERSION, cls)
+        values = parse_versioned(text, source, COST_TABLE_VERSION, cls)
         try:
             return cls(**{**values, "points": tuple(Point(**point) for point in values["points"])})
         except TypeError as error:

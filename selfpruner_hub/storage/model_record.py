@@ -12,7 +12,7 @@ from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.plans.plan import Plan, plan_of
 from selfpruner_hub.storage.versioned_json import REMEDY, Amount, Count, parse_versioned
 
-SCHEMA_VERSION = 1
+RECORD_VERSION = 1
 MODEL_RECORD_FILE = "selfpruner.json"
 ALREADY_READ = "calibration or search read a text of this name, so this is no figure of unseen text"
 
@@ -72,7 +72,7 @@ class Record:
     """How the model was distilled from its parent after the cut (`recovery.recover`): tokens, minutes, settings, texts,
     divergence on each deciding text before and after, and the curve of the loss; None where it was not."""
     metrics: dict[str, Metric] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = RECORD_VERSION
 
     @property
     def plan(self) -> Plan:
@@ -130,7 +130,7 @@ class Record:
         """
         inner: dict[str, Any] = {"method": _Method, "proposer": _Search, "data": _Texts, "parameters": _Counts}
         inner["recovery"] = _Recovery | None
-        values = parse_versioned(text, source, SCHEMA_VERSION, cls, inner)
+        values = parse_versioned(text, source, RECORD_VERSION, cls, inner)
         try:
             metrics = {name: Metric(**metric) for name, metric in values.pop("metrics").items()}
             record = cls(**{**values, "rates": tuple(values["rates"]), "metrics": metrics})

@@ -13,7 +13,7 @@ from selfpruner_hub.plans.budget import ParameterBudget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.search.llm.prompts import solution
 from selfpruner_hub.search.llm.question import SHOWN, Question
-from selfpruner_hub.search.llm.reply_schema import PARENTS, REACH, parse, schema
+from selfpruner_hub.search.llm.reply_schema import MOST_POINTS, PARENTS, parse, schema
 from selfpruner_hub.search.proposers import Scored
 
 OPERATIONS = list(PARENTS)
@@ -120,7 +120,7 @@ def test_a_layer_in_both_lists_loses_more():
 def test_no_layer_loses_more_at_once_than_the_reach():
     parent = Rates((0.0,) * 3, (0.1, 0.5, 0.5))
     rates = changed(UNTIED, parent, ffn={"more": [1], "less": [2, 3], "points": 20})
-    assert rates.ffn == pytest.approx((0.1 + REACH / 100, 0.3, 0.3))  # 0.5 would pay for all of it
+    assert rates.ffn == pytest.approx((0.1 + MOST_POINTS / 100, 0.3, 0.3))  # 0.5 would pay for all of it
 
 
 @pytest.mark.parametrize(("payer", "paid"), [(1, 3), (3, 1), (2, 3)])
@@ -349,12 +349,19 @@ def test_a_narrow_schema_holds_a_child_to_what_was_shown(budget):
 def test_a_mutation_is_a_parent_and_layers_to_change(budget, size):
     rule = schema(Question("mutation", history(budget, size), budget))
     part = "rates" if budget.tied else "ffn"
-    good = {"parents": [1], part: {"more": [1], "less": [2, 3], "points": REACH}}
+    good = {"parents": [1], part: {"more": [1], "less": [2, 3], "points": MOST_POINTS}}
     if not budget.tied:
         good["attention"] = {"more": [], "less": [3]}
     assert follows(good, rule)
     assert parse(Question("mutation", history(budget, size), budget), json.dumps(good))[1] == (0,)
-    for change in ({"more": []}, {"less": [4]}, {"less": [-1]}, {"points": 0}, {"points": REACH + 1}, {"points": 1.5}):
+    for change in (
+        {"more": []},
+        {"less": [4]},
+        {"less": [-1]},
+        {"points": 0},
+        {"points": MOST_POINTS + 1},
+        {"points": 1.5},
+    ):
         assert not follows({**good, part: {**good[part], **change}}, rule)
     assert not follows({**good, "parents": [min(size, SHOWN) + 1]}, rule)
 

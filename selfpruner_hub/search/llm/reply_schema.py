@@ -17,7 +17,7 @@ PARENTS: dict[Operation, int] = {"initial": 0, "crossover": 2, "mutation": 1}
 CHANGES = {"rates": (1, 4), "ffn": (1, 4), "attention": (0, 2)}
 """Minimum and maximum number of layers that lose more, and of those that lose less, in a mutation, by part, where no
 effects were measured."""
-REACH = 15
+MOST_POINTS = 15
 """Maximum change of a rate in a mutation, in percentage points; attention changes by one KV group."""
 
 
@@ -93,7 +93,7 @@ def _changes(question: Question, narrow: bool) -> dict[str, dict[str, Any]]:
                 places = [{"enum": [number, 0]} for number in offered[part, way]]
                 directions[way] = {**_list(layer, len(places), len(places)), "prefixItems": places}
                 del directions[way]["items"]
-        points = {} if part == "attention" else {"points": {"type": "integer", "minimum": 1, "maximum": REACH}}
+        points = {} if part == "attention" else {"points": {"type": "integer", "minimum": 1, "maximum": MOST_POINTS}}
         rules[part] = _object({**directions, **points})
     return rules
 
@@ -173,7 +173,7 @@ def _changed(parent: Rates, value: dict[str, Any], budget: ParameterBudget) -> R
         before, ffn[layer] = ffn[layer], max(ffn[layer] - points, 0.0)
         spare += (before - ffn[layer]) * sizes[layer]
     charged = sum(sizes[layer] for layer in more)
-    step = min(max(spare / charged, 0.0), REACH / 100) if charged else 0.0
+    step = min(max(spare / charged, 0.0), MOST_POINTS / 100) if charged else 0.0
     for layer in more:
         ffn[layer] = min(ffn[layer] + step, 1.0)
     return Rates.tied(ffn) if budget.tied else Rates(tuple(attention), tuple(ffn))
