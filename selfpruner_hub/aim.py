@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.errors import SelfPrunerError, UserError, check_protocol
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.target import RUNTIME, Meter, Target, check_beta, needs_target, target_of
 from selfpruner_hub.settings import PruneSettings
@@ -27,11 +27,11 @@ Report = Callable[..., None]
 class Aim(Protocol):
     """Where the budget of a run comes from, and what is measured of it in the end."""
 
-    def budget(self, settings: PruneSettings, report: Report) -> ParameterBudget:
+    def budget(self, settings: PruneSettings, report: Report) -> Budget:
         """Make the budget under the bounds of these settings."""
         ...
 
-    def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
+    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, report: Report) -> Record:
         """Add to the record what the pruned model reaches."""
         ...
 
@@ -43,11 +43,11 @@ class ShareOfWeights:
     beta: float
     dense: PreTrainedModel
 
-    def budget(self, settings: PruneSettings, report: Report) -> ParameterBudget:
+    def budget(self, settings: PruneSettings, report: Report) -> Budget:
         """Make the budget of β."""
-        return ParameterBudget(shape_of(self.dense.config), self.beta, **_bounds(settings))
+        return Budget(shape_of(self.dense.config), self.beta, **_bounds(settings))
 
-    def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
+    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, report: Report) -> Record:
         """Return the record as it is."""
         return record
 
@@ -61,12 +61,12 @@ class TargetInRuntime:
     dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
 
-    def budget(self, settings: PruneSettings, report: Report) -> ParameterBudget:
+    def budget(self, settings: PruneSettings, report: Report) -> Budget:
         """Make the budget from what each width costs in the runtime."""
         costs = self.meter.costs(self.dense, self.tokenizer, self.target, report)
-        return ParameterBudget.for_target(shape_of(self.dense.config), costs, self.target, **_bounds(settings))
+        return Budget.for_target(shape_of(self.dense.config), costs, self.target, **_bounds(settings))
 
-    def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
+    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, report: Report) -> Record:
         """Measure both models in the runtime; a failure is recorded, since the pruned model itself is there."""
         try:
             found = self.meter.measure(self.dense, pruned, self.tokenizer, self.target, report)

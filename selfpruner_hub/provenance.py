@@ -16,7 +16,7 @@ from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.weights import count_parameters
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan, widths_of
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
@@ -36,7 +36,7 @@ class RunRequest:
     """Name of the dense model."""
     identity: dict[str, Any]
     """Identity of the dense model, as `models.weights.identity_of` returns it."""
-    budget: ParameterBudget
+    budget: Budget
     """Parameter budget of the search."""
     settings: PruneSettings
     """Settings of the run."""
@@ -66,7 +66,7 @@ def fingerprint(request: RunRequest) -> dict[str, Any]:
         "model": request.name,
         **request.identity,
         "shape": request.budget.shape.record(),
-        "beta": request.budget.beta,
+        "beta": request.budget.share,
         "seed": request.seed,
         "proposer": request.proposer.name,
         **_target(request.budget),
@@ -113,7 +113,7 @@ def describe(
     )
     return Record(
         base_model=request.name,
-        beta=round(budget.shape.beta(plan), 6) if budget.target else budget.beta,
+        beta=round(budget.shape.beta(plan), 6) if budget.target else budget.share,
         achieved_beta=round(budget.shape.beta(plan), 6),
         rates=tuple(round(rate, 6) for rate in budget.shape.rates(plan)),
         widths=widths_of(plan),
@@ -176,7 +176,7 @@ def check_parent(record: Record, found: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _target(budget: ParameterBudget, plan: Plan | None = None) -> dict[str, Any]:
+def _target(budget: Budget, plan: Plan | None = None) -> dict[str, Any]:
     """Return the target of a budget, with what is predicted of a plan, under the key of files; nothing for a β."""
     if budget.target is None:
         return {}

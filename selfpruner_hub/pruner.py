@@ -28,7 +28,7 @@ from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.unsupported import check_generation, refuse_quantized
 from selfpruner_hub.models.weights import identity_of
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.progress import Bars
@@ -301,7 +301,7 @@ class AutoPruner:
     def _cut(
         self,
         proposer: Proposer,
-        budget: ParameterBudget,
+        budget: Budget,
         texts: RunTexts,
         journal: Journal,
         settings: PruneSettings,

@@ -21,7 +21,7 @@ from selfpruner_hub.models.unsupported import check_is_model
 from selfpruner_hub.models.weights import changed, identity_of, rebuild_buffers, sampled
 from selfpruner_hub.progress import Bars
 from selfpruner_hub.provenance import changed_in_place, check_parent, trained
-from selfpruner_hub.recovery.settings import Budget, resolve_recovery
+from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.settings import check_seed
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.model_record import Record
@@ -146,7 +146,7 @@ class Retraining(Conversion):
         """
         from selfpruner_hub.recovery.recover import Pair, recover  # Trainer takes a second to import
 
-        started, settings, budget = time.monotonic(), resolve_recovery(**changes), Budget(minutes, tokens)
+        started, settings, budget = time.monotonic(), resolve_recovery(**changes), RecoveryBudget(minutes, tokens)
         check_seed(seed)
         folder = None if run_dir is None else output_path(run_dir)
         self._check_dense(dense)

@@ -32,7 +32,7 @@ from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.recovery.recover import Pair, recover
-from selfpruner_hub.recovery.settings import Budget, resolve
+from selfpruner_hub.recovery.settings import RecoveryBudget, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
@@ -251,7 +251,9 @@ def test_recovery_on_an_accelerator_as_on_a_cpu(accelerator, tmp_path, monkeypat
         pair = Pair(tiny_pruned("llama").to(device), tiny_model("llama").to(device), tiny_tokenizer())
         run = Run(checkpoints=Checkpoints(tmp_path / device / "stages"))
         settings = resolve(window=32, batch_tokens=64, learning_rate=2e-3, warmup=2, checks=1)
-        found[device] = recover(pair, Budget(tokens=64 * 8), TEXT * 4, settings, run, tmp_path / device / "training")
+        found[device] = recover(
+            pair, RecoveryBudget(tokens=64 * 8), TEXT * 4, settings, run, tmp_path / device / "training"
+        )
     assert {parameter.device.type for parameter in found["gpu"].model.parameters()} == {"gpu"}
     before, after = ([[text[when] for text in each.record["deciding"]] for each in found.values()] for when in WHEN)
     assert before[1] == pytest.approx(before[0], rel=1e-3)

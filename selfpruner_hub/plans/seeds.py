@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.moves import moved, paying_moves
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects
@@ -21,7 +21,7 @@ SHARES = (0.25, 0.5, 1.0)
 
 
 def seeds(
-    budget: ParameterBudget,
+    budget: Budget,
     curves: Sequence[LossCurves] | None = None,
     loss: Callable[[Plan], float] | None = None,
     effects: Callable[[Plan], StepEffects] | None = None,
@@ -29,7 +29,7 @@ def seeds(
     """Compute the seed plans, simplest first.
 
     Args:
-        budget: ParameterBudget of the search.
+        budget: Budget of the search.
         curves: Predicted losses of the layers alone, for the seeds `sensitivity` and `blend`; None leaves these out.
         loss: Function that measures the loss of a plan above the dense model's, in nats per token, to scale the curves;
             None leaves the curves unscaled.
@@ -41,7 +41,7 @@ def seeds(
     """
     layers = budget.shape.num_layers
     depth = np.linspace(-1, 1, layers) if layers > 1 else np.zeros(1)
-    flat = np.full(layers, budget.beta)
+    flat = np.full(layers, budget.share)
     found = {"uniform": budget.spread(flat.tolist()), "ramp": budget.spread((flat * (1 + RAMP * depth)).tolist())}
     if curves is not None:
         best = knapsack(budget, curves if loss is None else _as_measured(budget, curves, loss))
@@ -52,9 +52,7 @@ def seeds(
     return found
 
 
-def _as_measured(
-    budget: ParameterBudget, curves: Sequence[LossCurves], loss: Callable[[Plan], float]
-) -> list[LossCurves]:
+def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[Plan], float]) -> list[LossCurves]:
     """Scale the curves of attention and those of the FFN to the measured loss of cutting only that part in all layers.
 
     The curves predict each layer alone, and the loss of all layers together can differ from their sum.
@@ -79,9 +77,7 @@ def _blend(a: Rates, b: Rates) -> Rates:
     return Rates(a.attention, tuple((x + y) / 2 for x, y in zip(a.ffn, b.ffn, strict=True)))
 
 
-def refined(
-    budget: ParameterBudget, plan: Plan, loss: Callable[[Plan], float], effects: Callable[[Plan], StepEffects]
-) -> Rates:
+def refined(budget: Budget, plan: Plan, loss: Callable[[Plan], float], effects: Callable[[Plan], StepEffects]) -> Rates:
     """Solve a knapsack over the measured effects of small changes of a plan, and make the best share of its moves.
 
     The effects know how the layers interact, which their predicted losses do not.
@@ -100,13 +96,13 @@ def refined(
     return budget.rates(min((plan, *dict.fromkeys(tried)), key=loss))
 
 
-def knapsack(budget: ParameterBudget, curves: Sequence[LossCurves]) -> Rates:
+def knapsack(budget: Budget, curves: Sequence[LossCurves]) -> Rates:
     """Find the rates of least total predicted loss: each part minimises loss + μ · cost, with μ by bisection.
 
     The layers' losses are assumed to add up; the search finds how they interact.
     """
     shape, costs = budget.shape, budget.costs
-    target = (1 - budget.beta) * costs.prunable
+    target = (1 - budget.share) * costs.prunable
     losses = [c.attention for c in curves] + [c.ffn for c in curves]
     tables = (*costs.attention, *costs.ffn)
     floors = [1 + int((1 - budget.p_max) * (len(loss) - 1) - 1e-9) for loss in losses]

@@ -25,7 +25,7 @@ from selfpruner_hub.recovery.deciding import Deciding, is_better, score
 from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, distilled, last_checkpoint
 from selfpruner_hub.recovery.process import undisturbed, writable
 from selfpruner_hub.recovery.schedule import Schedule, Timed, keep, kept, planned, scheduled
-from selfpruner_hub.recovery.settings import Budget, RecoverySettings
+from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text, Writer, shares
 from selfpruner_hub.recovery.trainable import compute_dtype, finished, trainable, uses_adapters
 from selfpruner_hub.storage.run import Run
@@ -64,7 +64,9 @@ class Recovered(NamedTuple):
         return f"Recovery on {self.record['tokens']} tokens{stopped} {verdict}: KL {told}."
 
 
-def recover(pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, run: Run, folder: Path) -> Recovered:
+def recover(
+    pair: Pair, budget: RecoveryBudget, data: Any, settings: RecoverySettings, run: Run, folder: Path
+) -> Recovered:
     """Distil a pruned model from its parent.
 
     Args:
@@ -136,7 +138,7 @@ class _Task:
     """What is asked of a recovery, and what follows from the models."""
 
     pair: Pair
-    budget: Budget
+    budget: RecoveryBudget
     settings: RecoverySettings
     kinds: list[Share]
     """Kinds of text with their shares."""
@@ -154,7 +156,7 @@ class _Task:
     """Run context, with the checkpoints of this task alone."""
 
     @classmethod
-    def of(cls, pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, run: Run) -> _Task:
+    def of(cls, pair: Pair, budget: RecoveryBudget, data: Any, settings: RecoverySettings, run: Run) -> _Task:
         """The task of the arguments of `recover`."""
         window = min(settings.window, getattr(pair.parent.config, "max_position_embeddings", settings.window))
         kinds = shares(data, pair.tokenizer, settings)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.recovery.settings import Budget, RecoverySettings
+from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
@@ -59,7 +59,7 @@ class Schedule(NamedTuple):
 
 
 def planned(
-    budget: Budget, kinds: Sequence[Share], batch: int, window: int, settings: RecoverySettings, timed: Timed
+    budget: RecoveryBudget, kinds: Sequence[Share], batch: int, window: int, settings: RecoverySettings, timed: Timed
 ) -> Schedule:
     """Choose the number of steps, and of windows of each kind of text.
 

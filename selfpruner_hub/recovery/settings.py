@@ -69,7 +69,7 @@ class RecoverySettings:
 
 
 @dataclass(frozen=True)
-class Budget:
+class RecoveryBudget:
     """How long a recovery may take: one of the two is given."""
 
     minutes: float | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.evaluation.fitness import REMAINS, Fitness, SecondRepairScore
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import seeds
@@ -30,7 +30,7 @@ from selfpruner_hub.storage.run import Run
 
 def find_plan(
     proposer: Proposer,
-    budget: ParameterBudget,
+    budget: Budget,
     ready: Prepared,
     texts: RunTexts,
     journal: Journal,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan, plan_of
 from selfpruner_hub.search.journal_lines import (
     AskLine,
@@ -95,7 +95,7 @@ class Journal:
         self.lines.append(again)
         return again
 
-    def check_plans(self, budget: ParameterBudget) -> None:
+    def check_plans(self, budget: Budget) -> None:
         """Check that a search within a budget may have come to all plans that are there.
 
         Args:
@@ -158,11 +158,11 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[JournalLine]]:
     return settings, events
 
 
-def _is_of(budget: ParameterBudget, plan: Plan) -> bool:
+def _is_of(budget: Budget, plan: Plan) -> bool:
     """Whether a plan is within the model and on the budget; with a target, whether it reaches that."""
     if not budget.shape.contains(plan):
         return False
-    beyond = budget.removed_share(plan) - budget.beta
+    beyond = budget.removed_share(plan) - budget.share
     return beyond >= -1e-9 if budget.target else abs(beyond) <= budget.tolerance + 1e-9
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from selfpruner_hub.errors import ProposerError, SelfPrunerError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.search.journal import Journal
@@ -50,7 +50,7 @@ LEAST_GAIN = 0.001
 class Problem:
     """What is searched for: the plan on a budget with the lowest score."""
 
-    budget: ParameterBudget
+    budget: Budget
     """Parameter budget that every plan is projected to."""
     seeds: Mapping[str, Rates]
     """Rates of the seed plans, by name; at least one."""

@@ -8,7 +8,7 @@ import torch
 from support.tiny import DISTINCT, tiny_model
 
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.pruning import sequential_repair
 from selfpruner_hub.pruning.least_squares import LinearFit
 from selfpruner_hub.pruning.prepare import prepared
@@ -26,7 +26,7 @@ def cut(model, plan=None):
     with prepared(model, WINDOWS, PruneSettings()) as ready:
         slicer = ready.slicer
         if plan is None:
-            budget = ParameterBudget(slicer.shape, 0.3)
+            budget = Budget(slicer.shape, 0.3)
             plan = budget.project(random_rates(budget, np.random.default_rng(0)))
         return slice_model(slicer, plan)
 

@@ -15,7 +15,7 @@ from selfpruner_hub.calibration.text_sources import entries
 from selfpruner_hub.hub.card import render_card, render_onnx_card
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.hub.space import static_files
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.plans.seeds import seeds
@@ -27,9 +27,7 @@ from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record
 
-BUDGET = ParameterBudget(
-    ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64] * 3, [4] * 3)), 0.3
-)
+BUDGET = Budget(ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64] * 3, [4] * 3)), 0.3)
 
 
 def read_record(value):

@@ -16,7 +16,7 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from selfpruner_hub.errors import ProposerError, UserError
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.llm.question import Question
@@ -60,7 +60,7 @@ class EndpointProposer:
         self,
         url: str,
         model: str | None,
-        budget: ParameterBudget,
+        budget: Budget,
         subject: str,
         options: EndpointOptions,
         *,

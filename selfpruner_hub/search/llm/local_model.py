@@ -23,7 +23,7 @@ from transformers import (
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.devices import fork_rng
 from selfpruner_hub.models.patching import attending_by_group
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
 from selfpruner_hub.search.llm.question import Question
@@ -58,7 +58,7 @@ class ModelProposer:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        budget: ParameterBudget,
+        budget: Budget,
         subject: str,
         options: LanguageModelOptions,
         *,

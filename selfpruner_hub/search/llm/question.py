@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.moves import paying_moves
 from selfpruner_hub.search.proposers import Operation, Scored
 
@@ -24,7 +24,7 @@ class Question:
     """Kind of proposal."""
     history: Sequence[Scored]
     """Scored plans, best first; if empty, every operation asks for whole solutions."""
-    budget: ParameterBudget
+    budget: Budget
     """Budget, with β, the costs, the bounds of rates and the geometry of the model."""
 
     @property
@@ -64,6 +64,6 @@ class Question:
         return found if any(found.values()) else {}
 
 
-def part_names(budget: ParameterBudget) -> tuple[str, ...]:
+def part_names(budget: Budget) -> tuple[str, ...]:
     """Return the names of the lists of a solution: one list where attention and FFN share their rates."""
     return ("rates",) if budget.tied else ("attention", "ffn")

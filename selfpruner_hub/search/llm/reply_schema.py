@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from selfpruner_hub.errors import ProposerError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.search.llm.prompts import percent
 from selfpruner_hub.search.llm.question import LISTED, Question
 from selfpruner_hub.search.proposers import Operation, Proposal
@@ -61,7 +61,7 @@ def schema(question: Question, *, narrow: bool = False) -> dict[str, Any]:
     return _object(properties)
 
 
-def _parts(budget: ParameterBudget) -> dict[str, dict[str, Any]]:
+def _parts(budget: Budget) -> dict[str, dict[str, Any]]:
     """Return the schema of the values in each list of a whole solution."""
     most = round(100 * budget.p_max)
     percent = {"type": "integer", "minimum": 0, "maximum": most}
@@ -71,7 +71,7 @@ def _parts(budget: ParameterBudget) -> dict[str, dict[str, Any]]:
     return {"attention": {"enum": steps} if len(steps) <= 8 else percent, "ffn": percent}
 
 
-def _steps(budget: ParameterBudget) -> list[int]:
+def _steps(budget: Budget) -> list[int]:
     """Return the attention rates that whole KV groups allow, in percent."""
     groups = budget.shape.dense.layers[0].num_key_value_heads
     if budget.shape.whole_attention:
@@ -153,7 +153,7 @@ def parse(question: Question, reply: str) -> tuple[Rates, tuple[int, ...]]:
     return Rates(lists[0], lists[-1]), parents
 
 
-def _changed(parent: Rates, value: dict[str, Any], budget: ParameterBudget) -> Rates:
+def _changed(parent: Rates, value: dict[str, Any], budget: Budget) -> Rates:
     """Return the parent's rates with less removed from some layers and more from others, within [0, 1].
 
     Attention changes by whole KV groups, and an FFN that loses less gets `points` back. The FFNs that lose more make up
@@ -179,7 +179,7 @@ def _changed(parent: Rates, value: dict[str, Any], budget: ParameterBudget) -> R
     return Rates.tied(ffn) if budget.tied else Rates(tuple(attention), tuple(ffn))
 
 
-def _change(value: dict[str, Any], part: str, budget: ParameterBudget) -> tuple[list[int], list[int], float]:
+def _change(value: dict[str, Any], part: str, budget: Budget) -> tuple[list[int], list[int], float]:
     """Read the change of one part: layers (from 0) that lose more, layers that lose less, and the step in [0, 1]."""
     change = value.get(part, {})
     if not isinstance(change, dict):
