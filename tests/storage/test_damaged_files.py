@@ -23,7 +23,7 @@ from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.search.journal import JOURNAL_FILE, Journal
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import SearchSchedule
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record
 
@@ -57,14 +57,14 @@ def reader_of_journals(folder):
 
 def search_of(folder):
     """A search in a folder, whose score is the first width; it goes on from the journal that is there."""
-    settings = PruneSettings(population=2, crossover=3, mutation=3, evaluations=12)
+    schedule = SearchSchedule(population=2, crossover=3, mutation=3, evaluations=12)
     steps = StepEffects(*((0.1, -0.1, 0.2),) * 4)
 
     def score(plan, share):
         return plan.layers[0].intermediate_size + share
 
     problem = Problem(BUDGET, seeds(BUDGET), score, lambda *_: steps)
-    return search(EvolutionProposer(BUDGET), problem, Journal(folder, {"beta": 0.3}), settings).best.plan
+    return search(EvolutionProposer(BUDGET), problem, Journal(folder, {"beta": 0.3}), schedule).best.plan
 
 
 def resumed_from(folder):
