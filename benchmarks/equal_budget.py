@@ -136,7 +136,7 @@ def searched(
             directory, started = options.work / "-".join(map(str, key.values())), time.perf_counter()
             journal, problem = Journal(directory, key), Problem(budget, population(budget, seed), fitness)
             proposer = proposers(pruner, budget, options.endpoint, directory)[method]()
-            found = search(proposer, problem, journal, schedule, seed=seed, report=_tell)
+            found = search(proposer, problem, journal, schedule, seed=seed, on_score=_tell)
             scored = [line for line in journal.lines if isinstance(line, RoundLine)]
             yield {
                 **key,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,21 +17,19 @@ from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.target import RUNTIME, Meter, Target, check_beta, needs_target, target_of
+from selfpruner_hub.progress import Progress
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Metric, Record
-
-Report = Callable[..., None]
-"""Function that is called with (what, done, total)."""
 
 
 class Aim(Protocol):
     """Where the budget of a run comes from, and what is measured of it in the end."""
 
-    def budget(self, settings: PruneSettings, report: Report) -> Budget:
+    def budget(self, settings: PruneSettings, progress: Progress) -> Budget:
         """Make the budget under the bounds of these settings."""
         ...
 
-    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, report: Report) -> Record:
+    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, progress: Progress) -> Record:
         """Add to the record what the pruned model reaches."""
         ...
 
@@ -43,11 +41,11 @@ class ShareOfWeights:
     beta: float
     dense: PreTrainedModel
 
-    def budget(self, settings: PruneSettings, report: Report) -> Budget:
+    def budget(self, settings: PruneSettings, progress: Progress) -> Budget:
         """Make the budget of β."""
         return Budget(shape_of(self.dense.config), self.beta, **_bounds(settings))
 
-    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, report: Report) -> Record:
+    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, progress: Progress) -> Record:
         """Return the record as it is."""
         return record
 
@@ -61,15 +59,15 @@ class TargetInRuntime:
     dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
 
-    def budget(self, settings: PruneSettings, report: Report) -> Budget:
+    def budget(self, settings: PruneSettings, progress: Progress) -> Budget:
         """Make the budget from what each width costs in the runtime."""
-        costs = self.meter.costs(self.dense, self.tokenizer, self.target, report)
+        costs = self.meter.costs(self.dense, self.tokenizer, self.target, progress)
         return Budget.for_target(shape_of(self.dense.config), costs, self.target, **_bounds(settings))
 
-    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, report: Report) -> Record:
+    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, progress: Progress) -> Record:
         """Measure both models in the runtime; a failure is recorded, since the pruned model itself is there."""
         try:
-            found = self.meter.measure(self.dense, pruned, self.tokenizer, self.target, report)
+            found = self.meter.measure(self.dense, pruned, self.tokenizer, self.target, progress)
         except (SelfPrunerError, RuntimeError, MemoryError) as error:
             told = error if isinstance(error, SelfPrunerError) else out_of_memory(error)
             if told is None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import Meter
-from selfpruner_hub.progress import Bars
+from selfpruner_hub.progress import Bars, Progress
 from selfpruner_hub.provenance import RunRequest, describe, fingerprint, library_versions
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruning.prepare import check_model, fisher_information, prepared
@@ -184,7 +184,7 @@ class AutoPruner:
         seed: int = 0,
         run_dir: str | Path | None = None,
         executor: str | None = None,
-        progress: bool | Callable[..., None] = True,
+        progress: bool | Progress = True,
         **changes: Any,
     ) -> PrunedModel:
         """Find the rates of all layers under the mean rate β or a target, and prune the model by them.
@@ -263,13 +263,13 @@ class AutoPruner:
                 minutes=minutes,
             )
             settings = replace(settings, multiple_of=settings.multiple_of or self.shape.default_multiple)
-            report = progress if callable(progress) else stack.enter_context(Bars(progress))
-            if isinstance(report, Bars):
-                self._say(report, lines)
-            budget = aim.budget(settings, report)
+            callback = progress if callable(progress) else stack.enter_context(Bars(progress))
+            if isinstance(callback, Bars):
+                self._say(callback, lines)
+            budget = aim.budget(settings, callback)
             searches, own = settings.schedule.length > 0, (self.model, self.tokenizer)
             proposer = choose_proposer(proposer, proposer_model, proposer_options, budget, searches, self.name, own)
-            run = Run(self._store, checkpoints, report, seed, executor)
+            run = Run(self._store, checkpoints, callback, seed, executor)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             identity = identity_of(self.model)
             texts = Texts(self.model, self.tokenizer, self._known, identity).read(data, settings, run)
@@ -280,8 +280,8 @@ class AutoPruner:
             journal = Journal(folder, search_id, library_versions())
             run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))
             model, found = self._cut(proposer, budget, texts, journal, settings, run)
-            scale = match_confidence(self.model, model, texts.search.windows, report) if settings.confidence else 1.0
-            record = aim.measured(describe(model, run_request, found, scale), budget, model, report)
+            scale = match_confidence(self.model, model, texts.search.windows, callback) if settings.confidence else 1.0
+            record = aim.measured(describe(model, run_request, found, scale), budget, model, callback)
             left = minutes_left(minutes, recover, started, run.checkpoints)
         pruned = PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)
         if left is None:

@@ -7,7 +7,6 @@ import copy
 import logging
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.unsupported import check_is_model
 from selfpruner_hub.models.weights import changed, identity_of, rebuild_buffers, sampled
-from selfpruner_hub.progress import Bars
+from selfpruner_hub.progress import Bars, Progress
 from selfpruner_hub.provenance import changed_in_place, check_parent, trained
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.settings import check_seed
@@ -116,7 +115,7 @@ class Retraining(Conversion):
         data: Any = None,
         seed: int = 0,
         run_dir: str | Path | None = None,
-        progress: bool | Callable[..., None] = True,
+        progress: bool | Progress = True,
         **changes: Any,
     ) -> Self:
         """Distil the model from its dense parent, mostly on text that the parent writes; never worse than before.
@@ -152,11 +151,11 @@ class Retraining(Conversion):
         self._check_dense(dense)
         self._notice_training()
         with contextlib.ExitStack() as stack:
-            report = progress if callable(progress) else stack.enter_context(Bars(progress))
+            callback = progress if callable(progress) else stack.enter_context(Bars(progress))
             stack.enter_context(working_on(self.model, dense))
             stack.enter_context(run_lock(folder))
             stages = (folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / "stages"
-            run = Run(MEMORY, Checkpoints(stages / "recovery"), report, seed)
+            run = Run(MEMORY, Checkpoints(stages / "recovery"), callback, seed)
             pair = Pair(self.model, dense, self.tokenizer)
             found = recover(pair, budget, data, settings, run, stages / "recovery")
         if found.model is None:

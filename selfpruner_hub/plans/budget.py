@@ -146,7 +146,7 @@ class Budget:
 
     @cached_property
     def tolerance(self) -> float:
-        """Maximum accepted difference from the share: 0.001, or half the largest step of the FFNs (of KV groups without)."""
+        """Accepted difference from the share: 0.001, or half the largest step of the FFNs (of KV groups without)."""
         tables = self.costs.attention if self.whole_ffn else self.costs.ffn
         stride = self.kv_multiple if self.whole_ffn else self.multiple_of
         step = max(float(-np.diff(table[::-stride]).min()) for table in tables)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from selfpruner_hub.errors import BudgetError, UserError
+from selfpruner_hub.progress import Progress
 
 if TYPE_CHECKING:  # NumPy takes a tenth of a second, and a mistake on the command line is told at once
     from selfpruner_hub.plans.costs import Costs
@@ -102,12 +103,12 @@ class Meter(Protocol):
 
     name: str
 
-    def costs(self, model: Any, tokenizer: Any, target: Target, report: Callable[..., None]) -> Costs:
+    def costs(self, model: Any, tokenizer: Any, target: Target, progress: Progress, /) -> Costs:
         """Measure what each width of each part costs, or read the table of an earlier measurement."""
         ...
 
     def measure(
-        self, dense: Any, pruned: Any, tokenizer: Any, target: Target, report: Callable[..., None]
+        self, dense: Any, pruned: Any, tokenizer: Any, target: Target, progress: Progress, /
     ) -> tuple[float, float]:
         """Measure what the dense and the pruned model cost, one beside the other."""
         ...

@@ -15,7 +15,7 @@ from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import seeds
-from selfpruner_hub.progress import Bars
+from selfpruner_hub.progress import Progress, noted
 from selfpruner_hub.pruning.prepare import Prepared
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.search.journal import Journal
@@ -70,8 +70,8 @@ def find_plan(
         told = measure_steps if getattr(proposer, "reads_slopes", False) else None
         problem = Problem(budget, starts, fitness, told, pool, check)
         price = float(getattr(proposer, "token_price", 0.0))
-        report = _live(run.progress, settings, price)
-        outcome = search(proposer, problem, journal, settings.schedule, seed=run.seed, report=report)
+        on_score = _shown(run.progress, settings, price)
+        outcome = search(proposer, problem, journal, settings.schedule, seed=run.seed, on_score=on_score)
     gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
     if check is not None:
         gains[UNSEEN_TEXT] = check(outcome.best_seed.plan), check(outcome.best.plan)
@@ -108,7 +108,7 @@ def _fitness(
     return fitness if curves is None else SecondRepairScore(fitness, curves, REMAINS)
 
 
-def _live(report: Callable[..., None], settings: PruneSettings, token_price: float) -> Callable[[Standing], None]:
+def _shown(progress: Progress, settings: PruneSettings, token_price: float) -> Callable[[Standing], None]:
     """Report the evaluations spent; bars also show the best plan, and the tokens and cost of a language model."""
 
     def show(at: Standing) -> None:
@@ -118,7 +118,7 @@ def _live(report: Callable[..., None], settings: PruneSettings, token_price: flo
         if at.tokens:
             cost = f", ${at.tokens * token_price / 1e6:.2f}" if token_price else ""
             note.append(f"{at.tokens / 1000:.1f}k tokens{cost}")
-        notes = [", ".join(note)] if isinstance(report, Bars) else []
-        report("searching", min(at.spent, settings.schedule.length), settings.schedule.length, *notes)
+        length = settings.schedule.length
+        noted(progress, "searching", min(at.spent, length), length, ", ".join(note))
 
     return show

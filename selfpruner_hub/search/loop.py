@@ -76,7 +76,7 @@ def search(
     schedule: SearchSchedule,
     *,
     seed: int = 0,
-    report: Callable[[Standing], None] | None = None,
+    on_score: Callable[[Standing], None] | None = None,
 ) -> Outcome:
     """Run (or resume) a search.
 
@@ -86,7 +86,7 @@ def search(
         journal: Journal of the search; its lines are replayed first, then new ones are appended.
         schedule: Length of the search, and how its rounds spend it.
         seed: Random seed.
-        report: Function that is called with the state of the search after every evaluation.
+        on_score: Function that is called with the state of the search after every evaluation.
 
     Returns:
         The outcome; its best plan is never worse than the best seed plan on the same windows.
@@ -94,7 +94,7 @@ def search(
     Raises:
         RunMismatchError: The journal has plans that this search cannot have made.
     """
-    run = _Search(proposer, problem, journal, schedule, seed, report)
+    run = _Search(proposer, problem, journal, schedule, seed, on_score)
     run.score_round(0, [(f"seed:{name}", problem.budget.project(rates)) for name, rates in problem.seeds.items()])
     best_seed = run.incumbent()
     barren = idle = 0
@@ -119,7 +119,7 @@ class _Search:
     journal: Journal
     schedule: SearchSchedule
     seed: int
-    report: Callable[[Standing], None] | None
+    on_score: Callable[[Standing], None] | None
     spent: float = 0.0
     tokens: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -280,9 +280,9 @@ class _Search:
             )
             if share == 1.0:
                 self.full[plan] = scored[-1]
-            if self.report:
+            if self.on_score:
                 best = min(self.full.values(), key=lambda s: s.fitness, default=None)
-                self.report(Standing(number, self.spent, best, self.tokens))
+                self.on_score(Standing(number, self.spent, best, self.tokens))
         return scored
 
     def _score_live(self, plan: Plan, share: float, origin: str, number: int, values: Iterator[float]) -> None:

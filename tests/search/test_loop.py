@@ -509,7 +509,7 @@ def test_a_round_without_news_does_not_end_the_search():
 
 def test_progress_is_reported_after_every_evaluation():
     told = []
-    outcome = run(Unreliable(BUDGET), report=told.append)
+    outcome = run(Unreliable(BUDGET), on_score=told.append)
     assert (told[-1].spent, told[-1].best, told[-1].tokens) == (outcome.spent, outcome.best, outcome.tokens)
     assert [at.spent for at in told] == sorted({at.spent for at in told})
     best = [at.best.fitness for at in told if at.best]
