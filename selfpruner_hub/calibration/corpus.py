@@ -133,25 +133,6 @@ def too_little_text(name: str, found: int, needed: int, otherwise: str = SHORTER
     )
 
 
-def sources_of(data: Any) -> list[Any]:
-    """Split a text argument into its sources: a string is split at `+`, unless a file has that name.
-
-    Args:
-        data: Text argument of `AutoPruner.prune`.
-
-    Returns:
-        Sources for `load_corpus`, without repeats.
-    """
-    return list(dict.fromkeys(data.split("+"))) if isinstance(data, str) and not _exists(data) else [data]
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # the name is too long, for example the text itself
-        return False
-
-
 def load_corpus(
     source: Any,
     tokenizer: PreTrainedTokenizerBase | None,

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.ridge import damped_factor
+from selfpruner_hub.calibration.sums import add_gram
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.forward import draw, head_gradient
 from selfpruner_hub.models.layer_stream import backward_by_layer
-from selfpruner_hub.models.patching import add_gram, frozen
+from selfpruner_hub.models.patching import frozen
 from selfpruner_hub.models.placement import placed
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 

@@ -34,6 +34,25 @@ _JOINTS = tuple(re.compile(f"(?s).*(?:{joint})") for joint in (r"\S\n(?=\S)|\n(?
 last space between two words: pre-tokenizers of byte-level BPE always split there."""
 
 
+def sources_of(data: Any) -> list[Any]:
+    """Split a text argument into its sources: a string is split at `+`, unless a file has that name.
+
+    Args:
+        data: Text argument of `AutoPruner.prune`.
+
+    Returns:
+        Sources for `load_corpus`, without repeats.
+    """
+    return list(dict.fromkeys(data.split("+"))) if isinstance(data, str) and not _exists(data) else [data]
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # the name is too long, for example the text itself
+        return False
+
+
 def start_ids(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """Token ids that the tokenizer puts before a text: BOS where it adds one, and none for most tokenizers.
 

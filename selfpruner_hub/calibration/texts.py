@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import has_chat_template
 from selfpruner_hub.calibration.conversations import end_tokens
-from selfpruner_hub.calibration.corpus import Corpus, load_corpus, sources_of
-from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, is_file, tokenizer_hash
+from selfpruner_hub.calibration.corpus import Corpus, load_corpus
+from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, is_file, sources_of, tokenizer_hash
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.settings import PruneSettings

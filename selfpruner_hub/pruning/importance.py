@@ -14,7 +14,7 @@ from selfpruner_hub.calibration.ridge import as_seen, damped_factor, rounded_fac
 from selfpruner_hub.calibration.statistics import LayerStatistics, Moments
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear, shape_of
-from selfpruner_hub.models.patching import ieee_products
+from selfpruner_hub.models.devices import ieee_products
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 Order = Callable[[Tensor, Moments, int, Tensor | None], Tensor]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from selfpruner_hub.calibration.ridge import as_seen, damped_factor, ridge_unit, split_held_out
-from selfpruner_hub.models.devices import summed
-from selfpruner_hub.models.patching import add_gram, add_product, ieee_products
+from selfpruner_hub.calibration.sums import add_gram, add_product
+from selfpruner_hub.models.devices import ieee_products, summed
 
 _T = TypeVar("_T")
 ITERATIONS = 3

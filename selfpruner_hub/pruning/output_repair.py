@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from selfpruner_hub.calibration.ridge import RIDGE, as_seen, damped_factor
-from selfpruner_hub.models.patching import ieee_products
+from selfpruner_hub.models.devices import ieee_products
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import Conversation, has_chat_template
 from selfpruner_hub.calibration.conversations import CHAT, QUESTIONS, Distinct, Style, write_conversations
-from selfpruner_hub.calibration.corpus import CONVERSATION_ATTEMPTS, load_corpus, sources_of, too_little_text
-from selfpruner_hub.calibration.text_sources import GENERATED, name_of
+from selfpruner_hub.calibration.corpus import CONVERSATION_ATTEMPTS, load_corpus, too_little_text
+from selfpruner_hub.calibration.text_sources import GENERATED, name_of, sources_of
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.storage.run import Run

@@ -15,13 +15,8 @@ from selfpruner_hub.calibration import conversations, generated_text
 from selfpruner_hub.calibration import corpus as corpora
 from selfpruner_hub.calibration.chat_template import conversation
 from selfpruner_hub.calibration.conversations import packed
-from selfpruner_hub.calibration.corpus import (
-    CONVERSATION_ATTEMPTS,
-    Corpus,
-    consecutive_windows,
-    load_corpus,
-    sources_of,
-)
+from selfpruner_hub.calibration.corpus import CONVERSATION_ATTEMPTS, Corpus, consecutive_windows, load_corpus
+from selfpruner_hub.calibration.text_sources import sources_of
 from selfpruner_hub.errors import DataError
 
 WINDOW = 8
