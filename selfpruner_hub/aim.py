@@ -1,4 +1,4 @@
-"""What a run aims at: a share of the weights, or a target in a runtime whose costs are measured."""
+"""The aim of a run: a share of the weights, or a target in a runtime whose costs are measured."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from selfpruner_hub.storage.model_record import Metric, Record
 
 
 class Aim(Protocol):
-    """Where the budget of a run comes from, and what is measured of it in the end."""
+    """The source of a run's budget, and the measurement of the pruned model at its end."""
 
     def budget(self, settings: PruneSettings, progress: Progress) -> Budget:
         """Make the budget under the bounds of these settings."""
         ...
 
     def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, progress: Progress) -> Record:
-        """Add to the record what the pruned model reaches."""
+        """Add the measured costs of both models to the record."""
         ...
 
 
@@ -60,20 +60,20 @@ class TargetInRuntime:
     tokenizer: PreTrainedTokenizerBase | None
 
     def budget(self, settings: PruneSettings, progress: Progress) -> Budget:
-        """Make the budget from what each width costs in the runtime."""
+        """Make the budget from the cost of each width in the runtime."""
         costs = self.meter.costs(self.dense, self.tokenizer, self.target, progress)
         return Budget.for_target(shape_of(self.dense.config), costs, self.target, **_bounds(settings))
 
     def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, progress: Progress) -> Record:
         """Measure both models in the runtime; a failure is recorded, since the pruned model itself is there."""
         try:
-            found = self.meter.measure(self.dense, pruned, self.tokenizer, self.target, progress)
+            costs = self.meter.measure(self.dense, pruned, self.tokenizer, self.target, progress)
         except (SelfPrunerError, RuntimeError, MemoryError) as error:
-            told = error if isinstance(error, SelfPrunerError) else out_of_memory(error)
-            if told is None:
+            failure = error if isinstance(error, SelfPrunerError) else out_of_memory(error)
+            if failure is None:
                 raise
-            return reached(record, self.target, budget.costs, str(told))
-        return reached(record, self.target, budget.costs, found)
+            return reached(record, self.target, budget.costs, str(failure))
+        return reached(record, self.target, budget.costs, costs)
 
 
 def aim_of(
@@ -84,7 +84,7 @@ def aim_of(
     dense: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Aim:
-    """Check what is aimed at: exactly one of β and a target.
+    """Make the aim of a run from exactly one of β and a target.
 
     Args:
         beta: Mean share of the prunable weights to remove, or None.
@@ -112,7 +112,7 @@ def aim_of(
 
 
 def meter_of(runtime: str, python: str | Path | None = None) -> Meter:
-    """Make what measures costs in a runtime.
+    """Make the meter of a runtime.
 
     Args:
         runtime: Name of the runtime: `"torch"`, `"onnx"`, `"gguf"` or `"vllm"`.
@@ -130,35 +130,35 @@ def meter_of(runtime: str, python: str | Path | None = None) -> Meter:
 
 
 def reached(record: Record, target: Target, costs: Costs, measured: tuple[float, float] | str) -> Record:
-    """Add what was measured of a target to the record, beside what was predicted.
+    """Add the measured figure of a target to the record, beside the predicted one.
 
     Args:
         record: Record of the pruned model, from `describe`.
         target: Target of the run.
-        costs: What each width was expected to cost.
+        costs: Cost of each width, from which the budget was made.
         measured: Cost of the dense and of the pruned model, or the reason why they were not measured.
 
     Returns:
         The record: `method["target"]` has `predicted` and `measured` in the terms of the target, and the costs of both
         models are a metric.
     """
-    known = dict(record.method["target"])
+    figures = dict(record.method["target"])
     if isinstance(measured, str):
-        return replace(record, method={**record.method, "target": {**known, "measured": None, "why": measured}})
+        return replace(record, method={**record.method, "target": {**figures, "measured": None, "why": measured}})
     dense, pruned = measured
-    known["measured"] = round(target.figure(pruned, dense), 6)
+    figures["measured"] = round(target.figure(pruned, dense), 6)
     metric = Metric(
         value=round(pruned, 2),
         dense=round(dense, 2),
         protocol=f"{target.charged}; asked for {target.name}: predicted "
-        f"{target.said(known['predicted'])}, measured {target.said(known['measured'])}; predicted "
+        f"{target.said(figures['predicted'])}, measured {target.said(figures['measured'])}; predicted "
         f"{target.said_cost(costs.of(record.plan))}, and {target.said_cost(costs.dense)} dense",
         unit=target.unit,
         machine=platform.processor() or platform.machine(),
         date=datetime.now(UTC).date().isoformat(),
     )
     metrics = {**record.metrics, f"{target.quantity} in {target.runtime}": metric}
-    return replace(record, method={**record.method, "target": known}, metrics=metrics)
+    return replace(record, method={**record.method, "target": figures}, metrics=metrics)
 
 
 def _bounds(settings: PruneSettings) -> dict[str, Any]:

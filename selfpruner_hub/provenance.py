@@ -20,7 +20,7 @@ from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan, widths_of
 from selfpruner_hub.search.llm import prompts
 from selfpruner_hub.search.llm import reply_schema as replies
-from selfpruner_hub.search.outcome import Found
+from selfpruner_hub.search.outcome import SearchResult
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.settings import LanguageModelOptions, PruneSettings
 from selfpruner_hub.storage.model_record import Metric, Record
@@ -89,7 +89,7 @@ def _prompts(options: LanguageModelOptions) -> list[str]:
 def describe(
     pruned: PreTrainedModel,
     request: RunRequest,
-    found: Found,
+    result: SearchResult,
     logit_scale: float,
 ) -> Record:
     """Make the record of a pruned model.
@@ -97,14 +97,14 @@ def describe(
     Args:
         pruned: Pruned model.
         request: What the run was asked to do.
-        found: Result of the search, and its gains.
+        result: Result of the search, and its gains.
         logit_scale: Factor by which the logits of the pruned model are scaled.
 
     Returns:
         The record, with parameters counted from the tensors.
     """
     budget, settings, texts = request.budget, request.settings, request.texts
-    outcome, searched, options = found.outcome, texts.search, options_of(request.proposer)
+    outcome, searched, options = result.outcome, texts.search, options_of(request.proposer)
     plan = outcome.best.plan
     weighed = ", weighed for the second repair," if settings.weighs_excess else ""
     protocol = (
@@ -128,7 +128,7 @@ def describe(
             "best_from": outcome.best.origin,
             "replies": outcome.counts,
             "tokens": outcome.tokens,
-            "gains": _gains(found.gains),
+            "gains": _gains(result.gains),
         },
         data={
             "calibration": texts.calibration.record(),
@@ -155,12 +155,12 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{library: version(library) for library in libraries}}
 
 
-def check_parent(record: Record, found: Mapping[str, Any], name: str) -> None:
+def check_parent(record: Record, identity: Mapping[str, Any], name: str) -> None:
     """Refuse a model that is not the one that a pruned model was made from.
 
     Args:
         record: Record of the pruned model.
-        found: Identity of the model that is taken for its parent (`models.weights.identity_of`); weights of another
+        identity: Identity of the model that is taken for its parent (`models.weights.identity_of`); weights of another
             dtype than the parent's, or that could not be read, are not compared.
         name: Name of that model, for the message.
 
@@ -168,8 +168,8 @@ def check_parent(record: Record, found: Mapping[str, Any], name: str) -> None:
         UserError: It is another model.
     """
     parent = {"parameters": record.parameters["dense"], **record.parent}
-    unread = ("dtype", "weights") if found["dtype"] != parent.get("dtype") or not found["weights"] else ("dtype",)
-    if different := [key for key in parent if key not in unread and found[key] != parent[key]]:
+    unread = ("dtype", "weights") if identity["dtype"] != parent.get("dtype") or not identity["weights"] else ("dtype",)
+    if different := [key for key in parent if key not in unread and identity[key] != parent[key]]:
         raise UserError(
             f"{name!r} is not {record.base_model!r}, the parent of this model: other {' and '.join(different)}.",
             "Give the model that was pruned.",

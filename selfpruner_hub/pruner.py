@@ -42,7 +42,7 @@ from selfpruner_hub.search.choose_proposer import choose_proposer
 from selfpruner_hub.search.effort import minutes_left, with_effort
 from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.outcome import Found
+from selfpruner_hub.search.outcome import SearchResult
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import check_executor
 from selfpruner_hub.settings import PruneSettings, check_minutes, check_seed, resolve
@@ -98,7 +98,7 @@ class AutoPruner:
         self.tokenizer = tokenizer
         self.licence = licence or {}
         self._store = store
-        self._known: dict[str, tuple[int, Corpus]] = {}
+        self._corpora: dict[str, tuple[int, Corpus]] = {}
 
     @property
     def model(self) -> PreTrainedModel:
@@ -267,21 +267,21 @@ class AutoPruner:
             if isinstance(callback, Bars):
                 self._say(callback, lines)
             budget = aim.budget(settings, callback)
-            searches, own = settings.schedule.length > 0, (self.model, self.tokenizer)
-            proposer = choose_proposer(proposer, proposer_model, proposer_options, budget, searches, self.name, own)
+            searches, pair = settings.schedule.length > 0, (self.model, self.tokenizer)
+            proposer = choose_proposer(proposer, proposer_model, proposer_options, budget, searches, self.name, pair)
             run = Run(self._store, checkpoints, callback, seed, executor)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             identity = identity_of(self.model)
-            texts = Texts(self.model, self.tokenizer, self._known, identity).read(data, settings, run)
+            texts = Texts(self.model, self.tokenizer, self._corpora, identity).read(data, settings, run)
             check_ids(self.model, max(int(text.windows.max()) for text in texts if text is not None))
             date = template_date(self.tokenizer)
             run_request = RunRequest(self.name, identity, budget, settings, seed, proposer, texts, self.licence, date)
             search_id = fingerprint(run_request)
             journal = Journal(folder, search_id, library_versions())
             run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))
-            model, found = self._cut(proposer, budget, texts, journal, settings, run)
+            model, result = self._cut(proposer, budget, texts, journal, settings, run)
             scale = match_confidence(self.model, model, texts.search.windows, callback) if settings.confidence else 1.0
-            record = aim.measured(describe(model, run_request, found, scale), budget, model, callback)
+            record = aim.measured(describe(model, run_request, result, scale), budget, model, callback)
             left = minutes_left(minutes, recover, started, run.checkpoints)
         pruned = PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)
         if left is None:
@@ -306,15 +306,15 @@ class AutoPruner:
         journal: Journal,
         settings: PruneSettings,
         run: Run,
-    ) -> tuple[PreTrainedModel, Found]:
+    ) -> tuple[PreTrainedModel, SearchResult]:
         """Calibrate, find the plan, cut the model by it, and repair what is left."""
         calibration = texts.calibration.windows
         fisher = fisher_information(self.model, calibration, settings, run)
         with prepared(self.model, calibration, settings, fisher, run) as ready:
-            found = find_plan(proposer, budget, ready, texts, journal, settings, run)
-            model = slice_model(ready.slicer, found.outcome.best.plan)
+            result = find_plan(proposer, budget, ready, texts, journal, settings, run)
+            model = slice_model(ready.slicer, result.outcome.best.plan)
             del ready  # its Cholesky factors take more memory than the model
         if settings.repairs_twice:
             gate_up = settings.repair == "full"
             compensate(self.model, model, calibration, inputs=gate_up, fisher=fisher, run=run)
-        return model, found
+        return model, result

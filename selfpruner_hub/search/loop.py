@@ -133,7 +133,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.journal.check_plans(self.problem.budget)
         lines = self.journal.lines
-        self._asked = {(line.round, line.attempt): line for line in lines if isinstance(line, AskLine)}
+        self._asks = {(line.round, line.attempt): line for line in lines if isinstance(line, AskLine)}
         self._scores = {(line.plan, line.share): line.fitness for line in lines if isinstance(line, ScoreLine)}
         self._probed = {line.plan: line.slopes for line in lines if isinstance(line, ProbeLine)}
         self._closed = {line.round for line in lines if isinstance(line, RoundLine)}
@@ -147,8 +147,8 @@ class _Search:
     def history(self) -> list[Scored]:
         """Return all plans scored on the first share of the windows, best first."""
         best = self.incumbent().plan
-        known = (replace(s, slopes=self.effects.get(best)) if s.plan == best else s for s in self.first.values())
-        return sorted(known, key=lambda s: s.fitness)
+        scored = (replace(s, slopes=self.effects.get(best)) if s.plan == best else s for s in self.first.values())
+        return sorted(scored, key=lambda s: s.fitness)
 
     def measure_steps(self, number: int) -> None:
         """Predict the effects of small changes of the incumbent, once for each plan."""
@@ -157,8 +157,8 @@ class _Search:
             return
         if plan not in self._probed:
             started = time.perf_counter()
-            found = self.problem.measure_steps(plan, share)
-            line = self.journal.append(ProbeLine(number, PROBE_COST * share, found, plan, _seconds_since(started)))
+            effects = self.problem.measure_steps(plan, share)
+            line = self.journal.append(ProbeLine(number, PROBE_COST * share, effects, plan, _seconds_since(started)))
             self._probed[plan] = line.slopes
         self.effects[plan] = self._probed[plan]
         self.spent += PROBE_COST * share
@@ -175,7 +175,7 @@ class _Search:
     def ask(self, number: int, operation: Operation, count: int) -> list[tuple[str, Plan]]:
         """Ask, ask again in place of refused and duplicate proposals, and fill the rest with evolution's children."""
         children: list[tuple[str, Plan]] = []
-        known = set(self.first)
+        seen = set(self.first)
         for attempt in range(ASK_ATTEMPTS):
             missing = count - len(children)
             if missing:
@@ -183,33 +183,31 @@ class _Search:
                     self._replies(self.proposer, number, attempt, operation, missing),
                     self.proposer.name,
                     children,
-                    known,
+                    seen,
                 )
         fallback = EvolutionProposer(self.problem.budget)
         for attempt in range(ASK_ATTEMPTS, ASK_ATTEMPTS + 4):
             missing = count - len(children)
             if missing:
                 self.counts["replaced"] += missing if attempt == ASK_ATTEMPTS else 0
-                self._accept(self._replies(fallback, number, attempt, operation, missing), "fallback", children, known)
+                self._accept(self._replies(fallback, number, attempt, operation, missing), "fallback", children, seen)
         return children
 
-    def _accept(
-        self, replies: Sequence[Reply], origin: str, children: list[tuple[str, Plan]], known: set[Plan]
-    ) -> None:
+    def _accept(self, replies: Sequence[Reply], origin: str, children: list[tuple[str, Plan]], seen: set[Plan]) -> None:
         for plan in (reply.plan for reply in replies):
             if plan is None:
                 self.counts["refused"] += 1
-            elif plan in known:
+            elif plan in seen:
                 self.counts["duplicate"] += 1
             else:
                 self.counts["accepted"] += 1
-                known.add(plan)
+                seen.add(plan)
                 children.append((origin, plan))
 
     def _replies(
         self, proposer: Proposer, number: int, attempt: int, operation: Operation, count: int
     ) -> Sequence[Reply]:
-        line = self._asked.get((number, attempt))
+        line = self._asks.get((number, attempt))
         if line is None:
             line = self._ask_live(proposer, number, attempt, operation, count)
         self._moved += [reply.moved for reply in line.replies if reply.moved is not None]
@@ -266,7 +264,7 @@ class _Search:
         return scored
 
     def _scored(self, children: Sequence[tuple[str, Plan]], share: float, number: int) -> list[Scored]:
-        """Score (origin, plan) pairs, and journal each score as soon as it is known."""
+        """Score (origin, plan) pairs, and journal each score as soon as it is seen."""
         fresh = [plan for _, plan in children if (plan, share) not in self._scores]
         values = self.problem.scores(fresh, share) if fresh else iter(())
         scored = []
