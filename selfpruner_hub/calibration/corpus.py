@@ -125,10 +125,10 @@ SHORTER = "a faster preset, or fewer calibration_tokens and fitness_tokens"
 """What a pruning run needs less text with."""
 
 
-def too_little_text(name: str, found: int, needed: int, otherwise: str = SHORTER) -> DataError:
+def too_little_text(name: str, tokens: int, needed: int, otherwise: str = SHORTER) -> DataError:
     """The error for a text that does not fill the requested windows."""
     return DataError(
-        f"The text {name!r} has only {found} tokens in whole windows; {needed} are needed.",
+        f"The text {name!r} has only {tokens} tokens in whole windows; {needed} are needed.",
         f"Give a longer text, {otherwise}.",
     )
 
@@ -193,9 +193,9 @@ def _drawn(
 ) -> Tensor:
     """Draw `count` windows from the start of a text, and take up to `more` windows that follow it."""
     # Read up to four times as many windows as requested, so that the random seed has a choice.
-    windows, found = _windows(entries(source), tokenizer, window, 4 * count + more)
+    windows, length = _windows(entries(source), tokenizer, window, 4 * count + more)
     if len(windows) < max(1, least * count):
-        raise too_little_text(name_of(source), found, count * window)
+        raise too_little_text(name_of(source), length, count * window)
     first = min(4 * count, max(count, len(windows) - more), len(windows))
     chosen = torch.randperm(first, generator=torch.Generator().manual_seed(seed))[:count]
     return torch.cat([windows[chosen.sort().values], windows[first : first + more]])
@@ -285,9 +285,9 @@ def consecutive_windows(
         raise DataError(f"A measurement needs windows of at least 2 tokens, and at least one; got {window}, {count}.")
     start = start_ids(tokenizer)
     _check_room(window, start)
-    windows, found = _windows(entries(source, "test"), tokenizer, window, count or (1 << 40) // window)
+    windows, length = _windows(entries(source, "test"), tokenizer, window, count or (1 << 40) // window)
     if len(windows) < (count or 1):
-        raise too_little_text(source, found, (count or 1) * window, "or ask for fewer or shorter windows")
+        raise too_little_text(source, length, (count or 1) * window, "or ask for fewer or shorter windows")
     name = f"{source} test split" if source in HUB_SOURCES else Path(source).name
     begun = bool((windows[:, : len(start)] == torch.tensor(start)).all())  # a chat template may begin otherwise
     return Corpus.of(name, windows, len(start) if begun else 0)

@@ -52,8 +52,8 @@ def output_fisher(
     architecture, layers = architecture_of(model.config), decoder_layers(model)
     paths = (architecture.attention_output, architecture.ffn_output)
     store, checkpoints = run.store, run.checkpoints
-    if known := _finished(len(layers), model.device, run):
-        return known
+    if finished := _finished(len(layers), model.device, run):
+        return finished
     generator = torch.Generator(model.device).manual_seed(run.seed)
 
     def drawn(logits: Tensor, _first: int) -> Tensor:
@@ -93,10 +93,10 @@ def _finished(layers: int, device: torch.device, run: Run) -> list[tuple[Tensor,
     """Load the matrices of a finished pass; None if the pass is not finished (it ends at the first layer)."""
     roots = []
     for index in range(layers):
-        found = run.checkpoints.load(f"fisher-{index}", device)
-        if found is None:
+        tensors = run.checkpoints.load(f"fisher-{index}", device)
+        if tensors is None:
             return None
-        roots.append((run.store(found["attention"]), run.store(found["ffn"])))
+        roots.append((run.store(tensors["attention"]), run.store(tensors["ffn"])))
     return roots
 
 

@@ -90,7 +90,7 @@ class Budget:
         if most < low or least > high:
             least_kept = "all" if self.shape.whole_attention else f"at least {self.kv_multiple}"
             raise BudgetError(
-                f"{self._said} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and "
+                f"{self._goal} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and "
                 f"{least_kept} of its KV heads in each layer, this model can "
                 f"{'reach' if self.target else 'lose'} between {self._figure(least)} and {self._figure(most)}.",
                 f"Change {'the target' if self.target else 'beta'} or the bounds.",
@@ -98,7 +98,7 @@ class Budget:
         nearest = self.removed_share(self.project(self.spread([self.share] * self.shape.num_layers)))
         if nearest < low or (nearest > high and self.target is None):
             raise BudgetError(
-                f"{self._said} cannot be reached: it lies between two KV groups, where the FFN cannot reach; "
+                f"{self._goal} cannot be reached: it lies between two KV groups, where the FFN cannot reach; "
                 f"the nearest is {self._figure(nearest)}.",
                 f"Change {'the target' if self.target else 'beta'} or the bounds.",
             )
@@ -138,7 +138,7 @@ class Budget:
         return Rates(tuple(values), nothing) if self.whole_ffn else Rates(nothing, tuple(values))
 
     @property
-    def _said(self) -> str:
+    def _goal(self) -> str:
         return f"{self.target.name} in {self.target.runtime}" if self.target else f"beta={self.share:g}"
 
     def _figure(self, share: float) -> str:
@@ -193,8 +193,8 @@ class Budget:
 
     def distance(self, rates: Rates, plan: Plan) -> float:
         """Distance between a proposal and its projection: the mean absolute difference over all rates."""
-        own = self.rates(plan)
-        moved = [abs(a - b) for a, b in zip(rates.attention + rates.ffn, own.attention + own.ffn, strict=True)]
+        actual = self.rates(plan)
+        moved = [abs(a - b) for a, b in zip(rates.attention + rates.ffn, actual.attention + actual.ffn, strict=True)]
         return sum(moved) / len(moved)
 
     def project(self, rates: Rates, parent: Rates | None = None) -> Plan:
@@ -225,8 +225,8 @@ class Budget:
         groups = self._round_groups(rates.attention)
         for_ffn = (self.share * self.costs.prunable - self._saved_by_groups(groups)) / (self._unit or 1.0)
         bounds = self._ffn_bounds(groups)
-        wanted = [rate * w.intermediate_size / self.multiple_of for rate, w in zip(rates.ffn, dense, strict=True)]
-        shifted = shift_to_sum(wanted, freed(bounds, wanted, free), for_ffn, self._saved)
+        proposed = [rate * w.intermediate_size / self.multiple_of for rate, w in zip(rates.ffn, dense, strict=True)]
+        shifted = shift_to_sum(proposed, freed(bounds, proposed, free), for_ffn, self._saved)
         units = largest_remainder(shifted, bounds, for_ffn, self._saved, reached=self.target is not None)
         return Plan.of(
             [w.intermediate_size - u * self.multiple_of for w, u in zip(dense, units, strict=True)],
@@ -295,8 +295,8 @@ class Budget:
         dense = self.shape.dense.layers
         weights = [self.shape.layer_weights(w) for w in dense]
         bounds = [(self.p_min * n, self.p_max * n) for n in weights]
-        wanted = [r * n for r, n in zip(rates, weights, strict=True)]
-        shifted = shift_to_sum(wanted, freed(bounds, wanted, free), self.share * sum(weights))
+        proposed = [r * n for r, n in zip(rates, weights, strict=True)]
+        shifted = shift_to_sum(proposed, freed(bounds, proposed, free), self.share * sum(weights))
         attention = [removed / n for removed, n in zip(shifted, weights, strict=True)]
         groups = self._round_groups(attention)
         ffn = [
@@ -309,15 +309,15 @@ class Budget:
         """Number of groups to remove per layer, corrected if the FFN alone cannot meet β."""
         dense = self.shape.dense.layers
         limits = [self._group_limit(w.num_key_value_heads) for w in dense]
-        wanted = [r * w.num_key_value_heads for r, w in zip(rates, dense, strict=True)]
+        heads = [r * w.num_key_value_heads for r, w in zip(rates, dense, strict=True)]
         step = self.kv_multiple
-        groups = [min(max(step * math.floor(x / step + 0.5), 0), most) for x, most in zip(wanted, limits, strict=True)]
+        groups = [min(max(step * math.floor(x / step + 0.5), 0), most) for x, most in zip(heads, limits, strict=True)]
         low, high = (share * self.costs.prunable for share in self._accepted)
         while self._removed(groups)[1] < low:
-            layer = max((i for i, g in enumerate(groups) if g < limits[i]), key=lambda i: wanted[i] - groups[i])
+            layer = max((i for i, g in enumerate(groups) if g < limits[i]), key=lambda i: heads[i] - groups[i])
             groups[layer] += step
         while self._removed(groups)[0] > high:
-            layer = min((i for i, g in enumerate(groups) if g > 0), key=lambda i: wanted[i] - groups[i])
+            layer = min((i for i, g in enumerate(groups) if g > 0), key=lambda i: heads[i] - groups[i])
             if self.target and self._removed([g - step * (i == layer) for i, g in enumerate(groups)])[1] < low:
                 break
             groups[layer] -= step

@@ -42,14 +42,14 @@ def seeds(
     layers = budget.shape.num_layers
     depth = np.linspace(-1, 1, layers) if layers > 1 else np.zeros(1)
     flat = np.full(layers, budget.share)
-    found = {"uniform": budget.spread(flat.tolist()), "ramp": budget.spread((flat * (1 + RAMP * depth)).tolist())}
+    rates = {"uniform": budget.spread(flat.tolist()), "ramp": budget.spread((flat * (1 + RAMP * depth)).tolist())}
     if curves is not None:
         best = knapsack(budget, curves if loss is None else _as_measured(budget, curves, loss))
-        found["sensitivity"] = best
-        found["blend"] = _blend(best, budget.rates(budget.project(found["uniform"])))
+        rates["sensitivity"] = best
+        rates["blend"] = _blend(best, budget.rates(budget.project(rates["uniform"])))
         if loss is not None and effects is not None:
-            found["refined"] = refined(budget, budget.project(best), loss, effects)
-    return found
+            rates["refined"] = refined(budget, budget.project(best), loss, effects)
+    return rates
 
 
 def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[Plan], float]) -> list[LossCurves]:
@@ -60,13 +60,13 @@ def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[P
     dense, plan = budget.shape.dense.layers, budget.project(knapsack(budget, curves))
 
     def factor(part: str, width: str) -> float:
-        kept = [getattr(w, width) for w in plan.layers]
-        predicted = sum(float(getattr(c, part)[k]) for c, k in zip(curves, kept, strict=True))
+        widths = [getattr(w, width) for w in plan.layers]
+        predicted = sum(float(getattr(c, part)[k]) for c, k in zip(curves, widths, strict=True))
         if predicted <= 0:  # nothing of this part is cut
             return 1.0
-        alone = Plan(tuple(replace(full, **{width: k}) for full, k in zip(dense, kept, strict=True)))
-        found = loss(alone) / predicted
-        return found if 0 < found < math.inf else 1.0
+        alone = Plan(tuple(replace(full, **{width: k}) for full, k in zip(dense, widths, strict=True)))
+        ratio = loss(alone) / predicted
+        return ratio if 0 < ratio < math.inf else 1.0
 
     attention, ffn = factor("attention", "num_key_value_heads"), factor("ffn", "intermediate_size")
     return [LossCurves(attention * c.attention, ffn * c.ffn) for c in curves]
@@ -111,7 +111,7 @@ def knapsack(budget: Budget, curves: Sequence[LossCurves]) -> Rates:
     if budget.whole_ffn:
         floors[len(curves) :] = [len(c.ffn) - 1 for c in curves]
 
-    def kept(price: float) -> list[int]:
+    def widths_at(price: float) -> list[int]:
         return [
             floor + int(np.argmin(loss[floor:] + price * table[floor:]))
             for loss, table, floor in zip(losses, tables, floors, strict=True)
@@ -121,9 +121,9 @@ def knapsack(budget: Budget, curves: Sequence[LossCurves]) -> Rates:
     low, high = 0.0, max(float(loss.max() / unit) for loss, unit in zip(losses, units, strict=True) if unit) + 1e-12
     for _ in range(100):
         middle = (low + high) / 2
-        cost = sum(float(table[k]) for k, table in zip(kept(middle), tables, strict=True))
+        cost = sum(float(table[k]) for k, table in zip(widths_at(middle), tables, strict=True))
         low, high = (middle, high) if cost > target else (low, middle)
-    rates = [1 - k / (len(loss) - 1) for k, loss in zip(kept(high), losses, strict=True)]
+    rates = [1 - k / (len(loss) - 1) for k, loss in zip(widths_at(high), losses, strict=True)]
     layers = shape.num_layers
     if budget.tied:
         sizes = [shape.layer_weights(w) for w in shape.dense.layers]

@@ -1,4 +1,4 @@
-"""What is asked for: β, or a target in a runtime, a speed-up, a latency or bytes."""
+"""The goal of a pruning run: β, or a target in a runtime: a speed-up, a latency or bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TARGET_REMEDY = "Give one of speedup=1.5, latency=MS, memory=200MB and kv_cache=
 
 @dataclass(frozen=True)
 class Target:
-    """What the pruned model must reach in a runtime."""
+    """A speed-up, latency or size that the pruned model must reach in a runtime."""
 
     quantity: str
     """A key of `QUANTITIES`."""
@@ -50,7 +50,7 @@ class Target:
 
     @property
     def charged(self) -> str:
-        """What is charged for, in words."""
+        """The cost that counts, in words."""
         return {
             "ms": f"the time of a request of {self.prompt} + {self.new_tokens} tokens in {self.runtime}",
             "bytes": f"the bytes of {'the KV cache' if self.quantity == 'kv_cache' else 'the weights'} in "
@@ -74,7 +74,7 @@ class Target:
         return (costs.dense - self.wanted(costs)) / costs.prunable
 
     def figure(self, cost: float, dense: float) -> float:
-        """Return what a model of this cost reaches, in the terms of the target."""
+        """Return the figure that a model of this cost reaches, in the terms of the target."""
         if self.quantity == "speedup":
             return dense / cost
         return cost / dense if self.unit == "bytes" and self.value < 1 else cost
@@ -86,7 +86,7 @@ class Target:
         return self.said_cost(figure)
 
     def said_share(self, share: float, costs: Costs) -> str:
-        """Write what a plan reaches that removes this share of the prunable cost."""
+        """Write the figure of a plan that removes this share of the prunable cost."""
         return self.said(self.figure(costs.dense - share * costs.prunable, costs.dense))
 
     def said_cost(self, cost: float) -> str:
@@ -104,13 +104,13 @@ class Meter(Protocol):
     name: str
 
     def costs(self, model: Any, tokenizer: Any, target: Target, progress: Progress, /) -> Costs:
-        """Measure what each width of each part costs, or read the table of an earlier measurement."""
+        """Measure the cost of each width of each part, or read the table of an earlier measurement."""
         ...
 
     def measure(
         self, dense: Any, pruned: Any, tokenizer: Any, target: Target, progress: Progress, /
     ) -> tuple[float, float]:
-        """Measure what the dense and the pruned model cost, one beside the other."""
+        """Measure the costs of the dense and of the pruned model, in turn."""
         ...
 
 
@@ -126,16 +126,16 @@ def check_beta(beta: object) -> float:
 
 
 def needs_target(runtime: object, request: object) -> None:
-    """Raise `UserError` if what only a target reads is given without one."""
+    """Raise `UserError` if a runtime or a request is given without a target."""
     if runtime is not None or request is not None:
         raise UserError("runtime and request say how a target is measured, and none is given.", TARGET_REMEDY)
 
 
-def target_of(wanted: Mapping[str, Any], runtime: str | None, request: tuple[int, int] | None = None) -> Target:
+def target_of(goal: Mapping[str, Any], runtime: str | None, request: tuple[int, int] | None = None) -> Target:
     """Check a target.
 
     Args:
-        wanted: One quantity and its value: a number, or for bytes also text such as `"200MB"`.
+        goal: One quantity and its value: a number, or for bytes also text such as `"200MB"`.
         runtime: Name of the runtime; None takes `RUNTIME`.
         request: Tokens of the prompt, and tokens generated after it, each at least 1; None takes `REQUEST`.
 
@@ -145,9 +145,9 @@ def target_of(wanted: Mapping[str, Any], runtime: str | None, request: tuple[int
     Raises:
         UserError: It is not one quantity, or a value is out of its range.
     """
-    if not isinstance(wanted, Mapping) or len(wanted) != 1 or not set(wanted) <= set(QUANTITIES):
-        raise UserError(f"A target is one quantity and its value; got {wanted!r}.", TARGET_REMEDY)
-    ((quantity, given),) = wanted.items()
+    if not isinstance(goal, Mapping) or len(goal) != 1 or not set(goal) <= set(QUANTITIES):
+        raise UserError(f"A target is one quantity and its value; got {goal!r}.", TARGET_REMEDY)
+    ((quantity, given),) = goal.items()
     value = _value(given, quantity)
     if quantity == "speedup" and value <= 1:
         raise UserError(f"A target's speedup must be above 1; got {value:g}.", TARGET_REMEDY)

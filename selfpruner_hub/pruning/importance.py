@@ -150,7 +150,7 @@ def rank(
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     orders: list[LayerOrder] = []
     roots = roots_of(fisher, shape.num_layers, model.device)
-    for layer, known, (attention, ffn) in zip(decoder_layers(model), statistics, roots, strict=True):
+    for layer, inputs, (attention, ffn) in zip(decoder_layers(model), statistics, roots, strict=True):
         if done := run.checkpoints.load(f"order-{len(orders)}", model.device):
             orders.append(LayerOrder(**done))
             continue
@@ -159,8 +159,13 @@ def rank(
                 linear(layer, path).weight.to(model.device).float(), moments.to(model.device), unit, root
             )
             for path, moments, unit, root in (
-                (architecture.attention_output, known.attention, shape.queries_per_group * shape.head_dim, attention),
-                (architecture.ffn_output, known.ffn, 1, ffn),
+                (
+                    architecture.attention_output,
+                    inputs.attention,
+                    shape.queries_per_group * shape.head_dim,
+                    attention,
+                ),
+                (architecture.ffn_output, inputs.ffn, 1, ffn),
             )
         )
         run.checkpoints.save(f"order-{len(orders)}", {"groups": groups, "channels": channels})

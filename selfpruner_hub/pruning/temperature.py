@@ -46,10 +46,10 @@ def match_confidence(
     read = windows[: max(1, TOKENS // windows.shape[1])]
     theirs, ours = (torch.cat(list(last_hidden_states(model, read))) for model in (dense, pruned))
     crossed = [0.0] * len(MEASURED)  # Σ of cross-entropies, which differ from the divergences by a constant
-    for (first, wanted), (_, logits) in zip(
+    for (first, reference), (_, logits) in zip(
         head_chunks(dense, theirs), head_chunks(pruned, ours, capped=False), strict=True
     ):
-        shares = wanted.softmax(-1)
+        shares = reference.softmax(-1)
         for index, scale in enumerate(MEASURED):
             scaled = softcapped(pruned, scale * logits)
             crossed[index] += (scaled.logsumexp(-1) - torch.linalg.vecdot(shares, scaled)).sum().item()
