@@ -18,8 +18,7 @@ from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.weights import count_parameters
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan, widths_of
-from selfpruner_hub.search.llm import prompts
-from selfpruner_hub.search.llm import reply_schema as replies
+from selfpruner_hub.search.llm import prompts, reply_schema
 from selfpruner_hub.search.outcome import SearchResult
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.settings import LanguageModelOptions, PruneSettings
@@ -83,7 +82,7 @@ def options_of(proposer: Proposer) -> LanguageModelOptions | None:
 
 
 def _prompts(options: LanguageModelOptions) -> list[str]:
-    return [prompts.template(operation, options.template_directory) for operation in replies.PARENTS]
+    return [prompts.template(operation, options.template_directory) for operation in reply_schema.PARENTS]
 
 
 def describe(
