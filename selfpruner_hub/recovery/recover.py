@@ -20,7 +20,7 @@ from selfpruner_hub.calibration.text_sources import tokenizer_hash
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.weights import identity_of
-from selfpruner_hub.pruning.temperature import TOKENS, match_confidence
+from selfpruner_hub.pruning.temperature import MATCHING_TOKENS, match_confidence
 from selfpruner_hub.recovery.deciding import Deciding, is_better, score
 from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, distilled, last_checkpoint
 from selfpruner_hub.recovery.process import undisturbed, writable
@@ -99,7 +99,7 @@ def recover(
         pace = Pace(schedule.seconds, run.progress)
         _train(distiller, pace)
         model = finished(student, pair.pruned)
-    match_confidence(pair.parent, model, texts.first(max(1, TOKENS // task.window)), run.progress)
+    match_confidence(pair.parent, model, texts.first(max(1, MATCHING_TOKENS // task.window)), run.progress)
     after = measure(model)
     record = {
         **task.record(distiller, pace.stopped),

@@ -15,7 +15,7 @@ from selfpruner_hub.models.forward import last_hidden_states
 from selfpruner_hub.settings import SEARCH, PruneSettings
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
-WINDOWS, WIDTH = 4, 512
+TIMED_WINDOWS, WIDTH = 4, 512
 """Windows of the forward pass that is timed, and their tokens."""
 TOKEN_STEP = 1_024
 """Calibration tokens are chosen in multiples of this number."""
@@ -177,7 +177,7 @@ def seconds_per_token(model: PreTrainedModel) -> float:
         Seconds per token.
     """
     width = min(WIDTH, getattr(model.config, "max_position_embeddings", WIDTH))
-    windows = torch.zeros(WINDOWS, width, dtype=torch.long)
+    windows = torch.zeros(TIMED_WINDOWS, width, dtype=torch.long)
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
