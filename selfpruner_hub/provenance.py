@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run is asked to do."""
+    """Request of a run: model, budget, settings, seed, proposer and texts."""
 
     name: str
     """Name of the dense model."""

@@ -293,7 +293,7 @@ class AutoPruner:
             return pruned
 
     def _say(self, bars: Bars, lines: Sequence[str]) -> None:
-        """Say what is pruned where, and how a length was chosen."""
+        """Show the model, its device, and the reasons for the length of the run."""
         layers = ", one layer at a time" if streams(self.model) else ""
         for line in (f"{self.name} on {described(self.model)}{layers}", *lines):
             bars.say(line)

@@ -84,7 +84,7 @@ class Conversion:
 
 
 class Retraining(Conversion):
-    """What `PrunedModel` can do with weights that are trained after the cut."""
+    """Methods of `PrunedModel` for weights that are trained after the cut."""
 
     tokenizer: PreTrainedTokenizerBase | None
     report: Record

@@ -30,7 +30,7 @@ from selfpruner_hub.progress import Progress
 
 @dataclass(frozen=True)
 class Style:
-    """What kind of conversations a model writes."""
+    """Style of the conversations that a model writes."""
 
     systems: tuple[str | None, ...]
     """System prompts under which the user's turns are written, used in rotation; None uses the template's default."""
@@ -81,7 +81,7 @@ TOPICS = (
     *("kings and presidents", "explorers", "religions", "myths", "holidays", "books", "writers", "fairy tales"),
     *("poems", "paintings", "music", "instruments", "films", "dances", "sports", "games", "toys"),
 )
-"""What short questions are about: the breadth of a general encyclopedia."""
+"""Topics of short questions: the breadth of a general encyclopedia."""
 QUESTIONS = Style(
     systems=tuple(f"You answer short questions about {topic}." for topic in TOPICS),
     openings=(

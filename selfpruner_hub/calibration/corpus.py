@@ -122,7 +122,7 @@ class Corpus:
 
 
 SHORTER = "a faster preset, or fewer calibration_tokens and fitness_tokens"
-"""What a pruning run needs less text with."""
+"""Ways to make a pruning run need less text."""
 
 
 def too_little_text(name: str, tokens: int, needed: int, otherwise: str = SHORTER) -> DataError:

@@ -23,7 +23,7 @@ SMALL_CACHE = 1 << 30
 ENDED = 0.2
 """Share of finished sequences above which they leave the batch; each time, the rest of the cache is copied."""
 CACHE_FREE = 0.5
-"""Maximum size of a cache, as a share of what is free on an accelerator."""
+"""Maximum size of a cache, as a share of the free memory of an accelerator."""
 CACHE_STEP = 64
 """Number of tokens by which a cache grows at a time."""
 
@@ -213,7 +213,7 @@ class _GrowingLayer(DynamicLayer):
 
 
 def _batch_size(model: PreTrainedModel, length: int) -> int:
-    """Maximum number of sequences: the cache takes at most the weights or `SMALL_CACHE`, and half of what is free."""
+    """Maximum number of sequences: the cache takes at most the weights or `SMALL_CACHE`, and half the free memory."""
     shape = shape_of(model.config)
     groups = sum(layer.num_key_value_heads for layer in shape.dense.layers)
     cached = 2 * groups * shape.head_dim * length * model.dtype.itemsize  # keys and values of one sequence, in bytes

@@ -145,7 +145,7 @@ class Texts:
         return corpus
 
     def _identity(self, source: Any) -> list[Any] | None:
-        """All that decides what a source gives; None for objects, which may change, and are read anew each time."""
+        """Identity of the text of a source; None for objects, which may change, and are read anew each time."""
         tokens = tokenizer_hash(self._tokenizer)
         if _is_written(source):
             ends = sorted(end_tokens(self._model, self._tokenizer))

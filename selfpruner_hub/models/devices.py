@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 WITH_FLOAT64 = ("cpu", "cuda")
 """Types of devices that sum in float64; Apple's GPUs (mps) have no float64, and other devices are not known to."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Unable to allocate")
-"""What the messages of allocators say: of CUDA, ROCm, XPU and MPS, of PyTorch on a CPU, and of NumPy."""
+"""Parts of the messages of allocators: of CUDA, ROCm, XPU and MPS, of PyTorch on a CPU, and of NumPy."""
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:

@@ -127,7 +127,7 @@ class Budget:
         return not self._unit
 
     def removed_share(self, plan: Plan) -> float:
-        """Share that a plan removes of what the budget counts: weights, or their cost."""
+        """Share of the weights, or with a target of their cost, that a plan removes."""
         return self.costs.share(plan) if self.target else self.shape.beta(plan)
 
     def spread(self, values: Sequence[float]) -> Rates:
@@ -160,7 +160,7 @@ class Budget:
 
     @cached_property
     def _unit(self) -> float:
-        """Mean cost of `multiple_of` FFN channels: what an FFN's savings are counted in."""
+        """Mean cost of `multiple_of` FFN channels, the unit of an FFN's savings."""
         channels = sum(w.intermediate_size for w in self.shape.dense.layers)
         return self.multiple_of * float(sum(table[-1] for table in self.costs.ffn)) / channels
 

@@ -1,4 +1,4 @@
-"""What every width of every part costs: parameters, milliseconds or bytes."""
+"""Costs of every width of every part: parameters, milliseconds or bytes."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ if TYPE_CHECKING:  # NumPy takes a tenth of a second, and a mistake on the comma
     from selfpruner_hub.plans.costs import Costs
 
 QUANTITIES = {"speedup": "ms", "latency": "ms", "memory": "bytes", "kv_cache": "bytes"}
-"""What a target can name, with the unit of its costs."""
+"""Quantities that a target can limit, with the unit of their costs."""
 BYTE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 RUNTIME, REQUEST = "torch", (128, 32)
-"""Where a target is measured by default: the runtime, and the tokens of the prompt and of the answer of a request."""
+"""Default runtime of a target, and default request: tokens of the prompt and of the answer."""
 TARGET_REMEDY = "Give one of speedup=1.5, latency=MS, memory=200MB and kv_cache=0.5."
 
 

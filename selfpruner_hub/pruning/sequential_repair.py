@@ -137,7 +137,7 @@ class _Attention:
         self._read: list[Tensor] = []
 
     def fit(self, targets: Targets, ridges: Sequence[float], root: Tensor | None) -> None:
-        """Fit o_proj, and keep what it reads."""
+        """Fit o_proj, and keep its inputs."""
         fit = LinearFit(self.output, ridges, root)
         for number, (target, _) in enumerate(on(self.output.weight.device, targets)):
             seen = Seen(self.output, last=True)

@@ -55,7 +55,7 @@ class Recovered(NamedTuple):
 
     @property
     def line(self) -> str:
-        """What came of it, in one line."""
+        """Result of the recovery, in one line."""
         told = ", ".join(
             f"{text['before']:.3f} -> {text['after']:.3f} on {text['name']}" for text in self.record["deciding"]
         )
@@ -114,7 +114,7 @@ def recover(
 
 
 class _Texts(NamedTuple):
-    """What a recovery reads."""
+    """Texts of a recovery."""
 
     training: list[Text]
     """Texts to train on."""
@@ -234,7 +234,7 @@ class _Task:
         )
 
     def record(self, distiller: Distiller, stopped: str) -> dict[str, Any]:
-        """What the record says of the training."""
+        """Fields of the record about the training."""
         return {
             "method": "lora" if self.adapters else "full",
             "learning_rate": distiller.args.learning_rate,

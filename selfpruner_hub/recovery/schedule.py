@@ -1,4 +1,4 @@
-"""How much a recovery writes and reads in its time, and in which order."""
+"""Schedule of a recovery: how many windows it writes and reads in its time, and in which order."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ SCHEDULE = "recovery-schedule"
 
 
 class Timed(NamedTuple):
-    """What was timed, in seconds."""
+    """Measured times, in seconds."""
 
     writing: Mapping[str, float]
     """Writing a window of each kind that the parent writes."""
     step: float
     """The passes of a step."""
     spent: float
-    """All that is already spent."""
+    """Time that is already spent."""
 
 
 class Schedule(NamedTuple):
-    """What a recovery reads, and how long it trains."""
+    """Windows that a recovery reads, and length of its training."""
 
     steps: int
     """Number of steps."""

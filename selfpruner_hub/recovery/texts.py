@@ -23,7 +23,7 @@ from selfpruner_hub.storage.run import Run
 DECIDING_WINDOWS = 10
 """Windows of each kind of text that decide which state is kept."""
 DECIDING_SEED = 2**30
-"""Offset of the random seed of what the parent writes to decide by."""
+"""Offset of the random seed of the deciding text that the parent writes."""
 DECIDING_PART = 8
 """A text that is too short for all that is wanted of it gives one of so many windows to decide by."""
 LENGTHS = {"conversations": 110, "questions": 60}

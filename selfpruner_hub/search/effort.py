@@ -1,4 +1,4 @@
-"""How much work a run does: whether it searches, and how its minutes are shared between cut and recovery."""
+"""Effort of a run: whether it searches, and how its minutes are shared between cut and recovery."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ class _Target(TypedDict):
 
 
 class _Settings(TypedDict):
-    """What is read of the settings of a search."""
+    """Settings of a search that are read from its journal."""
 
     model: str
     beta: float

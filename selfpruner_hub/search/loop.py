@@ -48,7 +48,7 @@ LEAST_GAIN = 0.001
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched for: the plan on a budget with the lowest score."""
+    """Search problem: find the plan on a budget with the lowest score."""
 
     budget: Budget
     """Parameter budget that every plan is projected to."""

@@ -1,4 +1,4 @@
-"""Cost tables: what a runtime charged on a machine for models of several widths, kept in a file and reused."""
+"""Cost tables: measured costs of models of several widths in a runtime on a machine, kept in a file and reused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Point:
-    """What a model whose layers all have the same widths was charged."""
+    """Measured cost of a model whose layers all have the same widths."""
 
     num_hidden_layers: int
     num_key_value_heads: int
@@ -39,7 +39,7 @@ class Point:
     """Bytes of the files of weights."""
 
     def cost(self, target: Target) -> float:
-        """Return what a target counts: milliseconds of a request, or bytes."""
+        """Return the cost in the unit of a target: milliseconds of a request, or bytes."""
         return self.prefill + target.new_tokens * self.decode if target.unit == "ms" else float(self.size)
 
 
@@ -71,7 +71,7 @@ class CostTable:
         whole, dense, *narrower = self.points
 
         def slope(width: str, other: str) -> float:
-            """Cost of one unit of this width; that of fewer units of the other part is another question."""
+            """Cost of one unit of this width, with the other part as wide as in the dense model."""
             points = [dense, *(p for p in narrower if getattr(p, other) == getattr(dense, other))]
             widths = [getattr(p, width) for p in points]
             if len(set(widths)) < 2:

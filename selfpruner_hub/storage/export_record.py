@@ -80,7 +80,7 @@ def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
 
 
 class _Source(TypedDict):
-    """What is read of the source."""
+    """Fields of the source that are read from a record."""
 
     name: str
     model_type: str

@@ -81,13 +81,13 @@ class Record:
 
     @property
     def treatment(self) -> str:
-        """How the weights that are left were treated, as the end of a sentence."""
+        """Treatment of the remaining weights, as the end of a sentence."""
         training = self.method.get("training")
         return f"and was then trained ({training})" if training else "without retraining"
 
     @property
     def search_verdict(self) -> str:
-        """What the search found beyond its best seed plan, in a sentence; empty if not measured on unseen text."""
+        """Gain of the search over its best seed plan, in a sentence; empty if not measured on unseen text."""
         gains = self.proposer.get("gains", {})
         if not {"search_text", "unseen_text"} <= gains.keys():
             return ""
@@ -157,7 +157,7 @@ class _Schedule(TypedDict):
 
 
 class _Method(TypedDict):
-    """What is read of the settings."""
+    """Settings that are read from a record."""
 
     fitness: str
     importance: str
@@ -168,7 +168,7 @@ class _Method(TypedDict):
 
 
 class _Search(TypedDict):
-    """What is read of a proposer and its search."""
+    """Fields of a proposer and its search that are read from a record."""
 
     name: str
     evaluations: Amount
@@ -202,7 +202,7 @@ class _Deciding(TypedDict):
 
 
 class _Recovery(TypedDict):
-    """What is read of a recovery."""
+    """Fields of a recovery that are read from a record."""
 
     method: Literal["full", "lora"]
     tokens: Count

@@ -82,7 +82,7 @@ def percent(budget: Budget, rates: Rates) -> dict[str, list[int]]:
 
 
 def _goal(budget: Budget) -> str:
-    """Say what all rates together must meet: β, or the target and what each part is charged for."""
+    """Write the constraint on all rates together: β, or the target and the cost of each part."""
     if budget.target is None:
         return f"The mean over all weights must be {100 * budget.share:g} %."
     costs = budget.costs

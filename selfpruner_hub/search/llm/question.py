@@ -1,4 +1,4 @@
-"""One question to a language model: what is asked for, and which earlier solutions its prompt shows."""
+"""One question to a language model: its operation, its budget, and the earlier solutions that its prompt shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LISTED = 12
 
 @dataclass(frozen=True)
 class Question:
-    """What a prompt, the schema of its reply and the reading of that reply are made from."""
+    """Source of a prompt, of the schema of its reply, and of the reading of that reply."""
 
     operation: Operation
     """Kind of proposal."""
