@@ -180,10 +180,10 @@ def _target(budget: Budget, plan: Plan | None = None) -> dict[str, Any]:
     if budget.target is None:
         return {}
     target, costs = budget.target, budget.costs
-    known: dict[str, Any] = {**target.record(), "costs": costs.digest()}
+    fields: dict[str, Any] = {**target.record(), "costs": costs.digest()}
     if plan is not None:
-        known["predicted"] = round(target.figure(costs.of(plan), costs.dense), 6)
-    return {"target": known}
+        fields["predicted"] = round(target.figure(costs.of(plan), costs.dense), 6)
+    return {"target": fields}
 
 
 def _gains(measured: dict[str, tuple[float, float]]) -> dict[str, list[float]]:
@@ -223,6 +223,6 @@ def changed_in_place(record: Record) -> Record:
         "The weights were changed after pruning: the record drops the figures of the old ones. Say how they were "
         'changed: pruned.retrained(pruned.model, "LoRA of rank 16 on my-data").'
     )
-    known = record.method.get("training")
-    how = f"{known}, then changed again" if known else "how is not recorded"
+    training = record.method.get("training")
+    how = f"{training}, then changed again" if training else "how is not recorded"
     return replace(record, metrics={}, method={**record.method, "training": how})

@@ -157,15 +157,15 @@ class Retraining(Conversion):
             stages = (folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / "stages"
             run = Run(MEMORY, Checkpoints(stages / "recovery"), callback, seed)
             pair = Pair(self.model, dense, self.tokenizer)
-            found = recover(pair, budget, data, settings, run, stages / "recovery")
-        if found.model is None:
-            logger.warning("%s The model is left as it was.", found.line)
+            result = recover(pair, budget, data, settings, run, stages / "recovery")
+        if result.model is None:
+            logger.warning("%s The model is left as it was.", result.line)
             run.checkpoints.clear()
             return self
-        record = {**found.record, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
+        record = {**result.record, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
         how = f"distilled from its parent on {record['tokens']:,} tokens in {record['minutes']} minutes"
-        recovered = replace(trained(self.report, found.model, how), recovery=record)
-        return self._with(found.model, recovered, Checkpoints(stages))
+        recovered = replace(trained(self.report, result.model, how), recovery=record)
+        return self._with(result.model, recovered, Checkpoints(stages))
 
     def _check_dense(self, dense: PreTrainedModel) -> None:
         """Refuse what is not the dense parent."""

@@ -107,13 +107,13 @@ def within_minutes(
     """
     ladder = list(COSTS) if preset is None else [preset]
     name = f"minutes-{minutes:g}-{preset}"
-    if (known := checkpoints.load(name)) is None:
+    if (tensors := checkpoints.load(name)) is None:
         place, tokens = _choice(minutes, model, ladder)
-        known = {"place": torch.tensor(place), "tokens": torch.tensor(tokens)}
-        checkpoints.save(name, known)
-    chosen = ladder[int(known["place"])]
+        tensors = {"place": torch.tensor(place), "tokens": torch.tensor(tokens)}
+        checkpoints.save(name, tensors)
+    chosen = ladder[int(tensors["place"])]
     settings = resolved(chosen)
-    tokens = min(settings.calibration_tokens, int(known["tokens"]))
+    tokens = min(settings.calibration_tokens, int(tensors["tokens"]))
     few = max(TOKEN_STEP, tokens // 8)
     settings = replace(
         settings,
@@ -159,10 +159,10 @@ def minutes_left(
     if recover is not None or minutes is None:
         return recover or None
     name = "recovery-minutes"
-    if (known := checkpoints.load(name)) is None:
-        known = {"minutes": torch.tensor(minutes - (time.monotonic() - started) / 60)}
-        checkpoints.save(name, known)
-    left = float(known["minutes"])
+    if (tensors := checkpoints.load(name)) is None:
+        tensors = {"minutes": torch.tensor(minutes - (time.monotonic() - started) / 60)}
+        checkpoints.save(name, tensors)
+    left = float(tensors["minutes"])
     return left if left > 0 else None
 
 
