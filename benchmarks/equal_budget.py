@@ -27,7 +27,7 @@ from selfpruner_hub.cli.demo import NAME, load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import cross_entropy
 from selfpruner_hub.models.patching import with_layers
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.prepare import prepared
 from selfpruner_hub.pruning.slicing import Slicer
@@ -54,7 +54,7 @@ WINDOWS = 32
 
 
 def proposers(
-    pruner: AutoPruner, budget: ParameterBudget, endpoint: Sequence[str] | None, directory: Path
+    pruner: AutoPruner, budget: Budget, endpoint: Sequence[str] | None, directory: Path
 ) -> dict[str, Callable[[], Proposer]]:
     """Functions that make each proposer; `endpoint`: URL and model; `directory` is for prompts of their own."""
 
@@ -74,11 +74,11 @@ def proposers(
     return found
 
 
-def population(budget: ParameterBudget, seed: int) -> dict[str, Rates]:
+def population(budget: Budget, seed: int) -> dict[str, Rates]:
     """The starting population of a seed: uniform rates, and as many random ones as the paper has."""
     rng = np.random.default_rng(seed)
     drawn = {f"start-{number}": random_rates(budget, rng) for number in range(PAPER.schedule.population - 1)}
-    return {"uniform": budget.spread([budget.beta] * budget.shape.num_layers), **drawn}
+    return {"uniform": budget.spread([budget.share] * budget.shape.num_layers), **drawn}
 
 
 @torch.inference_mode()
@@ -127,7 +127,7 @@ def searched(
     )
     calibration, fitness_text = corpus.split(PAPER.calibration_tokens, PAPER.fitness_tokens)
     unseen = consecutive_windows(options.unseen_text, pruner.tokenizer, PAPER.window, WINDOWS).windows
-    budget = ParameterBudget(pruner.shape, options.beta, p_min=PAPER.p_min, p_max=PAPER.p_max, tied=True)
+    budget = Budget(pruner.shape, options.beta, p_min=PAPER.p_min, p_max=PAPER.p_max, tied=True)
     schedule = replace(SCHEDULE, evaluations=options.evaluations)
     with prepared(pruner.model, calibration.windows, PAPER) as ready:
         fitness = Fitness(ready.slicer, fitness_text.windows, PAPER.fitness)
@@ -136,7 +136,7 @@ def searched(
             directory, started = options.work / "-".join(map(str, key.values())), time.perf_counter()
             journal, problem = Journal(directory, key), Problem(budget, population(budget, seed), fitness)
             proposer = proposers(pruner, budget, options.endpoint, directory)[method]()
-            found = search(proposer, problem, journal, schedule, seed=seed, report=_tell)
+            found = search(proposer, problem, journal, schedule, seed=seed, on_score=_tell)
             scored = [line for line in journal.lines if isinstance(line, RoundLine)]
             yield {
                 **key,

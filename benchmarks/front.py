@@ -32,7 +32,7 @@ from selfpruner_hub.calibration.texts import Texts
 from selfpruner_hub.evaluation.tasks import evaluate_tasks
 from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.models.patching import with_layers
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.importance import LayerOrder, rank
@@ -68,7 +68,7 @@ class Peers:
     def __init__(self, pruner: AutoPruner, windows: Tensor, beta: float) -> None:
         self._pruner, self._model, self._windows, self._beta = pruner, pruner.model, windows, beta
         self._few = windows[:GRADIENT_WINDOWS]
-        budget = ParameterBudget(pruner.shape, beta)
+        budget = Budget(pruner.shape, beta)
         self._uniform = budget.project(seeds(budget)["uniform"])
         self.methods: dict[str, Callable[[], AbstractContextManager[nn.ModuleList]]] = {
             "Wanda-sp, uniform rates": lambda: self._by(rank(self._model, self._calibrated(), "wanda-sp")),

@@ -27,7 +27,7 @@ from exporters.to_tensorrt.library import find_library
 from selfpruner_hub.errors import MissingExtraError, SelfPrunerError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.seeds import seeds
 
@@ -50,7 +50,7 @@ class Kind(NamedTuple):
 
     def plan(self, sizes: dict[str, Any], beta: float) -> Plan:
         """Return the plan of this kind for a model of these sizes."""
-        budget = ParameterBudget(shape(sizes), beta, tied=self.tied, multiple_of=self.multiple_of)
+        budget = Budget(shape(sizes), beta, tied=self.tied, multiple_of=self.multiple_of)
         return budget.project(seeds(budget)[self.seed])
 
 

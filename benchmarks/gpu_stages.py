@@ -16,7 +16,7 @@ from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.errors import SelfPrunerError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.ordering import ordered
 from selfpruner_hub.pruning.prepare import Prepared, fisher_information
@@ -96,7 +96,7 @@ def _prune(model: PreTrainedModel, tokens: int, window: int, stage: Stage) -> No
     drawn = [torch.randint(model.config.vocab_size, (tokens // window, window), generator=generator) for _ in range(2)]
     texts = RunTexts(*(Corpus.of("random tokens", windows) for windows in drawn), unseen=None)
     calibration = texts.calibration.windows
-    budget = ParameterBudget(shape_of(model.config), BETA)
+    budget = Budget(shape_of(model.config), BETA)
     with stage("Fisher information"):
         fisher = fisher_information(model, calibration, settings, RUN)
     with stage("calibration"):

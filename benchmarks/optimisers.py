@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from cmaes import CMA
 
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.search.llm.prompts import solution
 from selfpruner_hub.search.proposers import Operation, Proposal, Proposer, Scored
 
@@ -47,7 +47,7 @@ class CmaEs:
 
     name = "cmaes"
 
-    def __init__(self, budget: ParameterBudget, children: int) -> None:
+    def __init__(self, budget: Budget, children: int) -> None:
         self._budget = budget
         self._children = children  # of a round; fewer are asked for in place of duplicates
         self._bounds = np.array([[budget.p_min, budget.p_max]] * budget.shape.num_layers)
@@ -85,9 +85,7 @@ class CmaEsWithModel(CmaEs):
         proposer: Function that makes a proposer of a language model that reads its templates there.
     """
 
-    def __init__(
-        self, budget: ParameterBudget, children: int, templates: Path, proposer: Callable[[Path], Proposer]
-    ) -> None:
+    def __init__(self, budget: Budget, children: int, templates: Path, proposer: Callable[[Path], Proposer]) -> None:
         super().__init__(budget, children)
         self._templates = templates
         self._model = proposer(templates)
@@ -105,7 +103,7 @@ class CmaEsWithModel(CmaEs):
         return written + super().ask(operation, history, count - own, rng)
 
 
-def told(budget: ParameterBudget, history: Sequence[Scored], optimiser: CMA) -> dict[str, object]:
+def told(budget: Budget, history: Sequence[Scored], optimiser: CMA) -> dict[str, object]:
     """What the prompt says of the optimiser and the trials; `history` is best first."""
     rates = np.array([s.rates.ffn for s in history])
     losses = np.log([s.fitness for s in history])

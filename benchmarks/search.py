@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.calibration.texts import RunTexts, Texts
 from selfpruner_hub.cli.demo import NAME, load_embedded
 from selfpruner_hub.evaluation.metrics import divergence, teach
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.prepare import fisher_information, prepared
@@ -82,7 +82,7 @@ def searched(
     pruner: AutoPruner, beta: float, methods: Sequence[str], texts: RunTexts, settings: PruneSettings, work: Path
 ) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
     """Yield the figures of a search, and its best plan repaired; the best of the starting plans comes first."""
-    budget, windows, run = ParameterBudget(pruner.shape, beta), texts.calibration.windows, Run(progress=_tell)
+    budget, windows, run = Budget(pruner.shape, beta), texts.calibration.windows, Run(progress=_tell)
     fisher = fisher_information(pruner.model, windows, settings, run)
     rows: list[tuple[dict[str, Any], Plan]] = []
     with prepared(pruner.model, windows, settings, fisher, run) as ready:

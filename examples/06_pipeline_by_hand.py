@@ -11,7 +11,7 @@ from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import load_model
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.ordering import ordered
@@ -27,7 +27,7 @@ calibration, fitness_text = (part.windows for part in text.split(tokens, tokens 
 fisher = output_fisher(model, calibration[:16])  # which errors of an output change the loss
 statistics = calibrate(model, calibration)  # second moments of the inputs of o_proj and down_proj
 order = rank(model, statistics, fisher=fisher)  # channels and KV groups, most important first
-budget = ParameterBudget(shape_of(model.config), beta=0.3)
+budget = Budget(shape_of(model.config), share=0.3)
 with ordered(model, order):
     slicer = Slicer(model, order, iter(statistics), fisher=fisher)  # the first repair
     score = Fitness(slicer, fitness_text)  # KL divergence from the dense model

@@ -1,9 +1,9 @@
-"""What a run aims at: a share of the weights, or a target in a runtime whose costs are measured."""
+"""The aim of a run: a share of the weights, or a target in a runtime whose costs are measured."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,26 +14,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.errors import SelfPrunerError, UserError, check_protocol
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.target import RUNTIME, Meter, Target, check_beta, needs_target, target_of
 from selfpruner_hub.plans.uniform import UniformBudget
+from selfpruner_hub.progress import Progress
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Metric, Record
 
-Report = Callable[..., None]
-"""Function that is called with (what, done, total)."""
-
 
 class Aim(Protocol):
-    """Where the budget of a run comes from, and what is measured of it in the end."""
+    """The source of a run's budget, and the measurement of the pruned model at its end."""
 
-    def budget(self, settings: PruneSettings, report: Report) -> ParameterBudget:
+    def budget(self, settings: PruneSettings, progress: Progress) -> Budget:
         """Make the budget under the bounds of these settings."""
         ...
 
-    def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
-        """Add to the record what the pruned model reaches."""
+    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, progress: Progress) -> Record:
+        """Add the measured costs of both models to the record."""
         ...
 
 
@@ -44,11 +42,11 @@ class ShareOfWeights:
     beta: float
     dense: PreTrainedModel
 
-    def budget(self, settings: PruneSettings, report: Report) -> ParameterBudget:
+    def budget(self, settings: PruneSettings, progress: Progress) -> Budget:
         """Make the budget of β."""
         return _kind(settings)(shape_of(self.dense.config), self.beta, **_bounds(settings))
 
-    def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
+    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, progress: Progress) -> Record:
         """Return the record as it is."""
         return record
 
@@ -62,21 +60,21 @@ class TargetInRuntime:
     dense: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
 
-    def budget(self, settings: PruneSettings, report: Report) -> ParameterBudget:
-        """Make the budget from what each width costs in the runtime."""
-        costs = self.meter.costs(self.dense, self.tokenizer, self.target, report)
+    def budget(self, settings: PruneSettings, progress: Progress) -> Budget:
+        """Make the budget from the cost of each width in the runtime."""
+        costs = self.meter.costs(self.dense, self.tokenizer, self.target, progress)
         return _kind(settings).for_target(shape_of(self.dense.config), costs, self.target, **_bounds(settings))
 
-    def measured(self, record: Record, budget: ParameterBudget, pruned: PreTrainedModel, report: Report) -> Record:
+    def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, progress: Progress) -> Record:
         """Measure both models in the runtime; a failure is recorded, since the pruned model itself is there."""
         try:
-            found = self.meter.measure(self.dense, pruned, self.tokenizer, self.target, report)
+            costs = self.meter.measure(self.dense, pruned, self.tokenizer, self.target, progress)
         except (SelfPrunerError, RuntimeError, MemoryError) as error:
-            told = error if isinstance(error, SelfPrunerError) else out_of_memory(error)
-            if told is None:
+            failure = error if isinstance(error, SelfPrunerError) else out_of_memory(error)
+            if failure is None:
                 raise
-            return reached(record, self.target, budget.costs, str(told))
-        return reached(record, self.target, budget.costs, found)
+            return reached(record, self.target, budget.costs, str(failure))
+        return reached(record, self.target, budget.costs, costs)
 
 
 def aim_of(
@@ -87,7 +85,7 @@ def aim_of(
     dense: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Aim:
-    """Check what is aimed at: exactly one of β and a target.
+    """Make the aim of a run from exactly one of β and a target.
 
     Args:
         beta: Mean share of the prunable weights to remove, or None.
@@ -115,7 +113,7 @@ def aim_of(
 
 
 def meter_of(runtime: str, python: str | Path | None = None) -> Meter:
-    """Make what measures costs in a runtime.
+    """Make the meter of a runtime.
 
     Args:
         runtime: Name of the runtime: `"torch"`, `"onnx"`, `"gguf"` or `"vllm"`.
@@ -133,39 +131,39 @@ def meter_of(runtime: str, python: str | Path | None = None) -> Meter:
 
 
 def reached(record: Record, target: Target, costs: Costs, measured: tuple[float, float] | str) -> Record:
-    """Add what was measured of a target to the record, beside what was predicted.
+    """Add the measured figure of a target to the record, beside the predicted one.
 
     Args:
         record: Record of the pruned model, from `describe`.
         target: Target of the run.
-        costs: What each width was expected to cost.
+        costs: Cost of each width, from which the budget was made.
         measured: Cost of the dense and of the pruned model, or the reason why they were not measured.
 
     Returns:
         The record: `method["target"]` has `predicted` and `measured` in the terms of the target, and the costs of both
         models are a metric.
     """
-    known = dict(record.method["target"])
+    figures = dict(record.method["target"])
     if isinstance(measured, str):
-        return replace(record, method={**record.method, "target": {**known, "measured": None, "why": measured}})
+        return replace(record, method={**record.method, "target": {**figures, "measured": None, "why": measured}})
     dense, pruned = measured
-    known["measured"] = round(target.figure(pruned, dense), 6)
+    figures["measured"] = round(target.figure(pruned, dense), 6)
     metric = Metric(
         value=round(pruned, 2),
         dense=round(dense, 2),
         protocol=f"{target.charged}; asked for {target.name}: predicted "
-        f"{target.said(known['predicted'])}, measured {target.said(known['measured'])}; predicted "
+        f"{target.said(figures['predicted'])}, measured {target.said(figures['measured'])}; predicted "
         f"{target.said_cost(costs.of(record.plan))}, and {target.said_cost(costs.dense)} dense",
         unit=target.unit,
         machine=platform.processor() or platform.machine(),
         date=datetime.now(UTC).date().isoformat(),
     )
     metrics = {**record.metrics, f"{target.quantity} in {target.runtime}": metric}
-    return replace(record, method={**record.method, "target": known}, metrics=metrics)
+    return replace(record, method={**record.method, "target": figures}, metrics=metrics)
 
 
-def _kind(settings: PruneSettings) -> type[ParameterBudget]:
-    return UniformBudget if settings.uniform else ParameterBudget
+def _kind(settings: PruneSettings) -> type[Budget]:
+    return UniformBudget if settings.uniform else Budget
 
 
 def _bounds(settings: PruneSettings) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-Progress = Callable[[str, int, int], None]
-"""Function that is called with (what, done, total) during long work."""
+Progress = Callable[[str, float, float], None]
+"""Callback of long work: it is called with (what, done, total)."""
 
 
 def silent(what: str, done: float, total: float) -> None:
@@ -61,7 +61,7 @@ class Bars:
         self.close()
 
 
-def noted(progress: Progress, what: str, done: int, total: int, note: str) -> None:
+def noted(progress: Progress, what: str, done: float, total: float, note: str) -> None:
     """Report progress with a note, which bars show; a function of a user is called with (what, done, total).
 
     Args:

@@ -16,11 +16,10 @@ from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.weights import count_parameters
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan, widths_of
-from selfpruner_hub.search.llm import prompts
-from selfpruner_hub.search.llm import reply_schema as replies
-from selfpruner_hub.search.outcome import Found
+from selfpruner_hub.search.llm import prompts, reply_schema
+from selfpruner_hub.search.outcome import SearchResult
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.settings import LanguageModelOptions, PruneSettings
 from selfpruner_hub.storage.model_record import Metric, Record
@@ -30,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run is asked to do."""
+    """Request of a run: model, budget, settings, seed, proposer and texts."""
 
     name: str
     """Name of the dense model."""
     identity: dict[str, Any]
     """Identity of the dense model, as `models.weights.identity_of` returns it."""
-    budget: ParameterBudget
+    budget: Budget
     """Parameter budget of the search."""
     settings: PruneSettings
     """Settings of the run."""
@@ -66,7 +65,7 @@ def fingerprint(request: RunRequest) -> dict[str, Any]:
         "model": request.name,
         **request.identity,
         "shape": request.budget.shape.record(),
-        "beta": request.budget.beta,
+        "beta": request.budget.share,
         "seed": request.seed,
         "proposer": request.proposer.name,
         **_target(request.budget),
@@ -83,13 +82,13 @@ def options_of(proposer: Proposer) -> LanguageModelOptions | None:
 
 
 def _prompts(options: LanguageModelOptions) -> list[str]:
-    return [prompts.template(operation, options.template_directory) for operation in replies.PARENTS]
+    return [prompts.template(operation, options.template_directory) for operation in reply_schema.PARENTS]
 
 
 def describe(
     pruned: PreTrainedModel,
     request: RunRequest,
-    found: Found,
+    result: SearchResult,
     logit_scale: float,
 ) -> Record:
     """Make the record of a pruned model.
@@ -97,14 +96,14 @@ def describe(
     Args:
         pruned: Pruned model.
         request: What the run was asked to do.
-        found: Result of the search, and its gains.
+        result: Result of the search, and its gains.
         logit_scale: Factor by which the logits of the pruned model are scaled.
 
     Returns:
         The record, with parameters counted from the tensors.
     """
     budget, settings, texts = request.budget, request.settings, request.texts
-    outcome, searched, options = found.outcome, texts.search, options_of(request.proposer)
+    outcome, searched, options = result.outcome, texts.search, options_of(request.proposer)
     plan = outcome.best.plan
     weighed = ", weighed for the second repair," if settings.weighs_excess else ""
     protocol = (
@@ -113,7 +112,7 @@ def describe(
     )
     return Record(
         base_model=request.name,
-        beta=round(budget.shape.beta(plan), 6) if budget.target else budget.beta,
+        beta=round(budget.shape.beta(plan), 6) if budget.target else budget.share,
         achieved_beta=round(budget.shape.beta(plan), 6),
         rates=tuple(round(rate, 6) for rate in budget.shape.rates(plan)),
         widths=widths_of(plan),
@@ -128,7 +127,7 @@ def describe(
             "best_from": outcome.best.origin,
             "replies": outcome.counts,
             "tokens": outcome.tokens,
-            "gains": _gains(found.gains),
+            "gains": _gains(result.gains),
         },
         data={
             "calibration": texts.calibration.record(),
@@ -155,12 +154,12 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{library: version(library) for library in libraries}}
 
 
-def check_parent(record: Record, found: Mapping[str, Any], name: str) -> None:
+def check_parent(record: Record, identity: Mapping[str, Any], name: str) -> None:
     """Refuse a model that is not the one that a pruned model was made from.
 
     Args:
         record: Record of the pruned model.
-        found: Identity of the model that is taken for its parent (`models.weights.identity_of`); weights of another
+        identity: Identity of the model that is taken for its parent (`models.weights.identity_of`); weights of another
             dtype than the parent's, or that could not be read, are not compared.
         name: Name of that model, for the message.
 
@@ -168,23 +167,23 @@ def check_parent(record: Record, found: Mapping[str, Any], name: str) -> None:
         UserError: It is another model.
     """
     parent = {"parameters": record.parameters["dense"], **record.parent}
-    unread = ("dtype", "weights") if found["dtype"] != parent.get("dtype") or not found["weights"] else ("dtype",)
-    if different := [key for key in parent if key not in unread and found[key] != parent[key]]:
+    unread = ("dtype", "weights") if identity["dtype"] != parent.get("dtype") or not identity["weights"] else ("dtype",)
+    if different := [key for key in parent if key not in unread and identity[key] != parent[key]]:
         raise UserError(
             f"{name!r} is not {record.base_model!r}, the parent of this model: other {' and '.join(different)}.",
             "Give the model that was pruned.",
         )
 
 
-def _target(budget: ParameterBudget, plan: Plan | None = None) -> dict[str, Any]:
+def _target(budget: Budget, plan: Plan | None = None) -> dict[str, Any]:
     """Return the target of a budget, with what is predicted of a plan, under the key of files; nothing for a β."""
     if budget.target is None:
         return {}
     target, costs = budget.target, budget.costs
-    known: dict[str, Any] = {**target.record(), "costs": costs.digest()}
+    fields: dict[str, Any] = {**target.record(), "costs": costs.digest()}
     if plan is not None:
-        known["predicted"] = round(target.figure(costs.of(plan), costs.dense), 6)
-    return {"target": known}
+        fields["predicted"] = round(target.figure(costs.of(plan), costs.dense), 6)
+    return {"target": fields}
 
 
 def _gains(measured: dict[str, tuple[float, float]]) -> dict[str, list[float]]:
@@ -224,6 +223,6 @@ def changed_in_place(record: Record) -> Record:
         "The weights were changed after pruning: the record drops the figures of the old ones. Say how they were "
         'changed: pruned.retrained(pruned.model, "LoRA of rank 16 on my-data").'
     )
-    known = record.method.get("training")
-    how = f"{known}, then changed again" if known else "how is not recorded"
+    training = record.method.get("training")
+    how = f"{training}, then changed again" if training else "how is not recorded"
     return replace(record, metrics={}, method={**record.method, "training": how})

@@ -136,13 +136,13 @@ class PrunedModel(Retraining):
         self._notice_training()
         with working_on(self.model, *([] if dense is None else [dense])):
             teacher = None if dense is None else teach(dense, corpus.windows, counted=corpus.counted)
-            found = text_figures(self.model, corpus, teacher)
+            metrics = text_figures(self.model, corpus, teacher)
             theirs = {} if dense is None else text_figures(dense, corpus)
         if dense is not None:
-            found = {k: replace(m, dense=theirs[k].value) if k in theirs else m for k, m in found.items()}
-        found = self.report.marked(found)
-        self.report = replace(self.report, metrics={**self.report.metrics, **found})
-        return found
+            metrics = {k: replace(m, dense=theirs[k].value) if k in theirs else m for k, m in metrics.items()}
+        metrics = self.report.marked(metrics)
+        self.report = replace(self.report, metrics={**self.report.metrics, **metrics})
+        return metrics
 
     def save_pretrained(
         self,

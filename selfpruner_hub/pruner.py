@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,10 +28,10 @@ from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.unsupported import check_generation, refuse_quantized
 from selfpruner_hub.models.weights import identity_of
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import Meter
-from selfpruner_hub.progress import Bars
+from selfpruner_hub.progress import Bars, Progress
 from selfpruner_hub.provenance import RunRequest, describe, fingerprint, library_versions
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruning.prepare import check_model, fisher_information, prepared
@@ -42,7 +42,7 @@ from selfpruner_hub.search.choose_proposer import choose_proposer
 from selfpruner_hub.search.effort import minutes_left, with_effort
 from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.outcome import Found
+from selfpruner_hub.search.outcome import SearchResult
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import check_executor
 from selfpruner_hub.settings import PruneSettings, check_minutes, check_seed, resolve
@@ -98,7 +98,7 @@ class AutoPruner:
         self.tokenizer = tokenizer
         self.licence = licence or {}
         self._store = store
-        self._known: dict[str, tuple[int, Corpus]] = {}
+        self._corpora: dict[str, tuple[int, Corpus]] = {}
 
     @property
     def model(self) -> PreTrainedModel:
@@ -184,7 +184,7 @@ class AutoPruner:
         seed: int = 0,
         run_dir: str | Path | None = None,
         executor: str | None = None,
-        progress: bool | Callable[..., None] = True,
+        progress: bool | Progress = True,
         **changes: Any,
     ) -> PrunedModel:
         """Find the rates of all layers under the mean rate β or a target, and prune the model by them.
@@ -267,25 +267,25 @@ class AutoPruner:
                 if settings.schedule.length:
                     raise UserError("uniform leaves one plan, and nothing to search.", "Leave out one of them.")
                 settings = replace(settings, seeds=("uniform",))
-            report = progress if callable(progress) else stack.enter_context(Bars(progress))
-            if isinstance(report, Bars):
-                self._say(report, lines)
-            budget = aim.budget(settings, report)
-            searches, own = settings.schedule.length > 0, (self.model, self.tokenizer)
-            proposer = choose_proposer(proposer, proposer_model, proposer_options, budget, searches, self.name, own)
-            run = Run(self._store, checkpoints, report, seed, executor)
+            callback = progress if callable(progress) else stack.enter_context(Bars(progress))
+            if isinstance(callback, Bars):
+                self._say(callback, lines)
+            budget = aim.budget(settings, callback)
+            searches, pair = settings.schedule.length > 0, (self.model, self.tokenizer)
+            proposer = choose_proposer(proposer, proposer_model, proposer_options, budget, searches, self.name, pair)
+            run = Run(self._store, checkpoints, callback, seed, executor)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             identity = identity_of(self.model)
-            texts = Texts(self.model, self.tokenizer, self._known, identity).read(data, settings, run)
+            texts = Texts(self.model, self.tokenizer, self._corpora, identity).read(data, settings, run)
             check_ids(self.model, max(int(text.windows.max()) for text in texts if text is not None))
             date = template_date(self.tokenizer)
             run_request = RunRequest(self.name, identity, budget, settings, seed, proposer, texts, self.licence, date)
             search_id = fingerprint(run_request)
             journal = Journal(folder, search_id, library_versions())
             run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))
-            model, found = self._cut(proposer, budget, texts, journal, settings, run)
-            scale = match_confidence(self.model, model, texts.search.windows, report) if settings.confidence else 1.0
-            record = aim.measured(describe(model, run_request, found, scale), budget, model, report)
+            model, result = self._cut(proposer, budget, texts, journal, settings, run)
+            scale = match_confidence(self.model, model, texts.search.windows, callback) if settings.confidence else 1.0
+            record = aim.measured(describe(model, run_request, result, scale), budget, model, callback)
             left = minutes_left(minutes, recover, started, run.checkpoints)
         pruned = PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)
         if left is None:
@@ -297,7 +297,7 @@ class AutoPruner:
             return pruned
 
     def _say(self, bars: Bars, lines: Sequence[str]) -> None:
-        """Say what is pruned where, and how a length was chosen."""
+        """Show the model, its device, and the reasons for the length of the run."""
         layers = ", one layer at a time" if streams(self.model) else ""
         for line in (f"{self.name} on {described(self.model)}{layers}", *lines):
             bars.say(line)
@@ -305,20 +305,20 @@ class AutoPruner:
     def _cut(
         self,
         proposer: Proposer,
-        budget: ParameterBudget,
+        budget: Budget,
         texts: RunTexts,
         journal: Journal,
         settings: PruneSettings,
         run: Run,
-    ) -> tuple[PreTrainedModel, Found]:
+    ) -> tuple[PreTrainedModel, SearchResult]:
         """Calibrate, find the plan, cut the model by it, and repair what is left."""
         calibration = texts.calibration.windows
         fisher = fisher_information(self.model, calibration, settings, run)
         with prepared(self.model, calibration, settings, fisher, run) as ready:
-            found = find_plan(proposer, budget, ready, texts, journal, settings, run)
-            model = slice_model(ready.slicer, found.outcome.best.plan, stock=settings.uniform)
+            result = find_plan(proposer, budget, ready, texts, journal, settings, run)
+            model = slice_model(ready.slicer, result.outcome.best.plan, stock=settings.uniform)
             del ready  # its Cholesky factors take more memory than the model
         if settings.repairs_twice:
             gate_up = settings.repair == "full"
             compensate(self.model, model, calibration, inputs=gate_up, fisher=fisher, run=run)
-        return model, found
+        return model, result

@@ -7,7 +7,6 @@ import copy
 import logging
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.unsupported import check_is_model
 from selfpruner_hub.models.weights import changed, identity_of, rebuild_buffers, sampled
-from selfpruner_hub.progress import Bars
+from selfpruner_hub.progress import Bars, Progress
 from selfpruner_hub.provenance import changed_in_place, check_parent, trained
-from selfpruner_hub.recovery.settings import Budget, resolve_recovery
+from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.settings import check_seed
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.model_record import Record
@@ -85,7 +84,7 @@ class Conversion:
 
 
 class Retraining(Conversion):
-    """What `PrunedModel` can do with weights that are trained after the cut."""
+    """Methods of `PrunedModel` for weights that are trained after the cut."""
 
     tokenizer: PreTrainedTokenizerBase | None
     report: Record
@@ -116,7 +115,7 @@ class Retraining(Conversion):
         data: Any = None,
         seed: int = 0,
         run_dir: str | Path | None = None,
-        progress: bool | Callable[..., None] = True,
+        progress: bool | Progress = True,
         **changes: Any,
     ) -> Self:
         """Distil the model from its dense parent, mostly on text that the parent writes; never worse than before.
@@ -146,27 +145,27 @@ class Retraining(Conversion):
         """
         from selfpruner_hub.recovery.recover import Pair, recover  # Trainer takes a second to import
 
-        started, settings, budget = time.monotonic(), resolve_recovery(**changes), Budget(minutes, tokens)
+        started, settings, budget = time.monotonic(), resolve_recovery(**changes), RecoveryBudget(minutes, tokens)
         check_seed(seed)
         folder = None if run_dir is None else output_path(run_dir)
         self._check_dense(dense)
         self._notice_training()
         with contextlib.ExitStack() as stack:
-            report = progress if callable(progress) else stack.enter_context(Bars(progress))
+            callback = progress if callable(progress) else stack.enter_context(Bars(progress))
             stack.enter_context(working_on(self.model, dense))
             stack.enter_context(run_lock(folder))
             stages = (folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / "stages"
-            run = Run(MEMORY, Checkpoints(stages / "recovery"), report, seed)
+            run = Run(MEMORY, Checkpoints(stages / "recovery"), callback, seed)
             pair = Pair(self.model, dense, self.tokenizer)
-            found = recover(pair, budget, data, settings, run, stages / "recovery")
-        if found.model is None:
-            logger.warning("%s The model is left as it was.", found.line)
+            result = recover(pair, budget, data, settings, run, stages / "recovery")
+        if result.model is None:
+            logger.warning("%s The model is left as it was.", result.line)
             run.checkpoints.clear()
             return self
-        record = {**found.record, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
+        record = {**result.record, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
         how = f"distilled from its parent on {record['tokens']:,} tokens in {record['minutes']} minutes"
-        recovered = replace(trained(self.report, found.model, how), recovery=record)
-        return self._with(found.model, recovered, Checkpoints(stages))
+        recovered = replace(trained(self.report, result.model, how), recovery=record)
+        return self._with(result.model, recovered, Checkpoints(stages))
 
     def _check_dense(self, dense: PreTrainedModel) -> None:
         """Refuse what is not the dense parent."""

@@ -25,14 +25,14 @@ from selfpruner_hub.cli import main
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
-from selfpruner_hub.models.layer_stream import BATCH_TOKENS
+from selfpruner_hub.models.layer_stream import LAYER_BATCH_TOKENS
 from selfpruner_hub.models.placement import stream_layers, streams
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.recovery.recover import Pair, recover
-from selfpruner_hub.recovery.settings import Budget, resolve_recovery
+from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
@@ -166,8 +166,10 @@ def test_the_memory_of_a_streamed_run(name, accelerator, tmp_path, monkeypatch):
     The widest matrices are those of the second repair's step of gate_proj and up_proj. The depth adds nothing: at the
     depth of the real models, the peak is below 1.3 times the weights and five times what one layer needs.
     """
-    for module in ("models.layer_stream", "models.forward", "evaluation.fitness"):  # batches are smaller too
-        monkeypatch.setattr(f"selfpruner_hub.{module}.BATCH_TOKENS", BATCH_TOKENS // SMALLER)
+    smaller = LAYER_BATCH_TOKENS // SMALLER
+    monkeypatch.setattr("selfpruner_hub.models.layer_stream.LAYER_BATCH_TOKENS", smaller)
+    for module in ("models.forward", "evaluation.fitness"):
+        monkeypatch.setattr(f"selfpruner_hub.{module}.BATCH_TOKENS", smaller)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SCALED[name])
     model.save_pretrained(tmp_path / "dense")
@@ -249,7 +251,9 @@ def test_recovery_on_an_accelerator_as_on_a_cpu(accelerator, tmp_path, monkeypat
         pair = Pair(tiny_pruned("llama").to(device), tiny_model("llama").to(device), tiny_tokenizer())
         run = Run(checkpoints=Checkpoints(tmp_path / device / "stages"))
         settings = resolve_recovery(window=32, batch_tokens=64, learning_rate=2e-3, warmup=2, checks=1)
-        found[device] = recover(pair, Budget(tokens=64 * 8), TEXT * 4, settings, run, tmp_path / device / "training")
+        found[device] = recover(
+            pair, RecoveryBudget(tokens=64 * 8), TEXT * 4, settings, run, tmp_path / device / "training"
+        )
     assert {parameter.device.type for parameter in found["gpu"].model.parameters()} == {"gpu"}
     before, after = ([[text[when] for text in each.record["deciding"]] for each in found.values()] for when in WHEN)
     assert before[1] == pytest.approx(before[0], rel=1e-3)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from selfpruner_hub.calibration.statistics import LayerStatistics, calibrate
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of, linear, shape_of
 from selfpruner_hub.models.patching import with_layers
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
@@ -35,7 +35,7 @@ WINDOWS = torch.randint(3, 128, (64, 32), generator=torch.Generator().manual_see
 
 def uneven_plan(model) -> Plan:
     """Every layer different: attention and FFN, one layer left whole."""
-    budget = ParameterBudget(shape_of(model.config), 0.3)
+    budget = Budget(shape_of(model.config), 0.3)
     return budget.project(Rates((0.0, 0.5, 0.25, 0.6), (0.0, 0.3, 0.5, 0.2)))
 
 
@@ -259,7 +259,7 @@ def test_files_counts_and_rates_agree_with_the_record(saved, name):
     sizes = [shape.layer_weights(w) for w in shape.dense.layers]
     mean = sum(r * n for r, n in zip(record["rates"], sizes, strict=True)) / sum(sizes)
     assert mean == pytest.approx(record["achieved_beta"], abs=1e-5)
-    assert mean == pytest.approx(0.3, abs=ParameterBudget(shape, 0.3).tolerance)
+    assert mean == pytest.approx(0.3, abs=Budget(shape, 0.3).tolerance)
 
 
 @pytest.mark.parametrize("name", DISTINCT)

@@ -10,7 +10,7 @@ import pytest
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.fitness import METRICS
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects
 from selfpruner_hub.plans.seeds import seeds
@@ -51,7 +51,7 @@ def test_the_record_is_json_with_every_setting(preset):
 def test_the_choices_are_those_of_the_modules_that_define_them():
     assert set(CHOICES["importance"]) == set(ORDERS)
     assert set(CHOICES["fitness"]) == set(METRICS)
-    budget = ParameterBudget(ModelShape(8, 4, 1, Plan.of([16], [2])), 0.3)
+    budget = Budget(ModelShape(8, 4, 1, Plan.of([16], [2])), 0.3)
     curves = [LossCurves(np.linspace(1, 0, 3), np.linspace(1, 0, 17))]
     effects = StepEffects(*[(math.inf,)] * 4)
     assert CHOICES["seeds"] == tuple(seeds(budget, curves, lambda _plan: 1.0, lambda _plan: effects))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.calibration.corpus import Corpus, load_corpus, sources_of
+from selfpruner_hub.calibration.corpus import Corpus, load_corpus
+from selfpruner_hub.calibration.text_sources import sources_of
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers
 from selfpruner_hub.models.forward import last_hidden_states
 

@@ -30,7 +30,7 @@ from selfpruner_hub.progress import Progress
 
 @dataclass(frozen=True)
 class Style:
-    """What kind of conversations a model writes."""
+    """Style of the conversations that a model writes."""
 
     systems: tuple[str | None, ...]
     """System prompts under which the user's turns are written, used in rotation; None uses the template's default."""
@@ -81,7 +81,7 @@ TOPICS = (
     *("kings and presidents", "explorers", "religions", "myths", "holidays", "books", "writers", "fairy tales"),
     *("poems", "paintings", "music", "instruments", "films", "dances", "sports", "games", "toys"),
 )
-"""What short questions are about: the breadth of a general encyclopedia."""
+"""Topics of short questions: the breadth of a general encyclopedia."""
 QUESTIONS = Style(
     systems=tuple(f"You answer short questions about {topic}." for topic in TOPICS),
     openings=(
@@ -96,7 +96,7 @@ QUESTIONS = Style(
     shuffled=True,
 )
 """Short questions about everything, with the likeliest answers."""
-ROUNDS = 8
+QUESTION_ATTEMPTS = 8
 """Maximum number of attempts to get enough user's turns."""
 SIMILAR = 0.5
 """Jaccard similarity of word trigrams at or above which two user's turns are near-duplicates."""
@@ -140,31 +140,31 @@ def write_conversations(
         random.Random(seed).shuffle(opened)
     ends = end_tokens(model, tokenizer)
     distinct = distinct or Distinct()
-    kept: list[list[dict[str, str]]] = []
-    for attempt in range(ROUNDS):
-        if len(kept) >= count:
+    turns: list[list[dict[str, str]]] = []
+    for attempt in range(QUESTION_ATTEMPTS):
+        if len(turns) >= count:
             break
-        wanted = [opened[i % len(opened)] for i in range(8 + int(1.3 * (count - len(kept))))]
-        stops = ends | {frame.after[0] for _, frame, _ in wanted}
+        batch = [opened[i % len(opened)] for i in range(8 + int(1.3 * (count - len(turns))))]
+        stops = ends | {frame.after[0] for _, frame, _ in batch}
         written = continuations(
             model,
-            [[*frame.before, *opening] for _, frame, opening in wanted],
+            [[*frame.before, *opening] for _, frame, opening in batch],
             style.user_tokens,
             ends=stops,
             temperature=style.user_temperature,
-            seed=ROUNDS * seed + attempt,
+            seed=QUESTION_ATTEMPTS * seed + attempt,
             progress=progress,
             what="writing questions",
         )
-        for (system, _, opening), ids in zip(wanted, written, strict=True):
+        for (system, _, opening), ids in zip(batch, written, strict=True):
             text = decoded(tokenizer, [*opening, *ids[:-1]])
             if ids[-1] in stops and text and distinct.add(text):
-                kept.append(
-                    [*([_said("system", system)] if system and style.keeps_system else []), _said("user", text)]
+                turns.append(
+                    [*([_message("system", system)] if system and style.keeps_system else []), _message("user", text)]
                 )
-    if not kept:
+    if not turns:
         raise DataError("The model wrote no user's turn that ends, or none that is new.", _OTHER_TEXT)
-    prompts = [prompt_ids(tokenizer, messages) for messages in kept[:count]]
+    prompts = [prompt_ids(tokenizer, messages) for messages in turns[:count]]
     answers = continuations(
         model,
         prompts,
@@ -192,11 +192,11 @@ def _answered(prompt: list[int], answer: list[int], closing: list[int]) -> Conve
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
     """Token ids that end a turn, from the model's configurations and its tokenizer."""
-    found: set[int] = set()
+    ends: set[int] = set()
     configs = (model.config, getattr(model, "generation_config", None), tokenizer)
     for ids in (getattr(config, "eos_token_id", None) for config in configs):
-        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
-    return found
+        ends.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    return ends
 
 
 class Distinct:
@@ -252,7 +252,7 @@ def packed(conversations: Iterable[Conversation], window: int, most: int | None 
     return torch.tensor(windows, dtype=torch.int64).view(-1, window)
 
 
-def _said(role: str, text: str) -> dict[str, str]:
+def _message(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 

@@ -22,10 +22,10 @@ from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, Entr
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 CONVERSATION_TOKENS = 100
 """Expected length of a conversation in tokens, used until the first conversations are written."""
-ATTEMPTS = 4
+CONVERSATION_ATTEMPTS = 4
 """Maximum number of attempts to fill the windows with conversations that the model writes."""
 SPARE_SEED = 2**31
 """Offset of the random seed for spare text that a model writes; the random seed of a run is smaller."""
@@ -122,34 +122,15 @@ class Corpus:
 
 
 SHORTER = "a faster preset, or fewer calibration_tokens and fitness_tokens"
-"""What a pruning run needs less text with."""
+"""Ways to make a pruning run need less text."""
 
 
-def too_little_text(name: str, found: int, needed: int, otherwise: str = SHORTER) -> DataError:
+def too_little_text(name: str, tokens: int, needed: int, otherwise: str = SHORTER) -> DataError:
     """The error for a text that does not fill the requested windows."""
     return DataError(
-        f"The text {name!r} has only {found} tokens in whole windows; {needed} are needed.",
+        f"The text {name!r} has only {tokens} tokens in whole windows; {needed} are needed.",
         f"Give a longer text, {otherwise}.",
     )
-
-
-def sources_of(data: Any) -> list[Any]:
-    """Split a text argument into its sources: a string is split at `+`, unless a file has that name.
-
-    Args:
-        data: Text argument of `AutoPruner.prune`.
-
-    Returns:
-        Sources for `load_corpus`, without repeats.
-    """
-    return list(dict.fromkeys(data.split("+"))) if isinstance(data, str) and not _exists(data) else [data]
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # the name is too long, for example the text itself
-        return False
 
 
 def load_corpus(
@@ -212,9 +193,9 @@ def _drawn(
 ) -> Tensor:
     """Draw `count` windows from the start of a text, and take up to `more` windows that follow it."""
     # Read up to four times as many windows as requested, so that the random seed has a choice.
-    windows, found = _windows(entries(source), tokenizer, window, 4 * count + more)
+    windows, length = _windows(entries(source), tokenizer, window, 4 * count + more)
     if len(windows) < max(1, least * count):
-        raise too_little_text(name_of(source), found, count * window)
+        raise too_little_text(name_of(source), length, count * window)
     first = min(4 * count, max(count, len(windows) - more), len(windows))
     chosen = torch.randperm(first, generator=torch.Generator().manual_seed(seed))[:count]
     return torch.cat([windows[chosen.sort().values], windows[first : first + more]])
@@ -235,10 +216,10 @@ def _written_conversations(
         raise DataError('data="chat" needs a tokenizer with a chat template.', 'Use data="self", or plain text.')
     windows = torch.empty(0, window, dtype=torch.int64)
     written: list[Conversation] = []
-    for attempt in range(ATTEMPTS):
+    for attempt in range(CONVERSATION_ATTEMPTS):
         length = windows.numel() / len(written) if len(windows) else min(CONVERSATION_TOKENS, window)
         some = 1 + round(1.1 * (count - len(windows)) * window / length)
-        seeded = ATTEMPTS * seed + attempt
+        seeded = CONVERSATION_ATTEMPTS * seed + attempt
         written += write_conversations(model, tokenizer, some, seeded, distinct=distinct, progress=progress)
         windows = packed(written, window)
         if len(windows) >= count:
@@ -254,7 +235,7 @@ def _windows(items: Iterable[Entry], tokenizer: PreTrainedTokenizerBase, window:
     if talks and not has_chat_template(tokenizer):
         raise DataError("Conversations need a tokenizer with a chat template.", "Give plain text instead.")
 
-    def same(kind: type[T]) -> Iterator[T]:
+    def same(kind: type[_T]) -> Iterator[_T]:
         for each in chain([first], rest):
             if not isinstance(each, kind):
                 raise DataError("Texts and conversations are mixed in one source.", "Give two files.")
@@ -304,9 +285,9 @@ def consecutive_windows(
         raise DataError(f"A measurement needs windows of at least 2 tokens, and at least one; got {window}, {count}.")
     start = start_ids(tokenizer)
     _check_room(window, start)
-    windows, found = _windows(entries(source, "test"), tokenizer, window, count or (1 << 40) // window)
+    windows, length = _windows(entries(source, "test"), tokenizer, window, count or (1 << 40) // window)
     if len(windows) < (count or 1):
-        raise too_little_text(source, found, (count or 1) * window, "or ask for fewer or shorter windows")
+        raise too_little_text(source, length, (count or 1) * window, "or ask for fewer or shorter windows")
     name = f"{source} test split" if source in HUB_SOURCES else Path(source).name
     begun = bool((windows[:, : len(start)] == torch.tensor(start)).all())  # a chat template may begin otherwise
     return Corpus.of(name, windows, len(start) if begun else 0)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.ridge import damped_factor
+from selfpruner_hub.calibration.sums import add_gram
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.forward import draw, head_gradient
 from selfpruner_hub.models.layer_stream import backward_by_layer
-from selfpruner_hub.models.patching import add_gram, frozen
+from selfpruner_hub.models.patching import frozen
 from selfpruner_hub.models.placement import placed
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
@@ -51,8 +52,8 @@ def output_fisher(
     architecture, layers = architecture_of(model.config), decoder_layers(model)
     paths = (architecture.attention_output, architecture.ffn_output)
     store, checkpoints = run.store, run.checkpoints
-    if known := _finished(len(layers), model.device, run):
-        return known
+    if finished := _finished(len(layers), model.device, run):
+        return finished
     generator = torch.Generator(model.device).manual_seed(run.seed)
 
     def drawn(logits: Tensor, _first: int) -> Tensor:
@@ -92,10 +93,10 @@ def _finished(layers: int, device: torch.device, run: Run) -> list[tuple[Tensor,
     """Load the matrices of a finished pass; None if the pass is not finished (it ends at the first layer)."""
     roots = []
     for index in range(layers):
-        found = run.checkpoints.load(f"fisher-{index}", device)
-        if found is None:
+        tensors = run.checkpoints.load(f"fisher-{index}", device)
+        if tensors is None:
             return None
-        roots.append((run.store(found["attention"]), run.store(found["ffn"])))
+        roots.append((run.store(tensors["attention"]), run.store(tensors["ffn"])))
     return roots
 
 

@@ -23,8 +23,8 @@ SMALL_CACHE = 1 << 30
 ENDED = 0.2
 """Share of finished sequences above which they leave the batch; each time, the rest of the cache is copied."""
 CACHE_FREE = 0.5
-"""Maximum size of a cache, as a share of what is free on an accelerator."""
-ROOM = 64
+"""Maximum size of a cache, as a share of the free memory of an accelerator."""
+CACHE_STEP = 64
 """Number of tokens by which a cache grows at a time."""
 
 
@@ -196,7 +196,7 @@ class _GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._buffers is None or self._buffers[0].shape[-2] < length:
-            self._buffers = tuple(x.new_empty(*x.shape[:-2], length + ROOM, x.shape[-1]) for x in new)
+            self._buffers = tuple(x.new_empty(*x.shape[:-2], length + CACHE_STEP, x.shape[-1]) for x in new)
             if before and self.keys is not None and self.values is not None:
                 for buffer, old in zip(self._buffers, (self.keys, self.values), strict=True):
                     buffer[..., :before, :] = old
@@ -213,7 +213,7 @@ class _GrowingLayer(DynamicLayer):
 
 
 def _batch_size(model: PreTrainedModel, length: int) -> int:
-    """Maximum number of sequences: the cache takes at most the weights or `SMALL_CACHE`, and half of what is free."""
+    """Maximum number of sequences: the cache takes at most the weights or `SMALL_CACHE`, and half the free memory."""
     shape = shape_of(model.config)
     groups = sum(layer.num_key_value_heads for layer in shape.dense.layers)
     cached = 2 * groups * shape.head_dim * length * model.dtype.itemsize  # keys and values of one sequence, in bytes

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from selfpruner_hub.errors import ModelError
-from selfpruner_hub.models.devices import summed
-from selfpruner_hub.models.patching import ieee_products
+from selfpruner_hub.models.devices import ieee_products, summed
 
 RIDGE = 0.01
 """Default λ, if there is no text to choose it on: the ridge is λ · mean(diag H) · I, with H = E[x xᵀ]."""

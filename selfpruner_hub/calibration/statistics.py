@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.ridge import RIDGE, choose_ridge, split_held_out
+from selfpruner_hub.calibration.sums import add_gram
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.layer_stream import Stream, check_finite
-from selfpruner_hub.models.patching import add_gram
 from selfpruner_hub.models.placement import placed
 from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
@@ -104,14 +104,14 @@ def calibrate(
     architecture = architecture_of(model.config)
     layers = decoder_layers(model)
     store, checkpoints = run.store, run.checkpoints
-    known: list[LayerStatistics] = []
-    while found := checkpoints.load(f"calibration-{len(known)}", model.device):
-        known.append(LayerStatistics.of(found, store))
-    stream = Stream(model, windows, store) if len(known) < len(layers) else None
+    statistics: list[LayerStatistics] = []
+    while tensors := checkpoints.load(f"calibration-{len(statistics)}", model.device):
+        statistics.append(LayerStatistics.of(tensors, store))
+    stream = Stream(model, windows, store) if len(statistics) < len(layers) else None
     for index, layer in enumerate(layers):
         if stream is None:
             break
-        if index < len(known):
+        if index < len(statistics):
             stream.advance(index, layer)
             continue
         with placed(layer, model.device):
@@ -119,10 +119,10 @@ def calibrate(
             sums = [_Sums(module) for module in modules]
             with _hooked(zip(modules, sums, strict=True)):
                 stream.advance(index, layer)
-            known.append(LayerStatistics(*(each.moments(store) for each in sums)))
-        checkpoints.save(f"calibration-{index}", known[-1].tensors())
+            statistics.append(LayerStatistics(*(each.moments(store) for each in sums)))
+        checkpoints.save(f"calibration-{index}", statistics[-1].tensors())
         run.progress("calibrating", index + 1, len(layers))
-    return known
+    return statistics
 
 
 class _Sums:

@@ -34,6 +34,25 @@ _JOINTS = tuple(re.compile(f"(?s).*(?:{joint})") for joint in (r"\S\n(?=\S)|\n(?
 last space between two words: pre-tokenizers of byte-level BPE always split there."""
 
 
+def sources_of(data: Any) -> list[Any]:
+    """Split a text argument into its sources: a string is split at `+`, unless a file has that name.
+
+    Args:
+        data: Text argument of `AutoPruner.prune`.
+
+    Returns:
+        Sources for `load_corpus`, without repeats.
+    """
+    return list(dict.fromkeys(data.split("+"))) if isinstance(data, str) and not _exists(data) else [data]
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # the name is too long, for example the text itself
+        return False
+
+
 def start_ids(tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """Token ids that the tokenizer puts before a text: BOS where it adds one, and none for most tokenizers.
 
@@ -53,10 +72,10 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
     if tokenizer is None:
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    known = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     for passing in ("truncation", "padding"):  # of its last call
-        known.pop(passing, None)
-    whole = (known, tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None), start_ids(tokenizer))
+        state.pop(passing, None)
+    whole = (state, tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None), start_ids(tokenizer))
     return sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -94,7 +113,7 @@ def pieces(text: TextIO) -> Iterator[str]:
     """
     rest = ""
     while len(piece := rest + text.read(PIECE - len(rest))) == PIECE:
-        cut = next((found.end() for joint in _JOINTS if (found := joint.match(piece))), PIECE)
+        cut = next((match.end() for joint in _JOINTS if (match := joint.match(piece))), PIECE)
         yield piece[:cut]
         rest = piece[cut:]
     if piece:
@@ -199,13 +218,13 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     content = message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     texts = [_text_of(part) for part in parts] if isinstance(parts, list) else []
-    known = [text for text in texts if text is not None]
-    if not texts or len(known) < len(texts) or message.get("tool_calls"):
+    strings = [text for text in texts if text is not None]
+    if not texts or len(strings) < len(texts) or message.get("tool_calls"):
         raise DataError(
             f"{where}: a message holds something else than text (None, a number, an image or a call of a tool).",
             'Leave such conversations out, or give each "content" as a text, or as parts of {"type": "text"}.',
         )
-    return {**message, "content": _without_surrogates("".join(known))}
+    return {**message, "content": _without_surrogates("".join(strings))}
 
 
 def _text_of(part: Any) -> str | None:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import has_chat_template
 from selfpruner_hub.calibration.conversations import end_tokens
-from selfpruner_hub.calibration.corpus import Corpus, load_corpus, sources_of
-from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, is_file, tokenizer_hash
+from selfpruner_hub.calibration.corpus import Corpus, load_corpus
+from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, is_file, sources_of, tokenizer_hash
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.settings import PruneSettings
@@ -43,7 +43,7 @@ class Texts:
     Args:
         model: The dense model, which writes `"self"` and `"chat"`.
         tokenizer: Its tokenizer; None allows only `"self"`.
-        known: Texts that were read before, by their identity; they are used again, and new ones are added.
+        cache: Texts that were read before, by their identity; they are used again, and new ones are added.
         identity: Identity of the model (`models.weights.identity_of`); None finds it out where a text depends on it.
     """
 
@@ -51,11 +51,11 @@ class Texts:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
-        known: dict[str, tuple[int, Corpus]] | None = None,
+        cache: dict[str, tuple[int, Corpus]] | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._known = {} if known is None else known
+        self._cache = {} if cache is None else cache
         self._identity_of_model = identity
 
     def read(self, data: Any, settings: PruneSettings, run: Run) -> RunTexts:
@@ -103,19 +103,19 @@ class Texts:
         """The windows of one source for each of the three texts."""
         window = min(settings.window, getattr(self._model.config, "max_position_embeddings", settings.window))
         tokens = settings.calibration_tokens, settings.fitness_tokens
-        wanted = [max(1, -(-int(share * n) // window)) * window for n in tokens]
+        sizes = [max(1, -(-int(share * n) // window)) * window for n in tokens]
         identity = self._identity(source)
-        key = json.dumps([identity, run.seed, window, *wanted])
+        key = json.dumps([identity, run.seed, window, *sizes])
         # Text that is read always includes spare text, so the calibration text is the same with and without a search.
         # Spare text that the model writes would take minutes, so it is generated only for a search.
-        spare = wanted[1] if settings.schedule.evaluations or not _is_written(source) else 0
-        enough, corpus = self._known.get(key, (-1, None))
+        spare = sizes[1] if settings.schedule.evaluations or not _is_written(source) else 0
+        enough, corpus = self._cache.get(key, (-1, None))
         if corpus is None or enough < spare:
-            corpus = self._load(source, key, sum(wanted), spare, window, run)
+            corpus = self._load(source, key, sum(sizes), spare, window, run)
         if identity is not None:
-            self._known[key] = max(enough, spare), corpus
-        found = min(1.0, corpus.tokens / sum(wanted))
-        calibration, search = (max(1, int(n * found) // window) for n in wanted)
+            self._cache[key] = max(enough, spare), corpus
+        part = min(1.0, corpus.tokens / sum(sizes))
+        calibration, search = (max(1, int(n * part) // window) for n in sizes)
         unseen = 0
         if settings.schedule.evaluations:
             left = len(corpus.windows) - calibration - search
@@ -128,8 +128,8 @@ class Texts:
         """Load a source; generated text comes from the checkpoint if there is one."""
         written = _is_written(source)
         name = f"text-{sha256(f'{key} {spare}'.encode()).hexdigest()[:16]}"
-        if written and (found := run.checkpoints.load(name)):
-            return Corpus.of(source, found["windows"])
+        if written and (tensors := run.checkpoints.load(name)):
+            return Corpus.of(source, tensors["windows"])
         corpus = load_corpus(
             source,
             self._tokenizer,
@@ -145,7 +145,7 @@ class Texts:
         return corpus
 
     def _identity(self, source: Any) -> list[Any] | None:
-        """All that decides what a source gives; None for objects, which may change, and are read anew each time."""
+        """Identity of the text of a source; None for objects, which may change, and are read anew each time."""
         tokens = tokenizer_hash(self._tokenizer)
         if _is_written(source):
             ends = sorted(end_tokens(self._model, self._tokenizer))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfpruner_hub.cli.options import number, quieten, settings_of, whole
-from selfpruner_hub.recovery.settings import Budget, resolve_recovery
+from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.settings import check_seed
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> str:
     settings = settings_of(options.set)
     # All that is wrong is said before torch and the models are loaded, which takes seconds.
     resolve_recovery(**settings)
-    Budget(options.minutes, options.tokens)
+    RecoveryBudget(options.minutes, options.tokens)
     check_seed(options.seed)
     output: Path = options.output or options.directory
     read_record(options.directory)

@@ -21,7 +21,7 @@ from selfpruner_hub.storage.model_record import Metric
 
 ANSWERED, KEPT = "plain questions answered", "plain questions kept"
 AGREEMENT, DIVERGENCE = "agreement (conversations)", "KL (conversations)"
-WINDOW = 2048
+DEFAULT_WINDOW = 2048
 """Tokens per window, where the model was made to read as many."""
 CHAT_FIGURES = (ANSWERED, KEPT, AGREEMENT, DIVERGENCE)
 """Names of the figures of a chat model, the easiest to understand first."""
@@ -33,7 +33,7 @@ def window_of(model: PreTrainedModel, window: int | None) -> int:
 
     Args:
         model: A causal language model.
-        window: Tokens that were asked for; None takes `WINDOW`, or as many as the model was made to read.
+        window: Tokens that were asked for; None takes `DEFAULT_WINDOW`, or as many as the model was made to read.
 
     Returns:
         Tokens per window.
@@ -41,9 +41,9 @@ def window_of(model: PreTrainedModel, window: int | None) -> int:
     Raises:
         UserError: The model was made to read fewer; a perplexity there would say nothing of it.
     """
-    context = getattr(model.config, "max_position_embeddings", None) or WINDOW
+    context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_WINDOW
     if window is None:
-        return min(WINDOW, context)
+        return min(DEFAULT_WINDOW, context)
     if window > context:
         raise UserError(
             f"A window has at most {context} tokens, as many as the model was made to read; got {window}.",

@@ -23,7 +23,7 @@ REPLY_TOKENS = 40
 
 
 @dataclass(frozen=True)
-class Question:
+class PlainQuestion:
     """A question in English that a child can answer."""
 
     half: str
@@ -38,7 +38,7 @@ class Question:
         return any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply, re.IGNORECASE) for answer in self.answers)
 
 
-def load_questions(half: str = "report") -> list[Question]:
+def load_questions(half: str = "report") -> list[PlainQuestion]:
     """Read the questions that come with the package, 200 in each half.
 
     Args:
@@ -54,7 +54,7 @@ def load_questions(half: str = "report") -> list[Question]:
         raise UserError(f"Unknown half {half!r} of the questions.", f"Choose one of: {', '.join(HALVES)}.")
     text = (resources.files(__package__) / "questions.jsonl").read_text(encoding="utf-8")
     all_of_them = [json.loads(line) for line in text.splitlines()]
-    return [Question(**{**q, "answers": tuple(q["answers"])}) for q in all_of_them if q["half"] == half]
+    return [PlainQuestion(**{**q, "answers": tuple(q["answers"])}) for q in all_of_them if q["half"] == half]
 
 
 def replies(
@@ -93,7 +93,7 @@ def replies(
 def rightly_answered(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
+    questions: Sequence[PlainQuestion],
     progress: Progress | None = None,
 ) -> list[bool]:
     """One flag per question: whether the model answers it rightly; arguments and errors are those of `replies`."""

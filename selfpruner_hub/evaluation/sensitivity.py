@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfpruner_hub.calibration.sums import add_product
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.devices import summed
 from selfpruner_hub.models.forward import Loss, head_gradient
 from selfpruner_hub.models.layer_stream import Seen, backward_by_layer, watching
-from selfpruner_hub.models.patching import add_product, frozen, with_layers
+from selfpruner_hub.models.patching import frozen, with_layers
 from selfpruner_hub.models.placement import placed
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects, step_channels

@@ -1,8 +1,10 @@
-"""Devices and dtypes: where and how a model is loaded, its memory, and what a device cannot do."""
+"""Devices and dtypes: where and how a model is loaded, memory, limits of a device, precision of products."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ logger = logging.getLogger(__name__)
 WITH_FLOAT64 = ("cpu", "cuda")
 """Types of devices that sum in float64; Apple's GPUs (mps) have no float64, and other devices are not known to."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Unable to allocate")
-"""What the messages of allocators say: of CUDA, ROCm, XPU and MPS, of PyTorch on a CPU, and of NumPy."""
+"""Parts of the messages of allocators: of CUDA, ROCm, XPU and MPS, of PyTorch on a CPU, and of NumPy."""
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
@@ -182,3 +184,27 @@ def fork_rng(device: torch.device) -> Any:
     accelerated = device.type != "cpu"
     kind = device.type if accelerated else "cuda"
     return torch.random.fork_rng(devices=[device.index or 0] if accelerated else [], device_type=kind)
+
+
+@contextmanager
+def ieee_products(cpu: str = "ieee") -> Iterator[None]:
+    """Keep the factors of float32 products, factorisations and solves from being rounded temporarily.
+
+    `torch.set_float32_matmul_precision("high")` and `"medium"`, or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the
+    environment, round them to TF32 or bfloat16 in the whole process: too coarse for least squares.
+
+    Args:
+        cpu: Precision of the factors on a CPU, `"ieee"` or `"bf16"`.
+
+    Yields:
+        Nothing.
+    """
+    settings: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [each.fp32_precision for each in settings]
+    try:
+        for each, precision in zip(settings, (cpu, "ieee"), strict=True):
+            each.fp32_precision = precision
+        yield
+    finally:
+        for each, precision in zip(settings, before, strict=True):
+            each.fp32_precision = precision

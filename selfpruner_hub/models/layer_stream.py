@@ -16,7 +16,7 @@ from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.models.patching import replaced
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
-BATCH_TOKENS = 4096
+LAYER_BATCH_TOKENS = 4096
 """Number of tokens in one forward pass of a layer."""
 
 Last = Callable[[int, Tensor], Tensor]
@@ -37,7 +37,7 @@ class Stream:
     """
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, store: TensorStore = MEMORY) -> None:
-        batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+        batches = windows.split(max(1, LAYER_BATCH_TOKENS // windows.shape[1]))
         self.hidden = [store(_embedded(model, batch)) for batch in batches]
         """Hidden states, one tensor `[B, W, H]` per batch."""
         self._device = model.device

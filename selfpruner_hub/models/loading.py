@@ -27,10 +27,10 @@ from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchit
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
 from selfpruner_hub.models.devices import choose_device, dtype_of, dtype_to_prune_in, out_of_memory
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
-from selfpruner_hub.models.patching import gguf_read_once
 from selfpruner_hub.models.placement import from_files
 from selfpruner_hub.models.unsupported import check_layers, refuse_quantized
 from selfpruner_hub.models.weights import is_tied, rebuild_buffers
+from selfpruner_hub.storage.gguf_files import gguf_read_once
 from selfpruner_hub.storage.layout import EXPORTS, PLOTS, weight_files
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 from selfpruner_hub.storage.tokenizer_files import load_tokenizer

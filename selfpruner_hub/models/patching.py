@@ -1,16 +1,13 @@
-"""Temporary changes of a model and of what loads it: mode, attention, layers, weights, precision, files read once."""
+"""Temporary changes of a model: mode, attention, layers, gradients, attributes."""
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import gguf
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,9 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.weights import rebuild_buffers
 
-NAME = "selfpruner_decoding"
-GRAM_BLOCKS = 4
-"""Number of blocks of columns of a symmetric product: with 4, it takes 10 of 16 products of blocks."""
+GROUPED_SDPA = "selfpruner_decoding"
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 """A lock of each model, held by the thread that works on it."""
 
@@ -112,36 +107,6 @@ def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 
 
 @contextmanager
-def gguf_read_once() -> Iterator[None]:
-    """Let transformers read a GGUF file once.
-
-    It reads the file, vocabulary and all, for each of configuration, weights and tokenizer, and makes the names of its
-    tensors anew for every module: of a small model, these and the slices of `_Reader` are most of the time to load it.
-
-    Yields:
-        Nothing.
-    """
-    with (
-        replaced(gguf, "GGUFReader", functools.cache(_Reader)),
-        replaced(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-    ):
-        yield
-
-
-class _Reader(gguf.GGUFReader):
-    """Slices the file into plain arrays: a slice of a memory map, one for each word of a vocabulary, takes longer."""
-
-    @property
-    def data(self) -> Any:
-        """The file."""
-        return self._data
-
-    @data.setter
-    def data(self, mapped: Any) -> None:
-        self._data = mapped.view(np.ndarray)
-
-
-@contextmanager
 def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Let a model use a registered attention function temporarily."""
     before = model.config._attn_implementation
@@ -155,7 +120,7 @@ def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
 def attending_by_group(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let a model that uses `sdpa` on a CPU use `grouped_sdpa` temporarily, for generation; others do not change."""
     fits = model.config._attn_implementation == "sdpa" and model.device.type == "cpu"
-    return attending_by(model, NAME) if fits else nullcontext()
+    return attending_by(model, GROUPED_SDPA) if fits else nullcontext()
 
 
 @contextmanager
@@ -183,59 +148,5 @@ def with_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[PreTr
         decoder.layers = dense
 
 
-@contextmanager
-def ieee_products(cpu: str = "ieee") -> Iterator[None]:
-    """Keep the factors of float32 products, factorisations and solves from being rounded temporarily.
-
-    `torch.set_float32_matmul_precision("high")` and `"medium"`, or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the
-    environment, round them to TF32 or bfloat16 in the whole process: too coarse for least squares.
-
-    Args:
-        cpu: Precision of the factors on a CPU, `"ieee"` or `"bf16"`.
-
-    Yields:
-        Nothing.
-    """
-    settings: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [each.fp32_precision for each in settings]
-    try:
-        for each, precision in zip(settings, (cpu, "ieee"), strict=True):
-            each.fp32_precision = precision
-        yield
-    finally:
-        for each, precision in zip(settings, before, strict=True):
-            each.fp32_precision = precision
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add leftᵀ right to a float32 total, in place.
-
-    The product of two bfloat16 numbers is exact in float32, so a CPU may multiply bfloat16 tensors in bfloat16 and sum
-    them in float32: nothing is rounded, and it is several times faster. Other tensors are multiplied in float32,
-    because a float32 factor would be rounded.
-
-    Args:
-        total: Sum, `[L, R]`, float32.
-        left: Left factors, `[N, L]`.
-        right: Right factors, `[N, R]`.
-    """
-    with ieee_products(cpu="bf16" if left.dtype == right.dtype == torch.bfloat16 else "ieee"):
-        total.addmm_(left.float().t(), right.float())
-
-
-def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add xᵀ x to a symmetric float32 total, in place, as `add_product` does; the lower half is mirrored, not computed.
-
-    Args:
-        total: Sum, `[D, D]`, float32, symmetric.
-        x: Factors, `[N, D]`.
-    """
-    width = -(-x.shape[1] // GRAM_BLOCKS)
-    for first in range(0, x.shape[1], width):
-        rows = slice(first, first + width)
-        add_product(total[rows, first:], x[:, rows], x[:, first:])
-        total[first + width :, rows] = total[rows, first + width :].t()
-
-
-AttentionInterface.register(NAME, grouped_sdpa)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
+AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)

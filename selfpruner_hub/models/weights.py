@@ -1,4 +1,4 @@
-"""What tells a model from others: number, hash and ties of its weights, and hash of its configuration."""
+"""Identity of a model: number, hash and ties of its weights, and hash of its configuration."""
 
 from __future__ import annotations
 

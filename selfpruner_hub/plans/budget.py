@@ -1,4 +1,4 @@
-"""Turn rates into plans; every plan from this module removes the fraction β of the weights, or of their cost."""
+"""Turn rates into plans; every plan from this module removes one share of the weights, β, or of their cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from selfpruner_hub.plans.rounding import clipped, freed, largest_remainder, shi
 from selfpruner_hub.plans.target import Target, check_beta
 
 TOLERANCE = 1e-3
-"""Maximum difference between the requested and the achieved β, if the granularity of the model allows it."""
+"""Maximum difference between the requested and the achieved share, if the granularity of the model allows it."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class ParameterBudget:
-    """The constraint of the search: mean rate β, bounds on each rate, granularity of the widths.
+class Budget:
+    """The constraint of the search: share to remove, bounds on each rate, granularity of the widths.
 
     Args:
         shape: Geometry of the dense model.
-        beta: Fraction of all prunable weights to remove, 0 < β < 1; of their cost, with a target.
+        share: Share of the prunable weights to remove, β, 0 < β < 1; with a target, share of their cost.
         p_min: Minimum rate of any layer, in [0, β].
         p_max: Maximum rate of any layer's attention or FFN (of the whole layer if they are tied), in [β, 1). Every
             layer keeps at least one KV group.
@@ -54,14 +54,14 @@ class ParameterBudget:
             parallelism; it must divide the dense number of every layer.
         costs: Cost of every width of every part, in whose unit the budget is kept; None counts weights. Parts that
             cost nothing stay whole.
-        target: Target in a runtime that β was computed from (`for_target`); None for a β of weights.
+        target: Target in a runtime that the share was computed from (`for_target`); None for a share of weights.
 
     Raises:
         BudgetError: A value is out of its range, or β or the target cannot be reached within the bounds.
     """
 
     shape: ModelShape
-    beta: float
+    share: float
     p_min: float = 0.0
     p_max: float = 0.9
     tied: bool = False
@@ -75,7 +75,7 @@ class ParameterBudget:
         if self.costs is None:
             object.__setattr__(self, "costs", Costs.of_parameters(self.shape))
         if self.target is None:
-            check_beta(self.beta)
+            check_beta(self.share)
         elif self.tied:
             raise BudgetError(
                 "A target needs a rate for attention and one for the FFN, and tied=true gives both the same.",
@@ -90,21 +90,21 @@ class ParameterBudget:
         if most < low or least > high:
             least_kept = "all" if self.shape.whole_attention else f"at least {self.kv_multiple}"
             raise BudgetError(
-                f"{self._said} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and "
+                f"{self._goal} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and "
                 f"{least_kept} of its KV heads in each layer, this model can "
                 f"{'reach' if self.target else 'lose'} between {self._figure(least)} and {self._figure(most)}.",
                 f"Change {'the target' if self.target else 'beta'} or the bounds.",
             )
-        nearest = self.removed_share(self.project(self.spread([self.beta] * self.shape.num_layers)))
+        nearest = self.removed_share(self.project(self.spread([self.share] * self.shape.num_layers)))
         if nearest < low or (nearest > high and self.target is None):
             raise BudgetError(
-                f"{self._said} cannot be reached: it lies between two KV groups, where the FFN cannot reach; "
+                f"{self._goal} cannot be reached: it lies between two KV groups, where the FFN cannot reach; "
                 f"the nearest is {self._figure(nearest)}.",
                 f"Change {'the target' if self.target else 'beta'} or the bounds.",
             )
 
     @classmethod
-    def for_target(cls, shape: ModelShape, costs: Costs, target: Target, **bounds: float) -> ParameterBudget:
+    def for_target(cls, shape: ModelShape, costs: Costs, target: Target, **bounds: float) -> Budget:
         """Make the budget of a target.
 
         Args:
@@ -114,7 +114,7 @@ class ParameterBudget:
             **bounds: Other fields of the budget.
 
         Returns:
-            The budget, whose β is a share of the cost.
+            The budget, with the share of the cost that the target asks to remove.
 
         Raises:
             BudgetError: The target cannot be reached; the message says what can.
@@ -127,7 +127,7 @@ class ParameterBudget:
         return not self._unit
 
     def removed_share(self, plan: Plan) -> float:
-        """Share that a plan removes of what the budget counts: weights, or their cost."""
+        """Share of the weights, or with a target of their cost, that a plan removes."""
         return self.costs.share(plan) if self.target else self.shape.beta(plan)
 
     def spread(self, values: Sequence[float]) -> Rates:
@@ -138,15 +138,15 @@ class ParameterBudget:
         return Rates(tuple(values), nothing) if self.whole_ffn else Rates(nothing, tuple(values))
 
     @property
-    def _said(self) -> str:
-        return f"{self.target.name} in {self.target.runtime}" if self.target else f"beta={self.beta:g}"
+    def _goal(self) -> str:
+        return f"{self.target.name} in {self.target.runtime}" if self.target else f"beta={self.share:g}"
 
     def _figure(self, share: float) -> str:
         return self.target.said_share(share, self.costs) if self.target else f"{share:.3f}"
 
     @cached_property
     def tolerance(self) -> float:
-        """Maximum accepted difference from β: 0.001, or half the largest step of the FFNs (of KV groups without)."""
+        """Accepted difference from the share: 0.001, or half the largest step of the FFNs (of KV groups without)."""
         tables = self.costs.attention if self.whole_ffn else self.costs.ffn
         stride = self.kv_multiple if self.whole_ffn else self.multiple_of
         step = max(float(-np.diff(table[::-stride]).min()) for table in tables)
@@ -156,11 +156,11 @@ class ParameterBudget:
     def _accepted(self) -> tuple[float, float]:
         """Least and greatest share that is asked for; of a target, more is accepted where no plan is that near."""
         slack = 1e-9 if self.target else self.tolerance + 1e-9
-        return self.beta - slack, self.beta + slack
+        return self.share - slack, self.share + slack
 
     @cached_property
     def _unit(self) -> float:
-        """Mean cost of `multiple_of` FFN channels: what an FFN's savings are counted in."""
+        """Mean cost of `multiple_of` FFN channels, the unit of an FFN's savings."""
         channels = sum(w.intermediate_size for w in self.shape.dense.layers)
         return self.multiple_of * float(sum(table[-1] for table in self.costs.ffn)) / channels
 
@@ -193,8 +193,8 @@ class ParameterBudget:
 
     def distance(self, rates: Rates, plan: Plan) -> float:
         """Distance between a proposal and its projection: the mean absolute difference over all rates."""
-        own = self.rates(plan)
-        moved = [abs(a - b) for a, b in zip(rates.attention + rates.ffn, own.attention + own.ffn, strict=True)]
+        actual = self.rates(plan)
+        moved = [abs(a - b) for a, b in zip(rates.attention + rates.ffn, actual.attention + actual.ffn, strict=True)]
         return sum(moved) / len(moved)
 
     def project(self, rates: Rates, parent: Rates | None = None) -> Plan:
@@ -202,7 +202,7 @@ class ParameterBudget:
 
         The proposed numbers of KV groups are rounded first: one group is a large share of a layer. Then one constant
         shifts the FFN rates of all layers within their bounds until the total is met (Euclidean projection onto the
-        budget), and they are rounded by largest remainder. Groups change further only if the FFN cannot meet β.
+        budget), and they are rounded by largest remainder. Groups change further only if the FFN cannot meet the share.
 
         Args:
             rates: `L` attention rates and `L` FFN rates; any finite numbers.
@@ -211,7 +211,7 @@ class ParameterBudget:
                 are the same. None shifts all layers.
 
         Returns:
-            A plan whose β is within `tolerance` of the requested β; with a target, one that reaches it.
+            A plan that removes the share within `tolerance`; with a target, a plan that reaches it.
 
         Raises:
             BudgetError: The number of rates is not `L`, or a rate is not finite.
@@ -223,10 +223,10 @@ class ParameterBudget:
         if self.tied:
             rates = self._project_tied(rates.ffn, free)
         groups = self._round_groups(rates.attention)
-        for_ffn = (self.beta * self.costs.prunable - self._saved_by_groups(groups)) / (self._unit or 1.0)
+        for_ffn = (self.share * self.costs.prunable - self._saved_by_groups(groups)) / (self._unit or 1.0)
         bounds = self._ffn_bounds(groups)
-        wanted = [rate * w.intermediate_size / self.multiple_of for rate, w in zip(rates.ffn, dense, strict=True)]
-        shifted = shift_to_sum(wanted, freed(bounds, wanted, free), for_ffn, self._saved)
+        proposed = [rate * w.intermediate_size / self.multiple_of for rate, w in zip(rates.ffn, dense, strict=True)]
+        shifted = shift_to_sum(proposed, freed(bounds, proposed, free), for_ffn, self._saved)
         units = largest_remainder(shifted, bounds, for_ffn, self._saved, reached=self.target is not None)
         return Plan.of(
             [w.intermediate_size - u * self.multiple_of for w, u in zip(dense, units, strict=True)],
@@ -295,8 +295,8 @@ class ParameterBudget:
         dense = self.shape.dense.layers
         weights = [self.shape.layer_weights(w) for w in dense]
         bounds = [(self.p_min * n, self.p_max * n) for n in weights]
-        wanted = [r * n for r, n in zip(rates, weights, strict=True)]
-        shifted = shift_to_sum(wanted, freed(bounds, wanted, free), self.beta * sum(weights))
+        proposed = [r * n for r, n in zip(rates, weights, strict=True)]
+        shifted = shift_to_sum(proposed, freed(bounds, proposed, free), self.share * sum(weights))
         attention = [removed / n for removed, n in zip(shifted, weights, strict=True)]
         groups = self._round_groups(attention)
         ffn = [
@@ -309,15 +309,15 @@ class ParameterBudget:
         """Number of groups to remove per layer, corrected if the FFN alone cannot meet β."""
         dense = self.shape.dense.layers
         limits = [self._group_limit(w.num_key_value_heads) for w in dense]
-        wanted = [r * w.num_key_value_heads for r, w in zip(rates, dense, strict=True)]
+        heads = [r * w.num_key_value_heads for r, w in zip(rates, dense, strict=True)]
         step = self.kv_multiple
-        groups = [min(max(step * math.floor(x / step + 0.5), 0), most) for x, most in zip(wanted, limits, strict=True)]
+        groups = [min(max(step * math.floor(x / step + 0.5), 0), most) for x, most in zip(heads, limits, strict=True)]
         low, high = (share * self.costs.prunable for share in self._accepted)
         while self._removed(groups)[1] < low:
-            layer = max((i for i, g in enumerate(groups) if g < limits[i]), key=lambda i: wanted[i] - groups[i])
+            layer = max((i for i, g in enumerate(groups) if g < limits[i]), key=lambda i: heads[i] - groups[i])
             groups[layer] += step
         while self._removed(groups)[0] > high:
-            layer = min((i for i, g in enumerate(groups) if g > 0), key=lambda i: wanted[i] - groups[i])
+            layer = min((i for i, g in enumerate(groups) if g > 0), key=lambda i: heads[i] - groups[i])
             if self.target and self._removed([g - step * (i == layer) for i, g in enumerate(groups)])[1] < low:
                 break
             groups[layer] -= step

@@ -1,4 +1,4 @@
-"""What every width of every part costs: parameters, milliseconds or bytes."""
+"""Costs of every width of every part: parameters, milliseconds or bytes."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ class Costs:
 
     def digest(self) -> str:
         """Hash of all tables, to tell these costs from others."""
-        found = hashlib.sha256(f"{self.constant!r} {self.unit}".encode())
+        digest = hashlib.sha256(f"{self.constant!r} {self.unit}".encode())
         for table in (*self.attention, *self.ffn):
-            found.update(table.tobytes())
-        return found.hexdigest()
+            digest.update(table.tobytes())
+        return digest.hexdigest()
 
 
 def _by_layer(widths: Sequence[int], cost: float) -> tuple[Table, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.predicted_loss import STEP, StepEffects, step_channels
 
@@ -59,7 +59,7 @@ def paying_moves(effects: StepEffects, costs: Costs) -> dict[str, list[int]]:
 
 
 def moved(
-    rates: Rates, moves: Mapping[str, Sequence[int]], budget: ParameterBudget, share: float = 1.0, reach: float = 1.0
+    rates: Rates, moves: Mapping[str, Sequence[int]], budget: Budget, share: float = 1.0, reach: float = 1.0
 ) -> Rates:
     """Make the first of some moves.
 

@@ -1,4 +1,4 @@
-"""Numbers moved and rounded so that they save a total: what the projection onto a budget is made of."""
+"""Move and round numbers so that they save a total: the steps of the projection onto a budget."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.moves import moved, paying_moves
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects
@@ -21,7 +21,7 @@ SHARES = (0.25, 0.5, 1.0)
 
 
 def seeds(
-    budget: ParameterBudget,
+    budget: Budget,
     curves: Sequence[LossCurves] | None = None,
     loss: Callable[[Plan], float] | None = None,
     effects: Callable[[Plan], StepEffects] | None = None,
@@ -29,7 +29,7 @@ def seeds(
     """Compute the seed plans, simplest first.
 
     Args:
-        budget: ParameterBudget of the search.
+        budget: Budget of the search.
         curves: Predicted losses of the layers alone, for the seeds `sensitivity` and `blend`; None leaves these out.
         loss: Function that measures the loss of a plan above the dense model's, in nats per token, to scale the curves;
             None leaves the curves unscaled.
@@ -41,20 +41,18 @@ def seeds(
     """
     layers = budget.shape.num_layers
     depth = np.linspace(-1, 1, layers) if layers > 1 else np.zeros(1)
-    flat = np.full(layers, budget.beta)
-    found = {"uniform": budget.spread(flat.tolist()), "ramp": budget.spread((flat * (1 + RAMP * depth)).tolist())}
+    flat = np.full(layers, budget.share)
+    rates = {"uniform": budget.spread(flat.tolist()), "ramp": budget.spread((flat * (1 + RAMP * depth)).tolist())}
     if curves is not None:
         best = knapsack(budget, curves if loss is None else _as_measured(budget, curves, loss))
-        found["sensitivity"] = best
-        found["blend"] = _blend(best, budget.rates(budget.project(found["uniform"])))
+        rates["sensitivity"] = best
+        rates["blend"] = _blend(best, budget.rates(budget.project(rates["uniform"])))
         if loss is not None and effects is not None:
-            found["refined"] = refined(budget, budget.project(best), loss, effects)
-    return found
+            rates["refined"] = refined(budget, budget.project(best), loss, effects)
+    return rates
 
 
-def _as_measured(
-    budget: ParameterBudget, curves: Sequence[LossCurves], loss: Callable[[Plan], float]
-) -> list[LossCurves]:
+def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[Plan], float]) -> list[LossCurves]:
     """Scale the curves of attention and those of the FFN to the measured loss of cutting only that part in all layers.
 
     The curves predict each layer alone, and the loss of all layers together can differ from their sum.
@@ -62,13 +60,13 @@ def _as_measured(
     dense, plan = budget.shape.dense.layers, budget.project(knapsack(budget, curves))
 
     def factor(part: str, width: str) -> float:
-        kept = [getattr(w, width) for w in plan.layers]
-        predicted = sum(float(getattr(c, part)[k]) for c, k in zip(curves, kept, strict=True))
+        widths = [getattr(w, width) for w in plan.layers]
+        predicted = sum(float(getattr(c, part)[k]) for c, k in zip(curves, widths, strict=True))
         if predicted <= 0:  # nothing of this part is cut
             return 1.0
-        alone = Plan(tuple(replace(full, **{width: k}) for full, k in zip(dense, kept, strict=True)))
-        found = loss(alone) / predicted
-        return found if 0 < found < math.inf else 1.0
+        alone = Plan(tuple(replace(full, **{width: k}) for full, k in zip(dense, widths, strict=True)))
+        ratio = loss(alone) / predicted
+        return ratio if 0 < ratio < math.inf else 1.0
 
     attention, ffn = factor("attention", "num_key_value_heads"), factor("ffn", "intermediate_size")
     return [LossCurves(attention * c.attention, ffn * c.ffn) for c in curves]
@@ -79,9 +77,7 @@ def _blend(a: Rates, b: Rates) -> Rates:
     return Rates(a.attention, tuple((x + y) / 2 for x, y in zip(a.ffn, b.ffn, strict=True)))
 
 
-def refined(
-    budget: ParameterBudget, plan: Plan, loss: Callable[[Plan], float], effects: Callable[[Plan], StepEffects]
-) -> Rates:
+def refined(budget: Budget, plan: Plan, loss: Callable[[Plan], float], effects: Callable[[Plan], StepEffects]) -> Rates:
     """Solve a knapsack over the measured effects of small changes of a plan, and make the best share of its moves.
 
     The effects know how the layers interact, which their predicted losses do not.
@@ -100,13 +96,13 @@ def refined(
     return budget.rates(min((plan, *dict.fromkeys(tried)), key=loss))
 
 
-def knapsack(budget: ParameterBudget, curves: Sequence[LossCurves]) -> Rates:
+def knapsack(budget: Budget, curves: Sequence[LossCurves]) -> Rates:
     """Find the rates of least total predicted loss: each part minimises loss + μ · cost, with μ by bisection.
 
     The layers' losses are assumed to add up; the search finds how they interact.
     """
     shape, costs = budget.shape, budget.costs
-    target = (1 - budget.beta) * costs.prunable
+    target = (1 - budget.share) * costs.prunable
     losses = [c.attention for c in curves] + [c.ffn for c in curves]
     tables = (*costs.attention, *costs.ffn)
     floors = [1 + int((1 - budget.p_max) * (len(loss) - 1) - 1e-9) for loss in losses]
@@ -115,7 +111,7 @@ def knapsack(budget: ParameterBudget, curves: Sequence[LossCurves]) -> Rates:
     if budget.whole_ffn:
         floors[len(curves) :] = [len(c.ffn) - 1 for c in curves]
 
-    def kept(price: float) -> list[int]:
+    def widths_at(price: float) -> list[int]:
         return [
             floor + int(np.argmin(loss[floor:] + price * table[floor:]))
             for loss, table, floor in zip(losses, tables, floors, strict=True)
@@ -125,9 +121,9 @@ def knapsack(budget: ParameterBudget, curves: Sequence[LossCurves]) -> Rates:
     low, high = 0.0, max(float(loss.max() / unit) for loss, unit in zip(losses, units, strict=True) if unit) + 1e-12
     for _ in range(100):
         middle = (low + high) / 2
-        cost = sum(float(table[k]) for k, table in zip(kept(middle), tables, strict=True))
+        cost = sum(float(table[k]) for k, table in zip(widths_at(middle), tables, strict=True))
         low, high = (middle, high) if cost > target else (low, middle)
-    rates = [1 - k / (len(loss) - 1) for k, loss in zip(kept(high), losses, strict=True)]
+    rates = [1 - k / (len(loss) - 1) for k, loss in zip(widths_at(high), losses, strict=True)]
     layers = shape.num_layers
     if budget.tied:
         sizes = [shape.layer_weights(w) for w in shape.dense.layers]

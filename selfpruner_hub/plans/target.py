@@ -1,29 +1,30 @@
-"""What is asked for: β, or a target in a runtime, a speed-up, a latency or bytes."""
+"""The goal of a pruning run: β, or a target in a runtime: a speed-up, a latency or bytes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from selfpruner_hub.errors import BudgetError, UserError
+from selfpruner_hub.progress import Progress
 
 if TYPE_CHECKING:  # NumPy takes a tenth of a second, and a mistake on the command line is told at once
     from selfpruner_hub.plans.costs import Costs
 
 QUANTITIES = {"speedup": "ms", "latency": "ms", "memory": "bytes", "kv_cache": "bytes"}
-"""What a target can name, with the unit of its costs."""
-SCALES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+"""Quantities that a target can limit, with the unit of their costs."""
+BYTE_UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 RUNTIME, REQUEST = "torch", (128, 32)
-"""Where a target is measured by default: the runtime, and the tokens of the prompt and of the answer of a request."""
-REMEDY = "Give one of speedup=1.5, latency=MS, memory=200MB and kv_cache=0.5."
+"""Default runtime of a target, and default request: tokens of the prompt and of the answer."""
+TARGET_REMEDY = "Give one of speedup=1.5, latency=MS, memory=200MB and kv_cache=0.5."
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the pruned model must reach in a runtime."""
+    """A speed-up, latency or size that the pruned model must reach in a runtime."""
 
     quantity: str
     """A key of `QUANTITIES`."""
@@ -49,7 +50,7 @@ class Target:
 
     @property
     def charged(self) -> str:
-        """What is charged for, in words."""
+        """The cost that counts, in words."""
         return {
             "ms": f"the time of a request of {self.prompt} + {self.new_tokens} tokens in {self.runtime}",
             "bytes": f"the bytes of {'the KV cache' if self.quantity == 'kv_cache' else 'the weights'} in "
@@ -73,7 +74,7 @@ class Target:
         return (costs.dense - self.wanted(costs)) / costs.prunable
 
     def figure(self, cost: float, dense: float) -> float:
-        """Return what a model of this cost reaches, in the terms of the target."""
+        """Return the figure that a model of this cost reaches, in the terms of the target."""
         if self.quantity == "speedup":
             return dense / cost
         return cost / dense if self.unit == "bytes" and self.value < 1 else cost
@@ -85,7 +86,7 @@ class Target:
         return self.said_cost(figure)
 
     def said_share(self, share: float, costs: Costs) -> str:
-        """Write what a plan reaches that removes this share of the prunable cost."""
+        """Write the figure of a plan that removes this share of the prunable cost."""
         return self.said(self.figure(costs.dense - share * costs.prunable, costs.dense))
 
     def said_cost(self, cost: float) -> str:
@@ -102,14 +103,14 @@ class Meter(Protocol):
 
     name: str
 
-    def costs(self, model: Any, tokenizer: Any, target: Target, report: Callable[..., None]) -> Costs:
-        """Measure what each width of each part costs, or read the table of an earlier measurement."""
+    def costs(self, model: Any, tokenizer: Any, target: Target, progress: Progress, /) -> Costs:
+        """Measure the cost of each width of each part, or read the table of an earlier measurement."""
         ...
 
     def measure(
-        self, dense: Any, pruned: Any, tokenizer: Any, target: Target, report: Callable[..., None]
+        self, dense: Any, pruned: Any, tokenizer: Any, target: Target, progress: Progress, /
     ) -> tuple[float, float]:
-        """Measure what the dense and the pruned model cost, one beside the other."""
+        """Measure the costs of the dense and of the pruned model, in turn."""
         ...
 
 
@@ -125,16 +126,16 @@ def check_beta(beta: object) -> float:
 
 
 def needs_target(runtime: object, request: object) -> None:
-    """Raise `UserError` if what only a target reads is given without one."""
+    """Raise `UserError` if a runtime or a request is given without a target."""
     if runtime is not None or request is not None:
-        raise UserError("runtime and request say how a target is measured, and none is given.", REMEDY)
+        raise UserError("runtime and request say how a target is measured, and none is given.", TARGET_REMEDY)
 
 
-def target_of(wanted: Mapping[str, Any], runtime: str | None, request: tuple[int, int] | None = None) -> Target:
+def target_of(goal: Mapping[str, Any], runtime: str | None, request: tuple[int, int] | None = None) -> Target:
     """Check a target.
 
     Args:
-        wanted: One quantity and its value: a number, or for bytes also text such as `"200MB"`.
+        goal: One quantity and its value: a number, or for bytes also text such as `"200MB"`.
         runtime: Name of the runtime; None takes `RUNTIME`.
         request: Tokens of the prompt, and tokens generated after it, each at least 1; None takes `REQUEST`.
 
@@ -144,16 +145,16 @@ def target_of(wanted: Mapping[str, Any], runtime: str | None, request: tuple[int
     Raises:
         UserError: It is not one quantity, or a value is out of its range.
     """
-    if not isinstance(wanted, Mapping) or len(wanted) != 1 or not set(wanted) <= set(QUANTITIES):
-        raise UserError(f"A target is one quantity and its value; got {wanted!r}.", REMEDY)
-    ((quantity, given),) = wanted.items()
+    if not isinstance(goal, Mapping) or len(goal) != 1 or not set(goal) <= set(QUANTITIES):
+        raise UserError(f"A target is one quantity and its value; got {goal!r}.", TARGET_REMEDY)
+    ((quantity, given),) = goal.items()
     value = _value(given, quantity)
     if quantity == "speedup" and value <= 1:
-        raise UserError(f"A target's speedup must be above 1; got {value:g}.", REMEDY)
+        raise UserError(f"A target's speedup must be above 1; got {value:g}.", TARGET_REMEDY)
     if value == 1 and QUANTITIES[quantity] == "bytes":
-        raise UserError(f"{quantity}=1 is neither a share below 1 nor a number of bytes.", REMEDY)
+        raise UserError(f"{quantity}=1 is neither a share below 1 nor a number of bytes.", TARGET_REMEDY)
     if request is not None and not (isinstance(request, (tuple, list)) and len(request) == 2):
-        raise UserError(f"A request is two numbers of tokens, such as (128, 32); got {request!r}.", REMEDY)
+        raise UserError(f"A request is two numbers of tokens, such as (128, 32); got {request!r}.", TARGET_REMEDY)
     prompt, new_tokens = REQUEST if request is None else request
     for name, count in (("prompt", prompt), ("new_tokens", new_tokens)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -165,7 +166,7 @@ def parse_target(text: str) -> dict[str, str]:
     """Read a target from the command line, NAME=VALUE, for `target_of`."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"A target is NAME=VALUE; got {text!r}.", REMEDY)
+        raise UserError(f"A target is NAME=VALUE; got {text!r}.", TARGET_REMEDY)
     return {name.strip(): value.strip()}
 
 
@@ -177,6 +178,6 @@ def _value(given: Any, quantity: str) -> float:
     except ValueError:
         number = math.nan
     unit = (match[2] or "").lower() if match else ""
-    if not 0 < number < math.inf or (unit and QUANTITIES[quantity] != "bytes") or unit not in SCALES:
-        raise UserError(f"{quantity} must be a number above 0; got {given!r}.", REMEDY)
-    return number * SCALES[unit]
+    if not 0 < number < math.inf or (unit and QUANTITIES[quantity] != "bytes") or unit not in BYTE_UNITS:
+        raise UserError(f"{quantity} must be a number above 0; got {given!r}.", TARGET_REMEDY)
+    return number * BYTE_UNITS[unit]

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from selfpruner_hub.errors import BudgetError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 
 
 @dataclass(frozen=True)
-class UniformBudget(ParameterBudget):
+class UniformBudget(Budget):
     """A budget that one plan meets: every proposal is projected to it.
 
     Raises:
         BudgetError: The layers have different widths, attention is to be cut as well, or a field of
-            `ParameterBudget` is wrong.
+            `Budget` is wrong.
     """
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class UniformBudget(ParameterBudget):
         return max(super().tolerance, abs(shares[0] - shares[-1]) / 2 + 1e-9)
 
     def project(self, rates: Rates, parent: Rates | None = None) -> Plan:
-        """Return the plan nearest to β; of a target, the widest that reaches it. See `ParameterBudget.project`."""
+        """Return the plan nearest to β; of a target, the widest that reaches it. See `Budget.project`."""
         self._check(rates)
         return self._plan
 

@@ -14,7 +14,7 @@ from selfpruner_hub.calibration.ridge import as_seen, damped_factor, rounded_fac
 from selfpruner_hub.calibration.statistics import LayerStatistics, Moments
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear, shape_of
-from selfpruner_hub.models.patching import ieee_products
+from selfpruner_hub.models.devices import ieee_products
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 Order = Callable[[Tensor, Moments, int, Tensor | None], Tensor]
@@ -150,7 +150,7 @@ def rank(
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     orders: list[LayerOrder] = []
     roots = roots_of(fisher, shape.num_layers, model.device)
-    for layer, known, (attention, ffn) in zip(decoder_layers(model), statistics, roots, strict=True):
+    for layer, inputs, (attention, ffn) in zip(decoder_layers(model), statistics, roots, strict=True):
         if done := run.checkpoints.load(f"order-{len(orders)}", model.device):
             orders.append(LayerOrder(**done))
             continue
@@ -159,8 +159,13 @@ def rank(
                 linear(layer, path).weight.to(model.device).float(), moments.to(model.device), unit, root
             )
             for path, moments, unit, root in (
-                (architecture.attention_output, known.attention, shape.queries_per_group * shape.head_dim, attention),
-                (architecture.ffn_output, known.ffn, 1, ffn),
+                (
+                    architecture.attention_output,
+                    inputs.attention,
+                    shape.queries_per_group * shape.head_dim,
+                    attention,
+                ),
+                (architecture.ffn_output, inputs.ffn, 1, ffn),
             )
         )
         run.checkpoints.save(f"order-{len(orders)}", {"groups": groups, "channels": channels})

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from selfpruner_hub.calibration.ridge import as_seen, damped_factor, ridge_unit, split_held_out
-from selfpruner_hub.models.devices import summed
-from selfpruner_hub.models.patching import add_gram, add_product, ieee_products
+from selfpruner_hub.calibration.sums import add_gram, add_product
+from selfpruner_hub.models.devices import ieee_products, summed
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 ITERATIONS = 3
 """Maximum number of steps of conjugate gradients for gate_proj and up_proj."""
 GATE_STRIDE = 4
 """One token in this many is read for E[f_k f_kᵀ], which only preconditions: a sample is enough."""
-DAMPING = 0.1
+PRECONDITIONER_DAMPING = 0.1
 """Damping of each factor of the preconditioner, in units of the factor's mean diagonal."""
 
 
@@ -59,7 +59,7 @@ class LinearFit:
             before.copy_(next(weights))
 
 
-def first_minimum(candidates: Iterable[T], error: Callable[[T], float]) -> T:
+def first_minimum(candidates: Iterable[_T], error: Callable[[_T], float]) -> _T:
     """Evaluate candidates in order until the error has risen twice in a row; return the best of those evaluated.
 
     If the error falls and then rises, with at most one bump on the way, this is the best of all candidates, found with
@@ -159,10 +159,10 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
         return start
     squares = down.float().t() @ down.float()
     for gate in gates:  # in place, because they are the largest matrices of the repair
-        gate.copy_(damped_factor(gate.mul_(squares), DAMPING))
+        gate.copy_(damped_factor(gate.mul_(squares), PRECONDITIONER_DAMPING))
     left = gates
     del squares
-    right = damped_factor(read, DAMPING)
+    right = damped_factor(read, PRECONDITIONER_DAMPING)
     best, change, error = start, start.clone(), 0.0
     curved = start.clone()  # the matrix of the held-out windows times the change
     preconditioned = _solved(fitted, left, right)

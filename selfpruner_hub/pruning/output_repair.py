@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from selfpruner_hub.calibration.ridge import RIDGE, as_seen, damped_factor
-from selfpruner_hub.models.patching import ieee_products
+from selfpruner_hub.models.devices import ieee_products
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 
@@ -46,13 +46,13 @@ class Repair:
         self._norms = (as_seen(self._weight.to(self._device), root) @ factor).square().sum(0)
 
     @ieee_products()
-    def weight(self, kept: int) -> Tensor:
-        """Least-squares weight of the first `kept` columns, `[out, kept]`, with dtype and device of the original."""
+    def weight(self, width: int) -> Tensor:
+        """Least-squares weight of the first `width` columns, `[out, width]`, with dtype and device of the original."""
         dense, factor = self._weight.to(self._device), self._factor.to(self._device)
         # A copy, because the last bits of a product depend on memory alignment, which differs for loaded weights.
-        lost = dense[:, kept:].to(torch.float32, copy=True) @ factor[kept:, :kept]
-        moved = torch.linalg.solve_triangular(factor[:kept, :kept], lost, upper=False, left=False)
-        repaired = (dense[:, :kept].float() + moved).to(dense.dtype)
+        lost = dense[:, width:].to(torch.float32, copy=True) @ factor[width:, :width]
+        moved = torch.linalg.solve_triangular(factor[:width, :width], lost, upper=False, left=False)
+        repaired = (dense[:, :width].float() + moved).to(dense.dtype)
         return repaired.contiguous().to(self._weight.device)  # from column-major memory, slow in a linear layer
 
     def errors(self) -> Tensor:

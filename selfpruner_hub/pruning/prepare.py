@@ -27,7 +27,7 @@ def check_model(model: Any) -> None:
     """Check that an object is a model in a state that can be pruned.
 
     Args:
-        model: What a user gave as the dense model.
+        model: Object that a user gave as the dense model.
 
     Raises:
         UserError: It is no transformers model, or it is compiled.
@@ -53,10 +53,10 @@ def check_model(model: Any) -> None:
         raise ModelError(
             "The model was made in torch.inference_mode(), so no gradients can be taken.", "Load it outside of that."
         )
-    found, said = len(decoder_layers(model)), len(shape_of(model.config).dense.layers)
-    if found != said:
+    layers, configured = len(decoder_layers(model)), len(shape_of(model.config).dense.layers)
+    if layers != configured:
         raise ModelError(
-            f"The model has {found} layers, and its configuration says {said}.",
+            f"The model has {layers} layers, and its configuration says {configured}.",
             "Set num_hidden_layers, and layer_types if there are any, to the layers that are left.",
         )
     if model.device.type == "cpu" and model.config._attn_implementation == "flex_attention":

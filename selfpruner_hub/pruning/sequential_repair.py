@@ -25,7 +25,7 @@ from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
-RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
+REPAIR_RIDGES = tuple(10 ** (exponent / 2) for exponent in range(-5, 5))
 """Candidates for λ, in units of mean(diag E[x̂ x̂ᵀ]). They are much larger than in the first repair: they pull toward its
 weights, and only what many tokens have in common changes these."""
 
@@ -35,7 +35,7 @@ def compensate(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
     windows: Tensor,
-    ridges: Sequence[float] = RIDGES,
+    ridges: Sequence[float] = REPAIR_RIDGES,
     *,
     inputs: bool = True,
     fisher: Fisher | None = None,
@@ -80,11 +80,11 @@ def compensate(
             moved.advance(index, layer)
             continue
         with placed(whole, dense.device):
-            wanted = _targets(architecture, index, whole, original, moved, store, scale)
+            targets = _targets(architecture, index, whole, original, moved, store, scale)
         with placed(layer, dense.device, changed=True):
             attention = _Attention(architecture, index, layer, moved, store)
-            attention.fit(wanted, ridges, root)
-            ffn = _Ffn(architecture, layer, attention, wanted, store, ffn_root)
+            attention.fit(targets, ridges, root)
+            ffn = _Ffn(architecture, layer, attention, targets, store, ffn_root)
             ffn.fit_down(ridges)
             if inputs and ffn.fit_inputs():
                 ffn.fit_down(ridges)
@@ -112,7 +112,7 @@ def _targets(
     difference between the dense and the pruned stream before the layer. `scale` multiplies outputs as they are added to
     the stream.
     """
-    wanted = []
+    targets = []
     for number, hidden in enumerate(original.hidden):
         outputs = [Seen(linear(whole, path)) for path in (architecture.attention_output, architecture.ffn_output)]
         after = original.run(index, whole, number, outputs)
@@ -120,9 +120,9 @@ def _targets(
         if not architecture.output_norms:
             before, drifted = original.on_device(number), moved.on_device(number)
             first = _sum(first, before.float() / scale, -drifted.float() / scale)
-        wanted.append([store(first), store(second)])
+        targets.append([store(first), store(second)])
         hidden.copy_(cast(Tensor, after))
-    return wanted
+    return targets
 
 
 class _Attention:
@@ -136,10 +136,10 @@ class _Attention:
         self._index, self._layer, self._moved, self._store = index, layer, moved, store
         self._read: list[Tensor] = []
 
-    def fit(self, wanted: Targets, ridges: Sequence[float], root: Tensor | None) -> None:
-        """Fit o_proj, and keep what it reads."""
+    def fit(self, targets: Targets, ridges: Sequence[float], root: Tensor | None) -> None:
+        """Fit o_proj, and keep its inputs."""
         fit = LinearFit(self.output, ridges, root)
-        for number, (target, _) in enumerate(on(self.output.weight.device, wanted)):
+        for number, (target, _) in enumerate(on(self.output.weight.device, targets)):
             seen = Seen(self.output, last=True)
             self._moved.run(self._index, self._layer, number, [seen])
             fit.add(seen.input, target)
@@ -166,7 +166,7 @@ class _Ffn:
         architecture: Architecture,
         layer: nn.Module,
         attention: _Attention,
-        wanted: Targets,
+        targets: Targets,
         store: TensorStore,
         root: Tensor | None,
     ) -> None:
@@ -176,7 +176,7 @@ class _Ffn:
         self._inputs = [linear(layer, p.path) for p in architecture.ffn_inputs]
         self._down = linear(layer, architecture.ffn_output)
         self._batches: list[tuple[Tensor, Tensor]] = []
-        for number, (first, target) in enumerate(on(self._down.weight.device, wanted)):
+        for number, (first, target) in enumerate(on(self._down.weight.device, targets)):
             outputs = Seen(attention.output), Seen(self._inputs[0], last=True)
             attention.run(number, outputs)
             if not architecture.output_norms:  # the error that remains after the attention

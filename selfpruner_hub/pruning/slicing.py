@@ -69,20 +69,20 @@ class Slicer:
         self.repairs: list[tuple[Repair, Repair]] | None = None
         if statistics is not None:
             roots = roots_of(fisher, len(self._dense), model.device)
-            self.repairs = [self._repairs(*known) for known in zip(self._dense, order, statistics, roots, strict=True)]
+            self.repairs = [self._repairs(*each) for each in zip(self._dense, order, statistics, roots, strict=True)]
         self._cache: OrderedDict[tuple[int, Part, int], Tensor] = OrderedDict()
         outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
         self._free = int(CACHED_REPAIRS * outputs) if not store.on_disk else 0
 
     def _repairs(
-        self, layer: nn.Module, order: LayerOrder, known: LayerStatistics, roots: tuple[Tensor | None, Tensor | None]
+        self, layer: nn.Module, order: LayerOrder, moments: LayerStatistics, roots: tuple[Tensor | None, Tensor | None]
     ) -> tuple[Repair, Repair]:
         device = self.model.device
-        pairs = ((known.attention, expand(order.groups, self.unit("query"))), (known.ffn, order.channels))
+        pairs = ((moments.attention, expand(order.groups, self.unit("query"))), (moments.ffn, order.channels))
         repairs = []
-        for path, (moments, columns), root in zip(self._paths, pairs, roots, strict=True):
-            gram = moments.gram.to(device)[columns][:, columns]
-            repairs.append(Repair(linear(layer, path).weight, gram, moments.ridge, self.store, root))
+        for path, (inputs, columns), root in zip(self._paths, pairs, roots, strict=True):
+            gram = inputs.gram.to(device)[columns][:, columns]
+            repairs.append(Repair(linear(layer, path).weight, gram, inputs.ridge, self.store, root))
         return repairs[0], repairs[1]
 
     def errors(self) -> list[tuple[Tensor, Tensor]]:
@@ -116,49 +116,49 @@ class Slicer:
         """Number of rows of one KV group (or one channel) in a block of this kind."""
         return unit_rows(self.shape, block)
 
-    def layer(self, index: int, kept: LayerWidths) -> nn.Module:
-        """Build layer `index` with the widths `kept`: views of the dense weights, and repaired output projections."""
-        return _cut(self._dense[index], self.model, index, kept, self.shape, self._outputs(index, kept))
+    def layer(self, index: int, widths: LayerWidths) -> nn.Module:
+        """Build layer `index` with these widths: views of the dense weights, and repaired output projections."""
+        return _cut(self._dense[index], self.model, index, widths, self.shape, self._outputs(index, widths))
 
     def layers(self, plan: Plan) -> nn.ModuleList:
         """Build the decoder layers of a candidate."""
-        return nn.ModuleList(self.layer(index, kept) for index, kept in enumerate(plan.layers))
+        return nn.ModuleList(self.layer(index, widths) for index, widths in enumerate(plan.layers))
 
-    def output_weight(self, index: int, part: Part, kept: int) -> Tensor:
-        """Repaired weight of a part's output projection if the part keeps its first `kept` units; not cached.
+    def output_weight(self, index: int, part: Part, count: int) -> Tensor:
+        """Repaired weight of a part's output projection if the part keeps its first `count` units; not cached.
 
         Args:
             index: Index of the layer.
             part: The attention or the FFN.
-            kept: Number of KV groups or channels to keep; at least 1.
+            count: Number of KV groups or channels to keep; at least 1.
 
         Returns:
             Weight, `[H, columns]`; a view of the dense weight if nothing is repaired.
         """
         which = PARTS.index(part)
-        columns = kept * self.unit("query" if part == "attention" else "channel")
+        columns = count * self.unit("query" if part == "attention" else "channel")
         weight = linear(self._dense[index], self._paths[which]).weight.detach()
         if self.repairs is None or columns == weight.shape[1]:
             return weight[:, :columns]
         return self.repairs[index][which].weight(columns)
 
-    def _outputs(self, index: int, kept: LayerWidths) -> dict[str, Tensor]:
+    def _outputs(self, index: int, widths: LayerWidths) -> dict[str, Tensor]:
         """Repaired weights of the output projections whose width changes, cached by (layer, part, width)."""
         if self.repairs is None:
             return {}
         dense = self.shape.dense.layers[index]
         return {
-            path: self._memoised(index, part, units(kept, part))
+            path: self._memoised(index, part, units(widths, part))
             for path, part in zip(self._paths, PARTS, strict=True)
-            if units(kept, part) < units(dense, part)
+            if units(widths, part) < units(dense, part)
         }
 
-    def _memoised(self, index: int, part: Part, kept: int) -> Tensor:
-        key = (index, part, kept)
+    def _memoised(self, index: int, part: Part, count: int) -> Tensor:
+        key = (index, part, count)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        weight = self.output_weight(index, part, kept)
+        weight = self.output_weight(index, part, count)
         self._cache[key] = weight
         self._free -= weight.numel()
         while self._free < 0 and len(self._cache) > 1:
@@ -184,8 +184,8 @@ def slice_model(slicer: Slicer, plan: Plan, *, stock: bool = False) -> PreTraine
         model = (stock_class if stock else model_class)(dense.config)(config)
     state = {k: v for k, v in dense.state_dict().items() if ".layers." not in k}
     prefix = next(name for name, module in model.named_modules() if module is decoder_layers(model))
-    for index, kept in enumerate(plan.layers):
-        state.update({f"{prefix}.{index}.{k}": v for k, v in slicer.layer(index, kept).state_dict().items()})
+    for index, widths in enumerate(plan.layers):
+        state.update({f"{prefix}.{index}.{k}": v for k, v in slicer.layer(index, widths).state_dict().items()})
     model.load_state_dict({k: _own(v, slicer.store) for k, v in state.items()}, assign=True, strict=True)
     model.tie_weights()
     rebuild_buffers(model)
@@ -219,9 +219,9 @@ def pruned_config(dense: PreTrainedModel, plan: Plan, *, stock: bool = False) ->
     per_layer = {index: dict(zip(WIDTHS, values_, strict=True)) for index, values_ in enumerate(widths)}
     build = stock_class if stock else model_class
     config_class: type[PreTrainedConfig] = build(dense.config).config_class  # type: ignore[assignment]
-    own: dict[str, object] = {**per_layer[0]} if stock else {"per_layer_config": per_layer}
-    own |= {"head_dim": shape.head_dim, "tie_word_embeddings": is_tied(dense)}
-    config = config_class(**{**values, **own})
+    extra: dict[str, object] = {**per_layer[0]} if stock else {"per_layer_config": per_layer}
+    extra |= {"head_dim": shape.head_dim, "tie_word_embeddings": is_tied(dense)}
+    config = config_class(**{**values, **extra})
     config._attn_implementation_internal = dense.config._attn_implementation_internal
     return config
 
@@ -230,22 +230,22 @@ def _cut(
     dense: nn.Module,
     model: PreTrainedModel,
     index: int,
-    kept: LayerWidths,
+    widths: LayerWidths,
     shape: ModelShape,
     outputs: dict[str, Tensor],
 ) -> nn.Module:
-    """A stock decoder layer with the widths `kept`; its weights are views of the first rows and columns of `dense`."""
+    """A stock decoder layer with these widths; its weights are views of the first rows and columns of `dense`."""
     architecture = architecture_of(model.config)
-    widths = (kept.num_key_value_heads * shape.queries_per_group, kept.num_key_value_heads, kept.intermediate_size)
-    own = LayerConfig(model.config, head_dim=shape.head_dim, **dict(zip(WIDTHS, widths, strict=True)))
+    values = widths.num_key_value_heads * shape.queries_per_group, widths.num_key_value_heads, widths.intermediate_size
+    config = LayerConfig(model.config, head_dim=shape.head_dim, **dict(zip(WIDTHS, values, strict=True)))
     with torch.device("meta"):
-        layer = type(dense)(own, index)
+        layer = type(dense)(config, index)
     tensors = {name: parameter.detach() for name, parameter in dense.named_parameters()}
     full = shape.dense.layers[index]
     for projection in architecture.rows:
         spans, offset = [], 0
         for block in projection.blocks:
-            spans.append((offset, block_rows(shape, kept, block)))
+            spans.append((offset, block_rows(shape, widths, block)))
             offset += block_rows(shape, full, block)
         for name in (f"{projection.path}.weight", f"{projection.path}.bias"):
             if name in tensors:
@@ -253,8 +253,8 @@ def _cut(
                 views = [by_row.narrow(0, *span) for span in spans]
                 tensors[name] = (views[0] if len(views) == 1 else torch.cat(views)).view(-1, *rest)
     for path, columns in (
-        (architecture.attention_output, block_rows(shape, kept, "query")),
-        (architecture.ffn_output, kept.intermediate_size),
+        (architecture.attention_output, block_rows(shape, widths, "query")),
+        (architecture.ffn_output, widths.intermediate_size),
     ):
         name = f"{path}.weight"
         tensors[name] = outputs.get(name.removesuffix(".weight"), tensors[name].narrow(1, 0, columns))

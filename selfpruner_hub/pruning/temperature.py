@@ -20,7 +20,7 @@ SCALES = tuple(percent / 100 for percent in range(50, 101, 2))
 """Candidate factors, smallest first."""
 MEASURED = SCALES[::5]
 """Factors whose divergence is measured. It is smooth in the factor, so a polynomial gives it for the others."""
-TOKENS = 4096
+MATCHING_TOKENS = 4096
 """Maximum number of tokens to choose the factor on; a single number needs few."""
 
 
@@ -43,13 +43,13 @@ def match_confidence(
     Returns:
         The factor, one of `SCALES`; 1 leaves the model unchanged.
     """
-    read = windows[: max(1, TOKENS // windows.shape[1])]
+    read = windows[: max(1, MATCHING_TOKENS // windows.shape[1])]
     theirs, ours = (torch.cat(list(last_hidden_states(model, read))) for model in (dense, pruned))
     crossed = [0.0] * len(MEASURED)  # Σ of cross-entropies, which differ from the divergences by a constant
-    for (first, wanted), (_, logits) in zip(
+    for (first, reference), (_, logits) in zip(
         head_chunks(dense, theirs), head_chunks(pruned, ours, capped=False), strict=True
     ):
-        shares = wanted.softmax(-1)
+        shares = reference.softmax(-1)
         for index, scale in enumerate(MEASURED):
             scaled = softcapped(pruned, scale * logits)
             crossed[index] += (scaled.logsumexp(-1) - torch.linalg.vecdot(shares, scaled)).sum().item()

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from selfpruner_hub.calibration.sums import add_product
 from selfpruner_hub.models.architectures import logit_scale
-from selfpruner_hub.models.patching import add_product
 
 BLOCK_BYTES = 64 << 20
 """Memory of a block of float32 logits; a few such blocks are alive at a time."""

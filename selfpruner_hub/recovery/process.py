@@ -1,4 +1,4 @@
-"""What a training must not disturb in its process, and what it may find on the disk."""
+"""The surroundings of a training: random states and log level of its process, and errors of the disk as one line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong while a checkpoint is written into one line.
+    """Turn the errors of writing a checkpoint into one line.
 
     Args:
         folder: Directory of the checkpoints, created if missing.

@@ -20,12 +20,12 @@ from selfpruner_hub.calibration.text_sources import tokenizer_hash
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.weights import identity_of
-from selfpruner_hub.pruning.temperature import TOKENS, match_confidence
+from selfpruner_hub.pruning.temperature import MATCHING_TOKENS, match_confidence
 from selfpruner_hub.recovery.deciding import Deciding, is_better, score
 from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, distilled, last_checkpoint
 from selfpruner_hub.recovery.process import undisturbed, writable
 from selfpruner_hub.recovery.schedule import Schedule, Timed, keep, kept, planned, scheduled
-from selfpruner_hub.recovery.settings import Budget, RecoverySettings
+from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text, Writer, shares
 from selfpruner_hub.recovery.trainable import compute_dtype, finished, trainable, uses_adapters
 from selfpruner_hub.storage.run import Run
@@ -55,7 +55,7 @@ class Recovered(NamedTuple):
 
     @property
     def line(self) -> str:
-        """What came of it, in one line."""
+        """Result of the recovery, in one line."""
         told = ", ".join(
             f"{text['before']:.3f} -> {text['after']:.3f} on {text['name']}" for text in self.record["deciding"]
         )
@@ -64,7 +64,9 @@ class Recovered(NamedTuple):
         return f"Recovery on {self.record['tokens']} tokens{stopped} {verdict}: KL {told}."
 
 
-def recover(pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, run: Run, folder: Path) -> Recovered:
+def recover(
+    pair: Pair, budget: RecoveryBudget, data: Any, settings: RecoverySettings, run: Run, folder: Path
+) -> Recovered:
     """Distil a pruned model from its parent.
 
     Args:
@@ -97,7 +99,7 @@ def recover(pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, r
         pace = Pace(schedule.seconds, run.progress)
         _train(distiller, pace)
         model = finished(student, pair.pruned)
-    match_confidence(pair.parent, model, texts.first(max(1, TOKENS // task.window)), run.progress)
+    match_confidence(pair.parent, model, texts.first(max(1, MATCHING_TOKENS // task.window)), run.progress)
     after = measure(model)
     record = {
         **task.record(distiller, pace.stopped),
@@ -112,7 +114,7 @@ def recover(pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, r
 
 
 class _Texts(NamedTuple):
-    """What a recovery reads."""
+    """Texts of a recovery."""
 
     training: list[Text]
     """Texts to train on."""
@@ -136,7 +138,7 @@ class _Task:
     """What is asked of a recovery, and what follows from the models."""
 
     pair: Pair
-    budget: Budget
+    budget: RecoveryBudget
     settings: RecoverySettings
     kinds: list[Share]
     """Kinds of text with their shares."""
@@ -154,7 +156,7 @@ class _Task:
     """Run context, with the checkpoints of this task alone."""
 
     @classmethod
-    def of(cls, pair: Pair, budget: Budget, data: Any, settings: RecoverySettings, run: Run) -> _Task:
+    def of(cls, pair: Pair, budget: RecoveryBudget, data: Any, settings: RecoverySettings, run: Run) -> _Task:
         """The task of the arguments of `recover`."""
         window = min(settings.window, getattr(pair.parent.config, "max_position_embeddings", settings.window))
         kinds = shares(data, pair.tokenizer, settings)
@@ -232,7 +234,7 @@ class _Task:
         )
 
     def record(self, distiller: Distiller, stopped: str) -> dict[str, Any]:
-        """What the record says of the training."""
+        """Fields of the record about the training."""
         return {
             "method": "lora" if self.adapters else "full",
             "learning_rate": distiller.args.learning_rate,

@@ -1,4 +1,4 @@
-"""How much a recovery writes and reads in its time, and in which order."""
+"""Schedule of a recovery: how many windows it writes and reads in its time, and in which order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.recovery.settings import Budget, RecoverySettings
+from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
@@ -23,18 +23,18 @@ SCHEDULE = "recovery-schedule"
 
 
 class Timed(NamedTuple):
-    """What was timed, in seconds."""
+    """Measured times, in seconds."""
 
     writing: Mapping[str, float]
     """Writing a window of each kind that the parent writes."""
     step: float
     """The passes of a step."""
     spent: float
-    """All that is already spent."""
+    """Time that is already spent."""
 
 
 class Schedule(NamedTuple):
-    """What a recovery reads, and how long it trains."""
+    """Windows that a recovery reads, and length of its training."""
 
     steps: int
     """Number of steps."""
@@ -59,7 +59,7 @@ class Schedule(NamedTuple):
 
 
 def planned(
-    budget: Budget, kinds: Sequence[Share], batch: int, window: int, settings: RecoverySettings, timed: Timed
+    budget: RecoveryBudget, kinds: Sequence[Share], batch: int, window: int, settings: RecoverySettings, timed: Timed
 ) -> Schedule:
     """Choose the number of steps, and of windows of each kind of text.
 

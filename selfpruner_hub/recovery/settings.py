@@ -69,8 +69,8 @@ class RecoverySettings:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How long a recovery may take: one of the two is given."""
+class RecoveryBudget:
+    """Length of a recovery, in minutes or in tokens: one of the two is given."""
 
     minutes: float | None = None
     """Minutes in all, with writing the text and measuring."""
@@ -78,7 +78,7 @@ class Budget:
     """Tokens that are trained on, with repeats."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no budget."""
+        """Check that exactly one of the two is given, and is a positive number."""
         if (self.minutes is None) == (self.tokens is None):
             raise UserError("Recovery needs either minutes or tokens.", "For example minutes=30 (--minutes 30).")
         name, kinds = ("tokens", (int,)) if self.minutes is None else ("minutes", (int, float))

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import Conversation, has_chat_template
 from selfpruner_hub.calibration.conversations import CHAT, QUESTIONS, Distinct, Style, write_conversations
-from selfpruner_hub.calibration.corpus import load_corpus, sources_of, too_little_text
-from selfpruner_hub.calibration.text_sources import GENERATED, name_of
+from selfpruner_hub.calibration.corpus import CONVERSATION_ATTEMPTS, load_corpus, too_little_text
+from selfpruner_hub.calibration.text_sources import GENERATED, name_of, sources_of
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.storage.run import Run
@@ -23,11 +23,9 @@ from selfpruner_hub.storage.run import Run
 DECIDING_WINDOWS = 10
 """Windows of each kind of text that decide which state is kept."""
 DECIDING_SEED = 2**30
-"""Offset of the random seed of what the parent writes to decide by."""
+"""Offset of the random seed of the deciding text that the parent writes."""
 DECIDING_PART = 8
 """A text that is too short for all that is wanted of it gives one of so many windows to decide by."""
-ROUNDS = 4
-"""Attempts to fill the windows with conversations."""
 LENGTHS = {"conversations": 110, "questions": 60}
 """Expected tokens of a conversation of each kind, until the first ones are written."""
 SEPARATOR = "\0"
@@ -211,11 +209,11 @@ class Writer:
         )
         rows: list[tuple[list[int], list[bool]]] = []
         written: list[Conversation] = []
-        for attempt in range(ROUNDS):
+        for attempt in range(CONVERSATION_ATTEMPTS):
             length = len(rows) * self._window / len(written) if rows else LENGTHS[name]
             some = 2 + round(1.1 * (count - len(rows)) * self._window / min(length, self._window))
             try:
-                written += write(some, ROUNDS * seed + attempt)
+                written += write(some, CONVERSATION_ATTEMPTS * seed + attempt)
             except DataError:
                 if not rows:
                     raise

@@ -16,7 +16,7 @@ from selfpruner_hub.recovery.settings import RecoverySettings
 
 FULL_BYTES = 16
 """Bytes for each weight that is trained: float32 value, gradient and two moments of AdamW."""
-ROOM = 0.8
+USABLE_MEMORY = 0.8
 """Share of the free memory that may be planned with; activations and logits take the rest."""
 
 
@@ -35,7 +35,7 @@ def uses_adapters(model: PreTrainedModel, settings: RecoverySettings) -> bool:
     free = free_memory(model.device)
     if model.device.type == "cpu":
         free = float(psutil.virtual_memory().available)
-    return FULL_BYTES * model.num_parameters() > ROOM * free
+    return FULL_BYTES * model.num_parameters() > USABLE_MEMORY * free
 
 
 def trainable(model: PreTrainedModel, settings: RecoverySettings, adapters: bool) -> nn.Module:

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.errors import UserError, check_protocol
 from selfpruner_hub.models.loading import load_model
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
 from selfpruner_hub.search.slopes import SlopesProposer
 from selfpruner_hub.settings import EndpointOptions, proposer_options
 
-WITHOUT_MODEL: dict[str, Callable[[ParameterBudget], Proposer]] = {
+WITHOUT_MODEL: dict[str, Callable[[Budget], Proposer]] = {
     "evolution": EvolutionProposer,
     "slopes": SlopesProposer,
     "random": RandomProposer,
@@ -29,7 +29,7 @@ def choose_proposer(
     proposer: str | Proposer | None,
     endpoint_model: str | None,
     options: Mapping[str, Any] | None,
-    budget: ParameterBudget,
+    budget: Budget,
     searches: bool,
     subject: str,
     own: tuple[PreTrainedModel, PreTrainedTokenizerBase | None],

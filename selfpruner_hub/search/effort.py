@@ -1,4 +1,4 @@
-"""How much work a run does: whether it searches, and how its minutes are shared between cut and recovery."""
+"""Effort of a run: whether it searches, and how its minutes are shared between cut and recovery."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from selfpruner_hub.models.forward import last_hidden_states
 from selfpruner_hub.settings import SEARCH, PruneSettings
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
-WINDOWS, WIDTH = 4, 512
+TIMED_WINDOWS, WIDTH = 4, 512
 """Windows of the forward pass that is timed, and their tokens."""
-STEP = 1_024
+TOKEN_STEP = 1_024
 """Calibration tokens are chosen in multiples of this number."""
 
 
@@ -107,14 +107,14 @@ def within_minutes(
     """
     ladder = list(COSTS) if preset is None else [preset]
     name = f"minutes-{minutes:g}-{preset}"
-    if (known := checkpoints.load(name)) is None:
+    if (tensors := checkpoints.load(name)) is None:
         place, tokens = _choice(minutes, model, ladder)
-        known = {"place": torch.tensor(place), "tokens": torch.tensor(tokens)}
-        checkpoints.save(name, known)
-    chosen = ladder[int(known["place"])]
+        tensors = {"place": torch.tensor(place), "tokens": torch.tensor(tokens)}
+        checkpoints.save(name, tensors)
+    chosen = ladder[int(tensors["place"])]
     settings = resolved(chosen)
-    tokens = min(settings.calibration_tokens, int(known["tokens"]))
-    few = max(STEP, tokens // 8)
+    tokens = min(settings.calibration_tokens, int(tensors["tokens"]))
+    few = max(TOKEN_STEP, tokens // 8)
     settings = replace(
         settings,
         calibration_tokens=tokens,
@@ -132,7 +132,7 @@ def _choice(minutes: float, model: PreTrainedModel, ladder: Sequence[str]) -> tu
     per_pass = seconds_per_token(model) / 60
     for place, preset in enumerate(ladder):
         cost = COSTS.get(preset, COSTS["default"])
-        tokens = int((minutes / per_pass - cost.fixed) / cost.token) // STEP * STEP
+        tokens = int((minutes / per_pass - cost.fixed) / cost.token) // TOKEN_STEP * TOKEN_STEP
         if tokens >= cost.fewest:
             return place, tokens
     least = (cost.fixed + cost.token * cost.fewest) * per_pass
@@ -159,10 +159,10 @@ def minutes_left(
     if recover is not None or minutes is None:
         return recover or None
     name = "recovery-minutes"
-    if (known := checkpoints.load(name)) is None:
-        known = {"minutes": torch.tensor(minutes - (time.monotonic() - started) / 60)}
-        checkpoints.save(name, known)
-    left = float(known["minutes"])
+    if (tensors := checkpoints.load(name)) is None:
+        tensors = {"minutes": torch.tensor(minutes - (time.monotonic() - started) / 60)}
+        checkpoints.save(name, tensors)
+    left = float(tensors["minutes"])
     return left if left > 0 else None
 
 
@@ -177,7 +177,7 @@ def seconds_per_token(model: PreTrainedModel) -> float:
         Seconds per token.
     """
     width = min(WIDTH, getattr(model.config, "max_position_embeddings", WIDTH))
-    windows = torch.zeros(WINDOWS, width, dtype=torch.long)
+    windows = torch.zeros(TIMED_WINDOWS, width, dtype=torch.long)
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.evaluation.fitness import REMAINS, Fitness, SecondRepairScore
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.plans.seeds import seeds
-from selfpruner_hub.progress import Bars
+from selfpruner_hub.progress import Progress, noted
 from selfpruner_hub.pruning.prepare import Prepared
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.journal_lines import CheckLine, SeedsLine
 from selfpruner_hub.search.loop import Problem, search
-from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, Found, Standing
+from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, SearchResult, Standing
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.search.ray_workers import ray_workers
 from selfpruner_hub.settings import PruneSettings
@@ -30,13 +30,13 @@ from selfpruner_hub.storage.run import Run
 
 def find_plan(
     proposer: Proposer,
-    budget: ParameterBudget,
+    budget: Budget,
     ready: Prepared,
     texts: RunTexts,
     journal: Journal,
     settings: PruneSettings,
     run: Run,
-) -> Found:
+) -> SearchResult:
     """Search for a plan, then compare it with the best seed plan on unseen text.
 
     Args:
@@ -61,41 +61,41 @@ def find_plan(
     )
     measure = partial(fitness.loss, share=settings.schedule.first_share)
     effects = partial(measure_steps, share=settings.schedule.first_share) if "refined" in settings.seeds else None
-    known = _journaled(journal, lambda: seeds(budget, curves if settings.predicts_losses else None, measure, effects))
-    starts = {name: rates for name, rates in known.items() if name in settings.seeds}
+    rates = _journaled(journal, lambda: seeds(budget, curves if settings.predicts_losses else None, measure, effects))
+    starts = {name: rates[name] for name in rates if name in settings.seeds}
     check = None
     if settings.schedule.evaluations and texts.unseen is not None:
         check = checked(journal, partial(_fitness, slicer, texts.unseen.windows, settings, scoring))
     with ray_workers(fitness) if run.executor == "ray" else nullcontext() as pool:
-        told = measure_steps if getattr(proposer, "reads_slopes", False) else None
-        problem = Problem(budget, starts, fitness, told, pool, check)
+        steps = measure_steps if getattr(proposer, "reads_slopes", False) else None
+        problem = Problem(budget, starts, fitness, steps, pool, check)
         price = float(getattr(proposer, "token_price", 0.0))
-        report = _live(run.progress, settings, price)
-        outcome = search(proposer, problem, journal, settings.schedule, seed=run.seed, report=report)
+        on_score = _shown(run.progress, settings, price)
+        outcome = search(proposer, problem, journal, settings.schedule, seed=run.seed, on_score=on_score)
     gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
     if check is not None:
         gains[UNSEEN_TEXT] = check(outcome.best_seed.plan), check(outcome.best.plan)
-    return Found(outcome, gains)
+    return SearchResult(outcome, gains)
 
 
 def _journaled(journal: Journal, compute: Callable[[], dict[str, Rates]]) -> dict[str, Rates]:
     """Seed plans from the journal, or computed and journaled: they are measured, and devices round differently."""
-    known = next((line for line in journal.lines if isinstance(line, SeedsLine)), None)
-    return (known or journal.append(SeedsLine(compute()))).rates
+    line = next((line for line in journal.lines if isinstance(line, SeedsLine)), None)
+    return (line or journal.append(SeedsLine(compute()))).rates
 
 
 def checked(journal: Journal, make: Callable[[], Callable[[Plan], float]]) -> Callable[[Plan], float]:
     """Make the function that scores a plan on unseen text; it scores each plan once, and journals that."""
-    known = {line.plan: line.fitness for line in journal.lines if isinstance(line, CheckLine)}
+    scores = {line.plan: line.fitness for line in journal.lines if isinstance(line, CheckLine)}
     made = cache(make)  # not before a plan is new: it runs the dense model on the text
 
     def check(plan: Plan) -> float:
-        if plan not in known:
+        if plan not in scores:
             started = time.perf_counter()
-            found = made()(plan)
-            line = journal.append(CheckLine(found, plan, round(time.perf_counter() - started, 3)))
-            known[plan] = line.fitness
-        return known[plan]
+            score = made()(plan)
+            line = journal.append(CheckLine(score, plan, round(time.perf_counter() - started, 3)))
+            scores[plan] = line.fitness
+        return scores[plan]
 
     return check
 
@@ -108,7 +108,7 @@ def _fitness(
     return fitness if curves is None else SecondRepairScore(fitness, curves, REMAINS)
 
 
-def _live(report: Callable[..., None], settings: PruneSettings, token_price: float) -> Callable[[Standing], None]:
+def _shown(progress: Progress, settings: PruneSettings, token_price: float) -> Callable[[Standing], None]:
     """Report the evaluations spent; bars also show the best plan, and the tokens and cost of a language model."""
 
     def show(at: Standing) -> None:
@@ -118,7 +118,7 @@ def _live(report: Callable[..., None], settings: PruneSettings, token_price: flo
         if at.tokens:
             cost = f", ${at.tokens * token_price / 1e6:.2f}" if token_price else ""
             note.append(f"{at.tokens / 1000:.1f}k tokens{cost}")
-        notes = [", ".join(note)] if isinstance(report, Bars) else []
-        report("searching", min(at.spent, settings.schedule.length), settings.schedule.length, *notes)
+        length = settings.schedule.length
+        noted(progress, "searching", min(at.spent, length), length, ", ".join(note))
 
     return show

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan, plan_of
 from selfpruner_hub.search.journal_lines import (
     AskLine,
@@ -24,7 +24,7 @@ from selfpruner_hub.search.journal_lines import (
 )
 from selfpruner_hub.storage.versioned_json import check_writable_text, fits, parse_json
 
-SCHEMA_VERSION = 1
+JOURNAL_VERSION = 1
 JOURNAL_FILE = "search.jsonl"
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Journal:
         self.lines: list[JournalLine] = []
         self._texts: list[bytes] = []
         header = _text(
-            {"kind": "header", "schema_version": SCHEMA_VERSION, "versions": versions or {}, "settings": settings}
+            {"kind": "header", "schema_version": JOURNAL_VERSION, "versions": versions or {}, "settings": settings}
         )
         if self.path is not None:
             try:
@@ -95,7 +95,7 @@ class Journal:
         self.lines.append(again)
         return again
 
-    def check_plans(self, budget: ParameterBudget) -> None:
+    def check_plans(self, budget: Budget) -> None:
         """Check that a search within a budget may have come to all plans that are there.
 
         Args:
@@ -158,11 +158,11 @@ def read_journal(path: Path) -> tuple[dict[str, Any], list[JournalLine]]:
     return settings, events
 
 
-def _is_of(budget: ParameterBudget, plan: Plan) -> bool:
+def _is_of(budget: Budget, plan: Plan) -> bool:
     """Whether a plan is within the model and on the budget; with a target, whether it reaches that."""
     if not budget.shape.contains(plan):
         return False
-    beyond = budget.removed_share(plan) - budget.beta
+    beyond = budget.removed_share(plan) - budget.share
     return beyond >= -1e-9 if budget.target else abs(beyond) <= budget.tolerance + 1e-9
 
 
@@ -181,7 +181,7 @@ class _Target(TypedDict):
 
 
 class _Settings(TypedDict):
-    """What is read of the settings of a search."""
+    """Settings of a search that are read from its journal."""
 
     model: str
     beta: float
@@ -227,7 +227,7 @@ def _events(texts: list[bytes], path: Path) -> list[JournalLine]:
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Name the first settings that differ."""
     old, new = found.get("settings"), wanted["settings"]
-    if not isinstance(old, dict) or found.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(old, dict) or found.get("schema_version") != JOURNAL_VERSION:
         return "written by another version"
     old, new = _flat(old), _flat(new)
     names = [key for key in {**old, **new} if old.get(key) != new.get(key)]

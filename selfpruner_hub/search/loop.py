@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from selfpruner_hub.errors import ProposerError, SelfPrunerError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.search.journal import Journal
@@ -38,7 +38,7 @@ PROBE_COST = 5.0
 again."""
 SURVIVING_SEEDS = 0.5
 """Share of the seed plans that is scored on all windows."""
-ATTEMPTS = 2
+ASK_ATTEMPTS = 2
 """Number of times that a proposer is asked before evolution's children replace its bad replies."""
 BARREN_ROUNDS = 8
 """Number of rounds in a row without a new plan after which the search ends."""
@@ -48,9 +48,9 @@ LEAST_GAIN = 0.001
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched for: the plan on a budget with the lowest score."""
+    """Search problem: find the plan on a budget with the lowest score."""
 
-    budget: ParameterBudget
+    budget: Budget
     """Parameter budget that every plan is projected to."""
     seeds: Mapping[str, Rates]
     """Rates of the seed plans, by name; at least one."""
@@ -76,7 +76,7 @@ def search(
     schedule: SearchSchedule,
     *,
     seed: int = 0,
-    report: Callable[[Standing], None] | None = None,
+    on_score: Callable[[Standing], None] | None = None,
 ) -> Outcome:
     """Run (or resume) a search.
 
@@ -86,7 +86,7 @@ def search(
         journal: Journal of the search; its lines are replayed first, then new ones are appended.
         schedule: Length of the search, and how its rounds spend it.
         seed: Random seed.
-        report: Function that is called with the state of the search after every evaluation.
+        on_score: Function that is called with the state of the search after every evaluation.
 
     Returns:
         The outcome; its best plan is never worse than the best seed plan on the same windows.
@@ -94,7 +94,7 @@ def search(
     Raises:
         RunMismatchError: The journal has plans that this search cannot have made.
     """
-    run = _Search(proposer, problem, journal, schedule, seed, report)
+    run = _Search(proposer, problem, journal, schedule, seed, on_score)
     run.score_round(0, [(f"seed:{name}", problem.budget.project(rates)) for name, rates in problem.seeds.items()])
     best_seed = run.incumbent()
     barren = idle = 0
@@ -119,7 +119,7 @@ class _Search:
     journal: Journal
     schedule: SearchSchedule
     seed: int
-    report: Callable[[Standing], None] | None
+    on_score: Callable[[Standing], None] | None
     spent: float = 0.0
     tokens: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -133,7 +133,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.journal.check_plans(self.problem.budget)
         lines = self.journal.lines
-        self._asked = {(line.round, line.attempt): line for line in lines if isinstance(line, AskLine)}
+        self._asks = {(line.round, line.attempt): line for line in lines if isinstance(line, AskLine)}
         self._scores = {(line.plan, line.share): line.fitness for line in lines if isinstance(line, ScoreLine)}
         self._probed = {line.plan: line.slopes for line in lines if isinstance(line, ProbeLine)}
         self._closed = {line.round for line in lines if isinstance(line, RoundLine)}
@@ -147,8 +147,8 @@ class _Search:
     def history(self) -> list[Scored]:
         """Return all plans scored on the first share of the windows, best first."""
         best = self.incumbent().plan
-        known = (replace(s, slopes=self.effects.get(best)) if s.plan == best else s for s in self.first.values())
-        return sorted(known, key=lambda s: s.fitness)
+        scored = (replace(s, slopes=self.effects.get(best)) if s.plan == best else s for s in self.first.values())
+        return sorted(scored, key=lambda s: s.fitness)
 
     def measure_steps(self, number: int) -> None:
         """Predict the effects of small changes of the incumbent, once for each plan."""
@@ -157,8 +157,8 @@ class _Search:
             return
         if plan not in self._probed:
             started = time.perf_counter()
-            found = self.problem.measure_steps(plan, share)
-            line = self.journal.append(ProbeLine(number, PROBE_COST * share, found, plan, _seconds_since(started)))
+            effects = self.problem.measure_steps(plan, share)
+            line = self.journal.append(ProbeLine(number, PROBE_COST * share, effects, plan, _seconds_since(started)))
             self._probed[plan] = line.slopes
         self.effects[plan] = self._probed[plan]
         self.spent += PROBE_COST * share
@@ -175,41 +175,39 @@ class _Search:
     def ask(self, number: int, operation: Operation, count: int) -> list[tuple[str, Plan]]:
         """Ask, ask again in place of refused and duplicate proposals, and fill the rest with evolution's children."""
         children: list[tuple[str, Plan]] = []
-        known = set(self.first)
-        for attempt in range(ATTEMPTS):
+        seen = set(self.first)
+        for attempt in range(ASK_ATTEMPTS):
             missing = count - len(children)
             if missing:
                 self._accept(
                     self._replies(self.proposer, number, attempt, operation, missing),
                     self.proposer.name,
                     children,
-                    known,
+                    seen,
                 )
         fallback = EvolutionProposer(self.problem.budget)
-        for attempt in range(ATTEMPTS, ATTEMPTS + 4):
+        for attempt in range(ASK_ATTEMPTS, ASK_ATTEMPTS + 4):
             missing = count - len(children)
             if missing:
-                self.counts["replaced"] += missing if attempt == ATTEMPTS else 0
-                self._accept(self._replies(fallback, number, attempt, operation, missing), "fallback", children, known)
+                self.counts["replaced"] += missing if attempt == ASK_ATTEMPTS else 0
+                self._accept(self._replies(fallback, number, attempt, operation, missing), "fallback", children, seen)
         return children
 
-    def _accept(
-        self, replies: Sequence[Reply], origin: str, children: list[tuple[str, Plan]], known: set[Plan]
-    ) -> None:
+    def _accept(self, replies: Sequence[Reply], origin: str, children: list[tuple[str, Plan]], seen: set[Plan]) -> None:
         for plan in (reply.plan for reply in replies):
             if plan is None:
                 self.counts["refused"] += 1
-            elif plan in known:
+            elif plan in seen:
                 self.counts["duplicate"] += 1
             else:
                 self.counts["accepted"] += 1
-                known.add(plan)
+                seen.add(plan)
                 children.append((origin, plan))
 
     def _replies(
         self, proposer: Proposer, number: int, attempt: int, operation: Operation, count: int
     ) -> Sequence[Reply]:
-        line = self._asked.get((number, attempt))
+        line = self._asks.get((number, attempt))
         if line is None:
             line = self._ask_live(proposer, number, attempt, operation, count)
         self._moved += [reply.moved for reply in line.replies if reply.moved is not None]
@@ -266,7 +264,7 @@ class _Search:
         return scored
 
     def _scored(self, children: Sequence[tuple[str, Plan]], share: float, number: int) -> list[Scored]:
-        """Score (origin, plan) pairs, and journal each score as soon as it is known."""
+        """Score (origin, plan) pairs, and journal each score as soon as it is seen."""
         fresh = [plan for _, plan in children if (plan, share) not in self._scores]
         values = self.problem.scores(fresh, share) if fresh else iter(())
         scored = []
@@ -280,9 +278,9 @@ class _Search:
             )
             if share == 1.0:
                 self.full[plan] = scored[-1]
-            if self.report:
+            if self.on_score:
                 best = min(self.full.values(), key=lambda s: s.fitness, default=None)
-                self.report(Standing(number, self.spent, best, self.tokens))
+                self.on_score(Standing(number, self.spent, best, self.tokens))
         return scored
 
     def _score_live(self, plan: Plan, share: float, origin: str, number: int, values: Iterator[float]) -> None:

@@ -41,7 +41,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """Result of a search, and its gain on each text."""
 
     outcome: Outcome

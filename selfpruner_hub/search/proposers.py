@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
 
@@ -83,7 +83,7 @@ class RandomProposer:
 
     name = "random"
 
-    def __init__(self, budget: ParameterBudget) -> None:
+    def __init__(self, budget: Budget) -> None:
         self._budget = budget
 
     def ask(
@@ -101,7 +101,7 @@ class EvolutionProposer:
 
     name = "evolution"
 
-    def __init__(self, budget: ParameterBudget, elite: int = 8) -> None:
+    def __init__(self, budget: Budget, elite: int = 8) -> None:
         self._budget = budget
         self._elite = elite
 
@@ -146,14 +146,14 @@ class EvolutionProposer:
         return Proposal(Rates(tuple(attention.clip(0, 1).tolist()), tuple(ffn.clip(0, 1).tolist())), (parent,))
 
 
-def random_rates(budget: ParameterBudget, rng: np.random.Generator) -> Rates:
+def random_rates(budget: Budget, rng: np.random.Generator) -> Rates:
     """Draw FFN rates uniformly in ±60 % of β; each layer loses one KV group with probability β / 2.
 
     Where FFN channels cost nothing, the attention rates are drawn in place of the FFN's.
     """
     layers = budget.shape.num_layers
-    drawn = tuple(rng.uniform(0.4 * budget.beta, 1.6 * budget.beta, layers).clip(0, 1).tolist())
+    drawn = tuple(rng.uniform(0.4 * budget.share, 1.6 * budget.share, layers).clip(0, 1).tolist())
     if budget.tied or budget.whole_ffn:
         return budget.spread(drawn)
     groups = np.array([w.num_key_value_heads for w in budget.shape.dense.layers])
-    return Rates(tuple(((rng.random(layers) < budget.beta / 2) / groups).tolist()), drawn)
+    return Rates(tuple(((rng.random(layers) < budget.share / 2) / groups).tolist()), drawn)

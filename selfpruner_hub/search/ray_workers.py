@@ -21,7 +21,7 @@ THREADS = 1
 must not depend on the number of workers."""
 RESTARTS = 20
 """Number of times that a dead worker is restarted and its unfinished plan is scored again."""
-MEMORY = 4
+WORKER_MEMORY = 4
 """Memory of a worker, as a multiple of the model's weights: the model, its repairs, and the candidate being scored."""
 
 
@@ -76,7 +76,7 @@ def ray_workers(fitness: Fitness | SecondRepairScore) -> Iterator[Pool]:
         kind = ray.remote(num_cpus=THREADS, **device, max_restarts=RESTARTS, max_task_retries=RESTARTS)(RayScorer)
         shared = ray.put(fitness)
         count = count_workers(ray.cluster_resources(), fitness)
-        workers += [kind.remote([shared], MEMORY * fitness.nbytes) for _ in range(count)]
+        workers += [kind.remote([shared], WORKER_MEMORY * fitness.nbytes) for _ in range(count)]
         yield lambda plans, share: _scores(workers, plans, share)
     finally:
         for worker in workers:
@@ -98,7 +98,7 @@ def count_workers(resources: dict[str, float], fitness: Fitness | SecondRepairSc
     Raises:
         WorkerError: The model is on a GPU, and Ray has none; a worker would be waited for without end.
     """
-    fitting = [resources.get("CPU", 1) // THREADS, resources.get("memory", 0) // (MEMORY * fitness.nbytes)]
+    fitting = [resources.get("CPU", 1) // THREADS, resources.get("memory", 0) // (WORKER_MEMORY * fitness.nbytes)]
     if fitness.device.type == "cuda":
         if resources.get("GPU", 0) < 1:
             raise WorkerError("Ray has no GPU for a worker.", "Start it with GPUs, or use executor=None.")

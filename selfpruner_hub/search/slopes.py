@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.moves import moved, paying_moves
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Scored
 
@@ -32,7 +32,7 @@ class SlopesProposer:
     name = "slopes"
     reads_slopes = True
 
-    def __init__(self, budget: ParameterBudget) -> None:
+    def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._unmeasured = EvolutionProposer(budget)
 

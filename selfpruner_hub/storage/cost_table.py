@@ -1,4 +1,4 @@
-"""Cost tables: what a runtime charged on a machine for models of several widths, kept in a file and reused."""
+"""Cost tables: measured costs of models of several widths in a runtime on a machine, kept in a file and reused."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from selfpruner_hub.plans.target import Target
 from selfpruner_hub.storage.staging import write_atomically
 from selfpruner_hub.storage.versioned_json import parse_versioned
 
-SCHEMA_VERSION = 1
+COST_TABLE_VERSION = 1
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a model whose layers all have the same widths was charged."""
+    """Measured cost of a model whose layers all have the same widths."""
 
     num_hidden_layers: int
     num_key_value_heads: int
@@ -39,7 +39,7 @@ class Point:
     """Bytes of the files of weights."""
 
     def cost(self, target: Target) -> float:
-        """Return what a target counts: milliseconds of a request, or bytes."""
+        """Return the cost in the unit of a target: milliseconds of a request, or bytes."""
         return self.prefill + target.new_tokens * self.decode if target.unit == "ms" else float(self.size)
 
 
@@ -52,7 +52,7 @@ class CostTable:
     points: tuple[Point, ...]
     """The whole dense model first; then models of fewer layers: dense ones, and such with narrower FFNs or attentions,
     not both."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = COST_TABLE_VERSION
 
     def costs(self, shape: ModelShape, target: Target) -> Costs:
         """Fit a cost of a KV group and one of an FFN channel; the cost of the dense model is the measured one.
@@ -71,7 +71,7 @@ class CostTable:
         whole, dense, *narrower = self.points
 
         def slope(width: str, other: str) -> float:
-            """Cost of one unit of this width; that of fewer units of the other part is another question."""
+            """Cost of one unit of this width, with the other part as wide as in the dense model."""
             points = [dense, *(p for p in narrower if getattr(p, other) == getattr(dense, other))]
             widths = [getattr(p, width) for p in points]
             if len(set(widths)) < 2:
@@ -103,7 +103,7 @@ class CostTable:
         Raises:
             SavedModelError: The text is not such a table.
         """
-        values = parse_versioned(text, source, SCHEMA_VERSION, cls)
+        values = parse_versioned(text, source, COST_TABLE_VERSION, cls)
         try:
             return cls(**{**values, "points": tuple(Point(**point) for point in values["points"])})
         except TypeError as error:

@@ -13,7 +13,7 @@ from selfpruner_hub.storage.versioned_json import Amount, Count, parse_versioned
 
 EXPORT_RECORD_FILE = "selfpruner_export.json"
 """Name of the file; not `export.json`, since transformers' exporters write a manifest of that name."""
-SCHEMA_VERSION = 1
+EXPORT_RECORD_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ExportRecord:
     """Reason why `max_difference` is None; empty where it is measured."""
     remark: str
     """Note for the users of the export; empty where there is none."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = EXPORT_RECORD_VERSION
 
     @property
     def has_hub_layout(self) -> bool:
@@ -70,7 +70,7 @@ def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
     inner = {
         "source": _Source, "format": Literal[tuple(EXPORTS)], "tolerance": Amount, "max_difference": Amount | None,
     }  # fmt: skip
-    values = parse_versioned(text, str(path), SCHEMA_VERSION, ExportRecord, inner)
+    values = parse_versioned(text, str(path), EXPORT_RECORD_VERSION, ExportRecord, inner)
     if expected is not None and values["format"] != expected:
         raise SavedModelError(
             f"{str(directory)!r} holds an export to {values['format']}, not to {expected}.",
@@ -80,7 +80,7 @@ def read_export(directory: Path, expected: str | None = None) -> ExportRecord:
 
 
 class _Source(TypedDict):
-    """What is read of the source."""
+    """Fields of the source that are read from a record."""
 
     name: str
     model_type: str

@@ -12,7 +12,7 @@ from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.plans.plan import Plan, plan_of
 from selfpruner_hub.storage.versioned_json import REMEDY, Amount, Count, parse_versioned
 
-SCHEMA_VERSION = 1
+RECORD_VERSION = 1
 MODEL_RECORD_FILE = "selfpruner.json"
 ALREADY_READ = "calibration or search read a text of this name, so this is no figure of unseen text"
 
@@ -72,7 +72,7 @@ class Record:
     """How the model was distilled from its parent after the cut (`recovery.recover`): tokens, minutes, settings, texts,
     divergence on each deciding text before and after, and the curve of the loss; None where it was not."""
     metrics: dict[str, Metric] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = RECORD_VERSION
 
     @property
     def plan(self) -> Plan:
@@ -86,13 +86,13 @@ class Record:
 
     @property
     def treatment(self) -> str:
-        """How the weights that are left were treated, as the end of a sentence."""
+        """Treatment of the remaining weights, as the end of a sentence."""
         training = self.method.get("training")
         return f"and was then trained ({training})" if training else "without retraining"
 
     @property
     def search_verdict(self) -> str:
-        """What the search found beyond its best seed plan, in a sentence; empty if not measured on unseen text."""
+        """Gain of the search over its best seed plan, in a sentence; empty if not measured on unseen text."""
         gains = self.proposer.get("gains", {})
         if not {"search_text", "unseen_text"} <= gains.keys():
             return ""
@@ -135,7 +135,7 @@ class Record:
         """
         inner: dict[str, Any] = {"method": _Method, "proposer": _Search, "data": _Texts, "parameters": _Counts}
         inner["recovery"] = _Recovery | None
-        values = parse_versioned(text, source, SCHEMA_VERSION, cls, inner)
+        values = parse_versioned(text, source, RECORD_VERSION, cls, inner)
         try:
             metrics = {name: Metric(**metric) for name, metric in values.pop("metrics").items()}
             record = cls(**{**values, "rates": tuple(values["rates"]), "metrics": metrics})
@@ -162,7 +162,7 @@ class _Schedule(TypedDict):
 
 
 class _Method(TypedDict):
-    """What is read of the settings."""
+    """Settings that are read from a record."""
 
     fitness: str
     importance: str
@@ -173,7 +173,7 @@ class _Method(TypedDict):
 
 
 class _Search(TypedDict):
-    """What is read of a proposer and its search."""
+    """Fields of a proposer and its search that are read from a record."""
 
     name: str
     evaluations: Amount
@@ -207,7 +207,7 @@ class _Deciding(TypedDict):
 
 
 class _Recovery(TypedDict):
-    """What is read of a recovery."""
+    """Fields of a recovery that are read from a record."""
 
     method: Literal["full", "lora"]
     tokens: Count

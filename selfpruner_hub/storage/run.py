@@ -1,4 +1,4 @@
-"""What the stages of a run share: tensor store, checkpoints, progress, random seed and executor."""
+"""Context that the stages of a run share: tensor store, checkpoints, progress, random seed and executor."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from selfpruner_hub.errors import OutputError, UserError
 
 LOCK_FILE = ".lock"
-"""Name of the file; what a killed process leaves of it locks nothing."""
+"""Name of the file; the file of a killed process locks nothing."""
 
 
 @contextmanager

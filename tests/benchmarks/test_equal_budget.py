@@ -13,7 +13,7 @@ import pytest
 from optimisers import CmaEs, CmaEsWithModel, told
 from support.tiny import tiny_model, tiny_tokenizer
 
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.journal_lines import AskLine
@@ -51,14 +51,14 @@ def found(proposer, budget, journal=None, evaluations=200.0):
 
 
 def test_cmaes_learns_from_the_scores(pruner):
-    budget = ParameterBudget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
+    budget = Budget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
     reached = {each.name: found(each, budget).best for each in (CmaEs(budget, CHILDREN), RandomProposer(budget))}
     assert reached["cmaes"].origin == "cmaes"
     assert reached["cmaes"].fitness < reached["random"].fitness
 
 
 def test_a_search_by_cmaes_that_was_stopped_goes_on_as_if_not(pruner, tmp_path):
-    budget = ParameterBudget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
+    budget = Budget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
     whole = found(CmaEs(budget, CHILDREN), budget)
     found(CmaEs(budget, CHILDREN), budget, Journal(tmp_path, {}), evaluations=90.0)
     assert found(CmaEs(budget, CHILDREN), budget, Journal(tmp_path, {})) == whole
@@ -79,7 +79,7 @@ class Writes:
 
 
 def test_the_model_inside_cmaes_is_told_where_the_optimiser_stands(pruner, tmp_path):
-    budget = ParameterBudget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
+    budget = Budget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
     made = []
     proposer = CmaEsWithModel(budget, CHILDREN, tmp_path, lambda at: made.append(Writes(budget, at)) or made[0])
     found(proposer, budget, Journal(tmp_path, {}), evaluations=60)
@@ -94,7 +94,7 @@ def test_the_model_inside_cmaes_is_told_where_the_optimiser_stands(pruner, tmp_p
 
 
 def test_what_the_model_is_told_follows_the_scores(pruner):
-    budget = ParameterBudget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
+    budget = Budget(pruner.shape, 0.3, p_min=0.1, p_max=0.9, tied=True)
     rng, layers = np.random.default_rng(0), budget.shape.num_layers
     history = []
     for number in range(60):
@@ -112,7 +112,7 @@ def test_what_the_model_is_told_follows_the_scores(pruner):
 
 
 def test_every_method_starts_from_the_same_plans():
-    budget = ParameterBudget(AutoPruner(tiny_model("llama"), None, "x").shape, 0.3, p_min=0.1, tied=True)
+    budget = Budget(AutoPruner(tiny_model("llama"), None, "x").shape, 0.3, p_min=0.1, tied=True)
     first, again, other = (equal_budget.population(budget, seed) for seed in (0, 0, 1))
     assert len(first) == equal_budget.PAPER.schedule.population
     assert first == again != other
@@ -120,7 +120,7 @@ def test_every_method_starts_from_the_same_plans():
 
 def test_every_method_can_be_made(pruner, tmp_path):
     words = [str(tmp_path), "search.txt", "unseen.txt", "--endpoint", "http://127.0.0.1:9/v1", "a-model"]
-    options, budget = equal_budget._parser().parse_args(words), ParameterBudget(pruner.shape, 0.3, tied=True)
+    options, budget = equal_budget._parser().parse_args(words), Budget(pruner.shape, 0.3, tied=True)
     made = equal_budget.proposers(pruner, budget, options.endpoint, tmp_path)
     assert set(made) == {*options.methods, "endpoint"}
     names = {method: make().name for method, make in made.items()}

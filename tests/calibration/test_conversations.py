@@ -12,8 +12,8 @@ from selfpruner_hub.calibration import conversations
 from selfpruner_hub.calibration.chat_template import Conversation, conversation, prompt_ids, user_turn
 from selfpruner_hub.calibration.conversations import (
     CHAT,
+    QUESTION_ATTEMPTS,
     QUESTIONS,
-    ROUNDS,
     Distinct,
     end_tokens,
     packed,
@@ -140,7 +140,7 @@ def test_more_is_written_until_there_is_enough(write):
     few = [None if i % 10 else f"What is {i}?" for i in range(400)]
     talks, writer = write(few, 5)
     assert len(talks) == 5
-    assert 1 < len(writer.of("questions")) <= ROUNDS
+    assert 1 < len(writer.of("questions")) <= QUESTION_ATTEMPTS
     seeds = [call["seed"] for call in writer.of("questions")]
     assert len(set(seeds)) == len(seeds)
 
@@ -148,7 +148,7 @@ def test_more_is_written_until_there_is_enough(write):
 def test_a_model_that_repeats_itself_gives_what_it_has(write):
     talks, writer = write(["Who are you?"] * 10_000, 5)
     assert len(talks) == 1
-    assert len(writer.of("questions")) == ROUNDS
+    assert len(writer.of("questions")) == QUESTION_ATTEMPTS
 
 
 def test_no_seed_of_one_run_is_one_of_the_next(write):

@@ -15,7 +15,8 @@ from selfpruner_hub.calibration import conversations, generated_text
 from selfpruner_hub.calibration import corpus as corpora
 from selfpruner_hub.calibration.chat_template import conversation
 from selfpruner_hub.calibration.conversations import packed
-from selfpruner_hub.calibration.corpus import ATTEMPTS, Corpus, consecutive_windows, load_corpus, sources_of
+from selfpruner_hub.calibration.corpus import CONVERSATION_ATTEMPTS, Corpus, consecutive_windows, load_corpus
+from selfpruner_hub.calibration.text_sources import sources_of
 from selfpruner_hub.errors import DataError
 
 WINDOW = 8
@@ -354,7 +355,7 @@ def test_each_attempt_has_a_seed_of_its_own(seed, write):
     _, writer = write(questions, 40 * 64, 64, seed=seed)
     seeds = [call["seed"] for call in writer.of("answers")]
     assert len(set(seeds)) == len(seeds) > 1
-    assert seeds == list(range(ATTEMPTS * seed, ATTEMPTS * seed + len(seeds)))
+    assert seeds == list(range(CONVERSATION_ATTEMPTS * seed, CONVERSATION_ATTEMPTS * seed + len(seeds)))
 
 
 def test_a_model_that_repeats_itself_writes_too_little(write):

@@ -53,7 +53,7 @@ def test_it_predicts_the_divergence_of_small_noise_in_any_direction(index, part,
 def test_layer_by_layer_it_is_what_one_backward_pass_gives(architecture, monkeypatch):
     """With labels that do not depend on chance: those of the least logit."""
     monkeypatch.setattr(module, "draw", lambda logits, _temperature, _generator: logits.argmin(-1))
-    monkeypatch.setattr("selfpruner_hub.models.layer_stream.BATCH_TOKENS", 48)  # batches of unequal size
+    monkeypatch.setattr("selfpruner_hub.models.layer_stream.LAYER_BATCH_TOKENS", 48)  # batches of unequal size
     model, windows = tiny_model(architecture), WINDOWS[:7]
     found = output_fisher(model, windows)
     seen = [each for index in range(len(decoder_layers(model))) for each in outputs(model, index)]

@@ -82,7 +82,7 @@ def test_no_step_is_made_when_all_have_ended(steps):
 def test_room_of_the_cache_changes_nothing(name, monkeypatch):
     model = tiny_model(name)
     whole = greedy(model)
-    monkeypatch.setattr(generated_text, "ROOM", 1)
+    monkeypatch.setattr(generated_text, "CACHE_STEP", 1)
     assert continuations(model, PROMPTS, NEW, temperature=0) == whole
     ends = {whole[0][1], whole[2][5], whole[3][11]}
     assert continuations(model, PROMPTS, NEW, ends=ends, temperature=0) == [ended(ids, ends) for ids in whole]

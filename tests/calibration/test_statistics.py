@@ -16,7 +16,7 @@ WINDOWS = torch.randint(3, 128, (12, 16), generator=torch.Generator().manual_see
 
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_moments_equal_those_of_all_inputs(name, monkeypatch):
-    monkeypatch.setattr(streams, "BATCH_TOKENS", 48)  # three windows a batch
+    monkeypatch.setattr(streams, "LAYER_BATCH_TOKENS", 48)  # three windows a batch
     model, seen = tiny_model(name), {}
     for index, layer in enumerate(model.model.layers):
         for part, module in (("attention", layer.self_attn.o_proj), ("ffn", layer.mlp.down_proj)):

@@ -39,7 +39,7 @@ def evaluate(work, capsys, monkeypatch):
     few = load_questions("report")[:6]
     monkeypatch.setattr(chat.ChatMeasure.__init__, "__defaults__", (4, chat.SEED, None))
     monkeypatch.setattr(questions, "load_questions", lambda half: few if half == "report" else None)
-    monkeypatch.setattr(questions.Question, "is_right", lambda self, reply: self in few[:3])
+    monkeypatch.setattr(questions.PlainQuestion, "is_right", lambda self, reply: self in few[:3])
 
     def evaluate(model, *words):
         data = ["--data", str(work / "text.txt"), "--window", "32", "--quiet", "--json"]

@@ -25,7 +25,7 @@ from selfpruner_hub.evaluation.metrics import (
     teach,
     teacher_loss,
 )
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.prepare import prepared
@@ -66,7 +66,7 @@ def test_fitness_is_the_figure_of_the_sliced_model(metric):
     teacher = teach(model, WINDOWS)
     with prepared(model, WINDOWS, PruneSettings()) as ready:
         slicer = ready.slicer
-        plan = ParameterBudget(slicer.shape, 0.3).project(Rates((0.3,) * 4, (0.1, 0.2, 0.3, 0.4)))
+        plan = Budget(slicer.shape, 0.3).project(Rates((0.3,) * 4, (0.1, 0.2, 0.3, 0.4)))
         fitness = Fitness(slicer, WINDOWS, metric)
         sliced = slice_model(slicer, plan)
         scores = fitness(plan), fitness(plan, 0.3)

@@ -12,7 +12,7 @@ from selfpruner_hub.evaluation import questions
 from selfpruner_hub.evaluation.questions import (
     HALVES,
     REPLY_TOKENS,
-    Question,
+    PlainQuestion,
     load_questions,
     replies,
     rightly_answered,
@@ -80,7 +80,7 @@ def test_a_question_does_not_give_its_answer_away(question):
     ],
 )
 def test_a_reply_is_right_by_whole_words_in_any_case(answers, reply, right):
-    assert Question("report", "topic", "What?", tuple(answers)).is_right(reply) is right
+    assert PlainQuestion("report", "topic", "What?", tuple(answers)).is_right(reply) is right
 
 
 def test_an_unknown_half():

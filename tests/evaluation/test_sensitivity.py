@@ -13,7 +13,7 @@ from support.tiny import DISTINCT, surer, tiny_model
 from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.evaluation.fitness import Fitness, SecondRepairScore
 from selfpruner_hub.models.architectures import architecture_of, logit_scale, residual_scale
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import STEP, StepEffects
 from selfpruner_hub.pruning.prepare import prepared
@@ -47,7 +47,7 @@ def test_slopes_predict_what_small_changes_do(architecture):
     windows = torch.randint(3, 128, (32, 16), generator=torch.Generator().manual_seed(0))
     with prepared(model, windows, PruneSettings(), output_fisher(model, windows)) as ready:
         slicer, curves = ready.slicer, ready.curves
-        budget = ParameterBudget(slicer.shape, 0.3)
+        budget = Budget(slicer.shape, 0.3)
         plan = budget.project(random_rates(budget, np.random.default_rng(0)))
         fitness = Fitness(slicer, windows, "perplexity")
         found = fitness.measure_steps(plan)

@@ -8,7 +8,14 @@ from support.tiny import tiny_model
 from support.virtual_device import virtual_accelerator
 
 from selfpruner_hub.errors import ModelError, UserError
-from selfpruner_hub.models.devices import check_one_device, choose_device, described, out_of_memory, summed
+from selfpruner_hub.models.devices import (
+    check_one_device,
+    choose_device,
+    described,
+    ieee_products,
+    out_of_memory,
+    summed,
+)
 from selfpruner_hub.models.loading import explain, load_model
 from selfpruner_hub.pruner import AutoPruner
 
@@ -70,3 +77,23 @@ def test_too_little_memory_is_not_a_missing_model(error):
         assert told.message == "Out of memory while 'example/model' was loaded."
         assert told.hint.startswith("Try ")
     assert out_of_memory(ValueError("no")) is None
+
+
+def products():
+    """Precision of float32 products on a CPU, and on CUDA."""
+    return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+@pytest.mark.parametrize(("setting", "rounded"), [("high", ("tf32", "tf32")), ("medium", ("bf16", "tf32"))])
+def test_no_setting_of_the_process_rounds_factors(setting, rounded):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        with ieee_products():
+            assert products() == ("ieee", "ieee")
+            with ieee_products(cpu="bf16"):
+                assert products() == ("bf16", "ieee")
+            assert products() == ("ieee", "ieee")
+        assert products() == rounded
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from exporters.to_gguf.writer import write
 from selfpruner_hub.errors import ModelError, SavedModelError, UnsupportedArchitectureError, UserError
-from selfpruner_hub.models import loading, patching
+from selfpruner_hub.models import loading
 from selfpruner_hub.models.architectures import ARCHITECTURES
 from selfpruner_hub.models.loading import explain, load_model, resolve_directory
+from selfpruner_hub.storage import gguf_files
 from selfpruner_hub.storage.offload import DiskStore
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -87,8 +88,8 @@ def test_a_model_without_a_tokenizer(model):
 def test_a_gguf_file_is_read_once(tmp_path, monkeypatch):
     model, read = tiny_model("llama-mha-tied", vocab_size=VOCABULARY), []
     write(model, trained_tokenizer(), tmp_path, dtype="f32")
-    reader = patching._Reader
-    monkeypatch.setattr(patching, "_Reader", lambda path: read.append(reader(path)) or read[-1])
+    reader = gguf_files._Reader
+    monkeypatch.setattr(gguf_files, "_Reader", lambda path: read.append(reader(path)) or read[-1])
     for times in (1, 2):
         loaded, tokenizer = load_model(str(tmp_path), gguf_file="model-f32.gguf", dtype=torch.float32)
         assert len(read) == times  # nothing is kept from one model to the next

@@ -1,4 +1,4 @@
-"""Models changed for a while: decoding by one product a KV group, the state of a model that is worked on, precision."""
+"""Models changed for a while: decoding by one product a KV group, and the state of a model that is worked on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from support.tiny import DISTINCT, tiny_model
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.models.patching import add_gram, add_product, attending_by_group, ieee_products, working_on
+from selfpruner_hub.models.patching import attending_by_group, working_on
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -68,38 +68,6 @@ def test_a_model_that_does_not_attend_by_sdpa_is_left_alone():
         assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize(("left", "right"), [("bfloat16", "bfloat16"), ("float32", "float32"), ("float32", "bfloat16")])
-def test_a_sum_of_products_is_not_rounded(left, right):
-    """Where a CPU multiplies in bfloat16, a float32 factor would be off by up to 2⁻⁹ of itself."""
-    settings, generator = torch.backends.mkldnn.matmul, torch.Generator().manual_seed(0)
-    before = settings.fp32_precision
-    a, b = (torch.randn(512, 96, generator=generator).to(getattr(torch, dtype)) for dtype in (left, right))
-    total = torch.ones(96, 96)
-    add_product(total, a, b)
-    torch.testing.assert_close(total.double(), 1 + a.double().t() @ b.double(), atol=1e-4, rtol=1e-5)
-    assert settings.fp32_precision == before
-
-
-def products():
-    """Precision of float32 products on a CPU, and on CUDA."""
-    return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-
-
-@pytest.mark.parametrize(("setting", "rounded"), [("high", ("tf32", "tf32")), ("medium", ("bf16", "tf32"))])
-def test_no_setting_of_the_process_rounds_factors(setting, rounded):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
-    try:
-        with ieee_products():
-            assert products() == ("ieee", "ieee")
-            with ieee_products(cpu="bf16"):
-                assert products() == ("bf16", "ieee")
-            assert products() == ("ieee", "ieee")
-        assert products() == rounded
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def test_a_model_that_is_worked_on_is_in_eval_mode_and_gets_its_own_back():
     model = tiny_model("llama").train()
     model.model.layers[1].eval()
@@ -155,13 +123,3 @@ def test_one_thread_at_a_time_works_on_a_model():
         assert "Another thread works on this model" in str(in_a_thread(lambda: enter(two, one)))
         assert in_a_thread(lambda: enter(two)) is None  # and what was held of the refused pair is free
     assert in_a_thread(lambda: enter(one)) is None
-
-
-@pytest.mark.parametrize("width", [3, 4, 37, 128])
-def test_a_symmetric_sum_is_that_of_the_full_product(width):
-    generator = torch.Generator().manual_seed(0)
-    first, second = (torch.randn(64, width, generator=generator) for _ in range(2))
-    total = torch.zeros(width, width)
-    for x in (first, second):
-        add_gram(total, x)
-    torch.testing.assert_close(total, first.t() @ first + second.t() @ second)

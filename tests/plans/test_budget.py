@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from selfpruner_hub.errors import BudgetError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.rounding import largest_remainder, shift_to_sum
@@ -39,7 +39,7 @@ def budgets(draw, tied=None):
         draw(one) for one in (st.floats(0.02, 0.88), st.sampled_from([1, 8, 32, 64]), st.sampled_from([1, 1, 2, 4]))
     )
     try:
-        return ParameterBudget(
+        return Budget(
             shape, beta, p_min, p_max, draw(st.booleans()) if tied is None else tied, multiple_of, kv_multiple
         )
     except BudgetError:
@@ -55,7 +55,7 @@ def proposals(draw, tied=None):
 
 
 def flat(budget, attention=0.0):
-    return Rates((attention,) * budget.shape.num_layers, (budget.beta,) * budget.shape.num_layers)
+    return Rates((attention,) * budget.shape.num_layers, (budget.share,) * budget.shape.num_layers)
 
 
 def random_rates(layers, seed):
@@ -68,7 +68,7 @@ def random_rates(layers, seed):
 def test_every_projection_is_on_the_budget(proposal):
     budget, rates = proposal
     plan = budget.project(rates)
-    assert abs(budget.shape.beta(plan) - budget.beta) <= budget.tolerance + 1e-12
+    assert abs(budget.shape.beta(plan) - budget.share) <= budget.tolerance + 1e-12
     unit = budget.multiple_of * budget.shape.channel_weights
     sizes = map(budget.shape.layer_weights, budget.shape.dense.layers)
     for kept, dense, rate, size in zip(
@@ -96,25 +96,25 @@ def test_a_target_is_met_by_every_projection(proposal, quantity, seed):
 
     attention = tuple(table(w.num_key_value_heads, 50.0) for w in shape.dense.layers)
     costs = Costs(attention, tuple(table(w.intermediate_size, channel) for w in shape.dense.layers), 100.0)
-    wanted = costs.dense - budget.beta * costs.prunable
+    wanted = costs.dense - budget.share * costs.prunable
     assume(wanted > 1)
     value = costs.dense / wanted if quantity == "speedup" else wanted
     target = Target(quantity, value, "abacus")
     try:
-        limited = ParameterBudget.for_target(shape, costs, target, p_max=budget.p_max, multiple_of=budget.multiple_of)
+        limited = Budget.for_target(shape, costs, target, p_max=budget.p_max, multiple_of=budget.multiple_of)
     except BudgetError:
         assume(False)
     plan = limited.project(rates)
     assert costs.of(plan) <= wanted * (1 + 1e-6)
-    assert limited.removed_share(plan) <= limited.beta + 2 * limited.tolerance + 1e-6
+    assert limited.removed_share(plan) <= limited.share + 2 * limited.tolerance + 1e-6
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.99, 15), (0.6, 9), (0.5, 8)])
 def test_a_cache_between_two_numbers_of_groups_is_the_smaller_one(share, kept):
     shape = ModelShape(32, 4, 2, Plan.of([48] * 4, [4] * 4))
     costs = Costs.linear(shape, group=64.0, channel=0.0, unit="bytes")
-    budget = ParameterBudget.for_target(shape, costs, Target("kv_cache", share, "torch"))
-    plan = budget.project(budget.spread([budget.beta] * 4))
+    budget = Budget.for_target(shape, costs, Target("kv_cache", share, "torch"))
+    plan = budget.project(budget.spread([budget.share] * 4))
     assert sum(w.num_key_value_heads for w in plan.layers) == kept
 
 
@@ -136,12 +136,12 @@ def test_a_change_of_a_plan_is_on_the_budget_too(proposal, data):
     ffn = [*parent.ffn]
     ffn[layer] = data.draw(st.floats(-1, 2))
     plan = budget.project(Rates(tuple(ffn) if budget.tied else parent.attention, tuple(ffn)), parent)
-    assert abs(budget.shape.beta(plan) - budget.beta) <= budget.tolerance + 1e-12
+    assert abs(budget.shape.beta(plan) - budget.share) <= budget.tolerance + 1e-12
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_layers_that_a_change_leaves_alone_stay_as_they_are(tied):
-    budget = ParameterBudget(SMOLLM2, 0.3, 0.1 if tied else 0.0, 0.9, tied)
+    budget = Budget(SMOLLM2, 0.3, 0.1 if tied else 0.0, 0.9, tied)
     for seed in range(10):
         rng = random.Random(seed)
         before = budget.project(random_rates(30, seed))
@@ -159,7 +159,7 @@ def test_the_layers_that_a_change_leaves_alone_stay_as_they_are(tied):
 
 
 def test_a_group_that_goes_is_settled_in_its_own_layer():
-    budget = ParameterBudget(SMOLLM2, 0.3)
+    budget = Budget(SMOLLM2, 0.3)
     before = budget.project(flat(budget))
     parent = budget.rates(before)
     after = budget.project(Rates((*parent.attention[:29], 1 / 3), parent.ffn), parent)
@@ -169,7 +169,7 @@ def test_a_group_that_goes_is_settled_in_its_own_layer():
 
 
 def test_a_change_that_its_layers_cannot_pay_for_is_settled_by_all():
-    budget = ParameterBudget(SMOLLM2, 0.3)
+    budget = Budget(SMOLLM2, 0.3)
     parent = budget.rates(budget.project(flat(budget)))
     plan = budget.project(Rates(tuple([2 / 3] * 9 + [0.0] * 21), parent.ffn), parent)  # nine layers, FFN 0.9 at least
     assert abs(SMOLLM2.beta(plan) - 0.3) <= 0.001
@@ -179,7 +179,7 @@ def test_a_change_that_its_layers_cannot_pay_for_is_settled_by_all():
 # and the first layer ends at 0.073.
 def test_no_layer_of_a_tied_plan_loses_less_than_p_min():
     shape = ModelShape(hidden_size=32, head_dim=80, queries_per_group=2, dense=Plan.of([960] * 4, [4] * 4))
-    plan = ParameterBudget(shape, 0.2, 0.1, 0.9, tied=True).project(Rates.tied([0.0, 0.3, 0.3, 0.6]))
+    plan = Budget(shape, 0.2, 0.1, 0.9, tied=True).project(Rates.tied([0.0, 0.3, 0.3, 0.6]))
     assert min(shape.rates(plan)) >= 0.1 - 0.001
 
 
@@ -187,14 +187,14 @@ def test_no_layer_of_a_tied_plan_loses_less_than_p_min():
 @pytest.mark.parametrize("beta", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
 def test_smollm2_meets_beta_within_a_thousandth(beta, tied):
     p_min = 0.1 if tied and beta > 0.1 else 0.0
-    budget = ParameterBudget(SMOLLM2, beta, p_min, 0.9, tied)
+    budget = Budget(SMOLLM2, beta, p_min, 0.9, tied)
     assert budget.tolerance == 0.001
     for seed in range(5):
         assert abs(SMOLLM2.beta(budget.project(random_rates(30, seed))) - beta) <= 0.001
 
 
 def test_uniform_rates_on_smollm2_are_the_widths_done_by_hand():
-    budget = ParameterBudget(SMOLLM2, 0.3)
+    budget = Budget(SMOLLM2, 0.3)
     plan = budget.project(flat(budget))
     assert {w.num_key_value_heads for w in plan.layers} == {3}
     removed = [1536 - w.intermediate_size for w in plan.layers]
@@ -203,7 +203,7 @@ def test_uniform_rates_on_smollm2_are_the_widths_done_by_hand():
 
 
 def test_the_ffn_pays_for_groups_that_stay_and_gains_from_groups_that_go():
-    budget = ParameterBudget(SMOLLM2, 0.3)
+    budget = Budget(SMOLLM2, 0.3)
     keep, give = budget.project(flat(budget)), budget.project(flat(budget, attention=1 / 3))
     assert {w.num_key_value_heads for w in give.layers} == {2}
     assert all(a.intermediate_size < b.intermediate_size for a, b in zip(keep.layers, give.layers, strict=True))
@@ -211,13 +211,13 @@ def test_the_ffn_pays_for_groups_that_stay_and_gains_from_groups_that_go():
 
 def test_groups_are_rounded_to_the_nearest_as_proposed():
     attention = (0.1, 0.2, 0.4, 0.5, 0.6, 0.9, -0.3, 7.0) + (0.0,) * 22  # of 3 groups each
-    plan = ParameterBudget(SMOLLM2, 0.3).project(Rates(attention, (0.3,) * 30))
+    plan = Budget(SMOLLM2, 0.3).project(Rates(attention, (0.3,) * 30))
     assert [3 - w.num_key_value_heads for w in plan.layers[:8]] == [0, 1, 1, 2, 2, 2, 0, 2]
     assert {w.num_key_value_heads for w in plan.layers[8:]} == {3}
 
 
 def test_groups_go_where_the_ffn_alone_cannot_meet_beta():
-    budget = ParameterBudget(SMOLLM2, 0.8)  # 0.9 of all FFN is 0.675
+    budget = Budget(SMOLLM2, 0.8)  # 0.9 of all FFN is 0.675
     plan = budget.project(Rates((0.0,) * 29 + (0.4,), (0.5,) * 30))
     assert abs(SMOLLM2.beta(plan) - 0.8) <= 0.001
     assert plan.layers[-1].num_key_value_heads == 1  # the layer that asked most for it gives most
@@ -225,16 +225,14 @@ def test_groups_go_where_the_ffn_alone_cannot_meet_beta():
 
 def test_coarser_widths_widen_the_tolerance_only_where_they_must():
     tiny = ModelShape(64, 16, 1, Plan.of([256], [4]))
-    assert ParameterBudget(SMOLLM2, 0.3, multiple_of=64).tolerance == 0.001
-    assert ParameterBudget(tiny, 0.3, multiple_of=64).tolerance == pytest.approx(
-        0.5 * 64 * 192 / tiny.weights(tiny.dense), 1e-6
-    )
+    assert Budget(SMOLLM2, 0.3, multiple_of=64).tolerance == 0.001
+    assert Budget(tiny, 0.3, multiple_of=64).tolerance == pytest.approx(0.5 * 64 * 192 / tiny.weights(tiny.dense), 1e-6)
 
 
 # A bug once: two of these numbers overflow to infinity, and end in a ValueError or an OverflowError.
 @pytest.mark.parametrize("huge", [1e300, -1e300, 1e308, -1e308])
 def test_rates_may_be_any_finite_number(huge):
-    budget = ParameterBudget(SMOLLM2, 0.3)
+    budget = Budget(SMOLLM2, 0.3)
     for rates in (Rates((huge,) + (0.0,) * 29, (0.3,) * 30), Rates((0.0,) * 30, (huge,) + (0.3,) * 29)):
         assert abs(SMOLLM2.beta(budget.project(rates)) - 0.3) <= 0.001
 
@@ -242,7 +240,7 @@ def test_rates_may_be_any_finite_number(huge):
 @pytest.mark.parametrize("beta", [0, 1, -0.1, 1.5, "0.3", True, None, math.nan, math.inf])
 def test_a_malformed_beta_is_refused(beta):
     with pytest.raises(BudgetError, match="beta must"):
-        ParameterBudget(SMOLLM2, beta)
+        Budget(SMOLLM2, beta)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +248,7 @@ def test_a_malformed_beta_is_refused(beta):
 )
 def test_an_unreachable_beta_names_what_is_reachable(beta, bounds, least, most):
     with pytest.raises(BudgetError, match=f"beta={beta}.*between {least} and {most}"):
-        ParameterBudget(SMOLLM2, beta, *bounds)
+        Budget(SMOLLM2, beta, *bounds)
 
 
 # A bug once: one group is more than the whole FFN here, so no plan is near 0.3: the budget must say so.
@@ -258,25 +256,25 @@ def test_an_unreachable_beta_names_what_is_reachable(beta, bounds, least, most):
 def test_a_beta_between_two_groups_that_the_ffn_cannot_bridge_is_refused():
     shape = ModelShape(hidden_size=64, head_dim=32, queries_per_group=8, dense=Plan.of([32], [2]))
     with pytest.raises(BudgetError, match="cannot be reached"):
-        ParameterBudget(shape, 0.3)
+        Budget(shape, 0.3)
 
 
 @pytest.mark.parametrize("bounds", [(-0.1, 0.9), (0.5, 0.5), (0.6, 0.4), (0.0, 1.0), (math.nan, 0.9), (0.0, math.nan)])
 def test_malformed_bounds_are_refused(bounds):
     with pytest.raises(BudgetError, match="p_min < p_max"):
-        ParameterBudget(SMOLLM2, 0.3, *bounds)
+        Budget(SMOLLM2, 0.3, *bounds)
 
 
 # A bug once: p_min bounds the FFN alone, so that a mean below "the least rate of any layer" is accepted.
 def test_beta_below_p_min_is_refused():
     with pytest.raises(BudgetError, match="cannot be reached"):
-        ParameterBudget(SMOLLM2, 0.25, p_min=0.3)
+        Budget(SMOLLM2, 0.25, p_min=0.3)
 
 
 @pytest.mark.parametrize("multiple_of", [0, -8, 5, 1024])
 def test_multiple_of_must_divide_the_width(multiple_of):
     with pytest.raises(BudgetError, match=rf"multiple_of={multiple_of} does not divide.*1536"):
-        ParameterBudget(SMOLLM2, 0.3, multiple_of=multiple_of)
+        Budget(SMOLLM2, 0.3, multiple_of=multiple_of)
 
 
 @pytest.mark.parametrize("kv_multiple", [0, -1, 2])
@@ -286,18 +284,18 @@ def test_kv_multiple_must_divide_the_heads_of_every_layer(kv_multiple):
     with pytest.raises(
         BudgetError, match=f"kv_multiple={kv_multiple} does not divide the {heads} KV heads of layer {layer}"
     ):
-        ParameterBudget(shape, 0.3, kv_multiple=kv_multiple)
+        Budget(shape, 0.3, kv_multiple=kv_multiple)
 
 
 def test_every_layer_divides_by_kv_multiple():
     shape = ModelShape(576, 64, 3, Plan.of([1536] * 30, [8] * 30))
-    budget = ParameterBudget(shape, 0.5, kv_multiple=2)
+    budget = Budget(shape, 0.5, kv_multiple=2)
     groups = {w.num_key_value_heads for w in budget.project(random_rates(30, 0)).layers}
     assert groups == {2, 4, 6, 8}
 
 
 def test_kv_multiple_of_all_heads_cuts_the_ffn_alone():
-    plan = ParameterBudget(SMOLLM2, 0.3, kv_multiple=3).project(random_rates(30, 0))
+    plan = Budget(SMOLLM2, 0.3, kv_multiple=3).project(random_rates(30, 0))
     assert {w.num_key_value_heads for w in plan.layers} == {3}
     assert abs(SMOLLM2.beta(plan) - 0.3) <= 0.001
 
@@ -306,7 +304,7 @@ def test_kv_multiple_of_all_heads_cuts_the_ffn_alone():
 @pytest.mark.parametrize("part", ["attention", "ffn"])
 @pytest.mark.parametrize("values", [(0.3,) * 29, (0.3,) * 31, ()])
 def test_a_wrong_number_of_rates_is_refused(values, part, tied):
-    budget = ParameterBudget(SMOLLM2, 0.3, tied=tied)
+    budget = Budget(SMOLLM2, 0.3, tied=tied)
     with pytest.raises(BudgetError, match=f"Expected 30 {part} rates.*got {len(values)}"):
         budget.project(Rates(**{"attention": (0.3,) * 30, "ffn": (0.3,) * 30, part: values}))
 
@@ -315,21 +313,21 @@ def test_a_wrong_number_of_rates_is_refused(values, part, tied):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_rates_that_are_not_finite_are_refused(bad, part):
     with pytest.raises(BudgetError, match=f"{part} rate must be a finite"):
-        ParameterBudget(SMOLLM2, 0.3).project(
+        Budget(SMOLLM2, 0.3).project(
             Rates(**{"attention": (0.3,) * 30, "ffn": (0.3,) * 30, part: (0.3,) * 29 + (bad,)})
         )
 
 
 def test_attention_that_stays_whole_limits_beta():
     whole = ModelShape(64, 16, 1, Plan.of([64, 64], [4, 4]), whole_attention=True)
-    plan = ParameterBudget(whole, 0.3).project(Rates((0.5, 0.5), (0.1, 0.9)))
+    plan = Budget(whole, 0.3).project(Rates((0.5, 0.5), (0.1, 0.9)))
     assert [layer.num_key_value_heads for layer in plan.layers] == [4, 4]
     with pytest.raises(BudgetError, match="all of its KV heads in each layer, .* lose between 0.000 and 0.3"):
-        ParameterBudget(whole, 0.5)
+        Budget(whole, 0.5)
 
 
 def test_distance_is_the_mean_change_over_both_parts():
-    budget = ParameterBudget(ModelShape(64, 16, 1, Plan.of([100, 100], [4, 4])), 0.3)
+    budget = Budget(ModelShape(64, 16, 1, Plan.of([100, 100], [4, 4])), 0.3)
     plan = Plan.of([50, 100], [2, 4])  # FFN rates 0.5 and 0; attention 0.5 and 0
     assert budget.distance(Rates((0.5, 0.2), (0.1, 0.0)), plan) == pytest.approx((0.2 + 0.4) / 4)
 
@@ -401,11 +399,11 @@ SIX = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of(
 
 def test_the_ffn_of_a_tied_layer_makes_up_for_groups_that_are_too_coarse():
     """A group of four is a quarter: a layer that may lose 40 % loses one, and more of its FFN."""
-    plan = ParameterBudget(SIX, 0.3, 0.0, 0.4, tied=True).project(Rates.tied([1.0] * 3 + [0.0] * 3))
+    plan = Budget(SIX, 0.3, 0.0, 0.4, tied=True).project(Rates.tied([1.0] * 3 + [0.0] * 3))
     assert SIX.rates(plan)[:3] == pytest.approx([0.4] * 3, abs=0.011)
 
 
 def test_the_groups_that_a_layer_lost_count_for_its_least_rate():
     rates = Rates((0.5, 0, 0, 0, 0, 0), (0.0, 0.6, 0.6, 0.6, 0.6, 0.6))
-    plan = ParameterBudget(SIX, 0.3, 0.1).project(rates)
+    plan = Budget(SIX, 0.3, 0.1).project(rates)
     assert (plan.layers[0].num_key_value_heads, plan.layers[0].intermediate_size) == (2, 64)

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from selfpruner_hub.errors import BudgetError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape, Plan, widths_of
 from selfpruner_hub.plans.predicted_loss import LossCurves
@@ -38,7 +38,7 @@ def proposals(draw):
     assume(costs.prunable > 1)
     target = target_of({"speedup": draw(st.floats(1.02, 2.5))}, "onnx")
     try:
-        budget = ParameterBudget.for_target(shape, costs, target, multiple_of=draw(st.sampled_from([1, 8])))
+        budget = Budget.for_target(shape, costs, target, multiple_of=draw(st.sampled_from([1, 8])))
     except BudgetError:
         assume(False)
     rates = st.lists(st.floats(-0.5, 1.5), min_size=layers, max_size=layers)
@@ -60,11 +60,11 @@ def test_every_plan_costs_what_the_target_allows(proposal):
 
 def test_parameters_are_the_case_of_linear_cost():
     scaled = Costs.linear(SHAPE, SHAPE.group_weights, SHAPE.channel_weights, unit="ms")
-    beta = ParameterBudget(SHAPE, 0.3)
+    beta = Budget(SHAPE, 0.3)
     aim = target_of({"speedup": 1 / 0.7}, "onnx")
-    budget = ParameterBudget.for_target(SHAPE, scaled, aim)
+    budget = Budget.for_target(SHAPE, scaled, aim)
     rates = Rates((0.0, 0.3, 0.5, 0.0, 0.9, 0.1), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6))
-    assert budget.beta == pytest.approx(0.3)
+    assert budget.share == pytest.approx(0.3)
     assert budget.project(rates) == beta.project(rates)
     assert beta.costs.share(beta.project(rates)) == pytest.approx(0.3, abs=beta.tolerance)
 
@@ -77,7 +77,7 @@ def test_plans_of_beta_are_those_of_before_there_were_costs():
         shape = ModelShape(rng.choice([64, 576]), 16, rng.choice([1, 3]), Plan.of([96] * layers, [groups] * layers))
         bounds = (rng.choice([0.0, 0.1]), 0.9, rng.random() < 0.3, rng.choice([1, 8, 32]))
         try:
-            budget = ParameterBudget(shape, rng.uniform(0.05, 0.6), *bounds)
+            budget = Budget(shape, rng.uniform(0.05, 0.6), *bounds)
         except BudgetError as error:
             found.update(str(error).encode())
             continue
@@ -103,7 +103,7 @@ def test_the_knapsack_takes_what_the_runtime_charges_most_for():
     aim = target_of({"speedup": 1.4}, "onnx")
     kept = {}
     for name, group, channel in (("attention", 30.0, 0.1), ("ffn", 0.1, 2.0)):
-        budget = ParameterBudget.for_target(SHAPE, Costs.linear(SHAPE, group, channel, 50.0, "ms"), aim)
+        budget = Budget.for_target(SHAPE, Costs.linear(SHAPE, group, channel, 50.0, "ms"), aim)
         plan = budget.project(knapsack(budget, curves()))
         assert budget.costs.of(plan) == pytest.approx(aim.wanted(budget.costs), rel=0.02)
         kept[name] = sum(w.num_key_value_heads for w in plan.layers)
@@ -114,38 +114,38 @@ def test_a_staircase_is_cut_at_its_steps():
     """Widths that cost the same as a wider one gain nothing: the knapsack takes none of them."""
     stairs = np.ceil(np.arange(97) / 32) * 32.0
     costs = Costs(LINEAR.attention, (stairs,) * 6, 100.0, "ms")
-    budget = ParameterBudget.for_target(SHAPE, costs, target_of({"speedup": 1.3}, "gguf"))
+    budget = Budget.for_target(SHAPE, costs, target_of({"speedup": 1.3}, "gguf"))
     rates = knapsack(budget, curves())
     assert {round(96 * (1 - rate)) % 32 for rate in rates.ffn} == {0}
 
 
 def test_a_target_that_cannot_be_reached_is_refused_with_the_best_that_can():
     with pytest.raises(BudgetError) as refused:
-        ParameterBudget.for_target(SHAPE, LINEAR, target_of({"speedup": 9}, "onnx"))
+        Budget.for_target(SHAPE, LINEAR, target_of({"speedup": 9}, "onnx"))
     most = LINEAR.dense / LINEAR.of(Plan.of([10] * 6, [1] * 6))  # p_max = 0.9 of 96 channels
     assert refused.value.message.startswith("speedup=9 in onnx cannot be reached")
     assert refused.value.message.endswith(f"reach between 1.000 and {most:.3f}.")
     assert "\n" not in str(refused.value)
     for wanted in ({"latency": 1e4}, {"latency": 1}, {"memory": "9GB"}, {"kv_cache": 0.01}):
         with pytest.raises(BudgetError, match="cannot be reached"):
-            ParameterBudget.for_target(SHAPE, LINEAR, target_of(wanted, "onnx"))
+            Budget.for_target(SHAPE, LINEAR, target_of(wanted, "onnx"))
 
 
 def test_a_runtime_in_which_narrower_is_no_faster_is_refused():
     flat = Costs.linear(SHAPE, 0.0, 0.0, 100.0, "ms")
     with pytest.raises(BudgetError, match="not measured to save anything"):
-        ParameterBudget.for_target(SHAPE, flat, SPEEDUP)
+        Budget.for_target(SHAPE, flat, SPEEDUP)
 
 
 def test_tied_rates_are_refused():
     with pytest.raises(BudgetError, match="tied=true"):
-        ParameterBudget.for_target(SHAPE, LINEAR, SPEEDUP, tied=True)
+        Budget.for_target(SHAPE, LINEAR, SPEEDUP, tied=True)
 
 
 @pytest.mark.parametrize("wanted", [0.5, 6 * 4 * 64 * 0.75])
 def test_a_kv_cache_is_cut_from_attention_alone(wanted):
     costs = Costs.linear(SHAPE, 64.0, 0.0, unit="bytes")
-    budget = ParameterBudget.for_target(SHAPE, costs, target_of({"kv_cache": wanted}, "torch"))
+    budget = Budget.for_target(SHAPE, costs, target_of({"kv_cache": wanted}, "torch"))
     rng = np.random.default_rng(0)
     asked = [*seeds(budget, curves()).values(), *(p.rates for p in RandomProposer(budget).ask("initial", [], 5, rng))]
     scored = [Scored(p := budget.project(r), budget.rates(p), 1.0, 1.0, "seed", 0) for r in asked]
@@ -155,7 +155,7 @@ def test_a_kv_cache_is_cut_from_attention_alone(wanted):
         assert costs.of(plan) == budget.target.wanted(costs)
         assert {w.intermediate_size for w in plan.layers} == {96}
     with pytest.raises(BudgetError, match="p_min"):
-        ParameterBudget.for_target(SHAPE, costs, target_of({"kv_cache": wanted}, "torch"), p_min=0.1)
+        Budget.for_target(SHAPE, costs, target_of({"kv_cache": wanted}, "torch"), p_min=0.1)
 
 
 def test_costs_have_a_digest_of_their_own():

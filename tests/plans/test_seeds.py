@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.moves import moved
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects
@@ -48,7 +48,7 @@ def total_loss(losses, groups, channels):
 def test_the_knapsack_equals_brute_force(seed, beta):
     tiny = shape(layers=2, width=5, groups=2)
     losses = curves(tiny, seed)
-    groups, channels = kept(tiny, knapsack(ParameterBudget(tiny, beta), losses))
+    groups, channels = kept(tiny, knapsack(Budget(tiny, beta), losses))
     weights = tiny.weights(Plan.of(channels, groups))
     assert weights <= (1 - beta) * tiny.weights(tiny.dense)
 
@@ -61,17 +61,17 @@ def test_the_knapsack_equals_brute_force(seed, beta):
 @pytest.mark.parametrize("tied", [False, True])
 def test_attention_that_stays_whole_is_in_no_seed(tied):
     whole = replace(shape(layers=4), whole_attention=True)
-    budget = ParameterBudget(whole, 0.3, tied=tied)
+    budget = Budget(whole, 0.3, tied=tied)
     for rates in seeds(budget, curves(whole, seed=0)).values():
         plan = budget.project(rates)
         assert {layer.num_key_value_heads for layer in plan.layers} == {4}
         assert whole.beta(plan) == pytest.approx(0.3, abs=budget.tolerance)
-    assert knapsack(ParameterBudget(whole, 0.3), curves(whole, seed=0)).attention == (0,) * 4
+    assert knapsack(Budget(whole, 0.3), curves(whole, seed=0)).attention == (0,) * 4
 
 
 def test_the_knapsack_spends_its_budget():
     wide = shape(layers=6)
-    budget = ParameterBudget(wide, 0.3)
+    budget = Budget(wide, 0.3)
     for seed in range(10):
         groups, channels = kept(wide, knapsack(budget, curves(wide, seed)))
         assert 0 <= wide.beta(Plan.of(channels, groups)) - 0.3 <= wide.group_weights / wide.weights(wide.dense)
@@ -79,7 +79,7 @@ def test_the_knapsack_spends_its_budget():
 
 def test_the_knapsack_spares_the_layer_that_hurts():
     two = shape(layers=2)
-    budget = ParameterBudget(two, 0.15)
+    budget = Budget(two, 0.15)
     keep = np.arange(33)
     losses = [LossCurves(1e6 * (4.0 - np.arange(5)), scale * (32 - keep) ** 2.0) for scale in (1, 4)]
     rates = knapsack(budget, losses)
@@ -94,13 +94,13 @@ def test_the_knapsack_stays_within_p_max():
         LossCurves(np.zeros(5), np.zeros(33)),
         LossCurves(1e3 * (4.0 - np.arange(5)), 1e3 * (32.0 - np.arange(33))),
     ]
-    rates = knapsack(ParameterBudget(two, 0.4, p_max=0.75), losses)
+    rates = knapsack(Budget(two, 0.4, p_max=0.75), losses)
     assert (rates.attention[0], rates.ffn[0]) == (0.75, 0.75)  # free, but bounded
 
 
 def test_a_tied_knapsack_gives_one_rate_a_layer_that_meets_beta():
     four = shape(layers=4)
-    rates = knapsack(ParameterBudget(four, 0.3, tied=True), curves(four, 0))
+    rates = knapsack(Budget(four, 0.3, tied=True), curves(four, 0))
     assert rates.attention == rates.ffn
     assert np.mean(rates.ffn) == pytest.approx(0.3, abs=0.05)
 
@@ -110,7 +110,7 @@ def test_a_tied_knapsack_gives_one_rate_a_layer_that_meets_beta():
 @pytest.mark.parametrize("beta", [0.1, 0.3, 0.6])
 def test_every_seed_projects_onto_the_budget(layers, tied, beta):
     model = shape(layers)
-    budget = ParameterBudget(model, beta, tied=tied)
+    budget = Budget(model, beta, tied=tied)
     found = seeds(budget, curves(model, 3))
     assert list(found) == ["uniform", "ramp", "sensitivity", "blend"]
     for rates in found.values():
@@ -118,22 +118,22 @@ def test_every_seed_projects_onto_the_budget(layers, tied, beta):
 
 
 def test_without_curves_there_are_two_seeds():
-    assert list(seeds(ParameterBudget(shape(4), 0.3))) == ["uniform", "ramp"]
+    assert list(seeds(Budget(shape(4), 0.3))) == ["uniform", "ramp"]
 
 
 def test_uniform_is_flat_and_ramp_rises():
     model = shape(layers=5)
-    budget = ParameterBudget(model, 0.3)
+    budget = Budget(model, 0.3)
     found = seeds(budget)
     assert set(found["uniform"].ffn) == {0.3}
     assert found["ramp"].ffn == pytest.approx((0.15, 0.225, 0.3, 0.375, 0.45))
     assert set(found["uniform"].attention + found["ramp"].attention) == {0.0}
-    assert seeds(ParameterBudget(model, 0.3, tied=True))["ramp"].attention == found["ramp"].ffn
+    assert seeds(Budget(model, 0.3, tied=True))["ramp"].attention == found["ramp"].ffn
 
 
 def test_blend_lies_half_way():
     model = shape(layers=4)
-    budget = ParameterBudget(model, 0.3)
+    budget = Budget(model, 0.3)
     found = seeds(budget, curves(model, 1))
     flat = budget.rates(budget.project(found["uniform"]))
     assert found["blend"].attention == found["sensitivity"].attention
@@ -153,7 +153,7 @@ def together(losses, attention=1.0, ffn=1.0):
 
 def test_the_knapsack_reckons_with_what_was_measured():
     model = shape(layers=6)
-    budget, losses = ParameterBudget(model, 0.4), curves(model, 2)
+    budget, losses = Budget(model, 0.4), curves(model, 2)
     plain, doubled = seeds(budget, losses), seeds(budget, losses, together(losses, attention=2.0, ffn=0.5))
     expected = knapsack(budget, [LossCurves(4 * c.attention, c.ffn) for c in losses])
     assert doubled["sensitivity"] == expected
@@ -163,7 +163,7 @@ def test_the_knapsack_reckons_with_what_was_measured():
 
 def test_each_part_is_measured_alone():
     model = shape(layers=6)
-    budget, losses = ParameterBudget(model, 0.4), curves(model, 2)
+    budget, losses = Budget(model, 0.4), curves(model, 2)
     measured = []
     seeds(budget, losses, lambda plan: measured.append(plan) or together(losses)(plan))
     first, second = ([(w.num_key_value_heads, w.intermediate_size) for w in plan.layers] for plan in measured)
@@ -175,7 +175,7 @@ def test_each_part_is_measured_alone():
 @pytest.mark.parametrize("broken", [0.0, -0.1, float("inf"), float("nan")])
 def test_a_measurement_that_says_nothing_changes_nothing(broken):
     model = shape(layers=6)
-    budget, losses = ParameterBudget(model, 0.4), curves(model, 2)
+    budget, losses = Budget(model, 0.4), curves(model, 2)
     assert seeds(budget, losses, lambda _: broken) == seeds(budget, losses)
 
 
@@ -183,7 +183,7 @@ def test_what_is_not_cut_is_not_measured():
     model = shape(layers=6)
     losses = [LossCurves(1e9 * c.attention, c.ffn) for c in curves(model, 2)]
     measured = []
-    seeds(ParameterBudget(model, 0.3), losses, lambda plan: measured.append(plan) or 1.0)
+    seeds(Budget(model, 0.3), losses, lambda plan: measured.append(plan) or 1.0)
     assert [{w.num_key_value_heads for w in plan.layers} for plan in measured] == [{4}]  # the FFN alone
 
 
@@ -195,7 +195,7 @@ EFFECTS = StepEffects(NEVER, NEVER, (*(0.1,) * 4, *NEVER[4:]), (*NEVER[:4], -1.4
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_a_plan_is_refined_by_as_many_moves_as_lower_its_loss(share):
     model = shape(layers=8, width=200)
-    budget, asked = ParameterBudget(model, 0.4), []
+    budget, asked = Budget(model, 0.4), []
     start = budget.project(seeds(budget)["uniform"])
     many = round(4 * share)
     moves = {"ffn_removed": range(many), "ffn_restored": range(4, 4 + many)}
@@ -212,7 +212,7 @@ def test_a_plan_is_refined_by_as_many_moves_as_lower_its_loss(share):
 
 def test_the_refined_seed_starts_from_the_knapsack():
     model = shape(layers=8, width=200)
-    budget, losses, asked = ParameterBudget(model, 0.4), curves(model, 2), []
+    budget, losses, asked = Budget(model, 0.4), curves(model, 2), []
     found = seeds(budget, losses, together(losses), lambda plan: asked.append(plan) or EFFECTS)
     assert list(found) == ["uniform", "ramp", "sensitivity", "blend", "refined"]
     assert asked == [budget.project(found["sensitivity"])]

@@ -8,7 +8,7 @@ from support.tiny import tiny_model
 
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.models.architectures import decoder_layers
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.least_squares import LinearFit, fit_inputs
 from selfpruner_hub.pruning.ordering import ordered
@@ -63,7 +63,7 @@ def cut(known):
     order = rank(model, statistics)
     with ordered(model, order):
         slicer = Slicer(model, order, statistics)
-        return slice_model(slicer, ParameterBudget(slicer.shape, 0.3).project(Rates((0.5,) * 4, (0.3,) * 4)))
+        return slice_model(slicer, Budget(slicer.shape, 0.3).project(Rates((0.5,) * 4, (0.3,) * 4)))
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import torch
 from support.tiny import DISTINCT, tiny_model
 
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.pruning import sequential_repair
 from selfpruner_hub.pruning.least_squares import LinearFit
 from selfpruner_hub.pruning.prepare import prepared
-from selfpruner_hub.pruning.sequential_repair import RIDGES, compensate
+from selfpruner_hub.pruning.sequential_repair import REPAIR_RIDGES, compensate
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
 from selfpruner_hub.search.proposers import random_rates
 from selfpruner_hub.settings import PruneSettings
@@ -26,7 +26,7 @@ def cut(model, plan=None):
     with prepared(model, WINDOWS, PruneSettings()) as ready:
         slicer = ready.slicer
         if plan is None:
-            budget = ParameterBudget(slicer.shape, 0.3)
+            budget = Budget(slicer.shape, 0.3)
             plan = budget.project(random_rates(budget, np.random.default_rng(0)))
         return slice_model(slicer, plan)
 
@@ -90,13 +90,13 @@ def test_the_ridge_is_chosen_on_windows_that_are_held_out(architecture):
     model = tiny_model(architecture)
     errors = {}
     for windows in (WINDOWS[:8], WINDOWS):
-        for ridges in (RIDGES, RIDGES[:1], RIDGES[-1:]):
+        for ridges in (REPAIR_RIDGES, REPAIR_RIDGES[:1], REPAIR_RIDGES[-1:]):
             pruned = cut(model)
             compensate(model, pruned, windows, ridges)
             errors[len(windows), ridges] = error(model, pruned, unseen)
-    assert errors[8, RIDGES] < 0.9 * errors[8, RIDGES[:1]]
-    assert errors[70, RIDGES] < 1.02 * min(errors[70, RIDGES[:1]], errors[70, RIDGES[-1:]])
-    assert errors[70, RIDGES] < errors[8, RIDGES]
+    assert errors[8, REPAIR_RIDGES] < 0.9 * errors[8, REPAIR_RIDGES[:1]]
+    assert errors[70, REPAIR_RIDGES] < 1.02 * min(errors[70, REPAIR_RIDGES[:1]], errors[70, REPAIR_RIDGES[-1:]])
+    assert errors[70, REPAIR_RIDGES] < errors[8, REPAIR_RIDGES]
 
 
 def test_gate_and_up_move_toward_what_the_loss_minds():
@@ -172,7 +172,7 @@ def test_too_few_windows_to_hold_one_out():
     model = tiny_model("llama")
     two, greatest = cut(model), cut(model)
     compensate(model, two, WINDOWS[:2])
-    compensate(model, greatest, WINDOWS[:2], RIDGES[-1:])
+    compensate(model, greatest, WINDOWS[:2], REPAIR_RIDGES[-1:])
     for a, b in zip(two.parameters(), greatest.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -190,7 +190,7 @@ def test_batches_do_not_matter(monkeypatch):
     model = tiny_model("gemma3")
     weights = []
     for tokens in (64, 1 << 20):
-        monkeypatch.setattr("selfpruner_hub.models.layer_stream.BATCH_TOKENS", tokens)
+        monkeypatch.setattr("selfpruner_hub.models.layer_stream.LAYER_BATCH_TOKENS", tokens)
         pruned = cut(model)
         compensate(model, pruned, WINDOWS)
         weights.append(torch.cat([p.flatten() for p in pruned.parameters()]))

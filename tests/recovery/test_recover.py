@@ -18,7 +18,7 @@ from selfpruner_hub.errors import DataError, OutputError, UserError
 from selfpruner_hub.recovery import distiller, texts
 from selfpruner_hub.recovery.deciding import is_better, score
 from selfpruner_hub.recovery.recover import Pair, curve, recover
-from selfpruner_hub.recovery.settings import Budget, resolve_recovery
+from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
@@ -32,7 +32,7 @@ def recovered(
 ):
     run = Run(checkpoints=Checkpoints(folder / "stages"), progress=progress)
     wanted = resolve_recovery(**{**SETTINGS, **settings})
-    return recover(pair, budget or Budget(tokens=128 * steps), data, wanted, run, folder / "training")
+    return recover(pair, budget or RecoveryBudget(tokens=128 * steps), data, wanted, run, folder / "training")
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_it_ends_in_time(pair, tmp_path, monkeypatch):
         now[0] += 10.0 if what == "recovering" else 0.0  # each step takes ten seconds
 
     monkeypatch.setattr("selfpruner_hub.recovery.recover._seconds", lambda *_: 5.0)  # and half of it was expected
-    found = recovered(pair, tmp_path, progress=tick, budget=Budget(minutes=2))
+    found = recovered(pair, tmp_path, progress=tick, budget=RecoveryBudget(minutes=2))
     assert found.record["stopped"] == distiller.LATE
     assert found.record["steps"] == 14
 

@@ -10,7 +10,7 @@ from torch import nn
 from selfpruner_hub.recovery import recover as module
 from selfpruner_hub.recovery.distiller import arguments
 from selfpruner_hub.recovery.recover import Pair, recover
-from selfpruner_hub.recovery.settings import Budget, resolve_recovery
+from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
@@ -38,7 +38,7 @@ def test_a_lone_process_never_splits_a_batch_over_several_gpus(several_gpus, tmp
     text = ["The quick brown fox jumps over the lazy dog. " * 100]
     settings = resolve_recovery(window=32, batch_tokens=64, learning_rate=2e-3, warmup=2, checks=1)
     run = Run(checkpoints=Checkpoints(tmp_path / "stages"))
-    found = recover(pair, Budget(tokens=64 * 8), text, settings, run, tmp_path / "training")
+    found = recover(pair, RecoveryBudget(tokens=64 * 8), text, settings, run, tmp_path / "training")
     (made,) = several_gpus
     assert (made.use_cpu, made.n_gpu, made.train_batch_size) == (False, 1, 2)
     assert (found.record["steps"], found.record["tokens"]) == (8, 64 * 8)

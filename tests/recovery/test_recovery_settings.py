@@ -7,7 +7,7 @@ import re
 import pytest
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.recovery.settings import Budget, RecoverySettings, resolve_recovery
+from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings, resolve_recovery
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_what_is_wrong_is_said(changes, told):
 )
 def test_a_budget_is_one_number(minutes, tokens, told):
     with pytest.raises(UserError, match=re.escape(told)):
-        Budget(minutes, tokens)
+        RecoveryBudget(minutes, tokens)
 
 
 def test_larger_models_get_lower_rates():

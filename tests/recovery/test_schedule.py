@@ -9,7 +9,7 @@ import torch
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.recovery.schedule import OVERHEAD, Schedule, Timed, keep, kept, planned, scheduled
-from selfpruner_hub.recovery.settings import Budget, resolve_recovery
+from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.recovery.texts import Share, Text
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
@@ -21,13 +21,13 @@ def text(name, windows):
 
 
 def test_tokens_are_read_in_shares():
-    found = planned(Budget(tokens=100_000), KINDS, 4, 512, resolve_recovery(), Timed({}, 0.0, 0.0))
+    found = planned(RecoveryBudget(tokens=100_000), KINDS, 4, 512, resolve_recovery(), Timed({}, 0.0, 0.0))
     assert found == Schedule(48, [48, 144], None)
 
 
 def test_the_time_pays_for_writing_and_training():
     timed = Timed({"questions": 2.0}, step=5.0, spent=30.0)
-    found = planned(Budget(minutes=10), KINDS, 4, 512, resolve_recovery(passes=2), timed)
+    found = planned(RecoveryBudget(minutes=10), KINDS, 4, 512, resolve_recovery(passes=2), timed)
     written = found.counts[0] / 2 * 2.0
     assert found.steps * OVERHEAD * 5.0 + written + 30 == pytest.approx(600, abs=7)
     assert found.seconds == pytest.approx(600 - 30 - written, abs=1)
@@ -35,7 +35,7 @@ def test_the_time_pays_for_writing_and_training():
 
 
 @pytest.mark.parametrize(
-    ("budget", "told"), [(Budget(minutes=0.6), "minutes=0.9"), (Budget(tokens=4_000), "tokens=8192")]
+    ("budget", "told"), [(RecoveryBudget(minutes=0.6), "minutes=0.9"), (RecoveryBudget(tokens=4_000), "tokens=8192")]
 )
 def test_too_little_is_refused(budget, told):
     with pytest.raises(UserError, match=told):

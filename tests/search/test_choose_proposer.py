@@ -7,7 +7,7 @@ from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from selfpruner_hub.errors import ModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.search.choose_proposer import choose_proposer
 from selfpruner_hub.search.llm.endpoint import EndpointProposer
 from selfpruner_hub.search.llm.local_model import ModelProposer
@@ -19,7 +19,7 @@ from selfpruner_hub.settings import EndpointOptions, LanguageModelOptions
 @pytest.fixture(scope="module")
 def choose():
     model = tiny_model("llama")
-    budget = ParameterBudget(shape_of(model.config), 0.3)
+    budget = Budget(shape_of(model.config), 0.3)
 
     def choose(proposer, tokenizer=None, searches=True, endpoint_model=None, options=None):
         return choose_proposer(proposer, endpoint_model, options, budget, searches, "tests/llama", (model, tokenizer))

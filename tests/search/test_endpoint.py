@@ -18,7 +18,7 @@ from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 import selfpruner_hub.search.llm.endpoint as module
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
@@ -29,7 +29,7 @@ from selfpruner_hub.search.proposers import Scored
 from selfpruner_hub.settings import EndpointOptions, SearchSchedule
 
 pytestmark = pytest.mark.heavy
-BUDGET = ParameterBudget(ModelShape(32, 4, 2, Plan.of([48] * 4, [4] * 4)), 0.3)
+BUDGET = Budget(ModelShape(32, 4, 2, Plan.of([48] * 4, [4] * 4)), 0.3)
 GOOD = json.dumps({"attention": [0, 25, 0, 25], "ffn": [30, 20, 40, 25]})
 
 

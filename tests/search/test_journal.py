@@ -8,7 +8,7 @@ import os
 import pytest
 
 from selfpruner_hub.errors import OutputError, RunMismatchError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.search.journal import Journal, read_journal
@@ -254,7 +254,7 @@ OTHERS = {
 @pytest.mark.parametrize("plan", OTHERS.values(), ids=OTHERS)
 def test_plans_of_another_search_are_damage(plan, tmp_path):
     journal = Journal(tmp_path, SETTINGS)
-    budget = ParameterBudget(ModelShape(8, 4, 1, Plan.of([8, 16], [2, 1])), 0.3)
+    budget = Budget(ModelShape(8, 4, 1, Plan.of([8, 16], [2, 1])), 0.3)
     kept = budget.project(Rates((0.0, 0.0), (0.5, 0.5)))
     for line in (ScoreLine(0, "self", 1.0, 0.5, kept, 1.0), CheckLine(0.25, kept, 1.0)):
         journal.append(line)
@@ -266,7 +266,7 @@ def test_plans_of_another_search_are_damage(plan, tmp_path):
 
 
 def test_effects_are_of_every_layer(tmp_path):
-    budget = ParameterBudget(ModelShape(8, 4, 1, Plan.of([8, 16], [2, 1])), 0.3)
+    budget = Budget(ModelShape(8, 4, 1, Plan.of([8, 16], [2, 1])), 0.3)
     journal = Journal(tmp_path, SETTINGS)
     effects = StepEffects(*((0.5,),) * 4)
     journal.append(ProbeLine(1, 1.25, effects, budget.project(Rates((0.0, 0.0), (0.5, 0.5))), 3.0))

@@ -9,7 +9,7 @@ import pytest
 from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import Scored, random_rates
 from selfpruner_hub.settings import LanguageModelOptions
@@ -19,7 +19,7 @@ from selfpruner_hub.settings import LanguageModelOptions
 def asked(request):
     model = tiny_model("llama")
     model.config.max_position_embeddings = 4096
-    budget = ParameterBudget(shape_of(model.config), 0.3, tied=request.param)
+    budget = Budget(shape_of(model.config), 0.3, tied=request.param)
     rng = np.random.default_rng(0)
     plans = [budget.project(random_rates(budget, rng)) for _ in range(6)]
     history = [Scored(p, budget.rates(p), 0.1 * i, 1.0, "seed", 0) for i, p in enumerate(plans, 1)]

@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 from selfpruner_hub.errors import ProposerError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan, widths_of
 from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.plans.seeds import seeds
@@ -24,7 +24,7 @@ from selfpruner_hub.search.schedule import rounds
 from selfpruner_hub.settings import SearchSchedule
 
 SHAPE = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64] * 6, [4] * 6))
-BUDGET = ParameterBudget(SHAPE, 0.3)
+BUDGET = Budget(SHAPE, 0.3)
 TARGET = BUDGET.project(Rates((0.25, 0, 0, 0.25, 0.5, 0), (0.1, 0.6, 0.2, 0.0, 0.3, 0.7)))
 SETTINGS = {"test": 1}
 FOUR = SearchSchedule(population=4, crossover=4, mutation=4)
@@ -481,7 +481,7 @@ def test_rounds_follow_the_settings():
 def search_one_layer(groups, tied=False):
     """Search a model of one layer, which has a plan for each count of KV groups; returns the plans and the outcome."""
     one = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64], [groups]))
-    budget = ParameterBudget(one, 0.3, tied=tied)
+    budget = Budget(one, 0.3, tied=tied)
     every = {budget.project(Rates((g / groups,), (0.3,))) for g in range(groups)}
     outcome = run(
         EvolutionProposer(budget),
@@ -509,7 +509,7 @@ def test_a_round_without_news_does_not_end_the_search():
 
 def test_progress_is_reported_after_every_evaluation():
     told = []
-    outcome = run(Unreliable(BUDGET), report=told.append)
+    outcome = run(Unreliable(BUDGET), on_score=told.append)
     assert (told[-1].spent, told[-1].best, told[-1].tokens) == (outcome.spent, outcome.best, outcome.tokens)
     assert [at.spent for at in told] == sorted({at.spent for at in told})
     best = [at.best.fitness for at in told if at.best]

@@ -8,7 +8,7 @@ import pytest
 from support.solutions import SLOPES, TIED, UNTIED, history
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.target import target_of
@@ -29,7 +29,7 @@ def test_a_solution_is_compact_json():
 # A bug once: with one tied rate a layer, solutions show the rates of the FFN, not those of the layers: here 16 %
 # everywhere, under a prompt that asks for a mean of 20 %. A reply that repeats a solution is another plan.
 def test_a_tied_solution_shows_rates_whose_mean_is_beta():
-    budget = ParameterBudget(ModelShape(576, 64, 3, Plan.of([1536] * 4, [3] * 4)), 0.2, tied=True)
+    budget = Budget(ModelShape(576, 64, 3, Plan.of([1536] * 4, [3] * 4)), 0.2, tied=True)
     plan = budget.project(Rates.tied([0.2] * 4))
     assert json.loads(solution(budget, budget.rates(plan))) == {"rates": [20] * 4}
 
@@ -37,7 +37,7 @@ def test_a_tied_solution_shows_rates_whose_mean_is_beta():
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_prompt_for_a_target_names_what_is_charged_for(operation):
     costs = Costs.linear(UNTIED.shape, 30.0, 0.5, 20.0, "ms")
-    budget = ParameterBudget.for_target(UNTIED.shape, costs, target_of({"speedup": 1.25}, "onnx"))
+    budget = Budget.for_target(UNTIED.shape, costs, target_of({"speedup": 1.25}, "onnx"))
     prompt = render(Question(operation, history(UNTIED, 2), budget), "m")
     assert "What is removed must save 21.3 % of the time of a request of 128 + 32 tokens in onnx" in prompt
     assert "1 % of the attention saves 0.85 %, 1 % of the feed-forward saves 0.15 %" in prompt

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer, Scored, random_rates
 
@@ -13,7 +13,7 @@ ELITE = 5
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def budget(request):
-    return ParameterBudget(SHAPE, 0.4, tied=request.param)
+    return Budget(SHAPE, 0.4, tied=request.param)
 
 
 def history(budget, size):
@@ -45,14 +45,14 @@ def test_random_rates_lie_in_range(budget):
 
 
 def test_random_rates_never_leave_zero_to_one():
-    budget = ParameterBudget(SHAPE, 0.7)  # 1.6 β would be 1.12
+    budget = Budget(SHAPE, 0.7)  # 1.6 β would be 1.12
     drawn = [r for p in ask(RandomProposer(budget), "initial", []) for r in p.rates.ffn]
     assert max(drawn) == 1
     assert min(drawn) >= 0.28
 
 
 def test_random_attention_gives_up_a_group_with_probability_half_beta():
-    drawn = [r > 0 for p in ask(RandomProposer(ParameterBudget(SHAPE, 0.4)), "initial", []) for r in p.rates.attention]
+    drawn = [r > 0 for p in ask(RandomProposer(Budget(SHAPE, 0.4)), "initial", []) for r in p.rates.attention]
     assert np.mean(drawn) == pytest.approx(0.2, abs=0.04)
 
 
@@ -95,7 +95,7 @@ def test_the_better_of_two_is_picked_as_first_parent_more_often(budget):
 
 
 def test_mutation_changes_a_few_layers_of_one_parent():
-    budget = ParameterBudget(SHAPE, 0.4)
+    budget = Budget(SHAPE, 0.4)
     shown = history(budget, 9)
     changed = []
     for child in ask(EvolutionProposer(budget, ELITE), "mutation", shown):
@@ -108,7 +108,7 @@ def test_mutation_changes_a_few_layers_of_one_parent():
 
 
 def test_a_tied_mutation_stays_tied():
-    budget = ParameterBudget(SHAPE, 0.4, tied=True)
+    budget = Budget(SHAPE, 0.4, tied=True)
     for child in ask(EvolutionProposer(budget), "mutation", history(budget, 9)):
         assert child.rates == Rates.tied(child.rates.ffn)
 

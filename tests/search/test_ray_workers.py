@@ -13,7 +13,7 @@ from support.tiny import tiny_model
 
 from selfpruner_hub.errors import MissingExtraError, UserError, WorkerError
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.search.ray_workers import MEMORY, check_executor, check_memory, count_workers, ray_workers
+from selfpruner_hub.search.ray_workers import WORKER_MEMORY, check_executor, check_memory, count_workers, ray_workers
 
 pytestmark = pytest.mark.heavy
 SETTINGS = {
@@ -90,7 +90,7 @@ def test_as_many_workers_as_fit():
     fitness = SimpleNamespace(device=torch.device("cpu"), nbytes=1000)
     room = {"CPU": 4.0, "memory": 1e9}
     assert count_workers(room, fitness) == 4
-    assert count_workers({**room, "memory": 2.5 * MEMORY * 1000}, fitness) == 2
+    assert count_workers({**room, "memory": 2.5 * WORKER_MEMORY * 1000}, fitness) == 2
     assert count_workers({}, fitness) == 1
     on_gpu = SimpleNamespace(device=torch.device("cuda"), nbytes=1000)
     assert count_workers({**room, "GPU": 2.0}, on_gpu) == 2

@@ -9,11 +9,11 @@ import pytest
 from support.solutions import LAYERS, SHAPE, SLOPES, TIED, UNTIED, history
 
 from selfpruner_hub.errors import ProposerError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.search.llm.prompts import solution
 from selfpruner_hub.search.llm.question import SHOWN, Question
-from selfpruner_hub.search.llm.reply_schema import PARENTS, REACH, parse, schema
+from selfpruner_hub.search.llm.reply_schema import MOST_POINTS, PARENTS, parse, schema
 from selfpruner_hub.search.proposers import Scored
 
 OPERATIONS = list(PARENTS)
@@ -81,12 +81,12 @@ def test_a_mutation_moves_attention_by_whole_groups():
 
 
 def test_a_reply_may_remove_no_group_where_attention_stays_whole():
-    whole = ParameterBudget(ModelShape(16, 4, 2, Plan.of([96] * LAYERS, [3] * LAYERS), whole_attention=True), 0.3)
+    whole = Budget(ModelShape(16, 4, 2, Plan.of([96] * LAYERS, [3] * LAYERS), whole_attention=True), 0.3)
     assert schema(Question("initial", [], whole))["properties"]["attention"]["items"] == {"enum": [0]}
 
 
 def test_the_ffn_that_loses_more_pays_for_a_group_that_comes_back():
-    wide = ParameterBudget(ModelShape(16, 4, 1, Plan.of([96] * LAYERS, [3] * LAYERS)), 0.3)
+    wide = Budget(ModelShape(16, 4, 1, Plan.of([96] * LAYERS, [3] * LAYERS)), 0.3)
     plan = wide.project(Rates((0.0, 0.0, 1 / 3), (0.4, 0.3, 0.1)))
     parent = wide.rates(plan)
     past = [Scored(plan, parent, 1.0, 1.0, "random", 1)]
@@ -120,13 +120,13 @@ def test_a_layer_in_both_lists_loses_more():
 def test_no_layer_loses_more_at_once_than_the_reach():
     parent = Rates((0.0,) * 3, (0.1, 0.5, 0.5))
     rates = changed(UNTIED, parent, ffn={"more": [1], "less": [2, 3], "points": 20})
-    assert rates.ffn == pytest.approx((0.1 + REACH / 100, 0.3, 0.3))  # 0.5 would pay for all of it
+    assert rates.ffn == pytest.approx((0.1 + MOST_POINTS / 100, 0.3, 0.3))  # 0.5 would pay for all of it
 
 
 @pytest.mark.parametrize(("payer", "paid"), [(1, 3), (3, 1), (2, 3)])
 def test_a_layer_pays_by_its_own_size(payer, paid):
     """The number of weights that come back is the number that goes, in whatever layers."""
-    budget = ParameterBudget(ModelShape(16, 4, 2, Plan.of([32, 64, 96], [3, 3, 3])), 0.3)
+    budget = Budget(ModelShape(16, 4, 2, Plan.of([32, 64, 96], [3, 3, 3])), 0.3)
     parent = Rates((0.0,) * 3, (0.3, 0.3, 0.3))
     rates = changed(budget, parent, ffn={"more": [payer], "less": [paid], "points": 4})
     sizes = [layer.intermediate_size for layer in budget.shape.dense.layers]
@@ -349,21 +349,28 @@ def test_a_narrow_schema_holds_a_child_to_what_was_shown(budget):
 def test_a_mutation_is_a_parent_and_layers_to_change(budget, size):
     rule = schema(Question("mutation", history(budget, size), budget))
     part = "rates" if budget.tied else "ffn"
-    good = {"parents": [1], part: {"more": [1], "less": [2, 3], "points": REACH}}
+    good = {"parents": [1], part: {"more": [1], "less": [2, 3], "points": MOST_POINTS}}
     if not budget.tied:
         good["attention"] = {"more": [], "less": [3]}
     assert follows(good, rule)
     assert parse(Question("mutation", history(budget, size), budget), json.dumps(good))[1] == (0,)
-    for change in ({"more": []}, {"less": [4]}, {"less": [-1]}, {"points": 0}, {"points": REACH + 1}, {"points": 1.5}):
+    for change in (
+        {"more": []},
+        {"less": [4]},
+        {"less": [-1]},
+        {"points": 0},
+        {"points": MOST_POINTS + 1},
+        {"points": 1.5},
+    ):
         assert not follows({**good, part: {**good[part], **change}}, rule)
     assert not follows({**good, "parents": [min(size, SHOWN) + 1]}, rule)
 
 
 def test_attention_is_offered_in_whole_groups_below_p_max():
     assert schema(Question("initial", [], UNTIED))["properties"]["attention"]["items"] == {"enum": [0, 33, 67]}
-    half = ParameterBudget(SHAPE, 0.3, p_max=0.5)
+    half = Budget(SHAPE, 0.3, p_max=0.5)
     assert schema(Question("initial", [], half))["properties"]["attention"]["items"] == {"enum": [0, 33]}
-    many = ParameterBudget(ModelShape(16, 4, 1, Plan.of([32], [32])), 0.3)
+    many = Budget(ModelShape(16, 4, 1, Plan.of([32], [32])), 0.3)
     assert schema(Question("initial", [], many))["properties"]["attention"]["items"]["maximum"] == 90
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.search.journal import Journal
@@ -21,7 +21,7 @@ COSTS = (1.0, 4.0, 2.0, 8.0, 1.0, 3.0)
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
 def budget(request):
-    return ParameterBudget(SHAPE, 0.4, tied=request.param)
+    return Budget(SHAPE, 0.4, tied=request.param)
 
 
 def effects(ffn_removed, ffn_restored, attention_removed=(math.inf,) * 6, attention_restored=(math.inf,) * 6):
@@ -39,7 +39,7 @@ def ask(budget, history, count=50, seed=0):
 
 
 def test_only_moves_that_pay_are_made():
-    budget = ParameterBudget(SHAPE, 0.4)
+    budget = Budget(SHAPE, 0.4)
     slopes = effects([0.1, 9, 5, 9, 5, 9], [-0.05, -4, -0.1, -0.2, -0.1, -0.2])
     scored = uniform(budget, slopes)
     for proposal in ask(budget, [scored]):
@@ -51,7 +51,7 @@ def test_only_moves_that_pay_are_made():
 
 
 def test_attention_moves_by_whole_groups():
-    budget = ParameterBudget(SHAPE, 0.4)
+    budget = Budget(SHAPE, 0.4)
     removed, restored = [0.01, *[9.0] * 5], [-0.001, -0.001, -8, -0.001, -0.001, -0.001]
     scored = uniform(budget, effects([9.0] * 6, [-0.001] * 6, removed, restored))
     for proposal in ask(budget, [scored]):
@@ -60,7 +60,7 @@ def test_attention_moves_by_whole_groups():
 
 
 def test_the_region_and_the_number_of_moves_vary():
-    budget = ParameterBudget(SHAPE, 0.4)
+    budget = Budget(SHAPE, 0.4)
     scored = uniform(budget, effects([0.1, 9, 0.2, 9, 0.3, 9], [-0.05, -4, -0.1, -5, -0.1, -6]))
     moved = [np.subtract(p.rates.ffn, scored.rates.ffn) for p in ask(budget, [scored])]
     steps = [np.abs(m).max() for m in moved]
@@ -107,7 +107,7 @@ def measured(plan, _share):
 
 
 def test_it_finds_more_than_evolution_and_chance_with_the_same_evaluations():
-    budget = ParameterBudget(SHAPE, 0.4)
+    budget = Budget(SHAPE, 0.4)
     schedule = SearchSchedule(evaluations=24, first_share=1.0, crossover=4, mutation=4)
 
     def best(kind, told=None):

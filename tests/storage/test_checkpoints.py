@@ -115,7 +115,7 @@ def test_the_search_of_another_device_is_replayed(tmp_path, monkeypatch):
     compute = find_plan.seeds
 
     def otherwise(budget, *_):
-        return compute(replace(budget, beta=budget.beta - 0.1))
+        return compute(replace(budget, share=budget.share - 0.1))
 
     monkeypatch.setattr(find_plan, "seeds", otherwise)
     again = pruner.prune(0.3, run_dir=tmp_path, progress=False, **SETTINGS)

@@ -15,7 +15,7 @@ from selfpruner_hub.calibration.text_sources import entries
 from selfpruner_hub.hub.card import render_card, render_onnx_card
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.hub.space import static_files
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
 from selfpruner_hub.plans.seeds import seeds
@@ -23,13 +23,11 @@ from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.search.journal import JOURNAL_FILE, Journal
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import EvolutionProposer
-from selfpruner_hub.settings import PruneSettings
+from selfpruner_hub.settings import SearchSchedule
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record
 
-BUDGET = ParameterBudget(
-    ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64] * 3, [4] * 3)), 0.3
-)
+BUDGET = Budget(ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([64] * 3, [4] * 3)), 0.3)
 
 
 def read_record(value):
@@ -59,14 +57,14 @@ def reader_of_journals(folder):
 
 def search_of(folder):
     """A search in a folder, whose score is the first width; it goes on from the journal that is there."""
-    settings = PruneSettings(population=2, crossover=3, mutation=3, evaluations=12)
+    schedule = SearchSchedule(population=2, crossover=3, mutation=3, evaluations=12)
     steps = StepEffects(*((0.1, -0.1, 0.2),) * 4)
 
     def score(plan, share):
         return plan.layers[0].intermediate_size + share
 
     problem = Problem(BUDGET, seeds(BUDGET), score, lambda *_: steps)
-    return search(EvolutionProposer(BUDGET), problem, Journal(folder, {"beta": 0.3}), settings).best.plan
+    return search(EvolutionProposer(BUDGET), problem, Journal(folder, {"beta": 0.3}), schedule).best.plan
 
 
 def resumed_from(folder):

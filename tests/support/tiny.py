@@ -45,7 +45,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.pruning.importance import LayerOrder
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
 
@@ -152,7 +152,7 @@ def uneven(dense: PreTrainedModel) -> PreTrainedModel:
     order = [
         LayerOrder(torch.arange(w.num_key_value_heads), torch.arange(w.intermediate_size)) for w in shape.dense.layers
     ]
-    plan = ParameterBudget(shape, 0.3).project(rates)
+    plan = Budget(shape, 0.3).project(rates)
     return slice_model(Slicer(dense, order, None), plan)
 
 

@@ -16,9 +16,8 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from selfpruner_hub.errors import ProposerError, UserError
-from selfpruner_hub.plans.budget import ParameterBudget
-from selfpruner_hub.search.llm import prompts
-from selfpruner_hub.search.llm import reply_schema as replies
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.search.llm import prompts, reply_schema
 from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 from selfpruner_hub.settings import EndpointOptions
@@ -60,7 +59,7 @@ class EndpointProposer:
         self,
         url: str,
         model: str | None,
-        budget: ParameterBudget,
+        budget: Budget,
         subject: str,
         options: EndpointOptions,
         *,
@@ -104,7 +103,7 @@ class EndpointProposer:
         """
         question = Question(operation, history, self._budget)
         prompt = prompts.render(question, self._subject, self.options.template_directory)
-        schema = replies.schema(question)
+        schema = reply_schema.schema(question)
         seeds = [int(seed) for seed in rng.integers(2**31, size=count)]
 
         def one(seed: int) -> Proposal:
@@ -112,7 +111,7 @@ class EndpointProposer:
                 reply, tokens = self._request(request(self._model, prompt, schema, self.options.temperature, seed))
             except ProposerError as error:
                 return Proposal(None, prompt=prompt, error=str(error))
-            return replies.proposal(question, prompt, reply, tokens)
+            return reply_schema.proposal(question, prompt, reply, tokens)
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             return list(pool.map(one, seeds))
@@ -190,7 +189,7 @@ def request(model: str, prompt: str, schema: Mapping[str, Any], temperature: flo
         "messages": [{"role": "user", "content": prompt}],
         "temperature": temperature,
         "seed": seed,
-        "max_tokens": 2_048 + 2 * len(json.dumps(replies.example(schema))),
+        "max_tokens": 2_048 + 2 * len(json.dumps(reply_schema.example(schema))),
         "response_format": {
             "type": "json_schema",
             "json_schema": {"name": "pruning_rates", "schema": schema, "strict": True},

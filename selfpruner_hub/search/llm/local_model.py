@@ -23,9 +23,8 @@ from transformers import (
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.devices import fork_rng
 from selfpruner_hub.models.patching import attending_by_group
-from selfpruner_hub.plans.budget import ParameterBudget
-from selfpruner_hub.search.llm import prompts
-from selfpruner_hub.search.llm import reply_schema as replies
+from selfpruner_hub.plans.budget import Budget
+from selfpruner_hub.search.llm import prompts, reply_schema
 from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 from selfpruner_hub.settings import LanguageModelOptions
@@ -58,7 +57,7 @@ class ModelProposer:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        budget: ParameterBudget,
+        budget: Budget,
         subject: str,
         options: LanguageModelOptions,
         *,
@@ -81,7 +80,7 @@ class ModelProposer:
         """Let the model write `count` proposals after one prompt."""
         question = Question(operation, history, self._budget)
         prompt = prompts.render(question, self._subject, self.options.template_directory)
-        schema = replies.schema(question, narrow=True)
+        schema = reply_schema.schema(question, narrow=True)
         ids, limit = self._encode(prompt).to(self._model.device), _reply_limit(self._tokenizer, schema)
         read = self._read(ids[:, :-1])
         at_once = self._at_once(read, (ids.shape[1] + limit) / (ids.shape[1] - 1))
@@ -91,7 +90,7 @@ class ModelProposer:
             written = self._write(ids, copy.deepcopy(read), limit, schema, batch, int(rng.integers(2**31)))
             tokens = ids.shape[1] // count + written.shape[1]  # the prompt is read once for all
             texts = self._tokenizer.batch_decode(written, skip_special_tokens=True)
-            proposals += [replies.proposal(question, prompt, text, tokens) for text in texts]
+            proposals += [reply_schema.proposal(question, prompt, text, tokens) for text in texts]
         return proposals
 
     def tell(self, scored: Sequence[Scored]) -> None:
@@ -144,7 +143,7 @@ class ModelProposer:
 
 def _reply_limit(tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any]) -> int:
     """Return the token limit of a reply: twice the tokens of the longest reply under the schema, plus 16."""
-    longest = json.dumps(replies.example(schema), separators=(",", ":"))
+    longest = json.dumps(reply_schema.example(schema), separators=(",", ":"))
     return 16 + 2 * len(tokenizer(longest, add_special_tokens=False)["input_ids"])
 
 

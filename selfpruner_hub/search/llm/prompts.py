@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.search.llm.question import Question, part_names
 from selfpruner_hub.search.proposers import Operation
 
@@ -57,7 +57,7 @@ def render(question: Question, model: str, templates: Path | None = None) -> str
         "heads": dense.num_key_value_heads * shape.queries_per_group,
         "groups": dense.num_key_value_heads,
         "channels": dense.intermediate_size,
-        "beta": f"{100 * budget.beta:.5g}" if budget.target else f"{100 * budget.beta:g}",
+        "beta": f"{100 * budget.share:.5g}" if budget.target else f"{100 * budget.share:g}",
         "goal": _goal(budget),
         "p_max": round(100 * budget.p_max),
         "parts": "" if budget.tied else ', for attention ("attention") and feed-forward ("ffn")',
@@ -70,28 +70,28 @@ def render(question: Question, model: str, templates: Path | None = None) -> str
         raise UserError(f"The prompt template {operation}.txt cannot be used: {error}.") from error
 
 
-def solution(budget: ParameterBudget, rates: Rates) -> str:
+def solution(budget: Budget, rates: Rates) -> str:
     """Write rates as prompts and replies have them: whole percentages, compact JSON."""
     return json.dumps(percent(budget, rates), separators=(",", ":"))
 
 
-def percent(budget: ParameterBudget, rates: Rates) -> dict[str, list[int]]:
+def percent(budget: Budget, rates: Rates) -> dict[str, list[int]]:
     """Return the rates as whole percentages, by the name of their list."""
     lists = (rates.ffn,) if budget.tied else (rates.attention, rates.ffn)
     return {name: [round(100 * r) for r in values] for name, values in zip(part_names(budget), lists, strict=True)}
 
 
-def _goal(budget: ParameterBudget) -> str:
-    """Say what all rates together must meet: β, or the target and what each part is charged for."""
+def _goal(budget: Budget) -> str:
+    """Write the constraint on all rates together: β, or the target and the cost of each part."""
     if budget.target is None:
-        return f"The mean over all weights must be {100 * budget.beta:g} %."
+        return f"The mean over all weights must be {100 * budget.share:g} %."
     costs = budget.costs
     prices = [
         f"1 % of {part} saves {sum(float(t[-1]) for t in tables) / costs.prunable:.2f} %"
         for part, tables in (("the attention", costs.attention), ("the feed-forward", costs.ffn))
     ]
     return (
-        f"What is removed must save {100 * budget.beta:.3g} % of {budget.target.charged}, as far as layers cause it: "
+        f"What is removed must save {100 * budget.share:.3g} % of {budget.target.charged}, as far as layers cause it: "
         f"{', '.join(prices)}."
     )
 

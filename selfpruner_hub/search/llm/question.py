@@ -1,4 +1,4 @@
-"""One question to a language model: what is asked for, and which earlier solutions its prompt shows."""
+"""One question to a language model: its operation, its budget, and the earlier solutions that its prompt shows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from selfpruner_hub.plans.budget import ParameterBudget
+from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.moves import paying_moves
 from selfpruner_hub.search.proposers import Operation, Scored
 
@@ -18,13 +18,13 @@ LISTED = 12
 
 @dataclass(frozen=True)
 class Question:
-    """What a prompt, the schema of its reply and the reading of that reply are made from."""
+    """Source of a prompt, of the schema of its reply, and of the reading of that reply."""
 
     operation: Operation
     """Kind of proposal."""
     history: Sequence[Scored]
     """Scored plans, best first; if empty, every operation asks for whole solutions."""
-    budget: ParameterBudget
+    budget: Budget
     """Budget, with β, the costs, the bounds of rates and the geometry of the model."""
 
     @property
@@ -64,6 +64,6 @@ class Question:
         return found if any(found.values()) else {}
 
 
-def part_names(budget: ParameterBudget) -> tuple[str, ...]:
+def part_names(budget: Budget) -> tuple[str, ...]:
     """Return the names of the lists of a solution: one list where attention and FFN share their rates."""
     return ("rates",) if budget.tied else ("attention", "ffn")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from selfpruner_hub.errors import ProposerError
-from selfpruner_hub.plans.budget import ParameterBudget, Rates
+from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.search.llm.prompts import percent
 from selfpruner_hub.search.llm.question import LISTED, Question
 from selfpruner_hub.search.proposers import Operation, Proposal
@@ -17,7 +17,7 @@ PARENTS: dict[Operation, int] = {"initial": 0, "crossover": 2, "mutation": 1}
 CHANGES = {"rates": (1, 4), "ffn": (1, 4), "attention": (0, 2)}
 """Minimum and maximum number of layers that lose more, and of those that lose less, in a mutation, by part, where no
 effects were measured."""
-REACH = 15
+MOST_POINTS = 15
 """Maximum change of a rate in a mutation, in percentage points; attention changes by one KV group."""
 
 
@@ -61,7 +61,7 @@ def schema(question: Question, *, narrow: bool = False) -> dict[str, Any]:
     return _object(properties)
 
 
-def _parts(budget: ParameterBudget) -> dict[str, dict[str, Any]]:
+def _parts(budget: Budget) -> dict[str, dict[str, Any]]:
     """Return the schema of the values in each list of a whole solution."""
     most = round(100 * budget.p_max)
     percent = {"type": "integer", "minimum": 0, "maximum": most}
@@ -71,7 +71,7 @@ def _parts(budget: ParameterBudget) -> dict[str, dict[str, Any]]:
     return {"attention": {"enum": steps} if len(steps) <= 8 else percent, "ffn": percent}
 
 
-def _steps(budget: ParameterBudget) -> list[int]:
+def _steps(budget: Budget) -> list[int]:
     """Return the attention rates that whole KV groups allow, in percent."""
     groups = budget.shape.dense.layers[0].num_key_value_heads
     if budget.shape.whole_attention:
@@ -93,7 +93,7 @@ def _changes(question: Question, narrow: bool) -> dict[str, dict[str, Any]]:
                 places = [{"enum": [number, 0]} for number in offered[part, way]]
                 directions[way] = {**_list(layer, len(places), len(places)), "prefixItems": places}
                 del directions[way]["items"]
-        points = {} if part == "attention" else {"points": {"type": "integer", "minimum": 1, "maximum": REACH}}
+        points = {} if part == "attention" else {"points": {"type": "integer", "minimum": 1, "maximum": MOST_POINTS}}
         rules[part] = _object({**directions, **points})
     return rules
 
@@ -153,7 +153,7 @@ def parse(question: Question, reply: str) -> tuple[Rates, tuple[int, ...]]:
     return Rates(lists[0], lists[-1]), parents
 
 
-def _changed(parent: Rates, value: dict[str, Any], budget: ParameterBudget) -> Rates:
+def _changed(parent: Rates, value: dict[str, Any], budget: Budget) -> Rates:
     """Return the parent's rates with less removed from some layers and more from others, within [0, 1].
 
     Attention changes by whole KV groups, and an FFN that loses less gets `points` back. The FFNs that lose more make up
@@ -173,13 +173,13 @@ def _changed(parent: Rates, value: dict[str, Any], budget: ParameterBudget) -> R
         before, ffn[layer] = ffn[layer], max(ffn[layer] - points, 0.0)
         spare += (before - ffn[layer]) * sizes[layer]
     charged = sum(sizes[layer] for layer in more)
-    step = min(max(spare / charged, 0.0), REACH / 100) if charged else 0.0
+    step = min(max(spare / charged, 0.0), MOST_POINTS / 100) if charged else 0.0
     for layer in more:
         ffn[layer] = min(ffn[layer] + step, 1.0)
     return Rates.tied(ffn) if budget.tied else Rates(tuple(attention), tuple(ffn))
 
 
-def _change(value: dict[str, Any], part: str, budget: ParameterBudget) -> tuple[list[int], list[int], float]:
+def _change(value: dict[str, Any], part: str, budget: Budget) -> tuple[list[int], list[int], float]:
     """Read the change of one part: layers (from 0) that lose more, layers that lose less, and the step in [0, 1]."""
     change = value.get(part, {})
     if not isinstance(change, dict):
