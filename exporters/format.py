@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.writer import Writer, one_of, require
+from exporters.writer import FormatWriter, one_of, require
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
 from selfpruner_hub.storage.layout import EXPORTS
@@ -75,7 +75,7 @@ class Format:
     libraries: tuple[str, ...] = ()
     """Distributions whose versions a benchmark records."""
 
-    write: Writer | None = None
+    write: FormatWriter | None = None
     """Writer of the format; None where PyTorch's files or the exports of another format are loaded."""
     options: tuple[Option, ...] = ()
     """Options of an export, in the order of the writer's keywords."""

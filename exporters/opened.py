@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.parity import Step, divergence, greedy, logit_difference
+from exporters.parity import Step, greedy, kl_divergence, logit_difference
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Graph:
 
     def difference(self, expected: Expected) -> float:
         """Distance from PyTorch."""
-        return (divergence if self.rounded else logit_difference)(expected.passes, self.model)
+        return (kl_divergence if self.rounded else logit_difference)(expected.passes, self.model)
 
 
 def continued(model: Callable[..., Any], ids: list[int], new_tokens: int, end: frozenset[int]) -> list[Step]:

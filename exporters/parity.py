@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.generated_text import sample_windows
 
-PROMPTS = (24, 9, 1)
+PROMPT_LENGTHS = (24, 9, 1)
 """Lengths of the prompts of a parity check, in tokens; they form one left-padded batch."""
-STEPS = 4
+DECODE_STEPS = 4
 """Number of decode steps after the prompts."""
 LARGE_LOGIT = 32.0
 """Logit above which differences count in proportion: it is rounded in larger steps (float16: 1/32 from 32 on)."""
@@ -44,7 +44,10 @@ class Step:
 
 @torch.inference_mode()
 def expected(
-    model: PreTrainedModel, prompts: Collection[int] = PROMPTS, steps: int = STEPS, text: Tensor | None = None
+    model: PreTrainedModel,
+    prompts: Collection[int] = PROMPT_LENGTHS,
+    steps: int = DECODE_STEPS,
+    text: Tensor | None = None,
 ) -> list[Step]:
     """Record the PyTorch model's logits on a left-padded batch of unequal prompts, then on decode steps.
 
@@ -67,7 +70,7 @@ def expected(
     return greedy(model, text, mask, steps)
 
 
-def own_text(model: PreTrainedModel, prompts: Collection[int] = PROMPTS) -> Tensor:
+def own_text(model: PreTrainedModel, prompts: Collection[int] = PROMPT_LENGTHS) -> Tensor:
     """Let the model write prompts: tokens `[B, S]`, for `expected`. A model is unsure of random tokens."""
     return sample_windows(model, len(prompts), max(prompts), seed=0)
 
@@ -127,7 +130,7 @@ def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> fl
     return torch.stack(differences).max().item()  # NaN stays
 
 
-def divergence(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
+def kl_divergence(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
     """Compare an exported model's probabilities with those of the PyTorch model.
 
     Logits of single tokens tell little of weights in few bits: unlikely ones move far, and nobody samples them.

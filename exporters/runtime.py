@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+SPARE_CONTEXT = 8
+"""Spare tokens of context beyond the longest sequence."""
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -38,7 +38,7 @@ class Written:
     """Note for users of the export, in one sentence."""
 
 
-class Writer(Protocol):
+class FormatWriter(Protocol):
     """Function that writes one format; its keyword-only parameters are the options that a user may set."""
 
     def __call__(

@@ -96,9 +96,9 @@ def _in_pytorch() -> str:
     return f"Both models run in PyTorch, not in the export that was published. {why}" if why else ""
 
 
-def prune(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str, Any, Any]]:
+def show_pruning(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str, Any, Any]]:
     """Prune a small model, and show the state of the search."""
-    run = live_pruning.Run()
+    run = live_pruning.PruningState()
     try:
         for run in live_pruning.prune(beta, int(evaluations), proposer):
             yield _standing(run), *_pictures(run)
@@ -113,7 +113,7 @@ def prune(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str,
     )
 
 
-def _pictures(run: live_pruning.Run) -> tuple[Any, Any]:
+def _pictures(run: live_pruning.PruningState) -> tuple[Any, Any]:
     """Return the updated plots of the search and of its best plan; hidden while there are no scores."""
     plans, rates = record_tables.scored(run.journal), live_pruning.removed_by_best(run)
     there = len(plans) > 0
@@ -123,7 +123,7 @@ def _pictures(run: live_pruning.Run) -> tuple[Any, Any]:
     )
 
 
-def _standing(run: live_pruning.Run) -> str:
+def _standing(run: live_pruning.PruningState) -> str:
     filled = round(20 * run.share)
     bar = f"`{'█' * filled}{'░' * (20 - filled)}`"
     found = live_pruning.best(run)
@@ -210,7 +210,7 @@ def _facts_tab() -> None:
         return
     fitness = charts.FITNESS[settings["fitness"]]
     with gr.Row():
-        charts.search(plans, fitness, label="The search: best so far (lower is better)", elem_id="search")
+        charts.search_curve(plans, fitness, label="The search: best so far (lower is better)", elem_id="search")
         charts.plans(plans, fitness, label="Every plan that was scored in full", elem_id="plans")
 
 
@@ -241,12 +241,12 @@ def _live_tab() -> None:
         plans = charts.plans(
             record_tables.scored([]), charts.FITNESS["kl"], label="The search", visible=False, elem_id="live-search"
         )
-        nothing = live_pruning.removed_by_best(live_pruning.Run())
+        nothing = live_pruning.removed_by_best(live_pruning.PruningState())
         rates = charts.rates(
             nothing, fitting=20, label="Removed by the best plan so far, %", visible=False, elem_id="live-rates"
         )
     running = button.click(
-        prune,
+        show_pruning,
         [beta, evaluations, proposer],
         [standing, plans, rates],
         concurrency_id="live",

@@ -13,7 +13,7 @@ REMOVED = ["layer", "part", "removed"]
 SCORED = ["evaluations", "fitness", "from"]
 BEST = ["evaluations", "fitness"]
 ANSWERED, KEPT, AGREEMENT = "plain questions answered", "plain questions kept", "agreement (conversations)"
-CHAT = (KEPT, ANSWERED, AGREEMENT, "KL (conversations)")
+CHAT_ORDER = (KEPT, ANSWERED, AGREEMENT, "KL (conversations)")
 """Names of the figures of a chat model in the record, as `selfpruner evaluate` writes them."""
 
 
@@ -122,12 +122,12 @@ def quality() -> str:
 
 
 def _rank(name: str, metric: dict[str, Any]) -> int:
-    """Return the rank of a figure in the table: answers in the order of `CHAT`, text, speed, figures of the search."""
-    if name in CHAT:
-        return CHAT.index(name)
+    """Return the rank of a figure in the table: answers (in `CHAT_ORDER`), text, speed, figures of the search."""
+    if name in CHAT_ORDER:
+        return CHAT_ORDER.index(name)
     if name.startswith("search_"):
-        return len(CHAT) + 2
-    return len(CHAT) + bool(metric.get("machine") or metric.get("unit"))
+        return len(CHAT_ORDER) + 2
+    return len(CHAT_ORDER) + bool(metric.get("machine") or metric.get("unit"))
 
 
 def figures() -> str:

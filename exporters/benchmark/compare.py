@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,30 +16,28 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from exporters import machine
 from exporters.benchmark.latency import interleaved, timing
-from exporters.benchmark.report import Case, Phase, Quality, Report, Side
+from exporters.benchmark.report import BenchmarkReport, Case, Phase, Quality, Side
 from exporters.benchmark.worker import Worker, started
 from exporters.benchmark.workload import workload_of
 from exporters.export import export
 from exporters.format import FORMATS, Format, runtimes
-from exporters.runtime import Setting
+from exporters.runtime import SPARE_CONTEXT, Setting
 from exporters.to_onnx.hub_layout import read_configuration
 from exporters.writer import one_of
 from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import explain, load_config, text_config
+from selfpruner_hub.progress import Progress, silent
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 
 WARMUP = 2
 """Warm-up passes of each model, which are not counted."""
-LIBRARIES = ("selfpruner-hub", "torch", "transformers")
+RECORDED_LIBRARIES = ("selfpruner-hub", "torch", "transformers")
 """Distributions whose versions are recorded, beside those of the formats."""
 WINDOW, WINDOWS = 512, 16
 """Tokens of a window of text, and number of windows whose perplexity is measured."""
-PROMPTS = (128, 512)
+BENCHMARK_PROMPTS = (128, 512)
 """Lengths of the prompts by default, in tokens, if the models were made to read as many."""
-MARGIN = 8
-"""Spare tokens of context beyond the longest sequence."""
-Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Passes:
     batches: Sequence[int] = ()
     """Batch sizes (prompts at a time), each at least 1; none takes the runtime's default."""
     prompts: Sequence[int] = ()
-    """Lengths of the prompts, in tokens, each at least 1; none takes those of `PROMPTS` that fit."""
+    """Lengths of the prompts, in tokens, each at least 1; none takes those of `BENCHMARK_PROMPTS` that fit."""
     new_tokens: int = 32
     """Number of tokens generated after each prompt, at least 1."""
     runs: int = 7
@@ -106,8 +104,8 @@ class Passes:
                 f"{runtime.name} cannot run on {device}: PyTorch sees no NVIDIA GPU here.", "Choose another runtime."
             )
         dtype = self.dtype or next(iter(runtime.dtypes()))
-        longest = max(*self.prompts, 0 if self.text is None else WINDOW) + self.new_tokens + MARGIN
-        threads, python = self.threads or machine.threads(), str(self.python or "")
+        longest = max(*self.prompts, 0 if self.text is None else WINDOW) + self.new_tokens + SPARE_CONTEXT
+        threads, python = self.threads or machine.usable_threads(), str(self.python or "")
         return Setting(threads, device, dtype, longest, max(self.batches), python=python)
 
 
@@ -146,8 +144,8 @@ def benchmark(
     *,
     exports: str | Path | None = None,
     loading: dict[str, Any] | None = None,
-    progress: Progress = lambda what, done, total: None,
-) -> Report:
+    progress: Progress = silent,
+) -> BenchmarkReport:
     """Time a pruned model and its parent in turn, each in its own process.
 
     Args:
@@ -188,12 +186,12 @@ def benchmark(
         Side(model.title, workload_of(model.config), used, found)
         for model, used, found in zip(models, memory, quality, strict=True)
     )
-    return Report(
+    return BenchmarkReport(
         runtime=runtime,
         dtype=setting.dtype,
         device=setting.device,
         threads=setting.threads,
-        machine=machine.describe(setting.device),
+        machine=machine.describe_machine(setting.device),
         versions={**dict(_versions()), **elsewhere},
         dense=dense,
         pruned=own,
@@ -202,9 +200,9 @@ def benchmark(
 
 
 def _fitting(passes: Passes, models: Sequence[_Model]) -> Sequence[int]:
-    """Return the prompts, or those of `PROMPTS` that fit in the context with the tokens after them, or what fits."""
+    """Return the lengths of the prompts: those given, or the `BENCHMARK_PROMPTS` that fit, or the longest that fits."""
     context = min(model.config.max_position_embeddings for model in models)
-    usual = [prompt for prompt in PROMPTS if prompt + passes.new_tokens <= context]
+    usual = [prompt for prompt in BENCHMARK_PROMPTS if prompt + passes.new_tokens <= context]
     asked = passes.prompts or usual or [max(1, context - passes.new_tokens)]
     if max(asked) + passes.new_tokens > context:
         raise UserError(
@@ -290,6 +288,6 @@ def _phase(milliseconds: list[list[float]], tokens: int, ideal: float) -> Phase:
 
 def _versions() -> Iterator[tuple[str, str]]:
     of_formats = [library for each in FORMATS.values() for library in each.libraries]
-    for library in (*LIBRARIES, *of_formats):
+    for library in (*RECORDED_LIBRARIES, *of_formats):
         with contextlib.suppress(PackageNotFoundError):
             yield library, version(library)

@@ -13,7 +13,7 @@ from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.storage.model_record import Metric
 from selfpruner_hub.storage.versioned_json import parse_versioned
 
-SCHEMA_VERSION = 1
+REPORT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchmarkReport:
     """The record of a benchmark; its field names are the JSON keys."""
 
     runtime: str
@@ -86,7 +86,7 @@ class Report:
     dense: Side
     pruned: Side
     cases: tuple[Case, ...]
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = REPORT_VERSION
 
     def to_json(self) -> str:
         """Serialise to JSON, with the schema version first."""
@@ -94,7 +94,7 @@ class Report:
         return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, source: str) -> Report:
+    def from_json(cls, text: str, source: str) -> BenchmarkReport:
         """Read a report, and refuse unknown or missing keys.
 
         Args:
@@ -107,7 +107,7 @@ class Report:
         Raises:
             SavedModelError: The text is not such a record.
         """
-        values = parse_versioned(text, source, SCHEMA_VERSION, cls)
+        values = parse_versioned(text, source, REPORT_VERSION, cls)
         try:
             sides = {key: _side(values[key]) for key in _SIDES}
             cases = tuple(Case(**{**case, **{key: _phase(case[key]) for key in _PHASES}}) for case in values["cases"])

@@ -26,7 +26,7 @@ from exporters.machine import forget_peak, peak_memory
 from exporters.runtime import Measured, Runner, Setting
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UserError
 
-PAUSE = 0.01
+PAUSE_BEFORE_PASS = 0.01
 """Seconds to wait before a pass: the other model's threads keep spinning for some milliseconds after theirs."""
 
 
@@ -157,7 +157,7 @@ class _Server:
             return None
         if "ids" in request:
             ids = torch.tensor(request["ids"])
-            time.sleep(PAUSE)
+            time.sleep(PAUSE_BEFORE_PASS)
             return asdict(self.runner.measure(ids, request["new_tokens"]))
         if "windows" in request:
             return self.runner.cross_entropy(torch.tensor(request["windows"]))

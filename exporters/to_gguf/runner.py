@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig
 from exporters.opened import Expected, File
 from exporters.runtime import Measured, Setting
 from exporters.to_gguf import FORMAT
-from exporters.to_gguf.dtypes import DTYPES
-from exporters.to_gguf.library import cross_entropy
-from exporters.to_gguf.llama_cpp import Answer, LlamaCpp, check_tokens, difference
+from exporters.to_gguf.dtypes import GGUF_DTYPES
+from exporters.to_gguf.library import gguf_cross_entropy
+from exporters.to_gguf.llama_cpp import GreedyStep, LlamaCpp, check_tokens, gguf_difference
 from exporters.to_gguf.writer import context_length
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.storage.export_record import ExportRecord
@@ -31,8 +31,8 @@ def dtypes() -> dict[str, tuple[float, float]]:
     The bits of K-quants are those of most matrices: a file also has finer ones, and others where 256 divides no row.
     llama.cpp's KV cache is always float16.
     """
-    names = (DEFAULT, *(name for name in DTYPES if name != DEFAULT))
-    sizes = {name: GGML_QUANT_SIZES[DTYPES[name].tensor] for name in names}
+    names = (DEFAULT, *(name for name in GGUF_DTYPES if name != DEFAULT))
+    sizes = {name: GGML_QUANT_SIZES[GGUF_DTYPES[name].tensor] for name in names}
     return {name: (size / block, 2) for name, (block, size) in sizes.items()}
 
 
@@ -52,7 +52,7 @@ def files(directory: Path, record: ExportRecord, config: PreTrainedConfig, longe
     name, converted = _file_of(record), not record.options["tokenizer_from"]
     run, rounded = (
         partial(LlamaCpp, directory / name, longest + 8, exact=True),
-        DTYPES[record.options["dtype"]].quantised,
+        GGUF_DTYPES[record.options["dtype"]].quantised,
     )
     yield File(name, record.tolerance, lambda: GgufFile(run(), rounded, converted))
 
@@ -60,7 +60,7 @@ def files(directory: Path, record: ExportRecord, config: PreTrainedConfig, longe
 def _file_of(record: ExportRecord) -> str:
     """Return the name of the file of an export."""
     dtype = record.options["dtype"]
-    if dtype not in DTYPES:
+    if dtype not in GGUF_DTYPES:
         raise SavedModelError(f"The record of the export names an unknown dtype {dtype!r}.")
     return f"model-{dtype}.gguf"
 
@@ -85,7 +85,7 @@ class LlamaCppRunner:
 
     def cross_entropy(self, windows: Tensor) -> float:
         """Measure the loss on text; see `Runner.cross_entropy`."""
-        return cross_entropy(self._path, windows, self._threads)
+        return gguf_cross_entropy(self._path, windows, self._threads)
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class GgufFile:
         """Largest distance from PyTorch."""
         if self.converted:
             check_tokens(self.run, expected.tokenizer, expected.prompt)
-        ids, told = list(expected.ids), []
+        ids, steps = list(expected.ids), []
         for step in expected.passes:
-            told.append(Answer(list(ids), step.logits[0, -1].log_softmax(-1)))
+            steps.append(GreedyStep(list(ids), step.logits[0, -1].log_softmax(-1)))
             ids.append(int(step.next_tokens))
-        return difference(told, self.run, self.rounded)
+        return gguf_difference(steps, self.run, self.rounded)

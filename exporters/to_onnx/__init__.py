@@ -16,7 +16,7 @@ class RecordedHub(TypedDict):
     layout: Literal["hub"]
 
 
-class Recorded(TypedDict):
+class OnnxOptions(TypedDict):
     """What is read of the options of another export."""
 
     dtype: str
@@ -40,7 +40,7 @@ FORMAT = Format(
         Option("fusions", "operators of cpu, cuda, or none for a plain graph"),
         Option("layout", "transformers, or hub for ONNX Runtime GenAI and Transformers.js"),
     ),
-    recorded=RecordedHub | Recorded,
+    recorded=RecordedHub | OnnxOptions,
     published={"layout": "hub"},
     files=later(f"{__name__}.runner", "files"),
     load=later(f"{__name__}.runner", "load"),

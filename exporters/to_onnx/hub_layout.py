@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from exporters.graph_causal_lm import GraphCausalLM
-from exporters.parity import Step, divergence, logit_difference
+from exporters.parity import Step, kl_divergence, logit_difference
 from exporters.to_onnx.matrix_bits import quantize
 from exporters.tracing import cache_of, states_of
 from exporters.writer import one_line, require
@@ -52,7 +52,7 @@ def file_of(dtype: str) -> str:
     return f"{FOLDER}/model{SUFFIXES[dtype]}.onnx"
 
 
-def save_graph(program: Any, directory: Path, dtype: str) -> None:
+def save_hub_graph(program: Any, directory: Path, dtype: str) -> None:
     """Save a graph under the names of its inputs, outputs and axes that the runtimes know.
 
     Args:
@@ -87,7 +87,7 @@ def save_quantized(directory: Path) -> None:
 
     for dtype, bits in BITS.items():
         program = onnx_ir.external_data.load_to_model(onnx_ir.load(str(directory / file_of("float32"))))
-        save_graph(quantize(program, bits), directory, dtype)
+        save_hub_graph(quantize(program, bits), directory, dtype)
         del program
         gc.collect()  # frees reference cycles of the graph
 
@@ -258,7 +258,7 @@ def open_graph(directory: Path, options: Any) -> HubGraph:
     return HubGraph(directory / file_of("float32"), config, options, generation)
 
 
-def difference(
+def graphs_difference(
     passes: dict[str, list[Step]], directory: Path, config: PreTrainedConfig, tolerances: dict[str, float], options: Any
 ) -> float:
     """Compare every graph of an export with PyTorch.
@@ -279,7 +279,7 @@ def difference(
     found = {}
     for dtype in SUFFIXES:
         graph = HubGraph(directory / file_of(dtype), config, options)
-        found[dtype] = (divergence if dtype in BITS else logit_difference)(passes[dtype], graph)
+        found[dtype] = (kl_divergence if dtype in BITS else logit_difference)(passes[dtype], graph)
         if dtype != "float32" and not found[dtype] <= tolerances[dtype]:  # NaN too
             measured = "KL divergence" if dtype in BITS else "logit"
             raise ExportError(

@@ -21,8 +21,8 @@ from selfpruner_hub.models.stock_config import save_stock
 from selfpruner_hub.models.weights import is_tied, rebuild_buffers
 from selfpruner_hub.plans.plan import LayerWidths
 
-WIDTHS = ("widest", "dense")
-TOLERANCES = {"float32": 1e-4, "float16": 0.1, "bfloat16": 1.0}
+PADDED_WIDTHS = ("widest", "dense")
+PADDED_TOLERANCES = {"float32": 1e-4, "float16": 0.1, "bfloat16": 1.0}
 """Largest allowed distance of a logit from PyTorch's in float32, by dtype of the saved weights."""
 REMARK = "A padded twin runs anywhere and brings no speed: it is as large as its widest layer, all the way."
 
@@ -48,13 +48,13 @@ def write(
     Returns:
         Report of what was written.
     """
-    one_of("dtype", dtype, tuple(TOLERANCES))
-    twin = padded_model(model, one_of("width", width, WIDTHS))
+    one_of("dtype", dtype, tuple(PADDED_TOLERANCES))
+    twin = padded_model(model, one_of("width", width, PADDED_WIDTHS))
     save_stock(twin.to(getattr(torch, dtype)), staging)
     return Written(
         options={"width": width, "dtype": dtype},
         libraries=(),
-        tolerance=TOLERANCES[dtype],
+        tolerance=PADDED_TOLERANCES[dtype],
         compare=lambda: partial(_difference, expected(model), staging),
         remark=REMARK,
     )

@@ -11,11 +11,11 @@ from transformers import Cache
 from exporters.tracing import cache_of, states_of
 
 Tensors = dict[str, Tensor]
-Run = Callable[[Mapping[str, Tensor], Tensors | None], Tensors]
+DecodeStep = Callable[[Mapping[str, Tensor], Tensors | None], Tensors]
 """Function that runs one decode step on inputs by name, and writes outputs by name (None allocates them)."""
 Capture = Callable[[Callable[[], None]], Callable[[], object]]
 """Function that captures another function as a CUDA graph, and returns the replay on the same tensors."""
-STEP = 256
+WINDOW_STEP = 256
 """Step of window lengths, in tokens: after this many tokens, a longer window is made and captured."""
 
 
@@ -45,10 +45,10 @@ class FixedWindow:
         capture: Function that captures a step as a CUDA graph; None runs each step without one.
     """
 
-    def __init__(self, run: Run, cache: Cache, limit: int, capture: Capture | None = None) -> None:
+    def __init__(self, run: DecodeStep, cache: Cache, limit: int, capture: Capture | None = None) -> None:
         self._run = run
         past = cache.get_seq_length()
-        self.size = min(limit, STEP * (past // STEP + 1))
+        self.size = min(limit, WINDOW_STEP * (past // WINDOW_STEP + 1))
         states = states_of(cache)
         batch, device = states[0].shape[0], states[0].device
         names = layer_names("input", len(cache.layers))

@@ -22,9 +22,9 @@ Tree = dict[str, RepoFile]
 """Files of a repository, by path."""
 Changes = tuple[dict[str, Path | bytes], list[str]]
 """Files to write, by path, and paths of files to delete."""
-Message = tuple[str, str | None]
+CommitMessage = tuple[str, str | None]
 """Message of a commit, one line, and the text below it."""
-T = TypeVar("T")
+Returned = TypeVar("Returned")
 
 
 class Commit(NamedTuple):
@@ -89,7 +89,7 @@ class Repository:
 
         return self._patiently(fetch)
 
-    def commit(self, changes: Callable[[Tree], Changes], message: Message, create_pr: bool = False) -> Commit:
+    def commit(self, changes: Callable[[Tree], Changes], message: CommitMessage, create_pr: bool = False) -> Commit:
         """Commit the changes to the current content, if there are any; the branch is created if missing.
 
         Args:
@@ -108,7 +108,7 @@ class Repository:
     def _create_branch(self, branch: str) -> None:
         self._api.create_branch(self.repo_id, branch=branch, repo_type=self.kind, exist_ok=True)
 
-    def _commit(self, changes: Callable[[Tree], Changes], message: Message, create_pr: bool) -> Commit:
+    def _commit(self, changes: Callable[[Tree], Changes], message: CommitMessage, create_pr: bool) -> Commit:
         head = self._api.repo_info(self.repo_id, repo_type=self.kind, revision=self.revision).sha
         listed = self._api.list_repo_tree(self.repo_id, repo_type=self.kind, revision=head, recursive=True)
         tree = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
@@ -131,7 +131,7 @@ class Repository:
         url = done.pr_url or f"{self._api.endpoint}/{prefix}{self.repo_id}"
         return Commit(url, done.oid, done.oid != head)
 
-    def _patiently(self, call: Callable[[], T], once: bool = False) -> T:
+    def _patiently(self, call: Callable[[], Returned], once: bool = False) -> Returned:
         """Call, and retry after temporary failures; with `once`, not where the first call may have succeeded."""
         with self._explained(once):
             for wait in PAUSES:

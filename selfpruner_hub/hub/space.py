@@ -19,11 +19,11 @@ from selfpruner_hub.storage.model_record import Record
 VENDORED = ("selfpruner_hub", "exporters")
 """Packages that are copied into a Space. Its `requirements.txt` cannot name this package before it is on an index: a
 requirement that pip does not find stops the build of the Space."""
-SETTINGS = "model.json"
+APP_MODEL_FILE = "model.json"
 """Name of the file that the app reads: the model, its revision, its dense parent, and its export."""
 REQUIREMENTS = "requirements.txt"
 GGUF, GRAPHS = "gguf", "graphs"
-"""Exports that a Space runs, as keys of `SETTINGS`: a file in the model's repository, or a repository of graphs."""
+"""Keys of `APP_MODEL_FILE` for the export that a Space runs: a file of the model's repository, or one of graphs."""
 RUNTIMES = {
     GGUF: ("xllamacpp>=2026.10",),
     GRAPHS: ("onnx>=1.23,<2", "onnxscript>=0.7.2,<0.8", "onnxruntime>=1.32,<2"),
@@ -70,7 +70,7 @@ def space_files(
         settings[kind] = where
         needed = [(app / REQUIREMENTS).read_text(encoding="utf-8").rstrip(), *RUNTIMES[kind]]
         files[REQUIREMENTS] = "\n".join([*needed, ""]).encode()
-    files[SETTINGS] = f"{json.dumps(settings, indent=2)}\n".encode()
+    files[APP_MODEL_FILE] = f"{json.dumps(settings, indent=2)}\n".encode()
     files["README.md"] = _front_page(app / "README.md", record, repo_id).encode()
     for name in VENDORED:
         package = _folder(name)
@@ -109,7 +109,7 @@ def static_files(record: Record, graphs: str, host: str, revision: str | None = 
         "about": " ".join(filter(None, said)),
         "parameters": record.parameters,
     }
-    files[SETTINGS] = f"{json.dumps(settings, indent=2)}\n".encode()
+    files[APP_MODEL_FILE] = f"{json.dumps(settings, indent=2)}\n".encode()
     files["README.md"] = _front_page(page / "README.md", record, graphs).encode()
     return files
 

@@ -56,7 +56,7 @@ def warm(engine: Any, gpu: bool = False) -> Any:
     return engine
 
 
-def threads(number: int) -> str:
+def threads_text(number: int) -> str:
     """Return a number of threads in words."""
     return f"{number} {'thread' if number == 1 else 'threads'}"
 

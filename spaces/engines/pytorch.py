@@ -10,7 +10,7 @@ from model_source import UnavailableError, cannot_be_loaded, record, shown
 from tokens import tokenizer
 from transformers import AutoModelForCausalLM, StoppingCriteria, TextStreamer
 
-from engines.base import Engine, Told, check_size, threads, warm
+from engines.base import Engine, Told, check_size, threads_text, warm
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def load(which: str) -> Engine:
         model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=which == "pruned", dtype=dtype, **where)
     except Exception as error:  # as above
         raise UnavailableError(cannot_be_loaded(name, error)) from error
-    where_it_runs = "GPU" if gpu else threads(torch.get_num_threads())
+    where_it_runs = "GPU" if gpu else threads_text(torch.get_num_threads())
     runtime = f"PyTorch, {str(dtype).removeprefix('torch.')}, {where_it_runs}"
     return warm(Generating(model.eval().to("cuda" if gpu else "cpu"), tokenizer(), runtime), gpu)
 

@@ -280,7 +280,7 @@ def test_pruning_that_takes_too_long(live, monkeypatch):
                 progress("searching", 1, 2)
                 time.sleep(0.01)
 
-    monkeypatch.setattr(live, "SECONDS", 0)
+    monkeypatch.setattr(live, "PRUNING_SECONDS", 0)
     monkeypatch.setattr(live, "_pruner", Endless)
     with pytest.raises(live.UnavailableError, match="Stopped after 0 s"):
         list(live.prune(0.3, 16, "evolution"))
@@ -291,10 +291,10 @@ def test_no_two_models_are_loaded_at_once(live, space, monkeypatch):
     engines = space("engines")
 
     def prune(*_args, **_kwargs):
-        assert not engines.loading.locked()
+        assert not engines.load_lock.locked()
 
     def load():
-        assert engines.loading.locked()
+        assert engines.load_lock.locked()
         return SimpleNamespace(prune=prune)
 
     monkeypatch.setattr(live, "_pruner", load)
