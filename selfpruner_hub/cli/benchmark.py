@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.format import runtimes
-from selfpruner_hub.cli.options import device_map, listed, path, quieten
+from selfpruner_hub.cli.options import Result, device_map, listed, path, quieten
 from selfpruner_hub.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gguf-file", metavar="FILE", help="load the weights of MODEL from this GGUF file of it")
 
 
-def run(options: argparse.Namespace) -> str:
+def run(options: argparse.Namespace) -> Result:
     """Run the benchmark.
 
     Args:
         options: Parsed command line.
 
     Returns:
-        Text to print: the table, or JSON.
+        The table, or JSON.
 
     Raises:
         UserError: An option is wrong, a model cannot be loaded or exported, or figures are to be saved beside those of
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> str:
         write_atomically(options.output, report.to_json())
     if options.save:
         save_metrics(Path(options.directory), report.metrics())
-    return report.to_json().rstrip("\n") if options.json else report.table()
+    return Result(report.to_json().rstrip("\n") if options.json else report.table())
 
 
 def _identity(options: argparse.Namespace, record: Record) -> dict[str, Any]:
