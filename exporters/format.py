@@ -189,8 +189,8 @@ def later(module: str, name: str) -> Callable[..., Any]:
 
 def entry(package: str) -> Format:
     """Import the package of a format, and return its entry."""
-    found: Format = importlib.import_module(package).FORMAT
-    return found
+    attribute: Format = importlib.import_module(package).FORMAT
+    return attribute
 
 
 class Formats(Mapping[str, Format]):
@@ -232,9 +232,9 @@ def export_format(name: str) -> Format:
 
 def runtimes() -> tuple[str, ...]:
     """Names of the formats that models can be timed in."""
-    return tuple(name for name, found in FORMATS.items() if found.runs)
+    return tuple(name for name, row in FORMATS.items() if row.runs)
 
 
 def metered() -> tuple[str, ...]:
     """Names of the runtimes that targets can be measured in."""
-    return tuple(name for name, found in FORMATS.items() if found.metered)
+    return tuple(name for name, row in FORMATS.items() if row.metered)

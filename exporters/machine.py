@@ -24,10 +24,10 @@ def describe_machine(device: str) -> dict[str, str | int]:
     Returns:
         `processor` (CPU model), `cores` (that this process may use), and `gpu` (its name) if the device is a GPU.
     """
-    found: dict[str, str | int] = {"processor": processor(), "cores": cores()}
+    description: dict[str, str | int] = {"processor": processor(), "cores": cores()}
     if device.startswith("cuda") and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        description["gpu"] = torch.cuda.get_device_name(device)
+    return description
 
 
 def cores() -> int:

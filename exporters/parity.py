@@ -142,11 +142,11 @@ def kl_divergence(passes: Sequence[Step], exported: Callable[..., Any]) -> float
     Returns:
         The mean KL divergence from PyTorch over real tokens, in nats, at least 0; NaN if a probability is NaN.
     """
-    found = []
+    divergences = []
     for ours, theirs in _beside(passes, exported):
         ours, theirs = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
-        found.append((ours.exp() * (ours - theirs)).sum(-1))
-    return torch.cat(found).mean().clamp_min(0).item()
+        divergences.append((ours.exp() * (ours - theirs)).sum(-1))
+    return torch.cat(divergences).mean().clamp_min(0).item()
 
 
 @torch.inference_mode()
@@ -157,6 +157,6 @@ def _beside(passes: Sequence[Step], exported: Callable[..., Any]) -> Iterator[tu
         ids, mask = step.input_ids, step.attention_mask
         out = exported(input_ids=ids, attention_mask=mask, position_ids=step.position_ids, cache=cache, use_cache=True)
         cache = out.cache
-        found = out.logits.float().cpu()
-        real = mask[:, -found.shape[1] :].bool()
-        yield step.logits[:, -found.shape[1] :][real], found[real]
+        logits = out.logits.float().cpu()
+        real = mask[:, -logits.shape[1] :].bool()
+        yield step.logits[:, -logits.shape[1] :][real], logits[real]

@@ -54,9 +54,9 @@ def require(library: str, extra: str) -> None:
         raise MissingExtraError(library, extra)
 
 
-def one_line(said: object) -> str:
+def one_line(message: object) -> str:
     """First line of a library's message, at most 300 characters."""
-    lines = str(said).strip().splitlines() or [type(said).__name__]
+    lines = str(message).strip().splitlines() or [type(message).__name__]
     return lines[0][:300]
 
 

@@ -65,8 +65,8 @@ class Answer:
         if self.first is None:
             return "reading the prompt …"
         rate = f"**{self.rate:.1f}** tokens/s" if self.rate else ""
-        told = (rate, f"first token after **{self.first:.2f} s**", f"{self.tokens} tokens", self.runtime)
-        return " · ".join(filter(None, told))
+        parts = (rate, f"first token after **{self.first:.2f} s**", f"{self.tokens} tokens", self.runtime)
+        return " · ".join(filter(None, parts))
 
 
 @GPU(duration=ANSWER_SECONDS)

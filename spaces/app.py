@@ -59,21 +59,21 @@ def compare(prompt: str, tokens: float) -> Iterator[tuple[str, str, str, str, st
     """Generate the answer of the pruned model, then of its parent: one at a time, so that neither slows the other."""
     if wrong := _wrong(prompt) or _wrong_length(tokens):
         raise gr.Error(wrong, print_exception=False)
-    said = {"pruned": ("", "loading the model …"), "dense": ("", "waiting for the pruned model to finish …")}
+    shown = {"pruned": ("", "loading the model …"), "dense": ("", "waiting for the pruned model to finish …")}
     done: dict[str, Answer] = {}
-    yield *said["pruned"], *said["dense"], ""
-    for which in said:
+    yield *shown["pruned"], *shown["dense"], ""
+    for which in shown:
         try:
             engines.load(which)
             for answer in answers.answer(which, prompt, int(tokens)):
-                said[which] = (answer.text, _took(answer))
-                yield *said["pruned"], *said["dense"], ""
+                shown[which] = (answer.text, _took(answer))
+                yield *shown["pruned"], *shown["dense"], ""
             done[which] = answer
         except UnavailableError as error:
-            said[which] = ("", f"⚠️ {error}")
-            yield *said["pruned"], *said["dense"], ""
+            shown[which] = ("", f"⚠️ {error}")
+            yield *shown["pruned"], *shown["dense"], ""
     verdict = _verdict(**done) if len(done) == 2 else ""
-    yield *said["pruned"], *said["dense"], f"{verdict} {_in_pytorch()}".strip()
+    yield *shown["pruned"], *shown["dense"], f"{verdict} {_in_pytorch()}".strip()
 
 
 def _took(answer: Answer) -> str:
@@ -126,8 +126,8 @@ def _pictures(run: live_pruning.PruningState) -> tuple[Any, Any]:
 def _standing(run: live_pruning.PruningState) -> str:
     filled = round(20 * run.share)
     bar = f"`{'█' * filled}{'░' * (20 - filled)}`"
-    found = live_pruning.best(run)
-    best = f" · best so far **{found[1]:.4f}**" if found else ""
+    plan = live_pruning.best(run)
+    best = f" · best so far **{plan[1]:.4f}**" if plan else ""
     return f"{bar} {run.stage} · {run.seconds:.0f} s{best}"
 
 
@@ -196,11 +196,11 @@ def _buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
 
 
 def _facts_tab() -> None:
-    known, records = record(), record_tables.journal()
+    figures, records = record(), record_tables.journal()
     settings = record_tables.header(records)
     gr.Markdown(record_tables.figures())
     charts.rates(
-        record_tables.removed(known["widths"], known["rates"], settings.get("shape")),
+        record_tables.removed(figures["widths"], figures["rates"], settings.get("shape")),
         fitting=50,
         label="Removed from each layer, % of its weights",
         elem_id="rates",

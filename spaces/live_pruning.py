@@ -153,15 +153,15 @@ def _watch(run: PruningState, directory: Path, beta: float, evaluations: int, pr
 def best(run: PruningState) -> tuple[dict[str, list[int]], float] | None:
     """Return widths and fitness of the best plan so far among those scored on all windows; None before the first."""
     scored = [r for r in run.journal if r.get("kind") == "score" and r["share"] == 1 and r["fitness"] is not None]
-    found = min(scored, key=lambda r: r["fitness"], default=None)
-    return (found["widths"], found["fitness"]) if found else None
+    lowest = min(scored, key=lambda r: r["fitness"], default=None)
+    return (lowest["widths"], lowest["fitness"]) if lowest else None
 
 
 def removed_by_best(run: PruningState) -> Any:
     """Return the percentage that the best plan so far removes from each layer; empty before there is a plan."""
-    found = best(run)
-    widths = found[0] if found else {}
-    return removed(widths, (), header(run.journal).get("shape")) if found else removed({}, (), None)
+    plan = best(run)
+    widths = plan[0] if plan else {}
+    return removed(widths, (), header(run.journal).get("shape")) if plan else removed({}, (), None)
 
 
 @torch.inference_mode()

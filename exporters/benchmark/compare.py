@@ -203,23 +203,23 @@ def _fitting(passes: Passes, models: Sequence[_Model]) -> Sequence[int]:
     """Return the lengths of the prompts: those given, or the `BENCHMARK_PROMPTS` that fit, or the longest that fits."""
     context = min(model.config.max_position_embeddings for model in models)
     usual = [prompt for prompt in BENCHMARK_PROMPTS if prompt + passes.new_tokens <= context]
-    asked = passes.prompts or usual or [max(1, context - passes.new_tokens)]
-    if max(asked) + passes.new_tokens > context:
+    lengths = passes.prompts or usual or [max(1, context - passes.new_tokens)]
+    if max(lengths) + passes.new_tokens > context:
         raise UserError(
-            f"A prompt of {max(asked)} tokens and {passes.new_tokens} after it are more than the {context} that the "
+            f"A prompt of {max(lengths)} tokens and {passes.new_tokens} after it are more than the {context} that the "
             "models were made to read.",
             "Ask for fewer.",
         )
-    return asked
+    return lengths
 
 
 def _models(dense: str, pruned: str, loading: dict[str, Any]) -> list[_Model]:
     """Read the configurations of both models, which must share a vocabulary."""
     parent = _Model("dense", dense, loading, _config(dense, loading))
-    own = _Model("pruned", pruned, {}, _config(pruned, {}))
-    if parent.config.vocab_size != own.config.vocab_size:
+    child = _Model("pruned", pruned, {}, _config(pruned, {}))
+    if parent.config.vocab_size != child.config.vocab_size:
         raise UserError(f"{dense!r} and {pruned!r} have different vocabularies.", "Give the model's own parent.")
-    return [parent, own]
+    return [parent, child]
 
 
 def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
@@ -268,8 +268,8 @@ def _case(
         batch=batch,
         prompt=prompt,
         new_tokens=new_tokens,
-        prefill=_phase([[m.prefill for m in own] for own in measured], batch * prompt, flops[0] / flops[1]),
-        decode=_phase([[m.decode for m in own] for own in measured], batch, read[0] / read[1]),
+        prefill=_phase([[one.prefill for one in model] for model in measured], batch * prompt, flops[0] / flops[1]),
+        decode=_phase([[one.decode for one in model] for model in measured], batch, read[0] / read[1]),
     )
 
 

@@ -75,8 +75,8 @@ class RuntimeMeter:
         elsewhere = self._row.versions_elsewhere(python)
         if not elsewhere:
             require(self._row.library, self._row.extra)
-        told = [f"{name} {number}" for name, number in sorted(elsewhere.items())]
-        self._version = ", ".join(told) if told else version(self._row.library)
+        versions = [f"{name} {number}" for name, number in sorted(elsewhere.items())]
+        self._version = ", ".join(versions) if versions else version(self._row.library)
         self._runs = RUNS if runs is None else runs
 
     def costs(
@@ -170,7 +170,7 @@ class RuntimeMeter:
         def step() -> None:
             progress(MEASURING, next(done), total)
 
-        found, saved = [], []
+        points, saved = [], []
         with tempfile.TemporaryDirectory() as folder:
             for index, make in enumerate(makers):
                 step()
@@ -183,14 +183,14 @@ class RuntimeMeter:
                 shape = shape_of(config)
                 first = shape.dense.layers[0]
                 size = sum(path.stat().st_size for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES)
-                found.append(
+                points.append(
                     Point(shape.num_layers, first.num_key_value_heads, first.intermediate_size, 0.0, 0.0, size)
                 )
             passes = self._passes(saved, config.vocab_size, target, loads, step)
         progress(MEASURING, total, total)
         return [
-            replace(point, prefill=_beside(own, passes[0], "prefill"), decode=_beside(own, passes[0], "decode"))
-            for point, own in zip(found, passes, strict=True)
+            replace(point, prefill=_beside(timed, passes[0], "prefill"), decode=_beside(timed, passes[0], "decode"))
+            for point, timed in zip(points, passes, strict=True)
         ]
 
     def _passes(
@@ -213,8 +213,8 @@ class RuntimeMeter:
                 runs = self._runs * (load + 1) // loads - self._runs * load // loads
                 measured = interleaved(runners, ids, target.new_tokens, runs=runs, warmup=WARMUP, progress=step)
                 del runners  # before their files
-            for own, more in zip(passes, measured, strict=True):
-                own.extend(more)
+            for passes_of_model, more in zip(passes, measured, strict=True):
+                passes_of_model.extend(more)
         return passes
 
     def _saved(
@@ -244,10 +244,10 @@ class RuntimeMeter:
 
     def _dtype(self, model: PreTrainedModel, device: str) -> str:
         """Name of the dtype that the model has in the runtime."""
-        own = str(model.dtype).removeprefix("torch.")
+        dtype = str(model.dtype).removeprefix("torch.")
         dtypes = self._row.dtypes()
-        if self._row.exported is None and own in dtypes:
-            return own
+        if self._row.exported is None and dtype in dtypes:
+            return dtype
         return "float16" if device.startswith("cuda") else next(iter(dtypes))
 
     def _key(self, model: PreTrainedModel, shape: ModelShape, target: Target) -> dict[str, object]:
@@ -275,10 +275,10 @@ def _same(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _beside(own: Sequence[Measured], reference: Sequence[Measured], phase: str) -> float:
+def _beside(passes: Sequence[Measured], reference: Sequence[Measured], phase: str) -> float:
     """Milliseconds of a phase: the reference's median, by the median ratio of passes that ran in the same turn."""
     theirs = [getattr(measured, phase) for measured in reference]
-    ratios = [getattr(measured, phase) / time for measured, time in zip(own, theirs, strict=True)]
+    ratios = [getattr(measured, phase) / time for measured, time in zip(passes, theirs, strict=True)]
     return round(statistics.median(theirs) * statistics.median(ratios), 6)
 
 

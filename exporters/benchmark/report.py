@@ -119,11 +119,11 @@ class BenchmarkReport:
         """Milliseconds of both models and the protocol, as metrics for a model's record and card."""
         where = str(self.machine.get("gpu", self.machine["processor"]))
         today = datetime.now(UTC).date().isoformat()
-        found = {}
+        metrics = {}
         for case in self.cases:
             for name, what in (("prefill", "reading the prompt"), ("decode", "a token after it")):
                 phase: Phase = getattr(case, name)
-                found[f"{name} in {self.runtime}, {case.batch} × {case.prompt} tokens"] = Metric(
+                metrics[f"{name} in {self.runtime}, {case.batch} × {case.prompt} tokens"] = Metric(
                     value=round(phase.pruned.median, 2),
                     dense=round(phase.dense.median, 2),
                     protocol=f"{what}; {self.dtype}, {self.threads} threads; medians of {phase.dense.runs} passes, "
@@ -133,13 +133,13 @@ class BenchmarkReport:
                     date=today,
                 )
         if self.dense.quality is not None and (quality := self.pruned.quality) is not None:
-            found[f"perplexity in {self.runtime}, {self.dtype}"] = Metric(
+            metrics[f"perplexity in {self.runtime}, {self.dtype}"] = Metric(
                 value=round(quality.perplexity, 3),
                 dense=round(self.dense.quality.perplexity, 3),
                 protocol=f"{quality.text}, {quality.windows} windows of {quality.window} tokens",
                 date=today,
             )
-        return found
+        return metrics
 
     def table(self) -> str:
         """Format the figures for a terminal, and mark where the pruned model is not faster."""

@@ -78,9 +78,9 @@ class Worker:
             with contextlib.suppress(OSError):  # what it did not read: Popen would raise that in place of this error
                 cast(IO[str], self._process.stdin).close()
             self._errors.seek(0)
-            said = [f": {line}" for line in self._errors.read().strip().splitlines()][-1:]
+            last_line = [f": {line}" for line in self._errors.read().strip().splitlines()][-1:]
             raise ModelError(
-                f"The process that ran {self._name!r} ended with status {status}{''.join(said)}."[:400],
+                f"The process that ran {self._name!r} ended with status {status}{''.join(last_line)}."[:400],
                 "Try fewer tokens or a smaller batch.",
             ) from error
         if "error" in reply:

@@ -48,14 +48,14 @@ class Dtype:
         Returns:
             The type of this dtype, or its fallback, or float16 if the blocks of neither divide a row.
         """
-        wanted = self.tensor
+        preferred = self.tensor
         if name == HEAD:
-            wanted = self.head or wanted
+            preferred = self.head or preferred
         elif name in ("attn_v", "ffn_down") and _counts_most(layer, layers):
-            wanted = self.finer or wanted
+            preferred = self.finer or preferred
         elif name == "attn_qkv":
-            wanted = self.fused or wanted
-        kinds = (wanted, FALLBACKS.get(wanted, Kind.F16), Kind.F16)
+            preferred = self.fused or preferred
+        kinds = (preferred, FALLBACKS.get(preferred, Kind.F16), Kind.F16)
         return next(kind for kind in kinds if columns % GGML_QUANT_SIZES[kind][0] == 0)
 
     def ffn_width(self, width: int, hidden: int, layer: int, layers: int) -> int:

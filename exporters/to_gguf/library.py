@@ -85,8 +85,8 @@ def library() -> ctypes.CDLL:
         UserError: No package has one, or it has other functions than these.
     """
     for name in PACKAGES:
-        if importlib.util.find_spec(name) is not None and (found := _declared(name)) is not None:
-            return found
+        if importlib.util.find_spec(name) is not None and (path := _declared(name)) is not None:
+            return path
     raise UserError(
         "llama.cpp's library is not installed, or it does not have the functions that K-quants need.",
         'Install it with: pip install "selfpruner-hub[gguf]" (or llama-cpp-py-sync); or choose f16 or q8_0.',

@@ -85,14 +85,15 @@ class LlamaCpp:
         """
         return _answered(dict(self._server.handle_completions(_greedy(prompt, new_tokens, **options))))
 
-    def stream(self, prompt: Sequence[int], new_tokens: int, told: Callable[[str, int], bool]) -> None:
+    def stream(self, prompt: Sequence[int], new_tokens: int, receiver: Callable[[str, int], bool]) -> None:
         """Generate greedy tokens after a prompt, and hand them to a callback one by one.
 
         Args:
             prompt: Token ids of the prompt.
             new_tokens: Number of new tokens; an end-of-text token stops earlier.
-            told: Callback with each piece of text and the number of tokens so far; it returns whether to stop. A piece
-                that ends within a character waits for the next token. What it raises stops the tokens and is raised.
+            receiver: Callback with each piece of text and the number of tokens so far; it returns whether to stop. A
+                piece that ends within a character waits for the next token. An error in it stops the tokens, and is
+                raised.
 
         Raises:
             ModelError: llama.cpp refuses the request or fails.
@@ -102,7 +103,7 @@ class LlamaCpp:
         def receive(reply: dict[str, Any]) -> bool:
             try:
                 _answered(reply)
-                return told(reply["choices"][0]["text"], reply["timings"]["predicted_n"])
+                return receiver(reply["choices"][0]["text"], reply["timings"]["predicted_n"])
             except Exception as error:  # xllamacpp would drop it
                 failed.append(error)
                 return True
@@ -140,8 +141,8 @@ class LlamaCpp:
 def _answered(reply: dict[str, Any]) -> dict[str, Any]:
     """Return a reply of llama.cpp; raise `ModelError` with what it says where it has no answer."""
     if "choices" not in reply:
-        said = reply.get("error", reply).get("message", "it does not say why")
-        raise ModelError(f"llama.cpp does not run the model: {said}.")
+        message = reply.get("error", reply).get("message", "it does not say why")
+        raise ModelError(f"llama.cpp does not run the model: {message}.")
     return reply
 
 

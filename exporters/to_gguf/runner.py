@@ -104,12 +104,12 @@ class GgufFile:
 
     def tokens(self, expected: Expected) -> list[int]:
         """Greedy tokens after the prompt."""
-        found: list[int] = []
-        while len(found) < expected.new_tokens and expected.end.isdisjoint(found[-1:]):
-            if not (likeliest := self.run.likeliest([*expected.ids, *found])):
+        tokens: list[int] = []
+        while len(tokens) < expected.new_tokens and expected.end.isdisjoint(tokens[-1:]):
+            if not (likeliest := self.run.likeliest([*expected.ids, *tokens])):
                 break
-            found.append(max(likeliest, key=likeliest.__getitem__))
-        return found
+            tokens.append(max(likeliest, key=likeliest.__getitem__))
+        return tokens
 
     def difference(self, expected: Expected) -> float:
         """Largest distance from PyTorch."""

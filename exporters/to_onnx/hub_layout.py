@@ -63,9 +63,9 @@ def save_hub_graph(program: Any, directory: Path, dtype: str) -> None:
     import onnx_ir
 
     for value in (*program.graph.inputs, *program.graph.outputs):
-        if found := _CACHE.fullmatch(value.name):
-            prefix = "past_key_values" if found[1] == "input" else "present"
-            value.name = f"{prefix}.{found[2]}.{found[3]}"
+        if cached := _CACHE.fullmatch(value.name):
+            prefix = "past_key_values" if cached[1] == "input" else "present"
+            value.name = f"{prefix}.{cached[2]}.{cached[3]}"
             if prefix == "present":
                 value.shape = onnx_ir.Shape([AXES["batch"], value.shape[1], AXES["total"], value.shape[3]])
         if value.shape is not None:
@@ -276,14 +276,14 @@ def graphs_difference(
     Raises:
         ExportError: Another graph is further from PyTorch than its tolerance.
     """
-    found = {}
+    differences = {}
     for dtype in SUFFIXES:
         graph = HubGraph(directory / file_of(dtype), config, options)
-        found[dtype] = (kl_divergence if dtype in BITS else logit_difference)(passes[dtype], graph)
-        if dtype != "float32" and not found[dtype] <= tolerances[dtype]:  # NaN too
+        differences[dtype] = (kl_divergence if dtype in BITS else logit_difference)(passes[dtype], graph)
+        if dtype != "float32" and not differences[dtype] <= tolerances[dtype]:  # NaN too
             measured = "KL divergence" if dtype in BITS else "logit"
             raise ExportError(
-                f"{file_of(dtype)} differs from the PyTorch model by {found[dtype]:.2g} in a {measured}; "
+                f"{file_of(dtype)} differs from the PyTorch model by {differences[dtype]:.2g} in a {measured}; "
                 f"{tolerances[dtype]:.2g} is allowed."
             )
-    return found["float32"]
+    return differences["float32"]

@@ -136,13 +136,13 @@ def expected_by_dtype(
     passes = dict.fromkeys(dtypes, expected(model))
     if not (in_bits := [dtype for dtype in dtypes if dtype in BITS]):
         return passes, ""
-    text, told = own_text(model), []
-    own = expected(model, text=text)
+    text, losses = own_text(model), []
+    on_text = expected(model, text=text)
     for dtype in in_bits:
         of_bits = rounded(model, BITS[dtype])
         passes[dtype] = expected(of_bits, text=text)
-        told.append(f"{kl_divergence(own, of_bits):.2g} nats in {BITS[dtype]} bits")
-    return passes, f"Rounding alone moves the model, by the KL divergence on text of its own, {', '.join(told)}."
+        losses.append(f"{kl_divergence(on_text, of_bits):.2g} nats in {BITS[dtype]} bits")
+    return passes, f"Rounding alone moves the model, by the KL divergence on text of its own, {', '.join(losses)}."
 
 
 def _write_hub_layout(model: PreTrainedModel, staging: Path) -> None:

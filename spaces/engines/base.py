@@ -16,7 +16,7 @@ GROWTH = 1.3
 FLOAT32 = 4
 """Bytes of a weight while the dense model is converted."""
 
-Told = Callable[[str, int], bool]
+Receive = Callable[[str, int], bool]
 """Callback of an engine: called with each piece of text and the number of tokens so far, it returns whether to stop."""
 
 
@@ -33,8 +33,8 @@ class Engine(Protocol):
         """Longest prompt and answer together, in tokens."""
         ...
 
-    def write(self, ids: list[int], tokens: int, told: Told) -> None:
-        """Generate at most `tokens` tokens after the prompt `ids`, and hand each piece to `told` until it says stop."""
+    def write(self, ids: list[int], tokens: int, receive: Receive) -> None:
+        """Generate at most `tokens` tokens after the prompt `ids`; hand each piece to `receive` until it says stop."""
         ...
 
 
