@@ -53,7 +53,7 @@ class OtherPython:
 
     @staticmethod
     def environment() -> dict[str, str]:
-        """The variables of this process, without those that would show another Python the packages of this one."""
+        """Variables of this process, without any that would show another Python the packages of this one."""
         return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 

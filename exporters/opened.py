@@ -1,4 +1,4 @@
-"""An export that is opened for comparison: its files, and what each says beside its PyTorch model."""
+"""An export that is opened for comparison: its files, their tokens, and their distance from the PyTorch model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Opened(Protocol):
 
     @property
     def measured(self) -> str:
-        """What is compared: `"logit"`, `"log-probability"` or `"KL divergence"`."""
+        """Quantity that is compared: `"logit"`, `"log-probability"` or `"KL divergence"`."""
         ...
 
     def tokens(self, expected: Expected) -> list[int]:
@@ -69,7 +69,7 @@ class Graph:
 
     @property
     def measured(self) -> str:
-        """What is compared."""
+        """Quantity that is compared."""
         return "KL divergence" if self.rounded else "logit"
 
     def tokens(self, expected: Expected) -> list[int]:

@@ -1,4 +1,4 @@
-"""Comparison of an exported model's logits with those of the PyTorch model."""
+"""Comparison of an exported model's logits with the PyTorch model's."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def likely(log_probabilities: Tensor) -> Tensor:
 
 
 def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
-    """Compare an exported model's logits with those of the PyTorch model.
+    """Compare an exported model's logits with the PyTorch model's.
 
     Args:
         passes: Forward passes, from `expected`.
@@ -131,7 +131,7 @@ def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> fl
 
 
 def kl_divergence(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
-    """Compare an exported model's probabilities with those of the PyTorch model.
+    """Compare an exported model's probabilities with the PyTorch model's.
 
     Logits of single tokens tell little of weights in few bits: unlikely ones move far, and nobody samples them.
 

@@ -35,7 +35,7 @@ class Comparison:
     differs_at: int | None
     """Index of the first of these tokens that is not PyTorch's; None if all are."""
     measured: str
-    """What is compared: `"logit"`, `"log-probability"` or `"KL divergence"`."""
+    """Quantity that is compared: `"logit"`, `"log-probability"` or `"KL divergence"`."""
     difference: float
     """Largest distance from PyTorch in float32, on the prompt and on PyTorch's greedy tokens; NaN if any is not finite.
     Where weights are rounded: in GGUF, of tokens that are likely in PyTorch; in ONNX, the mean divergence in nats from

@@ -31,7 +31,7 @@ class Written:
     The second holds the PyTorch model's logits but not the model, because the runtime loads the weights again.
     """
     compared: str = "logit"
-    """What `compare` compares: `"logit"` or `"log-probability"`."""
+    """Quantity that `compare` compares: `"logit"` or `"log-probability"`."""
     unchecked: str = ""
     """Reason why `compare` is None, in one sentence."""
     remark: str = ""

@@ -1,4 +1,4 @@
-"""The plots of the page: what each layer loses, and the plans that a search scored."""
+"""The plots of the page: the part that each layer loses, and the plans that a search scored."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def header(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def title() -> tuple[str, str]:
-    """Return a headline, and a description of the model: what it lost, what is left of it, and who searched."""
+    """Return a headline, and a description of the model: its size, its quality, and who searched."""
     facts = record()
     count = facts["parameters"]
     name = facts["base_model"].rpartition("/")[2]
@@ -104,7 +104,7 @@ def title() -> tuple[str, str]:
 
 
 def quality() -> str:
-    """Return what is left of the model in a sentence or two: its answers, else text; empty where none was measured."""
+    """Return the quality of the model in a sentence or two: of its answers, else on text; empty if not measured."""
     facts = record()["metrics"]
     value = {name: metric["value"] for name, metric in facts.items()}
     sentences = []

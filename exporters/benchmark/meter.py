@@ -1,4 +1,4 @@
-"""What a runtime charges for each width of each part, measured once on a machine; and what it charges in the end."""
+"""Measured costs in a runtime: of each width of each part, once on a machine, and of the pruned model in the end."""
 
 from __future__ import annotations
 
@@ -118,11 +118,11 @@ class RuntimeMeter:
             dense: Dense model.
             pruned: Pruned model.
             tokenizer: Tokenizer of both.
-            target: Target that says what is counted.
+            target: Target, whose quantity is measured.
             progress: Callback, called with (what, done, total).
 
         Returns:
-            What the dense and the pruned model cost, in the unit of the target; bytes of a KV cache are counted.
+            Costs of the dense and the pruned model, in the unit of the target; bytes of a KV cache are counted.
         """
         models = (dense, pruned)
         if target.quantity == "kv_cache":
@@ -163,7 +163,7 @@ class RuntimeMeter:
         device: str,
         progress: Progress,
     ) -> list[Point]:
-        """Export models and time them in turn; times are relative to those of the first, in the same turn."""
+        """Export models and time them in turn; times are relative to the first model's, in the same turn."""
         loads = max(1, self._runs // RUNS_OF_A_LOAD) if self._row.elsewhere is None else 1
         total, done = len(makers) * (1 + loads * (1 + WARMUP) + self._runs), iter(range(10**9))
 

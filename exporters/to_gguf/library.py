@@ -30,7 +30,7 @@ ROWS = 64
 
 
 class _Parameters(ctypes.Structure):
-    """Parameters of a model or a context, larger than any release's: llama.cpp fills in what it knows."""
+    """Parameters of a model or a context, larger than any release's: llama.cpp fills in its own fields."""
 
     _fields_ = (("values", ctypes.c_uint32 * 256),)
 

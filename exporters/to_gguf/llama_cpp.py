@@ -139,7 +139,7 @@ class LlamaCpp:
 
 
 def _answered(reply: dict[str, Any]) -> dict[str, Any]:
-    """Return a reply of llama.cpp; raise `ModelError` with what it says where it has no answer."""
+    """Return a reply of llama.cpp; raise `ModelError` with its message where it has no answer."""
     if "choices" not in reply:
         message = reply.get("error", reply).get("message", "it does not say why")
         raise ModelError(f"llama.cpp does not run the model: {message}.")
@@ -186,7 +186,7 @@ def greedy_steps(model: PreTrainedModel, longest: int) -> list[GreedyStep]:
 def log_probability_difference(
     steps: list[GreedyStep], path: Path, tokenizer: PreTrainedTokenizerBase | None = None, rounded: bool = False
 ) -> float:
-    """Compare the log-probabilities of a GGUF file in llama.cpp with those of the PyTorch model.
+    """Compare log-probabilities of a GGUF file in llama.cpp with the PyTorch model's.
 
     Rounded weights move unlikely tokens far, by 8 nats in q4_0 of SmolLM2, and that adds almost nothing to the KL
     divergence. So tokens that are likely in PyTorch are compared for them.
@@ -220,7 +220,7 @@ def check_tokens(run: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: str) -
 
 
 def gguf_difference(steps: list[GreedyStep], run: LlamaCpp, rounded: bool = False) -> float:
-    """Compare log-probabilities with those of the PyTorch model; see `log_probability_difference`.
+    """Compare log-probabilities with the PyTorch model's; see `log_probability_difference`.
 
     Args:
         steps: Steps of the PyTorch model.

@@ -28,7 +28,7 @@ DEFAULT = "f16"
 def dtypes() -> dict[str, tuple[float, float]]:
     """Bytes of a weight and of a KV-cache element, by dtype; see `Format.dtypes`.
 
-    The bits of K-quants are those of most matrices: a file also has finer ones, and others where 256 divides no row.
+    A K-quant has the bits of most of its matrices; a file has finer matrices too, and others where 256 divides no row.
     llama.cpp's KV cache is always float16.
     """
     names = (DEFAULT, *(name for name in GGUF_DTYPES if name != DEFAULT))
@@ -99,7 +99,7 @@ class GgufFile:
 
     @property
     def measured(self) -> str:
-        """What is compared."""
+        """Quantity that is compared."""
         return "log-probability"
 
     def tokens(self, expected: Expected) -> list[int]:

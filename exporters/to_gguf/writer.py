@@ -149,7 +149,7 @@ def _tokenizer_fields(
 
 @dataclass(frozen=True)
 class _Source:
-    """What the tensors of a file are made from."""
+    """Model, folds and dtypes that the tensors of a file are made from."""
 
     model: PreTrainedModel
     fold: Fold

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class RecordedHub(TypedDict):
-    """What is read of the options of an export with the layout `hub`."""
+    """Recorded options of an export with the layout `hub` that are read again."""
 
     layout: Literal["hub"]
 
 
 class OnnxOptions(TypedDict):
-    """What is read of the options of another export."""
+    """Recorded options of an export with another layout that are read again."""
 
     dtype: str
     fusions: Literal["cpu", "cuda", "none"]

@@ -28,7 +28,7 @@ from selfpruner_hub.models.stock_config import rope_keys
 FOLDER = "onnx"
 GENAI_CONFIG = "genai_config.json"
 SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized", "int4": "_q4"}
-"""What Transformers.js appends to the name of a file, by dtype of the weights."""
+"""Suffixes that Transformers.js appends to the name of a file, by dtype of the weights."""
 BITS = {"int8": 8, "int4": 4}
 AXES = {
     "batch": "batch_size",

@@ -6,7 +6,7 @@ from exporters.format import DTYPE, Format, Option, later
 
 
 class PaddedOptions(TypedDict):
-    """What is read of the options of an export."""
+    """Recorded options of an export that are read again."""
 
     dtype: str
 

@@ -41,7 +41,7 @@ def write(
         model: Dense or pruned model, float32, on the CPU.
         tokenizer: Unused; `staging` already holds it.
         staging: Directory of the padded model.
-        width: FFN width of every layer: `"widest"`, that of the widest layer, or `"dense"`, that of the dense model.
+        width: FFN width of every layer: `"widest"` (of the widest layer) or `"dense"` (of the dense model).
             Attention is always padded to the dense heads: many runtimes derive the head size from their number.
         dtype: Dtype of the saved weights: `"float32"`, `"float16"` or `"bfloat16"`.
 

@@ -7,7 +7,7 @@ from selfpruner_hub.storage.versioned_json import Count
 
 
 class TensorRTOptions(TypedDict):
-    """What is read of the options of an export."""
+    """Recorded options of an export that are read again."""
 
     dtype: Literal["float32", "float16", "bfloat16"]
     context: Count

@@ -23,7 +23,7 @@ print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))
 
 
 def versions(python: str | Path | None) -> dict[str, str]:
-    """Read the versions of vLLM and of what it runs on.
+    """Read the versions of vLLM and of the libraries that it runs on.
 
     Args:
         python: Path of the Python of vLLM's environment.

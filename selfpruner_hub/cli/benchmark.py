@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> Result:
         The table, or JSON.
 
     Raises:
-        UserError: An option is wrong, a model cannot be loaded or exported, or figures are to be saved beside those of
-            a model that is not the parent.
+        UserError: An option is wrong, a model cannot be loaded or exported, or figures are to be saved
+            whose dense model is not the parent in the record.
     """
     batches = [] if options.batch is None else _numbers("batch", options.batch)
     prompts = [] if options.prompt is None else _numbers("prompt", options.prompt)
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> Result:
         text=options.text,
     )
     named = {"revision": options.revision, "gguf_file": options.gguf_file, "device_map": options.device_map}
-    if options.save:  # what is wrong is said before the benchmark, which takes minutes
+    if options.save:  # an error comes before the benchmark, which takes minutes
         record = read_record(Path(options.directory))
         check_parent(record, _identity(options, record), options.against)
     with Bars(not options.quiet) as progress:
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def _identity(options: argparse.Namespace, record: Record) -> dict[str, Any]:
-    """Identity of the model to compare with: that in its record, of an export, or else that of its weights."""
+    """Identity of the model to compare with: from the record of an export, or from the weights of a model."""
     from selfpruner_hub.models.loading import load_model
     from selfpruner_hub.models.weights import identity_of
     from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export

@@ -31,7 +31,7 @@ class Verb:
     help: str
     """One line for the list of verbs, without a full stop."""
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    """Function that declares the arguments; those of all verbs are added by `add_to`."""
+    """Function that declares the arguments; `add_to` adds the options of all verbs."""
     run: Callable[[argparse.Namespace], Result]
     """Function that is called with the parsed command line."""
 

@@ -53,7 +53,7 @@ class Bundle:
 
     @property
     def has_dense_graphs(self) -> bool:
-        """Whether the graphs have those of the dense parent beside them."""
+        """Whether the graphs of the dense parent are beside the model's."""
         return any(name.startswith(f"{DENSE}/") for name in self.graphs)
 
     @property

@@ -22,7 +22,7 @@ def make_exports(directory: Path, formats: Sequence[str], *, static: bool = Fals
     Args:
         directory: Directory of the model.
         formats: Formats of the exports.
-        static: Whether a static Space needs the graphs of ONNX, and those of the dense parent beside them.
+        static: Whether a static Space needs ONNX graphs of the model, and of the dense parent beside them.
         parent: Directory or Hub repository of the parent; None takes the one that the record names.
     """
     from exporters.export import export  # it imports this package

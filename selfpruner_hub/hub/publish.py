@@ -163,7 +163,7 @@ def _publish_space(bundle: Bundle, model: Repository, graphs: str, static: bool,
 
 @contextmanager
 def _after_the_model(subject: str) -> Iterator[None]:
-    """Prefix an error with the news that the model itself is published; `subject` is, with its verb, what is not."""
+    """Say in an error that the model is published; `subject` names the part that is not, with its verb."""
     try:
         yield
     except SelfPrunerError as error:

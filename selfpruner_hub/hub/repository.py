@@ -38,7 +38,7 @@ class Commit(NamedTuple):
 
 
 def same_content(path: Path, remote: RepoFile) -> bool:
-    """Return whether a file equals that of a repository, by the hash that the Hub stores."""
+    """Return whether a file equals a file of a repository, by the hash that the Hub stores."""
     if remote.lfs is None:
         return git_hash(path.read_bytes()) == remote.blob_id
     with path.open("rb") as file:

@@ -28,7 +28,7 @@ RUNTIMES = {
     GGUF: ("xllamacpp>=2026.10",),
     GRAPHS: ("onnx>=1.23,<2", "onnxscript>=0.7.2,<0.8", "onnxruntime>=1.32,<2"),
 }
-"""Requirements of a Space that runs an export, by its kind: those of this package's extras `gguf` and `onnx`."""
+"""Requirements of a Space that runs an export, by its kind; the same as in this package's extras `gguf` and `onnx`."""
 DENSE = "dense"
 """Folder, beside a model's graphs, of the graphs of its dense parent, which a static Space compares it with."""
 _CARRIED = ("*.py", "templates/*.txt")

@@ -1,4 +1,4 @@
-"""What runs the two models: the engine of the export that was published with the model, else PyTorch.
+"""The engines of the two models: the engine of the export that was published with the model, else PyTorch.
 
 Both models run in the same engine and dtype, because a comparison across engines would be unfair. So where either
 cannot run in the engine of the export, both run in PyTorch.

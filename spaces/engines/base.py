@@ -1,4 +1,4 @@
-"""What every engine is, and what all of them need: a first pass, enough memory, errors that visitors may read."""
+"""The interface of an engine, and the needs of all: a first pass, enough memory, errors that visitors may read."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_size(model: str, weights: float) -> None:
 
 
 def memory_left() -> float:
-    """Return the free memory in bytes: that of the machine, or of the container where that is less."""
+    """Return the free memory of the machine, or of the container where it has less, in bytes."""
     left = float(psutil.virtual_memory().available)
     try:
         limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
