@@ -33,7 +33,7 @@ from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 WARMUP = 2
 """Warm-up passes of each model, which are not counted."""
 RECORDED_LIBRARIES = ("selfpruner-hub", "torch", "transformers")
-"""Distributions whose versions are recorded, beside those of the formats."""
+"""Distributions whose versions are recorded, beside the libraries of the formats."""
 WINDOW, WINDOWS = 512, 16
 """Tokens of a window of text, and number of windows whose perplexity is measured."""
 BENCHMARK_PROMPTS = (128, 512)
@@ -47,7 +47,7 @@ class Passes:
     batches: Sequence[int] = ()
     """Batch sizes (prompts at a time), each at least 1; none takes the runtime's default."""
     prompts: Sequence[int] = ()
-    """Lengths of the prompts, in tokens, each at least 1; none takes those of `BENCHMARK_PROMPTS` that fit."""
+    """Lengths of the prompts, in tokens, each at least 1; none takes the `BENCHMARK_PROMPTS` that fit."""
     new_tokens: int = 32
     """Number of tokens generated after each prompt, at least 1."""
     runs: int = 7
@@ -124,7 +124,7 @@ class _Model:
         return Path(self.name).resolve().name if Path(self.name).exists() else self.name
 
     def placed(self, runtime: Format, setting: Setting, folder: Path) -> tuple[str, Setting]:
-        """Lay the model out in a folder as the runtime loads it; return its place, and the settings for loading it."""
+        """Lay the model out in a folder as the runtime loads it; return its path, and the settings for loading it."""
         if runtime.exported is not None:
             if (Path(self.name) / EXPORT_RECORD_FILE).is_file():
                 return self.name, setting
@@ -152,7 +152,7 @@ def benchmark(
         pruned: Pruned model, saved or exported for the runtime; a directory or a Hub repository.
         against: Dense parent, or its export for the runtime; a directory or a Hub repository.
         runtime: One of `exporters.format.runtimes()`. Models that are not yet exported for it are exported first.
-        passes: What is timed.
+        passes: Passes to time.
         exports: Directory that keeps the exports, in `dense` and `pruned`; None deletes them at the end.
         loading: Keyword arguments of transformers' `from_pretrained` for the parent: `gguf_file`, `revision`, …
         progress: Callback, called with (what, done, total).
@@ -169,22 +169,18 @@ def benchmark(
     models = _models(str(against), str(pruned), loading or {})
     passes = replace(passes, prompts=_fitting(passes, models))
     setting = passes.setting(row)
-    read = _windows(passes.text, models[0]) if passes.text is not None else None
-    with contextlib.ExitStack() as stack:
-        kept = exports if row.exported is not None else None
-        folder = Path(kept or stack.enter_context(tempfile.TemporaryDirectory()))
-        placed = [model.placed(row, setting, folder) for model in models]
-        workers = [stack.enter_context(started(runtime, place, how)) for place, how in placed]
+    corpus = _windows(passes.text, models[0]) if passes.text is not None else None
+    with _workers(row, models, setting, exports) as workers:
         cases = [
             _case(workers, models, row.dtypes()[setting.dtype], passes, (batch, prompt), progress)
             for batch in passes.batches
             for prompt in passes.prompts
         ]
         memory = [worker.memory() for worker in workers]  # of the timed passes: logits of whole windows take more
-        quality = [None if read is None else _quality(worker, read) for worker in workers]
-    dense, own = (
-        Side(model.title, workload_of(model.config), used, found)
-        for model, used, found in zip(models, memory, quality, strict=True)
+        quality = [None if corpus is None else _quality(worker, corpus) for worker in workers]
+    dense_side, pruned_side = (
+        Side(model.title, workload_of(model.config), peak, score)
+        for model, peak, score in zip(models, memory, quality, strict=True)
     )
     return BenchmarkReport(
         runtime=runtime,
@@ -193,10 +189,22 @@ def benchmark(
         threads=setting.threads,
         machine=machine.describe_machine(setting.device),
         versions={**dict(_versions()), **elsewhere},
-        dense=dense,
-        pruned=own,
+        dense=dense_side,
+        pruned=pruned_side,
         cases=tuple(cases),
     )
+
+
+@contextlib.contextmanager
+def _workers(
+    runtime: Format, models: Sequence[_Model], setting: Setting, exports: str | Path | None
+) -> Iterator[list[Worker]]:
+    """Place both models where the runtime loads them, and start a process for each; exports may be kept."""
+    with contextlib.ExitStack() as stack:
+        folder = exports if runtime.exported is not None else None
+        folder = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        places = [model.placed(runtime, setting, folder) for model in models]  # before any process takes memory
+        yield [stack.enter_context(started(runtime.name, place, how)) for place, how in places]
 
 
 def _fitting(passes: Passes, models: Sequence[_Model]) -> Sequence[int]:
@@ -235,8 +243,8 @@ def _windows(text: str, model: _Model) -> Corpus:
     return consecutive_windows(text, tokenizer, window, WINDOWS)
 
 
-def _quality(worker: Worker, read: Corpus) -> Quality:
-    return Quality(math.exp(worker.cross_entropy(read.windows)), read.name, *read.windows.shape)
+def _quality(worker: Worker, corpus: Corpus) -> Quality:
+    return Quality(math.exp(worker.cross_entropy(corpus.windows)), corpus.name, *corpus.windows.shape)
 
 
 def _case(
