@@ -174,9 +174,9 @@ class Chat:
         return str(work / "code.txt")
 
 
-def paired(own: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """The mean difference of two models over the same windows, and its standard error over windows."""
-    gaps = [one - other for one, other in zip(own, theirs, strict=True)]
+    gaps = [one - other for one, other in zip(ours, theirs, strict=True)]
     return {
         "difference": round(mean(gaps), 4),
         "standard_error": round(stdev(gaps) / math.sqrt(len(gaps)), 4),

@@ -113,7 +113,7 @@ def _watch(run: PruningState, directory: Path, beta: float, evaluations: int, pr
     """Prune in a thread, and read its journal until it ends, reaches the time limit, or the visitor leaves."""
     stop, started, journal = threading.Event(), time.perf_counter(), directory / "search.jsonl"
 
-    def report(what: str, done: float, total: float) -> None:
+    def progress(what: str, done: float, total: float) -> None:
         if stop.is_set():
             raise _StoppedError
         run.stage, run.share = what, min(1.0, done / total) if total else 0.0
@@ -127,7 +127,7 @@ def _watch(run: PruningState, directory: Path, beta: float, evaluations: int, pr
                 proposer=proposer,
                 evaluations=evaluations,
                 run_dir=directory,
-                progress=report,
+                progress=progress,
                 **TEXT,
                 **LIVE_SETTINGS,
             )
