@@ -55,10 +55,7 @@ def run(options: argparse.Namespace) -> Result:
         UserError: An option is wrong, a model cannot be loaded or exported, or figures are to be saved
             whose dense model is not the parent in the record.
     """
-    batches = [] if options.batch is None else _numbers("batch", options.batch)
-    prompts = [] if options.prompt is None else _numbers("prompt", options.prompt)
-    (new,), (runs,) = (_numbers(name, getattr(options, name), 1) for name in ("new", "runs"))
-    threads = None if options.threads is None else _numbers("threads", options.threads, 1)[0]
+    numbers = _counts(options)
 
     from exporters.benchmark import Passes, benchmark
     from selfpruner_hub.hub.card import save_metrics
@@ -70,17 +67,7 @@ def run(options: argparse.Namespace) -> Result:
     quieten(options)
     if options.output is not None:
         check_writable(options.output.parent)
-    passes = Passes(
-        batches=batches,
-        prompts=prompts,
-        new_tokens=new,
-        runs=runs,
-        threads=threads,
-        dtype=options.dtype,
-        device=options.device,
-        python=options.python,
-        text=options.text,
-    )
+    passes = Passes(**numbers, dtype=options.dtype, device=options.device, python=options.python, text=options.text)
     named = {"revision": options.revision, "gguf_file": options.gguf_file, "device_map": options.device_map}
     if options.save:  # an error comes before the benchmark, which takes minutes
         record = read_record(Path(options.directory))
@@ -114,6 +101,18 @@ def _identity(options: argparse.Namespace, record: Record) -> dict[str, Any]:
     given = {key: value for key, value in named.items() if value is not None}
     model, _ = load_model(options.against, device="cpu", dtype=record.parent.get("dtype", "auto"), **given)
     return identity_of(model)
+
+
+def _counts(options: argparse.Namespace) -> dict[str, Any]:
+    """Read the options that are whole numbers; keywords of `Passes`."""
+    (new_tokens,), (runs,) = (_numbers(name, getattr(options, name), 1) for name in ("new", "runs"))
+    return {
+        "batches": [] if options.batch is None else _numbers("batch", options.batch),
+        "prompts": [] if options.prompt is None else _numbers("prompt", options.prompt),
+        "new_tokens": new_tokens,
+        "runs": runs,
+        "threads": None if options.threads is None else _numbers("threads", options.threads, 1)[0],
+    }
 
 
 def _numbers(name: str, text: str, most: int | None = None) -> list[int]:
