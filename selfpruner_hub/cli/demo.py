@@ -83,7 +83,9 @@ def load_embedded(dtype: torch.dtype | None = None) -> AutoPruner:
     return AutoPruner.from_pretrained(name, base_model=DEMO_MODEL, dtype=dtype, **arguments)
 
 
-def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = None, progress: bool = True) -> None:
+def run_demo(
+    say: Callable[[str], object], beta: float = 0.3, output: Path | None = None, progress: bool = True
+) -> None:
     """Prune the embedded model; print the figures and the answers of the dense and the pruned model.
 
     Args:

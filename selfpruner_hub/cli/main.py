@@ -85,7 +85,7 @@ def _demo(options: argparse.Namespace) -> Result:
     if options.directory:
         demo.open_space(options.directory)
     else:
-        demo.run(print, options.beta, options.output, progress=not options.quiet)
+        demo.run_demo(print, options.beta, options.output, progress=not options.quiet)
     return Result()
 
 

@@ -35,7 +35,7 @@ def said(monkeypatch):
 
     def run(*arguments):
         lines = []
-        demo.run(lines.append, *arguments, progress=False)
+        demo.run_demo(lines.append, *arguments, progress=False)
         return "\n".join(lines)
 
     return run
