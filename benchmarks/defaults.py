@@ -20,7 +20,7 @@ from protocol import Chat, Rows, Unseen, arguments, write
 from transformers import PreTrainedModel
 
 from selfpruner_hub.cli import main as selfpruner
-from selfpruner_hub.cli.demo import NAME, load_embedded
+from selfpruner_hub.cli.demo import DEMO_MODEL, load_embedded
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.settings import SEARCH
@@ -96,8 +96,8 @@ def pruned(
     """Prune and measure one model, with `more` options; a model that was saved before is only measured."""
     timed, started = output.with_suffix(".json"), time.perf_counter()
     if not timed.exists():
-        what = ["prune", dense, "--base-model", NAME, "--beta", str(beta), "--data", data, "--output", str(output)]
-        if status := selfpruner([*what, *more]):
+        prune = ["prune", dense, "--base-model", DEMO_MODEL, "--beta", str(beta)]
+        if status := selfpruner([*prune, "--data", data, "--output", str(output), *more]):
             sys.exit(status)
         timed.write_text(json.dumps({"minutes": round((time.perf_counter() - started) / 60, 1)}))
     record = read_record(output)

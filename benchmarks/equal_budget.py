@@ -23,7 +23,7 @@ from optimisers import CmaEs, CmaEsWithModel
 from protocol import Rows, arguments, paired, write
 
 from selfpruner_hub.calibration.corpus import consecutive_windows, load_corpus
-from selfpruner_hub.cli.demo import NAME, load_embedded
+from selfpruner_hub.cli.demo import DEMO_MODEL, load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import cross_entropy
 from selfpruner_hub.models.patching import with_layers
@@ -60,7 +60,7 @@ def proposers(
 
     def own(templates: Path | None = None) -> Proposer:
         options = LanguageModelOptions(templates=str(templates or ""))
-        return ModelProposer(pruner.model, pruner.tokenizer, budget, NAME, options)
+        return ModelProposer(pruner.model, pruner.tokenizer, budget, DEMO_MODEL, options)
 
     found: dict[str, Callable[[], Proposer]] = {
         "evolution": lambda: EvolutionProposer(budget),
@@ -70,7 +70,7 @@ def proposers(
         "cmaes+self": lambda: CmaEsWithModel(budget, SCHEDULE.mutation, directory / "prompts", own),
     }
     if endpoint is not None:
-        found["endpoint"] = lambda: EndpointProposer(*endpoint, budget, NAME, EndpointOptions())
+        found["endpoint"] = lambda: EndpointProposer(*endpoint, budget, DEMO_MODEL, EndpointOptions())
     return found
 
 

@@ -127,19 +127,19 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what `command` runs
-    asked = parser.parse_args(words)
-    if asked.device == "cuda" and not torch.cuda.is_available():
+    options = parser.parse_args(words)
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("PyTorch sees no NVIDIA GPU here. To try the script: --tiny --device cpu.", file=sys.stderr)
         return 2
-    if asked.device == "cpu" and not asked.tiny:
+    if options.device == "cpu" and not options.tiny:
         print("The models of this benchmark are too large for a CPU. Add --tiny.", file=sys.stderr)
         return 2
-    bench = Bench(torch.device(asked.device), asked.tiny, asked.output, time.monotonic() + asked.seconds)
-    if asked.part:
-        PARTS[asked.part].run(bench, asked.part)
+    bench = Bench(torch.device(options.device), options.tiny, options.output, time.monotonic() + options.seconds)
+    if options.part:
+        PARTS[options.part].run(bench, options.part)
         return 0
     write(NAME, PROTOCOL, [], bench.output)
-    run(asked.parts, bench, in_a_process)
+    run(options.parts, bench, in_a_process)
     return 0
 
 

@@ -230,24 +230,24 @@ def _timed(bench: Bench, model: PreTrainedModel, batch: int) -> dict[str, Any]:
     }
 
 
-def _public(found: dict[str, Any]) -> dict[str, Any]:
+def _public(row: dict[str, Any]) -> dict[str, Any]:
     """A row's figures: times, and tokens a second of the whole batch."""
-    shown = {key: value for key, value in found.items() if key not in (*PHASES, "work")}
-    for phase, tokens in (("prefill", found["batch"] * found["prompt"]), ("decode", found["batch"])):
+    shown = {key: value for key, value in row.items() if key not in (*PHASES, "work")}
+    for phase, tokens in (("prefill", row["batch"] * row["prompt"]), ("decode", row["batch"])):
         shown[phase] = {
-            "milliseconds": asdict(found[phase]),
-            "tokens_per_second": round(1000 * tokens / found[phase].median, 1),
+            "milliseconds": asdict(row[phase]),
+            "tokens_per_second": round(1000 * tokens / row[phase].median, 1),
         }
     return shown
 
 
-def _gain(dense: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
+def _gain(dense: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
     """Speed-up over the dense model, as measured and as the work would have it; nothing where that did not run."""
     if dense is None:
         return {}
     return {
-        "speedup": {phase: round(dense[phase].median / found[phase].median, 4) for phase in PHASES},
-        "ideal": {phase: round(dense["work"][phase] / found["work"][phase], 4) for phase in PHASES},
+        "speedup": {phase: round(dense[phase].median / row[phase].median, 4) for phase in PHASES},
+        "ideal": {phase: round(dense["work"][phase] / row["work"][phase], 4) for phase in PHASES},
     }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.machine import cores, describe, processor
+from exporters.machine import cores, describe_machine, processor
 from selfpruner_hub import __version__
 from selfpruner_hub.calibration.chat_template import decoded, prompt_ids
 from selfpruner_hub.calibration.conversations import end_tokens
@@ -174,9 +174,9 @@ class Chat:
         return str(work / "code.txt")
 
 
-def paired(own: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """The mean difference of two models over the same windows, and its standard error over windows."""
-    gaps = [one - other for one, other in zip(own, theirs, strict=True)]
+    gaps = [one - other for one, other in zip(ours, theirs, strict=True)]
     return {
         "difference": round(mean(gaps), 4),
         "standard_error": round(stdev(gaps) / math.sqrt(len(gaps)), 4),
@@ -208,7 +208,7 @@ def write(name: str, protocol: str, results: Any, directory: Path | None = None)
         directory: Directory of the file; None takes that of the benchmarks.
     """
     path = (directory or Path(__file__).parent) / f"{name}.json"
-    gpu = {key: value for key, value in describe("cuda").items() if key == "gpu"}  # where there is one
+    gpu = {key: value for key, value in describe_machine("cuda").items() if key == "gpu"}  # where there is one
     content = {
         "protocol": protocol,
         "date": date.today().isoformat(),

@@ -19,7 +19,7 @@ from protocol import Chat, Rows, Unseen, arguments, paired, write
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.texts import RunTexts, Texts
-from selfpruner_hub.cli.demo import NAME, load_embedded
+from selfpruner_hub.cli.demo import DEMO_MODEL, load_embedded
 from selfpruner_hub.evaluation.metrics import divergence, teach
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
@@ -88,7 +88,7 @@ def searched(
     with prepared(pruner.model, windows, settings, fisher, run) as ready:
         for name in methods:
             journal = Journal(work / f"{beta:g}-{name}", {"beta": beta, **settings.record()})
-            proposer = choose_proposer(name, None, None, budget, True, NAME, (pruner.model, pruner.tokenizer))
+            proposer = choose_proposer(name, None, None, budget, True, DEMO_MODEL, (pruner.model, pruner.tokenizer))
             found = find_plan(proposer, budget, ready, texts, journal, settings, run)
             pairs = zip(("selected", "elsewhere"), (found.gains[t] for t in (SEARCH_TEXT, UNSEEN_TEXT)), strict=True)
             gains = {key: [round(value, 4) for value in pair] for key, pair in pairs}

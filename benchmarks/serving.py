@@ -22,7 +22,7 @@ from exporters.benchmark import Passes, benchmark
 from exporters.benchmark.report import Phase
 from exporters.export import export
 from exporters.format import FORMATS
-from exporters.machine import threads
+from exporters.machine import usable_threads
 from exporters.runtime import Setting
 from selfpruner_hub.errors import SelfPrunerError
 from selfpruner_hub.progress import Bars
@@ -63,7 +63,7 @@ def exported(work: Path, source: Path, runtime: str, dtype: str, longest: int) -
     directory, found = work / f"{runtime}-{dtype}" / source.name, dict[str, Any]()
     if not directory.is_dir():
         started = time.perf_counter()
-        setting = Setting(threads(), row.device, dtype, longest)
+        setting = Setting(usable_threads(), row.device, dtype, longest)
         export(source, row.export_format or runtime, directory, **row.exported(setting))
         found["export_s"] = round(time.perf_counter() - started, 1)
     return directory, {"max_difference": read_export(directory).max_difference, **found}

@@ -25,7 +25,7 @@ def components(model: PreTrainedModel, beta: float) -> int:
 
 
 @torch.no_grad()
-def sliced(model: PreTrainedModel, windows: Tensor, kept: int) -> nn.ModuleList:
+def sliced(model: PreTrainedModel, windows: Tensor, components: int) -> nn.ModuleList:
     """Slice every decoder layer of a Llama.
 
     Each block (attention or FFN) reads and writes the stream in the principal components of its own input. They are
@@ -34,7 +34,7 @@ def sliced(model: PreTrainedModel, windows: Tensor, kept: int) -> nn.ModuleList:
     Args:
         model: The dense model, which does not change.
         windows: Token ids of the calibration text, `[N, W]`.
-        kept: Number of components, at most the hidden size.
+        components: Number of components, at most the hidden size.
 
     Returns:
         The sliced layers, for `with_layers`. The first projects the embeddings, which the authors' code does in the
@@ -42,18 +42,18 @@ def sliced(model: PreTrainedModel, windows: Tensor, kept: int) -> nn.ModuleList:
     """
     stream = Stream(model, windows)
     layers = decoder_layers(model)
-    enter = _components(stream.hidden, kept)
+    enter = _components(stream.hidden, components)
     made = nn.ModuleList()
     for index, layer in enumerate(layers):
         attention = Block(layer.self_attn, ("q_proj", "k_proj", "v_proj"), "o_proj", layer.input_layernorm, enter)
         first = enter if index == 0 else None
-        between = _components(_outputs(stream, index, Sliced(first, attention)), kept)
+        between = _components(_outputs(stream, index, Sliced(first, attention)), components)
         attention.leave(between)
         ffn = Block(layer.mlp, ("gate_proj", "up_proj"), "down_proj", layer.post_attention_layernorm, between)
         whole = Sliced(first, attention, ffn)
         outputs = list(_outputs(stream, index, whole))
         if index + 1 < len(layers):
-            enter = _components(outputs, kept)
+            enter = _components(outputs, components)
             ffn.leave(enter)
             outputs = [each @ enter.to(each.dtype) for each in outputs]
         stream.hidden = outputs
@@ -126,13 +126,13 @@ def _outputs(stream: Stream, index: int, layer: nn.Module) -> Iterable[Tensor]:
         yield output
 
 
-def _components(signals: Iterable[Tensor], kept: int) -> Tensor:
-    """The first eigenvectors of Σ x xᵀ, `[H, kept]`, float64."""
+def _components(signals: Iterable[Tensor], components: int) -> Tensor:
+    """The first eigenvectors of Σ x xᵀ, `[H, components]`, float64."""
     total: Any = 0
     for signal in signals:
         x = signal.flatten(0, -2).double()
         total = total + x.t() @ x
-    return torch.linalg.eigh(total).eigenvectors.flip(1)[:, :kept]
+    return torch.linalg.eigh(total).eigenvectors.flip(1)[:, :components]
 
 
 def _like(old: Tensor, new: Tensor) -> nn.Parameter:

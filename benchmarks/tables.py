@@ -50,8 +50,8 @@ def _defaults() -> list[dict[str, Any]]:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    found = json.loads(file.read_text(encoding="utf-8"))["results"]
-    return sorted(found, key=lambda row: row["beta"])
+    rows = json.loads(file.read_text(encoding="utf-8"))["results"]
+    return sorted(rows, key=lambda row: row["beta"])
 
 
 def _kept(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -143,8 +143,8 @@ def _branch(folder: Path, depth: int = 0) -> Iterator[str]:
 
 
 def _leaf(name: str, module: Path, depth: int) -> str:
-    said = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
-    first = re.split(r"\.(?:\s|$)", said, maxsplit=1)[0]
+    text = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    first = re.split(r"\.(?:\s|$)", text, maxsplit=1)[0]
     return f"{'  ' * depth + name:<28}{' '.join(first.split())}".rstrip()
 
 

@@ -35,7 +35,7 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
     rows, pruner = Rows(work / "rows.jsonl"), load_embedded()
     articles, chat = Unseen(unseen_text, pruner.tokenizer).windows[512], Chat(pruner.model, pruner.tokenizer, work)
     teacher = teach(pruner.model, articles)
-    asked: dict[str, Any] = {"preset": PRESET, "data": DATA + search_text}
+    settings: dict[str, Any] = {"preset": PRESET, "data": DATA + search_text}
 
     def row(runtime: str, plan: str, made: PrunedModel, costs: Costs, times: Times) -> dict[str, Any]:
         return {
@@ -53,14 +53,14 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
 
     def measure(runtime: str, python: str | None) -> None:
         meter, target = RuntimeMeter(runtime, python=python), Target("speedup", SPEEDUP, runtime)
-        made = pruner.prune(target={"speedup": SPEEDUP}, runtime=meter, **asked)
+        made = pruner.prune(target={"speedup": SPEEDUP}, runtime=meter, **settings)
         costs = meter.costs(pruner.model, pruner.tokenizer, target, _silent)
 
         def timed(each: PrunedModel) -> Times:
             return meter.measure(pruner.model, each.model, pruner.tokenizer, target, _silent)
 
         times = timed(made)
-        other = alike(lambda beta: pruner.prune(beta, **asked), made.report.achieved_beta, times, timed)
+        other = alike(lambda beta: pruner.prune(beta, **settings), made.report.achieved_beta, times, timed)
         for plan, each in (("for the target", (made, times)), ("of a β", other)):  # together: of one measurement
             rows.keep(row(runtime, plan, each[0], costs, each[1]))
 
@@ -81,21 +81,21 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
 
 
 def alike(
-    prune: Callable[[float], PrunedModel], beta: float, wanted: Times, timed: Callable[[PrunedModel], Times]
+    prune: Callable[[float], PrunedModel], beta: float, goal: Times, timed: Callable[[PrunedModel], Times]
 ) -> tuple[PrunedModel, Times]:
     """Prune by a β whose plan is measured to be as fast; the nearest of some where none is."""
-    found: list[tuple[float, PrunedModel, Times]] = []
-    saved = 1 - wanted[1] / wanted[0]
+    tries: list[tuple[float, PrunedModel, Times]] = []
+    saved = 1 - goal[1] / goal[0]
     for _ in range(TRIES):
         made = prune(beta)
         times = timed(made)
-        off = (times[1] / times[0]) / (wanted[1] / wanted[0]) - 1
-        print(f"β = {beta:.4f}: {times[0] / times[1]:.3f} for {wanted[0] / wanted[1]:.3f}", flush=True)
-        found.append((abs(off), made, times))
+        off = (times[1] / times[0]) / (goal[1] / goal[0]) - 1
+        print(f"β = {beta:.4f}: {times[0] / times[1]:.3f} for {goal[0] / goal[1]:.3f}", flush=True)
+        tries.append((abs(off), made, times))
         if abs(off) < ALIKE:
             break
         beta = min(0.9, beta * saved / max(1 - times[1] / times[0], 0.05))  # the time saved grows like β
-    return min(found, key=lambda each: each[0])[1:]
+    return min(tries, key=lambda each: each[0])[1:]
 
 
 def _silent(*_: object) -> None:

@@ -192,9 +192,9 @@ def _aligned(size: int) -> int:
 def _check(to: str, options: dict[str, Any], output: str | Path, overwrite: bool) -> tuple[Format, Path]:
     """Return the format, and the output; refuse options and outputs that do not work."""
     form = export_format(to)
-    known = [option.name for option in form.options]
-    if unknown := sorted(set(options) - set(known)):
-        raise UserError(f"An export to {to} has no option {unknown[0]!r}.", f"It takes {', '.join(known)}.")
+    names = [option.name for option in form.options]
+    if unknown := sorted(set(options) - set(names)):
+        raise UserError(f"An export to {to} has no option {unknown[0]!r}.", f"It takes {', '.join(names)}.")
     place = output_path(output)
     check_writable(place)
     check_replaceable(place, EXPORT_RECORD_FILE, overwrite)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.writer import Writer, one_of, require
+from exporters.writer import FormatWriter, one_of, require
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
 from selfpruner_hub.storage.layout import EXPORTS
@@ -53,7 +53,7 @@ class OtherPython:
 
     @staticmethod
     def environment() -> dict[str, str]:
-        """The variables of this process, without those that would show another Python the packages of this one."""
+        """Variables of this process, without any that would show another Python the packages of this one."""
         return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
@@ -75,7 +75,7 @@ class Format:
     libraries: tuple[str, ...] = ()
     """Distributions whose versions a benchmark records."""
 
-    write: Writer | None = None
+    write: FormatWriter | None = None
     """Writer of the format; None where PyTorch's files or the exports of another format are loaded."""
     options: tuple[Option, ...] = ()
     """Options of an export, in the order of the writer's keywords."""
@@ -189,8 +189,8 @@ def later(module: str, name: str) -> Callable[..., Any]:
 
 def entry(package: str) -> Format:
     """Import the package of a format, and return its entry."""
-    found: Format = importlib.import_module(package).FORMAT
-    return found
+    attribute: Format = importlib.import_module(package).FORMAT
+    return attribute
 
 
 class Formats(Mapping[str, Format]):
@@ -232,9 +232,9 @@ def export_format(name: str) -> Format:
 
 def runtimes() -> tuple[str, ...]:
     """Names of the formats that models can be timed in."""
-    return tuple(name for name, found in FORMATS.items() if found.runs)
+    return tuple(name for name, row in FORMATS.items() if row.runs)
 
 
 def metered() -> tuple[str, ...]:
     """Names of the runtimes that targets can be measured in."""
-    return tuple(name for name, found in FORMATS.items() if found.metered)
+    return tuple(name for name, row in FORMATS.items() if row.metered)

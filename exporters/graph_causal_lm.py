@@ -19,7 +19,7 @@ class GraphCausalLM(GenerationMixin):
 
     Args:
         config: Configuration of the exported model.
-        generation_config: Defaults of `generate()`; None takes those of `config`.
+        generation_config: Defaults of `generate()`; None takes the defaults of `config`.
     """
 
     main_input_name = "input_ids"

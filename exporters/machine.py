@@ -15,7 +15,7 @@ import torch
 _STATUS = Path("/proc/self/status")
 
 
-def describe(device: str) -> dict[str, str | int]:
+def describe_machine(device: str) -> dict[str, str | int]:
     """Describe the processor of a device.
 
     Args:
@@ -24,10 +24,10 @@ def describe(device: str) -> dict[str, str | int]:
     Returns:
         `processor` (CPU model), `cores` (that this process may use), and `gpu` (its name) if the device is a GPU.
     """
-    found: dict[str, str | int] = {"processor": processor(), "cores": cores()}
+    description: dict[str, str | int] = {"processor": processor(), "cores": cores()}
     if device.startswith("cuda") and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        description["gpu"] = torch.cuda.get_device_name(device)
+    return description
 
 
 def cores() -> int:
@@ -35,7 +35,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads() -> int:
+def usable_threads() -> int:
     """PyTorch's number of threads, at most the cores that this process may use; more threads would be very slow."""
     return min(torch.get_num_threads(), cores())
 

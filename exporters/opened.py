@@ -1,4 +1,4 @@
-"""An export that is opened for comparison: its files, and what each says beside its PyTorch model."""
+"""An export that is opened for comparison: its files, their tokens, and their distance from the PyTorch model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.parity import Step, divergence, greedy, logit_difference
+from exporters.parity import Step, greedy, kl_divergence, logit_difference
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Opened(Protocol):
 
     @property
     def measured(self) -> str:
-        """What is compared: `"logit"`, `"log-probability"` or `"KL divergence"`."""
+        """Quantity that is compared: `"logit"`, `"log-probability"` or `"KL divergence"`."""
         ...
 
     def tokens(self, expected: Expected) -> list[int]:
@@ -69,7 +69,7 @@ class Graph:
 
     @property
     def measured(self) -> str:
-        """What is compared."""
+        """Quantity that is compared."""
         return "KL divergence" if self.rounded else "logit"
 
     def tokens(self, expected: Expected) -> list[int]:
@@ -78,7 +78,7 @@ class Graph:
 
     def difference(self, expected: Expected) -> float:
         """Distance from PyTorch."""
-        return (divergence if self.rounded else logit_difference)(expected.passes, self.model)
+        return (kl_divergence if self.rounded else logit_difference)(expected.passes, self.model)
 
 
 def continued(model: Callable[..., Any], ids: list[int], new_tokens: int, end: frozenset[int]) -> list[Step]:

@@ -13,7 +13,7 @@ from selfpruner_hub.plans.plan import LayerWidths
 
 
 def padded_state(
-    layer: nn.Module, config: PreTrainedConfig, own: LayerWidths, target: LayerWidths
+    layer: nn.Module, config: PreTrainedConfig, widths: LayerWidths, target: LayerWidths
 ) -> dict[str, Tensor]:
     """Pad a decoder layer with zeros: rows of q, k, v, gate and up, columns of o and down.
 
@@ -23,8 +23,8 @@ def padded_state(
     Args:
         layer: Decoder layer to pad.
         config: Configuration of its model.
-        own: Widths of the layer.
-        target: Widths after padding, none smaller than in `own`.
+        widths: Widths of the layer.
+        target: Widths after padding, none smaller than in `widths`.
 
     Returns:
         The padded tensors by name; a tensor that does not grow is not copied.
@@ -32,7 +32,7 @@ def padded_state(
     architecture, shape = architecture_of(config), shape_of(config)
     state = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     for projection in architecture.rows:
-        before = [block_rows(shape, own, block) for block in projection.blocks]
+        before = [block_rows(shape, widths, block) for block in projection.blocks]
         after = [block_rows(shape, target, block) for block in projection.blocks]
         for name in (f"{projection.path}.weight", f"{projection.path}.bias"):
             if name in state:

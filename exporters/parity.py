@@ -1,4 +1,4 @@
-"""Comparison of an exported model's logits with those of the PyTorch model."""
+"""Comparison of an exported model's logits with the PyTorch model's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.generated_text import sample_windows
 
-PROMPTS = (24, 9, 1)
+PROMPT_LENGTHS = (24, 9, 1)
 """Lengths of the prompts of a parity check, in tokens; they form one left-padded batch."""
-STEPS = 4
+DECODE_STEPS = 4
 """Number of decode steps after the prompts."""
 LARGE_LOGIT = 32.0
 """Logit above which differences count in proportion: it is rounded in larger steps (float16: 1/32 from 32 on)."""
@@ -44,7 +44,10 @@ class Step:
 
 @torch.inference_mode()
 def expected(
-    model: PreTrainedModel, prompts: Collection[int] = PROMPTS, steps: int = STEPS, text: Tensor | None = None
+    model: PreTrainedModel,
+    prompts: Collection[int] = PROMPT_LENGTHS,
+    steps: int = DECODE_STEPS,
+    text: Tensor | None = None,
 ) -> list[Step]:
     """Record the PyTorch model's logits on a left-padded batch of unequal prompts, then on decode steps.
 
@@ -67,7 +70,7 @@ def expected(
     return greedy(model, text, mask, steps)
 
 
-def own_text(model: PreTrainedModel, prompts: Collection[int] = PROMPTS) -> Tensor:
+def own_text(model: PreTrainedModel, prompts: Collection[int] = PROMPT_LENGTHS) -> Tensor:
     """Let the model write prompts: tokens `[B, S]`, for `expected`. A model is unsure of random tokens."""
     return sample_windows(model, len(prompts), max(prompts), seed=0)
 
@@ -109,7 +112,7 @@ def likely(log_probabilities: Tensor) -> Tensor:
 
 
 def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
-    """Compare an exported model's logits with those of the PyTorch model.
+    """Compare an exported model's logits with the PyTorch model's.
 
     Args:
         passes: Forward passes, from `expected`.
@@ -127,8 +130,8 @@ def logit_difference(passes: Sequence[Step], exported: Callable[..., Any]) -> fl
     return torch.stack(differences).max().item()  # NaN stays
 
 
-def divergence(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
-    """Compare an exported model's probabilities with those of the PyTorch model.
+def kl_divergence(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
+    """Compare an exported model's probabilities with the PyTorch model's.
 
     Logits of single tokens tell little of weights in few bits: unlikely ones move far, and nobody samples them.
 
@@ -139,11 +142,11 @@ def divergence(passes: Sequence[Step], exported: Callable[..., Any]) -> float:
     Returns:
         The mean KL divergence from PyTorch over real tokens, in nats, at least 0; NaN if a probability is NaN.
     """
-    found = []
+    divergences = []
     for ours, theirs in _beside(passes, exported):
         ours, theirs = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
-        found.append((ours.exp() * (ours - theirs)).sum(-1))
-    return torch.cat(found).mean().clamp_min(0).item()
+        divergences.append((ours.exp() * (ours - theirs)).sum(-1))
+    return torch.cat(divergences).mean().clamp_min(0).item()
 
 
 @torch.inference_mode()
@@ -154,6 +157,6 @@ def _beside(passes: Sequence[Step], exported: Callable[..., Any]) -> Iterator[tu
         ids, mask = step.input_ids, step.attention_mask
         out = exported(input_ids=ids, attention_mask=mask, position_ids=step.position_ids, cache=cache, use_cache=True)
         cache = out.cache
-        found = out.logits.float().cpu()
-        real = mask[:, -found.shape[1] :].bool()
-        yield step.logits[:, -found.shape[1] :][real], found[real]
+        logits = out.logits.float().cpu()
+        real = mask[:, -logits.shape[1] :].bool()
+        yield step.logits[:, -logits.shape[1] :][real], logits[real]

@@ -1,4 +1,4 @@
-"""What a model is in any runtime: settings for loading it, a pass that is timed, and its loss on text."""
+"""The interface of a model in any runtime: settings for loading it, a timed pass, and its loss on text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+SPARE_CONTEXT = 8
+"""Spare tokens of context beyond the longest sequence."""
+
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings for loading a model; a runtime ignores those that it has no use for."""
+    """Settings for loading a model; a runtime ignores settings that it has no use for."""
 
     threads: int
     device: str

@@ -151,8 +151,8 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _select(hidden: Tensor, kept: int | Tensor) -> Tensor:
-    return hidden.index_select(1, kept) if isinstance(kept, Tensor) else hidden[:, -kept:]
+def _select(hidden: Tensor, positions: int | Tensor) -> Tensor:
+    return hidden.index_select(1, positions) if isinstance(positions, Tensor) else hidden[:, -positions:]
 
 
 @contextmanager
@@ -179,6 +179,6 @@ def _quadratic_rewrites_left_out() -> Iterator[None]:
     except ImportError:  # not installed: a format that needs no ONNX
         yield
         return
-    kept = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit")
-    with replaced(rewriter, "_DEFAULT_REWRITE_RULES", kept):
+    rules = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit")
+    with replaced(rewriter, "_DEFAULT_REWRITE_RULES", rules):
         yield

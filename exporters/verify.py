@@ -35,7 +35,7 @@ class Comparison:
     differs_at: int | None
     """Index of the first of these tokens that is not PyTorch's; None if all are."""
     measured: str
-    """What is compared: `"logit"`, `"log-probability"` or `"KL divergence"`."""
+    """Quantity that is compared: `"logit"`, `"log-probability"` or `"KL divergence"`."""
     difference: float
     """Largest distance from PyTorch in float32, on the prompt and on PyTorch's greedy tokens; NaN if any is not finite.
     Where weights are rounded: in GGUF, of tokens that are likely in PyTorch; in ONNX, the mean divergence in nats from
@@ -119,10 +119,10 @@ def verify(
     for file, reference in zip(files, references, strict=True):
         progress(VERIFYING, 2, 3, f"running {file.name}")
         opened = file.open()
-        own, distance = opened.tokens(expected), opened.difference(reference)
-        differs = next((i for i, (a, b) in enumerate(zip_longest(own, tokens)) if a != b), None)
-        text = str(tokenizer.decode(own))
-        compared.append(Comparison(file.name, own, text, differs, opened.measured, distance, file.tolerance))
+        theirs, distance = opened.tokens(expected), opened.difference(reference)
+        differs = next((i for i, (a, b) in enumerate(zip_longest(theirs, tokens)) if a != b), None)
+        text = str(tokenizer.decode(theirs))
+        compared.append(Comparison(file.name, theirs, text, differs, opened.measured, distance, file.tolerance))
     progress(VERIFYING, 3, 3, "done")
     return Verification(name, prompt, tokens, str(tokenizer.decode(tokens)), compared)
 

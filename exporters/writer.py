@@ -31,14 +31,14 @@ class Written:
     The second holds the PyTorch model's logits but not the model, because the runtime loads the weights again.
     """
     compared: str = "logit"
-    """What `compare` compares: `"logit"` or `"log-probability"`."""
+    """Quantity that `compare` compares: `"logit"` or `"log-probability"`."""
     unchecked: str = ""
     """Reason why `compare` is None, in one sentence."""
     remark: str = ""
     """Note for users of the export, in one sentence."""
 
 
-class Writer(Protocol):
+class FormatWriter(Protocol):
     """Function that writes one format; its keyword-only parameters are the options that a user may set."""
 
     def __call__(
@@ -54,9 +54,9 @@ def require(library: str, extra: str) -> None:
         raise MissingExtraError(library, extra)
 
 
-def one_line(said: object) -> str:
+def one_line(message: object) -> str:
     """First line of a library's message, at most 300 characters."""
-    lines = str(said).strip().splitlines() or [type(said).__name__]
+    lines = str(message).strip().splitlines() or [type(message).__name__]
     return lines[0][:300]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from engines import load
 from model_source import UnavailableError
-from tokens import encode, tokenizer
+from tokens import encode_prompt, tokenizer
 
 try:  # Hugging Face's package on a ZeroGPU Space; elsewhere the import may find this folder itself
     from spaces import GPU
@@ -25,7 +25,7 @@ except ImportError:
 LONGEST_PROMPT = 2_000
 """Maximum length of a prompt, in characters."""
 MOST_TOKENS = 256
-SECONDS = 60
+ANSWER_SECONDS = 60
 """Time limit for the answer of one model, in seconds."""
 
 
@@ -65,11 +65,11 @@ class Answer:
         if self.first is None:
             return "reading the prompt …"
         rate = f"**{self.rate:.1f}** tokens/s" if self.rate else ""
-        told = (rate, f"first token after **{self.first:.2f} s**", f"{self.tokens} tokens", self.runtime)
-        return " · ".join(filter(None, told))
+        parts = (rate, f"first token after **{self.first:.2f} s**", f"{self.tokens} tokens", self.runtime)
+        return " · ".join(filter(None, parts))
 
 
-@GPU(duration=SECONDS)
+@GPU(duration=ANSWER_SECONDS)
 def answer(which: str, prompt: str, tokens: int) -> Iterator[Answer]:
     """Generate the answer of one model.
 
@@ -85,7 +85,7 @@ def answer(which: str, prompt: str, tokens: int) -> Iterator[Answer]:
         UnavailableError: The model cannot be loaded, fails or takes too long, or the prompt is too long for it.
     """
     engine = load(which)
-    ids = encode(tokenizer(), prompt)["input_ids"][0].tolist()
+    ids = encode_prompt(tokenizer(), prompt)["input_ids"][0].tolist()
     room = engine.longest - len(ids)
     if room < 1:
         raise UnavailableError("The prompt is longer than the model can read. Shorten it.")
@@ -94,7 +94,7 @@ def answer(which: str, prompt: str, tokens: int) -> Iterator[Answer]:
     def tell(piece: str, count: int) -> bool:
         seconds = time.perf_counter() - started
         told.put((piece, count, seconds))
-        return stop.is_set() or seconds > SECONDS
+        return stop.is_set() or seconds > ANSWER_SECONDS
 
     def write() -> None:
         try:
@@ -108,7 +108,7 @@ def answer(which: str, prompt: str, tokens: int) -> Iterator[Answer]:
     written = Answer(runtime=engine.runtime)
     try:
         yield written
-        while (news := told.get(timeout=SECONDS)) is not None:
+        while (news := told.get(timeout=ANSWER_SECONDS)) is not None:
             if isinstance(news, Exception):
                 raise UnavailableError(f"The {which} model failed ({type(news).__name__}).")
             written.add(*news)
@@ -116,7 +116,7 @@ def answer(which: str, prompt: str, tokens: int) -> Iterator[Answer]:
         written.done = True
         yield written
     except Empty:
-        raise UnavailableError(f"The {which} model wrote nothing for {SECONDS} s. Try again later.") from None
+        raise UnavailableError(f"The {which} model wrote nothing for {ANSWER_SECONDS} s. Try again later.") from None
     finally:  # also when the visitor has left
         stop.set()
         writer.join()

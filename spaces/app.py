@@ -59,21 +59,21 @@ def compare(prompt: str, tokens: float) -> Iterator[tuple[str, str, str, str, st
     """Generate the answer of the pruned model, then of its parent: one at a time, so that neither slows the other."""
     if wrong := _wrong(prompt) or _wrong_length(tokens):
         raise gr.Error(wrong, print_exception=False)
-    said = {"pruned": ("", "loading the model …"), "dense": ("", "waiting for the pruned model to finish …")}
+    shown = {"pruned": ("", "loading the model …"), "dense": ("", "waiting for the pruned model to finish …")}
     done: dict[str, Answer] = {}
-    yield *said["pruned"], *said["dense"], ""
-    for which in said:
+    yield *shown["pruned"], *shown["dense"], ""
+    for which in shown:
         try:
             engines.load(which)
             for answer in answers.answer(which, prompt, int(tokens)):
-                said[which] = (answer.text, _took(answer))
-                yield *said["pruned"], *said["dense"], ""
+                shown[which] = (answer.text, _took(answer))
+                yield *shown["pruned"], *shown["dense"], ""
             done[which] = answer
         except UnavailableError as error:
-            said[which] = ("", f"⚠️ {error}")
-            yield *said["pruned"], *said["dense"], ""
+            shown[which] = ("", f"⚠️ {error}")
+            yield *shown["pruned"], *shown["dense"], ""
     verdict = _verdict(**done) if len(done) == 2 else ""
-    yield *said["pruned"], *said["dense"], f"{verdict} {_in_pytorch()}".strip()
+    yield *shown["pruned"], *shown["dense"], f"{verdict} {_in_pytorch()}".strip()
 
 
 def _took(answer: Answer) -> str:
@@ -96,9 +96,9 @@ def _in_pytorch() -> str:
     return f"Both models run in PyTorch, not in the export that was published. {why}" if why else ""
 
 
-def prune(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str, Any, Any]]:
+def show_pruning(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str, Any, Any]]:
     """Prune a small model, and show the state of the search."""
-    run = live_pruning.Run()
+    run = live_pruning.PruningState()
     try:
         for run in live_pruning.prune(beta, int(evaluations), proposer):
             yield _standing(run), *_pictures(run)
@@ -113,7 +113,7 @@ def prune(beta: float, evaluations: float, proposer: str) -> Iterator[tuple[str,
     )
 
 
-def _pictures(run: live_pruning.Run) -> tuple[Any, Any]:
+def _pictures(run: live_pruning.PruningState) -> tuple[Any, Any]:
     """Return the updated plots of the search and of its best plan; hidden while there are no scores."""
     plans, rates = record_tables.scored(run.journal), live_pruning.removed_by_best(run)
     there = len(plans) > 0
@@ -123,11 +123,11 @@ def _pictures(run: live_pruning.Run) -> tuple[Any, Any]:
     )
 
 
-def _standing(run: live_pruning.Run) -> str:
+def _standing(run: live_pruning.PruningState) -> str:
     filled = round(20 * run.share)
     bar = f"`{'█' * filled}{'░' * (20 - filled)}`"
-    found = live_pruning.best(run)
-    best = f" · best so far **{found[1]:.4f}**" if found else ""
+    plan = live_pruning.best(run)
+    best = f" · best so far **{plan[1]:.4f}**" if plan else ""
     return f"{bar} {run.stage} · {run.seconds:.0f} s{best}"
 
 
@@ -196,11 +196,11 @@ def _buttons(label: str, name: str) -> tuple[gr.Button, gr.Button]:
 
 
 def _facts_tab() -> None:
-    known, records = record(), record_tables.journal()
+    figures, records = record(), record_tables.journal()
     settings = record_tables.header(records)
     gr.Markdown(record_tables.figures())
     charts.rates(
-        record_tables.removed(known["widths"], known["rates"], settings.get("shape")),
+        record_tables.removed(figures["widths"], figures["rates"], settings.get("shape")),
         fitting=50,
         label="Removed from each layer, % of its weights",
         elem_id="rates",
@@ -210,7 +210,7 @@ def _facts_tab() -> None:
         return
     fitness = charts.FITNESS[settings["fitness"]]
     with gr.Row():
-        charts.search(plans, fitness, label="The search: best so far (lower is better)", elem_id="search")
+        charts.search_curve(plans, fitness, label="The search: best so far (lower is better)", elem_id="search")
         charts.plans(plans, fitness, label="Every plan that was scored in full", elem_id="plans")
 
 
@@ -241,12 +241,12 @@ def _live_tab() -> None:
         plans = charts.plans(
             record_tables.scored([]), charts.FITNESS["kl"], label="The search", visible=False, elem_id="live-search"
         )
-        nothing = live_pruning.removed_by_best(live_pruning.Run())
+        nothing = live_pruning.removed_by_best(live_pruning.PruningState())
         rates = charts.rates(
             nothing, fitting=20, label="Removed by the best plan so far, %", visible=False, elem_id="live-rates"
         )
     running = button.click(
-        prune,
+        show_pruning,
         [beta, evaluations, proposer],
         [standing, plans, rates],
         concurrency_id="live",

@@ -1,4 +1,4 @@
-"""The plots of the page: what each layer loses, and the plans that a search scored."""
+"""The plots of the page: the part that each layer loses, and the plans that a search scored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 import record_tables
 from model_source import record
 
-PARTS = {"FFN": "#0d9488", "attention": "#f59e0b", "layer": "#0d9488"}
+PART_COLOURS = {"FFN": "#0d9488", "attention": "#f59e0b", "layer": "#0d9488"}
 """Colours of the parts, with enough contrast on white and on black."""
 ORIGINS = {"seed": "#0ea5e9", "evolution": "#f97316", "self": "#a855f7", "random": "#84cc16", "fallback": "#eab308"}
 FITNESS = {"kl": "KL to the dense model", "perplexity": "perplexity"}
@@ -23,7 +23,7 @@ def rates(value: pd.DataFrame, fitting: int, **settings: Any) -> gr.BarPlot:
         x="layer",
         y="removed",
         color="part",
-        color_map=PARTS,
+        color_map=PART_COLOURS,
         sort=layer_order(value),
         y_title="removed, %",
         min_width=300,
@@ -32,7 +32,7 @@ def rates(value: pd.DataFrame, fitting: int, **settings: Any) -> gr.BarPlot:
     )
 
 
-def search(plans: pd.DataFrame, fitness: str, **settings: Any) -> gr.LinePlot:
+def search_curve(plans: pd.DataFrame, fitness: str, **settings: Any) -> gr.LinePlot:
     """Plot the best fitness so far against the evaluations spent."""
     curve = record_tables.best_so_far(plans)
     return gr.LinePlot(

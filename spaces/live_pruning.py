@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import loading
+from engines import load_lock
 from engines.pytorch import fast_dtype
 from model_source import UnavailableError, record, shown
 from record_tables import header, lines, removed
-from tokens import encode
+from tokens import encode_prompt
 
 SMALL = 400_000_000
 """Maximum number of parameters of a parent that is pruned live; for a larger one, `STAND_IN` is pruned."""
 STAND_IN = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SECONDS = 600
+PRUNING_SECONDS = 600
 """Time limit of one pruning run, in seconds."""
 MOST_EVALUATIONS = 16
 TEXT = {"data": "self", "window": 64, "calibration_tokens": 2_048, "fisher_tokens": 2_048, "fitness_tokens": 512}
 """Settings of the text: the model generates it, and little of it, to save time."""
-SEARCH = {
+LIVE_SETTINGS = {
     "schedule": {"population": 2, "crossover": 2, "mutation": 4, "first_share": 0.5, "survivors": 0.5},
     "repair": "output",
 }
@@ -42,7 +42,7 @@ class _StoppedError(Exception):
 
 
 @dataclass
-class Run:
+class PruningState:
     """State of a pruning run."""
 
     stage: str = "loading the model"
@@ -79,7 +79,7 @@ def _pruner() -> Any:
         raise UnavailableError("The model to prune cannot be loaded here.") from error
 
 
-def prune(beta: float, evaluations: int, proposer: str) -> Iterator[Run]:
+def prune(beta: float, evaluations: int, proposer: str) -> Iterator[PruningState]:
     """Prune the small model.
 
     Args:
@@ -95,7 +95,7 @@ def prune(beta: float, evaluations: int, proposer: str) -> Iterator[Run]:
     """
     if not busy.acquire(blocking=False):
         raise UnavailableError("Someone else is pruning right now. Try again in a few minutes.")
-    run = Run()
+    run = PruningState()
     try:
         with tempfile.TemporaryDirectory() as directory:
             yield from _watch(run, Path(directory), beta, min(evaluations, MOST_EVALUATIONS), proposer)
@@ -104,32 +104,32 @@ def prune(beta: float, evaluations: int, proposer: str) -> Iterator[Run]:
     if isinstance(run.error, UnavailableError):
         raise run.error
     if isinstance(run.error, _StoppedError):
-        raise UnavailableError(f"Stopped after {SECONDS} s. Try fewer evaluations.")
+        raise UnavailableError(f"Stopped after {PRUNING_SECONDS} s. Try fewer evaluations.")
     if run.error is not None:
         raise UnavailableError(f"Pruning failed ({type(run.error).__name__}).") from run.error
 
 
-def _watch(run: Run, directory: Path, beta: float, evaluations: int, proposer: str) -> Iterator[Run]:
+def _watch(run: PruningState, directory: Path, beta: float, evaluations: int, proposer: str) -> Iterator[PruningState]:
     """Prune in a thread, and read its journal until it ends, reaches the time limit, or the visitor leaves."""
     stop, started, journal = threading.Event(), time.perf_counter(), directory / "search.jsonl"
 
-    def report(what: str, done: float, total: float) -> None:
+    def progress(what: str, done: float, total: float) -> None:
         if stop.is_set():
             raise _StoppedError
         run.stage, run.share = what, min(1.0, done / total) if total else 0.0
 
     def work() -> None:
         try:
-            with loading:
+            with load_lock:
                 pruner = _pruner()
             run.pruned = pruner.prune(
                 beta,
                 proposer=proposer,
                 evaluations=evaluations,
                 run_dir=directory,
-                progress=report,
+                progress=progress,
                 **TEXT,
-                **SEARCH,
+                **LIVE_SETTINGS,
             )
         except Exception as error:
             run.error = error
@@ -142,7 +142,7 @@ def _watch(run: Run, directory: Path, beta: float, evaluations: int, proposer: s
             worker.join(0.5)
             run.seconds = time.perf_counter() - started
             run.journal = lines(journal.read_text(encoding="utf-8")) if journal.is_file() else []
-            if run.seconds > SECONDS:
+            if run.seconds > PRUNING_SECONDS:
                 stop.set()
             yield run
     finally:
@@ -150,24 +150,24 @@ def _watch(run: Run, directory: Path, beta: float, evaluations: int, proposer: s
         worker.join()
 
 
-def best(run: Run) -> tuple[dict[str, list[int]], float] | None:
+def best(run: PruningState) -> tuple[dict[str, list[int]], float] | None:
     """Return widths and fitness of the best plan so far among those scored on all windows; None before the first."""
     scored = [r for r in run.journal if r.get("kind") == "score" and r["share"] == 1 and r["fitness"] is not None]
-    found = min(scored, key=lambda r: r["fitness"], default=None)
-    return (found["widths"], found["fitness"]) if found else None
+    lowest = min(scored, key=lambda r: r["fitness"], default=None)
+    return (lowest["widths"], lowest["fitness"]) if lowest else None
 
 
-def removed_by_best(run: Run) -> Any:
+def removed_by_best(run: PruningState) -> Any:
     """Return the percentage that the best plan so far removes from each layer; empty before there is a plan."""
-    found = best(run)
-    widths = found[0] if found else {}
-    return removed(widths, (), header(run.journal).get("shape")) if found else removed({}, (), None)
+    plan = best(run)
+    widths = plan[0] if plan else {}
+    return removed(widths, (), header(run.journal).get("shape")) if plan else removed({}, (), None)
 
 
 @torch.inference_mode()
-def sample(run: Run) -> str:
+def sample(run: PruningState) -> str:
     """Return the pruned model's answer to `PROMPT`."""
     model, tokenizer = run.pruned.model, run.pruned.tokenizer
-    inputs = encode(tokenizer, PROMPT)
+    inputs = encode_prompt(tokenizer, PROMPT)
     written = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

@@ -13,7 +13,7 @@ REMOVED = ["layer", "part", "removed"]
 SCORED = ["evaluations", "fitness", "from"]
 BEST = ["evaluations", "fitness"]
 ANSWERED, KEPT, AGREEMENT = "plain questions answered", "plain questions kept", "agreement (conversations)"
-CHAT = (KEPT, ANSWERED, AGREEMENT, "KL (conversations)")
+CHAT_ORDER = (KEPT, ANSWERED, AGREEMENT, "KL (conversations)")
 """Names of the figures of a chat model in the record, as `selfpruner evaluate` writes them."""
 
 
@@ -86,57 +86,59 @@ def header(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def title() -> tuple[str, str]:
-    """Return a headline, and a description of the model: what it lost, what is left of it, and who searched."""
-    known = record()
-    count = known["parameters"]
-    name = known["base_model"].rpartition("/")[2]
-    who = "The model itself proposed" if known["proposer"]["name"] == "self" else "A search found"
-    if not known["method"]["schedule"]["evaluations"]:
+    """Return a headline, and a description of the model: its size, its quality, and who searched."""
+    facts = record()
+    count = facts["parameters"]
+    name = facts["base_model"].rpartition("/")[2]
+    who = "The model itself proposed" if facts["proposer"]["name"] == "self" else "A search found"
+    if not facts["method"]["schedule"]["evaluations"]:
         who = "Measurements of its layers, without a search, say"
-    training = known["method"].get("training")
-    said = (
-        f"The same prompt, answered by **{name}** and by a copy that lost {100 * known['achieved_beta']:.0f} % of its "
+    training = facts["method"].get("training")
+    sentence = (
+        f"The same prompt, answered by **{name}** and by a copy that lost {100 * facts['achieved_beta']:.0f} % of its "
         f"layers' weights {f'and was then trained ({training})' if training else 'without retraining'}.",
         quality(),
         f"{who} how much each layer can lose.",
     )
-    return f"{name}, {100 * (1 - count['pruned'] / count['dense']):.0f} % smaller", " ".join(filter(None, said))
+    return f"{name}, {100 * (1 - count['pruned'] / count['dense']):.0f} % smaller", " ".join(filter(None, sentence))
 
 
 def quality() -> str:
-    """Return what is left of the model in a sentence or two: its answers, else text; empty where none was measured."""
-    known = record()["metrics"]
-    value = {name: metric["value"] for name, metric in known.items()}
-    said = []
+    """Return the quality of the model in a sentence or two: of its answers, else on text; empty if not measured."""
+    facts = record()["metrics"]
+    value = {name: metric["value"] for name, metric in facts.items()}
+    sentences = []
     if KEPT in value:
-        said.append(f"Of the plain questions that its parent answers, it answers **{100 * value[KEPT]:.0f} %**.")
+        sentences.append(f"Of the plain questions that its parent answers, it answers **{100 * value[KEPT]:.0f} %**.")
     elif ANSWERED in value:
-        said.append(f"It answers **{100 * value[ANSWERED]:.0f} %** of the plain questions.")
+        sentences.append(f"It answers **{100 * value[ANSWERED]:.0f} %** of the plain questions.")
     if AGREEMENT in value:
-        said.append(f"On **{100 * value[AGREEMENT]:.0f} %** of the tokens of its parent's answers it chooses the same.")
-    text = next((metric for name, metric in known.items() if name.startswith("perplexity (")), None)
-    if text and not said:
+        sentences.append(
+            f"On **{100 * value[AGREEMENT]:.0f} %** of the tokens of its parent's answers it chooses the same."
+        )
+    text = next((metric for name, metric in facts.items() if name.startswith("perplexity (")), None)
+    if text and not sentences:
         parent = "" if text["dense"] is None else f", its parent's {text['dense']:.4g}"
-        said.append(f"Its perplexity on text is **{text['value']:.4g}**{parent}.")
-    return " ".join(said)
+        sentences.append(f"Its perplexity on text is **{text['value']:.4g}**{parent}.")
+    return " ".join(sentences)
 
 
 def _rank(name: str, metric: dict[str, Any]) -> int:
-    """Return the rank of a figure in the table: answers in the order of `CHAT`, text, speed, figures of the search."""
-    if name in CHAT:
-        return CHAT.index(name)
+    """Return the rank of a figure in the table: answers (in `CHAT_ORDER`), text, speed, figures of the search."""
+    if name in CHAT_ORDER:
+        return CHAT_ORDER.index(name)
     if name.startswith("search_"):
-        return len(CHAT) + 2
-    return len(CHAT) + bool(metric.get("machine") or metric.get("unit"))
+        return len(CHAT_ORDER) + 2
+    return len(CHAT_ORDER) + bool(metric.get("machine") or metric.get("unit"))
 
 
 def figures() -> str:
     """Return parameters and all measured figures as a Markdown table, followed by the protocol of each figure."""
-    known = record()
-    count = known["parameters"]
+    facts = record()
+    count = facts["parameters"]
     rows = [f"| parameters | {count['dense']:,} | {count['pruned']:,} |"]
     notes = []
-    for name, metric in sorted(known["metrics"].items(), key=lambda item: _rank(*item)):
+    for name, metric in sorted(facts["metrics"].items(), key=lambda item: _rank(*item)):
         unit = f" {metric['unit']}" if metric.get("unit") else ""
         dense = "–" if metric["dense"] is None else f"{metric['dense']:.5g}{unit}"
         rows.append(f"| {name.replace('_', ' ')} | {dense} | {metric['value']:.5g}{unit} |")

@@ -20,7 +20,7 @@ def tokenizer() -> Any:
         raise UnavailableError(cannot_be_loaded(at.pruned, error)) from error
 
 
-def encode(tokenizer: Any, prompt: str) -> Any:
+def encode_prompt(tokenizer: Any, prompt: str) -> Any:
     """Encode a prompt, through the chat template where the tokenizer has one."""
     if not tokenizer.chat_template:
         return tokenizer(prompt, return_tensors="pt")

@@ -103,11 +103,11 @@ def real_dense(once) -> Path:
 @pytest.fixture(scope="session")
 def real_pruner(real_dense):
     """The pruner of the real model."""
-    from selfpruner_hub.cli.demo import NAME
+    from selfpruner_hub.cli.demo import DEMO_MODEL
     from selfpruner_hub.pruner import AutoPruner
 
     torch.set_num_threads(CORES)
-    return AutoPruner.from_pretrained(str(real_dense), base_model=NAME)
+    return AutoPruner.from_pretrained(str(real_dense), base_model=DEMO_MODEL)
 
 
 @pytest.fixture(scope="session")

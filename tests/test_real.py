@@ -20,7 +20,7 @@ from support.processes import run_python
 from transformers import AutoModelForCausalLM
 
 from selfpruner_hub.calibration.generated_text import sample_windows
-from selfpruner_hub.cli.demo import NAME
+from selfpruner_hub.cli.demo import DEMO_MODEL
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.pruned_model import PrunedModel
@@ -63,7 +63,7 @@ def test_counts_and_rates(real_pruner, directory, model):
     assert abs(sum(record["rates"]) / 30 - 0.2) < 0.001
     assert abs(record["achieved_beta"] - 0.2) < 0.001
     assert shape_of(real_pruner.model.config).num_layers == len(record["rates"]) == 30
-    assert record["base_model"] == NAME
+    assert record["base_model"] == DEMO_MODEL
 
 
 def test_it_proposed_rates_itself(directory):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,30 +16,28 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from exporters import machine
 from exporters.benchmark.latency import interleaved, timing
-from exporters.benchmark.report import Case, Phase, Quality, Report, Side
+from exporters.benchmark.report import BenchmarkReport, Case, Phase, Quality, Side
 from exporters.benchmark.worker import Worker, started
 from exporters.benchmark.workload import workload_of
 from exporters.export import export
 from exporters.format import FORMATS, Format, runtimes
-from exporters.runtime import Setting
+from exporters.runtime import SPARE_CONTEXT, Setting
 from exporters.to_onnx.hub_layout import read_configuration
 from exporters.writer import one_of
 from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import explain, load_config, text_config
+from selfpruner_hub.progress import Progress, silent
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 
 WARMUP = 2
 """Warm-up passes of each model, which are not counted."""
-LIBRARIES = ("selfpruner-hub", "torch", "transformers")
-"""Distributions whose versions are recorded, beside those of the formats."""
+RECORDED_LIBRARIES = ("selfpruner-hub", "torch", "transformers")
+"""Distributions whose versions are recorded, beside the libraries of the formats."""
 WINDOW, WINDOWS = 512, 16
 """Tokens of a window of text, and number of windows whose perplexity is measured."""
-PROMPTS = (128, 512)
+BENCHMARK_PROMPTS = (128, 512)
 """Lengths of the prompts by default, in tokens, if the models were made to read as many."""
-MARGIN = 8
-"""Spare tokens of context beyond the longest sequence."""
-Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Passes:
     batches: Sequence[int] = ()
     """Batch sizes (prompts at a time), each at least 1; none takes the runtime's default."""
     prompts: Sequence[int] = ()
-    """Lengths of the prompts, in tokens, each at least 1; none takes those of `PROMPTS` that fit."""
+    """Lengths of the prompts, in tokens, each at least 1; none takes the `BENCHMARK_PROMPTS` that fit."""
     new_tokens: int = 32
     """Number of tokens generated after each prompt, at least 1."""
     runs: int = 7
@@ -106,8 +104,8 @@ class Passes:
                 f"{runtime.name} cannot run on {device}: PyTorch sees no NVIDIA GPU here.", "Choose another runtime."
             )
         dtype = self.dtype or next(iter(runtime.dtypes()))
-        longest = max(*self.prompts, 0 if self.text is None else WINDOW) + self.new_tokens + MARGIN
-        threads, python = self.threads or machine.threads(), str(self.python or "")
+        longest = max(*self.prompts, 0 if self.text is None else WINDOW) + self.new_tokens + SPARE_CONTEXT
+        threads, python = self.threads or machine.usable_threads(), str(self.python or "")
         return Setting(threads, device, dtype, longest, max(self.batches), python=python)
 
 
@@ -126,7 +124,7 @@ class _Model:
         return Path(self.name).resolve().name if Path(self.name).exists() else self.name
 
     def placed(self, runtime: Format, setting: Setting, folder: Path) -> tuple[str, Setting]:
-        """Lay the model out in a folder as the runtime loads it; return its place, and the settings for loading it."""
+        """Lay the model out in a folder as the runtime loads it; return its path, and the settings for loading it."""
         if runtime.exported is not None:
             if (Path(self.name) / EXPORT_RECORD_FILE).is_file():
                 return self.name, setting
@@ -146,15 +144,15 @@ def benchmark(
     *,
     exports: str | Path | None = None,
     loading: dict[str, Any] | None = None,
-    progress: Progress = lambda what, done, total: None,
-) -> Report:
+    progress: Progress = silent,
+) -> BenchmarkReport:
     """Time a pruned model and its parent in turn, each in its own process.
 
     Args:
         pruned: Pruned model, saved or exported for the runtime; a directory or a Hub repository.
         against: Dense parent, or its export for the runtime; a directory or a Hub repository.
         runtime: One of `exporters.format.runtimes()`. Models that are not yet exported for it are exported first.
-        passes: What is timed.
+        passes: Passes to time.
         exports: Directory that keeps the exports, in `dense` and `pruned`; None deletes them at the end.
         loading: Keyword arguments of transformers' `from_pretrained` for the parent: `gguf_file`, `revision`, …
         progress: Callback, called with (what, done, total).
@@ -171,57 +169,65 @@ def benchmark(
     models = _models(str(against), str(pruned), loading or {})
     passes = replace(passes, prompts=_fitting(passes, models))
     setting = passes.setting(row)
-    read = _windows(passes.text, models[0]) if passes.text is not None else None
-    with contextlib.ExitStack() as stack:
-        kept = exports if row.exported is not None else None
-        folder = Path(kept or stack.enter_context(tempfile.TemporaryDirectory()))
-        placed = [model.placed(row, setting, folder) for model in models]
-        workers = [stack.enter_context(started(runtime, place, how)) for place, how in placed]
+    corpus = _windows(passes.text, models[0]) if passes.text is not None else None
+    with _workers(row, models, setting, exports) as workers:
         cases = [
             _case(workers, models, row.dtypes()[setting.dtype], passes, (batch, prompt), progress)
             for batch in passes.batches
             for prompt in passes.prompts
         ]
         memory = [worker.memory() for worker in workers]  # of the timed passes: logits of whole windows take more
-        quality = [None if read is None else _quality(worker, read) for worker in workers]
-    dense, own = (
-        Side(model.title, workload_of(model.config), used, found)
-        for model, used, found in zip(models, memory, quality, strict=True)
+        quality = [None if corpus is None else _quality(worker, corpus) for worker in workers]
+    dense_side, pruned_side = (
+        Side(model.title, workload_of(model.config), peak, score)
+        for model, peak, score in zip(models, memory, quality, strict=True)
     )
-    return Report(
+    return BenchmarkReport(
         runtime=runtime,
         dtype=setting.dtype,
         device=setting.device,
         threads=setting.threads,
-        machine=machine.describe(setting.device),
+        machine=machine.describe_machine(setting.device),
         versions={**dict(_versions()), **elsewhere},
-        dense=dense,
-        pruned=own,
+        dense=dense_side,
+        pruned=pruned_side,
         cases=tuple(cases),
     )
 
 
+@contextlib.contextmanager
+def _workers(
+    runtime: Format, models: Sequence[_Model], setting: Setting, exports: str | Path | None
+) -> Iterator[list[Worker]]:
+    """Place both models where the runtime loads them, and start a process for each; exports may be kept."""
+    with contextlib.ExitStack() as stack:
+        folder = exports if runtime.exported is not None else None
+        folder = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        places = [model.placed(runtime, setting, folder) for model in models]  # before any process takes memory
+        yield [stack.enter_context(started(runtime.name, place, how)) for place, how in places]
+
+
 def _fitting(passes: Passes, models: Sequence[_Model]) -> Sequence[int]:
-    """Return the prompts, or those of `PROMPTS` that fit in the context with the tokens after them, or what fits."""
+    """Return the lengths of the prompts: those given, or the `BENCHMARK_PROMPTS` that fit, or the longest that fits."""
     context = min(model.config.max_position_embeddings for model in models)
-    usual = [prompt for prompt in PROMPTS if prompt + passes.new_tokens <= context]
-    asked = passes.prompts or usual or [max(1, context - passes.new_tokens)]
-    if max(asked) + passes.new_tokens > context:
+    usual = [prompt for prompt in BENCHMARK_PROMPTS if prompt + passes.new_tokens <= context]
+    lengths = passes.prompts or usual or [max(1, context - passes.new_tokens)]
+    if max(lengths) + passes.new_tokens > context:
         raise UserError(
-            f"A prompt of {max(asked)} tokens and {passes.new_tokens} after it are more than the {context} that the "
+            f"A prompt of {max(lengths)} tokens and {passes.new_tokens} after it are more than the {context} that the "
             "models were made to read.",
             "Ask for fewer.",
         )
-    return asked
+    return lengths
 
 
 def _models(dense: str, pruned: str, loading: dict[str, Any]) -> list[_Model]:
     """Read the configurations of both models, which must share a vocabulary."""
     parent = _Model("dense", dense, loading, _config(dense, loading))
-    own = _Model("pruned", pruned, {}, _config(pruned, {}))
-    if parent.config.vocab_size != own.config.vocab_size:
+    child = _Model("pruned", pruned, {}, _config(pruned, {}))
+    if parent.config.vocab_size != child.config.vocab_size:
         raise UserError(f"{dense!r} and {pruned!r} have different vocabularies.", "Give the model's own parent.")
-    return [parent, own]
+    return [parent, child]
 
 
 def _config(name: str, loading: dict[str, Any]) -> PreTrainedConfig:
@@ -237,8 +243,8 @@ def _windows(text: str, model: _Model) -> Corpus:
     return consecutive_windows(text, tokenizer, window, WINDOWS)
 
 
-def _quality(worker: Worker, read: Corpus) -> Quality:
-    return Quality(math.exp(worker.cross_entropy(read.windows)), read.name, *read.windows.shape)
+def _quality(worker: Worker, corpus: Corpus) -> Quality:
+    return Quality(math.exp(worker.cross_entropy(corpus.windows)), corpus.name, *corpus.windows.shape)
 
 
 def _case(
@@ -270,8 +276,8 @@ def _case(
         batch=batch,
         prompt=prompt,
         new_tokens=new_tokens,
-        prefill=_phase([[m.prefill for m in own] for own in measured], batch * prompt, flops[0] / flops[1]),
-        decode=_phase([[m.decode for m in own] for own in measured], batch, read[0] / read[1]),
+        prefill=_phase([[one.prefill for one in model] for model in measured], batch * prompt, flops[0] / flops[1]),
+        decode=_phase([[one.decode for one in model] for model in measured], batch, read[0] / read[1]),
     )
 
 
@@ -290,6 +296,6 @@ def _phase(milliseconds: list[list[float]], tokens: int, ideal: float) -> Phase:
 
 def _versions() -> Iterator[tuple[str, str]]:
     of_formats = [library for each in FORMATS.values() for library in each.libraries]
-    for library in (*LIBRARIES, *of_formats):
+    for library in (*RECORDED_LIBRARIES, *of_formats):
         with contextlib.suppress(PackageNotFoundError):
             yield library, version(library)

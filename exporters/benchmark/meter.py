@@ -1,4 +1,4 @@
-"""What a runtime charges for each width of each part, measured once on a machine; and what it charges in the end."""
+"""Measured costs in a runtime: of each width of each part, once on a machine, and of the pruned model in the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from exporters.benchmark.latency import interleaved
 from exporters.benchmark.worker import started
 from exporters.export import export_model
 from exporters.format import FORMATS, metered, runtimes
-from exporters.runtime import Measured, Runner, Setting
+from exporters.runtime import SPARE_CONTEXT, Measured, Runner, Setting
 from exporters.writer import one_of, require
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import model_class, shape_of
@@ -29,6 +29,7 @@ from selfpruner_hub.models.weights import configuration_hash, count_parameters
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape, widths_of
 from selfpruner_hub.plans.target import Target
+from selfpruner_hub.progress import Progress
 from selfpruner_hub.storage.cost_table import Point, keep_table, read_table
 
 LAYER_WEIGHTS = 128_000_000
@@ -41,12 +42,9 @@ RUNS, WARMUP = 21, 1
 RUNS_OF_A_LOAD = 7
 """Passes of a model after which it is loaded anew: one load can be slower than the next for as long as it lasts,
 which no number of passes averages out. A runtime of its own Python, which takes long to start, loads once."""
-MARGIN = 8
-"""Spare tokens of context."""
-WEIGHTS = {".onnx", ".data", ".gguf", ".safetensors"}
+WEIGHT_SUFFIXES = {".onnx", ".data", ".gguf", ".safetensors"}
 """Suffixes of files of weights."""
 MEASURING = "measuring costs"
-Report = Callable[..., None]
 
 
 class RuntimeMeter:
@@ -77,12 +75,12 @@ class RuntimeMeter:
         elsewhere = self._row.versions_elsewhere(python)
         if not elsewhere:
             require(self._row.library, self._row.extra)
-        told = [f"{name} {number}" for name, number in sorted(elsewhere.items())]
-        self._version = ", ".join(told) if told else version(self._row.library)
+        versions = [f"{name} {number}" for name, number in sorted(elsewhere.items())]
+        self._version = ", ".join(versions) if versions else version(self._row.library)
         self._runs = RUNS if runs is None else runs
 
     def costs(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, target: Target, report: Report
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, target: Target, progress: Progress
     ) -> Costs:
         """Read the table of this model, runtime and machine, or measure it; see `Meter.costs`.
 
@@ -90,7 +88,7 @@ class RuntimeMeter:
             model: Dense model.
             tokenizer: Tokenizer of the model.
             target: Target, with the request that is timed.
-            report: Callback, called with (what, done, total).
+            progress: Callback, called with (what, done, total).
 
         Returns:
             The costs, in the unit of the target.
@@ -103,7 +101,7 @@ class RuntimeMeter:
             element = self._row.dtypes()[self._dtype(model, self._device(model))][1]
             return Costs.linear(shape, 2 * shape.head_dim * element, 0.0, unit=target.unit)
         key = self._key(model, shape, target)
-        table = read_table(key) or keep_table(key, self._measured(model, tokenizer, shape, target, report))
+        table = read_table(key) or keep_table(key, self._measured(model, tokenizer, shape, target, progress))
         return table.costs(shape, target)
 
     def measure(
@@ -112,7 +110,7 @@ class RuntimeMeter:
         pruned: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
         target: Target,
-        report: Report,
+        progress: Progress,
     ) -> tuple[float, float]:
         """Export both models and measure them one beside the other; see `Meter.measure`.
 
@@ -120,18 +118,18 @@ class RuntimeMeter:
             dense: Dense model.
             pruned: Pruned model.
             tokenizer: Tokenizer of both.
-            target: Target that says what is counted.
-            report: Callback, called with (what, done, total).
+            target: Target, whose quantity is measured.
+            progress: Callback, called with (what, done, total).
 
         Returns:
-            What the dense and the pruned model cost, in the unit of the target; bytes of a KV cache are counted.
+            Costs of the dense and the pruned model, in the unit of the target; bytes of a KV cache are counted.
         """
         models = (dense, pruned)
         if target.quantity == "kv_cache":
-            costs = [self.costs(model, tokenizer, target, report).dense for model in models]
+            costs = [self.costs(model, tokenizer, target, progress).dense for model in models]
         else:
             makers = [partial(_same, model) for model in models]
-            points = self._points(makers, tokenizer, target, self._device(dense), report)
+            points = self._points(makers, tokenizer, target, self._device(dense), progress)
             costs = [point.cost(target) for point in points]
         return costs[0], costs[1]
 
@@ -141,7 +139,7 @@ class RuntimeMeter:
         tokenizer: PreTrainedTokenizerBase | None,
         shape: ModelShape,
         target: Target,
-        report: Report,
+        progress: Progress,
     ) -> list[Point]:
         """Measure models with random weights: the dense one, and some of few layers with widths of their own."""
         groups = max(w.num_key_value_heads for w in shape.dense.layers)
@@ -154,7 +152,7 @@ class RuntimeMeter:
         whole = [(shape.num_layers, groups, channels)] if few < shape.num_layers else []
         sizes = [*whole, *((few, g, f) for g, f in widths)]
         makers = [partial(_random_model, model, shape, *size) for size in sizes]
-        points = self._points(makers, tokenizer, target, self._device(model), report)
+        points = self._points(makers, tokenizer, target, self._device(model), progress)
         return points if whole else [points[0], *points]
 
     def _points(
@@ -163,36 +161,36 @@ class RuntimeMeter:
         tokenizer: PreTrainedTokenizerBase | None,
         target: Target,
         device: str,
-        report: Report,
+        progress: Progress,
     ) -> list[Point]:
-        """Export models and time them in turn; times are relative to those of the first, in the same turn."""
+        """Export models and time them in turn; times are relative to the first model's, in the same turn."""
         loads = max(1, self._runs // RUNS_OF_A_LOAD) if self._row.elsewhere is None else 1
         total, done = len(makers) * (1 + loads * (1 + WARMUP) + self._runs), iter(range(10**9))
 
         def step() -> None:
-            report(MEASURING, next(done), total)
+            progress(MEASURING, next(done), total)
 
-        found, saved = [], []
+        points, saved = [], []
         with tempfile.TemporaryDirectory() as folder:
             for index, make in enumerate(makers):
                 step()
                 directory, model = Path(folder) / str(index), make()
                 config, dtype = model.config, self._dtype(model, device)
-                longest = target.prompt + target.new_tokens + MARGIN
-                setting = Setting(machine.threads(), device, dtype, longest, models=len(makers))
+                longest = target.prompt + target.new_tokens + SPARE_CONTEXT
+                setting = Setting(machine.usable_threads(), device, dtype, longest, models=len(makers))
                 saved.append(self._saved(model, tokenizer, directory, setting))
                 del model
                 shape = shape_of(config)
                 first = shape.dense.layers[0]
-                size = sum(path.stat().st_size for path in directory.iterdir() if path.suffix in WEIGHTS)
-                found.append(
+                size = sum(path.stat().st_size for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+                points.append(
                     Point(shape.num_layers, first.num_key_value_heads, first.intermediate_size, 0.0, 0.0, size)
                 )
             passes = self._passes(saved, config.vocab_size, target, loads, step)
-        report(MEASURING, total, total)
+        progress(MEASURING, total, total)
         return [
-            replace(point, prefill=_beside(own, passes[0], "prefill"), decode=_beside(own, passes[0], "decode"))
-            for point, own in zip(found, passes, strict=True)
+            replace(point, prefill=_beside(timed, passes[0], "prefill"), decode=_beside(timed, passes[0], "decode"))
+            for point, timed in zip(points, passes, strict=True)
         ]
 
     def _passes(
@@ -215,8 +213,8 @@ class RuntimeMeter:
                 runs = self._runs * (load + 1) // loads - self._runs * load // loads
                 measured = interleaved(runners, ids, target.new_tokens, runs=runs, warmup=WARMUP, progress=step)
                 del runners  # before their files
-            for own, more in zip(passes, measured, strict=True):
-                own.extend(more)
+            for passes_of_model, more in zip(passes, measured, strict=True):
+                passes_of_model.extend(more)
         return passes
 
     def _saved(
@@ -246,10 +244,10 @@ class RuntimeMeter:
 
     def _dtype(self, model: PreTrainedModel, device: str) -> str:
         """Name of the dtype that the model has in the runtime."""
-        own = str(model.dtype).removeprefix("torch.")
+        dtype = str(model.dtype).removeprefix("torch.")
         dtypes = self._row.dtypes()
-        if self._row.exported is None and own in dtypes:
-            return own
+        if self._row.exported is None and dtype in dtypes:
+            return dtype
         return "float16" if device.startswith("cuda") else next(iter(dtypes))
 
     def _key(self, model: PreTrainedModel, shape: ModelShape, target: Target) -> dict[str, object]:
@@ -265,8 +263,8 @@ class RuntimeMeter:
             **widths_of(shape.dense),
             "runtime": self.name,
             "dtype": self._dtype(model, device),
-            "threads": machine.threads(),
-            "machine": machine.describe(device),
+            "threads": machine.usable_threads(),
+            "machine": machine.describe_machine(device),
             "version": self._version,
             "prompt": target.prompt,
             "new_tokens": target.new_tokens,
@@ -277,10 +275,10 @@ def _same(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _beside(own: Sequence[Measured], reference: Sequence[Measured], phase: str) -> float:
+def _beside(passes: Sequence[Measured], reference: Sequence[Measured], phase: str) -> float:
     """Milliseconds of a phase: the reference's median, by the median ratio of passes that ran in the same turn."""
     theirs = [getattr(measured, phase) for measured in reference]
-    ratios = [getattr(measured, phase) / time for measured, time in zip(own, theirs, strict=True)]
+    ratios = [getattr(measured, phase) / time for measured, time in zip(passes, theirs, strict=True)]
     return round(statistics.median(theirs) * statistics.median(ratios), 6)
 
 

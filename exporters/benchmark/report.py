@@ -13,7 +13,7 @@ from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.storage.model_record import Metric
 from selfpruner_hub.storage.versioned_json import parse_versioned
 
-SCHEMA_VERSION = 1
+REPORT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchmarkReport:
     """The record of a benchmark; its field names are the JSON keys."""
 
     runtime: str
@@ -86,7 +86,7 @@ class Report:
     dense: Side
     pruned: Side
     cases: tuple[Case, ...]
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = REPORT_VERSION
 
     def to_json(self) -> str:
         """Serialise to JSON, with the schema version first."""
@@ -94,7 +94,7 @@ class Report:
         return json.dumps({"schema_version": values.pop("schema_version"), **values}, indent=2, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, source: str) -> Report:
+    def from_json(cls, text: str, source: str) -> BenchmarkReport:
         """Read a report, and refuse unknown or missing keys.
 
         Args:
@@ -107,7 +107,7 @@ class Report:
         Raises:
             SavedModelError: The text is not such a record.
         """
-        values = parse_versioned(text, source, SCHEMA_VERSION, cls)
+        values = parse_versioned(text, source, REPORT_VERSION, cls)
         try:
             sides = {key: _side(values[key]) for key in _SIDES}
             cases = tuple(Case(**{**case, **{key: _phase(case[key]) for key in _PHASES}}) for case in values["cases"])
@@ -119,11 +119,11 @@ class Report:
         """Milliseconds of both models and the protocol, as metrics for a model's record and card."""
         where = str(self.machine.get("gpu", self.machine["processor"]))
         today = datetime.now(UTC).date().isoformat()
-        found = {}
+        metrics = {}
         for case in self.cases:
             for name, what in (("prefill", "reading the prompt"), ("decode", "a token after it")):
                 phase: Phase = getattr(case, name)
-                found[f"{name} in {self.runtime}, {case.batch} × {case.prompt} tokens"] = Metric(
+                metrics[f"{name} in {self.runtime}, {case.batch} × {case.prompt} tokens"] = Metric(
                     value=round(phase.pruned.median, 2),
                     dense=round(phase.dense.median, 2),
                     protocol=f"{what}; {self.dtype}, {self.threads} threads; medians of {phase.dense.runs} passes, "
@@ -133,13 +133,13 @@ class Report:
                     date=today,
                 )
         if self.dense.quality is not None and (quality := self.pruned.quality) is not None:
-            found[f"perplexity in {self.runtime}, {self.dtype}"] = Metric(
+            metrics[f"perplexity in {self.runtime}, {self.dtype}"] = Metric(
                 value=round(quality.perplexity, 3),
                 dense=round(self.dense.quality.perplexity, 3),
                 protocol=f"{quality.text}, {quality.windows} windows of {quality.window} tokens",
                 date=today,
             )
-        return found
+        return metrics
 
     def table(self) -> str:
         """Format the figures for a terminal, and mark where the pruned model is not faster."""

@@ -26,7 +26,7 @@ from exporters.machine import forget_peak, peak_memory
 from exporters.runtime import Measured, Runner, Setting
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UserError
 
-PAUSE = 0.01
+PAUSE_BEFORE_PASS = 0.01
 """Seconds to wait before a pass: the other model's threads keep spinning for some milliseconds after theirs."""
 
 
@@ -78,9 +78,9 @@ class Worker:
             with contextlib.suppress(OSError):  # what it did not read: Popen would raise that in place of this error
                 cast(IO[str], self._process.stdin).close()
             self._errors.seek(0)
-            said = [f": {line}" for line in self._errors.read().strip().splitlines()][-1:]
+            last_line = [f": {line}" for line in self._errors.read().strip().splitlines()][-1:]
             raise ModelError(
-                f"The process that ran {self._name!r} ended with status {status}{''.join(said)}."[:400],
+                f"The process that ran {self._name!r} ended with status {status}{''.join(last_line)}."[:400],
                 "Try fewer tokens or a smaller batch.",
             ) from error
         if "error" in reply:
@@ -157,7 +157,7 @@ class _Server:
             return None
         if "ids" in request:
             ids = torch.tensor(request["ids"])
-            time.sleep(PAUSE)
+            time.sleep(PAUSE_BEFORE_PASS)
             return asdict(self.runner.measure(ids, request["new_tokens"]))
         if "windows" in request:
             return self.runner.cross_entropy(torch.tensor(request["windows"]))

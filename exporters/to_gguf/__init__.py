@@ -5,8 +5,8 @@ from typing import TypedDict
 from exporters.format import DTYPE, Format, Option, later
 
 
-class Recorded(TypedDict):
-    """What is read of the options of an export."""
+class GgufOptions(TypedDict):
+    """Recorded options of an export that are read again."""
 
     dtype: str
     tokenizer_from: str | None
@@ -24,7 +24,7 @@ FORMAT = Format(
         Option("tokenizer_from", "copy the tokenizer of this GGUF file", metavar="FILE"),
         Option("imatrix", "text that tells which weights count: self, a path, …", metavar="DATA"),
     ),
-    recorded=Recorded,
+    recorded=GgufOptions,
     files=later(f"{__name__}.runner", "files"),
     context=later(f"{__name__}.runner", "context"),
     load=later(f"{__name__}.runner", "load"),

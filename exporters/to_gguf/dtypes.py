@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 Kind = GGMLQuantizationType
-BLOCK = 32
+GGUF_BLOCK = 32
 """Row lengths of quantised matrices are multiples of it: FFN widths are zero-padded to reach one."""
 FALLBACKS = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
 """Types with blocks of 32 for rows that the 256 values of a K-quant's block do not divide."""
@@ -48,14 +48,14 @@ class Dtype:
         Returns:
             The type of this dtype, or its fallback, or float16 if the blocks of neither divide a row.
         """
-        wanted = self.tensor
+        preferred = self.tensor
         if name == HEAD:
-            wanted = self.head or wanted
+            preferred = self.head or preferred
         elif name in ("attn_v", "ffn_down") and _counts_most(layer, layers):
-            wanted = self.finer or wanted
+            preferred = self.finer or preferred
         elif name == "attn_qkv":
-            wanted = self.fused or wanted
-        kinds = (wanted, FALLBACKS.get(wanted, Kind.F16), Kind.F16)
+            preferred = self.fused or preferred
+        kinds = (preferred, FALLBACKS.get(preferred, Kind.F16), Kind.F16)
         return next(kind for kind in kinds if columns % GGML_QUANT_SIZES[kind][0] == 0)
 
     def ffn_width(self, width: int, hidden: int, layer: int, layers: int) -> int:
@@ -78,7 +78,7 @@ class Dtype:
             inputs = 2 * padded * _bytes(self.kind("ffn_up", hidden, layer, layers), hidden)
             return inputs + hidden * _bytes(self.kind("ffn_down", padded, layer, layers), padded)
 
-        multiples = {BLOCK, GGML_QUANT_SIZES[self.tensor][0]}
+        multiples = {GGUF_BLOCK, GGML_QUANT_SIZES[self.tensor][0]}
         return min((-(-width // multiple) * multiple for multiple in sorted(multiples)), key=size)
 
 
@@ -93,7 +93,7 @@ def _bytes(kind: Kind, columns: int) -> float:
     return columns / block * size
 
 
-DTYPES = {
+GGUF_DTYPES = {
     "f32": Dtype(Kind.F32, LlamaFileType.ALL_F32, 1e-3),
     "f16": Dtype(Kind.F16, LlamaFileType.MOSTLY_F16, 0.1),
     "q8_0": Dtype(Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0, 1.5),

@@ -67,7 +67,7 @@ ELSEWHERE = "Export to onnx, or to padded."
 
 @dataclass(frozen=True)
 class Fold:
-    """What becomes of the tensors of one model."""
+    """Transformations of the tensors of one model."""
 
     architecture: str
     permuted: bool

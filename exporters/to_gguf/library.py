@@ -30,7 +30,7 @@ ROWS = 64
 
 
 class _Parameters(ctypes.Structure):
-    """Parameters of a model or a context, larger than any release's: llama.cpp fills in what it knows."""
+    """Parameters of a model or a context, larger than any release's: llama.cpp fills in its own fields."""
 
     _fields_ = (("values", ctypes.c_uint32 * 256),)
 
@@ -85,8 +85,8 @@ def library() -> ctypes.CDLL:
         UserError: No package has one, or it has other functions than these.
     """
     for name in PACKAGES:
-        if importlib.util.find_spec(name) is not None and (found := _declared(name)) is not None:
-            return found
+        if importlib.util.find_spec(name) is not None and (path := _declared(name)) is not None:
+            return path
     raise UserError(
         "llama.cpp's library is not installed, or it does not have the functions that K-quants need.",
         'Install it with: pip install "selfpruner-hub[gguf]" (or llama-cpp-py-sync); or choose f16 or q8_0.',
@@ -129,7 +129,7 @@ def quantise(values: np.ndarray, kind: GGMLQuantizationType, importance: np.ndar
     out = np.empty((rows, columns // block * size), np.uint8)
     weights = None if importance is None else importance.ctypes.data
     run = partial(library().ggml_quantize_chunk, kind.value, values.ctypes.data, out.ctypes.data)
-    with ThreadPoolExecutor(machine.threads()) as threads:
+    with ThreadPoolExecutor(machine.usable_threads()) as threads:
         for _ in threads.map(
             lambda first: run(first * columns, min(ROWS, rows - first), columns, weights), range(0, rows, ROWS)
         ):
@@ -137,7 +137,7 @@ def quantise(values: np.ndarray, kind: GGMLQuantizationType, importance: np.ndar
     return out
 
 
-def cross_entropy(path: Path, windows: Tensor, threads: int | None = None) -> float:
+def gguf_cross_entropy(path: Path, windows: Tensor, threads: int | None = None) -> float:
     """Mean negative log-likelihood of text in llama.cpp, for each predicted token.
 
     Args:
@@ -153,7 +153,7 @@ def cross_entropy(path: Path, windows: Tensor, threads: int | None = None) -> fl
         ModelError: llama.cpp cannot load or run the file.
     """
     total = 0.0
-    with _context(path, windows.shape[1], threads or machine.threads()) as (run, vocabulary):
+    with _context(path, windows.shape[1], threads or machine.usable_threads()) as (run, vocabulary):
         for window in windows:
             logits = torch.from_numpy(np.ctypeslib.as_array(run(window.tolist()), (len(window), vocabulary)))
             total += torch.nn.functional.cross_entropy(logits[:-1], window[1:].long(), reduction="sum").item()

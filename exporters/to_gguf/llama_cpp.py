@@ -15,14 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters import machine
-from exporters.parity import likely
+from exporters.parity import PROMPT_LENGTHS, likely
 from exporters.writer import require
 from selfpruner_hub.calibration.generated_text import sample_windows
 from selfpruner_hub.errors import ExportError, ModelError
 
-PROMPTS = (24, 9, 1)
-"""Lengths of the prompts of the comparison, in tokens."""
-STEPS = 5
+GREEDY_STEPS = 5
 LIKELIEST = 64
 """Number of llama.cpp's likeliest tokens whose log-probabilities are compared at each step."""
 MOST = 16
@@ -52,7 +50,7 @@ class LlamaCpp:
         require("xllamacpp", "gguf")
         import xllamacpp
 
-        self.threads = threads or machine.threads()
+        self.threads = threads or machine.usable_threads()
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
         parameters.n_ctx, parameters.n_parallel = context, 1
@@ -87,14 +85,15 @@ class LlamaCpp:
         """
         return _answered(dict(self._server.handle_completions(_greedy(prompt, new_tokens, **options))))
 
-    def stream(self, prompt: Sequence[int], new_tokens: int, told: Callable[[str, int], bool]) -> None:
+    def stream(self, prompt: Sequence[int], new_tokens: int, receiver: Callable[[str, int], bool]) -> None:
         """Generate greedy tokens after a prompt, and hand them to a callback one by one.
 
         Args:
             prompt: Token ids of the prompt.
             new_tokens: Number of new tokens; an end-of-text token stops earlier.
-            told: Callback with each piece of text and the number of tokens so far; it returns whether to stop. A piece
-                that ends within a character waits for the next token. What it raises stops the tokens and is raised.
+            receiver: Callback with each piece of text and the number of tokens so far; it returns whether to stop. A
+                piece that ends within a character waits for the next token. An error in it stops the tokens, and is
+                raised.
 
         Raises:
             ModelError: llama.cpp refuses the request or fails.
@@ -104,7 +103,7 @@ class LlamaCpp:
         def receive(reply: dict[str, Any]) -> bool:
             try:
                 _answered(reply)
-                return told(reply["choices"][0]["text"], reply["timings"]["predicted_n"])
+                return receiver(reply["choices"][0]["text"], reply["timings"]["predicted_n"])
             except Exception as error:  # xllamacpp would drop it
                 failed.append(error)
                 return True
@@ -140,10 +139,10 @@ class LlamaCpp:
 
 
 def _answered(reply: dict[str, Any]) -> dict[str, Any]:
-    """Return a reply of llama.cpp; raise `ModelError` with what it says where it has no answer."""
+    """Return a reply of llama.cpp; raise `ModelError` with its message where it has no answer."""
     if "choices" not in reply:
-        said = reply.get("error", reply).get("message", "it does not say why")
-        raise ModelError(f"llama.cpp does not run the model: {said}.")
+        message = reply.get("error", reply).get("message", "it does not say why")
+        raise ModelError(f"llama.cpp does not run the model: {message}.")
     return reply
 
 
@@ -154,7 +153,7 @@ def _greedy(prompt: Sequence[int], new_tokens: int, **options: Any) -> dict[str,
 
 
 @dataclass(frozen=True)
-class Answer:
+class GreedyStep:
     """The PyTorch model's log-probabilities after some tokens."""
 
     ids: list[int]
@@ -163,7 +162,7 @@ class Answer:
 
 
 @torch.inference_mode()
-def answers(model: PreTrainedModel, longest: int) -> list[Answer]:
+def greedy_steps(model: PreTrainedModel, longest: int) -> list[GreedyStep]:
     """Let the PyTorch model generate texts, and record greedy steps after their first tokens.
 
     Args:
@@ -171,28 +170,29 @@ def answers(model: PreTrainedModel, longest: int) -> list[Answer]:
         longest: Longest sequence for which llama.cpp computes the same function, in tokens.
 
     Returns:
-        The answers, `STEPS` for each prompt.
+        The steps, `GREEDY_STEPS` for each prompt.
     """
-    texts = sample_windows(model, len(PROMPTS), min(max(PROMPTS), longest - STEPS), seed=0).tolist()
-    told = []
-    for length, text in zip(PROMPTS, texts, strict=True):
+    window = min(max(PROMPT_LENGTHS), longest - GREEDY_STEPS)
+    texts = sample_windows(model, len(PROMPT_LENGTHS), window, seed=0).tolist()
+    steps = []
+    for length, text in zip(PROMPT_LENGTHS, texts, strict=True):
         ids = text[:length]
-        for _ in range(STEPS):
-            told.append(Answer(ids, model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)))
-            ids = [*ids, int(told[-1].log_probabilities.argmax())]
-    return told
+        for _ in range(GREEDY_STEPS):
+            steps.append(GreedyStep(ids, model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)))
+            ids = [*ids, int(steps[-1].log_probabilities.argmax())]
+    return steps
 
 
 def log_probability_difference(
-    told: list[Answer], path: Path, tokenizer: PreTrainedTokenizerBase | None = None, rounded: bool = False
+    steps: list[GreedyStep], path: Path, tokenizer: PreTrainedTokenizerBase | None = None, rounded: bool = False
 ) -> float:
-    """Compare the log-probabilities of a GGUF file in llama.cpp with those of the PyTorch model.
+    """Compare log-probabilities of a GGUF file in llama.cpp with the PyTorch model's.
 
     Rounded weights move unlikely tokens far, by 8 nats in q4_0 of SmolLM2, and that adds almost nothing to the KL
     divergence. So tokens that are likely in PyTorch are compared for them.
 
     Args:
-        told: Answers of the PyTorch model, from `answers`.
+        steps: Steps of the PyTorch model, from `greedy_steps`.
         path: Path of the GGUF file.
         tokenizer: Tokenizer to compare with the file's on `PROBE`; None leaves that comparison out.
         rounded: Flag of a file in blocks: compares tokens that are likely in PyTorch, not llama.cpp's likeliest. One
@@ -204,10 +204,10 @@ def log_probability_difference(
     Raises:
         ExportError: llama.cpp splits the text into other tokens.
     """
-    run = LlamaCpp(path, max(PROMPTS) + STEPS + 8, exact=True)
+    run = LlamaCpp(path, max(PROMPT_LENGTHS) + GREEDY_STEPS + 8, exact=True)
     if tokenizer is not None:
         check_tokens(run, tokenizer, PROBE)
-    return difference(told, run, rounded)
+    return gguf_difference(steps, run, rounded)
 
 
 def check_tokens(run: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
@@ -219,23 +219,23 @@ def check_tokens(run: LlamaCpp, tokenizer: PreTrainedTokenizerBase, text: str) -
         )
 
 
-def difference(told: list[Answer], run: LlamaCpp, rounded: bool = False) -> float:
-    """Compare log-probabilities with those of the PyTorch model; see `log_probability_difference`.
+def gguf_difference(steps: list[GreedyStep], run: LlamaCpp, rounded: bool = False) -> float:
+    """Compare log-probabilities with the PyTorch model's; see `log_probability_difference`.
 
     Args:
-        told: Answers of the PyTorch model.
-        run: The GGUF file, in a context that is longer than every answer.
+        steps: Steps of the PyTorch model.
+        run: GGUF file, in a context that is longer than the tokens of every step.
         rounded: Flag of a file in blocks.
 
     Returns:
         The largest absolute difference between log-probabilities of a token; NaN if any is not finite.
     """
     differences: list[float] = []
-    for answer in told:
-        found = run.likeliest(answer.ids)
-        if rounded and found:
-            values, indices = answer.log_probabilities.topk(MOST)
+    for step in steps:
+        theirs = run.likeliest(step.ids)
+        if rounded and theirs:
+            values, indices = step.log_probabilities.topk(MOST)
             compared = indices[likely(values)].tolist()
-            found = {index: found.get(index, min(found.values())) for index in compared}
-        differences += [abs(answer.log_probabilities[index].item() - value) for index, value in found.items()]
+            theirs = {index: theirs.get(index, min(theirs.values())) for index in compared}
+        differences += [abs(step.log_probabilities[index].item() - value) for index, value in theirs.items()]
     return max(differences) if differences and all(map(math.isfinite, differences)) else math.nan

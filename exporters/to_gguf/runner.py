@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig
 from exporters.opened import Expected, File
 from exporters.runtime import Measured, Setting
 from exporters.to_gguf import FORMAT
-from exporters.to_gguf.dtypes import DTYPES
-from exporters.to_gguf.library import cross_entropy
-from exporters.to_gguf.llama_cpp import Answer, LlamaCpp, check_tokens, difference
+from exporters.to_gguf.dtypes import GGUF_DTYPES
+from exporters.to_gguf.library import gguf_cross_entropy
+from exporters.to_gguf.llama_cpp import GreedyStep, LlamaCpp, check_tokens, gguf_difference
 from exporters.to_gguf.writer import context_length
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.storage.export_record import ExportRecord
@@ -28,11 +28,11 @@ DEFAULT = "f16"
 def dtypes() -> dict[str, tuple[float, float]]:
     """Bytes of a weight and of a KV-cache element, by dtype; see `Format.dtypes`.
 
-    The bits of K-quants are those of most matrices: a file also has finer ones, and others where 256 divides no row.
+    A K-quant has the bits of most of its matrices; a file has finer matrices too, and others where 256 divides no row.
     llama.cpp's KV cache is always float16.
     """
-    names = (DEFAULT, *(name for name in DTYPES if name != DEFAULT))
-    sizes = {name: GGML_QUANT_SIZES[DTYPES[name].tensor] for name in names}
+    names = (DEFAULT, *(name for name in GGUF_DTYPES if name != DEFAULT))
+    sizes = {name: GGML_QUANT_SIZES[GGUF_DTYPES[name].tensor] for name in names}
     return {name: (size / block, 2) for name, (block, size) in sizes.items()}
 
 
@@ -52,7 +52,7 @@ def files(directory: Path, record: ExportRecord, config: PreTrainedConfig, longe
     name, converted = _file_of(record), not record.options["tokenizer_from"]
     run, rounded = (
         partial(LlamaCpp, directory / name, longest + 8, exact=True),
-        DTYPES[record.options["dtype"]].quantised,
+        GGUF_DTYPES[record.options["dtype"]].quantised,
     )
     yield File(name, record.tolerance, lambda: GgufFile(run(), rounded, converted))
 
@@ -60,7 +60,7 @@ def files(directory: Path, record: ExportRecord, config: PreTrainedConfig, longe
 def _file_of(record: ExportRecord) -> str:
     """Return the name of the file of an export."""
     dtype = record.options["dtype"]
-    if dtype not in DTYPES:
+    if dtype not in GGUF_DTYPES:
         raise SavedModelError(f"The record of the export names an unknown dtype {dtype!r}.")
     return f"model-{dtype}.gguf"
 
@@ -85,7 +85,7 @@ class LlamaCppRunner:
 
     def cross_entropy(self, windows: Tensor) -> float:
         """Measure the loss on text; see `Runner.cross_entropy`."""
-        return cross_entropy(self._path, windows, self._threads)
+        return gguf_cross_entropy(self._path, windows, self._threads)
 
 
 @dataclass(frozen=True)
@@ -99,24 +99,24 @@ class GgufFile:
 
     @property
     def measured(self) -> str:
-        """What is compared."""
+        """Quantity that is compared."""
         return "log-probability"
 
     def tokens(self, expected: Expected) -> list[int]:
         """Greedy tokens after the prompt."""
-        found: list[int] = []
-        while len(found) < expected.new_tokens and expected.end.isdisjoint(found[-1:]):
-            if not (likeliest := self.run.likeliest([*expected.ids, *found])):
+        tokens: list[int] = []
+        while len(tokens) < expected.new_tokens and expected.end.isdisjoint(tokens[-1:]):
+            if not (likeliest := self.run.likeliest([*expected.ids, *tokens])):
                 break
-            found.append(max(likeliest, key=likeliest.__getitem__))
-        return found
+            tokens.append(max(likeliest, key=likeliest.__getitem__))
+        return tokens
 
     def difference(self, expected: Expected) -> float:
         """Largest distance from PyTorch."""
         if self.converted:
             check_tokens(self.run, expected.tokenizer, expected.prompt)
-        ids, told = list(expected.ids), []
+        ids, steps = list(expected.ids), []
         for step in expected.passes:
-            told.append(Answer(list(ids), step.logits[0, -1].log_softmax(-1)))
+            steps.append(GreedyStep(list(ids), step.logits[0, -1].log_softmax(-1)))
             ids.append(int(step.next_tokens))
-        return difference(told, self.run, self.rounded)
+        return gguf_difference(steps, self.run, self.rounded)

@@ -60,18 +60,18 @@ def copied_fields(source: Path, vocabulary: int) -> TokenizerFields:
         raise ModelError(
             f"{str(source)!r} is not a readable GGUF file.", "Give the GGUF file of the parent."
         ) from error
-    found: TokenizerFields = [
+    fields: TokenizerFields = [
         (name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
         for name, field in reader.fields.items()
         if name.startswith("tokenizer.")
     ]
-    tokens = next((len(value) for name, value, *_ in found if name == Keys.Tokenizer.LIST), 0)
+    tokens = next((len(value) for name, value, *_ in fields if name == Keys.Tokenizer.LIST), 0)
     if tokens != vocabulary:
         raise ModelError(
             f"The tokenizer of {str(source)!r} has {tokens} tokens; the model has {vocabulary}.",
             "Give the GGUF file of the model's own parent.",
         )
-    return found
+    return fields
 
 
 def converted_fields(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> TokenizerFields:
@@ -122,11 +122,11 @@ def _vocabulary(
     tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], vocabulary: int
 ) -> tuple[list[str], list[int]]:
     added = {entry["id"]: entry for entry in state["added_tokens"]}
-    known = {index: token for token, index in tokenizer.get_vocab().items()}
+    ids = {index: token for token, index in tokenizer.get_vocab().items()}
     sentencepiece = bool(state["model"].get("byte_fallback"))
     tokens, types = [], []
     for index in range(vocabulary):
-        token = known.get(index)
+        token = ids.get(index)
         if token is None:
             kind, token = TokenType.UNUSED, f"[PAD{index}]"
         elif sentencepiece and index == tokenizer.unk_token_id:

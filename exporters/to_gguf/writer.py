@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.padding import padded_state
-from exporters.to_gguf.dtypes import DTYPES, FALLBACKS, HEAD, Dtype
+from exporters.to_gguf.dtypes import FALLBACKS, GGUF_DTYPES, HEAD, Dtype
 from exporters.to_gguf.folds import Fold, fold_of
 from exporters.to_gguf.importance import Importance, importance_matrix
 from exporters.to_gguf.library import library, quantise
-from exporters.to_gguf.llama_cpp import answers, log_probability_difference
+from exporters.to_gguf.llama_cpp import greedy_steps, log_probability_difference
 from exporters.to_gguf.modelfile import modelfile
 from exporters.to_gguf.tokenizer import TokenizerFields, converted_fields, copied_fields
 from exporters.writer import Written, one_of
@@ -79,8 +79,8 @@ def write(
         model: Dense or pruned model, float32, on the CPU.
         tokenizer: Tokenizer of the model.
         staging: Directory of the file.
-        dtype: Dtype of the weight matrices, a key of `DTYPES`. Those in blocks zero-pad FFN widths to multiples of 32,
-            K-quants to multiples of 256 where that takes fewer bytes.
+        dtype: Dtype of the weight matrices, a key of `GGUF_DTYPES`. Dtypes in blocks zero-pad FFN widths to multiples
+            of 32, and K-quants to multiples of 256 where that takes fewer bytes.
         tokenizer_from: GGUF file (of the parent, for example) whose tokenizer is copied; None converts `tokenizer`.
         imatrix: Text, as `AutoPruner.prune` takes it, whose activations weight the errors of quantisation; None weights
             all columns alike.
@@ -91,7 +91,7 @@ def write(
     Raises:
         UserError: The option is unknown, or llama.cpp does not support the model or tokenizer.
     """
-    stored = DTYPES[one_of("dtype", dtype, tuple(DTYPES))]
+    stored = GGUF_DTYPES[one_of("dtype", dtype, tuple(GGUF_DTYPES))]
     widths = _file_widths(shape_of(model.config), stored)
     fold = fold_of(model, equal=len(set(widths)) == 1)
     _check_quantisation(dtype, imatrix)
@@ -105,7 +105,7 @@ def write(
     measurable = importlib.util.find_spec("xllamacpp") is not None
 
     def compare() -> Callable[[], float]:
-        return partial(log_probability_difference, answers(model, longest), path, converted, stored.quantised)
+        return partial(log_probability_difference, greedy_steps(model, longest), path, converted, stored.quantised)
 
     return Written(
         options={"dtype": dtype, "tokenizer_from": tokenizer_from, "imatrix": imatrix},
@@ -120,10 +120,10 @@ def write(
 
 def _check_quantisation(dtype: str, imatrix: str | None) -> None:
     """Refuse what cannot be quantised here, before text is read or written."""
-    if DTYPES[dtype].tensor not in _IN_PYTHON:
+    if GGUF_DTYPES[dtype].tensor not in _IN_PYTHON:
         library()
     elif imatrix:
-        others = ", ".join(name for name, each in DTYPES.items() if each.tensor not in _IN_PYTHON)
+        others = ", ".join(name for name, each in GGUF_DTYPES.items() if each.tensor not in _IN_PYTHON)
         raise UserError(f"An importance matrix changes nothing in {dtype}.", f"Leave it out, or choose {others}.")
 
 
@@ -149,7 +149,7 @@ def _tokenizer_fields(
 
 @dataclass(frozen=True)
 class _Source:
-    """What the tensors of a file are made from."""
+    """Model, folds and dtypes that the tensors of a file are made from."""
 
     model: PreTrainedModel
     fold: Fold

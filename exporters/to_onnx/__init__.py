@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class RecordedHub(TypedDict):
-    """What is read of the options of an export with the layout `hub`."""
+    """Recorded options of an export with the layout `hub` that are read again."""
 
     layout: Literal["hub"]
 
 
-class Recorded(TypedDict):
-    """What is read of the options of another export."""
+class OnnxOptions(TypedDict):
+    """Recorded options of an export with another layout that are read again."""
 
     dtype: str
     fusions: Literal["cpu", "cuda", "none"]
@@ -40,7 +40,7 @@ FORMAT = Format(
         Option("fusions", "operators of cpu, cuda, or none for a plain graph"),
         Option("layout", "transformers, or hub for ONNX Runtime GenAI and Transformers.js"),
     ),
-    recorded=RecordedHub | Recorded,
+    recorded=RecordedHub | OnnxOptions,
     published={"layout": "hub"},
     files=later(f"{__name__}.runner", "files"),
     load=later(f"{__name__}.runner", "load"),

@@ -13,7 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from selfpruner_hub.models.patching import attending_by
 
-NAME = "selfpruner_operator"
+ATTENTION_OPERATOR = "selfpruner_operator"
 OPSET = 23
 """First ONNX opset with the operator `Attention`."""
 
@@ -56,8 +56,8 @@ def attention_operator(
 
 def attending_by_operator(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Make a model use `attention_operator` while it is traced."""
-    return attending_by(model, NAME)
+    return attending_by(model, ATTENTION_OPERATOR)
 
 
-AttentionInterface.register(NAME, attention_operator)
-AttentionMaskInterface.register(NAME, eager_mask)
+AttentionInterface.register(ATTENTION_OPERATOR, attention_operator)
+AttentionMaskInterface.register(ATTENTION_OPERATOR, eager_mask)

@@ -172,13 +172,13 @@ def default_options(threads: int | None = None) -> Any:
     return options
 
 
-def _check_providers(wanted: Sequence[Provider], there: Sequence[str]) -> None:
+def _check_providers(providers: Sequence[Provider], available: Sequence[str]) -> None:
     """Refuse a provider that is not available; ONNX Runtime would fall back to the CPU."""
-    for provider in wanted:
+    for provider in providers:
         name = provider if isinstance(provider, str) else provider[0]
-        if name not in there:
+        if name not in available:
             raise UserError(
-                f"ONNX Runtime cannot run on {name} here (it has {', '.join(there)}).",
+                f"ONNX Runtime cannot run on {name} here (it has {', '.join(available)}).",
                 'CUDA and TensorRT need an NVIDIA GPU and pip install "selfpruner-hub[onnx-gpu]" without onnxruntime '
                 "beside it.",
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from exporters.graph_causal_lm import GraphCausalLM
-from exporters.parity import Step, divergence, logit_difference
+from exporters.parity import Step, kl_divergence, logit_difference
 from exporters.to_onnx.matrix_bits import quantize
 from exporters.tracing import cache_of, states_of
 from exporters.writer import one_line, require
@@ -28,7 +28,7 @@ from selfpruner_hub.models.stock_config import rope_keys
 FOLDER = "onnx"
 GENAI_CONFIG = "genai_config.json"
 SUFFIXES = {"float32": "", "float16": "_fp16", "int8": "_quantized", "int4": "_q4"}
-"""What Transformers.js appends to the name of a file, by dtype of the weights."""
+"""Suffixes that Transformers.js appends to the name of a file, by dtype of the weights."""
 BITS = {"int8": 8, "int4": 4}
 AXES = {
     "batch": "batch_size",
@@ -52,7 +52,7 @@ def file_of(dtype: str) -> str:
     return f"{FOLDER}/model{SUFFIXES[dtype]}.onnx"
 
 
-def save_graph(program: Any, directory: Path, dtype: str) -> None:
+def save_hub_graph(program: Any, directory: Path, dtype: str) -> None:
     """Save a graph under the names of its inputs, outputs and axes that the runtimes know.
 
     Args:
@@ -63,9 +63,9 @@ def save_graph(program: Any, directory: Path, dtype: str) -> None:
     import onnx_ir
 
     for value in (*program.graph.inputs, *program.graph.outputs):
-        if found := _CACHE.fullmatch(value.name):
-            prefix = "past_key_values" if found[1] == "input" else "present"
-            value.name = f"{prefix}.{found[2]}.{found[3]}"
+        if cached := _CACHE.fullmatch(value.name):
+            prefix = "past_key_values" if cached[1] == "input" else "present"
+            value.name = f"{prefix}.{cached[2]}.{cached[3]}"
             if prefix == "present":
                 value.shape = onnx_ir.Shape([AXES["batch"], value.shape[1], AXES["total"], value.shape[3]])
         if value.shape is not None:
@@ -87,7 +87,7 @@ def save_quantized(directory: Path) -> None:
 
     for dtype, bits in BITS.items():
         program = onnx_ir.external_data.load_to_model(onnx_ir.load(str(directory / file_of("float32"))))
-        save_graph(quantize(program, bits), directory, dtype)
+        save_hub_graph(quantize(program, bits), directory, dtype)
         del program
         gc.collect()  # frees reference cycles of the graph
 
@@ -258,7 +258,7 @@ def open_graph(directory: Path, options: Any) -> HubGraph:
     return HubGraph(directory / file_of("float32"), config, options, generation)
 
 
-def difference(
+def graphs_difference(
     passes: dict[str, list[Step]], directory: Path, config: PreTrainedConfig, tolerances: dict[str, float], options: Any
 ) -> float:
     """Compare every graph of an export with PyTorch.
@@ -276,14 +276,14 @@ def difference(
     Raises:
         ExportError: Another graph is further from PyTorch than its tolerance.
     """
-    found = {}
+    differences = {}
     for dtype in SUFFIXES:
         graph = HubGraph(directory / file_of(dtype), config, options)
-        found[dtype] = (divergence if dtype in BITS else logit_difference)(passes[dtype], graph)
-        if dtype != "float32" and not found[dtype] <= tolerances[dtype]:  # NaN too
+        differences[dtype] = (kl_divergence if dtype in BITS else logit_difference)(passes[dtype], graph)
+        if dtype != "float32" and not differences[dtype] <= tolerances[dtype]:  # NaN too
             measured = "KL divergence" if dtype in BITS else "logit"
             raise ExportError(
-                f"{file_of(dtype)} differs from the PyTorch model by {found[dtype]:.2g} in a {measured}; "
+                f"{file_of(dtype)} differs from the PyTorch model by {differences[dtype]:.2g} in a {measured}; "
                 f"{tolerances[dtype]:.2g} is allowed."
             )
-    return found["float32"]
+    return differences["float32"]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from exporters.tracing import quiet
 
-BLOCK = 32
+ONNX_BLOCK = 32
 """Number of weights that share a float32 scale, along the input dimension."""
 HEAD_BITS = 8
 """Bits of the output head, in 4-bit graphs too: its rounding errors reach every logit undamped."""
@@ -43,7 +43,7 @@ def quantize(program: Any, bits: int = 8) -> Any:
 
         for width, others in ((HEAD_BITS, products[:-1]), (bits, [])):  # the head is the last product
             config = DefaultWeightOnlyQuantConfig(
-                block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL, bits=width
+                block_size=ONNX_BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL, bits=width
             )
             quantizer = MatMulNBitsQuantizer(proto, algo_config=config, nodes_to_exclude=others)
             quantizer.process()
@@ -72,7 +72,7 @@ def rounded(model: PreTrainedModel, bits: int) -> PreTrainedModel:
 
 def _rounded(weight: Tensor, bits: int) -> Tensor:
     """Round a weight `[out, in]` in blocks; a block's weight of the largest size becomes the least integer, exactly."""
-    blocks = functional.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks = functional.pad(weight, (0, -weight.shape[1] % ONNX_BLOCK)).unflatten(1, (-1, ONNX_BLOCK))
     least = -(2 ** (bits - 1))
     scale = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)) / least
     integers = torch.where(scale == 0, 0, blocks / scale).round().clamp(least, -least - 1)

@@ -15,7 +15,7 @@ from exporters.to_onnx import export_options
 from exporters.to_onnx.causal_lm import DEFAULT_PROVIDERS, OnnxCausalLM, default_options
 from exporters.to_onnx.hub_layout import BITS, HubGraph, file_of
 from exporters.to_onnx.matrix_bits import rounded
-from exporters.to_onnx.writer import TOLERANCES
+from exporters.to_onnx.writer import ONNX_TOLERANCES
 from selfpruner_hub.storage.export_record import ExportRecord
 
 
@@ -27,12 +27,12 @@ def load(name: str, setting: Setting) -> CausalLMRunner:
 
 
 def files(directory: Path, record: ExportRecord, config: PreTrainedConfig, longest: int) -> Iterator[File]:
-    """Yield the graph, or those of the layout hub; see `Format.files`."""
+    """Yield the graph, or all graphs of the layout hub; see `Format.files`."""
     if not record.has_hub_layout:
         load = partial(OnnxCausalLM.from_pretrained, directory)
         yield _file("model.onnx", record.tolerance, record.options["dtype"], load)
         return
-    for dtype, allowed in {**TOLERANCES, "float32": record.tolerance}.items():
+    for dtype, allowed in {**ONNX_TOLERANCES, "float32": record.tolerance}.items():
         name = file_of(dtype)
         yield _file(name, allowed, dtype, partial(_hub_graph, directory / name, config))
 

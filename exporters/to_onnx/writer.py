@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.parity import Step, divergence, expected, logit_difference, own_text
+from exporters.parity import Step, expected, kl_divergence, logit_difference, own_text
 from exporters.to_onnx import hub_layout
 from exporters.to_onnx.attention_operator import OPSET, attending_by_operator
 from exporters.to_onnx.causal_lm import DEFAULT_PROVIDERS, OnnxCausalLM, default_options
@@ -25,15 +25,15 @@ from exporters.tracing import decode_step, tracing
 from exporters.writer import Written, one_line, one_of, require
 from selfpruner_hub.errors import ExportError, UserError
 
-TOLERANCES = {"float32": 1e-3, "float16": 0.1, "int8": 0.1, "int4": 0.1}
+ONNX_TOLERANCES = {"float32": 1e-3, "float16": 0.1, "int8": 0.1, "int4": 0.1}
 """Largest allowed distance from PyTorch in float32, by dtype: of a logit; for int8 and int4 the KL divergence in nats
 from the PyTorch model with rounded matrices, on text that the model writes, to allow for kernels that round activations
 to 8 bits."""
-DTYPES = ("float32", "float16", "int8")
+ONNX_DTYPES = ("float32", "float16", "int8")
 LAYOUTS = ("transformers", "hub")
 FUSIONS = tuple(DEFAULT_PROVIDERS)
 _ORT_FUSIONS: dict[str, Literal["cpu", "cuda"] | None] = {"cpu": "cpu", "cuda": "cuda", "none": None}
-EXTRA, LIBRARIES = "onnx", ("onnx", "onnxscript", "onnxruntime")
+ONNX_EXTRA, ONNX_LIBRARIES = "onnx", ("onnx", "onnxscript", "onnxruntime")
 HUB_REMARK = "ONNX Runtime GenAI and Transformers.js load this directory; OnnxCausalLM does not."
 
 
@@ -65,19 +65,19 @@ def write(
         UserError: An option is unknown, or a library is missing.
         ExportError: The model cannot be traced.
     """
-    one_of("dtype", dtype, DTYPES)
+    one_of("dtype", dtype, ONNX_DTYPES)
     one_of("fusions", fusions, FUSIONS)
     if one_of("layout", layout, LAYOUTS) == "hub" and (dtype, fusions) != ("float32", "cpu"):
         raise UserError("The layout hub has a graph in every dtype, fused for CPUs.", "Leave out dtype and fusions.")
-    for library in LIBRARIES:
-        require(library, EXTRA)
+    for library in ONNX_LIBRARIES:
+        require(library, ONNX_EXTRA)
     options = {"dtype": dtype, "fusions": fusions, "layout": layout}
     libraries = ("onnx", "onnxscript", importlib.metadata.packages_distributions()["onnxruntime"][0])
     if layout == "hub":
         _write_hub_layout(model, staging)
         passes, remark = expected_by_dtype(model)
-        run = partial(hub_layout.difference, passes, staging, model.config, TOLERANCES, default_options())
-        return Written(options, libraries, TOLERANCES["float32"], lambda: run, remark=f"{HUB_REMARK} {remark}")
+        run = partial(hub_layout.graphs_difference, passes, staging, model.config, ONNX_TOLERANCES, default_options())
+        return Written(options, libraries, ONNX_TOLERANCES["float32"], lambda: run, remark=f"{HUB_REMARK} {remark}")
     in_bits = dtype in BITS
     exported = trace(nn.Module.half(copy.deepcopy(model)) if dtype == "float16" else model, fusions)
     if in_bits:
@@ -91,7 +91,7 @@ def write(
     return Written(
         options=options,
         libraries=libraries,
-        tolerance=TOLERANCES[dtype],
+        tolerance=ONNX_TOLERANCES[dtype],
         compare=(lambda: partial(_difference, passes[dtype], staging, fusions, in_bits)) if runnable else None,
         compared="KL divergence" if in_bits else "logit",
         unchecked="" if runnable else f"this onnxruntime has no {DEFAULT_PROVIDERS[fusions]}",
@@ -113,21 +113,21 @@ def write_graph(model: PreTrainedModel, directory: Path) -> hub_layout.HubGraph:
         MissingExtraError: A library is not installed.
         ExportError: The model cannot be traced.
     """
-    for library in LIBRARIES:
-        require(library, EXTRA)
-    hub_layout.save_graph(trace(model, "cpu", last=True).program, directory, "float32")
+    for library in ONNX_LIBRARIES:
+        require(library, ONNX_EXTRA)
+    hub_layout.save_hub_graph(trace(model, "cpu", last=True).program, directory, "float32")
     path = directory / hub_layout.file_of("float32")
     return hub_layout.HubGraph(path, model.config, default_options(), model.generation_config)
 
 
 def expected_by_dtype(
-    model: PreTrainedModel, dtypes: Collection[str] = tuple(TOLERANCES)
+    model: PreTrainedModel, dtypes: Collection[str] = tuple(ONNX_TOLERANCES)
 ) -> tuple[dict[str, list[Step]], str]:
     """Record what graphs should compute.
 
     Args:
         model: Model in float32.
-        dtypes: Dtypes of the graphs, keys of `TOLERANCES`.
+        dtypes: Dtypes of the graphs, keys of `ONNX_TOLERANCES`.
 
     Returns:
         Forward passes in PyTorch by dtype; for 8 and 4 bits, of the model with rounded matrices on text of its own. And
@@ -136,20 +136,20 @@ def expected_by_dtype(
     passes = dict.fromkeys(dtypes, expected(model))
     if not (in_bits := [dtype for dtype in dtypes if dtype in BITS]):
         return passes, ""
-    text, told = own_text(model), []
-    own = expected(model, text=text)
+    text, losses = own_text(model), []
+    on_text = expected(model, text=text)
     for dtype in in_bits:
         of_bits = rounded(model, BITS[dtype])
         passes[dtype] = expected(of_bits, text=text)
-        told.append(f"{divergence(own, of_bits):.2g} nats in {BITS[dtype]} bits")
-    return passes, f"Rounding alone moves the model, by the KL divergence on text of its own, {', '.join(told)}."
+        losses.append(f"{kl_divergence(on_text, of_bits):.2g} nats in {BITS[dtype]} bits")
+    return passes, f"Rounding alone moves the model, by the KL divergence on text of its own, {', '.join(losses)}."
 
 
 def _write_hub_layout(model: PreTrainedModel, staging: Path) -> None:
-    hub_layout.save_graph(trace(model, "cpu", last=True).program, staging, "float32")
+    hub_layout.save_hub_graph(trace(model, "cpu", last=True).program, staging, "float32")
     hub_layout.save_quantized(staging)
     half = nn.Module.half(copy.deepcopy(model))
-    hub_layout.save_graph(trace(half, "cpu", last=True).program, staging, "float16")
+    hub_layout.save_hub_graph(trace(half, "cpu", last=True).program, staging, "float16")
     hub_layout.save_configurations(model, staging)
     gc.collect()
 
@@ -221,7 +221,7 @@ def _difference(passes: list[Step], directory: Path, fusions: str, in_bits: bool
     # Without prepacked weights, ONNX Runtime runs other kernels for 8 bits than those that users get.
     options = default_options() if in_bits else _frugal_options()
     graph = OnnxCausalLM.open(directory, [DEFAULT_PROVIDERS[fusions]], session_options=options)
-    return (divergence if in_bits else logit_difference)(passes, graph)
+    return (kl_divergence if in_bits else logit_difference)(passes, graph)
 
 
 def _frugal_options() -> Any:

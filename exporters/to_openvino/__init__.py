@@ -5,8 +5,8 @@ from typing import TypedDict
 from exporters.format import DTYPE, Format, later
 
 
-class Recorded(TypedDict):
-    """What is read of the options of an export."""
+class OpenVinoOptions(TypedDict):
+    """Recorded options of an export that are read again."""
 
     dtype: str
 
@@ -19,7 +19,7 @@ FORMAT = Format(
     libraries=("openvino",),
     write=later(f"{__name__}.writer", "write"),
     options=(DTYPE,),
-    recorded=Recorded,
+    recorded=OpenVinoOptions,
     files=later(f"{__name__}.runner", "files"),
     load=later(f"{__name__}.runner", "load"),
     dtypes=lambda: {"float32": (4, 4), "float16": (2, 4)},

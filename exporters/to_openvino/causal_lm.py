@@ -20,7 +20,7 @@ from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.models.loading import resolve_directory
 
 GRAPH = "openvino_model.xml"
-EXTRA = "openvino"
+OPENVINO_EXTRA = "openvino"
 
 
 class StateLayer(DynamicLayer):
@@ -116,7 +116,7 @@ class OpenVinoCausalLM(GraphCausalLM):
             UserError: The device is not available.
             SavedModelError: There is no OpenVINO export, or it is damaged.
         """
-        require("openvino", EXTRA)
+        require("openvino", OPENVINO_EXTRA)
         directory = resolve_directory(str(name), subfolder, **kwargs)
         FORMAT.read(directory)
         return cls.open(directory, device, threads, settings)
@@ -145,7 +145,7 @@ class OpenVinoCausalLM(GraphCausalLM):
             SavedModelError: The files are damaged.
         """
         core = _core()
-        if device.split(".")[0] not in {known.split(".")[0] for known in core.available_devices}:
+        if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
             raise UserError(f"OpenVINO has no device {device!r} here.", f"It has {', '.join(core.available_devices)}.")
         chosen: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if device == "CPU":

@@ -8,12 +8,12 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.parity import Step, expected, logit_difference
-from exporters.to_openvino.causal_lm import EXTRA, OpenVinoCausalLM
+from exporters.to_openvino.causal_lm import OPENVINO_EXTRA, OpenVinoCausalLM
 from exporters.tracing import decode_step, tracing
 from exporters.writer import Written, one_line, one_of, require
 from selfpruner_hub.errors import ExportError
 
-TOLERANCES = {"float32": 1e-3, "float16": 0.2}
+OPENVINO_TOLERANCES = {"float32": 1e-3, "float16": 0.2}
 """Largest allowed distance of a logit from PyTorch's in float32, by dtype of the weights; arithmetic is float32."""
 
 
@@ -35,8 +35,8 @@ def write(
         UserError: The option is unknown, or OpenVINO is not installed.
         ExportError: The model cannot be traced.
     """
-    one_of("dtype", dtype, tuple(TOLERANCES))
-    require("openvino", EXTRA)
+    one_of("dtype", dtype, tuple(OPENVINO_TOLERANCES))
+    require("openvino", OPENVINO_EXTRA)
     from transformers.exporters.configs import OpenVINOConfig
     from transformers.exporters.exporter_openvino import OpenVINOExporter
 
@@ -55,7 +55,7 @@ def write(
     return Written(
         options={"dtype": dtype},
         libraries=("openvino",),
-        tolerance=TOLERANCES[dtype],
+        tolerance=OPENVINO_TOLERANCES[dtype],
         compare=lambda: partial(_difference, expected(model), staging),
     )
 

@@ -5,8 +5,8 @@ from typing import TypedDict
 from exporters.format import DTYPE, Format, Option, later
 
 
-class Recorded(TypedDict):
-    """What is read of the options of an export."""
+class PaddedOptions(TypedDict):
+    """Recorded options of an export that are read again."""
 
     dtype: str
 
@@ -16,6 +16,6 @@ FORMAT = Format(
     title="stock transformers",
     write=later(f"{__name__}.writer", "write"),
     options=(Option("width", "widest or dense"), DTYPE),
-    recorded=Recorded,
+    recorded=PaddedOptions,
     files=later(f"{__name__}.runner", "files"),
 )

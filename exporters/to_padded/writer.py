@@ -21,8 +21,8 @@ from selfpruner_hub.models.stock_config import save_model
 from selfpruner_hub.models.weights import is_tied, rebuild_buffers
 from selfpruner_hub.plans.plan import LayerWidths
 
-WIDTHS = ("widest", "dense")
-TOLERANCES = {"float32": 1e-4, "float16": 0.1, "bfloat16": 1.0}
+PADDED_WIDTHS = ("widest", "dense")
+PADDED_TOLERANCES = {"float32": 1e-4, "float16": 0.1, "bfloat16": 1.0}
 """Largest allowed distance of a logit from PyTorch's in float32, by dtype of the saved weights."""
 REMARK = "A padded twin runs anywhere and brings no speed: it is as large as its widest layer, all the way."
 
@@ -41,20 +41,20 @@ def write(
         model: Dense or pruned model, float32, on the CPU.
         tokenizer: Unused; `staging` already holds it.
         staging: Directory of the padded model.
-        width: FFN width of every layer: `"widest"`, that of the widest layer, or `"dense"`, that of the dense model.
+        width: FFN width of every layer: `"widest"` (of the widest layer) or `"dense"` (of the dense model).
             Attention is always padded to the dense heads: many runtimes derive the head size from their number.
         dtype: Dtype of the saved weights: `"float32"`, `"float16"` or `"bfloat16"`.
 
     Returns:
         Report of what was written.
     """
-    one_of("dtype", dtype, tuple(TOLERANCES))
-    twin = padded_model(model, one_of("width", width, WIDTHS))
+    one_of("dtype", dtype, tuple(PADDED_TOLERANCES))
+    twin = padded_model(model, one_of("width", width, PADDED_WIDTHS))
     save_model(twin.to(getattr(torch, dtype)), staging)
     return Written(
         options={"width": width, "dtype": dtype},
         libraries=(),
-        tolerance=TOLERANCES[dtype],
+        tolerance=PADDED_TOLERANCES[dtype],
         compare=lambda: partial(_difference, expected(model), staging),
         remark=REMARK,
     )
@@ -77,8 +77,8 @@ def padded_model(model: PreTrainedModel, width: str = "widest") -> PreTrainedMod
         twin = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
     state = {k: v for k, v in model.state_dict().items() if ".layers." not in k}
     prefix = next(name for name, module in twin.named_modules() if module is decoder_layers(twin))
-    for index, (layer, own) in enumerate(zip(decoder_layers(model), shape.dense.layers, strict=True)):
-        padded = padded_state(layer, model.config, own, target)
+    for index, (layer, widths) in enumerate(zip(decoder_layers(model), shape.dense.layers, strict=True)):
+        padded = padded_state(layer, model.config, widths, target)
         state.update({f"{prefix}.{index}.{name}": tensor for name, tensor in padded.items()})
     twin.load_state_dict(state, assign=True, strict=True)
     twin.tie_weights()

@@ -6,8 +6,8 @@ from exporters.format import DTYPE, Format, Option, later
 from selfpruner_hub.storage.versioned_json import Count
 
 
-class Recorded(TypedDict):
-    """What is read of the options of an export."""
+class TensorRTOptions(TypedDict):
+    """Recorded options of an export that are read again."""
 
     dtype: Literal["float32", "float16", "bfloat16"]
     context: Count
@@ -27,7 +27,7 @@ FORMAT = Format(
         Option("batch", "most sequences at a time", int, "N"),
         Option("context", "most tokens of a sequence", int, "N"),
     ),
-    recorded=Recorded,
+    recorded=TensorRTOptions,
     files=later(f"{__name__}.runner", "files"),
     check=later(f"{__name__}.causal_lm", "check_fits"),
     context=lambda record, config: record.options["context"],

@@ -14,7 +14,7 @@ from transformers import AutoConfig, Cache, GenerationConfig, PreTrainedConfig
 from exporters.graph_causal_lm import GraphCausalLM
 from exporters.to_tensorrt import FORMAT
 from exporters.to_tensorrt.cuda_graphs import FixedWindow, layer_names
-from exporters.to_tensorrt.engine import Engine
+from exporters.to_tensorrt.engine import TensorRTEngine
 from exporters.to_tensorrt.library import find_library, gpu_here
 from exporters.tracing import cache_of, states_of
 from selfpruner_hub.errors import SavedModelError, UserError
@@ -30,7 +30,7 @@ class TensorRtCausalLM(GraphCausalLM):
     """A causal language model in TensorRT, on an NVIDIA GPU.
 
     Args:
-        engine: Engine with the interface of `Engine`.
+        engine: Engine with the interface of `TensorRTEngine`.
         config: Configuration of the exported model.
         context: Largest number of tokens of a sequence.
         dtype: Dtype of keys and values.
@@ -95,7 +95,7 @@ class TensorRtCausalLM(GraphCausalLM):
         Raises:
             SavedModelError: TensorRT cannot load the engine.
         """
-        engine = Engine(find_library(options["library"]), serialised)
+        engine = TensorRTEngine(find_library(options["library"]), serialised)
         generation = GenerationConfig.from_pretrained(directory)
         dtype = getattr(torch, options["dtype"])
         config = AutoConfig.from_pretrained(directory)

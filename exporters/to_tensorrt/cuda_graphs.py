@@ -11,11 +11,11 @@ from transformers import Cache
 from exporters.tracing import cache_of, states_of
 
 Tensors = dict[str, Tensor]
-Run = Callable[[Mapping[str, Tensor], Tensors | None], Tensors]
+DecodeStep = Callable[[Mapping[str, Tensor], Tensors | None], Tensors]
 """Function that runs one decode step on inputs by name, and writes outputs by name (None allocates them)."""
 Capture = Callable[[Callable[[], None]], Callable[[], object]]
 """Function that captures another function as a CUDA graph, and returns the replay on the same tensors."""
-STEP = 256
+WINDOW_STEP = 256
 """Step of window lengths, in tokens: after this many tokens, a longer window is made and captured."""
 
 
@@ -45,10 +45,10 @@ class FixedWindow:
         capture: Function that captures a step as a CUDA graph; None runs each step without one.
     """
 
-    def __init__(self, run: Run, cache: Cache, limit: int, capture: Capture | None = None) -> None:
+    def __init__(self, run: DecodeStep, cache: Cache, limit: int, capture: Capture | None = None) -> None:
         self._run = run
         past = cache.get_seq_length()
-        self.size = min(limit, STEP * (past // STEP + 1))
+        self.size = min(limit, WINDOW_STEP * (past // WINDOW_STEP + 1))
         states = states_of(cache)
         batch, device = states[0].shape[0], states[0].device
         names = layer_names("input", len(cache.layers))
@@ -64,7 +64,7 @@ class FixedWindow:
         self._inputs["attention_mask"][:, -1] = 1
         self._outputs = run(self._inputs, None)  # warm-up for the capture; it also allocates the outputs
         self._once = capture(self._advance) if capture is not None else self._advance
-        self._length, self._known = past, states
+        self._length, self._states = past, states
         for buffer, state in zip(self._past, states, strict=True):
             buffer.zero_()
             buffer[:, :, self.size - past :] = state
@@ -74,7 +74,7 @@ class FixedWindow:
 
         Beam search replaces the tensors in the same cache object.
         """
-        mine = all(state is known for state, known in zip(states_of(cache), self._known, strict=True))
+        mine = all(state is expected for state, expected in zip(states_of(cache), self._states, strict=True))
         return mine and self._length < self.size
 
     def step(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> tuple[Tensor, Cache]:
@@ -104,5 +104,5 @@ class FixedWindow:
             buffer.copy_(self._outputs[name][:, :, 1:])
 
     def _cache(self) -> Cache:
-        self._known = [buffer[:, :, self.size - self._length :] for buffer in self._past]
-        return cache_of(self._known)
+        self._states = [buffer[:, :, self.size - self._length :] for buffer in self._past]
+        return cache_of(self._states)

@@ -14,7 +14,7 @@ from selfpruner_hub.errors import SavedModelError
 _SMALLER = "Give it fewer sequences or tokens, or export the model with a larger batch or context."
 
 
-class Engine:
+class TensorRTEngine:
     """A loaded engine with one execution context per profile.
 
     Args:

@@ -12,8 +12,8 @@ import torch
 
 from selfpruner_hub.errors import MissingExtraError, UserError
 
-LIBRARIES = ("tensorrt", "tensorrt_rtx")
-EXTRA = "tensorrt-rtx"
+TENSORRT_LIBRARIES = ("tensorrt", "tensorrt_rtx")
+TENSORRT_EXTRA = "tensorrt-rtx"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def find_library(name: str | None = None, *, elsewhere: bool = False) -> Library
     """Import TensorRT.
 
     Args:
-        name: Library name, one of `LIBRARIES`; None takes the first that is installed.
+        name: Library name, one of `TENSORRT_LIBRARIES`; None takes the first that is installed.
         elsewhere: Flag to require building for a GPU that is not here; only TensorRT-RTX can.
 
     Returns:
@@ -51,14 +51,14 @@ def find_library(name: str | None = None, *, elsewhere: bool = False) -> Library
     Raises:
         MissingExtraError: No suitable library is installed.
     """
-    for candidate in LIBRARIES if name is None else (name,):
+    for candidate in TENSORRT_LIBRARIES if name is None else (name,):
         try:
             module = importlib.import_module(candidate)
         except (ImportError, OSError):  # OSError: a CUDA library of the installed wheel is missing
             continue
         if not elsewhere or hasattr(module, "ComputeCapability"):
             return Library(candidate, module, _make_log(module))
-    raise MissingExtraError("TensorRT" if name is None else name, "tensorrt" if name == "tensorrt" else EXTRA)
+    raise MissingExtraError("TensorRT" if name is None else name, "tensorrt" if name == "tensorrt" else TENSORRT_EXTRA)
 
 
 def gpu_here() -> tuple[str, str] | None:

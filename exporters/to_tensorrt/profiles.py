@@ -26,7 +26,7 @@ class Profile:
     """Number of new tokens."""
     past: tuple[int, int, int]
     """Number of tokens in the cache."""
-    kept: tuple[int, int, int]
+    logit_positions: tuple[int, int, int]
     """Number of positions that get logits."""
     context: int
     """Largest number of tokens in the cache after the pass."""
@@ -45,7 +45,7 @@ class Profile:
             "input_ids": _shapes(self.batch, self.length),
             "attention_mask": _shapes(self.batch, total),
             "position_ids": _shapes(self.batch, self.length),
-            "logits_to_keep": _shapes(self.kept),
+            "logits_to_keep": _shapes(self.logit_positions),
         }
         for index, layer in enumerate(shape.dense.layers):
             for what in ("keys", "values"):

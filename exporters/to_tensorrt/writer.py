@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.parity import STEPS, Step, expected, logit_difference
+from exporters.parity import DECODE_STEPS, Step, expected, logit_difference
 from exporters.to_onnx.writer import trace
 from exporters.to_tensorrt.causal_lm import ENGINE, TensorRtCausalLM
 from exporters.to_tensorrt.library import Library, find_library, gpu_here, parse_capability
@@ -23,7 +23,7 @@ from exporters.writer import Written, one_line, one_of, require
 from selfpruner_hub.errors import ExportError, UserError
 from selfpruner_hub.models.architectures import shape_of
 
-DTYPES = {"float32": (torch.float32, 0.05), "float16": (torch.float16, 0.2), "bfloat16": (torch.bfloat16, 1.5)}
+TENSORRT_DTYPES = {"float32": (torch.float32, 0.05), "float16": (torch.float16, 0.2), "bfloat16": (torch.bfloat16, 1.5)}
 """Dtype of the strongly typed network (float32 may use TF32), and largest allowed distance of a logit to PyTorch's."""
 
 
@@ -56,7 +56,7 @@ def write(
         UserError: An option is wrong, there is no GPU and none is named, or a library is missing.
         ExportError: The model cannot be traced, or TensorRT cannot build the engine.
     """
-    kind, tolerance = DTYPES[one_of("dtype", dtype, tuple(DTYPES))]
+    kind, tolerance = TENSORRT_DTYPES[one_of("dtype", dtype, tuple(TENSORRT_DTYPES))]
     prepared = profiles(batch, context)
     target, gpu = _target(compute_capability)
     for needed in ("onnx", "onnxscript"):
@@ -66,8 +66,8 @@ def write(
         one_of("compute capability", target, tuple(library.capabilities))
     with tempfile.TemporaryDirectory(dir=staging.parent) as scratch:
         graph = Path(scratch) / "model.onnx"
-        save_graph(model, kind, graph)
-        engine = build(library, graph, model.config, prepared, target if gpu is None else None)
+        save_plain_graph(model, kind, graph)
+        engine = build_engine(library, graph, model.config, prepared, target if gpu is None else None)
     (staging / ENGINE).write_bytes(engine)
     model.config.save_pretrained(staging)
     options = {
@@ -80,7 +80,7 @@ def write(
         "profiles": [asdict(profile) for profile in prepared],
         "sha256": hashlib.sha256(engine).hexdigest(),
     }
-    longest = min(24, context - STEPS)
+    longest = min(24, context - DECODE_STEPS)
     prompts = [max(1, longest // part) for part in (1, 3, 24)][:batch]
     return Written(
         options=options,
@@ -93,21 +93,21 @@ def write(
     )
 
 
-def _target(asked: str | float | None) -> tuple[str, str | None]:
+def _target(capability: str | float | None) -> tuple[str, str | None]:
     """The compute capability to build for, and the name of this machine's GPU if it has that capability."""
     here = gpu_here()
-    if asked is None:
+    if capability is None:
         if here is None:
             raise UserError(
                 "PyTorch sees no NVIDIA GPU here to build an engine for.",
                 "Name its compute capability, such as 8.6 (--compute-capability 8.6).",
             )
         return here
-    target = parse_capability(asked)
+    target = parse_capability(capability)
     return target, here[1] if here is not None and here[0] == target else None
 
 
-def save_graph(model: PreTrainedModel, dtype: torch.dtype, path: Path) -> None:
+def save_plain_graph(model: PreTrainedModel, dtype: torch.dtype, path: Path) -> None:
     """Write the plain ONNX graph of a model.
 
     Args:
@@ -121,7 +121,7 @@ def save_graph(model: PreTrainedModel, dtype: torch.dtype, path: Path) -> None:
     onnx_ir.save(trace(typed, "none").program, str(path), external_data=f"{path.name}.data")
 
 
-def build(
+def build_engine(
     library: Library, graph: Path, config: PreTrainedConfig, prepared: tuple[Profile, ...], target: str | None
 ) -> bytes:
     """Build an engine from an ONNX graph.

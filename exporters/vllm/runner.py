@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PAUSE = 0.01
+VLLM_PAUSE = 0.01
 """Seconds to wait before a pass: the other model's threads keep spinning for some milliseconds after theirs."""
 CACHE_GB = "2"
 """GiB of the KV cache on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
@@ -86,20 +86,20 @@ class Server:
         """Answer a request; see `exporters.benchmark.worker.Worker`."""
         if "name" in request:
             self.model = Vllm(request["name"], request["setting"])
-            self.loading = peak_memory()
+            self.loading = vllm_peak_memory()
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forgets the peak
             return None
         if "ids" in request:
-            time.sleep(PAUSE)
+            time.sleep(VLLM_PAUSE)
             return self.model.measure(request["ids"], request["new_tokens"])
-        return {"peak_mb": peak_memory(), "loading_mb": self.loading}
+        return {"peak_mb": vllm_peak_memory(), "loading_mb": self.loading}
 
 
-def peak_memory() -> float:
+def vllm_peak_memory() -> float:
     """Peak resident memory of this process, in MB (10⁶ bytes); 0 where the system does not tell."""
-    told = re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="utf-8")) if _STATUS.exists() else None
-    return round(int(told[1]) * 1024 / 1e6, 1) if told else 0.0
+    peak = re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="utf-8")) if _STATUS.exists() else None
+    return round(int(peak[1]) * 1024 / 1e6, 1) if peak else 0.0
 
 
 def main() -> None:
@@ -111,8 +111,8 @@ def main() -> None:
         try:
             reply = {"result": serve(json.loads(line))}
         except Exception as error:  # vLLM raises many types; only the first line of them says something
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            reply = {"error": f"vLLM: {said[0]}"[:400], "hint": "See docs/serving.md."}
+            message = str(error).strip().splitlines() or [type(error).__name__]
+            reply = {"error": f"vLLM: {message[0]}"[:400], "hint": "See docs/serving.md."}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

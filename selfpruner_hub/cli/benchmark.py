@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.format import runtimes
-from selfpruner_hub.cli.options import device_map, listed, path, quieten
+from selfpruner_hub.cli.options import Result, device_map, listed, path, quieten
 from selfpruner_hub.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,23 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gguf-file", metavar="FILE", help="load the weights of MODEL from this GGUF file of it")
 
 
-def run(options: argparse.Namespace) -> str:
+def run(options: argparse.Namespace) -> Result:
     """Run the benchmark.
 
     Args:
         options: Parsed command line.
 
     Returns:
-        Text to print: the table, or JSON.
+        The table, or JSON.
 
     Raises:
-        UserError: An option is wrong, a model cannot be loaded or exported, or figures are to be saved beside those of
-            a model that is not the parent.
+        UserError: An option is wrong, a model cannot be loaded or exported, or figures are to be saved
+            whose dense model is not the parent in the record.
     """
-    batches = [] if options.batch is None else _numbers("batch", options.batch)
-    prompts = [] if options.prompt is None else _numbers("prompt", options.prompt)
-    (new,), (runs,) = (_numbers(name, getattr(options, name), 1) for name in ("new", "runs"))
-    threads = None if options.threads is None else _numbers("threads", options.threads, 1)[0]
+    numbers = _counts(options)
 
     from exporters.benchmark import Passes, benchmark
     from selfpruner_hub.hub.card import save_metrics
@@ -70,19 +67,9 @@ def run(options: argparse.Namespace) -> str:
     quieten(options)
     if options.output is not None:
         check_writable(options.output.parent)
-    passes = Passes(
-        batches=batches,
-        prompts=prompts,
-        new_tokens=new,
-        runs=runs,
-        threads=threads,
-        dtype=options.dtype,
-        device=options.device,
-        python=options.python,
-        text=options.text,
-    )
+    passes = Passes(**numbers, dtype=options.dtype, device=options.device, python=options.python, text=options.text)
     named = {"revision": options.revision, "gguf_file": options.gguf_file, "device_map": options.device_map}
-    if options.save:  # what is wrong is said before the benchmark, which takes minutes
+    if options.save:  # an error comes before the benchmark, which takes minutes
         record = read_record(Path(options.directory))
         check_parent(record, _identity(options, record), options.against)
     with Bars(not options.quiet) as progress:
@@ -99,11 +86,11 @@ def run(options: argparse.Namespace) -> str:
         write_atomically(options.output, report.to_json())
     if options.save:
         save_metrics(Path(options.directory), report.metrics())
-    return report.to_json().rstrip("\n") if options.json else report.table()
+    return Result(report.to_json().rstrip("\n") if options.json else report.table())
 
 
 def _identity(options: argparse.Namespace, record: Record) -> dict[str, Any]:
-    """Identity of the model to compare with: that in its record, of an export, or else that of its weights."""
+    """Identity of the model to compare with: from the record of an export, or from the weights of a model."""
     from selfpruner_hub.models.loading import load_model
     from selfpruner_hub.models.weights import identity_of
     from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
@@ -114,6 +101,18 @@ def _identity(options: argparse.Namespace, record: Record) -> dict[str, Any]:
     given = {key: value for key, value in named.items() if value is not None}
     model, _ = load_model(options.against, device="cpu", dtype=record.parent.get("dtype", "auto"), **given)
     return identity_of(model)
+
+
+def _counts(options: argparse.Namespace) -> dict[str, Any]:
+    """Read the options that are whole numbers; keywords of `Passes`."""
+    (new_tokens,), (runs,) = (_numbers(name, getattr(options, name), 1) for name in ("new", "runs"))
+    return {
+        "batches": [] if options.batch is None else _numbers("batch", options.batch),
+        "prompts": [] if options.prompt is None else _numbers("prompt", options.prompt),
+        "new_tokens": new_tokens,
+        "runs": runs,
+        "threads": None if options.threads is None else _numbers("threads", options.threads, 1)[0],
+    }
 
 
 def _numbers(name: str, text: str, most: int | None = None) -> list[int]:

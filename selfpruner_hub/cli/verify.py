@@ -9,8 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfpruner_hub.cli.options import quieten
-from selfpruner_hub.errors import ExportError
+from selfpruner_hub.cli.options import Result, quieten
 
 if TYPE_CHECKING:
     from exporters.verify import Comparison, Verification
@@ -36,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gguf-file", metavar="FILE", help="load the model's weights from this GGUF file of it")
 
 
-def run(options: argparse.Namespace) -> tuple[str, ExportError | None]:
+def run(options: argparse.Namespace) -> Result:
     """Compare an export with its PyTorch model.
 
     Args:
         options: Parsed command line.
 
     Returns:
-        Text to print, both sides or JSON; and the error of an export that differs by more than its tolerance, or None.
+        Both sides, or JSON; with a note and status 1 where an export differs by more than its tolerance.
 
     Raises:
         UserError: There is no export or no model, the model is another one, or the runtime is missing.
@@ -55,27 +54,32 @@ def run(options: argparse.Namespace) -> tuple[str, ExportError | None]:
     quieten(options)
     loading = {name: value for name in ("revision", "gguf_file") if (value := getattr(options, name)) is not None}
     with Bars(not options.quiet) as progress:
-        found = verify(
+        verification = verify(
             options.export, options.prompt, options.new_tokens, options.model, loading=loading, progress=progress
         )
-    return (_as_json(found) if options.json else _side_by_side(found)), found.failure
+    text = _as_json(verification) if options.json else _side_by_side(verification)
+    return Result(text) if verification.failure is None else Result(text, str(verification.failure), status=1)
 
 
-def _as_json(found: Verification) -> str:
-    values: dict[str, Any] = asdict(found)
+def _as_json(verification: Verification) -> str:
+    values: dict[str, Any] = asdict(verification)
     for file in values["files"]:
         if not math.isfinite(file["difference"]):
             file["difference"] = None  # JSON has no NaN
-    failure = found.failure
-    said = {} if failure is None else {"error": failure.message, "hint": failure.hint}
-    return json.dumps({**said, "verified": failure is None, **values}, allow_nan=False)
+    failure = verification.failure
+    error = {} if failure is None else {"error": failure.message, "hint": failure.hint}
+    return json.dumps({**error, "verified": failure is None, **values}, allow_nan=False)
 
 
-def _side_by_side(found: Verification) -> str:
-    texts = {"prompt": found.prompt, "PyTorch": found.text, **{file.file: file.text for file in found.files}}
+def _side_by_side(verification: Verification) -> str:
+    texts = {
+        "prompt": verification.prompt,
+        "PyTorch": verification.text,
+        **{file.file: file.text for file in verification.files},
+    }
     widest = max(map(len, texts))
     lines = [f"{name:{widest}}  {text!r}" for name, text in texts.items()]
-    return "\n".join([*lines, *(_line(file, len(found.tokens)) for file in found.files)])
+    return "\n".join([*lines, *(_line(file, len(verification.tokens)) for file in verification.files)])
 
 
 def _line(file: Comparison, count: int) -> str:
@@ -84,9 +88,9 @@ def _line(file: Comparison, count: int) -> str:
         if file.differs_at is None
         else f"token {file.differs_at + 1} of {count} is the first that is not PyTorch's"
     )
-    told = (
+    difference = (
         f"KL divergence from PyTorch with rounded weights {file.difference:.1e}"
         if file.measured == "KL divergence"
         else f"a {file.measured} differs from PyTorch's float32 by {file.difference:.1e} at most"
     )
-    return f"{file.file}: {same}; {told} ({file.tolerance:.1e} is allowed)"
+    return f"{file.file}: {same}; {difference} ({file.tolerance:.1e} is allowed)"

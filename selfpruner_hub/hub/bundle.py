@@ -53,7 +53,7 @@ class Bundle:
 
     @property
     def has_dense_graphs(self) -> bool:
-        """Whether the graphs have those of the dense parent beside them."""
+        """Whether the graphs of the dense parent are beside the model's."""
         return any(name.startswith(f"{DENSE}/") for name in self.graphs)
 
     @property
@@ -103,13 +103,13 @@ def check_export(directory: Path, name: str, record: Record) -> ExportRecord:
     Raises:
         SavedModelError: The folder holds no export, one of another format, or one of another model.
     """
-    found = read_export(directory / name, name)
+    export = read_export(directory / name, name)
     if not is_export_of(directory / name, directory, record):
         raise SavedModelError(
             f"{str(directory / name)!r} is an export of another model than {str(directory)!r} holds.",
             f"Delete it, then push with --with {name}.",
         )
-    return found
+    return export
 
 
 def is_export_of(folder: Path, directory: Path, record: Record) -> bool:
@@ -131,10 +131,10 @@ def is_export_of(folder: Path, directory: Path, record: Record) -> bool:
     source = read_export(folder).source
     weights = [directory / name for name in weight_files(directory)]
     try:
-        found = weights_hash(saved_weights(weights)), configuration_hash(load_config(str(directory)))
+        identity = weights_hash(saved_weights(weights)), configuration_hash(load_config(str(directory)))
     except (SafetensorError, OSError) as error:
         raise SavedModelError(f"The weights in {str(directory)!r} are damaged.", "Save the model again.") from error
-    return found == (source.get("weights"), source.get("configuration"))
+    return identity == (source.get("weights"), source.get("configuration"))
 
 
 def same_model(one: Record, other: Record) -> bool:
@@ -149,14 +149,14 @@ def is_ours(name: str) -> bool:
 
 
 def _matching(directory: Path, patterns: Iterable[str]) -> dict[str, Path]:
-    found = (path for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file())
-    return {path.relative_to(directory).as_posix(): path for path in found}
+    paths = (path for pattern in patterns for path in sorted(directory.glob(pattern)) if path.is_file())
+    return {path.relative_to(directory).as_posix(): path for path in paths}
 
 
 def _within(folder: Path, root: Path) -> dict[str, Path]:
     """Return the files below a folder by their path from `root`, without hidden ones."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
-    return {path.relative_to(root).as_posix(): path for path in found}
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(root).as_posix(): path for path in paths}
 
 
 def _check_whole(directory: Path, files: dict[str, Path], needed: Sequence[str]) -> None:
@@ -179,5 +179,5 @@ def _pictures(directory: Path) -> dict[str, bytes]:
     from selfpruner_hub.hub.plots import plot_search  # matplotlib takes half a second, which every command would wait
 
     with tempfile.TemporaryDirectory() as temporary:
-        drawn = plot_search(directory, Path(temporary), formats=("png",))
-        return {f"{PLOTS}/{path.name}": path.read_bytes() for path in drawn}
+        files = plot_search(directory, Path(temporary), formats=("png",))
+        return {f"{PLOTS}/{path.name}": path.read_bytes() for path in files}

@@ -205,7 +205,7 @@ def _called(proposer: str) -> str:
     return f"`{name}`{behind}"
 
 
-def _licence(known: dict[str, str]) -> str:
-    """Return the licence as Markdown, with a link where known; empty where the licence is unknown."""
-    name = known.get("license_name") or known.get("license", "")
-    return f"[{name}]({known['license_link']})" if "license_link" in known else name
+def _licence(licence: dict[str, str]) -> str:
+    """Return the licence as Markdown, with a link where there is one; empty where the licence is unknown."""
+    name = licence.get("license_name") or licence.get("license", "")
+    return f"[{name}]({licence['license_link']})" if "license_link" in licence else name

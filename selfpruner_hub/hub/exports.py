@@ -22,7 +22,7 @@ def make_exports(directory: Path, formats: Sequence[str], *, static: bool = Fals
     Args:
         directory: Directory of the model.
         formats: Formats of the exports.
-        static: Whether a static Space needs the graphs of ONNX, and those of the dense parent beside them.
+        static: Whether a static Space needs ONNX graphs of the model, and of the dense parent beside them.
         parent: Directory or Hub repository of the parent; None takes the one that the record names.
     """
     from exporters.export import export  # it imports this package
@@ -33,8 +33,8 @@ def make_exports(directory: Path, formats: Sequence[str], *, static: bool = Fals
         target, options = directory / name, export_format(name).published
         if target.exists():
             try:
-                found = check_export(directory, name, record).options
-                if all(found.get(option) == value for option, value in options.items()):
+                current = check_export(directory, name, record).options
+                if all(current.get(option) == value for option, value in options.items()):
                     continue
             except SavedModelError:
                 read_export(target, name)  # fails where it is no export of this package, so it is not deleted
@@ -52,8 +52,8 @@ def _export_parent(target: Path, record: Record, parent: str) -> None:
     from exporters.format import export_format
 
     with tempfile.TemporaryDirectory() as temporary, save_directory(target) as staging:
-        made = export(parent, ONNX, Path(temporary) / DENSE, **export_format(ONNX).published)
-        check_parent(record, read_export(made).source, parent)
-        for path in (made / EXPORT_RECORD_FILE, *(made / ONNX).iterdir()):
+        graphs = export(parent, ONNX, Path(temporary) / DENSE, **export_format(ONNX).published)
+        check_parent(record, read_export(graphs).source, parent)
+        for path in (graphs / EXPORT_RECORD_FILE, *(graphs / ONNX).iterdir()):
             if not path.name.startswith("model.onnx"):
                 shutil.move(path, staging)

@@ -37,21 +37,21 @@ def _of_card(name: str, **kwargs: Any) -> dict[str, str]:
     keys = ("revision", "token", "cache_dir", "local_files_only")
     local = Path(name).is_dir()
     path = Path(name) / "README.md" if local else Path(hf_hub_download(name, "README.md", **_only(kwargs, keys)))
-    said = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    found = {field: str(value) for field in FIELDS if (value := getattr(said, field))}
-    link = found.get("license_link", "")
+    metadata = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    licence = {field: str(value) for field in FIELDS if (value := getattr(metadata, field))}
+    link = licence.get("license_link", "")
     if link and "://" not in link:  # relative to the parent's repository, which the pruned model is not in
-        found.pop("license_link")
+        licence.pop("license_link")
         if not local:
-            found["license_link"] = f"https://huggingface.co/{name}/blob/main/{link.removeprefix('./')}"
-    return found
+            licence["license_link"] = f"https://huggingface.co/{name}/blob/main/{link.removeprefix('./')}"
+    return licence
 
 
 def _of_gguf(path: Path) -> dict[str, str]:
     """Search the bytes for the keys: a GGUF reader would parse the whole vocabulary first, which takes seconds."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        found = {field: _string_of(data, f"general.{field.replace('_', '.')}".encode()) for field in FIELDS}
-    return {field: value for field, value in found.items() if value}
+        licence = {field: _string_of(data, f"general.{field.replace('_', '.')}".encode()) for field in FIELDS}
+    return {field: value for field, value in licence.items() if value}
 
 
 def _string_of(data: mmap.mmap, key: bytes) -> str:

@@ -17,10 +17,10 @@ from selfpruner_hub.search.journal import JOURNAL_FILE, read_journal
 from selfpruner_hub.search.journal_lines import ProbeLine, ScoreLine
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, read_record
 
-FORMATS = ("png", "svg")
+PICTURE_FORMATS = ("png", "svg")
 
 
-def plot_search(directory: Path, output: Path, formats: Sequence[str] = FORMATS) -> list[Path]:
+def plot_search(directory: Path, output: Path, formats: Sequence[str] = PICTURE_FORMATS) -> list[Path]:
     """Draw `search`, `population` and `rates` from the journal, and `recovery` from the record of a recovered model.
 
     Args:

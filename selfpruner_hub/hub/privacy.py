@@ -48,17 +48,17 @@ def check_private(files: Mapping[str, Path | bytes], directory: Path, tokens: It
         place = PurePosixPath(name)
         with _opened(source) as data:
             needles = secrets if place.name in _VOCABULARY else {**secrets, **paths}
-            found = next((what for needle, what in needles.items() if data.find(needle) >= 0), None)
-            if found is None and place.suffix in _TEXT and _FORMS.search(data):
-                found = "what looks like a token or a key"
-        if found:
-            raise UserError(f"{name} holds {found}; nothing was published.", "Take it out, then push again.")
+            leak = next((kind for needle, kind in needles.items() if data.find(needle) >= 0), None)
+            if leak is None and place.suffix in _TEXT and _FORMS.search(data):
+                leak = "what looks like a token or a key"
+        if leak:
+            raise UserError(f"{name} holds {leak}; nothing was published.", "Take it out, then push again.")
 
 
 def _secrets(tokens: Iterable[str | None]) -> dict[bytes, str]:
-    known = {value: f"the value of {name}" for name, value in os.environ.items() if _SECRET_NAMES.search(name)}
-    known |= {token: "your Hub token" for token in (*tokens, get_token()) if token}
-    return {form: what for value, what in known.items() if len(value) >= _SHORTEST_SECRET for form in _written(value)}
+    secrets = {value: f"the value of {name}" for name, value in os.environ.items() if _SECRET_NAMES.search(name)}
+    secrets |= {token: "your Hub token" for token in (*tokens, get_token()) if token}
+    return {form: kind for value, kind in secrets.items() if len(value) >= _SHORTEST_SECRET for form in _written(value)}
 
 
 def _written(value: str) -> set[bytes]:

@@ -107,70 +107,76 @@ def publish(
     """
     directory = Path(directory)
     check_request(space=space, create_pr=create_pr)
+    bundle = _collected(directory, repo_id, space, token)
+    api = HfApi(token=token, library_name="selfpruner-hub")
+    model = Repository(api, repo_id, "model", revision)
+    model.create(private)
+    graphs = Repository(api, f"{model.repo_id}{ONNX_ENDING}", "model", revision)
+    current = True if bundle.graphs else _are_of(directory, bundle.record, graphs)
+    linked = graphs.repo_id if current else ""
+    message = (commit_message or "Publish the pruned model", commit_description)
+    commit = model.commit(lambda tree: _model_changes(bundle, model, tree, linked), message, create_pr)
+    published = Published(*commit, stale_graphs=graphs.repo_id if current is False else None)
+    if bundle.graphs and not create_pr:
+        published = replace(published, graphs=_publish_graphs(bundle, model, graphs, private))
+    if space:
+        published = replace(published, space=_publish_space(bundle, model, linked, space == STATIC, private))
+    return published
+
+
+def _collected(directory: Path, repo_id: str, space: bool | str, token: str | bool | None) -> Bundle:
+    """Collect the files of a saved model, and check that the Space can run and that no file holds a secret."""
     bundle = collect(directory)
     if space == STATIC and not bundle.has_dense_graphs:
         raise UserError(
             "A static Space runs ONNX graphs of the model and of its dense parent, which are not there.",
             "Push with --space static on the command line, which makes them.",
         )
-    check_private(
-        {
-            **bundle.files,
-            **{f"{ONNX}/{name}": path for name, path in bundle.graphs.items()},
-            CARD: render_card(bundle.record, repo_id).encode(),
-        },
-        directory,
-        [token if isinstance(token, str) else None],
-    )
+    graphs = {f"{ONNX}/{name}": path for name, path in bundle.graphs.items()}
+    files: dict[str, Path | bytes] = {**bundle.files, **graphs, CARD: render_card(bundle.record, repo_id).encode()}
+    check_private(files, directory, [token if isinstance(token, str) else None])
+    return bundle
 
-    api = HfApi(token=token, library_name="selfpruner-hub")
-    model = Repository(api, repo_id, "model", revision)
-    model.create(private)
-    graphs = Repository(api, f"{model.repo_id}{ONNX_ENDING}", "model", revision)
-    there = True if bundle.graphs else _are_of(directory, bundle.record, graphs)
-    linked = graphs.repo_id if there else ""
-    message = (commit_message or "Publish the pruned model", commit_description)
-    done = model.commit(lambda tree: _model_changes(bundle, model, tree, linked), message, create_pr)
-    published = Published(*done, stale_graphs=graphs.repo_id if there is False else None)
-    if bundle.graphs and not create_pr:
-        with _after("its ONNX graphs are"):
-            graphs.create(private)
-            done = graphs.commit(
-                lambda tree: _graph_changes(bundle, graphs, model, tree), ("Publish the ONNX graphs", None)
-            )
-        published = replace(published, graphs=done.url)
-    if space:
-        if space == STATIC:
-            demo = Repository(api, f"{model.repo_id}-browser", "space")
-            files = static_files(bundle.record, graphs.repo_id, api.endpoint, revision)
-        else:
-            demo = Repository(api, f"{model.repo_id}-demo", "space")
-            files = space_files(bundle.record, model.repo_id, revision, _shown_export(model, linked))
-        with _after("its Space is"):
-            demo.create(private, STATIC if space == STATIC else GRADIO)
-            done = demo.commit(
-                lambda tree: (files, [n for n in _in(VENDORED, tree) if n not in files]), ("Publish the demo", None)
-            )
-        published = replace(published, space=done.url)
-    return published
+
+def _publish_graphs(bundle: Bundle, model: Repository, graphs: Repository, private: bool | None) -> str:
+    """Publish the ONNX graphs in their repository, and return its address."""
+    with _after_the_model("its ONNX graphs are"):
+        graphs.create(private)
+        message = ("Publish the ONNX graphs", None)
+        return graphs.commit(lambda tree: _graph_changes(bundle, graphs, model, tree), message).url
+
+
+def _publish_space(bundle: Bundle, model: Repository, graphs: str, static: bool, private: bool | None) -> str:
+    """Publish the Space, and return its address; `graphs` is the repository of the graphs, or empty."""
+    api, revision = model.api, model.revision
+    if static:
+        space = Repository(api, f"{model.repo_id}-browser", "space")
+        files = static_files(bundle.record, graphs, api.endpoint, revision)
+    else:
+        space = Repository(api, f"{model.repo_id}-demo", "space")
+        files = space_files(bundle.record, model.repo_id, revision, _shown_export(model, graphs))
+    with _after_the_model("its Space is"):
+        space.create(private, STATIC if static else GRADIO)
+        message = ("Publish the demo", None)
+        return space.commit(lambda tree: (files, [n for n in _in(VENDORED, tree) if n not in files]), message).url
 
 
 @contextmanager
-def _after(what: str) -> Iterator[None]:
-    """Say, of an error, that the model itself is published; `what` names the rest, with its verb."""
+def _after_the_model(subject: str) -> Iterator[None]:
+    """Say in an error that the model is published; `subject` names the part that is not, with its verb."""
     try:
         yield
     except SelfPrunerError as error:
-        raise type(error)(f"The model is published, {what} not: {error.message}", error.hint) from error
+        raise type(error)(f"The model is published, {subject} not: {error.message}", error.hint) from error
 
 
 def _are_of(directory: Path, record: Record, graphs: Repository) -> bool | None:
     """Return whether the graphs on the Hub are of the model in a directory; None where there are none of ours."""
-    if (found := graphs.read(MODEL_RECORD_FILE)) is None:
+    if (path := graphs.read(MODEL_RECORD_FILE)) is None:
         return None
     graphs.read(EXPORT_RECORD_FILE)  # into the same directory
     try:
-        return is_export_of(found.parent, directory, record)
+        return is_export_of(path.parent, directory, record)
     except SavedModelError:
         return False
 
@@ -203,10 +209,10 @@ def _model_changes(bundle: Bundle, repo: Repository, tree: Tree, graphs: str) ->
     Exports that only the repository has are kept if they were made from the same weights. The card links to the
     repository `graphs`, unless that is empty.
     """
-    kept = [name for name in EXPORTS if name not in bundle.exports and _in([name], tree)]
-    if kept and not all(name in tree and same_content(path, tree[name]) for name, path in bundle.weights.items()):
-        kept = []
-    exports = [name for name in EXPORTS if name in (*bundle.exports, *kept)]
+    remote = [name for name in EXPORTS if name not in bundle.exports and _in([name], tree)]
+    if remote and not all(name in tree and same_content(path, tree[name]) for name, path in bundle.weights.items()):
+        remote = []
+    exports = [name for name in EXPORTS if name in (*bundle.exports, *remote)]
     card = render_card(
         bundle.record,
         repo.repo_id,
@@ -217,7 +223,7 @@ def _model_changes(bundle: Bundle, repo: Repository, tree: Tree, graphs: str) ->
         chat=bundle.chat,
     )
     files: dict[str, Path | bytes] = {**bundle.files, **bundle.pictures, CARD: card.encode()}
-    here = {*files, *_in(kept, tree)}
+    here = {*files, *_in(remote, tree)}
     return files, [name for name in tree if is_ours(name) and name not in here]
 
 

@@ -22,9 +22,9 @@ Tree = dict[str, RepoFile]
 """Files of a repository, by path."""
 Changes = tuple[dict[str, Path | bytes], list[str]]
 """Files to write, by path, and paths of files to delete."""
-Message = tuple[str, str | None]
+CommitMessage = tuple[str, str | None]
 """Message of a commit, one line, and the text below it."""
-T = TypeVar("T")
+Returned = TypeVar("Returned")
 
 
 class Commit(NamedTuple):
@@ -37,12 +37,12 @@ class Commit(NamedTuple):
     """Whether a commit was made."""
 
 
-def same_content(path: Path, there: RepoFile) -> bool:
-    """Return whether a file equals that of a repository, by the hash that the Hub stores."""
-    if there.lfs is None:
-        return git_hash(path.read_bytes()) == there.blob_id
+def same_content(path: Path, remote: RepoFile) -> bool:
+    """Return whether a file equals a file of a repository, by the hash that the Hub stores."""
+    if remote.lfs is None:
+        return git_hash(path.read_bytes()) == remote.blob_id
     with path.open("rb") as file:
-        return sha_fileobj(file).hex() == there.lfs.sha256
+        return sha_fileobj(file).hex() == remote.lfs.sha256
 
 
 class Repository:
@@ -60,7 +60,7 @@ class Repository:
             raise UserError(
                 f"A repository has a name, such as OWNER/NAME; got {repo_id!r}.", "Give the name of one on the Hub."
             )
-        self._api = api
+        self.api = api
         self.repo_id = repo_id
         self.kind = kind
         self.revision = revision
@@ -71,7 +71,7 @@ class Repository:
         """Create the repository if missing; a Space with its SDK."""
         self.repo_id = self._patiently(
             lambda: (
-                self._api.create_repo(
+                self.api.create_repo(
                     self.repo_id, repo_type=self.kind, private=private, space_sdk=sdk, exist_ok=True
                 ).repo_id
             )
@@ -82,14 +82,14 @@ class Repository:
 
         def fetch() -> Path | None:
             try:
-                head = self._api.repo_info(self.repo_id, repo_type=self.kind, revision=self.revision).sha
-                return Path(self._api.hf_hub_download(self.repo_id, name, repo_type=self.kind, revision=head))
+                head = self.api.repo_info(self.repo_id, repo_type=self.kind, revision=self.revision).sha
+                return Path(self.api.hf_hub_download(self.repo_id, name, repo_type=self.kind, revision=head))
             except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError):
                 return None
 
         return self._patiently(fetch)
 
-    def commit(self, changes: Callable[[Tree], Changes], message: Message, create_pr: bool = False) -> Commit:
+    def commit(self, changes: Callable[[Tree], Changes], message: CommitMessage, create_pr: bool = False) -> Commit:
         """Commit the changes to the current content, if there are any; the branch is created if missing.
 
         Args:
@@ -106,15 +106,15 @@ class Repository:
         return self._patiently(lambda: self._commit(changes, message, create_pr), once=create_pr)
 
     def _create_branch(self, branch: str) -> None:
-        self._api.create_branch(self.repo_id, branch=branch, repo_type=self.kind, exist_ok=True)
+        self.api.create_branch(self.repo_id, branch=branch, repo_type=self.kind, exist_ok=True)
 
-    def _commit(self, changes: Callable[[Tree], Changes], message: Message, create_pr: bool) -> Commit:
-        head = self._api.repo_info(self.repo_id, repo_type=self.kind, revision=self.revision).sha
-        listed = self._api.list_repo_tree(self.repo_id, repo_type=self.kind, revision=head, recursive=True)
-        tree = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
+    def _commit(self, changes: Callable[[Tree], Changes], message: CommitMessage, create_pr: bool) -> Commit:
+        head = self.api.repo_info(self.repo_id, repo_type=self.kind, revision=self.revision).sha
+        entries = self.api.list_repo_tree(self.repo_id, repo_type=self.kind, revision=head, recursive=True)
+        tree = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         files, stale = changes(tree)
         self.content = tuple({*tree, *files} - {*stale})
-        done = self._api.create_commit(
+        commit = self.api.create_commit(
             self.repo_id,
             [
                 *(CommitOperationAdd(name, source) for name, source in sorted(files.items())),
@@ -128,20 +128,20 @@ class Repository:
             parent_commit=head,  # fails if the repository has changed since it was listed
         )
         prefix = "spaces/" if self.kind == "space" else ""
-        url = done.pr_url or f"{self._api.endpoint}/{prefix}{self.repo_id}"
-        return Commit(url, done.oid, done.oid != head)
+        url = commit.pr_url or f"{self.api.endpoint}/{prefix}{self.repo_id}"
+        return Commit(url, commit.oid, commit.oid != head)
 
-    def _patiently(self, call: Callable[[], T], once: bool = False) -> T:
+    def _patiently(self, call: Callable[[], Returned], once: bool = False) -> Returned:
         """Call, and retry after temporary failures; with `once`, not where the first call may have succeeded."""
         with self._explained(once):
             for wait in PAUSES:
                 try:
                     return call()
                 except Exception as error:  # the Hub's client raises many kinds
-                    asked = pause(error)
-                    if asked is None or (once and may_have_committed(error)):
+                    hub_wait = pause(error)
+                    if hub_wait is None or (once and may_have_committed(error)):
                         raise
-                time.sleep(max(wait, asked))
+                time.sleep(max(wait, hub_wait))
             return call()
 
     @contextmanager
@@ -154,6 +154,6 @@ class Repository:
                     "The Hub failed, or the connection dropped, while a pull request was opened.",
                     "See whether it is there before you repeat.",
                 ) from error
-            if told := explain_hub(error, self.repo_id):
-                raise told from error
+            if explanation := explain_hub(error, self.repo_id):
+                raise explanation from error
             raise

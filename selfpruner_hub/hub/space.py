@@ -19,16 +19,16 @@ from selfpruner_hub.storage.model_record import Record
 VENDORED = ("selfpruner_hub", "exporters")
 """Packages that are copied into a Space. Its `requirements.txt` cannot name this package before it is on an index: a
 requirement that pip does not find stops the build of the Space."""
-SETTINGS = "model.json"
+APP_MODEL_FILE = "model.json"
 """Name of the file that the app reads: the model, its revision, its dense parent, and its export."""
 REQUIREMENTS = "requirements.txt"
 GGUF, GRAPHS = "gguf", "graphs"
-"""Exports that a Space runs, as keys of `SETTINGS`: a file in the model's repository, or a repository of graphs."""
+"""Keys of `APP_MODEL_FILE` for the export that a Space runs: a file of the model's repository, or one of graphs."""
 RUNTIMES = {
     GGUF: ("xllamacpp>=2026.10",),
     GRAPHS: ("onnx>=1.23,<2", "onnxscript>=0.7.2,<0.8", "onnxruntime>=1.32,<2"),
 }
-"""Requirements of a Space that runs an export, by its kind: those of this package's extras `gguf` and `onnx`."""
+"""Requirements of a Space that runs an export, by its kind; the same as in this package's extras `gguf` and `onnx`."""
 DENSE = "dense"
 """Folder, beside a model's graphs, of the graphs of its dense parent, which a static Space compares it with."""
 _CARRIED = ("*.py", "templates/*.txt")
@@ -62,21 +62,21 @@ def space_files(
         Files by their path in the Space.
     """
     app = asset("spaces")
-    found = (path for pattern in ("*.py", "engines/*.py", REQUIREMENTS) for path in app.glob(pattern))
-    files: dict[str, Path | bytes] = {path.relative_to(app).as_posix(): path for path in found}
+    paths = (path for pattern in ("*.py", "engines/*.py", REQUIREMENTS) for path in app.glob(pattern))
+    files: dict[str, Path | bytes] = {path.relative_to(app).as_posix(): path for path in paths}
     settings = {"pruned": repo_id, "revision": revision, "dense": record.base_model}
     if export is not None:
         kind, where = export
         settings[kind] = where
         needed = [(app / REQUIREMENTS).read_text(encoding="utf-8").rstrip(), *RUNTIMES[kind]]
         files[REQUIREMENTS] = "\n".join([*needed, ""]).encode()
-    files[SETTINGS] = f"{json.dumps(settings, indent=2)}\n".encode()
+    files[APP_MODEL_FILE] = f"{json.dumps(settings, indent=2)}\n".encode()
     files["README.md"] = _front_page(app / "README.md", record, repo_id).encode()
     for name in VENDORED:
         package = _folder(name)
-        found = (path for pattern in _CARRIED for path in package.rglob(pattern))
-        found = (path for path in found if app not in path.parents)  # a wheel has the app inside the package
-        files |= {f"{name}/{path.relative_to(package).as_posix()}": path for path in found}
+        paths = (path for pattern in _CARRIED for path in package.rglob(pattern))
+        paths = (path for path in paths if app not in path.parents)  # a wheel has the app inside the package
+        files |= {f"{name}/{path.relative_to(package).as_posix()}": path for path in paths}
     return files
 
 
@@ -95,7 +95,7 @@ def static_files(record: Record, graphs: str, host: str, revision: str | None = 
     page = asset("spaces") / "static"
     files: dict[str, Path | bytes] = {path.name: path for path in page.iterdir() if path.is_file()}
     name = record.base_model.rpartition("/")[2]
-    said = [
+    sentences = [
         f"The same prompt, answered in your browser by {name} and by a copy that lost "
         f"{100 * record.achieved_beta:.0f} % of its layers' weights {record.treatment}. Nothing that you type "
         "leaves your machine.",
@@ -106,10 +106,10 @@ def static_files(record: Record, graphs: str, host: str, revision: str | None = 
         "revision": revision,
         "host": f"{host.rstrip('/')}/",
         "title": f"{name}, {100 * (1 - record.parameters['pruned'] / record.parameters['dense']):.0f} % smaller",
-        "about": " ".join(filter(None, said)),
+        "about": " ".join(filter(None, sentences)),
         "parameters": record.parameters,
     }
-    files[SETTINGS] = f"{json.dumps(settings, indent=2)}\n".encode()
+    files[APP_MODEL_FILE] = f"{json.dumps(settings, indent=2)}\n".encode()
     files["README.md"] = _front_page(page / "README.md", record, graphs).encode()
     return files
 

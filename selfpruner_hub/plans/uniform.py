@@ -45,10 +45,10 @@ class UniformBudget(Budget):
 
     @cached_property
     def _plan(self) -> Plan:
-        reached = [plan for plan in self._plans if self.removed_share(plan) >= self.beta - 1e-9]
+        reached = [plan for plan in self._plans if self.removed_share(plan) >= self.share - 1e-9]
         if self.target is not None and reached:
             return max(reached, key=lambda plan: plan.layers[0].intermediate_size)
-        return min(self._plans, key=lambda plan: abs(self.removed_share(plan) - self.beta))
+        return min(self._plans, key=lambda plan: abs(self.removed_share(plan) - self.share))
 
     @cached_property
     def _plans(self) -> Sequence[Plan]:

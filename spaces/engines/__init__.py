@@ -1,4 +1,4 @@
-"""What runs the two models: the engine of the export that was published with the model, else PyTorch.
+"""The engines of the two models: the engine of the export that was published with the model, else PyTorch.
 
 Both models run in the same engine and dtype, because a comparison across engines would be unfair. So where either
 cannot run in the engine of the export, both run in PyTorch.
@@ -16,14 +16,14 @@ from model_source import UnavailableError, shown
 from engines import llama_cpp, onnx_runtime, pytorch
 from engines.base import Engine
 
-loading = threading.Lock()
+load_lock = threading.Lock()
 """Lock that is held while a model is loaded: transformers sets torch's default dtype then, for every thread, and two
 loads at once would leave it changed."""
 
 
 def load(which: str) -> Engine:
     """Load the model `pruned` or `dense`."""
-    with loading:  # two visitors share one download too
+    with load_lock:  # two visitors share one download too
         return _load(which)
 
 
@@ -35,7 +35,7 @@ def _load(which: str) -> Engine:
 
 def why_pytorch() -> str:
     """Return why a published export is not used, in a sentence; empty where it is, or where there is none."""
-    with loading:
+    with load_lock:
         return _exported()[1]
 
 

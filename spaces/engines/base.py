@@ -1,4 +1,4 @@
-"""What every engine is, and what all of them need: a first pass, enough memory, errors that visitors may read."""
+"""The interface of an engine, and the needs of all: a first pass, enough memory, errors that visitors may read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROWTH = 1.3
 FLOAT32 = 4
 """Bytes of a weight while the dense model is converted."""
 
-Told = Callable[[str, int], bool]
+Receive = Callable[[str, int], bool]
 """Callback of an engine: called with each piece of text and the number of tokens so far, it returns whether to stop."""
 
 
@@ -33,8 +33,8 @@ class Engine(Protocol):
         """Longest prompt and answer together, in tokens."""
         ...
 
-    def write(self, ids: list[int], tokens: int, told: Told) -> None:
-        """Generate at most `tokens` tokens after the prompt `ids`, and hand each piece to `told` until it says stop."""
+    def write(self, ids: list[int], tokens: int, receive: Receive) -> None:
+        """Generate at most `tokens` tokens after the prompt `ids`; hand each piece to `receive` until it says stop."""
         ...
 
 
@@ -56,7 +56,7 @@ def warm(engine: Any, gpu: bool = False) -> Any:
     return engine
 
 
-def threads(number: int) -> str:
+def threads_text(number: int) -> str:
     """Return a number of threads in words."""
     return f"{number} {'thread' if number == 1 else 'threads'}"
 
@@ -73,7 +73,7 @@ def check_size(model: str, weights: float) -> None:
 
 
 def memory_left() -> float:
-    """Return the free memory in bytes: that of the machine, or of the container where that is less."""
+    """Return the free memory of the machine, or of the container where it has less, in bytes."""
     left = float(psutil.virtual_memory().available)
     try:
         limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model_source import record, shown
 
-from engines.base import FLOAT32, Engine, Told, check_size, or_say, threads, warm
+from engines.base import FLOAT32, Engine, Receive, check_size, or_say, threads_text, warm
 
 LONGEST = 4_096
 """Longest prompt and answer together, because llama.cpp takes the memory of its cache at once, in tokens."""
@@ -34,11 +34,11 @@ class LlamaCppEngine:
     @property
     def runtime(self) -> str:
         """Runtime, dtype and threads, in words."""
-        return f"llama.cpp, {self.dtype}, {threads(self._model.threads)}"
+        return f"llama.cpp, {self.dtype}, {threads_text(self._model.threads)}"
 
-    def write(self, ids: list[int], tokens: int, told: Told) -> None:
+    def write(self, ids: list[int], tokens: int, receive: Receive) -> None:
         """Generate; see `Engine.write`."""
-        self._model.stream(ids, tokens, told)
+        self._model.stream(ids, tokens, receive)
 
 
 def load(name: str) -> dict[str, Engine]:

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from model_source import record, shown
 from tokens import tokenizer
 
-from engines.base import FLOAT32, Engine, check_size, or_say, threads, warm
+from engines.base import FLOAT32, Engine, check_size, or_say, threads_text, warm
 from engines.pytorch import Generating
 
 
@@ -49,5 +49,5 @@ def load(graphs: str) -> dict[str, Engine]:
 
 
 def _engine(graph: Any) -> Engine:
-    runtime = f"ONNX Runtime, float32, {threads(torch.get_num_threads())}"
+    runtime = f"ONNX Runtime, float32, {threads_text(torch.get_num_threads())}"
     return warm(Generating(graph, tokenizer(), runtime))

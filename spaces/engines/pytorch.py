@@ -10,7 +10,7 @@ from model_source import UnavailableError, cannot_be_loaded, record, shown
 from tokens import tokenizer
 from transformers import AutoModelForCausalLM, StoppingCriteria, TextStreamer
 
-from engines.base import Engine, Told, check_size, threads, warm
+from engines.base import Engine, Receive, check_size, threads_text, warm
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Generating:
         """Longest prompt and answer together, in tokens."""
         return int(getattr(self.model.config, "max_position_embeddings", 1 << 20))
 
-    def write(self, ids: list[int], tokens: int, told: Told) -> None:
+    def write(self, ids: list[int], tokens: int, receive: Receive) -> None:
         """Generate; see `Engine.write`."""
-        prompt, streamer = torch.tensor([ids], device=self.model.device), _Streamer(self.tokenizer, told)
-        own = self.tokenizer
+        prompt, streamer = torch.tensor([ids], device=self.model.device), _Streamer(self.tokenizer, receive)
+        tokenizer = self.tokenizer
         self.model.generate(
             inputs=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=tokens,
             do_sample=False,
-            pad_token_id=own.eos_token_id if own.pad_token_id is None else own.pad_token_id,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             streamer=streamer,
             stopping_criteria=[_Stop(streamer)],
         )
@@ -45,10 +45,10 @@ class Generating:
 class _Streamer(TextStreamer):
     """Text streamer that counts tokens, and hands pieces to a callback."""
 
-    def __init__(self, tokenizer: Any, told: Told) -> None:
+    def __init__(self, tokenizer: Any, receive: Receive) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop = False
-        self._told, self._tokens = told, 0
+        self._receive, self._tokens = receive, 0
 
     def put(self, value: torch.Tensor) -> None:
         """Receive the prompt, then one token at a time."""
@@ -57,7 +57,7 @@ class _Streamer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Receive the piece of text that a token completes, which may be empty."""
-        self.stop = self._told(text, self._tokens)
+        self.stop = self._receive(text, self._tokens)
 
 
 class _Stop(StoppingCriteria):
@@ -79,7 +79,7 @@ def load(which: str) -> Engine:
         model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=which == "pruned", dtype=dtype, **where)
     except Exception as error:  # as above
         raise UnavailableError(cannot_be_loaded(name, error)) from error
-    where_it_runs = "GPU" if gpu else threads(torch.get_num_threads())
+    where_it_runs = "GPU" if gpu else threads_text(torch.get_num_threads())
     runtime = f"PyTorch, {str(dtype).removeprefix('torch.')}, {where_it_runs}"
     return warm(Generating(model.eval().to("cuda" if gpu else "cpu"), tokenizer(), runtime), gpu)
 

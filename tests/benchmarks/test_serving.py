@@ -10,7 +10,7 @@ import tables
 from support.tiny import save_tiny
 
 from exporters.benchmark.latency import Timing
-from exporters.benchmark.report import Case, Phase, Quality, Report, Side
+from exporters.benchmark.report import BenchmarkReport, Case, Phase, Quality, Side
 from exporters.benchmark.workload import Workload
 from selfpruner_hub.errors import UserError
 
@@ -27,7 +27,7 @@ def report(prompts, read=None):
         for name, memory, perplexity in (("dense", 900.4, 26.7), ("pruned", 700.0, 52.21))
     ]
     cases = tuple(Case(1, prompt, 2, phase(1.5, 1.6), phase(1.25, 1.3)) for prompt in prompts)
-    return Report("torch", "float32", "cpu", 1, {}, {"torch": "2"}, *sides, cases)
+    return BenchmarkReport("torch", "float32", "cpu", 1, {}, {"torch": "2"}, *sides, cases)
 
 
 @pytest.fixture

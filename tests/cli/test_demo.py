@@ -26,16 +26,16 @@ def said(monkeypatch):
     model, tokenizer = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=1024), trained_tokenizer()
     tokenizer.chat_template = TEMPLATE
     model.generation_config.eos_token_id = list(range(2, VOCABULARY, 10))  # random weights end their turns too
-    tiny = AutoPruner(model, tokenizer, demo.NAME)
+    tiny = AutoPruner(model, tokenizer, demo.DEMO_MODEL)
     few = {"window": 32, "calibration_tokens": 512, "fisher_tokens": 128, "fitness_tokens": 128}
     monkeypatch.setattr(demo, "load_embedded", lambda: tiny)
-    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **few})
+    monkeypatch.setattr(demo, "DEMO_SETTINGS", {**demo.DEMO_SETTINGS, **few})
     monkeypatch.setattr(demo, "SHORT_SEARCH", {"evaluations": 0})
-    monkeypatch.setattr(demo, "CONVERSATIONS", 4)
+    monkeypatch.setattr(demo, "DEMO_CONVERSATIONS", 4)
 
     def run(*arguments):
         lines = []
-        demo.run(lines.append, *arguments, progress=False)
+        demo.run_demo(lines.append, *arguments, progress=False)
         return "\n".join(lines)
 
     return run
@@ -44,7 +44,8 @@ def said(monkeypatch):
 def test_what_it_says(said):
     text = said(0.3)
     order = ["Loading", "Searching", "Saved (", "Measuring", "agreement", "dense ", "pruned ", "other conversations"]
-    order += ["llama.cpp, a request of 128 + 32 tokens", demo.QUESTIONS[0], "dense:", "pruned:", *demo.QUESTIONS[1:]]
+    first, *others = demo.DEMO_QUESTIONS
+    order += ["llama.cpp, a request of 128 + 32 tokens", first, "dense:", "pruned:", *others]
     order += ["The best plan", "What to try next:"]
     place = -1
     for each in order:

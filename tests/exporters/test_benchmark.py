@@ -24,7 +24,7 @@ from exporters import OnnxCausalLM
 from exporters.benchmark import Passes, benchmark
 from exporters.benchmark import compare as module
 from exporters.benchmark.latency import timing
-from exporters.benchmark.report import Report
+from exporters.benchmark.report import BenchmarkReport
 from exporters.benchmark.worker import started
 from exporters.export import export
 from exporters.format import FORMATS, OtherPython
@@ -67,7 +67,7 @@ def report(pair, tmp_path_factory):
     output = tmp_path_factory.mktemp("reports") / "torch.json"
     arguments = ["benchmark", str(pair[1]), "--against", str(pair[0]), *SMALL, "--output", str(output)]
     assert main(arguments) == 0
-    return Report.from_json(output.read_text(), str(output))
+    return BenchmarkReport.from_json(output.read_text(), str(output))
 
 
 def test_every_case_is_measured(report):
@@ -100,7 +100,7 @@ def test_the_work_of_both_sides(report, pair):
 
 
 def test_the_record_is_read_strictly(report):
-    assert Report.from_json(report.to_json(), "x") == report
+    assert BenchmarkReport.from_json(report.to_json(), "x") == report
     values = json.loads(report.to_json())
     for broken, says in (
         ({**values, "schema_version": 9}, "schema version 9"),
@@ -109,9 +109,9 @@ def test_the_record_is_read_strictly(report):
         ({**values, "dense": {**values["dense"], "workload": {}}}, "x is damaged"),
     ):
         with pytest.raises(SavedModelError, match=says):
-            Report.from_json(json.dumps(broken), "x")
+            BenchmarkReport.from_json(json.dumps(broken), "x")
     with pytest.raises(SavedModelError, match="x is damaged"):
-        Report.from_json("{", "x")
+        BenchmarkReport.from_json("{", "x")
 
 
 def test_the_table_says_what_is_not_faster(report):
@@ -232,7 +232,7 @@ def test_exports(runtime, library, dtype, weights, size, allowed, pair, tmp_path
     arguments += ["--prompt", "16", "--new", "4", "--runs", "2", "--threads", "1", "--exports", str(tmp_path)]
     arguments += ["--text", str(text)]
     assert main([*arguments, "--quiet", "--json"]) == 0
-    found = Report.from_json(capsys.readouterr().out, "stdout")
+    found = BenchmarkReport.from_json(capsys.readouterr().out, "stdout")
     assert (found.runtime, found.dtype) == (runtime, dtype)
     assert library in found.versions
     assert found.cases[0].decode.pruned.median > 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.tiny import save_tiny
 
-from exporters.benchmark.report import Report
+from exporters.benchmark.report import BenchmarkReport
 from exporters.format import FORMATS, runtimes
 from selfpruner_hub.cli import main
 from selfpruner_hub.hub.bundle import collect, is_ours
@@ -70,7 +70,7 @@ def test_a_format_is_timed(tmp_path, capsys):
     save_tiny("llama", tmp_path / "pruned", num_hidden_layers=1)
     words = ["--runtime", "toy", "--prompt", "4", "--new", "1", "--runs", "2", "--threads", "1", "--quiet", "--json"]
     assert main(["benchmark", str(tmp_path / "pruned"), "--against", str(tmp_path / "dense"), *words]) == 0
-    found = Report.from_json(capsys.readouterr().out, "stdout")
+    found = BenchmarkReport.from_json(capsys.readouterr().out, "stdout")
     assert (found.runtime, found.dtype) == ("toy", "float32")
     assert found.cases[0].decode.pruned.median > 0
 

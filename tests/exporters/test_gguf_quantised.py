@@ -13,10 +13,10 @@ from support.tiny import tiny_model, tiny_pruned
 from support.trained import TEXT, VOCABULARY, trained_tokenizer
 
 from exporters.export import export_model
-from exporters.to_gguf.dtypes import DTYPES, HEAD
+from exporters.to_gguf.dtypes import GGUF_DTYPES, HEAD
 from exporters.to_gguf.importance import importance_matrix
-from exporters.to_gguf.library import cross_entropy, quantise
-from exporters.to_gguf.llama_cpp import answers, log_probability_difference
+from exporters.to_gguf.library import gguf_cross_entropy, quantise
+from exporters.to_gguf.llama_cpp import greedy_steps, log_probability_difference
 from exporters.to_gguf.writer import write
 from selfpruner_hub.errors import ExportError, ModelError, UserError
 from selfpruner_hub.evaluation import metrics
@@ -69,28 +69,28 @@ def test_log_probabilities_are_near_pytorchs(make, dtype, tmp_path):
 def test_another_model_is_noticed(tmp_path):
     model = gentle(tiny_pruned)
     write(model, trained_tokenizer(), tmp_path, dtype="q4_k_m")
-    path, allowed = tmp_path / "model-q4_k_m.gguf", DTYPES["q4_k_m"].tolerance
-    assert log_probability_difference(answers(model, 64), path, rounded=True) < allowed
+    path, allowed = tmp_path / "model-q4_k_m.gguf", GGUF_DTYPES["q4_k_m"].tolerance
+    assert log_probability_difference(greedy_steps(model, 64), path, rounded=True) < allowed
     other = tiny_pruned("llama", seed=1, **WIDE)
-    assert log_probability_difference(answers(other, 64), path, rounded=True) > allowed
+    assert log_probability_difference(greedy_steps(other, 64), path, rounded=True) > allowed
 
 
 def test_the_types_are_those_of_llama_quantize():
     """Read off files that llama-quantize wrote of SmolLM2 (30 layers, hidden size 576) and of a model of size 4096."""
-    q4, q6 = DTYPES["q4_k_m"], DTYPES["q6_k"]
+    q4, q6 = GGUF_DTYPES["q4_k_m"], GGUF_DTYPES["q6_k"]
     finer = [layer for layer in range(30) if q4.kind("ffn_down", 1536, layer, 30) == Kind.Q6_K]
     assert finer == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29]
     assert [layer for layer in range(30) if q4.kind("attn_v", 4096, layer, 30) == Kind.Q6_K] == finer
     assert {q4.kind(name, 4096, 0, 30) for name in ("attn_q", "attn_k", "attn_output", "ffn_up")} == {Kind.Q4_K}
-    assert [DTYPES[name].kind("attn_qkv", 4096) for name in ("q4_k_m", "q5_k_m", "q6_k", "q4_0")] == [
+    assert [GGUF_DTYPES[name].kind("attn_qkv", 4096) for name in ("q4_k_m", "q5_k_m", "q6_k", "q4_0")] == [
         Kind.Q5_K, Kind.Q6_K, Kind.Q6_K, Kind.Q4_0,
     ]  # fmt: skip
     assert q4.kind(HEAD, 4096) == Kind.Q6_K
     assert q4.kind("token_embd", 4096) == Kind.Q4_K
     assert [q4.kind(HEAD, 576), q4.kind("ffn_up", 576), q6.kind("ffn_up", 576)] == [Kind.Q8_0, Kind.Q5_0, Kind.Q8_0]
-    assert DTYPES["q5_k_m"].kind("ffn_up", 576) == Kind.Q5_1
+    assert GGUF_DTYPES["q5_k_m"].kind("ffn_up", 576) == Kind.Q5_1
     assert q4.kind("ffn_down", 1507, 3, 30) == Kind.F16
-    assert DTYPES["f16"].kind("ffn_down", 1507, 3, 30) == Kind.F16
+    assert GGUF_DTYPES["f16"].kind("ffn_down", 1507, 3, 30) == Kind.F16
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_the_types_are_those_of_llama_quantize():
 )
 def test_rows_are_padded_where_that_is_smaller(width, stored):
     """Up to 256 where few zeros spare the larger blocks of the fallback, else up to 32."""
-    assert DTYPES["q4_k_m"].ffn_width(width, 4096, 3, 30) == stored
-    assert DTYPES["q8_0"].ffn_width(width, 4096, 3, 30) == -(-width // 32) * 32
-    assert DTYPES["f16"].ffn_width(width, 4096, 3, 30) == width
+    assert GGUF_DTYPES["q4_k_m"].ffn_width(width, 4096, 3, 30) == stored
+    assert GGUF_DTYPES["q8_0"].ffn_width(width, 4096, 3, 30) == -(-width // 32) * 32
+    assert GGUF_DTYPES["f16"].ffn_width(width, 4096, 3, 30) == width
 
 
 def test_the_library_writes_what_gguf_writes():
@@ -162,11 +162,11 @@ def test_the_loss_in_llama_cpp_is_pytorchs(tmp_path):
     model = gentle(tiny_pruned)
     write(model, trained_tokenizer(), tmp_path, dtype="f32")
     windows = torch.randint(VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
-    found = cross_entropy(tmp_path / "model-f32.gguf", windows, 1)
+    found = gguf_cross_entropy(tmp_path / "model-f32.gguf", windows, 1)
     assert found == pytest.approx(metrics.cross_entropy(model, windows), abs=1e-3)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="llama.cpp cannot load"):
-        cross_entropy(tmp_path / "broken.gguf", windows, 1)
+        gguf_cross_entropy(tmp_path / "broken.gguf", windows, 1)
 
 
 def test_a_modelfile_for_ollama(tmp_path):

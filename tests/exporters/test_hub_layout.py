@@ -27,7 +27,7 @@ from exporters.runtime import Setting
 from exporters.to_onnx import hub_layout
 from exporters.to_onnx.causal_lm import default_options
 from exporters.to_onnx.matrix_bits import rounded
-from exporters.to_onnx.writer import TOLERANCES, expected_by_dtype
+from exporters.to_onnx.writer import ONNX_TOLERANCES, expected_by_dtype
 from selfpruner_hub.errors import ExportError, SavedModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.loading import load_model
@@ -262,7 +262,9 @@ def test_mistakes(model, directory, tmp_path, monkeypatch):
 
 def compared(model, directory, **tolerances):
     passes, _ = expected_by_dtype(model)
-    return hub_layout.difference(passes, directory, model.config, {**TOLERANCES, **tolerances}, default_options())
+    return hub_layout.graphs_difference(
+        passes, directory, model.config, {**ONNX_TOLERANCES, **tolerances}, default_options()
+    )
 
 
 def test_every_graph_is_compared(model, directory):

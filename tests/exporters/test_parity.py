@@ -10,7 +10,16 @@ import torch
 from support.tiny import tiny_pruned, tiny_tokenizer
 
 from exporters.export import export_model
-from exporters.parity import PROMPTS, STEPS, divergence, expected, greedy, likely, logit_difference, own_text
+from exporters.parity import (
+    DECODE_STEPS,
+    PROMPT_LENGTHS,
+    expected,
+    greedy,
+    kl_divergence,
+    likely,
+    logit_difference,
+    own_text,
+)
 from selfpruner_hub.storage.export_record import read_export
 
 
@@ -25,8 +34,9 @@ def other(change):
 def test_a_model_is_itself():
     model = tiny_pruned("llama")
     passes = expected(model)
-    assert [tuple(step.input_ids.shape) for step in passes] == [(len(PROMPTS), max(PROMPTS))] + [(3, 1)] * STEPS
-    assert passes[-1].attention_mask.sum(1).tolist() == [length + STEPS for length in PROMPTS]
+    prefill = (len(PROMPT_LENGTHS), max(PROMPT_LENGTHS))
+    assert [tuple(step.input_ids.shape) for step in passes] == [prefill] + [(3, 1)] * DECODE_STEPS
+    assert passes[-1].attention_mask.sum(1).tolist() == [length + DECODE_STEPS for length in PROMPT_LENGTHS]
     assert logit_difference(passes, model) == 0
 
 
@@ -53,7 +63,7 @@ def test_only_cached_steps_differ():
 
 def wrong(model, at, row, position, by):
     """The model, but for one logit of one pass."""
-    calls = iter(range(STEPS + 1))
+    calls = iter(range(DECODE_STEPS + 1))
 
     def call(**inputs):
         out = model(**inputs)
@@ -67,7 +77,10 @@ def wrong(model, at, row, position, by):
 @pytest.mark.parametrize("by", [1.0, -1.0])
 @pytest.mark.parametrize(
     ("at", "row", "position"),
-    [(0, 0, 0), (0, 0, -2), (0, 1, -PROMPTS[1]), (0, 2, -1), *((step, 1, -1) for step in range(1, STEPS + 1))],
+    [
+        *((0, 0, 0), (0, 0, -2), (0, 1, -PROMPT_LENGTHS[1]), (0, 2, -1)),
+        *((step, 1, -1) for step in range(1, DECODE_STEPS + 1)),
+    ],
 )
 def test_one_logit_of_a_real_token_is_noticed_wherever_it_is(at, row, position, by):
     """In any pass, at any position, too great or too small."""
@@ -132,7 +145,7 @@ def test_nothing_is_compared_where_any_difference_is_allowed(tmp_path, monkeypat
 def test_divergence_is_that_of_the_probabilities():
     model = tiny_pruned("llama")
     passes = expected(model, steps=0, text=own_text(model))
-    assert divergence(passes, model) == 0
+    assert kl_divergence(passes, model) == 0
 
     def surer(**inputs):
         out = model(**inputs)
@@ -142,14 +155,14 @@ def test_divergence_is_that_of_the_probabilities():
     real = passes[0].attention_mask.bool()
     ours, theirs = (factor * passes[0].logits[real] for factor in (1, 1.5))
     kl = torch.nn.functional.kl_div(theirs.log_softmax(-1), ours.softmax(-1), reduction="none").sum(-1)
-    assert divergence(passes, surer) == pytest.approx(kl.mean().item(), rel=1e-3)
-    assert math.isnan(divergence(expected(model), other(lambda _: math.nan)))
+    assert kl_divergence(passes, surer) == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert math.isnan(kl_divergence(expected(model), other(lambda _: math.nan)))
 
 
-@pytest.mark.parametrize("steps", [1, STEPS])
+@pytest.mark.parametrize("steps", [1, DECODE_STEPS])
 def test_divergence_is_of_every_pass_and_of_real_tokens_alone(steps):
     model = tiny_pruned("llama")
-    calls = iter(range(STEPS + 1))
+    calls = iter(range(DECODE_STEPS + 1))
 
     def noisy(attention_mask, **inputs):
         out = model(attention_mask=attention_mask, **inputs)
@@ -158,16 +171,16 @@ def test_divergence_is_of_every_pass_and_of_real_tokens_alone(steps):
             out.logits[..., 7] += 5
         return out
 
-    assert divergence(expected(model, steps=steps - 1), noisy) == 0
-    calls = iter(range(STEPS + 1))
-    assert divergence(expected(model, steps=steps), noisy) > 1e-3
+    assert kl_divergence(expected(model, steps=steps - 1), noisy) == 0
+    calls = iter(range(DECODE_STEPS + 1))
+    assert kl_divergence(expected(model, steps=steps), noisy) > 1e-3
 
 
 def test_a_models_own_text_is_its_own():
     """The prompts of the comparison are what the model writes, not random tokens."""
     model = tiny_pruned("llama")
     text = own_text(model)
-    assert text.shape == (len(PROMPTS), max(PROMPTS))
+    assert text.shape == (len(PROMPT_LENGTHS), max(PROMPT_LENGTHS))
     assert expected(model, text=text)[0].input_ids.equal(text)
     assert own_text(model).equal(text)
 

@@ -13,7 +13,7 @@ from support.shortened import shortened
 from exporters.benchmark import Passes, benchmark
 from exporters.export import export, export_model
 from exporters.parity import expected, logit_difference
-from exporters.to_gguf.library import cross_entropy
+from exporters.to_gguf.library import gguf_cross_entropy
 from exporters.to_gguf.llama_cpp import LlamaCpp
 from exporters.to_gguf.writer import write
 from selfpruner_hub.calibration.corpus import consecutive_windows
@@ -123,7 +123,7 @@ def test_k_quants(pruned, real_text, tmp_path):
     losses = {}
     for dtype in ("f16", "q4_k_m"):
         written = write(pruned.model, pruned.tokenizer, tmp_path, dtype=dtype)
-        losses[dtype] = cross_entropy(tmp_path / f"model-{dtype}.gguf", windows)
+        losses[dtype] = gguf_cross_entropy(tmp_path / f"model-{dtype}.gguf", windows)
     assert written.compare()() <= written.tolerance
     # It was calibrated on little text, and loses more (15 %) than a model of the default settings, or the dense one.
     assert losses["q4_k_m"] - losses["f16"] < math.log(1.2)

@@ -17,9 +17,9 @@ from support.tiny import CONFIGS, tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters.export import export, export_model
-from exporters.to_gguf.dtypes import DTYPES
+from exporters.to_gguf.dtypes import GGUF_DTYPES
 from exporters.to_gguf.folds import WRITABLE
-from exporters.to_gguf.llama_cpp import Answer, LlamaCpp, answers, difference, log_probability_difference
+from exporters.to_gguf.llama_cpp import GreedyStep, LlamaCpp, gguf_difference, greedy_steps, log_probability_difference
 from exporters.to_gguf.writer import write
 from selfpruner_hub.errors import ExportError, MissingExtraError, ModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
@@ -73,12 +73,12 @@ def test_the_comparison_notices_a_wrong_file(tmp_path):
     model = built(tiny_pruned, "llama")
     write(model, trained_tokenizer(), tmp_path, dtype="f32")
     path = tmp_path / "model-f32.gguf"
-    assert log_probability_difference(answers(model, 64), path) < 1e-4
+    assert log_probability_difference(greedy_steps(model, 64), path) < 1e-4
     other = built(tiny_pruned, "llama")
     other.model.layers[2].mlp.down_proj.weight.data[0, 0] += 0.5
-    assert log_probability_difference(answers(other, 64), path) > 1e-3
+    assert log_probability_difference(greedy_steps(other, 64), path) > 1e-3
     turned = tiny_pruned("llama", vocab_size=VOCABULARY, rope_parameters={"rope_type": "default", "rope_theta": 2e4})
-    assert log_probability_difference(answers(turned, 64), path) > 1e-3
+    assert log_probability_difference(greedy_steps(turned, 64), path) > 1e-3
 
 
 class Says:
@@ -95,8 +95,8 @@ class Says:
 def test_a_difference_counts_in_both_directions(by):
     likely = torch.tensor([0.7, 0.2, 0.1]).log()
     theirs = {index: value + by for index, value in enumerate(likely.tolist())}
-    assert difference([Answer([1], likely)], Says(theirs)) == pytest.approx(0.5)
-    assert math.isnan(difference([Answer([1], likely)], Says({**theirs, 1: math.nan})))
+    assert gguf_difference([GreedyStep([1], likely)], Says(theirs)) == pytest.approx(0.5)
+    assert math.isnan(gguf_difference([GreedyStep([1], likely)], Says({**theirs, 1: math.nan})))
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path):
@@ -105,7 +105,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     sizes = [4 * parameter.numel() for parameter in model.parameters()]
     assert sum(sizes) > 10 * max(sizes)
     write(model, trained_tokenizer(), tmp_path)  # what is imported and cached, once
-    for dtype in DTYPES:
+    for dtype in GGUF_DTYPES:
         tracemalloc.start()
         write(model, trained_tokenizer(), tmp_path, dtype=dtype)
         peak = tracemalloc.get_traced_memory()[1]
@@ -174,7 +174,7 @@ def test_another_tokenizer_than_the_files_is_noticed(tmp_path):
     model = built(tiny_pruned, "llama")
     write(model, trained_tokenizer("gpt-2"), tmp_path, dtype="f32")
     with pytest.raises(ExportError, match="reads text as other tokens"):
-        log_probability_difference(answers(model, 64), tmp_path / "model-f32.gguf", trained_tokenizer("qwen2"))
+        log_probability_difference(greedy_steps(model, 64), tmp_path / "model-f32.gguf", trained_tokenizer("qwen2"))
 
 
 def test_without_xllamacpp(tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ for path in sys.argv[1:]:
 UNUSED = """
 import sys
 from pathlib import Path
-from exporters.to_gguf.llama_cpp import LlamaCpp
+from exporters.to_gguf.llama_cpp import LlamaCpp, greedy_steps
 for _ in range(50):
     LlamaCpp(Path(sys.argv[1]), 64, 1)
 print("done")

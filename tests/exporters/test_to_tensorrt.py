@@ -41,7 +41,7 @@ def traced(tmp_path_factory):
     def get(name, dtype):
         if (name, dtype) not in made:
             made[name, dtype] = tmp_path_factory.mktemp("graph") / "model.onnx"
-            to_tensorrt.save_graph(shallow(name), dtype, made[name, dtype])
+            to_tensorrt.save_plain_graph(shallow(name), dtype, made[name, dtype])
         return made[name, dtype]
 
     return get
@@ -62,7 +62,7 @@ def test_engines_are_built_without_a_gpu(name, gpu, dtype, traced):
     """Norms of heads and outputs, sliding windows; fused projections. `exported` is the third engine, in float16."""
     library = tensorrt_library.find_library("tensorrt_rtx")
     graph = traced(name, getattr(torch, dtype))
-    engine = to_tensorrt.build(library, graph, shallow(name).config, profiles(2, 64), gpu)
+    engine = to_tensorrt.build_engine(library, graph, shallow(name).config, profiles(2, 64), gpu)
     assert len(engine) > 10_000
 
 
@@ -228,7 +228,7 @@ class OnnxEngine:
 def test_steps_in_a_window_of_fixed_size(traced, monkeypatch):
     """Masks, windows that grow, a cache that goes its own way, and the end of the context, as on a GPU."""
     name = "mistral"  # its attention has a window too
-    monkeypatch.setattr(fixed_window, "STEP", 8)
+    monkeypatch.setattr(fixed_window, "WINDOW_STEP", 8)
     model, engine = shallow(name), OnnxEngine(traced(name, torch.float32), 64)
     exported = TensorRtCausalLM(engine, model.config, 64, torch.float32, model.generation_config)
     assert logit_difference(expected(model, prompts=(20, 7, 1), steps=30), exported) <= 1e-4

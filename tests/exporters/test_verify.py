@@ -18,7 +18,7 @@ from support.trained import VOCABULARY, trained_tokenizer
 from transformers import GenerationConfig
 
 from exporters.export import export_model
-from exporters.to_gguf.dtypes import DTYPES
+from exporters.to_gguf.dtypes import GGUF_DTYPES
 from exporters.to_tensorrt import causal_lm
 from selfpruner_hub.cli import main
 from selfpruner_hub.models.loading import load_model
@@ -30,7 +30,7 @@ WIDE = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, 
 EXPORTS = {
     "padded": {},
     "padded bfloat16": {"dtype": "bfloat16"},
-    **{f"gguf {dtype}": {"dtype": dtype} for dtype in DTYPES},
+    **{f"gguf {dtype}": {"dtype": dtype} for dtype in GGUF_DTYPES},
     "onnx": {},
     "onnx int8": {"dtype": "int8"},
     "onnx hub": {"layout": "hub"},

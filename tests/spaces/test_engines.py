@@ -64,7 +64,7 @@ def test_both_engines_write_the_same_text(modules, runtime, request, tmp_path, m
         assert seen[-1][2:] == (runtime, True)
         assert len(seen) > 6  # a stream
         pytorch, pieces = published("engines.pytorch").load(which), []
-        ids = tokens.encode(pytorch.tokenizer, PROMPT)["input_ids"][0].tolist()
+        ids = tokens.encode_prompt(pytorch.tokenizer, PROMPT)["input_ids"][0].tolist()
         pytorch.write(ids, 12, lambda *piece: pieces.append(piece) or False)  # noqa: B023
         assert seen[-1][:2] == ("".join(text for text, _ in pieces), 12)
         assert pieces[-1][1] == 12

@@ -280,7 +280,7 @@ def test_pruning_that_takes_too_long(live, monkeypatch):
                 progress("searching", 1, 2)
                 time.sleep(0.01)
 
-    monkeypatch.setattr(live, "SECONDS", 0)
+    monkeypatch.setattr(live, "PRUNING_SECONDS", 0)
     monkeypatch.setattr(live, "_pruner", Endless)
     with pytest.raises(live.UnavailableError, match="Stopped after 0 s"):
         list(live.prune(0.3, 16, "evolution"))
@@ -291,10 +291,10 @@ def test_no_two_models_are_loaded_at_once(live, space, monkeypatch):
     engines = space("engines")
 
     def prune(*_args, **_kwargs):
-        assert not engines.loading.locked()
+        assert not engines.load_lock.locked()
 
     def load():
-        assert engines.loading.locked()
+        assert engines.load_lock.locked()
         return SimpleNamespace(prune=prune)
 
     monkeypatch.setattr(live, "_pruner", load)
@@ -526,6 +526,6 @@ def test_every_module_of_the_app_is_published(saved_models):
     root = Path(__file__).parents[2]
     ours = [path for package in VENDORED for path in (root / package).rglob("*.py")]
     assert {path.relative_to(root).as_posix() for path in ours} == {
-        name for name in files if name.endswith(".py") and name.split("/")[0] in VENDORED
+        name for name in files if name.partition("/")[0] in VENDORED and name.endswith(".py")
     }
     assert all(Path(source).is_file() for source in files.values() if isinstance(source, Path))
