@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.patching import replaced
 
-BATCH, PAST, LENGTH, KEPT = 2, 5, 4, 3
+BATCH, PAST, LENGTH, KEPT_LOGITS = 2, 5, 4, 3
 """Sizes of the sample inputs. torch would make a batch of 1 constant, and could merge equal sizes into one axis."""
 PADDED = 2
 """Number of masked positions in the sample's second row: the trace would drop a mask of ones only."""
@@ -49,7 +49,7 @@ def decode_step(model: PreTrainedModel, last: bool = False) -> tuple[dict[str, A
         "attention_mask": mask,
         "position_ids": positions(mask, LENGTH),
         "cache": cache,
-        "logits_to_keep": 1 if last else torch.arange(LENGTH - KEPT, LENGTH),
+        "logits_to_keep": 1 if last else torch.arange(LENGTH - KEPT_LOGITS, LENGTH),
         "use_cache": True,
     }
     dynamic = Dim.DYNAMIC

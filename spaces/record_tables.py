@@ -12,8 +12,8 @@ from model_source import record, shown
 REMOVED = ["layer", "part", "removed"]
 SCORED = ["evaluations", "fitness", "from"]
 BEST = ["evaluations", "fitness"]
-ANSWERED, KEPT, AGREEMENT = "plain questions answered", "plain questions kept", "agreement (conversations)"
-CHAT_ORDER = (KEPT, ANSWERED, AGREEMENT, "KL (conversations)")
+_ANSWERED, _KEPT, _AGREEMENT = "plain questions answered", "plain questions kept", "agreement (conversations)"
+CHAT_ORDER = (_KEPT, _ANSWERED, _AGREEMENT, "KL (conversations)")
 """Names of the figures of a chat model in the record, as `selfpruner evaluate` writes them."""
 
 
@@ -108,13 +108,13 @@ def quality() -> str:
     facts = record()["metrics"]
     value = {name: metric["value"] for name, metric in facts.items()}
     sentences = []
-    if KEPT in value:
-        sentences.append(f"Of the plain questions that its parent answers, it answers **{100 * value[KEPT]:.0f} %**.")
-    elif ANSWERED in value:
-        sentences.append(f"It answers **{100 * value[ANSWERED]:.0f} %** of the plain questions.")
-    if AGREEMENT in value:
+    if _KEPT in value:
+        sentences.append(f"Of the plain questions that its parent answers, it answers **{100 * value[_KEPT]:.0f} %**.")
+    elif _ANSWERED in value:
+        sentences.append(f"It answers **{100 * value[_ANSWERED]:.0f} %** of the plain questions.")
+    if _AGREEMENT in value:
         sentences.append(
-            f"On **{100 * value[AGREEMENT]:.0f} %** of the tokens of its parent's answers it chooses the same."
+            f"On **{100 * value[_AGREEMENT]:.0f} %** of the tokens of its parent's answers it chooses the same."
         )
     text = next((metric for name, metric in facts.items() if name.startswith("perplexity (")), None)
     if text and not sentences:

@@ -75,7 +75,7 @@ def test_a_target_is_reached_by_the_widest():
     budget = UniformBudget.for_target(shape, costs, target)
     plan = budget.project(Rates((0.0,) * 4, (0.0,) * 4))
     wider = Plan.of([plan.layers[0].intermediate_size + 1] * 4, [4] * 4)
-    assert costs.share(wider) < budget.beta <= costs.share(plan) + 1e-9
+    assert costs.share(wider) < budget.share <= costs.share(plan) + 1e-9
 
 
 @pytest.mark.parametrize(

