@@ -113,7 +113,7 @@ def test_cut_and_recovery_in_one_command(parent, tmp_path, capsys, monkeypatch):
     [
         (["--minutes", "soon"], "minutes of recovery must be a number above 0; got 'soon'"),
         (["--tokens", "1.5"], "tokens of recovery must be a number above 0; got 1.5"),
-        (["--tokens", "1024", "--set", "speed=1"], "Unknown setting speed of recovery"),
+        (["--tokens", "1024", "--set", "speed=1"], "Unknown recovery setting speed"),
         (["--tokens", "1024", "--seed", "-1"], "seed must be a whole number"),
         (["--tokens", "10"], "That is too little for a recovery. Give it at least tokens=512"),
     ],

@@ -12,7 +12,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from safetensors.torch import load_file, save_file
 from support.tiny import CONFIGS, save_tiny, tiny_model, uneven
 from support.trained import VOCABULARY, trained_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig
 
 from exporters.to_gguf.writer import write
 from selfpruner_hub.errors import ModelError, SavedModelError, UnsupportedArchitectureError, UserError
@@ -234,7 +234,7 @@ def test_errors_of_the_hub(error, said, remedy, wrapped, monkeypatch):
             raise OSError("You are trying to access\nsomething.") from error
         raise error
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", fail)
     message = refusal("example/model")
     assert said in message
     assert remedy in message
