@@ -60,8 +60,8 @@ def one_line(message: object) -> str:
     return lines[0][:300]
 
 
-def one_of(option: str, value: str, choices: Collection[str]) -> str:
+def one_of(option: str, value: Any, choices: Collection[str]) -> str:
     """Return `value`; raise `UserError` unless it is one of the choices of an option."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise UserError(f"Unknown {option} {value!r}.", f"Choose {', '.join(choices)}.")
     return value

@@ -127,26 +127,43 @@ def pruned(folder: Path, change: str, **more):
     )  # fmt: skip
 
 
+def killed(folder: Path, number: int, moment: int) -> None:
+    """Begin run `number`, and kill it where it tells of its progress for the `moment`-th time."""
+    left = iter(range(moment))
+
+    def kill(*_):
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pruned(folder, "nothing", progress=kill, run_dir=folder / f"run-{number}")
+
+
+def kill_all(folder: Path, moments: list[int], told: Connection) -> None:
+    """Begin and kill a run for each moment, in forks of this process, which has run no backward pass yet."""
+    torch.set_num_threads(1)
+    for number, moment in enumerate(moments):
+        process = get_context("fork").Process(target=killed, args=(folder, number, moment))
+        process.start()
+        process.join()
+        told.send(process.exitcode)
+
+
 def test_what_is_changed_in_between_is_noticed(tmp_path):
     """Killed at any moment, a run of a changed model or text is refused by name, or is that of a fresh run."""
     events: list[str] = []
     whole = pruned(tmp_path, "nothing", progress=lambda what, *_: events.append(what))
     assert whole.report.data["chat_template"] == {"date": "2026-01-01"}
     fresh = cache(lambda change: pruned(tmp_path, change, progress=False))
-    moments = random.Random(0).choices(range(1, len(events)), k=MOMENTS)
+    moments = sorted(random.Random(0).choices(range(1, len(events)), k=MOMENTS))
+    heard, told = Pipe(duplex=False)
+    process = FORKED.Process(target=kill_all, args=(tmp_path, moments, told))
+    process.start()
+    told.close()
+    assert [heard.recv() for _ in moments] == [-signal.SIGKILL] * MOMENTS
+    process.join()
     refused = 0
-    for number, moment in enumerate(sorted(moments)):
-        change, left = list(CHANGED)[number % len(CHANGED)], iter(range(moment))
-
-        def kill(*_told, left=left):
-            if next(left, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        killed = {"progress": kill, "run_dir": tmp_path / f"run-{number}"}
-        process = get_context("fork").Process(target=pruned, args=(tmp_path, "nothing"), kwargs=killed)
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    for number in range(MOMENTS):
+        change = list(CHANGED)[number % len(CHANGED)]
         said = found = None
         try:
             found = pruned(tmp_path, change, progress=False, run_dir=tmp_path / f"run-{number}")

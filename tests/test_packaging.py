@@ -29,7 +29,7 @@ for name, source in space_files(read_record(pathlib.Path(sys.argv[1])), "me/tiny
 PAGE = """
 import answers, app, record_tables, selfpruner_hub
 *_, last = answers.answer("pruned", "a b c", 4)
-print(last.tokens, len(facts.scored(facts.journal())), selfpruner_hub.__file__)
+print(last.tokens, len(record_tables.scored(record_tables.journal())), selfpruner_hub.__file__)
 """
 
 

@@ -119,7 +119,7 @@ def explained(preset: str = "default") -> list[DescribedSetting]:
 
 
 def _of_preset(preset: str) -> PruneSettings:
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"Unknown preset {preset!r}.", f"Choose one of: {', '.join(PRESETS)}.")
     return PRESETS[preset]
 

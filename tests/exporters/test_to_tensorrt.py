@@ -171,7 +171,7 @@ def test_nothing_is_left_of_an_engine_that_cannot_be_built(tmp_path, monkeypatch
     def spoil(model, dtype, path):
         path.write_text("This is no graph.")
 
-    monkeypatch.setattr(to_tensorrt, "save_graph", spoil)
+    monkeypatch.setattr(to_tensorrt, "save_plain_graph", spoil)
     with pytest.raises(ExportError, match="TensorRT cannot (read the graph|build the engine)") as raised:
         export_model(shallow("llama"), None, "tensorrt", tmp_path / "out", compute_capability="8.9")
     assert "\n" not in str(raised.value)

@@ -114,7 +114,7 @@ def test_the_parent_is_measured_in_the_dtype_that_it_was_pruned_in(checkpoint, t
     """So its weights are compared; in its own dtype, another model of its shape would pass for it."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT[0])
-    made = AutoPruner.from_pretrained("half", device="cpu").prune(0.3, data=TEXT, repair=False, **SMALL)
+    made = AutoPruner.from_pretrained("half", device="cpu").prune(0.3, data=TEXT, repair="none", **SMALL)
     made.save_pretrained("out")
     measure = ["evaluate", "out", "--data", "text.txt", "--window", "32", "--windows", "4", "--device", "cpu", "--save"]
     assert main([*measure, "--against", "half"]) == 0
