@@ -255,18 +255,9 @@ class AutoPruner:
             stack.enter_context(run_lock(folder))
             stack.enter_context(working_on(self.model))
             settings, lines = with_effort(
-                preset,
-                resolved,
-                self.model,
-                checkpoints,
-                proposer_given=proposer is not None,
-                minutes=minutes,
+                preset, resolved, self.model, checkpoints, proposer_given=proposer is not None, minutes=minutes
             )
-            settings = replace(settings, multiple_of=settings.multiple_of or self.shape.default_multiple)
-            if settings.uniform:
-                if settings.schedule.length:
-                    raise UserError("uniform leaves one plan, and nothing to search.", "Leave out one of them.")
-                settings = replace(settings, seeds=("uniform",))
+            settings = self._completed(settings)
             callback = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(callback, Bars):
                 self._say(callback, lines)
@@ -295,6 +286,15 @@ class AutoPruner:
         except UserError as error:  # what was pruned is not lost
             logger.warning("The model was pruned, and not recovered. %s", error)
             return pruned
+
+    def _completed(self, settings: PruneSettings) -> PruneSettings:
+        """Fill in the settings that depend on the model, or on others."""
+        settings = replace(settings, multiple_of=settings.multiple_of or self.shape.default_multiple)
+        if not settings.uniform:
+            return settings
+        if settings.schedule.length:
+            raise UserError("uniform leaves one plan, and nothing to search.", "Leave out one of them.")
+        return replace(settings, seeds=("uniform",))
 
     def _say(self, bars: Bars, lines: Sequence[str]) -> None:
         """Show the model, its device, and the reasons for the length of the run."""

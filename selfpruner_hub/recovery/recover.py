@@ -135,7 +135,7 @@ class _Texts(NamedTuple):
 
 @dataclass(frozen=True)
 class _Task:
-    """What is asked of a recovery, and what follows from the models."""
+    """One recovery: its models, budget and settings, and the sizes that follow from them."""
 
     pair: Pair
     budget: RecoveryBudget
@@ -151,7 +151,7 @@ class _Task:
     dtype: torch.dtype
     """Dtype of the products."""
     identity: str
-    """All that the result depends on, but for the texts that are read."""
+    """Everything that the result depends on, except the content of the texts, as JSON."""
     run: Run
     """Run context, with the checkpoints of this task alone."""
 

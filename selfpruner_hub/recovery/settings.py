@@ -32,7 +32,7 @@ class RecoverySettings:
     warmup: int = 10
     """Steps of linear warm-up; from there the rate falls linearly to 0."""
     batch_tokens: int = 2_048
-    """Tokens of a step, on all devices together; rounded to whole windows."""
+    """Tokens of a step, rounded to whole windows."""
     window: int = 512
     """Tokens of a window."""
     written_share: float = 0.6
