@@ -215,7 +215,8 @@ def interrupted_at(moment, work):
                 signal.raise_signal(signal.SIGINT)
         return trace if frame.f_code.co_filename in TRACED else None
 
-    before, handler = sys.gettrace(), signal.getsignal(signal.SIGINT)
+    before = sys.gettrace()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
     try:
         sys.settrace(trace)
         work()
@@ -223,7 +224,8 @@ def interrupted_at(moment, work):
         pass
     finally:
         sys.settrace(before)
-    assert signal.getsignal(signal.SIGINT) is handler
+        after = signal.signal(signal.SIGINT, handler)
+    assert after is signal.default_int_handler
     return lines >= moment
 
 
