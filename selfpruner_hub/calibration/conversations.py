@@ -6,9 +6,8 @@ arXiv 2406.08464). Such text resembles what a chat model reads and writes in use
 
 from __future__ import annotations
 
-import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import (
     Conversation,
+    Message,
     closing_ids,
     decoded,
     encoded,
@@ -33,7 +33,7 @@ class Style:
     """Style of the conversations that a model writes."""
 
     systems: tuple[str | None, ...]
-    """System prompts under which the user's turns are written, used in rotation; None uses the template's default."""
+    """System prompts of the conversations, used in rotation; None uses the template's default."""
     openings: tuple[str, ...]
     """First words of the user's turns, used in rotation; "" lets the model start."""
     user_tokens: int
@@ -44,10 +44,6 @@ class Style:
     """Sampling temperature of the user's turns."""
     answer_temperature: float
     """Sampling temperature of the answers; 0 takes the likeliest tokens."""
-    keeps_system: bool
-    """Whether an answer is written under the system prompt of its user's turn, or under the template's default."""
-    shuffled: bool
-    """Whether prompts and first words are combined in random order, where there are more pairs than conversations."""
 
 
 CHAT = Style(
@@ -65,37 +61,8 @@ CHAT = Style(
     answer_tokens=96,
     user_temperature=1.0,
     answer_temperature=0.3,
-    keeps_system=True,
-    shuffled=False,
 )
 """Plain questions, code, and turns that the model starts."""
-TOPICS = (
-    *("animals", "birds", "fish", "insects", "plants", "trees", "farming", "food", "fruit", "cooking", "drinks"),
-    *("the human body", "health", "medicine", "clothes", "houses", "furniture", "tools", "kitchens", "schools"),
-    *("jobs", "money", "trade", "laws", "families", "feelings", "languages", "words and their opposites", "letters"),
-    *("numbers", "arithmetic", "shapes", "measures", "time and the calendar", "colours", "weather", "seasons"),
-    *("rivers and lakes", "oceans", "mountains", "deserts", "continents", "countries", "capitals", "cities"),
-    *("flags", "buildings", "bridges", "roads", "cars", "trains", "ships", "aircraft", "the sun and the planets"),
-    *("stars", "space travel", "physics", "electricity", "light and sound", "chemistry", "metals", "rocks"),
-    *("computers", "the internet", "inventions", "scientists", "ancient history", "modern history", "wars"),
-    *("kings and presidents", "explorers", "religions", "myths", "holidays", "books", "writers", "fairy tales"),
-    *("poems", "paintings", "music", "instruments", "films", "dances", "sports", "games", "toys"),
-)
-"""Topics of short questions: the breadth of a general encyclopedia."""
-QUESTIONS = Style(
-    systems=tuple(f"You answer short questions about {topic}." for topic in TOPICS),
-    openings=(
-        *("What is the", "Which", "Who", "Where", "How many", "What do", "", "In which", "What is a"),
-        *("When", "What kind of", "Name the", "What are", "Why do", "Is", "How does"),
-    ),
-    user_tokens=24,
-    answer_tokens=32,
-    user_temperature=0.7,
-    answer_temperature=0.0,
-    keeps_system=False,
-    shuffled=True,
-)
-"""Short questions about everything, with the likeliest answers."""
 QUESTION_ATTEMPTS = 8
 """Maximum number of attempts to get enough user's turns."""
 SIMILAR = 0.5
@@ -136,8 +103,6 @@ def write_conversations(
     opened = [
         (system, frame, encoded(tokenizer, opening)) for opening in style.openings for system, frame in usable
     ]  # fmt: skip
-    if style.shuffled:
-        random.Random(seed).shuffle(opened)
     ends = end_tokens(model, tokenizer)
     distinct = distinct or Distinct()
     turns: list[list[dict[str, str]]] = []
@@ -159,18 +124,51 @@ def write_conversations(
         for (system, _, opening), ids in zip(batch, written, strict=True):
             text = decoded(tokenizer, [*opening, *ids[:-1]])
             if ids[-1] in stops and text and distinct.add(text):
-                turns.append(
-                    [*([_message("system", system)] if system and style.keeps_system else []), _message("user", text)]
-                )
+                turns.append([*([_message("system", system)] if system else []), _message("user", text)])
     if not turns:
         raise DataError("The model wrote no user's turn that ends, or none that is new.", _OTHER_TEXT)
-    prompts = [prompt_ids(tokenizer, messages) for messages in turns[:count]]
+    return answered(
+        model,
+        tokenizer,
+        turns[:count],
+        tokens=style.answer_tokens,
+        temperature=style.answer_temperature,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Sequence[Message]],
+    *,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    progress: Progress | None = None,
+) -> list[Conversation]:
+    """Let a chat model answer.
+
+    Args:
+        model: The dense model.
+        tokenizer: Its tokenizer, with a chat template.
+        turns: Messages before each answer; at least one.
+        tokens: Maximum length of an answer; longer ones are cut.
+        temperature: Sampling temperature; 0 takes the likeliest tokens.
+        seed: Random seed.
+        progress: Callback that receives the number of answers that are written.
+
+    Returns:
+        Conversations in the order of `turns`, without those whose answer is empty.
+    """
+    prompts = [prompt_ids(tokenizer, messages) for messages in turns]
     answers = continuations(
         model,
         prompts,
-        style.answer_tokens,
-        ends=ends,
-        temperature=style.answer_temperature,
+        tokens,
+        ends=end_tokens(model, tokenizer),
+        temperature=temperature,
         seed=seed,
         progress=progress,
         what="writing answers",

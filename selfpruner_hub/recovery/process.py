@@ -1,12 +1,15 @@
-"""The surroundings of a training: random states and log level of its process, and errors of the disk as one line."""
+"""The surroundings of a training: random states, logs and memory of its process, and errors of the disk as one line."""
 
 from __future__ import annotations
 
+import ctypes
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +19,38 @@ from transformers.utils import logging
 from selfpruner_hub.errors import OutputError
 from selfpruner_hub.models.devices import fork_rng
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's `mallopt`."""
+_LARGEST = 32 << 20
+"""Size from which glibc, left alone, asks the system for every block anew at the latest."""
+
+
+@contextmanager
+def keeping_memory() -> Iterator[None]:
+    """Let the allocator keep what a step frees: the next one needs as much, and new pages are filled with zeros first.
+
+    That takes an eighth of the time of a step on two cores. Only glibc is told; elsewhere nothing changes.
+
+    Yields:
+        Nothing.
+    """
+    allocator: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(allocator, "mallopt"):
+        yield
+        return
+    for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+        allocator.mallopt(parameter, (1 << 31) - 1)
+    try:
+        yield
+    finally:
+        allocator.mallopt(_MMAP_THRESHOLD, _LARGEST)
+        allocator.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+        allocator.malloc_trim(0)
+
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Keep the global random states, which Trainer sets, let it take a device, and keep transformers quiet.
+    """Keep the global random states, which Trainer sets, let it take a device, and keep transformers quiet and memory.
 
     Args:
         device: Device of the models.
@@ -32,7 +63,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     current = nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index or 0)
-    with fork_rng(device), current:
+    with fork_rng(device), current, keeping_memory():
         try:
             yield
         finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -13,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import Conversation, has_chat_template
-from selfpruner_hub.calibration.conversations import CHAT, QUESTIONS, Distinct, Style, write_conversations
+from selfpruner_hub.calibration.conversations import Distinct, write_conversations
 from selfpruner_hub.calibration.corpus import CONVERSATION_ATTEMPTS, load_corpus, too_little_text
 from selfpruner_hub.calibration.text_sources import GENERATED, name_of, sources_of
 from selfpruner_hub.errors import DataError
+from selfpruner_hub.recovery.questions import write_questions
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.storage.run import Run
 
@@ -30,7 +30,8 @@ LENGTHS = {"conversations": 110, "questions": 60}
 """Expected tokens of a conversation of each kind, until the first ones are written."""
 SEPARATOR = "\0"
 """Stands between user's turns in a checkpoint."""
-STYLES: dict[str, Style] = {"conversations": CHAT, "questions": QUESTIONS}
+CHATS = {"conversations": write_conversations, "questions": write_questions}
+"""What writes the conversations of each kind."""
 
 
 class Text(NamedTuple):
@@ -46,7 +47,7 @@ class Text(NamedTuple):
     @property
     def answers(self) -> bool:
         """Whether what counts is answers, whose decisive tokens weigh more."""
-        return self.name in STYLES
+        return self.name in CHATS
 
     def part(self, first: int, last: int | None) -> Text:
         """The windows from `first` up to `last`."""
@@ -135,7 +136,7 @@ class Writer:
         Returns:
             The texts, and the seconds that writing a window of each took.
         """
-        names = list(STYLES) if has_chat_template(self._tokenizer) else ["self"]
+        names = list(CHATS) if has_chat_template(self._tokenizer) else ["self"]
         texts, seconds = [], {}
         for name in names:
             started = time.monotonic()
@@ -172,7 +173,7 @@ class Writer:
         if known := self._run.checkpoints.load(key):
             self._distinct = Distinct(_lines(known["turns"]))  # so that what follows is the same
             return Text(name, known["windows"], known["counted"].bool())
-        if name in STYLES:
+        if name in CHATS:
             windows, counted = self._conversations(name, count, seed)
         else:
             windows = self._loaded(name, count, seed)
@@ -199,21 +200,15 @@ class Writer:
         """Write conversations until they fill `count` windows; fewer if the model repeats itself."""
         if self._tokenizer is None or not has_chat_template(self._tokenizer):
             raise DataError('data="chat" needs a tokenizer with a chat template.', 'Use data="self", or plain text.')
-        write = partial(
-            write_conversations,
-            self._model,
-            self._tokenizer,
-            style=STYLES[name],
-            distinct=self._distinct,
-            progress=self._run.progress,
-        )
+        about = {"distinct": self._distinct, "progress": self._run.progress}
         rows: list[tuple[list[int], list[bool]]] = []
         written: list[Conversation] = []
         for attempt in range(CONVERSATION_ATTEMPTS):
             length = len(rows) * self._window / len(written) if rows else LENGTHS[name]
             some = 2 + round(1.1 * (count - len(rows)) * self._window / min(length, self._window))
             try:
-                written += write(some, CONVERSATION_ATTEMPTS * seed + attempt)
+                seeded = CONVERSATION_ATTEMPTS * seed + attempt
+                written += CHATS[name](self._model, self._tokenizer, some, seeded, **about)
             except DataError:
                 if not rows:
                     raise

@@ -13,7 +13,6 @@ from selfpruner_hub.calibration.chat_template import Conversation, conversation,
 from selfpruner_hub.calibration.conversations import (
     CHAT,
     QUESTION_ATTEMPTS,
-    QUESTIONS,
     Distinct,
     end_tokens,
     packed,
@@ -22,7 +21,6 @@ from selfpruner_hub.calibration.conversations import (
 from selfpruner_hub.errors import DataError
 
 MODEL = tiny_model("llama")
-SHORT = [f"Is {i} even?" for i in range(200)]
 ASKED = [f"What is item {i} of list {i * i}?" for i in range(200)]
 each_style = pytest.mark.parametrize("style", STYLES)
 
@@ -32,13 +30,13 @@ def write(monkeypatch):
     """Write conversations by a script; gives them and the writer."""
 
     def write(questions, count, style="chatml", *, tokenizer=None, answer=lambda number: f"Answer {number}.",
-        openings=("",), kind=CHAT, **more,
+        openings=("",), **more,
     ):  # fmt: skip
         tokenizer = tokenizer or chat_tokenizer(style)
         writer = Writer(tokenizer, questions, answer)
         monkeypatch.setattr(conversations, "continuations", writer)
-        kind = replace(kind, openings=openings)
-        return write_conversations(MODEL, tokenizer, count, more.pop("seed", 0), style=kind, **more), writer
+        style = replace(CHAT, openings=openings)
+        return write_conversations(MODEL, tokenizer, count, more.pop("seed", 0), style=style, **more), writer
 
     return write
 
@@ -83,25 +81,8 @@ def test_turns_end_where_the_template_ends_them(style, write):
 
 def test_answers_have_their_temperature_and_questions_that_of_the_model(write):
     _, writer = write(ASKED, 3)
-    for kind in (CHAT, QUESTIONS):
-        _, writer = write(SHORT, 3, kind=kind)
-        assert writer.of("answers")[0]["temperature"] == kind.answer_temperature
-        assert writer.of("questions")[0]["temperature"] == kind.user_temperature
-
-
-def test_short_questions_are_asked_about_topics_and_answered_without(write):
-    talks, writer = write(SHORT, 12, kind=QUESTIONS)
-    asked, answered = (writer.of(turn)[0]["prompts"] for turn in ("questions", "answers"))
-    topics = [prompt.partition("questions about ")[2].partition(".")[0] for prompt in asked]
-    assert len(set(topics)) > 8
-    assert topics != sorted(topics, key=list(conversations.TOPICS).index)  # in random order: there are many pairs
-    tokenizer = chat_tokenizer()
-    assert answered == [tokenizer.decode(prompt_ids(tokenizer, [user(question)])) for question in SHORT[:12]]
-    assert len(talks) == 12
-    _, again = write(SHORT, 12, kind=QUESTIONS)
-    _, other = write(SHORT, 12, kind=QUESTIONS, seed=1)
-    assert asked == again.of("questions")[0]["prompts"]
-    assert asked != other.of("questions")[0]["prompts"]
+    assert writer.of("answers")[0]["temperature"] == CHAT.answer_temperature
+    assert writer.of("questions")[0]["temperature"] == CHAT.user_temperature
 
 
 def test_near_duplicates_are_dropped(write):
