@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -200,15 +201,14 @@ class Writer:
         """Write conversations until they fill `count` windows; fewer if the model repeats itself."""
         if self._tokenizer is None or not has_chat_template(self._tokenizer):
             raise DataError('data="chat" needs a tokenizer with a chat template.', 'Use data="self", or plain text.')
-        about = {"distinct": self._distinct, "progress": self._run.progress}
+        write = partial(CHATS[name], distinct=self._distinct, progress=self._run.progress)
         rows: list[tuple[list[int], list[bool]]] = []
         written: list[Conversation] = []
         for attempt in range(CONVERSATION_ATTEMPTS):
             length = len(rows) * self._window / len(written) if rows else LENGTHS[name]
             some = 2 + round(1.1 * (count - len(rows)) * self._window / min(length, self._window))
             try:
-                seeded = CONVERSATION_ATTEMPTS * seed + attempt
-                written += CHATS[name](self._model, self._tokenizer, some, seeded, **about)
+                written += write(self._model, self._tokenizer, some, CONVERSATION_ATTEMPTS * seed + attempt)
             except DataError:
                 if not rows:
                     raise
