@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 from selfpruner_hub.evaluation.metrics import mean_losses, teach, teacher_loss
 from selfpruner_hub.recovery.texts import Text
 
+NOISE = 1.01
+"""Divergence on one text after recovery, as a multiple of that before, up to which it counts as no worse."""
+
 
 class Deciding:
     """Measures a model against its parent on each deciding text.
@@ -44,4 +47,4 @@ def score(before: Sequence[float], after: Sequence[float]) -> float:
 
 def is_better(before: Sequence[float], after: Sequence[float]) -> bool:
     """Whether a model is nearer to its parent on average, and on none of the texts farther from it."""
-    return score(before, after) < 1 and all(now <= then for then, now in zip(before, after, strict=True))
+    return score(before, after) < 1 and all(now <= NOISE * then for then, now in zip(before, after, strict=True))

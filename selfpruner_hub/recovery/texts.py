@@ -23,8 +23,10 @@ from selfpruner_hub.storage.run import Run
 
 DECIDING_WINDOWS = 10
 """Windows of each kind of text that decide which state is kept."""
-DECIDING_SEED = 2**30
-"""Offset of the random seed of the deciding text that the parent writes."""
+SPREAD = 8
+"""The windows that decide are taken from so many times as many: neighbours are of one article, unlike others."""
+TRAINING_SEED, DECIDING_SEED = 2**29, 2**30
+"""Offsets of the random seeds of what is trained on, and of what the parent writes to decide by: the cut has others."""
 DECIDING_PART = 8
 """A text that is too short for all that is wanted of it gives one of so many windows to decide by."""
 LENGTHS = {"conversations": 110, "questions": 60}
@@ -50,9 +52,9 @@ class Text(NamedTuple):
         """Whether what counts is answers, whose decisive tokens weigh more."""
         return self.name in CHATS
 
-    def part(self, first: int, last: int | None) -> Text:
-        """The windows from `first` up to `last`."""
-        return Text(self.name, self.windows[first:last], self.counted[first:last])
+    def part(self, places: slice) -> Text:
+        """The windows at some places."""
+        return Text(self.name, self.windows[places], self.counted[places])
 
     @property
     def sha256(self) -> str:
@@ -159,14 +161,15 @@ class Writer:
         Raises:
             DataError: The source is unknown, unreadable or too short.
         """
+        seed = self._run.seed + TRAINING_SEED
         if kind.is_written:
-            return self._written(kind.name, -(-count // passes), self._run.seed), None
-        windows = self._loaded(kind.source, count, self._run.seed, DECIDING_WINDOWS)
+            return self._written(kind.name, -(-count // passes), seed), None
+        windows = self._loaded(kind.source, count, seed, SPREAD * DECIDING_WINDOWS)
         text = Text(kind.name, windows, _all(windows))
-        held = min(DECIDING_WINDOWS, max(len(windows) - count, len(windows) // DECIDING_PART))
+        held = min(SPREAD * DECIDING_WINDOWS, max(len(windows) - count, len(windows) // DECIDING_PART))
         if not held:
             raise too_little_text(kind.name, windows.numel(), DECIDING_PART * self._window, "or a shorter window")
-        return text.part(0, -held), text.part(-held, None)
+        return text.part(slice(None, -held)), text.part(slice(-held, None, max(1, held // DECIDING_WINDOWS)))
 
     def _written(self, name: str, count: int, seed: int) -> Text:
         """Windows of one kind that the parent writes, `count` or fewer, from the checkpoint where there is one."""

@@ -81,6 +81,17 @@ def test_text_that_is_read_gives_its_end_to_decide_by(writer):
     assert not text.answers
 
 
+def test_what_decides_is_spread_over_what_follows(writer):
+    made, _, _ = writer
+    source = Share("list", ["".join(f"{number:06d}, " for number in range(200 * WINDOW // 8))], 1.0)
+    text, held = made.training(source, 8, passes=1)
+    everything, _ = made.training(source, 190, passes=1)
+    assert (len(text.windows), len(held.windows)) == (8, texts.DECIDING_WINDOWS)
+    first = 4 * 8  # the seed draws from so many
+    wanted = everything.windows[first : first + texts.SPREAD * texts.DECIDING_WINDOWS : texts.SPREAD]
+    assert torch.equal(held.windows, wanted)
+
+
 def test_text_of_a_few_windows_is_refused(writer):
     made, _, _ = writer
     with pytest.raises(DataError, match="has only 1024 tokens in whole windows; 2048 are needed"):
