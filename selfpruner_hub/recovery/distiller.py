@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from selfpruner_hub.progress import Progress, noted
-from selfpruner_hub.recovery.divergence import Head, distillation_loss
+from selfpruner_hub.recovery.divergence import distilled
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.recovery.texts import Text
 
@@ -125,60 +125,6 @@ class Distiller(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def distilled(
-    model: nn.Module,
-    student: PreTrainedModel,
-    parent: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Run both models on a batch, and compare them.
-
-    Args:
-        model: The student, or what wraps it.
-        student: The student.
-        parent: Its parent.
-        inputs: A batch of `Windows`.
-        dtype: Dtype of the products.
-
-    Returns:
-        What `distillation_loss` returns.
-    """
-    ids, counted = inputs["input_ids"], inputs["counted"].bool()
-    with torch.no_grad():
-        theirs = parent.get_decoder()(ids, use_cache=False).last_hidden_state[:, :-1][counted]
-    with last_states(student) as states:
-        model(input_ids=ids, use_cache=False)
-    emphasis = inputs["emphasis"][:, None].expand(counted.shape)[counted]
-    return distillation_loss(states[0][:, :-1][counted], Head(student, dtype), theirs, Head(parent, dtype), emphasis)
-
-
-@contextmanager
-def last_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Catch what the head reads, and let it compute the logits of the last position alone.
-
-    So the model's own forward pass runs, with the hooks of whatever wraps it, and no block of tokens × vocabulary is
-    made.
-
-    Args:
-        model: A causal language model.
-
-    Yields:
-        A list that receives the last hidden states, `[B, W, H]`, when the model runs.
-    """
-    caught: list[Tensor] = []
-
-    def catch(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-        caught.append(given[0])
-        return (given[0][:, -1:],)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(catch)
-    try:
-        yield caught
-    finally:
-        handle.remove()
 
 
 class Pace(TrainerCallback):

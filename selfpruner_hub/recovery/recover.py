@@ -22,7 +22,8 @@ from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruning.temperature import MATCHING_TOKENS, match_confidence
 from selfpruner_hub.recovery.deciding import Deciding, is_better, score
-from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, distilled, last_checkpoint
+from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, last_checkpoint
+from selfpruner_hub.recovery.divergence import distilled
 from selfpruner_hub.recovery.process import undisturbed, writable
 from selfpruner_hub.recovery.schedule import Schedule, Timed, keep, kept, planned, scheduled
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
