@@ -158,7 +158,7 @@ def test_it_ends_in_time(pair, tmp_path, monkeypatch):
     def tick(what, done, total):
         now[0] += 10.0 if what == "recovering" else 0.0  # each step takes ten seconds
 
-    monkeypatch.setattr("selfpruner_hub.recovery.recover._seconds", lambda *_: 5.0)  # and half of it was expected
+    monkeypatch.setattr("selfpruner_hub.recovery.recover.step_seconds", lambda *_: 5.0)  # and half of it was expected
     found = recovered(pair, tmp_path, progress=tick, budget=RecoveryBudget(minutes=2))
     assert found.record["stopped"] == distiller.LATE
     assert found.record["steps"] == 14
