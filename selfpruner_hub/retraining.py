@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.unsupported import check_is_model
 from selfpruner_hub.models.weights import changed, identity_of, rebuild_buffers, sampled
-from selfpruner_hub.progress import Bars, Progress
+from selfpruner_hub.progress import Bars, Progress, silent
 from selfpruner_hub.provenance import changed_in_place, check_parent, trained
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.settings import check_seed
@@ -122,6 +122,7 @@ class Retraining(Conversion):
 
         The training minimises the KL divergence from the parent over the whole vocabulary. Text that nothing is trained
         on decides which state is kept, and whether any is. Ctrl-C ends the training early with the best state so far.
+        The processes of a launcher (`recovery.ranks`) call this together, with the same arguments and models.
 
         Args:
             dense: The dense parent, on the device of this model.
@@ -143,6 +144,7 @@ class Retraining(Conversion):
             UserError: An argument is wrong, the text is too short, or `dense` is not the parent.
             OutputError: The directory cannot be written.
         """
+        from selfpruner_hub.recovery import ranks
         from selfpruner_hub.recovery.recover import Pair, recover  # Trainer takes a second to import
 
         started, settings, budget = time.monotonic(), resolve_recovery(**changes), RecoveryBudget(minutes, tokens)
@@ -151,16 +153,20 @@ class Retraining(Conversion):
         self._check_dense(dense)
         self._notice_training()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(ranks.joined(self.model.device))
             callback = progress if callable(progress) else stack.enter_context(Bars(progress))
+            callback = callback if ranks.is_first() else silent
             stack.enter_context(working_on(self.model, dense))
-            stack.enter_context(run_lock(folder))
-            stages = (folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / "stages"
+            ranks.from_first(lambda: stack.enter_context(run_lock(folder)))
+            scratch = tempfile.TemporaryDirectory
+            stages = (folder or Path(ranks.from_first(lambda: stack.enter_context(scratch())))) / "stages"
             run = Run(MEMORY, Checkpoints(stages / "recovery"), callback, seed)
             pair = Pair(self.model, dense, self.tokenizer)
             result = recover(pair, budget, data, settings, run, stages / "recovery")
         if result.model is None:
-            logger.warning("%s The model is left as it was.", result.line)
-            run.checkpoints.clear()
+            if ranks.is_first():
+                logger.warning("%s The model is left as it was.", result.line)
+                run.checkpoints.clear()
             return self
         record = {**result.record, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
         how = f"distilled from its parent on {record['tokens']:,} tokens in {record['minutes']} minutes"

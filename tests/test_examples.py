@@ -10,6 +10,8 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from support.endpoint_server import Server
 from support.tiny import tiny_model, tiny_pruned
 from support.trained import TEXT, VOCABULARY, trained_tokenizer
@@ -71,6 +73,12 @@ def run(monkeypatch, capsys):
 def test_every_example_is_run_here():
     tests = Path(__file__).read_text()
     assert [path.name for path in EXAMPLES.iterdir() if f'"{path.name}"' not in tests and path.is_file()] == []
+
+
+def test_the_configuration_of_accelerate_is_one_of_fsdp2():
+    config = load_config_from_file(str(EXAMPLES / "fsdp.yaml"))  # tests/recovery/test_ranks.py runs with it
+    assert config.distributed_type == DistributedType.FSDP
+    assert config.fsdp_config["fsdp_version"] == 2
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -56,6 +56,8 @@ def _printed(result: Result) -> int:
 
 
 def _complain(error: SelfPrunerError, options: argparse.Namespace, status: int) -> int:
+    if status == 2 and int(os.environ.get("LOCAL_RANK", 0)):
+        return status  # every process of a launcher meets a user's mistake, and the first one says it
     if options.json:
         print(json.dumps({"error": error.message, "hint": error.hint}))
     print(f"selfpruner: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,9 +72,13 @@ def run(options: argparse.Namespace) -> Result:
 
     from selfpruner_hub.models.loading import load_model
     from selfpruner_hub.pruned_model import PrunedModel
+    from selfpruner_hub.recovery.ranks import from_first, is_first, joined, leave
 
-    quieten(options)
-    with output_lock(output, run_dir):
+    with joined(options.device), ExitStack() as stack:
+        first = is_first()
+        options.quiet |= not first
+        quieten(options)
+        from_first(lambda: stack.enter_context(output_lock(output, run_dir)))
         pruned = PrunedModel.from_pretrained(options.directory, device=options.device, dtype="auto")
         gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
         parent, _ = load_model(options.against, device=options.device, dtype=pruned.model.dtype, **gguf)
@@ -87,8 +92,11 @@ def run(options: argparse.Namespace) -> Result:
             progress=not options.quiet,
             **settings,
         )
-        if recovered is not pruned or output != options.directory:
+        if first and (recovered is not pruned or output != options.directory):
             recovered.save_pretrained(output)
+    leave()
+    if not first:
+        return Result()
     record = recovered.report
     if options.json:
         return Result(json.dumps({"output": str(output), "improved": recovered is not pruned, **asdict(record)}))

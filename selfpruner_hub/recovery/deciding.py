@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from selfpruner_hub.evaluation.metrics import mean_losses, teach, teacher_loss
+from selfpruner_hub.recovery.ranks import from_first, is_first
 from selfpruner_hub.recovery.texts import Text
 
 NOISE = 1.01
@@ -15,7 +16,7 @@ NOISE = 1.01
 
 
 class Deciding:
-    """Measures a model against its parent on each deciding text.
+    """Measures a model against its parent on each deciding text. Of several processes, the first one does, for all.
 
     Args:
         parent: The dense parent.
@@ -24,7 +25,8 @@ class Deciding:
 
     def __init__(self, parent: PreTrainedModel, texts: Sequence[Text]) -> None:
         self._texts = texts
-        self._losses = [teacher_loss(teach(parent, text.windows, counted=text.counted)) for text in texts]
+        mine = texts if is_first() else ()
+        self._losses = [teacher_loss(teach(parent, text.windows, counted=text.counted)) for text in mine]
 
     @property
     def names(self) -> list[str]:
@@ -33,10 +35,12 @@ class Deciding:
 
     def __call__(self, model: PreTrainedModel) -> list[float]:
         """KL divergence from the parent on each text, in nats per counted token."""
-        return [
-            mean_losses(model, text.windows, loss, counted=text.counted)[0]
-            for text, loss in zip(self._texts, self._losses, strict=True)
-        ]
+        return from_first(
+            lambda: [
+                mean_losses(model, text.windows, loss, counted=text.counted)[0]
+                for text, loss in zip(self._texts, self._losses, strict=True)
+            ]
+        )
 
 
 def score(before: Sequence[float], after: Sequence[float]) -> float:

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -28,7 +29,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from selfpruner_hub.progress import Progress, noted
-from selfpruner_hub.recovery.divergence import Head, distillation_loss
+from selfpruner_hub.recovery import ranks
+from selfpruner_hub.recovery.divergence import distilled
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.recovery.texts import Text
 
@@ -37,7 +39,8 @@ CLIP = 1.0
 STATE = "trainer_state.json"
 """File that Trainer writes last into a checkpoint."""
 INTERRUPTED, LATE, BROKEN = "interrupted", "out of time", "the loss was no number"
-"""Reasons to stop before the last step."""
+REASONS = ("", LATE, INTERRUPTED, BROKEN)
+"""Reasons to stop before the last step; that of any process is the reason of all, the last one first."""
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -90,6 +93,8 @@ class Distiller(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
         self._parent, self._check, self._dtype = parent, check, dtype
+        if self.is_fsdp_enabled and dtype != torch.float32:  # accelerate's own policy adds gradients in bfloat16
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(dtype, torch.float32)
         self._divergence = math.nan
 
     @property
@@ -109,12 +114,21 @@ class Distiller(Trainer):
             model.eval()  # dropout would only add noise to what is matched
         student = self.accelerator.unwrap_model(model)
         loss, divergence = distilled(model, student, self._parent, inputs, self._dtype)
-        self._divergence = divergence.item()
+        self._divergence = ranks.averaged(divergence).item()
         return (loss, {"divergence": divergence}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep the divergence of each step in the history of the training."""
         super().log({**logs, "divergence": self._divergence} if "loss" in logs else logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Make the directory of a checkpoint, and write the weights.
+
+        Trainer takes a checkpoint for the best one only if its directory is there after this. Of divided weights,
+        which are written later, each process would look at another moment, and load a best checkpoint of its own.
+        """
+        Path(output_dir or cast(str, self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+        super().save_model(output_dir, _internal_call)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the student on the deciding text."""
@@ -125,60 +139,6 @@ class Distiller(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def distilled(
-    model: nn.Module,
-    student: PreTrainedModel,
-    parent: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Run both models on a batch, and compare them.
-
-    Args:
-        model: The student, or what wraps it.
-        student: The student.
-        parent: Its parent.
-        inputs: A batch of `Windows`.
-        dtype: Dtype of the products.
-
-    Returns:
-        What `distillation_loss` returns.
-    """
-    ids, counted = inputs["input_ids"], inputs["counted"].bool()
-    with torch.no_grad():
-        theirs = parent.get_decoder()(ids, use_cache=False).last_hidden_state[:, :-1][counted]
-    with last_states(student) as states:
-        model(input_ids=ids, use_cache=False)
-    emphasis = inputs["emphasis"][:, None].expand(counted.shape)[counted]
-    return distillation_loss(states[0][:, :-1][counted], Head(student, dtype), theirs, Head(parent, dtype), emphasis)
-
-
-@contextmanager
-def last_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Catch what the head reads, and let it compute the logits of the last position alone.
-
-    So the model's own forward pass runs, with the hooks of whatever wraps it, and no block of tokens × vocabulary is
-    made.
-
-    Args:
-        model: A causal language model.
-
-    Yields:
-        A list that receives the last hidden states, `[B, W, H]`, when the model runs.
-    """
-    caught: list[Tensor] = []
-
-    def catch(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-        caught.append(given[0])
-        return (given[0][:, -1:],)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(catch)
-    try:
-        yield caught
-    finally:
-        handle.remove()
 
 
 class Pace(TrainerCallback):
@@ -202,10 +162,9 @@ class Pace(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop where there is a reason, and measure the model a last time."""
-        if self._interrupted.is_set():
-            self.stopped = INTERRUPTED
-        elif time.monotonic() > self._deadline and state.global_step < state.max_steps:
-            self.stopped = LATE
+        late = time.monotonic() > self._deadline and state.global_step < state.max_steps
+        reason = INTERRUPTED if self._interrupted.is_set() else LATE if late else ""
+        self.stopped = REASONS[ranks.largest(REASONS.index(reason), args.device)]
         if self.stopped:
             control.should_training_stop = control.should_evaluate = control.should_save = True
 
@@ -289,6 +248,7 @@ def arguments(
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
         **more,
     )
     made._n_gpu = min(1, made.n_gpu)  # a lone process never splits a batch over several devices (DataParallel)
@@ -312,3 +272,40 @@ def last_checkpoint(folder: Path) -> str | None:
             continue
         return found
     return None
+
+
+def step_seconds(
+    student: nn.Module, parent: PreTrainedModel, texts: Sequence[Text], batch: int, dtype: torch.dtype
+) -> float:
+    """Time the passes of a step; the second of two, because the first prepares kernels. No weight changes.
+
+    Where FSDP will divide the weights, there may be no room for whole gradients: the backward pass counts as two
+    forward passes.
+
+    Args:
+        student: The student, before training.
+        parent: Its parent.
+        texts: Texts to read.
+        batch: Windows of a step that this process reads.
+        dtype: Dtype of the products.
+
+    Returns:
+        Seconds of a step.
+    """
+    windows = torch.cat([text.windows for text in texts])[:batch].to(parent.device)
+    counted = torch.cat([text.counted for text in texts])[:batch].to(parent.device)
+    inputs = {"input_ids": windows, "counted": counted, "emphasis": torch.zeros(len(windows), device=parent.device)}
+    seconds = 0.0
+    for _ in range(2):
+        started = time.monotonic()
+        with (
+            torch.autocast(parent.device.type, dtype, enabled=dtype != torch.float32),
+            torch.set_grad_enabled(not ranks.sharded()),
+        ):
+            loss, divergence = distilled(student, cast(PreTrainedModel, student), parent, inputs, dtype)
+        if loss.requires_grad:
+            loss.backward()
+        divergence.item()  # waits for an accelerator
+        student.zero_grad(set_to_none=True)
+        seconds = time.monotonic() - started
+    return seconds * (3 if ranks.sharded() else 1) * batch / len(windows)

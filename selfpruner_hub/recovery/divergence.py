@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.sums import add_product
 from selfpruner_hub.models.architectures import logit_scale
+from selfpruner_hub.recovery.ranks import averaged
 
 BLOCK_BYTES = 64 << 20
 """Memory of a block of float32 logits; a few such blocks are alive at a time."""
@@ -69,7 +72,9 @@ def distillation_loss(
         emphasis: Extra weight of each position, `[P]`, at least 0.
 
     Returns:
-        The weighted mean in nats, and the mean over all positions in nats, which has no gradient.
+        The weighted mean in nats, and the mean over all positions in nats, which has no gradient. With several
+        processes, they are sums of this process over the average weight of a process: their averages over the processes
+        are the means over the positions of all.
     """
     return _Distillation.apply(  # type: ignore[no-untyped-call]
         hidden, head.module.weight, head, their_hidden, their_head, emphasis
@@ -115,11 +120,12 @@ class _Distillation(torch.autograd.Function):
             to_hidden[rows] = (gradient @ ours).float()
             if to_weight is not None:
                 add_product(to_weight, gradient, states[rows])
+        total, positions = averaged(torch.stack([total, total.new_tensor(len(hidden))]))
         to_hidden /= total
         if to_weight is not None:
             to_weight /= total
         ctx.gradients = to_hidden.to(hidden.dtype), None if to_weight is None else to_weight.to(weight.dtype)
-        mean = plain / len(hidden)
+        mean = plain / positions
         ctx.mark_non_differentiable(mean)
         return weighted / total, mean
 
@@ -128,3 +134,64 @@ class _Distillation(torch.autograd.Function):
         to_hidden, to_weight = ctx.gradients
         del ctx.gradients
         return to_hidden.mul_(scale), None if to_weight is None else to_weight.mul_(scale), *(None,) * 4
+
+
+def distilled(
+    model: nn.Module,
+    student: PreTrainedModel,
+    parent: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Run both models on a batch, and compare them.
+
+    Args:
+        model: The student, or what wraps it.
+        student: The student.
+        parent: Its parent.
+        inputs: A batch of `Windows`.
+        dtype: Dtype of the products.
+
+    Returns:
+        What `distillation_loss` returns.
+    """
+    ids, counted = inputs["input_ids"], inputs["counted"].bool()
+    with torch.no_grad():
+        theirs = parent.get_decoder()(ids, use_cache=False).last_hidden_state[:, :-1][counted]
+    emphasis = inputs["emphasis"][:, None].expand(counted.shape)[counted]
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def compare(hidden: Tensor) -> None:
+        heads = Head(student, dtype), Head(parent, dtype)
+        found.append(distillation_loss(hidden[:, :-1][counted], heads[0], theirs, heads[1], emphasis))
+
+    with before_head(student, compare):
+        model(input_ids=ids, use_cache=False)
+    return found[0]
+
+
+@contextmanager
+def before_head(model: PreTrainedModel, read: Callable[[Tensor], None]) -> Iterator[None]:
+    """Read what the head is about to read, and let it compute the logits of the last position alone.
+
+    So the model's own forward pass runs, with the hooks of whatever wraps it, and no block of tokens × vocabulary is
+    made. At that moment the weight of the head is whole, also where FSDP divides it between processes.
+
+    Args:
+        model: A causal language model.
+        read: Function that receives the last hidden states, `[B, W, H]`; it runs without autocast.
+
+    Yields:
+        Nothing.
+    """
+
+    def hook(_: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        with torch.autocast(given[0].device.type, enabled=False):
+            read(given[0])
+        return (given[0][:, -1:],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

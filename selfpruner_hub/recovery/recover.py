@@ -21,13 +21,15 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruning.temperature import MATCHING_TOKENS, match_confidence
+from selfpruner_hub.recovery import ranks
 from selfpruner_hub.recovery.deciding import Deciding, is_better, score
-from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, distilled, last_checkpoint
+from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, last_checkpoint, step_seconds
 from selfpruner_hub.recovery.process import undisturbed, writable
+from selfpruner_hub.recovery.ranks import from_first, is_first, spread
 from selfpruner_hub.recovery.schedule import Schedule, Timed, keep, kept, planned, scheduled
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text, Writer, shares
-from selfpruner_hub.recovery.trainable import compute_dtype, finished, trainable, uses_adapters
+from selfpruner_hub.recovery.trainable import compute_dtype, finished, trainable, uses_adapters, whole
 from selfpruner_hub.storage.run import Run
 
 POINTS = 100
@@ -88,18 +90,25 @@ def recover(
     _check_pair(pair.pruned, pair.parent)
     task = _Task.of(pair, budget, data, settings, run)
     writer = Writer(pair.parent, pair.tokenizer, task.window, task.run)
-    deciding, writing = writer.deciding()
+    deciding, writing = from_first(writer.deciding)
     with undisturbed(pair.pruned.device):
         student = trainable(pair.pruned, settings, task.adapters)
-        schedule = kept(task.run.checkpoints) or task.scheduled(student, deciding, writing, started)
-        texts = task.texts(writer, schedule, deciding)
+        known = from_first(lambda: kept(task.run.checkpoints))
+        schedule = known or task.scheduled(student, deciding, writing, started)
+        texts = from_first(lambda: task.texts(writer, schedule, deciding))
         measure = Deciding(pair.parent, texts.deciding)
         before = measure(pair.pruned)
-        distiller = task.distiller(student, lambda model: score(before, measure(model)), schedule, texts, folder)
+
+        def check(model: PreTrainedModel) -> float:
+            return score(before, measure(cast(PreTrainedModel, whole(model, pair.pruned))))
+
+        distiller = task.distiller(student, check, schedule, texts, folder)
         pace = Pace(schedule.seconds, run.progress)
         _train(distiller, pace)
         model = finished(student, pair.pruned)
-    match_confidence(pair.parent, model, texts.first(max(1, MATCHING_TOKENS // task.window)), run.progress)
+    if is_first():
+        match_confidence(pair.parent, model, texts.first(max(1, MATCHING_TOKENS // task.window)), run.progress)
+    spread(model.parameters())
     after = measure(model)
     record = {
         **task.record(distiller, pace.stopped),
@@ -145,7 +154,7 @@ class _Task:
     window: int
     """Tokens of a window."""
     batch: int
-    """Windows of a step."""
+    """Windows of a step, of all processes."""
     adapters: bool
     """Whether adapters are trained in place of all weights."""
     dtype: torch.dtype
@@ -167,29 +176,41 @@ class _Task:
                 *(asdict(budget), settings.record(), run.seed, [(kind.name, kind.share) for kind in kinds]),
             ]
         )
+        batch = max(1, settings.batch_tokens // window)
+        adapters = from_first(lambda: uses_adapters(pair.pruned, settings))
+        ranks.check(pair.pruned.device, identity, batch, window, adapters)
         return cls(
             pair=pair,
             budget=budget,
             settings=settings,
             kinds=kinds,
             window=window,
-            batch=max(1, settings.batch_tokens // window),
-            adapters=uses_adapters(pair.pruned, settings),
+            batch=batch,
+            adapters=adapters,
             dtype=compute_dtype(pair.pruned),
             identity=identity,
             run=replace(run, checkpoints=run.checkpoints.of(identity)),
         )
+
+    @property
+    def part(self) -> int:
+        """Windows of a step that this process reads."""
+        return self.batch // ranks.count()
 
     def scheduled(
         self, student: nn.Module, deciding: Sequence[Text], writing: Mapping[str, float], started: float
     ) -> Schedule:
         """Choose how much is written and read, and keep it for a resumed recovery."""
         timed = self.budget.minutes is not None
-        step = _seconds(student, self.pair.parent, deciding, self.batch, self.dtype) if timed else 0.0
+        step = step_seconds(student, self.pair.parent, deciding, self.part, self.dtype) if timed else 0.0
         spent = Timed(writing, step, time.monotonic() - started)
-        schedule = planned(self.budget, self.kinds, self.batch, self.window, self.settings, spent)
-        keep(self.run.checkpoints, schedule)
-        return schedule
+
+        def plan() -> Schedule:
+            schedule = planned(self.budget, self.kinds, self.batch, self.window, self.settings, spent)
+            keep(self.run.checkpoints, schedule)
+            return schedule
+
+        return from_first(plan)
 
     def texts(self, writer: Writer, schedule: Schedule, deciding: Sequence[Text]) -> _Texts:
         """Write and read all texts, and split off what decides beside `deciding`."""
@@ -209,15 +230,17 @@ class _Task:
     ) -> Distiller:
         """Make the training loop, with its checkpoints in a folder of its own inside of `folder`.
 
-        What is read is read anew, and may have changed: the training goes on where all texts are the same.
+        What is read is read anew, and may have changed: the training goes on where all texts are the same. Checkpoints
+        of divided weights are of another form.
         """
-        name = f"training-{sha256((self.identity + texts.hashes).encode()).hexdigest()[:16]}"
+        form = "fsdp" if ranks.sharded() else ""
+        name = f"training-{sha256((self.identity + texts.hashes + form).encode()).hexdigest()[:16]}"
         made = arguments(
             folder / name,
             self.pair.pruned.device,
             schedule.steps,
-            schedule.checks(self.batch, sum(len(text.windows) for text in texts.deciding), self.settings),
-            self.batch,
+            schedule.checks(self.part, sum(len(text.windows) for text in texts.deciding), self.settings),
+            self.part,
             self.settings,
             learning_rate=self.settings.rate(self.pair.pruned.num_parameters(), self.adapters),
             bf16=self.dtype == torch.bfloat16,
@@ -250,7 +273,7 @@ def _train(distiller: Distiller, pace: Pace) -> None:
     folder = Path(cast(str, distiller.args.output_dir))
     distiller.add_callback(pace)
     with writable(folder), pace.interruptible():
-        distiller.train(resume_from_checkpoint=last_checkpoint(folder))
+        distiller.train(resume_from_checkpoint=from_first(lambda: last_checkpoint(folder)))
 
 
 def curve(divergences: Sequence[float], tokens: int) -> list[list[float]]:
@@ -288,22 +311,3 @@ def _check_pair(pruned: PreTrainedModel, parent: PreTrainedModel) -> None:
         raise UserError(
             f"The pruned model is on {pruned.device} and its parent on {parent.device}.", "Load both on one device."
         )
-
-
-def _seconds(
-    student: nn.Module, parent: PreTrainedModel, texts: Sequence[Text], batch: int, dtype: torch.dtype
-) -> float:
-    """Time the passes of a step; the second of two, because the first prepares kernels. No weight changes."""
-    windows = torch.cat([text.windows for text in texts])[:batch].to(parent.device)
-    counted = torch.cat([text.counted for text in texts])[:batch].to(parent.device)
-    inputs = {"input_ids": windows, "counted": counted, "emphasis": torch.zeros(len(windows), device=parent.device)}
-    seconds = 0.0
-    for _ in range(2):
-        started = time.monotonic()
-        with torch.autocast(parent.device.type, dtype, enabled=dtype != torch.float32):
-            loss, divergence = distilled(student, cast(PreTrainedModel, student), parent, inputs, dtype)
-        loss.backward()
-        divergence.item()  # waits for an accelerator
-        student.zero_grad(set_to_none=True)
-        seconds = time.monotonic() - started
-    return seconds * batch / len(windows)

@@ -7,15 +7,20 @@ from typing import Any, cast
 
 import psutil
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from selfpruner_hub.errors import MissingExtraError
 from selfpruner_hub.models.devices import free_memory
+from selfpruner_hub.recovery import ranks
 from selfpruner_hub.recovery.settings import RecoverySettings
 
 FULL_BYTES = 16
 """Bytes for each weight that is trained: float32 value, gradient and two moments of AdamW."""
+COPY_BYTES = 4
+"""Bytes for each weight of the float32 copy, which every process holds whole until it is divided between them."""
 USABLE_MEMORY = 0.8
 """Share of the free memory that may be planned with; activations and logits take the rest."""
 
@@ -28,14 +33,16 @@ def uses_adapters(model: PreTrainedModel, settings: RecoverySettings) -> bool:
         settings: Settings of recovery.
 
     Returns:
-        Whether they are; for `auto`, whether all weights with their optimiser do not fit into memory.
+        Whether they are; for `auto`, whether all weights with their optimiser do not fit into memory, or the share of
+        one process into its memory where FSDP divides them.
     """
     if settings.method != "auto":
         return settings.method == "lora"
     free = free_memory(model.device)
     if model.device.type == "cpu":
         free = float(psutil.virtual_memory().available)
-    return FULL_BYTES * model.num_parameters() > USABLE_MEMORY * free
+    share = 1 / ranks.count() if ranks.sharded() else 1
+    return max(FULL_BYTES * share, COPY_BYTES * (1 + share)) * model.num_parameters() > USABLE_MEMORY * free
 
 
 def trainable(model: PreTrainedModel, settings: RecoverySettings, adapters: bool) -> nn.Module:
@@ -67,6 +74,27 @@ def trainable(model: PreTrainedModel, settings: RecoverySettings, adapters: bool
     return get_peft_model(student, wanted)
 
 
+@torch.no_grad()
+def whole(student: nn.Module, like: PreTrainedModel) -> nn.Module:
+    """Gather weights that FSDP divides between processes; all of them call it.
+
+    Args:
+        student: Result of `trainable`, in training.
+        like: The pruned model that it began as.
+
+    Returns:
+        A copy of the pruned model with the weights of the student, in the dtype of each weight before; the student
+        itself where its weights are whole.
+    """
+    weights = fsdp2_canonicalize_names(dict(student.named_parameters()))
+    if not any(isinstance(weight, DTensor) for weight in weights.values()):
+        return student
+    made = copy.deepcopy(like)
+    for name, parameter in made.named_parameters():
+        parameter.copy_(cast(DTensor, weights[name]).full_tensor())
+    return made
+
+
 def finished(student: nn.Module, like: PreTrainedModel) -> PreTrainedModel:
     """Turn what was trained into a model of the same kind as before.
 
@@ -77,7 +105,7 @@ def finished(student: nn.Module, like: PreTrainedModel) -> PreTrainedModel:
     Returns:
         The model in eval mode, with adapters merged, in the dtype of each weight before. Buffers stay as they are.
     """
-    model: Any = student
+    model: Any = whole(student, like)
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # accelerate wraps the pass in autocast

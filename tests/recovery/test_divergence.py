@@ -8,7 +8,7 @@ from support.tiny import DISTINCT, tiny_model, tiny_pruned
 from torch.nn import functional as F
 
 from selfpruner_hub.recovery import divergence
-from selfpruner_hub.recovery.distiller import distilled
+from selfpruner_hub.recovery.divergence import distilled
 
 IDS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
 COUNTED = torch.rand(3, 15, generator=torch.Generator().manual_seed(1)) > 0.3

@@ -15,7 +15,7 @@ from support.chatting import chat_tokenizer
 from support.tiny import CONFIGS, DISTINCT, shallow, tiny_model, tiny_pruned, tiny_tokenizer
 
 from selfpruner_hub.errors import DataError, OutputError, UserError
-from selfpruner_hub.recovery import distiller, texts
+from selfpruner_hub.recovery import distiller, divergence, texts
 from selfpruner_hub.recovery.deciding import is_better, score
 from selfpruner_hub.recovery.recover import Pair, curve, recover
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
@@ -122,14 +122,14 @@ def test_poor_text_is_judged_by_what_the_parent_writes(pair, tmp_path):
 
 @pytest.mark.parametrize("place", [2, 7])
 def test_a_loss_that_is_no_number_ends_it(place, pair, tmp_path, monkeypatch):
-    calls, real = [], distiller.distillation_loss
+    calls, real = [], divergence.distillation_loss
 
     def broken(*given):
         calls.append(0)
         loss, mean = real(*given)
         return (loss * torch.nan, mean * torch.nan) if len(calls) == place else (loss, mean)
 
-    monkeypatch.setattr(distiller, "distillation_loss", broken)
+    monkeypatch.setattr(divergence, "distillation_loss", broken)
     found = recovered(pair, tmp_path)
     assert found.record["stopped"] == distiller.BROKEN
     assert len(calls) == place
@@ -158,7 +158,7 @@ def test_it_ends_in_time(pair, tmp_path, monkeypatch):
     def tick(what, done, total):
         now[0] += 10.0 if what == "recovering" else 0.0  # each step takes ten seconds
 
-    monkeypatch.setattr("selfpruner_hub.recovery.recover._seconds", lambda *_: 5.0)  # and half of it was expected
+    monkeypatch.setattr("selfpruner_hub.recovery.recover.step_seconds", lambda *_: 5.0)  # and half of it was expected
     found = recovered(pair, tmp_path, progress=tick, budget=RecoveryBudget(minutes=2))
     assert found.record["stopped"] == distiller.LATE
     assert found.record["steps"] == 14
