@@ -24,6 +24,7 @@ from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
+from selfpruner_hub.storage.layout import FORMER_OPTIONS, INSTEAD
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import check_replaceable, check_writable, output_path, save_directory
 
@@ -194,7 +195,8 @@ def _check(to: str, options: dict[str, Any], output: str | Path, overwrite: bool
     form = export_format(to)
     names = [option.name for option in form.options]
     if unknown := sorted(set(options) - set(names)):
-        raise UserError(f"An export to {to} has no option {unknown[0]!r}.", f"It takes {', '.join(names)}.")
+        remedy = INSTEAD if unknown[0] in FORMER_OPTIONS else f"It takes {', '.join(names)}."
+        raise UserError(f"An export to {to} has no option {unknown[0]!r}.", remedy)
     place = output_path(output)
     check_writable(place)
     check_replaceable(place, EXPORT_RECORD_FILE, overwrite)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.writer import FormatWriter, one_of, require
+from exporters.writer import FormatWriter, require
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
-from selfpruner_hub.storage.layout import EXPORTS
+from selfpruner_hub.storage.layout import EXPORTS, known_export
 from selfpruner_hub.storage.versioned_json import fits
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ FORMATS = Formats({"torch": "exporters.pytorch"}, EXPORTS, {"genai": "exporters.
 
 def export_format(name: str) -> Format:
     """Return a format that can be written; raise `UserError` for another name."""
-    return FORMATS[one_of("format", name, EXPORTS)]
+    return FORMATS[known_export(name)]
 
 
 def runtimes() -> tuple[str, ...]:

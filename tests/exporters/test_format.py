@@ -43,7 +43,7 @@ def help_of(verb, capsys):
 @pytest.mark.usefixtures("toy")
 def test_a_format_is_a_choice_of_the_command_line(capsys):
     told = help_of("export", capsys)
-    assert "--to FORMAT onnx, tensorrt, openvino, gguf, padded or toy" in told
+    assert "--to FORMAT onnx, tensorrt, openvino, gguf or toy" in told
     assert "--bricks N toy: how many" in told
     assert "openvino, gguf, toy, genai or vllm" in help_of("benchmark", capsys)
 
