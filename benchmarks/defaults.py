@@ -20,8 +20,7 @@ from protocol import Chat, Rows, Unseen, arguments, write
 from transformers import PreTrainedModel
 
 from selfpruner_hub.cli import main as selfpruner
-from selfpruner_hub.cli.demo import DEMO_MODEL, load_embedded
-from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.models.loading import EMBEDDED_MODEL, embedded_model, load_model
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.settings import SEARCH
 from selfpruner_hub.storage.model_record import read_record
@@ -69,7 +68,7 @@ class Begun(NamedTuple):
 
 def begun(work: Path, unseen_text: str) -> Begun:
     """Save the dense model in WORK, and prepare all that is measured."""
-    pruner, dense = load_embedded(), work / "dense"
+    pruner, dense = AutoPruner.from_pretrained(**embedded_model()), work / "dense"
     unseen, chat = Unseen(unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
     pruner.model.save_pretrained(dense)
     pruner.tokenizer.save_pretrained(dense)
@@ -96,7 +95,7 @@ def pruned(
     """Prune and measure one model, with `more` options; a model that was saved before is only measured."""
     timed, started = output.with_suffix(".json"), time.perf_counter()
     if not timed.exists():
-        prune = ["prune", dense, "--base-model", DEMO_MODEL, "--beta", str(beta)]
+        prune = ["prune", dense, "--base-model", EMBEDDED_MODEL, "--beta", str(beta)]
         if status := selfpruner([*prune, "--data", data, "--output", str(output), *more]):
             sys.exit(status)
         timed.write_text(json.dumps({"minutes": round((time.perf_counter() - started) / 60, 1)}))

@@ -23,9 +23,9 @@ from optimisers import CmaEs, CmaEsWithModel
 from protocol import Rows, arguments, paired, write
 
 from selfpruner_hub.calibration.corpus import consecutive_windows, load_corpus
-from selfpruner_hub.cli.demo import DEMO_MODEL, load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import cross_entropy
+from selfpruner_hub.models.loading import EMBEDDED_MODEL, embedded_model
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.pruner import AutoPruner
@@ -60,7 +60,7 @@ def proposers(
 
     def own(templates: Path | None = None) -> Proposer:
         options = LanguageModelOptions(templates=str(templates or ""))
-        return ModelProposer(pruner.model, pruner.tokenizer, budget, DEMO_MODEL, options)
+        return ModelProposer(pruner.model, pruner.tokenizer, budget, EMBEDDED_MODEL, options)
 
     found: dict[str, Callable[[], Proposer]] = {
         "evolution": lambda: EvolutionProposer(budget),
@@ -70,7 +70,7 @@ def proposers(
         "cmaes+self": lambda: CmaEsWithModel(budget, SCHEDULE.mutation, directory / "prompts", own),
     }
     if endpoint is not None:
-        found["endpoint"] = lambda: EndpointProposer(*endpoint, budget, DEMO_MODEL, EndpointOptions())
+        found["endpoint"] = lambda: EndpointProposer(*endpoint, budget, EMBEDDED_MODEL, EndpointOptions())
     return found
 
 
@@ -106,7 +106,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Search with every method and seed, and measure the best plan of each on unseen text."""
     options = _parser().parse_args(words)
     published = (options.output or Path(__file__).parent) / "equal_budget.json"
-    rows, pruner = Rows(options.work / "rows.jsonl", published), load_embedded()
+    rows, pruner = Rows(options.work / "rows.jsonl", published), AutoPruner.from_pretrained(**embedded_model())
     runs = [(seed, method) for seed in options.seeds for method in options.methods]
     missing = [run for run in runs if not rows.have(method=run[1], beta=options.beta, seed=run[0])]
     for row in searched(pruner, options, missing) if missing else ():

@@ -19,8 +19,8 @@ from protocol import Chat, Rows, Unseen, arguments, paired, write
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.texts import RunTexts, Texts
-from selfpruner_hub.cli.demo import DEMO_MODEL, load_embedded
 from selfpruner_hub.evaluation.metrics import divergence, teach
+from selfpruner_hub.models.loading import EMBEDDED_MODEL, embedded_model
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruner import AutoPruner
@@ -44,7 +44,7 @@ CONTROL = "no search"
 def main(words: Sequence[str] | None = None) -> None:
     """Search with every method at every β, repair the best plan of each, and measure it."""
     options = _parser().parse_args(words)
-    rows, pruner = Rows(options.work / "rows.jsonl"), load_embedded()
+    rows, pruner = Rows(options.work / "rows.jsonl"), AutoPruner.from_pretrained(**embedded_model())
     settings = replace(
         PruneSettings(),
         calibration_tokens=options.tokens,
@@ -88,7 +88,7 @@ def searched(
     with prepared(pruner.model, windows, settings, fisher, run) as ready:
         for name in methods:
             journal = Journal(work / f"{beta:g}-{name}", {"beta": beta, **settings.record()})
-            proposer = choose_proposer(name, None, None, budget, True, DEMO_MODEL, (pruner.model, pruner.tokenizer))
+            proposer = choose_proposer(name, None, None, budget, True, EMBEDDED_MODEL, (pruner.model, pruner.tokenizer))
             found = find_plan(proposer, budget, ready, texts, journal, settings, run)
             pairs = zip(("selected", "elsewhere"), (found.gains[t] for t in (SEARCH_TEXT, UNSEEN_TEXT)), strict=True)
             gains = {key: [round(value, 4) for value in pair] for key, pair in pairs}

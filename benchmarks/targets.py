@@ -16,11 +16,12 @@ from defaults import DATA
 from protocol import Chat, Rows, Unseen, write
 
 from exporters.benchmark.meter import RuntimeMeter
-from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.metrics import divergence, teach
+from selfpruner_hub.models.loading import embedded_model
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.target import REQUEST, Target
 from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.pruner import AutoPruner
 
 SPEEDUP, RUNTIMES, PRESET = 1.3, ("onnx", "gguf"), "fast"
 ALIKE, TRIES = 0.02, 4
@@ -32,7 +33,7 @@ Times = tuple[float, float]
 
 def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str] = RUNTIMES) -> None:
     """Prune to the speed-up in each runtime, and by a β of the same measured one; measure both."""
-    rows, pruner = Rows(work / "rows.jsonl"), load_embedded()
+    rows, pruner = Rows(work / "rows.jsonl"), AutoPruner.from_pretrained(**embedded_model())
     articles, chat = Unseen(unseen_text, pruner.tokenizer).windows[512], Chat(pruner.model, pruner.tokenizer, work)
     teacher = teach(pruner.model, articles)
     settings: dict[str, Any] = {"preset": PRESET, "data": DATA + search_text}
