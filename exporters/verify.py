@@ -98,7 +98,6 @@ def verify(
     if new_tokens < 1:
         raise UserError(f"At least one new token is needed; got {new_tokens}.")
     form = export_format(read_export(directory).format)
-    assert form.files is not None
     record = form.read(directory)
     form.check_runs(record)
     name = model or _find_model(directory, record)

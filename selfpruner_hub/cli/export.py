@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from exporters.format import FORMATS, Option
+from exporters.format import Option, export_format
 from selfpruner_hub.cli.options import Result, listed, path, quieten
 from selfpruner_hub.storage.layout import EXPORTS, FORMER_OPTIONS, known_export
 
@@ -42,7 +42,7 @@ def _options() -> list[Option]:
     """Options of all formats; where only one format has an option, its help names that format."""
     by_name: dict[str, list[tuple[str, Option]]] = {}
     for name in EXPORTS:
-        for option in FORMATS[name].options:
+        for option in export_format(name).options:
             by_name.setdefault(option.name, []).append((name, option))
     return [
         option if len(owners) > 1 else replace(option, help=f"{owner}: {option.help}")
