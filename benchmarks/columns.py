@@ -117,10 +117,10 @@ def of_benchmark(name: str) -> str:
 
 def measured(file: Path) -> str:
     """When and on which machine a benchmark measured, and where its protocol is."""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    machine = found["machine"]
+    content = json.loads(file.read_text(encoding="utf-8"))
+    machine = content["machine"]
     on = f"{machine['cpu'].replace('(R)', '').removesuffix(' Processor')}, {machine['cores']} cores"
-    return f"Measured on {found['date']}, {on}{', shared' * machine['shared']}; protocol: `benchmarks/{file.name}`."
+    return f"Measured on {content['date']}, {on}{', shared' * machine['shared']}; protocol: `benchmarks/{file.name}`."
 
 
 def shown(rows: Sequence[Row], columns: Columns, *, numbers: bool = False) -> str:

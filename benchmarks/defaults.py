@@ -34,14 +34,15 @@ def main(words: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(words)
     work: Path = options.work
     rows, pruner, dense, measured, how, _ = begun(work, options.unseen_text)
-    name, told, more = "defaults", "", []
+    name, search_words, more = "defaults", "", []
     text = f"{DATA}{Path(options.search_text).name} (the default's wikitext2, from a file)"
     if options.proposer:
         name = f"{name}_{options.proposer}"
-        told = f" and a search of {options.evaluations:g} evaluations by {options.proposer}"
+        search_words = f" and a search of {options.evaluations:g} evaluations by {options.proposer}"
         more += ["--proposer", options.proposer, "--evaluations", str(options.evaluations)]
     protocol = (
-        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults{told} on {text}; minutes of it; {how}"
+        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults{search_words} on {text}; "
+        f"minutes of it; {how}"
     )
     if not rows.have(beta=0.0):
         rows.keep({"beta": 0.0, **measured(pruner.model)})
@@ -100,14 +101,14 @@ def pruned(
             sys.exit(status)
         timed.write_text(json.dumps({"minutes": round((time.perf_counter() - started) / 60, 1)}))
     record = read_record(output)
-    found = {
+    figures = {
         **json.loads(timed.read_text()),
         "achieved_beta": round(record.achieved_beta, 4),
         "logit_scale": record.metrics["search_logit_scale"].value,
         **({"search": record.proposer["gains"]} if record.method["schedule"]["evaluations"] else {}),
     }
     model, _ = load_model(str(output), dtype="auto")
-    return {"beta": beta, **found, **measured(model)}
+    return {"beta": beta, **figures, **measured(model)}
 
 
 def _parser() -> argparse.ArgumentParser:

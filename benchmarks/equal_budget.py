@@ -62,7 +62,7 @@ def proposers(
         options = LanguageModelOptions(templates=str(templates or ""))
         return ModelProposer(pruner.model, pruner.tokenizer, budget, EMBEDDED_MODEL, options)
 
-    found: dict[str, Callable[[], Proposer]] = {
+    by_method: dict[str, Callable[[], Proposer]] = {
         "evolution": lambda: EvolutionProposer(budget),
         "random": lambda: RandomProposer(budget),
         "cmaes": lambda: CmaEs(budget, SCHEDULE.mutation),
@@ -70,8 +70,8 @@ def proposers(
         "cmaes+self": lambda: CmaEsWithModel(budget, SCHEDULE.mutation, directory / "prompts", own),
     }
     if endpoint is not None:
-        found["endpoint"] = lambda: EndpointProposer(*endpoint, budget, EMBEDDED_MODEL, EndpointOptions())
-    return found
+        by_method["endpoint"] = lambda: EndpointProposer(*endpoint, budget, EMBEDDED_MODEL, EndpointOptions())
+    return by_method
 
 
 def population(budget: Budget, seed: int) -> dict[str, Rates]:
@@ -91,15 +91,15 @@ def by_window(slicer: Slicer, layers: Any, windows: torch.Tensor) -> list[float]
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The paired difference of each run from its control of the same seed on unseen text, with its standard error."""
     nats = {(row["method"], row["beta"], row["seed"]): row["nats"] for row in rows}
-    found = []
+    results = []
     for row in rows:
-        told = {**row, "unseen_perplexity": round(math.exp(mean(row["nats"])), 2)}
+        result = {**row, "unseen_perplexity": round(math.exp(mean(row["nats"])), 2)}
         control = CONTROLS.get(row["method"], "evolution")
         other = nats.get((control, row["beta"], row["seed"]))
         if other is not None and control != row["method"]:
-            told |= {"control": control, **paired(row["nats"], other)}
-        found.append(told)
-    return found
+            result |= {"control": control, **paired(row["nats"], other)}
+        results.append(result)
+    return results
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -136,19 +136,19 @@ def searched(
             directory, started = options.work / "-".join(map(str, key.values())), time.perf_counter()
             journal, problem = Journal(directory, key), Problem(budget, population(budget, seed), fitness)
             proposer = proposers(pruner, budget, options.endpoint, directory)[method]()
-            found = search(proposer, problem, journal, schedule, seed=seed, on_score=_tell)
+            outcome = search(proposer, problem, journal, schedule, seed=seed, on_score=_tell)
             scored = [line for line in journal.lines if isinstance(line, RoundLine)]
             yield {
                 **key,
-                "evaluations": found.spent,
-                "fitness": round(found.best.fitness, 3),
-                "best_start": round(found.best_seed.fitness, 3),
-                "best_from": found.best.origin,
-                "replies": found.counts,
-                "tokens": found.tokens,
+                "evaluations": outcome.spent,
+                "fitness": round(outcome.best.fitness, 3),
+                "best_start": round(outcome.best_seed.fitness, 3),
+                "best_from": outcome.best.origin,
+                "replies": outcome.counts,
+                "tokens": outcome.tokens,
                 "minutes": round((time.perf_counter() - started) / 60, 1),
                 "curve": [(line.spent, round(line.best, 2)) for line in scored],
-                "nats": by_window(ready.slicer, ready.slicer.layers(found.best.plan), unseen),
+                "nats": by_window(ready.slicer, ready.slicer.layers(outcome.best.plan), unseen),
             }
 
 

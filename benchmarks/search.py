@@ -61,8 +61,8 @@ def main(words: Sequence[str] | None = None) -> None:
         missing = [name for name in options.methods if not rows.have(beta=beta, method=name)]
         for row, model in searched(pruner, beta, missing, texts, settings, options.work) if missing else ():
             if not rows.have(beta=beta, method=row["method"]):
-                found = [divergence(model, w[None], t) for w, t in zip(articles, teachers, strict=True)]
-                rows.keep({**row, **chat.figures(model), "kl_by_window": [round(value, 5) for value in found]})
+                divergences = [divergence(model, w[None], t) for w, t in zip(articles, teachers, strict=True)]
+                rows.keep({**row, **chat.figures(model), "kl_by_window": [round(value, 5) for value in divergences]})
     write(
         "search",
         f"SmolLM2-135M-Instruct, {pruner.model.dtype}: the default's settings with {settings.calibration_tokens} "
@@ -89,14 +89,14 @@ def searched(
         for name in methods:
             journal = Journal(work / f"{beta:g}-{name}", {"beta": beta, **settings.record()})
             proposer = choose_proposer(name, None, None, budget, True, EMBEDDED_MODEL, (pruner.model, pruner.tokenizer))
-            found = find_plan(proposer, budget, ready, texts, journal, settings, run)
-            pairs = zip(("selected", "elsewhere"), (found.gains[t] for t in (SEARCH_TEXT, UNSEEN_TEXT)), strict=True)
+            result = find_plan(proposer, budget, ready, texts, journal, settings, run)
+            pairs = zip(("selected", "elsewhere"), (result.gains[t] for t in (SEARCH_TEXT, UNSEEN_TEXT)), strict=True)
             gains = {key: [round(value, 4) for value in pair] for key, pair in pairs}
-            for index, best in enumerate((found.outcome.best_seed, found.outcome.best)):
-                told = {"best_from": best.origin, **{key: pair[index] for key, pair in gains.items()}}
-                rows.append(({"method": (CONTROL, name)[index], "beta": beta, **told}, best.plan))
+            for index, best in enumerate((result.outcome.best_seed, result.outcome.best)):
+                figures = {"best_from": best.origin, **{key: pair[index] for key, pair in gains.items()}}
+                rows.append(({"method": (CONTROL, name)[index], "beta": beta, **figures}, best.plan))
             curve = [(line.spent, round(line.best, 4)) for line in journal.lines if isinstance(line, RoundLine)]
-            rows[-1][0].update(evaluations=found.outcome.spent, replies=found.outcome.counts, curve=curve)
+            rows[-1][0].update(evaluations=result.outcome.spent, replies=result.outcome.counts, curve=curve)
         models = {plan: slice_model(ready.slicer, plan) for plan in {plan for _, plan in rows}}
     for model in models.values():
         compensate(pruner.model, model, windows, fisher=fisher, run=run)
@@ -108,14 +108,14 @@ def searched(
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The figures of all rows, each with its difference from no search at the same β."""
     control = {row["beta"]: row["kl_by_window"] for row in rows if row["method"] == CONTROL}
-    found = []
+    results = []
     for row in rows:
-        told = {key: value for key, value in row.items() if key != "kl_by_window"}
-        told["kl_articles"] = round(mean(row["kl_by_window"]), 4)
+        result = {key: value for key, value in row.items() if key != "kl_by_window"}
+        result["kl_articles"] = round(mean(row["kl_by_window"]), 4)
         if row["method"] != CONTROL:
-            told |= paired(row["kl_by_window"], control[row["beta"]])
-        found.append(told)
-    return found
+            result |= paired(row["kl_by_window"], control[row["beta"]])
+        results.append(result)
+    return results
 
 
 def _tell(what: str, done: int | float, total: int | float) -> None:

@@ -81,11 +81,11 @@ class Stages:
 
 def rate(dtype: torch.dtype) -> float:
     """Operations per second of this machine's matrix products, median over sizes and repeats."""
-    found = []
+    rates = []
     for rows, inner, columns in SHAPES:
         left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
-        found += [2 * rows * inner * columns / _seconds(lambda a=left, b=right: nn.functional.linear(a, b))]
-    return statistics.median(found)
+        rates += [2 * rows * inner * columns / _seconds(lambda a=left, b=right: nn.functional.linear(a, b))]
+    return statistics.median(rates)
 
 
 def _seconds(call: Callable[[], object]) -> float:
