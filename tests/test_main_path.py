@@ -11,9 +11,10 @@ from selfpruner_hub import AutoPruner
 from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.calibration.texts import Texts
-from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.models.architectures import decoder_layers, shape_of
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.prepare import prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
@@ -80,13 +81,27 @@ def test_the_record_names_the_texts(texts):
     assert record.method["fisher_tokens"] == SMALL["fisher_tokens"]
 
 
+def test_the_predicted_losses_are_those_of_the_fisher_information(texts):
+    model, settings, windows = tiny_model("llama"), resolve(None, **SMALL), texts.calibration.windows
+    fisher, statistics = output_fisher(model, windows[:8]), calibrate(model, windows)
+    order = rank(model, statistics, fisher=fisher)
+    with ordered(model, order):
+        expected = Slicer(model, order, statistics, fisher=fisher).loss_curves()
+    with prepared(model, windows, settings, fisher) as ready:
+        for one, other in zip(ready.curves, expected, strict=True):
+            assert one.attention == pytest.approx(other.attention)
+            assert one.ffn == pytest.approx(other.ffn)
+    with prepared(model, windows, settings) as ready:
+        assert ready.curves is None
+
+
 def test_the_best_plan_of_the_search_is_cut(tmp_path):
     pruned, _ = prune(
         repair="output", seeds=("uniform",), multiple_of=1, proposer="evolution", evaluations=12, run_dir=tmp_path
     )
     scores = [line for line in read_journal(tmp_path / JOURNAL_FILE)[1] if isinstance(line, ScoreLine)]
     best = min((line for line in scores if line.share == 1), key=lambda line: line.fitness)
-    assert pruned.plan == best.plan
+    assert shape_of(pruned.model.config).dense == pruned.plan == best.plan
     assert not best.origin.startswith("seed")
 
 
