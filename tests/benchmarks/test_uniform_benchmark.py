@@ -43,12 +43,12 @@ def test_both_widths_are_cut_recovered_measured_and_timed_once(tmp_path, monkeyp
     monkeypatch.setitem(settings.PRESETS, "default", settings.resolve(None, **SMALL))
     letters = np.random.default_rng(0).choice(list("abcdefgh "), 60_000)
     (tmp_path / "a.txt").write_text("\n".join("".join(letters)[at : at + 600] for at in range(0, 60_000, 600)))
-    arguments = [tmp_path / "work", tmp_path / "a.txt", "b.txt", "--betas", "0.3", "--tokens", "4096"]
+    arguments = [tmp_path / "work", tmp_path / "a.txt", "b.txt", "--betas", "0.3", "--tokens", "8192"]
     arguments = [*map(str, arguments), "--output", str(tmp_path)]
     uniform.main(arguments)
     rows = json.loads((tmp_path / "uniform.json").read_text())["results"]
     assert [(row["beta"], row.get("widths"), row.get("asked_tokens")) for row in rows] == [
-        (0.0, None, None), (0.3, "own", 0), (0.3, "own", 4096), (0.3, "uniform", 0), (0.3, "uniform", 4096)
+        (0.0, None, None), (0.3, "own", 0), (0.3, "own", 8192), (0.3, "uniform", 0), (0.3, "uniform", 8192)
     ]  # fmt: skip
     assert len(measured) == len(rows)
     assert rows[0]["speed"] == {}
