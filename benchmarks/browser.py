@@ -126,13 +126,13 @@ def ask(page: Any, prompt: str, tokens: int, dtype: str = "q8") -> dict[str, dic
     page.get_by_label("Weights").select_option(dtype)
     page.get_by_role("button", name="Compare").click()
     page.wait_for_function("!document.querySelector('#compare').disabled")
-    found = {}
+    answers = {}
     for which in ("pruned", "dense"):
         took = page.locator(f"#{which}-took").inner_text()
         rate = re.match(r"([\d.]+) tokens/s", took)
         text = page.locator(f"#{which}").text_content()
-        found[which] = {"text": text.strip(), "rate": float(rate[1]) if rate else None, "took": took}
-    return found
+        answers[which] = {"text": text.strip(), "rate": float(rate[1]) if rate else None, "took": took}
+    return answers
 
 
 def main(work: Path, dense: Path, pruned: Path, modules: Path) -> None:
@@ -169,13 +169,13 @@ def main(work: Path, dense: Path, pruned: Path, modules: Path) -> None:
 
 def _row(passes: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """Answers of the last pass, and medians."""
-    told = {which: passes[-1][which]["text"] for which in ("pruned", "dense")}
-    rates = {which: [each[which]["rate"] for each in passes] for which in told}
+    texts = {which: passes[-1][which]["text"] for which in ("pruned", "dense")}
+    rates = {which: [each[which]["rate"] for each in passes] for which in texts}
     if None in (*rates["pruned"], *rates["dense"]):
-        return told
+        return texts
     ratios = [a / b for a, b in zip(rates["pruned"], rates["dense"], strict=True)]
     medians = {f"{which}_tokens_per_s": statistics.median(values) for which, values in rates.items()}
-    return {"ratio": round(statistics.median(ratios), 3), **medians, **told}
+    return {"ratio": round(statistics.median(ratios), 3), **medians, **texts}
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ TASKS = "arc_easy,piqa,winogrande"
 
 def main(work: Path, unseen_text: str, tasks: str) -> None:
     """Measure the model and write its card."""
-    saved, card = work / "b30", Path(__file__).parents[1] / "model_cards" / NAME
-    model = str(saved)
+    directory, card = work / "b30", Path(__file__).parents[1] / "model_cards" / NAME
+    model = str(directory)
     figures = ["--save", "--against", str(work / "dense")]
     items = ["--tasks", TASKS, "--tasks-dir", tasks, "--limit", "200", "--cache", str(work / "cache")]
     for command in (
@@ -32,9 +32,9 @@ def main(work: Path, unseen_text: str, tasks: str) -> None:
     ):
         if status := selfpruner(command):
             sys.exit(status)
-    bundle = collect(saved)
+    bundle = collect(directory)
     text = render_card(bundle.record, f"me/{NAME}", pictures=list(bundle.pictures), chat=bundle.chat)
-    files = {CARD: text.encode(), MODEL_RECORD_FILE: (saved / MODEL_RECORD_FILE).read_bytes(), **bundle.pictures}
+    files = {CARD: text.encode(), MODEL_RECORD_FILE: (directory / MODEL_RECORD_FILE).read_bytes(), **bundle.pictures}
     for name, content in files.items():
         (card / name).parent.mkdir(parents=True, exist_ok=True)
         (card / name).write_bytes(content)

@@ -32,6 +32,12 @@ def difference(row: Row) -> str:
     return f"{row['difference']:+.4f} ± {row['standard_error']:.4f}" if "difference" in row else UNKNOWN
 
 
+def speedups(row: Row, run: str) -> str:
+    """Speed-ups of prefill and decode in a runtime, of a row that has several."""
+    times = row["speed"].get(run)
+    return UNKNOWN if times is None else f"{times['prefill']:.2f}, {times['decode']:.2f}"
+
+
 def words(key: str) -> Callable[[Row], str]:
     """Words or a whole number of a row, as they are."""
     return lambda row: str(row.get(key, UNKNOWN)).replace("|", "")
@@ -59,6 +65,18 @@ COLUMNS: dict[str, Columns] = {
         *CHAT,
         ("by a sample", lambda row: share(row, "kept_sampled")),
         ("within 8", lambda row: share(row, "kept_within_8")),
+    ),
+    "uniform": (
+        ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense"),
+        ("widths", words("widths")),
+        ("β reached", lambda row: figure(row, "achieved_beta", "{:.3f}")),
+        ("tokens trained on", lambda row: f"{row['tokens']:,}" if row.get("tokens") else UNKNOWN),
+        *PERPLEXITIES,
+        *CHAT,
+        ("llama.cpp", lambda row: speedups(row, "gguf:f16:512")),
+        ("ONNX Runtime", lambda row: speedups(row, "onnx:float32:512")),
+        ("vLLM, float32", lambda row: speedups(row, "vllm:float32:512")),
+        ("vLLM, bfloat16", lambda row: speedups(row, "vllm:bfloat16:512")),
     ),
     "front": (
         ("method", words("method")),
@@ -117,10 +135,10 @@ def of_benchmark(name: str) -> str:
 
 def measured(file: Path) -> str:
     """When and on which machine a benchmark measured, and where its protocol is."""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    machine = found["machine"]
+    content = json.loads(file.read_text(encoding="utf-8"))
+    machine = content["machine"]
     on = f"{machine['cpu'].replace('(R)', '').removesuffix(' Processor')}, {machine['cores']} cores"
-    return f"Measured on {found['date']}, {on}{', shared' * machine['shared']}; protocol: `benchmarks/{file.name}`."
+    return f"Measured on {content['date']}, {on}{', shared' * machine['shared']}; protocol: `benchmarks/{file.name}`."
 
 
 def shown(rows: Sequence[Row], columns: Columns, *, numbers: bool = False) -> str:

@@ -20,8 +20,7 @@ from protocol import Chat, Rows, Unseen, arguments, write
 from transformers import PreTrainedModel
 
 from selfpruner_hub.cli import main as selfpruner
-from selfpruner_hub.cli.demo import DEMO_MODEL, load_embedded
-from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.models.loading import EMBEDDED_MODEL, embedded_model, load_model
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.settings import SEARCH
 from selfpruner_hub.storage.model_record import read_record
@@ -35,14 +34,15 @@ def main(words: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(words)
     work: Path = options.work
     rows, pruner, dense, measured, how, _ = begun(work, options.unseen_text)
-    name, told, more = "defaults", "", []
+    name, search_words, more = "defaults", "", []
     text = f"{DATA}{Path(options.search_text).name} (the default's wikitext2, from a file)"
     if options.proposer:
         name = f"{name}_{options.proposer}"
-        told = f" and a search of {options.evaluations:g} evaluations by {options.proposer}"
+        search_words = f" and a search of {options.evaluations:g} evaluations by {options.proposer}"
         more += ["--proposer", options.proposer, "--evaluations", str(options.evaluations)]
     protocol = (
-        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults{told} on {text}; minutes of it; {how}"
+        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune` with its defaults{search_words} on {text}; "
+        f"minutes of it; {how}"
     )
     if not rows.have(beta=0.0):
         rows.keep({"beta": 0.0, **measured(pruner.model)})
@@ -69,7 +69,7 @@ class Begun(NamedTuple):
 
 def begun(work: Path, unseen_text: str) -> Begun:
     """Save the dense model in WORK, and prepare all that is measured."""
-    pruner, dense = load_embedded(), work / "dense"
+    pruner, dense = AutoPruner.from_pretrained(**embedded_model()), work / "dense"
     unseen, chat = Unseen(unseen_text, pruner.tokenizer), Chat(pruner.model, pruner.tokenizer, work)
     pruner.model.save_pretrained(dense)
     pruner.tokenizer.save_pretrained(dense)
@@ -96,19 +96,19 @@ def pruned(
     """Prune and measure one model, with `more` options; a model that was saved before is only measured."""
     timed, started = output.with_suffix(".json"), time.perf_counter()
     if not timed.exists():
-        prune = ["prune", dense, "--base-model", DEMO_MODEL, "--beta", str(beta)]
+        prune = ["prune", dense, "--base-model", EMBEDDED_MODEL, "--beta", str(beta)]
         if status := selfpruner([*prune, "--data", data, "--output", str(output), *more]):
             sys.exit(status)
         timed.write_text(json.dumps({"minutes": round((time.perf_counter() - started) / 60, 1)}))
     record = read_record(output)
-    found = {
+    figures = {
         **json.loads(timed.read_text()),
         "achieved_beta": round(record.achieved_beta, 4),
         "logit_scale": record.metrics["search_logit_scale"].value,
         **({"search": record.proposer["gains"]} if record.method["schedule"]["evaluations"] else {}),
     }
     model, _ = load_model(str(output), dtype="auto")
-    return {"beta": beta, **found, **measured(model)}
+    return {"beta": beta, **figures, **measured(model)}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,9 +23,9 @@ from optimisers import CmaEs, CmaEsWithModel
 from protocol import Rows, arguments, paired, write
 
 from selfpruner_hub.calibration.corpus import consecutive_windows, load_corpus
-from selfpruner_hub.cli.demo import DEMO_MODEL, load_embedded
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import cross_entropy
+from selfpruner_hub.models.loading import EMBEDDED_MODEL, embedded_model
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.pruner import AutoPruner
@@ -60,9 +60,9 @@ def proposers(
 
     def own(templates: Path | None = None) -> Proposer:
         options = LanguageModelOptions(templates=str(templates or ""))
-        return ModelProposer(pruner.model, pruner.tokenizer, budget, DEMO_MODEL, options)
+        return ModelProposer(pruner.model, pruner.tokenizer, budget, EMBEDDED_MODEL, options)
 
-    found: dict[str, Callable[[], Proposer]] = {
+    by_method: dict[str, Callable[[], Proposer]] = {
         "evolution": lambda: EvolutionProposer(budget),
         "random": lambda: RandomProposer(budget),
         "cmaes": lambda: CmaEs(budget, SCHEDULE.mutation),
@@ -70,8 +70,8 @@ def proposers(
         "cmaes+self": lambda: CmaEsWithModel(budget, SCHEDULE.mutation, directory / "prompts", own),
     }
     if endpoint is not None:
-        found["endpoint"] = lambda: EndpointProposer(*endpoint, budget, DEMO_MODEL, EndpointOptions())
-    return found
+        by_method["endpoint"] = lambda: EndpointProposer(*endpoint, budget, EMBEDDED_MODEL, EndpointOptions())
+    return by_method
 
 
 def population(budget: Budget, seed: int) -> dict[str, Rates]:
@@ -91,22 +91,22 @@ def by_window(slicer: Slicer, layers: Any, windows: torch.Tensor) -> list[float]
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The paired difference of each run from its control of the same seed on unseen text, with its standard error."""
     nats = {(row["method"], row["beta"], row["seed"]): row["nats"] for row in rows}
-    found = []
+    results = []
     for row in rows:
-        told = {**row, "unseen_perplexity": round(math.exp(mean(row["nats"])), 2)}
+        result = {**row, "unseen_perplexity": round(math.exp(mean(row["nats"])), 2)}
         control = CONTROLS.get(row["method"], "evolution")
         other = nats.get((control, row["beta"], row["seed"]))
         if other is not None and control != row["method"]:
-            told |= {"control": control, **paired(row["nats"], other)}
-        found.append(told)
-    return found
+            result |= {"control": control, **paired(row["nats"], other)}
+        results.append(result)
+    return results
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Search with every method and seed, and measure the best plan of each on unseen text."""
     options = _parser().parse_args(words)
     published = (options.output or Path(__file__).parent) / "equal_budget.json"
-    rows, pruner = Rows(options.work / "rows.jsonl", published), load_embedded()
+    rows, pruner = Rows(options.work / "rows.jsonl", published), AutoPruner.from_pretrained(**embedded_model())
     runs = [(seed, method) for seed in options.seeds for method in options.methods]
     missing = [run for run in runs if not rows.have(method=run[1], beta=options.beta, seed=run[0])]
     for row in searched(pruner, options, missing) if missing else ():
@@ -136,19 +136,19 @@ def searched(
             directory, started = options.work / "-".join(map(str, key.values())), time.perf_counter()
             journal, problem = Journal(directory, key), Problem(budget, population(budget, seed), fitness)
             proposer = proposers(pruner, budget, options.endpoint, directory)[method]()
-            found = search(proposer, problem, journal, schedule, seed=seed, on_score=_tell)
+            outcome = search(proposer, problem, journal, schedule, seed=seed, on_score=_tell)
             scored = [line for line in journal.lines if isinstance(line, RoundLine)]
             yield {
                 **key,
-                "evaluations": found.spent,
-                "fitness": round(found.best.fitness, 3),
-                "best_start": round(found.best_seed.fitness, 3),
-                "best_from": found.best.origin,
-                "replies": found.counts,
-                "tokens": found.tokens,
+                "evaluations": outcome.spent,
+                "fitness": round(outcome.best.fitness, 3),
+                "best_start": round(outcome.best_seed.fitness, 3),
+                "best_from": outcome.best.origin,
+                "replies": outcome.counts,
+                "tokens": outcome.tokens,
                 "minutes": round((time.perf_counter() - started) / 60, 1),
                 "curve": [(line.spent, round(line.best, 2)) for line in scored],
-                "nats": by_window(ready.slicer, ready.slicer.layers(found.best.plan), unseen),
+                "nats": by_window(ready.slicer, ready.slicer.layers(outcome.best.plan), unseen),
             }
 
 

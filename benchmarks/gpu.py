@@ -114,8 +114,8 @@ def in_a_process(name: str, bench: Bench) -> str:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         errors.seek(0)
-        said = errors.read().strip().splitlines()[-1:] if status else []
-    return f"with status {status}: {''.join(said)}"[:400] if status else ""
+        last_line = errors.read().strip().splitlines()[-1:] if status else []
+    return f"with status {status}: {''.join(last_line)}"[:400] if status else ""
 
 
 def main(words: Sequence[str] | None = None) -> int:

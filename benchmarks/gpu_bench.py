@@ -87,8 +87,8 @@ class Bench:
     def rows(self) -> list[dict[str, Any]]:
         """Rows in the file so far; parts run in processes of their own, so it is read each time."""
         path = self.output / f"{NAME}.json"
-        found: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.exists() else []
-        return found
+        results: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.exists() else []
+        return results
 
     def keep(self, part: str, **row: Any) -> None:
         """Add a row to the file, and print it."""
@@ -136,22 +136,22 @@ def measured(device: torch.device) -> Iterator[dict[str, float]]:
 
     On a CPU, memory is what is resident, the libraries included.
     """
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        found["start_mb"] = round(torch.cuda.memory_allocated(device) / 1e6, 1)
+        figures["start_mb"] = round(torch.cuda.memory_allocated(device) / 1e6, 1)
         started = time.perf_counter()
         try:
-            yield found
+            yield figures
         finally:
             torch.cuda.synchronize(device)
-            found["seconds"] = round(time.perf_counter() - started, 3)
-            found["peak_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+            figures["seconds"] = round(time.perf_counter() - started, 3)
+            figures["peak_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
         return
     with peak_of_memory() as peak:
-        found["start_mb"], started = round(peak(), 1), time.perf_counter()
+        figures["start_mb"], started = round(peak(), 1), time.perf_counter()
         try:
-            yield found
+            yield figures
         finally:
-            found["seconds"], found["peak_mb"] = round(time.perf_counter() - started, 3), round(peak(), 1)
+            figures["seconds"], figures["peak_mb"] = round(time.perf_counter() - started, 3), round(peak(), 1)

@@ -176,13 +176,13 @@ def speed(bench: Bench, part: str, name: str) -> None:
         for batch in TINY_BATCHES if bench.tiny else BATCHES:
             _forget(bench.device)
             try:
-                found = _timed(bench, model, batch)
+                times = _timed(bench, model, batch)
             except torch.OutOfMemoryError as error:
                 bench.keep(part, **row, batch=batch, out_of_memory=str(error).split("\n")[0])
                 continue
             if plan is None:
-                dense[batch] = found
-            bench.keep(part, **row, **_public(found), **_gain(dense.get(batch), found))
+                dense[batch] = times
+            bench.keep(part, **row, **_public(times), **_gain(dense.get(batch), times))
         del model
         _forget(bench.device)
         longest = max(longest, before - bench.left())
@@ -232,13 +232,13 @@ def _timed(bench: Bench, model: PreTrainedModel, batch: int) -> dict[str, Any]:
 
 def _public(row: dict[str, Any]) -> dict[str, Any]:
     """A row's figures: times, and tokens a second of the whole batch."""
-    shown = {key: value for key, value in row.items() if key not in (*PHASES, "work")}
+    figures = {key: value for key, value in row.items() if key not in (*PHASES, "work")}
     for phase, tokens in (("prefill", row["batch"] * row["prompt"]), ("decode", row["batch"])):
-        shown[phase] = {
+        figures[phase] = {
             "milliseconds": asdict(row[phase]),
             "tokens_per_second": round(1000 * tokens / row[phase].median, 1),
         }
-    return shown
+    return figures
 
 
 def _gain(dense: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:

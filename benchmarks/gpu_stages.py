@@ -61,15 +61,15 @@ def stages(bench: Bench, part: str, name: str) -> None:
     def stage(called: str) -> Iterator[None]:
         done.append(called)
         row = {"stage": called, "model": name, "tokens": tokens, "evaluations": EVALUATIONS}
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         try:
-            with measured(bench.device) as found:
+            with measured(bench.device) as figures:
                 yield
         except (RuntimeError, MemoryError, SelfPrunerError) as error:
             if out_of_memory(error) is not None:
-                bench.keep(part, **row, **found, **_memory(bench.device), out_of_memory=str(error).split("\n")[0])
+                bench.keep(part, **row, **figures, **_memory(bench.device), out_of_memory=str(error).split("\n")[0])
             raise
-        bench.keep(part, **row, **found)
+        bench.keep(part, **row, **figures)
 
     try:
         with stage("building"):
@@ -110,9 +110,9 @@ def _prune(model: PreTrainedModel, tokens: int, window: int, stage: Stage) -> No
             curves = slicer.loss_curves()
         with stage("seeds and search"):
             ready = Prepared(order, slicer, curves)
-            found = find_plan(EvolutionProposer(budget), budget, ready, texts, Journal(None, {}), settings, RUN)
+            result = find_plan(EvolutionProposer(budget), budget, ready, texts, Journal(None, {}), settings, RUN)
         with stage("slicing"):
-            pruned = slice_model(slicer, found.outcome.best.plan)
+            pruned = slice_model(slicer, result.outcome.best.plan)
         del slicer, ready
     with stage("second repair"):
         compensate(model, pruned, calibration, fisher=fisher)

@@ -69,9 +69,9 @@ class CmaEs:
         inside = np.clip(start.rates.ffn, *self._bounds.T)
         optimiser = CMA(mean=inside, sigma=SIGMA, bounds=self._bounds, population_size=self._children, seed=0)
         for _, of_round in groupby((s for s in by_round if s.round), key=lambda scored: scored.round):
-            told = [(np.array(s.rates.ffn), s.fitness) for s in of_round]
-            if len(told) == self._children:
-                optimiser.tell(told)
+            solutions = [(np.array(s.rates.ffn), s.fitness) for s in of_round]
+            if len(solutions) == self._children:
+                optimiser.tell(solutions)
         return optimiser
 
 

@@ -40,11 +40,11 @@ Searches = dict[str, dict[str, list[list[list[float]]]]]
 def points() -> dict[str, dict[str, list[list[float]]]]:
     """(β, speed-up, quality) of each model, the dense one first, by quality key and series."""
     defaults, serving = (_results(name) for name in ("defaults", "serving"))
-    found: dict[str, dict[str, list[list[float]]]] = {}
+    panels: dict[str, dict[str, list[list[float]]]] = {}
     for quality in QUALITY:
-        known = {row["beta"]: row[quality] for row in defaults if row.get(quality) is not None}
-        known |= {0.0: 1.0} if quality == "kept" and known else {}
-        if len(known) < 2 or 0.0 not in known:
+        by_beta = {row["beta"]: row[quality] for row in defaults if row.get(quality) is not None}
+        by_beta |= {0.0: 1.0} if quality == "kept" and by_beta else {}
+        if len(by_beta) < 2 or 0.0 not in by_beta:
             continue
         for series, (runtime, dtype, speed, prompt) in SERIES.items():
             fast = {
@@ -52,24 +52,24 @@ def points() -> dict[str, dict[str, list[list[float]]]]:
                 for row in serving
                 if (row["runtime"], row["dtype"], row["prompt"]) == (runtime, dtype, prompt)
             }
-            both = sorted(known.keys() & fast.keys())
-            rows = [[beta, fast[beta], known[beta]] for beta in both]
-            found.setdefault(quality, {})[series] = [[0.0, 1.0, known[0.0]], *rows]
-    return found
+            both = sorted(by_beta.keys() & fast.keys())
+            rows = [[beta, fast[beta], by_beta[beta]] for beta in both]
+            panels.setdefault(quality, {})[series] = [[0.0, 1.0, by_beta[0.0]], *rows]
+    return panels
 
 
 def curves(name: str) -> Searches:
     """The curves of the searches in a JSON file of `CURVES`."""
-    found: Searches = {}
+    panels: Searches = {}
     for row in _results(name):
         if "curve" in row:
-            found.setdefault(f"{row['beta']:g}", {}).setdefault(row["method"], []).append(row["curve"])
-    return found
+            panels.setdefault(f"{row['beta']:g}", {}).setdefault(row["method"], []).append(row["curve"])
+    return panels
 
 
 def _results(name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())["results"]
-    return found
+    results: list[dict[str, Any]] = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())["results"]
+    return results
 
 
 def draw_points(shown: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
@@ -102,8 +102,8 @@ def draw_curves(shown: Searches, label: str, path: Path) -> None:
 
     figure = Figure(figsize=(6.4 * len(shown), 4.4), layout="constrained")
     methods = sorted({method for panel in shown.values() for method in panel})
-    for panel, (beta, found) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
-        for method, searches in found.items():
+    for panel, (beta, by_method) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        for method, searches in by_method.items():
             for number, curve in enumerate(searches):
                 spent, best = zip(*curve, strict=True)
                 colour = f"C{methods.index(method)}"
@@ -117,8 +117,8 @@ def draw_curves(shown: Searches, label: str, path: Path) -> None:
 
 def _save(figure: Any, shown: Any, title: str, path: Path) -> None:
     """Add legend and title, and write the file with its figures."""
-    named = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    handles = {label: handle for handle, label in named}
+    legend = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in legend}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize="small")
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,9 +56,9 @@ class Rows(list[dict[str, Any]]):
             for row in json.loads(published.read_text())["results"]:
                 self.keep(row)
 
-    def have(self, **wanted: Any) -> bool:
+    def have(self, **values: Any) -> bool:
         """Whether a row with these values exists."""
-        return any(wanted.items() <= row.items() for row in self)
+        return any(values.items() <= row.items() for row in self)
 
     def keep(self, row: dict[str, Any]) -> None:
         """Add a row, append it to the file, and print it."""
@@ -95,8 +95,8 @@ class Unseen:
 
     def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
         """Perplexities of a model in its own dtype, by `NAMES`."""
-        found = (round(perplexity(model, windows), 2) for windows in (*self.windows.values(), self.spread))
-        return dict(zip(self.NAMES, found, strict=True))
+        values = (round(perplexity(model, windows), 2) for windows in (*self.windows.values(), self.spread))
+        return dict(zip(self.NAMES, values, strict=True))
 
 
 class Chat:
@@ -137,16 +137,16 @@ class Chat:
         right = rightly_answered(model, self._tokenizer, self._questions)
         kept = [own for own, dense in zip(right, self._right, strict=True) if dense]
         code = divergence(model, self._code, self._teacher)
-        found = (chat.kl, chat.agreement, mean(right), mean(kept) if kept else 1.0, code)
-        return {name: round(value, 4) for name, value in zip(self.NAMES, found, strict=True)}
+        values = (chat.kl, chat.agreement, mean(right), mean(kept) if kept else 1.0, code)
+        return {name: round(value, 4) for name, value in zip(self.NAMES, values, strict=True)}
 
     SAMPLES, TEMPERATURE, SAMPLE_SEED = 8, 0.7, 5
     SAMPLED = f"questions kept by one of {SAMPLES} samples (mean) and within {SAMPLES}, at temperature {TEMPERATURE}"
 
     def sampled(self, model: PreTrainedModel) -> dict[str, float]:
         """Share of the questions that the dense model answers which one sample answers, and one of `SAMPLES`."""
-        asked = [question for question, right in zip(self._questions, self._right, strict=True) if right]
-        prompts = [prompt_ids(self._tokenizer, [{"role": "user", "content": q.question}]) for q in asked]
+        questions = [question for question, right in zip(self._questions, self._right, strict=True) if right]
+        prompts = [prompt_ids(self._tokenizer, [{"role": "user", "content": q.question}]) for q in questions]
         replies = continuations(
             model,
             [prompt for prompt in prompts for _ in range(self.SAMPLES)],
@@ -158,7 +158,7 @@ class Chat:
         of_each = [replies[first : first + self.SAMPLES] for first in range(0, len(replies), self.SAMPLES)]
         right = [
             [question.is_right(decoded(self._tokenizer, reply)) for reply in own]
-            for question, own in zip(asked, of_each, strict=True)
+            for question, own in zip(questions, of_each, strict=True)
         ]
         return {
             "kept_sampled": round(mean(mean(own) for own in right), 4),

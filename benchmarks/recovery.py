@@ -19,8 +19,7 @@ from protocol import arguments, write
 from transformers import PreTrainedModel
 
 from selfpruner_hub.cli import main as selfpruner
-from selfpruner_hub.cli.demo import DEMO_MODEL
-from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.models.loading import EMBEDDED_MODEL, load_model
 from selfpruner_hub.storage.model_record import read_record
 
 BETA = 0.3
@@ -43,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return {**measured(model), **chat.sampled(model)}
 
     data = DATA + options.search_text
-    prune = ["prune", dense, "--base-model", DEMO_MODEL, "--data", data]
+    prune = ["prune", dense, "--base-model", EMBEDDED_MODEL, "--data", data]
     if not rows.have(beta=0.0):
         rows.keep({"beta": 0.0, **figures(pruner.model)})
     for beta in options.betas:

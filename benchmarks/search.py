@@ -19,8 +19,8 @@ from protocol import Chat, Rows, Unseen, arguments, paired, write
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.texts import RunTexts, Texts
-from selfpruner_hub.cli.demo import DEMO_MODEL, load_embedded
 from selfpruner_hub.evaluation.metrics import divergence, teach
+from selfpruner_hub.models.loading import EMBEDDED_MODEL, embedded_model
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruner import AutoPruner
@@ -44,7 +44,7 @@ CONTROL = "no search"
 def main(words: Sequence[str] | None = None) -> None:
     """Search with every method at every β, repair the best plan of each, and measure it."""
     options = _parser().parse_args(words)
-    rows, pruner = Rows(options.work / "rows.jsonl"), load_embedded()
+    rows, pruner = Rows(options.work / "rows.jsonl"), AutoPruner.from_pretrained(**embedded_model())
     settings = replace(
         PruneSettings(),
         calibration_tokens=options.tokens,
@@ -61,8 +61,8 @@ def main(words: Sequence[str] | None = None) -> None:
         missing = [name for name in options.methods if not rows.have(beta=beta, method=name)]
         for row, model in searched(pruner, beta, missing, texts, settings, options.work) if missing else ():
             if not rows.have(beta=beta, method=row["method"]):
-                found = [divergence(model, w[None], t) for w, t in zip(articles, teachers, strict=True)]
-                rows.keep({**row, **chat.figures(model), "kl_by_window": [round(value, 5) for value in found]})
+                divergences = [divergence(model, w[None], t) for w, t in zip(articles, teachers, strict=True)]
+                rows.keep({**row, **chat.figures(model), "kl_by_window": [round(value, 5) for value in divergences]})
     write(
         "search",
         f"SmolLM2-135M-Instruct, {pruner.model.dtype}: the default's settings with {settings.calibration_tokens} "
@@ -88,15 +88,15 @@ def searched(
     with prepared(pruner.model, windows, settings, fisher, run) as ready:
         for name in methods:
             journal = Journal(work / f"{beta:g}-{name}", {"beta": beta, **settings.record()})
-            proposer = choose_proposer(name, None, None, budget, True, DEMO_MODEL, (pruner.model, pruner.tokenizer))
-            found = find_plan(proposer, budget, ready, texts, journal, settings, run)
-            pairs = zip(("selected", "elsewhere"), (found.gains[t] for t in (SEARCH_TEXT, UNSEEN_TEXT)), strict=True)
+            proposer = choose_proposer(name, None, None, budget, True, EMBEDDED_MODEL, (pruner.model, pruner.tokenizer))
+            result = find_plan(proposer, budget, ready, texts, journal, settings, run)
+            pairs = zip(("selected", "elsewhere"), (result.gains[t] for t in (SEARCH_TEXT, UNSEEN_TEXT)), strict=True)
             gains = {key: [round(value, 4) for value in pair] for key, pair in pairs}
-            for index, best in enumerate((found.outcome.best_seed, found.outcome.best)):
-                told = {"best_from": best.origin, **{key: pair[index] for key, pair in gains.items()}}
-                rows.append(({"method": (CONTROL, name)[index], "beta": beta, **told}, best.plan))
+            for index, best in enumerate((result.outcome.best_seed, result.outcome.best)):
+                figures = {"best_from": best.origin, **{key: pair[index] for key, pair in gains.items()}}
+                rows.append(({"method": (CONTROL, name)[index], "beta": beta, **figures}, best.plan))
             curve = [(line.spent, round(line.best, 4)) for line in journal.lines if isinstance(line, RoundLine)]
-            rows[-1][0].update(evaluations=found.outcome.spent, replies=found.outcome.counts, curve=curve)
+            rows[-1][0].update(evaluations=result.outcome.spent, replies=result.outcome.counts, curve=curve)
         models = {plan: slice_model(ready.slicer, plan) for plan in {plan for _, plan in rows}}
     for model in models.values():
         compensate(pruner.model, model, windows, fisher=fisher, run=run)
@@ -108,14 +108,14 @@ def searched(
 def compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The figures of all rows, each with its difference from no search at the same β."""
     control = {row["beta"]: row["kl_by_window"] for row in rows if row["method"] == CONTROL}
-    found = []
+    results = []
     for row in rows:
-        told = {key: value for key, value in row.items() if key != "kl_by_window"}
-        told["kl_articles"] = round(mean(row["kl_by_window"]), 4)
+        result = {key: value for key, value in row.items() if key != "kl_by_window"}
+        result["kl_articles"] = round(mean(row["kl_by_window"]), 4)
         if row["method"] != CONTROL:
-            told |= paired(row["kl_by_window"], control[row["beta"]])
-        found.append(told)
-    return found
+            result |= paired(row["kl_by_window"], control[row["beta"]])
+        results.append(result)
+    return results
 
 
 def _tell(what: str, done: int | float, total: int | float) -> None:

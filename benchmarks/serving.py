@@ -60,13 +60,13 @@ def exported(work: Path, source: Path, runtime: str, dtype: str, longest: int) -
     row = FORMATS[runtime]
     if row.exported is None:
         return source, {}
-    directory, found = work / f"{runtime}-{dtype}" / source.name, dict[str, Any]()
+    directory, timing = work / f"{runtime}-{dtype}" / source.name, dict[str, Any]()
     if not directory.is_dir():
         started = time.perf_counter()
         setting = Setting(usable_threads(), row.device, dtype, longest)
         export(source, row.export_format or runtime, directory, **row.exported(setting))
-        found["export_s"] = round(time.perf_counter() - started, 1)
-    return directory, {"max_difference": read_export(directory).max_difference, **found}
+        timing["export_s"] = round(time.perf_counter() - started, 1)
+    return directory, {"max_difference": read_export(directory).max_difference, **timing}
 
 
 def phase_row(name: str, phase: Phase) -> dict[str, float]:
@@ -97,7 +97,7 @@ def compared(
     """
     runtime, dtype = run
     longest = max(sizes["prompts"]) + sizes["new_tokens"]
-    (dense, _), (pruned, made) = (exported(work, model, runtime, dtype, longest) for model in models)
+    (dense, _), (pruned, export_figures) = (exported(work, model, runtime, dtype, longest) for model in models)
     with Bars() as progress:
         passes = Passes(batches=(1,), dtype=dtype, **sizes)
         report = benchmark(pruned, dense, runtime, passes, progress=progress)
@@ -114,7 +114,7 @@ def compared(
             "dense_peak_mb": report.dense.memory["peak_mb"],
             **files,
             **read,
-            **made,
+            **export_figures,
         }
         for case in report.cases
     ]
@@ -125,7 +125,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Time every pruned model and the dense one in every runtime."""
     options = _parser().parse_args(words)
     rows = Rows(options.work / "rows.jsonl")
-    known = {path.name: read_record(path).beta for path in options.pruned}
+    betas = {path.name: read_record(path).beta for path in options.pruned}
     sizes = {"prompts": options.prompts, "new_tokens": options.new, "runs": options.passes}
     for run in RUNS:
         own_python = FORMATS[run[0]].elsewhere is not None
@@ -135,19 +135,19 @@ def main(words: Sequence[str] | None = None) -> None:
         if FORMATS[run[0]].scored:
             there["text"] = options.text
         for pruned in options.pruned:
-            key = {"runtime": run[0], "dtype": run[1], "model": pruned.name, "beta": known[pruned.name]}
+            key = {"runtime": run[0], "dtype": run[1], "model": pruned.name, "beta": betas[pruned.name]}
             if rows.have(**key):
                 continue
             try:
-                found, versions = compared(options.work, (options.dense, pruned), run, **sizes, **there)
+                results, versions = compared(options.work, (options.dense, pruned), run, **sizes, **there)
             except SelfPrunerError as error:  # a library that is missing, for example
                 print(f"{RUNTIME_NAMES[run[0]]}, {run[1]}: {error}", flush=True)
                 break
-            for row in found:
+            for row in results:
                 rows.keep({**key, **row, "versions": versions})
     order = [*RUNS]
-    kept = sorted(rows, key=lambda row: (order.index((row["runtime"], row["dtype"])), row["beta"], row["prompt"]))
-    print(speeds(kept))
+    ordered = sorted(rows, key=lambda row: (order.index((row["runtime"], row["dtype"])), row["beta"], row["prompt"]))
+    print(speeds(ordered))
     write(
         "serving",
         f"{read_record(options.pruned[0]).base_model} and its pruned models, CPU, {torch.get_num_threads()} threads, "
@@ -157,7 +157,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "step reads; peak_mb: memory of the process while it ran, libraries included; mb: size of the export, which "
         "has graphs in four dtypes for GenAI; perplexity, where it was measured: in that runtime, on windows of a text "
         "on which nothing was chosen",
-        kept,
+        ordered,
         options.output,
     )
 

@@ -47,8 +47,8 @@ def main(words: Sequence[str] | None = None) -> None:
             more = ["--preset", preset]
             more += [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
             output = work / f"{preset}-{name.replace(':', '-')}"
-            found = pruned(dense, BETA, DATA + options.search_text, output, measured, more)
-            rows.keep({"preset": preset, "shares": name, "tokens": tokens, **found})
+            figures = pruned(dense, BETA, DATA + options.search_text, output, measured, more)
+            rows.keep({"preset": preset, "shares": name, "tokens": tokens, **figures})
         write("shares", protocol, list(rows), options.output)
 
 

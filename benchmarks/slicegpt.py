@@ -43,7 +43,7 @@ def sliced(model: PreTrainedModel, windows: Tensor, components: int) -> nn.Modul
     stream = Stream(model, windows)
     layers = decoder_layers(model)
     enter = _components(stream.hidden, components)
-    made = nn.ModuleList()
+    modules = nn.ModuleList()
     for index, layer in enumerate(layers):
         attention = Block(layer.self_attn, ("q_proj", "k_proj", "v_proj"), "o_proj", layer.input_layernorm, enter)
         first = enter if index == 0 else None
@@ -57,8 +57,8 @@ def sliced(model: PreTrainedModel, windows: Tensor, components: int) -> nn.Modul
             ffn.leave(enter)
             outputs = [each @ enter.to(each.dtype) for each in outputs]
         stream.hidden = outputs
-        made.append(whole)
-    return made
+        modules.append(whole)
+    return modules
 
 
 class Sliced(nn.Module):

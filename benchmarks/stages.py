@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from selfpruner_hub.cli.demo import load_embedded
+from selfpruner_hub.models.loading import embedded_model
+from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.search.effort import seconds_per_token
 from selfpruner_hub.settings import resolve
 
@@ -80,11 +81,11 @@ class Stages:
 
 def rate(dtype: torch.dtype) -> float:
     """Operations per second of this machine's matrix products, median over sizes and repeats."""
-    found = []
+    rates = []
     for rows, inner, columns in SHAPES:
         left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
-        found += [2 * rows * inner * columns / _seconds(lambda a=left, b=right: nn.functional.linear(a, b))]
-    return statistics.median(found)
+        rates += [2 * rows * inner * columns / _seconds(lambda a=left, b=right: nn.functional.linear(a, b))]
+    return statistics.median(rates)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -99,7 +100,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def main(text: str, changes: dict[str, Any]) -> None:
     """Prune the real model, and say what each stage took and what the machine allows."""
-    pruner = load_embedded()
+    pruner = AutoPruner.from_pretrained(**embedded_model())
     token = statistics.median(seconds_per_token(pruner.model) for _ in range(3))
     with Operations() as operations:
         stages = Stages(operations)

@@ -85,18 +85,18 @@ def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
     for kind in dict.fromkeys((row["runtime"], row["dtype"], row["model"]) for row in rows):
         own = {row["prompt"]: row for row in rows if (row["runtime"], row["dtype"], row["model"]) == kind}
         last = max(own.values(), key=lambda row: row["peak_mb"])
-        found = [
+        changes = [
             f"{own[prompt][f'{phase}_speedup']:.2f} ({own[prompt][f'{phase}_ideal']:.2f})" if prompt in own else UNKNOWN
             for prompt in prompts
             for phase in ("prefill", "decode")
         ]
-        cells.append([f"{RUNTIME_NAMES[kind[0]]}, {kind[1]}", f"{last['beta']:g}", *found])
+        cells.append([f"{RUNTIME_NAMES[kind[0]]}, {kind[1]}", f"{last['beta']:g}", *changes])
         cells[-1].append(f"{last['dense_peak_mb']:.0f} → {last['peak_mb']:.0f}")
         if read:
             both = [figure(last, name, "{:.1f}") for name in ("dense_perplexity", "perplexity")]
             cells[-1].append(UNKNOWN if UNKNOWN in both else " → ".join(both))
-    told = ["memory in MB", *(["perplexity"] if read else [])]
-    return markdown(["runtime", "β", *names, *(f"{name}, dense → pruned" for name in told)], cells)
+    measures = ["memory in MB", *(["perplexity"] if read else [])]
+    return markdown(["runtime", "β", *names, *(f"{name}, dense → pruned" for name in measures)], cells)
 
 
 def settings_table(schedule: bool = False) -> str:

@@ -16,11 +16,12 @@ from defaults import DATA
 from protocol import Chat, Rows, Unseen, write
 
 from exporters.benchmark.meter import RuntimeMeter
-from selfpruner_hub.cli.demo import load_embedded
 from selfpruner_hub.evaluation.metrics import divergence, teach
+from selfpruner_hub.models.loading import embedded_model
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.target import REQUEST, Target
 from selfpruner_hub.pruned_model import PrunedModel
+from selfpruner_hub.pruner import AutoPruner
 
 SPEEDUP, RUNTIMES, PRESET = 1.3, ("onnx", "gguf"), "fast"
 ALIKE, TRIES = 0.02, 4
@@ -32,36 +33,36 @@ Times = tuple[float, float]
 
 def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str] = RUNTIMES) -> None:
     """Prune to the speed-up in each runtime, and by a β of the same measured one; measure both."""
-    rows, pruner = Rows(work / "rows.jsonl"), load_embedded()
+    rows, pruner = Rows(work / "rows.jsonl"), AutoPruner.from_pretrained(**embedded_model())
     articles, chat = Unseen(unseen_text, pruner.tokenizer).windows[512], Chat(pruner.model, pruner.tokenizer, work)
     teacher = teach(pruner.model, articles)
     settings: dict[str, Any] = {"preset": PRESET, "data": DATA + search_text}
 
-    def row(runtime: str, plan: str, made: PrunedModel, costs: Costs, times: Times) -> dict[str, Any]:
+    def row(runtime: str, plan: str, pruned: PrunedModel, costs: Costs, times: Times) -> dict[str, Any]:
         return {
             "runtime": runtime,
             "plan": plan,
-            "achieved_beta": round(made.report.achieved_beta, 4),
-            "kv_groups": sum(layer.num_key_value_heads for layer in made.plan.layers),
-            "channels": sum(layer.intermediate_size for layer in made.plan.layers),
-            "predicted": round(costs.dense / costs.of(made.plan), 3),
+            "achieved_beta": round(pruned.report.achieved_beta, 4),
+            "kv_groups": sum(layer.num_key_value_heads for layer in pruned.plan.layers),
+            "channels": sum(layer.intermediate_size for layer in pruned.plan.layers),
+            "predicted": round(costs.dense / costs.of(pruned.plan), 3),
             "measured": round(times[0] / times[1], 3),
             "milliseconds": round(times[1], 1),
-            "kl_articles": round(divergence(made.model, articles, teacher), 4),
-            **chat.figures(made.model),
+            "kl_articles": round(divergence(pruned.model, articles, teacher), 4),
+            **chat.figures(pruned.model),
         }
 
     def measure(runtime: str, python: str | None) -> None:
         meter, target = RuntimeMeter(runtime, python=python), Target("speedup", SPEEDUP, runtime)
-        made = pruner.prune(target={"speedup": SPEEDUP}, runtime=meter, **settings)
+        pruned = pruner.prune(target={"speedup": SPEEDUP}, runtime=meter, **settings)
         costs = meter.costs(pruner.model, pruner.tokenizer, target, _silent)
 
         def timed(each: PrunedModel) -> Times:
             return meter.measure(pruner.model, each.model, pruner.tokenizer, target, _silent)
 
-        times = timed(made)
-        other = alike(lambda beta: pruner.prune(beta, **settings), made.report.achieved_beta, times, timed)
-        for plan, each in (("for the target", (made, times)), ("of a β", other)):  # together: of one measurement
+        times = timed(pruned)
+        other = alike(lambda beta: pruner.prune(beta, **settings), pruned.report.achieved_beta, times, timed)
+        for plan, each in (("for the target", (pruned, times)), ("of a β", other)):  # together: of one measurement
             rows.keep(row(runtime, plan, each[0], costs, each[1]))
 
     for each in runtimes:
@@ -85,16 +86,16 @@ def alike(
 ) -> tuple[PrunedModel, Times]:
     """Prune by a β whose plan is measured to be as fast; the nearest of some where none is."""
     tries: list[tuple[float, PrunedModel, Times]] = []
-    saved = 1 - goal[1] / goal[0]
+    saving = 1 - goal[1] / goal[0]
     for _ in range(TRIES):
-        made = prune(beta)
-        times = timed(made)
+        pruned = prune(beta)
+        times = timed(pruned)
         off = (times[1] / times[0]) / (goal[1] / goal[0]) - 1
         print(f"β = {beta:.4f}: {times[0] / times[1]:.3f} for {goal[0] / goal[1]:.3f}", flush=True)
-        tries.append((abs(off), made, times))
+        tries.append((abs(off), pruned, times))
         if abs(off) < ALIKE:
             break
-        beta = min(0.9, beta * saved / max(1 - times[1] / times[0], 0.05))  # the time saved grows like β
+        beta = min(0.9, beta * saving / max(1 - times[1] / times[0], 0.05))  # the time saved grows like β
     return min(tries, key=lambda each: each[0])[1:]
 
 

@@ -17,13 +17,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.format import Format, export_format
+from exporters.format import ExportFormat, export_format
+from exporters.writer import Written
 from selfpruner_hub.errors import ExportError, OutputError, UserError
 from selfpruner_hub.models.architectures import is_stock
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
+from selfpruner_hub.storage.layout import FORMER_OPTIONS, INSTEAD
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import check_replaceable, check_writable, output_path, save_directory
 
@@ -118,47 +120,67 @@ def export_model(
         ExportError: The export differs from the PyTorch model; its files are deleted.
     """
     form, output = _check(to, options, output, overwrite)
-    assert form.write is not None
     with working_on(model), save_directory(output) as staging:
         if model.dtype != torch.float32 or model.device.type != "cpu":
             model, consume = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32), True
         source = {"name": name, **identity_of(model)}
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(staging)
-        if record is not None:
-            (staging / MODEL_RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+        _save_companions(model, tokenizer, record, staging)
         progress(EXPORTING, 1, len(STAGES), STAGES[1])
         with _consumed(model) if consume else nullcontext():
-            written = form.write(model, tokenizer, staging, **options)
-            if tolerance == math.inf:
-                tolerance = None
-                written = replace(written, compare=None, unchecked=written.unchecked or "any difference was allowed")
+            written = _allowing(tolerance, form.write(model, tokenizer, staging, **options))
             measure = written.compare() if written.compare is not None else None
-        allowed = written.tolerance if tolerance is None else tolerance
         progress(EXPORTING, 2, len(STAGES), STAGES[2])
         difference = measure() if measure is not None else None
-        if difference is not None and not difference <= allowed:  # NaN too
-            raise ExportError(
-                f"The {to} export differs from the PyTorch model by {difference:.2g} in a {written.compared}; "
-                f"{allowed:.2g} is allowed.",
-                "Allow more with a larger tolerance, or choose a wider dtype.",
-            )
-        libraries = ("selfpruner-hub", "torch", "transformers", *written.libraries)
-        sidecar = ExportRecord(
-            format=to,
-            options=written.options,
-            source=source,
-            versions={"python": platform.python_version(), **{library: version(library) for library in libraries}},
-            tolerance=allowed,
-            max_difference=difference,
-            unchecked=written.unchecked,
-            remark=written.remark,
-        )
+        _check_difference(to, written, difference)
+        sidecar = _export_record(to, source, written, difference)
         (staging / EXPORT_RECORD_FILE).write_text(sidecar.to_json(), encoding="utf-8")
     progress(EXPORTING, len(STAGES), len(STAGES), "done")
     return output
+
+
+def _save_companions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, record: Record | None, staging: Path
+) -> None:
+    """Save what every format has beside its own files: tokenizer, generation settings, record of a pruned model."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staging)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(staging)
+    if record is not None:
+        (staging / MODEL_RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+
+
+def _allowing(tolerance: float | None, written: Written) -> Written:
+    """Apply the tolerance that was asked for; infinity compares nothing, and keeps the format's own in the record."""
+    if tolerance is None:
+        return written
+    if tolerance == math.inf:
+        return replace(written, compare=None, unchecked=written.unchecked or "any difference was allowed")
+    return replace(written, tolerance=tolerance)
+
+
+def _check_difference(to: str, written: Written, difference: float | None) -> None:
+    """Raise `ExportError` where the export differs from the PyTorch model by more than is allowed."""
+    if difference is not None and not difference <= written.tolerance:  # NaN too
+        raise ExportError(
+            f"The {to} export differs from the PyTorch model by {difference:.2g} in a {written.compared}; "
+            f"{written.tolerance:.2g} is allowed.",
+            "Allow more with a larger tolerance, or choose a wider dtype.",
+        )
+
+
+def _export_record(to: str, source: dict[str, Any], written: Written, difference: float | None) -> ExportRecord:
+    libraries = ("selfpruner-hub", "torch", "transformers", *written.libraries)
+    return ExportRecord(
+        format=to,
+        options=written.options,
+        source=source,
+        versions={"python": platform.python_version(), **{library: version(library) for library in libraries}},
+        tolerance=written.tolerance,
+        max_difference=difference,
+        unchecked=written.unchecked,
+        remark=written.remark,
+    )
 
 
 @contextmanager
@@ -189,12 +211,13 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def _check(to: str, options: dict[str, Any], output: str | Path, overwrite: bool) -> tuple[Format, Path]:
+def _check(to: str, options: dict[str, Any], output: str | Path, overwrite: bool) -> tuple[ExportFormat, Path]:
     """Return the format, and the output; refuse options and outputs that do not work."""
     form = export_format(to)
     names = [option.name for option in form.options]
     if unknown := sorted(set(options) - set(names)):
-        raise UserError(f"An export to {to} has no option {unknown[0]!r}.", f"It takes {', '.join(names)}.")
+        remedy = INSTEAD if unknown[0] in FORMER_OPTIONS else f"It takes {', '.join(names)}."
+        raise UserError(f"An export to {to} has no option {unknown[0]!r}.", remedy)
     place = output_path(output)
     check_writable(place)
     check_replaceable(place, EXPORT_RECORD_FILE, overwrite)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exporters.writer import FormatWriter, one_of, require
+from exporters.writer import FormatWriter, require
 from selfpruner_hub.errors import SavedModelError, UserError
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
-from selfpruner_hub.storage.layout import EXPORTS
+from selfpruner_hub.storage.layout import EXPORTS, known_export
 from selfpruner_hub.storage.versioned_json import fits
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ def _context_of_model(record: ExportRecord, config: PreTrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class Format:
-    """A format of models, with the runtime that loads it; `later` keeps the libraries out of its functions."""
+    """A format of models, with the runtime that loads it; `later` keeps the libraries out of its functions.
+
+    An `ExportFormat` is written; of a plain one, PyTorch's files or the exports of another format are loaded.
+    """
 
     name: str
     title: str
@@ -74,22 +77,6 @@ class Format:
     """Extra of this package that installs the library."""
     libraries: tuple[str, ...] = ()
     """Distributions whose versions a benchmark records."""
-
-    write: FormatWriter | None = None
-    """Writer of the format; None where PyTorch's files or the exports of another format are loaded."""
-    options: tuple[Option, ...] = ()
-    """Options of an export, in the order of the writer's keywords."""
-    recorded: Any = dict[str, Any]
-    """Type of the options that are read back from the record of an export."""
-    published: Mapping[str, Any] = field(default_factory=dict)
-    """Options of an export that is made for publishing."""
-
-    files: Callable[[Path, ExportRecord, PreTrainedConfig, int], Iterable[File]] | None = None
-    """Files of an export, for comparison: from its directory, record and configuration, and the longest sequence."""
-    check: Callable[[ExportRecord], None] | None = None
-    """Refuses an export that cannot run here; None looks for `library`."""
-    context: Callable[[ExportRecord, PreTrainedConfig], int] = _context_of_model
-    """Longest sequence that an export takes, in tokens."""
 
     load: Callable[[str, Setting], Runner] | None = None
     """Loads a model, or its export, for a benchmark."""
@@ -114,15 +101,48 @@ class Format:
     elsewhere: OtherPython | None = None
     """The other Python that runs it, if it is not this one."""
 
-    def __post_init__(self) -> None:
-        """Refuse an export that nothing could be compared of."""
-        if (self.write is None) != (self.files is None):
-            raise ValueError(f"{self.name} needs both a writer and its files, or neither.")
-
     @property
     def runs(self) -> bool:
         """Whether it is a runtime that models can be timed in."""
         return self.load is not None or self.elsewhere is not None
+
+    def versions_elsewhere(self, python: str | Path | None) -> dict[str, str]:
+        """Read the versions of the other Python, if there is one.
+
+        Args:
+            python: Path of the Python of a runtime that has an environment of its own, else None.
+
+        Returns:
+            Versions of the libraries there, by name; none for a runtime of this Python.
+
+        Raises:
+            UserError: The path is missing or not wanted, or the runtime is not there.
+        """
+        if self.elsewhere is not None:
+            return self.elsewhere.versions(python)
+        if python is not None:
+            raise UserError(f"{self.name} runs in this Python.", "Leave --python out.")
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFormat(Format):
+    """A format that models are exported to."""
+
+    write: FormatWriter
+    """Writer of the format."""
+    files: Callable[[Path, ExportRecord, PreTrainedConfig, int], Iterable[File]]
+    """Files of an export, for comparison: from its directory, record and configuration, and the longest sequence."""
+    options: tuple[Option, ...] = ()
+    """Options of an export, in the order of the writer's keywords."""
+    recorded: Any = dict[str, Any]
+    """Type of the options that are read back from the record of an export."""
+    published: Mapping[str, Any] = field(default_factory=dict)
+    """Options of an export that is made for publishing."""
+    check: Callable[[ExportRecord], None] | None = None
+    """Refuses an export that cannot run here; None looks for `library`."""
+    context: Callable[[ExportRecord, PreTrainedConfig], int] = _context_of_model
+    """Longest sequence that an export takes, in tokens."""
 
     def read(self, directory: Path) -> ExportRecord:
         """Read the record of an export in this format.
@@ -158,24 +178,6 @@ class Format:
             self.check(record)
         elif self.library:
             require(self.library, self.extra)
-
-    def versions_elsewhere(self, python: str | Path | None) -> dict[str, str]:
-        """Read the versions of the other Python, if there is one.
-
-        Args:
-            python: Path of the Python of a runtime that has an environment of its own, else None.
-
-        Returns:
-            Versions of the libraries there, by name; none for a runtime of this Python.
-
-        Raises:
-            UserError: The path is missing or not wanted, or the runtime is not there.
-        """
-        if self.elsewhere is not None:
-            return self.elsewhere.versions(python)
-        if python is not None:
-            raise UserError(f"{self.name} runs in this Python.", "Leave --python out.")
-        return {}
 
 
 def later(module: str, name: str) -> Callable[..., Any]:
@@ -225,9 +227,10 @@ FORMATS = Formats({"torch": "exporters.pytorch"}, EXPORTS, {"genai": "exporters.
 """All formats. Those of exports are listed in `storage.layout`: the layers below this one know their folders."""
 
 
-def export_format(name: str) -> Format:
+def export_format(name: str) -> ExportFormat:
     """Return a format that can be written; raise `UserError` for another name."""
-    return FORMATS[one_of("format", name, EXPORTS)]
+    form: ExportFormat = importlib.import_module(EXPORTS[known_export(name)]).FORMAT
+    return form
 
 
 def runtimes() -> tuple[str, ...]:

@@ -98,7 +98,6 @@ def verify(
     if new_tokens < 1:
         raise UserError(f"At least one new token is needed; got {new_tokens}.")
     form = export_format(read_export(directory).format)
-    assert form.files is not None
     record = form.read(directory)
     form.check_runs(record)
     name = model or _find_model(directory, record)
@@ -146,9 +145,9 @@ def _check_same(model: PreTrainedModel, record: ExportRecord, name: str) -> None
     """Refuse another model than the one that was exported."""
     for key, value in identity_of(model).items():
         if record.source.get(key) != value:
-            shown = f"other {key}" if key in HASHES else f"{key} {value}, not {record.source.get(key)}"
+            difference = f"other {key}" if key in HASHES else f"{key} {value}, not {record.source.get(key)}"
             raise SavedModelError(
-                f"{name!r} is not the model that was exported: it has {shown}.",
+                f"{name!r} is not the model that was exported: it has {difference}.",
                 "Name that model with --model, or export this one.",
             )
 

@@ -179,6 +179,11 @@ class Retraining(Conversion):
         check_parent(self.report, identity_of(dense), "dense")
 
     def _with(self, model: PreTrainedModel, report: Record, checkpoints: Checkpoints) -> Self:
-        made = copy.copy(self)
-        made.model, made.report, made._checkpoints, made._sampled = model, report, checkpoints, sampled(model)
-        return made
+        retrained = copy.copy(self)
+        retrained.model, retrained.report, retrained._checkpoints, retrained._sampled = (
+            model,
+            report,
+            checkpoints,
+            sampled(model),
+        )
+        return retrained

@@ -89,26 +89,26 @@ def answer(which: str, prompt: str, tokens: int) -> Iterator[Answer]:
     room = engine.longest - len(ids)
     if room < 1:
         raise UnavailableError("The prompt is longer than the model can read. Shorten it.")
-    stop, told, started = threading.Event(), SimpleQueue[Any](), time.perf_counter()
+    stop, messages, started = threading.Event(), SimpleQueue[Any](), time.perf_counter()
 
     def tell(piece: str, count: int) -> bool:
         seconds = time.perf_counter() - started
-        told.put((piece, count, seconds))
+        messages.put((piece, count, seconds))
         return stop.is_set() or seconds > ANSWER_SECONDS
 
     def write() -> None:
         try:
             engine.write(ids, min(tokens, room, MOST_TOKENS), tell)
-            told.put(None)
+            messages.put(None)
         except Exception as error:
-            told.put(error)
+            messages.put(error)
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
     written = Answer(runtime=engine.runtime)
     try:
         yield written
-        while (news := told.get(timeout=ANSWER_SECONDS)) is not None:
+        while (news := messages.get(timeout=ANSWER_SECONDS)) is not None:
             if isinstance(news, Exception):
                 raise UnavailableError(f"The {which} model failed ({type(news).__name__}).")
             written.add(*news)

@@ -59,21 +59,21 @@ def compare(prompt: str, tokens: float) -> Iterator[tuple[str, str, str, str, st
     """Generate the answer of the pruned model, then of its parent: one at a time, so that neither slows the other."""
     if wrong := _wrong(prompt) or _wrong_length(tokens):
         raise gr.Error(wrong, print_exception=False)
-    shown = {"pruned": ("", "loading the model …"), "dense": ("", "waiting for the pruned model to finish …")}
+    panels = {"pruned": ("", "loading the model …"), "dense": ("", "waiting for the pruned model to finish …")}
     done: dict[str, Answer] = {}
-    yield *shown["pruned"], *shown["dense"], ""
-    for which in shown:
+    yield *panels["pruned"], *panels["dense"], ""
+    for which in panels:
         try:
             engines.load(which)
             for answer in answers.answer(which, prompt, int(tokens)):
-                shown[which] = (answer.text, _took(answer))
-                yield *shown["pruned"], *shown["dense"], ""
+                panels[which] = (answer.text, _took(answer))
+                yield *panels["pruned"], *panels["dense"], ""
             done[which] = answer
         except UnavailableError as error:
-            shown[which] = ("", f"⚠️ {error}")
-            yield *shown["pruned"], *shown["dense"], ""
+            panels[which] = ("", f"⚠️ {error}")
+            yield *panels["pruned"], *panels["dense"], ""
     verdict = _verdict(**done) if len(done) == 2 else ""
-    yield *shown["pruned"], *shown["dense"], f"{verdict} {_in_pytorch()}".strip()
+    yield *panels["pruned"], *panels["dense"], f"{verdict} {_in_pytorch()}".strip()
 
 
 def _took(answer: Answer) -> str:

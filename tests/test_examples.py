@@ -16,7 +16,7 @@ from support.endpoint_server import Server
 from support.tiny import tiny_model, tiny_pruned
 from support.trained import TEXT, VOCABULARY, trained_tokenizer
 
-from selfpruner_hub import PrunedModel, settings
+from selfpruner_hub import AutoPruner, PrunedModel, settings
 from selfpruner_hub.calibration import text_sources
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.recovery import texts
@@ -150,6 +150,20 @@ def test_quantize_torchao(kind, run, tmp_path):
     assert 0 < changed < {"int8": 1, "int4": 10}[kind]
     sizes = [(Path(path) / "model.safetensors").stat().st_size for path in (tmp_path / "saved", f"pruned-{kind}")]
     assert sizes[1] < sizes[0] / 2  # saved in float32
+
+
+def test_quantise_uniform(run, tmp_path):
+    """To FP8 weights; the embeddings and the head stay in bfloat16."""
+    pytest.importorskip("torchao", reason='needs pip install "torchao>=0.18,<0.19"')
+    dense = tiny_model("llama", vocab_size=VOCABULARY, hidden_size=64)
+    pruner = AutoPruner(dense, trained_tokenizer(), "tests/llama")
+    pruner.prune(0.2, data="self", uniform=True, evaluations=0, progress=False).save_pretrained(tmp_path / "saved")
+    said = run("10_quantise_uniform.py", tmp_path / "saved")
+    assert "The capital of France is" in said
+    assert 0 < float(re.search(r"changes by ([\d.]+) at most", said)[1]) < 5
+    sizes = [(Path(path) / "model.safetensors").stat().st_size for path in (tmp_path / "saved", "uniform-fp8")]
+    assert sizes[1] < sizes[0] / 2  # saved in float32
+    assert not list(Path("uniform-fp8").glob("*.py"))
 
 
 def test_recover_with_lora(run, model, tmp_path):

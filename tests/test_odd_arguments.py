@@ -77,7 +77,7 @@ def test_the_rest(value, pruner, saved_model, tmp_path, monkeypatch):
         lambda: pruned.retrained(value, "by hand"),
         lambda: pruned.retrained(pruned.model, value),
         lambda: pruned.save_pretrained(value),
-        lambda: pruned.export("padded", value),
+        lambda: pruned.export("gguf", value),
         lambda: pruned.export(value, "out"),
         lambda: pruned.push_to_hub(value),
         lambda: pruned.push_to_hub("me/model", exports=value),

@@ -8,9 +8,11 @@ import threading
 import pytest
 import torch
 from support.tiny import tiny_model, tiny_tokenizer
+from support.trained import VOCABULARY, trained_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from exporters import OnnxCausalLM
 from exporters.export import export_model
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.patching import working_on
@@ -74,8 +76,8 @@ def test_a_model_in_train_mode_is_measured_without_dropout(tmp_path):
 
 
 def test_a_model_in_train_mode_is_exported_without_dropout_and_left_so(tmp_path):
-    model = noisy(training=True)
-    export_model(model, tiny_tokenizer(), "padded", tmp_path / "out")
+    model = tiny_model("llama", num_hidden_layers=2, attention_dropout=0.5, vocab_size=VOCABULARY).train()
+    export_model(model, trained_tokenizer(), "gguf", tmp_path / "out")
     assert model.training
 
 
@@ -154,15 +156,16 @@ def test_a_converted_model_is_pruned_as_a_loaded_one_is(tmp_path):
     assert torch.equal(one(IDS).logits, two(IDS).logits)
 
 
+@pytest.mark.heavy
 def test_an_export_of_a_converted_model_has_the_frequencies_of_its_configuration(tmp_path):
     pruned = prune(tiny_model("llama", num_hidden_layers=2))
     pruned.save_pretrained(tmp_path / "saved")
     kept = PrunedModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     before = kept.model.to(torch.float32)(IDS).logits
     pruned.model.to(torch.bfloat16)  # behind the wrapper's back
-    pruned.export("padded", tmp_path / "out")
-    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    torch.testing.assert_close(twin(IDS).logits, before, atol=1e-4, rtol=0)
+    pruned.export("onnx", tmp_path / "out")
+    exported = OnnxCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(exported(IDS).logits, before, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("enter", [lambda _: contextlib.nullcontext(), working_on], ids=["wrapper", "work"])

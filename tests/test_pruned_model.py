@@ -61,11 +61,11 @@ def test_a_dense_model_is_replaced_only_if_asked(saved_model, tmp_path):
         pruned.save_pretrained(tmp_path / "dense")
     for output in (tmp_path / "dense", saved_model):  # the model itself is no export either
         with pytest.raises(OutputError, match="holds another model"):
-            pruned.export("padded", output)
+            pruned.export("gguf", output)
     with pytest.raises(OutputError, match="no name"):
         pruned.save_pretrained("")
     with pytest.raises(OutputError, match="no name"):
-        pruned.export("padded", "")
+        pruned.export("gguf", "")
     assert (tmp_path / "dense" / "config.json").read_bytes() == before
     pruned.save_pretrained(tmp_path / "dense", overwrite=True)
     assert PrunedModel.from_pretrained(tmp_path / "dense").plan == pruned.plan

@@ -20,9 +20,9 @@ from support.processes import run_python
 from transformers import AutoModelForCausalLM
 
 from selfpruner_hub.calibration.generated_text import sample_windows
-from selfpruner_hub.cli.demo import DEMO_MODEL
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.loading import EMBEDDED_MODEL
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.search.journal import read_journal
 from selfpruner_hub.search.journal_lines import ScoreLine
@@ -63,7 +63,7 @@ def test_counts_and_rates(real_pruner, directory, model):
     assert abs(sum(record["rates"]) / 30 - 0.2) < 0.001
     assert abs(record["achieved_beta"] - 0.2) < 0.001
     assert shape_of(real_pruner.model.config).num_layers == len(record["rates"]) == 30
-    assert record["base_model"] == DEMO_MODEL
+    assert record["base_model"] == EMBEDDED_MODEL
 
 
 def test_it_proposed_rates_itself(directory):

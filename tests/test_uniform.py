@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.checks import check_left_padding, logits
 from support.tiny import CONFIGS, save_tiny, tiny_model, tiny_tokenizer
+from support.trained import VOCABULARY, trained_tokenizer
 from transformers import AutoModelForCausalLM
 
 from exporters.export import export
@@ -108,12 +109,12 @@ def test_a_stock_model_replaces_one_with_code(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "form", ["padded", pytest.param("onnx", marks=pytest.mark.heavy), pytest.param("openvino", marks=pytest.mark.heavy)]
+    "form", ["gguf", pytest.param("onnx", marks=pytest.mark.heavy), pytest.param("openvino", marks=pytest.mark.heavy)]
 )
 def test_an_export_keeps_the_record(form, tmp_path):
     """Each is compared with PyTorch as it is made."""
-    pytest.importorskip({"onnx": "onnxruntime", "openvino": "openvino"}.get(form, "torch"))
-    pruner = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
+    pytest.importorskip({"gguf": "gguf", "onnx": "onnxruntime", "openvino": "openvino"}[form])
+    pruner = AutoPruner(tiny_model("llama", vocab_size=VOCABULARY), trained_tokenizer(), "tests/llama")
     pruner.prune(0.2, uniform=True, **QUICK).save_pretrained(tmp_path / "model")
     export(tmp_path / "model", form, tmp_path / "out")
     assert read_record(tmp_path / "out") == read_record(tmp_path / "model")

@@ -53,10 +53,10 @@ def interleaved(
     """
     passes: list[list[Measured]] = [[] for _ in runners]
     for run in range(warmup + runs):
-        for runner, taken in zip(runners, passes, strict=True):
+        for runner, times in zip(runners, passes, strict=True):
             runner.measure(ids, 1)
             measured = runner.measure(ids, new_tokens)
             progress()
             if run >= warmup:
-                taken.append(measured)
+                times.append(measured)
     return passes

@@ -170,7 +170,7 @@ class RuntimeMeter:
         def step() -> None:
             progress(MEASURING, next(done), total)
 
-        points, saved = [], []
+        points, models = [], []
         with tempfile.TemporaryDirectory() as folder:
             for index, make in enumerate(makers):
                 step()
@@ -178,7 +178,7 @@ class RuntimeMeter:
                 config, dtype = model.config, self._dtype(model, device)
                 longest = target.prompt + target.new_tokens + SPARE_CONTEXT
                 setting = Setting(machine.usable_threads(), device, dtype, longest, models=len(makers))
-                saved.append(self._saved(model, tokenizer, directory, setting))
+                models.append(self._saved(model, tokenizer, directory, setting))
                 del model
                 shape = shape_of(config)
                 first = shape.dense.layers[0]
@@ -186,7 +186,7 @@ class RuntimeMeter:
                 points.append(
                     Point(shape.num_layers, first.num_key_value_heads, first.intermediate_size, 0.0, 0.0, size)
                 )
-            passes = self._passes(saved, config.vocab_size, target, loads, step)
+            passes = self._passes(models, config.vocab_size, target, loads, step)
         progress(MEASURING, total, total)
         return [
             replace(point, prefill=_beside(timed, passes[0], "prefill"), decode=_beside(timed, passes[0], "decode"))
@@ -195,7 +195,7 @@ class RuntimeMeter:
 
     def _passes(
         self,
-        saved: Sequence[tuple[str, Setting]],
+        models: Sequence[tuple[str, Setting]],
         vocabulary: int,
         target: Target,
         loads: int,
@@ -203,11 +203,11 @@ class RuntimeMeter:
     ) -> list[list[Measured]]:
         """Load all models some times, and time them in turn after each; the passes of each model."""
         ids = torch.randint(vocabulary, (1, target.prompt), generator=torch.Generator().manual_seed(0))
-        passes: list[list[Measured]] = [[] for _ in saved]
+        passes: list[list[Measured]] = [[] for _ in models]
         for load in range(loads):
             with ExitStack() as processes:
                 runners = []
-                for name, setting in saved:
+                for name, setting in models:
                     step()
                     runners.append(self._runner(name, setting, processes))
                 runs = self._runs * (load + 1) // loads - self._runs * load // loads

@@ -2,7 +2,7 @@
 
 from typing import TypedDict
 
-from exporters.format import DTYPE, Format, Option, later
+from exporters.format import DTYPE, ExportFormat, Option, later
 
 
 class GgufOptions(TypedDict):
@@ -12,7 +12,7 @@ class GgufOptions(TypedDict):
     tokenizer_from: str | None
 
 
-FORMAT = Format(
+FORMAT = ExportFormat(
     "gguf",
     title="llama.cpp",
     library="xllamacpp",

@@ -62,7 +62,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies are the default ones divided by constants, at any length of text."""
 STILL = 1e30
 """Divisor of the frequency of dimensions that do not turn."""
-ELSEWHERE = "Export to onnx, or to padded."
+ELSEWHERE = "Export to onnx, or prune with uniform=True for a model that llama.cpp's own converter may know."
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def fold_of(model: PreTrainedModel, equal: bool) -> Fold:
     if model_type not in WRITABLE:
         raise UnsupportedArchitectureError(
             f"llama.cpp has no architecture for pruned {model_type} models.",
-            f"GGUF can be written for {', '.join(WRITABLE)}; export to onnx, or to padded.",
+            f"GGUF can be written for {', '.join(WRITABLE)}. {ELSEWHERE}",
         )
     if config.hidden_act != "silu":
         raise UnsupportedArchitectureError(
@@ -148,7 +148,7 @@ def fold_of(model: PreTrainedModel, equal: bool) -> Fold:
     if kind not in ROPE_TYPES:
         raise UnsupportedArchitectureError(
             f"A GGUF file cannot hold {kind} rotary embeddings here.",
-            f"It can for {', '.join(ROPE_TYPES)}; export to onnx, or to padded.",
+            f"It can for {', '.join(ROPE_TYPES)}. {ELSEWHERE}",
         )
     row, head_dim = WRITABLE[model_type], shape_of(config).head_dim
     stream = getattr(config, "embedding_multiplier", 1.0)

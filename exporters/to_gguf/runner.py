@@ -37,7 +37,7 @@ def dtypes() -> dict[str, tuple[float, float]]:
 
 
 def context(record: ExportRecord, config: PreTrainedConfig) -> int:
-    """Longest sequence for which a file is exact, in tokens; see `Format.context`."""
+    """Longest sequence for which a file is exact, in tokens; see `ExportFormat.context`."""
     return context_length(config)
 
 
@@ -48,7 +48,7 @@ def load(name: str, setting: Setting) -> LlamaCppRunner:
 
 
 def files(directory: Path, record: ExportRecord, config: PreTrainedConfig, longest: int) -> Iterator[File]:
-    """Yield the file; see `Format.files`."""
+    """Yield the file; see `ExportFormat.files`."""
     name, converted = _file_of(record), not record.options["tokenizer_from"]
     run, rounded = (
         partial(LlamaCpp, directory / name, longest + 8, exact=True),

@@ -206,8 +206,8 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> TokenizerFields:
     ids = tokenizer("a")["input_ids"]  # shows what the post-processor adds, whatever its type
     fields.append((Keys.Tokenizer.ADD_BOS, ids[0] == tokenizer.bos_token_id, GGUFValueType.BOOL, None))
     fields.append((Keys.Tokenizer.ADD_EOS, ids[-1] == tokenizer.eos_token_id, GGUFValueType.BOOL, None))
-    named = tokenizer.chat_template
-    if template := named.get("default") if isinstance(named, dict) else named:
+    templates = tokenizer.chat_template
+    if template := templates.get("default") if isinstance(templates, dict) else templates:
         fields.append((Keys.Tokenizer.CHAT_TEMPLATE, template, GGUFValueType.STRING, None))
     return fields
 

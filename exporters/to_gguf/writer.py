@@ -19,13 +19,13 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from exporters.padding import padded_state
 from exporters.to_gguf.dtypes import FALLBACKS, GGUF_DTYPES, HEAD, Dtype
 from exporters.to_gguf.folds import Fold, fold_of
 from exporters.to_gguf.importance import Importance, importance_matrix
 from exporters.to_gguf.library import library, quantise
 from exporters.to_gguf.llama_cpp import greedy_steps, log_probability_difference
 from exporters.to_gguf.modelfile import modelfile
+from exporters.to_gguf.padding import padded_state
 from exporters.to_gguf.tokenizer import TokenizerFields, converted_fields, copied_fields
 from exporters.writer import Written, one_of
 from selfpruner_hub.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from exporters.format import DTYPE, Format, Option, later
+from exporters.format import DTYPE, ExportFormat, Option, later
 
 if TYPE_CHECKING:
     from exporters.runtime import Setting
@@ -28,7 +28,7 @@ def export_options(setting: Setting) -> dict[str, Any]:
     return {"dtype": setting.dtype, "fusions": "cuda" if setting.device.startswith("cuda") else "cpu"}
 
 
-FORMAT = Format(
+FORMAT = ExportFormat(
     "onnx",
     title="ONNX Runtime",
     library="onnxruntime",

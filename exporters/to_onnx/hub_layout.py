@@ -150,8 +150,8 @@ def _genai(model: PreTrainedModel, stock: str) -> dict[str, Any]:
     widest = max(widths.num_key_value_heads for widths in shape.dense.layers)
 
     def token(name: str) -> Any:
-        found = getattr(generation, name, None)
-        return getattr(config, name, None) if found is None else found
+        value = getattr(generation, name, None)
+        return getattr(config, name, None) if value is None else value
 
     end = token("eos_token_id")
     pad = token("pad_token_id")

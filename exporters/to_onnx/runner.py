@@ -27,7 +27,7 @@ def load(name: str, setting: Setting) -> CausalLMRunner:
 
 
 def files(directory: Path, record: ExportRecord, config: PreTrainedConfig, longest: int) -> Iterator[File]:
-    """Yield the graph, or all graphs of the layout hub; see `Format.files`."""
+    """Yield the graph, or all graphs of the layout hub; see `ExportFormat.files`."""
     if not record.has_hub_layout:
         load = partial(OnnxCausalLM.from_pretrained, directory)
         yield _file("model.onnx", record.tolerance, record.options["dtype"], load)

@@ -202,13 +202,13 @@ def _name_axes(program: Any) -> None:
     values += [output for node in program.graph.all_nodes() for output in node.outputs]
     for value in values:
         if value.shape is not None and not value.shape.is_static():
-            named = [
+            dimensions = [
                 dim
                 if isinstance(dim, int) or dim.value is None
-                else symbol.sub(lambda found: names[found[0]], str(dim.value))
+                else symbol.sub(lambda match: names[match[0]], str(dim.value))
                 for dim in value.shape
             ]
-            value.shape = onnx_ir.Shape(named)
+            value.shape = onnx_ir.Shape(dimensions)
 
 
 def _can_run(fusions: str) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import TypedDict
 
-from exporters.format import DTYPE, Format, later
+from exporters.format import DTYPE, ExportFormat, later
 
 
 class OpenVinoOptions(TypedDict):
@@ -11,7 +11,7 @@ class OpenVinoOptions(TypedDict):
     dtype: str
 
 
-FORMAT = Format(
+FORMAT = ExportFormat(
     "openvino",
     title="OpenVINO",
     library="openvino",

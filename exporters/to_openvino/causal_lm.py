@@ -147,12 +147,12 @@ class OpenVinoCausalLM(GraphCausalLM):
         core = _core()
         if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
             raise UserError(f"OpenVINO has no device {device!r} here.", f"It has {', '.join(core.available_devices)}.")
-        chosen: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         if device == "CPU":
-            chosen["INFERENCE_NUM_THREADS"] = threads or torch.get_num_threads()
-        chosen |= settings or {}
+            properties["INFERENCE_NUM_THREADS"] = threads or torch.get_num_threads()
+        properties |= settings or {}
         try:
-            compiled = core.compile_model(core.read_model(directory / GRAPH), device, chosen)
+            compiled = core.compile_model(core.read_model(directory / GRAPH), device, properties)
             config, generation = AutoConfig.from_pretrained(directory), GenerationConfig.from_pretrained(directory)
         except Exception as error:  # OpenVINO raises RuntimeError for everything
             raise SavedModelError(

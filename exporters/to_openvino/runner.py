@@ -19,5 +19,5 @@ def load(name: str, setting: Setting) -> CausalLMRunner:
 
 
 def files(directory: Path, record: ExportRecord, config: PreTrainedConfig, longest: int) -> Iterator[File]:
-    """Yield the graph; see `Format.files`."""
+    """Yield the graph; see `ExportFormat.files`."""
     yield File(GRAPH, record.tolerance, lambda: Graph(OpenVinoCausalLM.from_pretrained(directory)))

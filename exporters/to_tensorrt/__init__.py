@@ -2,7 +2,7 @@
 
 from typing import Literal, TypedDict
 
-from exporters.format import DTYPE, Format, Option, later
+from exporters.format import DTYPE, ExportFormat, Option, later
 from selfpruner_hub.storage.versioned_json import Count
 
 
@@ -16,7 +16,7 @@ class TensorRTOptions(TypedDict):
     sha256: str
 
 
-FORMAT = Format(
+FORMAT = ExportFormat(
     "tensorrt",
     title="TensorRT",
     libraries=("tensorrt",),

@@ -78,15 +78,15 @@ class TensorRTEngine:
             address = tensor.data_ptr() or self._nothing.data_ptr()  # an empty tensor has no address
             if not (context.set_input_shape(name, tuple(tensor.shape)) and context.set_tensor_address(name, address)):
                 raise SavedModelError(f"The engine takes no {name} of shape {tuple(tensor.shape)}.", _SMALLER)
-        made = {} if outputs is None else dict(outputs)
+        tensors = {} if outputs is None else dict(outputs)
         for name in self._outputs:
-            if name not in made:
+            if name not in tensors:
                 shape = tuple(context.get_tensor_shape(name))
-                made[name] = torch.empty(shape, dtype=self._dtypes[name], device=self.device)
-            context.set_tensor_address(name, made[name].data_ptr())
+                tensors[name] = torch.empty(shape, dtype=self._dtypes[name], device=self.device)
+            context.set_tensor_address(name, tensors[name].data_ptr())
         if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise SavedModelError("The engine could not be run.", _SMALLER)
-        return made
+        return tensors
 
     def capturable(self, profile: int) -> bool:
         """Whether a pass of this profile can be captured in a CUDA graph."""

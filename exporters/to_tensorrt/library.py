@@ -33,9 +33,9 @@ class Library:
     @property
     def capabilities(self) -> dict[str, Any]:
         """Compute capabilities, such as "8.6", for which it can build without that GPU."""
-        known = getattr(self.module, "ComputeCapability", None)
-        numbers = {name: re.fullmatch(r"SM(\d+)(\d)", name) for name in dir(known)}
-        return {f"{found[1]}.{found[2]}": getattr(known, name) for name, found in numbers.items() if found}
+        enumeration = getattr(self.module, "ComputeCapability", None)
+        numbers = {name: re.fullmatch(r"SM(\d+)(\d)", name) for name in dir(enumeration)}
+        return {f"{match[1]}.{match[2]}": getattr(enumeration, name) for name, match in numbers.items() if match}
 
 
 def find_library(name: str | None = None, *, elsewhere: bool = False) -> Library:
@@ -71,10 +71,10 @@ def gpu_here() -> tuple[str, str] | None:
 
 def parse_capability(text: str | float) -> str:
     """Convert 8.6, "8.6", "SM86" or "sm_86" to the compute capability "8.6"; raise `UserError` for anything else."""
-    found = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", str(text), re.IGNORECASE)
-    if found is None:
+    match = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)", str(text), re.IGNORECASE)
+    if match is None:
         raise UserError(f"{text!r} is no compute capability.", "Give one such as 8.6.")
-    return f"{found[1]}.{found[2]}"
+    return f"{match[1]}.{match[2]}"
 
 
 def _make_log(trt: Any) -> Any:

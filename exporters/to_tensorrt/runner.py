@@ -20,5 +20,5 @@ def load(name: str, setting: Setting) -> CausalLMRunner:
 
 
 def files(directory: Path, record: ExportRecord, config: PreTrainedConfig, longest: int) -> Iterator[File]:
-    """Yield the engine; see `Format.files`."""
+    """Yield the engine; see `ExportFormat.files`."""
     yield File(ENGINE, record.tolerance, lambda: Graph(TensorRtCausalLM.from_pretrained(directory)))

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> Result:
     if options.output is not None:
         check_writable(options.output.parent)
     passes = Passes(**numbers, dtype=options.dtype, device=options.device, python=options.python, text=options.text)
-    named = {"revision": options.revision, "gguf_file": options.gguf_file, "device_map": options.device_map}
+    keywords = {"revision": options.revision, "gguf_file": options.gguf_file, "device_map": options.device_map}
     if options.save:  # an error comes before the benchmark, which takes minutes
         record = read_record(Path(options.directory))
         check_parent(record, _identity(options, record), options.against)
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> Result:
             options.runtime,
             passes,
             exports=options.exports,
-            loading={key: value for key, value in named.items() if value is not None},
+            loading={key: value for key, value in keywords.items() if value is not None},
             progress=progress,
         )
     if options.output is not None:
@@ -97,9 +97,9 @@ def _identity(options: argparse.Namespace, record: Record) -> dict[str, Any]:
 
     if (Path(options.against) / EXPORT_RECORD_FILE).is_file():
         return read_export(Path(options.against)).source
-    named = {"revision": options.revision, "gguf_file": options.gguf_file}
-    given = {key: value for key, value in named.items() if value is not None}
-    model, _ = load_model(options.against, device="cpu", dtype=record.parent.get("dtype", "auto"), **given)
+    arguments = {"revision": options.revision, "gguf_file": options.gguf_file}
+    keywords = {key: value for key, value in arguments.items() if value is not None}
+    model, _ = load_model(options.against, device="cpu", dtype=record.parent.get("dtype", "auto"), **keywords)
     return identity_of(model)
 
 

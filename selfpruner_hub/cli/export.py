@@ -7,10 +7,9 @@ import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from exporters.format import FORMATS, Option
+from exporters.format import Option, export_format
 from selfpruner_hub.cli.options import Result, listed, path, quieten
-from selfpruner_hub.errors import UserError
-from selfpruner_hub.storage.layout import EXPORTS
+from selfpruner_hub.storage.layout import EXPORTS, FORMER_OPTIONS, known_export
 
 if TYPE_CHECKING:
     from selfpruner_hub.storage.export_record import ExportRecord
@@ -35,13 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option in _options():
         flag = f"--{option.name.replace('_', '-')}"
         of.add_argument(flag, type=option.type, metavar=option.metavar, help=option.help)
+    for name in FORMER_OPTIONS:
+        of.add_argument(f"--{name}", help=argparse.SUPPRESS)  # the export says what took its place
 
 
 def _options() -> list[Option]:
     """Options of all formats; where only one format has an option, its help names that format."""
     by_name: dict[str, list[tuple[str, Option]]] = {}
     for name in EXPORTS:
-        for option in FORMATS[name].options:
+        for option in export_format(name).options:
             by_name.setdefault(option.name, []).append((name, option))
     return [
         option if len(owners) > 1 else replace(option, help=f"{owner}: {option.help}")
@@ -63,8 +64,7 @@ def run(options: argparse.Namespace) -> Result:
         UserError: An option is wrong, or the model cannot be loaded.
         ExportError: The model cannot be exported, or what was written differs from it.
     """
-    if options.to not in EXPORTS:  # before torch is imported, which takes seconds
-        raise UserError(f"Unknown format {options.to!r}.", f"Choose {', '.join(EXPORTS)}.")
+    known_export(options.to)  # before torch is imported, which takes seconds
 
     from exporters.export import export
     from selfpruner_hub.progress import Bars
@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> Result:
 
     quieten(options)
     loading = {"revision": options.revision, "gguf_file": options.gguf_file}
+    names = [option.name for option in _options()]
     with Bars(not options.quiet) as progress:
         directory = export(
             options.model,
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace) -> Result:
             loading=_given(loading),
             overwrite=options.overwrite,
             progress=progress,
-            **_given({option.name: getattr(options, option.name) for option in _options()}),
+            **_given({name: getattr(options, name) for name in (*names, *FORMER_OPTIONS)}),
         )
     record = read_export(directory)
     if options.json:

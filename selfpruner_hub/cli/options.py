@@ -94,8 +94,8 @@ def quieten(options: argparse.Namespace) -> None:
 
 def loading(options: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of `from_pretrained` from the options for loading a model."""
-    named = {name: getattr(options, name) for name in ("device", "device_map", "dtype", "revision", "gguf_file")}
-    return {key: value for key, value in named.items() if value is not None}
+    keywords = {name: getattr(options, name) for name in ("device", "device_map", "dtype", "revision", "gguf_file")}
+    return {key: value for key, value in keywords.items() if value is not None}
 
 
 def whole(text: str) -> Any:

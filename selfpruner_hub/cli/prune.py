@@ -40,76 +40,87 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: Parser of the verb.
     """
     parser.add_argument("model", metavar="MODEL", help="a directory or a Hub repository")
-    made = parser.add_argument_group("what is made")
-    goal = made.add_mutually_exclusive_group(required=True)
+    _add_goal_and_output(parser.add_argument_group("what is made"))
+    _add_model(parser.add_argument_group("the model"))
+    _add_text(parser.add_argument_group("the text of calibration and search"))
+    _add_search(parser.add_argument_group("the search"))
+    _add_method(parser.add_argument_group("the method"))
+
+
+def _add_goal_and_output(group: argparse._ArgumentGroup) -> None:
+    goal = group.add_mutually_exclusive_group(required=True)
     goal.add_argument("--beta", type=number, help="mean fraction of weights to remove, 0 < β < 1")
     goal.add_argument(
         "--target", metavar="NAME=VALUE",
         help="in place of it: speedup=1.5, latency=MS, memory=200MB or kv_cache=0.5 (or bytes a token) in the runtime",
     )  # fmt: skip
-    made.add_argument("--runtime", help=f"of the target: {listed(metered())} (default: torch)")
-    made.add_argument("--python", type=Path, metavar="PATH", help="the Python of vLLM's environment (vllm only)")
-    made.add_argument(
+    group.add_argument("--runtime", help=f"of the target: {listed(metered())} (default: torch)")
+    group.add_argument("--python", type=Path, metavar="PATH", help="the Python of vLLM's environment (vllm only)")
+    group.add_argument(
         "--request", metavar="P+N",
         help="tokens of the prompt and of the answer that the target's time is for (default: 128+32)",
     )  # fmt: skip
-    made.add_argument("--output", required=True, type=path, metavar="DIR", help="where the pruned model goes")
-    made.add_argument("--overwrite", action="store_true", help="replace a model in DIR that selfpruner did not write")
-    model = parser.add_argument_group("the model")
-    model.add_argument(
+    group.add_argument("--output", required=True, type=path, metavar="DIR", help="where the pruned model goes")
+    group.add_argument("--overwrite", action="store_true", help="replace a model in DIR that selfpruner did not write")
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--base-model", metavar="REPO", help="the Hub repository that the directory MODEL is a copy of, for the record"
     )
-    from_pretrained(model)
-    model.add_argument(
+    from_pretrained(group)
+    group.add_argument(
         "--offload", action="store_true", help="keep weights and statistics in files, for a model larger than memory"
     )
-    text = parser.add_argument_group("the text of calibration and search")
-    text.add_argument(
+
+
+def _add_text(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--data",
         help="chat, self, wikitext2, c4, or a .txt or .jsonl file; several with + between them (default: "
         "chat+wikitext2 for a chat model, else wikitext2)",
     )
-    searching = parser.add_argument_group("the search")
-    searching.add_argument(
+
+
+def _add_search(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--evaluations", type=number, metavar="N",
         help="length, in evaluations on the whole text; 0 takes the best starting point "
         f"(default: 0; paper: {PRESETS['paper'].schedule.evaluations}; {SEARCH} with a proposer)",
     )  # fmt: skip
-    searching.add_argument("--fitness", help="kl or perplexity (default: kl; paper: perplexity)")
-    searching.add_argument(
+    group.add_argument("--fitness", help="kl or perplexity (default: kl; paper: perplexity)")
+    group.add_argument(
         "--proposer",
         help="self (the model), evolution, slopes, random, another model, or an endpoint's URL; one that is given "
         "searches (default: self, where --evaluations or the preset ask for a search)",
     )  # fmt: skip
-    searching.add_argument("--proposer-model", metavar="M", help="name of the model at the endpoint")
-    searching.add_argument(
+    group.add_argument("--proposer-model", metavar="M", help="name of the model at the endpoint")
+    group.add_argument(
         "--proposer-option", action="append", default=[], metavar="NAME=VALUE",
         help="of a language model that proposes: temperature, templates; of an endpoint: request_limit, token_limit, "
         "token_price",
     )  # fmt: skip
-    searching.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    searching.add_argument("--run-dir", type=path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
-    searching.add_argument(
-        "--executor", metavar="ray", help="score candidates on Ray workers (default: in this process)"
-    )
-    method = parser.add_argument_group("the method")
-    method.add_argument(
-        "--preset", help=f"{', '.join(PRESETS)} (default: default; with --minutes what fits)"
-    )  # fmt: skip
-    method.add_argument(
+    group.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    group.add_argument("--run-dir", type=path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
+    group.add_argument("--executor", metavar="ray", help="score candidates on Ray workers (default: in this process)")
+
+
+def _add_method(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--preset", help=f"{', '.join(PRESETS)} (default: default; with --minutes what fits)")
+    group.add_argument(
         "--minutes",
         type=number,
         metavar="N",
         help="minutes in all: the preset that fits, and recovery until they are over",
     )
-    method.add_argument(
+    group.add_argument(
         "--recover", type=number, metavar="N", help="minutes of recovery after the cut, as of the verb recover; 0 "
         "trains nothing (default: none, or what is left of --minutes)",
     )  # fmt: skip
-    method.add_argument(
+    group.add_argument(
         "--uniform", action="store_true", help="one FFN width for all layers, and all attention: a stock model"
     )
-    method.add_argument(
+    group.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="any other setting; `selfpruner settings` lists them with their defaults",
     )  # fmt: skip

@@ -75,10 +75,10 @@ def text_figures(model: PreTrainedModel, corpus: Corpus, teacher: Teacher | None
         f"{'each begun as the tokenizer begins a text, ' if corpus.start else ''}{_dtype(model)}; sha256 of the text "
         f"{corpus.sha256[:12]}"
     )
-    found = {f"perplexity ({window})": _metric(_finite(nats), protocol, corpus.name)}
+    figures = {f"perplexity ({window})": _metric(_finite(nats), protocol, corpus.name)}
     for divergence in divergences:
-        found[f"KL ({window})"] = _metric(round(divergence, 4), f"{_KL}; {protocol}", corpus.name)
-    return found
+        figures[f"KL ({window})"] = _metric(round(divergence, 4), f"{_KL}; {protocol}", corpus.name)
+    return figures
 
 
 def conversation_figures(model: PreTrainedModel, measure: ChatMeasure) -> dict[str, Metric]:
@@ -91,7 +91,7 @@ def conversation_figures(model: PreTrainedModel, measure: ChatMeasure) -> dict[s
     Returns:
         Figures by name.
     """
-    found: ChatFigures = measure(model)
+    chat: ChatFigures = measure(model)
     protocol = (
         f"the {measure.tokens} tokens that the dense model answers in {measure.conversations} conversations: user's "
         f"turns that it samples by selfpruner-hub {version('selfpruner-hub')} with seed {SEED}, answers of its "
@@ -100,8 +100,8 @@ def conversation_figures(model: PreTrainedModel, measure: ChatMeasure) -> dict[s
     first_choice = "share of the tokens that are the model's first choice too, given all before them"
     where = "conversations of the dense model"
     return {
-        AGREEMENT: _metric(round(found.agreement, 4), f"{first_choice}; {protocol}", where),
-        DIVERGENCE: _metric(round(found.kl, 4), f"{_KL}; {protocol}", where),
+        AGREEMENT: _metric(round(chat.agreement, 4), f"{first_choice}; {protocol}", where),
+        DIVERGENCE: _metric(round(chat.kl, 4), f"{_KL}; {protocol}", where),
     }
 
 
@@ -119,19 +119,19 @@ def question_figures(
     Returns:
         Figures by name.
     """
-    asked = (
+    conditions = (
         f"half {half!r} of the questions of selfpruner-hub {version('selfpruner-hub')}, through the chat template, "
         f"likeliest tokens, at most {REPLY_TOKENS}; right where an answer is in the reply; {_dtype(model)}"
     )
     kept = [own for own, theirs in zip(right, dense, strict=True) if theirs] if dense is not None else []
-    found = {}
+    figures = {}
     for name, those, which in ((ANSWERED, right, ""), (KEPT, kept, " that the dense model answers rightly")):
         if those:
             share = mean(those)
             error = math.sqrt(share * (1 - share) / len(those))
-            protocol = f"{len(those)} questions{which}, ± {error:.4f}; {asked}"
-            found[name] = _metric(round(share, 4), protocol, "plain questions")
-    return found
+            protocol = f"{len(those)} questions{which}, ± {error:.4f}; {conditions}"
+            figures[name] = _metric(round(share, 4), protocol, "plain questions")
+    return figures
 
 
 def task_figures(scores: Sequence[TaskScore], limited: bool) -> dict[str, Metric]:
@@ -167,7 +167,7 @@ def _dtype(model: PreTrainedModel) -> str:
 
 def _finite(nats: float) -> float:
     """The perplexity to three decimals; raises `UserError` if it is not finite, because JSON has no infinity."""
-    found = float(torch.tensor(nats, dtype=torch.float64).exp())
-    if not math.isfinite(found):
+    perplexity = float(torch.tensor(nats, dtype=torch.float64).exp())
+    if not math.isfinite(perplexity):
         raise UserError("The model's perplexity on this text is not a number.", "Its weights may be damaged.")
-    return round(found, 3)
+    return round(perplexity, 3)

@@ -90,8 +90,8 @@ def label_loss(windows: Tensor, counted: Tensor | None = None) -> Loss:
     targets = following(windows, counted)
 
     def loss(logits: Tensor, first: int) -> Tensor:
-        wanted = targets[first : first + len(logits), None].to(logits.device)
-        return (logits.logsumexp(-1) - logits.gather(1, wanted)[:, 0]).sum()
+        labels = targets[first : first + len(logits), None].to(logits.device)
+        return (logits.logsumexp(-1) - logits.gather(1, labels)[:, 0]).sum()
 
     return loss
 
@@ -138,13 +138,13 @@ def mean_losses(model: PreTrainedModel, windows: Tensor, *losses: Loss, counted:
     Returns:
         Mean of each loss per predicted token, in its unit: nats, or the share of misses for `miss_loss`.
     """
-    found: list[list[Tensor]] = [[] for _ in losses]
+    totals: list[list[Tensor]] = [[] for _ in losses]
     predicted = 0
     for first, logits in _logits(model, windows, counted):
-        for sums, loss in zip(found, losses, strict=True):
+        for sums, loss in zip(totals, losses, strict=True):
             sums.append(loss(logits, first))
         predicted += len(logits)
-    return [sum(torch.stack(sums).tolist()) / predicted for sums in found]  # they cross over from the device once
+    return [sum(torch.stack(sums).tolist()) / predicted for sums in totals]  # they cross over from the device once
 
 
 def _logits(model: PreTrainedModel, windows: Tensor, counted: Tensor | None) -> Iterator[tuple[int, Tensor]]:

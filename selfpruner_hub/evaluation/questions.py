@@ -97,5 +97,5 @@ def rightly_answered(
     progress: Progress | None = None,
 ) -> list[bool]:
     """One flag per question: whether the model answers it rightly; arguments and errors are those of `replies`."""
-    said = replies(model, tokenizer, [each.question for each in questions], progress)
-    return [question.is_right(reply) for question, reply in zip(questions, said, strict=True)]
+    answers = replies(model, tokenizer, [each.question for each in questions], progress)
+    return [question.is_right(reply) for question, reply in zip(questions, answers, strict=True)]

@@ -49,13 +49,13 @@ def measure_steps(
         The predicted changes of the mean loss per predicted token.
     """
     model, layers, whole = slicer.model, slicer.layers(plan), decoder_layers(slicer.model)
-    known: dict[str, list[float]] = {name: [float("inf")] * len(layers) for name in StepEffects.__annotations__}
+    effects: dict[str, list[float]] = {name: [float("inf")] * len(layers) for name in StepEffects.__annotations__}
 
     def last(first: int, hidden: Tensor) -> Tensor:
         """The head runs one window at a time; the last position of a window predicts nothing."""
         width = hidden.shape[1] - 1
-        found = [head_gradient(model, each[:-1], loss, (first + i) * width) for i, each in enumerate(hidden)]
-        return nn.functional.pad(torch.stack(found), (0, 0, 0, 1))
+        gradients = [head_gradient(model, each[:-1], loss, (first + i) * width) for i, each in enumerate(hidden)]
+        return nn.functional.pad(torch.stack(gradients), (0, 0, 0, 1))
 
     with frozen(model), with_layers(model, layers):
         for index, layer, batches in backward_by_layer(model, windows, last, partial(_outputs, model), slicer.store):
@@ -67,8 +67,8 @@ def measure_steps(
                             change.add(gradient)
                 for change in changes:
                     for name, predicted in change.predicted(windows[:, 1:].numel(), curves, remains).items():
-                        known[f"{change.part}_{name}"][index] = predicted
-    return StepEffects(**{name: tuple(values) for name, values in known.items()})
+                        effects[f"{change.part}_{name}"][index] = predicted
+    return StepEffects(**{name: tuple(values) for name, values in effects.items()})
 
 
 class _Change:
@@ -116,12 +116,12 @@ class _Change:
 
     def predicted(self, tokens: int, curves: Sequence[LossCurves] | None, remains: float) -> dict[str, float]:
         """Mean change of the loss per token in each direction; infinite if the width cannot change that way."""
-        found = {"removed": float("inf"), "restored": float("inf")}
+        effects = {"removed": float("inf"), "restored": float("inf")}
         for name, width in self._widths.items():
             curve = None if curves is None else getattr(curves[self._index], self.part)
             alone = 0.0 if curve is None else float(curve[width] - curve[self._kept])
-            found[name] = remains * (self._first_order(width) / tokens + abs(alone)) + (1 - remains) * alone
-        return found
+            effects[name] = remains * (self._first_order(width) / tokens + abs(alone)) + (1 - remains) * alone
+        return effects
 
     def _first_order(self, width: int) -> float:
         """The change of the loss that another width of the part causes, to first order, summed over tokens."""

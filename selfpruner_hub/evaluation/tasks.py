@@ -97,9 +97,9 @@ def check_tasks(tasks: Sequence[str], directory: Path | None) -> None:
         for task in tasks:
             _form(_file(directory, task))
     else:
-        known = set(_manager(defaults=True).all_tasks)
+        names = set(_manager(defaults=True).all_tasks)
         for task in tasks:
-            if task not in known:
+            if task not in names:
                 raise UserError(f"lm-evaluation-harness knows no task {task!r}.", f"Such as: {', '.join(SEVEN)}.")
 
 
@@ -145,21 +145,21 @@ def evaluate_tasks(
         lm.generate_until = functools.partial(lm.generate_until, disable_tqdm=True)
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
-        known = identity_of(model)
-        cache /= f"{known['weights'][:16]}-{known['configuration'][:16]}-{known['dtype']}"
+        identity = identity_of(model)
+        cache /= f"{identity['weights'][:16]}-{identity['configuration'][:16]}-{identity['dtype']}"
     scores = []
     for task in tasks:
-        asked = task if directory is None else _config(task, _file(directory, task))
+        task_or_config = task if directory is None else _config(task, _file(directory, task))
         chat = directory is None and task in CHAT_TASKS and has_chat_template(tokenizer)
-        kept = None if cache is None else f"{cache}-{task}"
+        cache_path = None if cache is None else f"{cache}-{task}"
         try:
-            found = evaluator.simple_evaluate(
+            report = evaluator.simple_evaluate(
                 lm,
-                tasks=[asked],
+                tasks=[task_or_config],
                 num_fewshot=0,
                 apply_chat_template=chat,
                 limit=limit,
-                use_cache=kept,
+                use_cache=cache_path,
                 bootstrap_iters=1,
                 log_samples=False,
                 task_manager=_manager(defaults=directory is None),
@@ -176,24 +176,24 @@ def evaluate_tasks(
                 f"Cannot load the items of {task} from the Hugging Face Hub ({type(error).__name__}).",
                 "Check the network (or HF_ENDPOINT), or give files with --tasks-dir.",
             ) from error
-        scores.append(_score(task, found, directory, chat))
+        scores.append(_score(task, report, directory, chat))
     return scores
 
 
-def _score(task: str, found: Any, directory: Path | None, chat: bool = False) -> TaskScore:
+def _score(task: str, report: Any, directory: Path | None, chat: bool = False) -> TaskScore:
     from lm_eval import __version__
 
-    results = found["results"][task]
+    results = report["results"][task]
     keys = [tuple(key.split(",", 1)) for key in results if key.partition(",")[0] in FIGURES]
-    wanted = {figure if by == "none" else f"{figure}, {by}": (figure, by) for figure, by in keys}
-    source = found["configs"][task]["dataset_path"] if directory is None else f"{task}.jsonl"
+    named_keys = {figure if by == "none" else f"{figure}, {by}": (figure, by) for figure, by in keys}
+    source = report["configs"][task]["dataset_path"] if directory is None else f"{task}.jsonl"
     return TaskScore(
         task,
-        int(found["n-samples"][task]["effective"]),
+        int(report["n-samples"][task]["effective"]),
         source,
         __version__,
-        {name: float(results[f"{figure},{by}"]) for name, (figure, by) in wanted.items()},
-        {name: _number(results.get(f"{figure}_stderr,{by}")) for name, (figure, by) in wanted.items()},
+        {name: float(results[f"{figure},{by}"]) for name, (figure, by) in named_keys.items()},
+        {name: _number(results.get(f"{figure}_stderr,{by}")) for name, (figure, by) in named_keys.items()},
         chat,
     )
 

@@ -177,8 +177,8 @@ def answered(figures: Mapping[str, Metric]) -> str:
     """Return the share of answered questions as a sentence; empty where it was not measured."""
     if (kept := figures.get(KEPT)) is not None:
         return f"Of the plain questions that its parent answers, it answers {100 * kept.value:.0f} %."
-    if (found := figures.get(ANSWERED)) is not None:
-        return f"It answers {100 * found.value:.0f} % of the plain questions."
+    if (answers := figures.get(ANSWERED)) is not None:
+        return f"It answers {100 * answers.value:.0f} % of the plain questions."
     return ""
 
 

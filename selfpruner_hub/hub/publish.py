@@ -20,7 +20,7 @@ from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.hub.repository import Changes, Repository, Tree, same_content
 from selfpruner_hub.hub.space import DENSE, GGUF, GRAPHS, VENDORED, gguf_of, space_files, static_files
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
-from selfpruner_hub.storage.layout import EXPORTS
+from selfpruner_hub.storage.layout import EXPORTS, known_export
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record
 
 ONNX_ENDING = "-ONNX"
@@ -65,8 +65,8 @@ def check_request(*, space: bool | str, create_pr: bool, exports: Sequence[str] 
         raise UserError("A Space shows a model that is there, not one in a pull request.", "Push it after the merge.")
     if "onnx" in exports and create_pr:
         raise UserError("ONNX graphs have a repository of their own, not a pull request.", "Push them after the merge.")
-    if unknown := sorted(set(exports) - set(EXPORTS)):
-        raise UserError(f"Unknown export {unknown[0]!r}.", f"Choose from: {', '.join(EXPORTS)}.")
+    for name in exports:
+        known_export(name)
 
 
 def publish(

@@ -135,6 +135,12 @@ def check_one_device(model: PreTrainedModel) -> None:
         )
 
 
+def fast_dtype() -> torch.dtype:
+    """Return bfloat16 where the CPU multiplies it natively, else float32 (emulated bfloat16 is slower)."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 def described(model: PreTrainedModel) -> str:
     """Name the device and the dtype of a model, such as `cuda:0 (NVIDIA A100-SXM4-80GB), bfloat16`."""
     device, name = model.device, ""

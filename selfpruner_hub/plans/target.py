@@ -147,8 +147,8 @@ def target_of(goal: Mapping[str, Any], runtime: str | None, request: tuple[int, 
     """
     if not isinstance(goal, Mapping) or len(goal) != 1 or not set(goal) <= set(QUANTITIES):
         raise UserError(f"A target is one quantity and its value; got {goal!r}.", TARGET_REMEDY)
-    ((quantity, given),) = goal.items()
-    value = _value(given, quantity)
+    ((quantity, amount),) = goal.items()
+    value = _value(amount, quantity)
     if quantity == "speedup" and value <= 1:
         raise UserError(f"A target's speedup must be above 1; got {value:g}.", TARGET_REMEDY)
     if value == 1 and QUANTITIES[quantity] == "bytes":
@@ -170,14 +170,14 @@ def parse_target(text: str) -> dict[str, str]:
     return {name.strip(): value.strip()}
 
 
-def _value(given: Any, quantity: str) -> float:
+def _value(amount: Any, quantity: str) -> float:
     """Return the positive number that a value stands for; bytes may have a unit."""
-    match = re.fullmatch(r"([0-9.eE+-]+?)\s*([kmg]?i?b)?", str(given).strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9.eE+-]+?)\s*([kmg]?i?b)?", str(amount).strip(), re.IGNORECASE)
     try:
-        number = math.nan if match is None or isinstance(given, bool) else float(match[1])
+        number = math.nan if match is None or isinstance(amount, bool) else float(match[1])
     except ValueError:
         number = math.nan
     unit = (match[2] or "").lower() if match else ""
     if not 0 < number < math.inf or (unit and QUANTITIES[quantity] != "bytes") or unit not in BYTE_UNITS:
-        raise UserError(f"{quantity} must be a number above 0; got {given!r}.", TARGET_REMEDY)
+        raise UserError(f"{quantity} must be a number above 0; got {amount!r}.", TARGET_REMEDY)
     return number * BYTE_UNITS[unit]

@@ -63,11 +63,11 @@ class Journal:
         if not self._texts or self.path is None:
             self._write(header)
             return
-        found, wanted = _record(self._texts[0], self.path, 1), json.loads(header)
-        begun, present = found.pop("versions", None), wanted.pop("versions")
-        if found != wanted:
+        stored, current = _record(self._texts[0], self.path, 1), json.loads(header)
+        begun, present = stored.pop("versions", None), current.pop("versions")
+        if stored != current:
             raise RunMismatchError(
-                f"{self.path} belongs to another search ({_difference(found, wanted)}).",
+                f"{self.path} belongs to another search ({_difference(stored, current)}).",
                 "Use another run directory, or the same model, data and settings.",
             )
         if begun != present:
@@ -224,10 +224,10 @@ def _events(texts: list[bytes], path: Path) -> list[JournalLine]:
     return events
 
 
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+def _difference(stored: dict[str, Any], current: dict[str, Any]) -> str:
     """Name the first settings that differ."""
-    old, new = found.get("settings"), wanted["settings"]
-    if not isinstance(old, dict) or found.get("schema_version") != JOURNAL_VERSION:
+    old, new = stored.get("settings"), current["settings"]
+    if not isinstance(old, dict) or stored.get("schema_version") != JOURNAL_VERSION:
         return "written by another version"
     old, new = _flat(old), _flat(new)
     names = [key for key in {**old, **new} if old.get(key) != new.get(key)]

@@ -59,12 +59,12 @@ def with_changes(settings: S, changes: Mapping[str, Any], rules: Rules) -> S:
     Raises:
         UserError: A name is unknown or a former one, or a value is out of its range.
     """
-    known = [f.name for f in fields(settings)]
-    if unknown := sorted(set(changes) - set(known)):
+    names = [f.name for f in fields(settings)]
+    if unknown := sorted(set(changes) - set(names)):
         now = [f"{name} is now {rules.former[name]}." for name in unknown if name in rules.former]
         raise UserError(
             f"Unknown {rules.what} {', '.join(rules.prefix + name for name in unknown)}.",
-            " ".join(now) or f"Known: {', '.join(rules.prefix + name for name in known)}.",
+            " ".join(now) or f"Known: {', '.join(rules.prefix + name for name in names)}.",
         )
     values = {
         name: with_changes(getattr(settings, name), value, rules.parts[name])
@@ -72,9 +72,9 @@ def with_changes(settings: S, changes: Mapping[str, Any], rules: Rules) -> S:
         else value
         for name, value in changes.items()
     }
-    made = replace(settings, **values)
-    _check_fields(made, rules)
-    return made
+    changed = replace(settings, **values)
+    _check_fields(changed, rules)
+    return changed
 
 
 def _check_fields(settings: DataclassInstance, rules: Rules) -> None:
@@ -87,14 +87,14 @@ def _check_fields(settings: DataclassInstance, rules: Rules) -> None:
             _check_fields(value, rules.parts[f.name])
             continue
         types, called = _KINDS_OF_VALUES[str(f.type)]
-        limits, known = rules.ranges.get(f.name), rules.choices.get(f.name, ())
-        remedy = f"Choose from: {', '.join(known)}." if known else ""
+        limits, choices = rules.ranges.get(f.name), rules.choices.get(f.name, ())
+        remedy = f"Choose from: {', '.join(choices)}." if choices else ""
         fits = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
         if not fits or (limits and value is not None and not _in_range(value, *limits)):
             limited = f" from {limits[0]:g} to {limits[1]:g}" if limits else ""
             raise UserError(f"{name} must be {called}{limited}; got {value!r}.", remedy)
         words = [value] if isinstance(value, str) else value
-        if known and not (words and set(map(str, words)) <= set(known)):
+        if choices and not (words and set(map(str, words)) <= set(choices)):
             raise UserError(f"Unknown {name} {value!r}.", remedy)
 
 
@@ -134,15 +134,15 @@ def described_fields(
         The settings, in the order of the fields. In place of a field that is such a dataclass itself, its fields.
     """
     meanings = {name: text for base in reversed(cls.__mro__) if is_dataclass(base) for name, text in _meanings(base)}
-    given = asdict(cls()) if values is None else values
-    found: list[DescribedSetting] = []
+    defaults = asdict(cls()) if values is None else values
+    described: list[DescribedSetting] = []
     for f in fields(cls):
-        name, value = f"{prefix}{f.name}", given[f.name]
+        name, value = f"{prefix}{f.name}", defaults[f.name]
         if is_dataclass(f.default) and not isinstance(f.default, type):
-            found += described_fields(type(f.default), value, f"{name}.")
+            described += described_fields(type(f.default), value, f"{name}.")
         else:
-            found.append(DescribedSetting(name, _KINDS_OF_VALUES[str(f.type)][1], value, meanings.get(f.name, "")))
-    return found
+            described.append(DescribedSetting(name, _KINDS_OF_VALUES[str(f.type)][1], value, meanings.get(f.name, "")))
+    return described
 
 
 def _meanings(cls: type) -> list[tuple[str, str]]:

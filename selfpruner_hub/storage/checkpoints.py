@@ -51,10 +51,10 @@ class Checkpoints:
             with safe_open(self._path(self._directory, name), "pt") as file:
                 if (file.metadata() or {}).get(_RUN, "") != self._run:
                     return None
-                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                contents = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
-        return {key: tensor.to(device) if tensor.dim() else tensor for key, tensor in found.items()}
+        return {key: tensor.to(device) if tensor.dim() else tensor for key, tensor in contents.items()}
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Save tensors under a name.
@@ -72,8 +72,8 @@ class Checkpoints:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             staged = path.with_suffix(".part")
-            kept = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
-            save_file(kept, staged, metadata={_RUN: self._run})
+            copies = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+            save_file(copies, staged, metadata={_RUN: self._run})
             staged.replace(path)
         except (OSError, SafetensorError) as error:
             raise OutputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from selfpruner_hub.errors import SavedModelError
+from selfpruner_hub.errors import SavedModelError, UserError
 
 PLOTS = "plots"
 """Folder of a published model with the plots of its search."""
@@ -14,9 +14,15 @@ EXPORTS = {
     "tensorrt": "exporters.to_tensorrt",
     "openvino": "exporters.to_openvino",
     "gguf": "exporters.to_gguf",
-    "padded": "exporters.to_padded",
 }
 """Formats of exports, which are folders of a published model, and the package of each: see `exporters.format`."""
+FORMER_EXPORTS, FORMER_OPTIONS = ("padded",), ("width",)
+"""Former formats of exports, and the options that they alone had."""
+INSTEAD = (
+    "There are no zero-padded exports any more. Prune with uniform=True (--uniform) for a model that loads as a stock "
+    "one; onnx, gguf and vLLM take layers with widths of their own."
+)
+"""What to do in place of a former export."""
 
 WEIGHTS = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
@@ -35,6 +41,24 @@ MODEL_CODE = "modeling_selfpruned.py"
 """Name of the file of model code; a stock model has none."""
 GENERATION = "generation_config.json"
 """Name of the file of generation settings."""
+
+
+def known_export(name: object) -> str:
+    """Return the name of a format of exports.
+
+    Args:
+        name: Name that was asked for.
+
+    Returns:
+        The name.
+
+    Raises:
+        UserError: It is no format, or a former one.
+    """
+    if not isinstance(name, str) or name not in EXPORTS:
+        remedy = INSTEAD if name in FORMER_EXPORTS else f"Choose {', '.join(EXPORTS)}."
+        raise UserError(f"Unknown format {name!r}.", remedy)
+    return name
 
 
 def weight_files(directory: Path) -> list[str]:

@@ -77,12 +77,12 @@ def parse_versioned(
     try:
         values: dict[str, Any] = parse_json(text)
         check_writable_text(values)
-        found = values.get("schema_version")
+        schema = values.get("schema_version")
     except (ValueError, AttributeError) as error:
         raise SavedModelError(f"{source} is damaged: {error}.", REMEDY) from error
-    if found != version or isinstance(found, bool):
+    if schema != version or isinstance(schema, bool):
         raise SavedModelError(
-            f"{source} has schema version {found!r}; this version reads {version}.",
+            f"{source} has schema version {schema!r}; this version reads {version}.",
             "Install a matching selfpruner-hub.",
         )
     expected = {**get_type_hints(kind), **(inner or {})}

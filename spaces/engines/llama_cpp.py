@@ -56,5 +56,8 @@ def load(name: str) -> dict[str, Engine]:
         or_say("The dense model cannot be converted to GGUF here."),
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
     ):
-        made = export(shown().parent, "gguf", Path(folder) / "gguf", dtype=pruned.dtype, tokenizer_from=str(path))
-        return {"pruned": pruned, "dense": warm(LlamaCppEngine(made / path.name))}  # llama.cpp maps the deleted file
+        directory = export(shown().parent, "gguf", Path(folder) / "gguf", dtype=pruned.dtype, tokenizer_from=str(path))
+        return {
+            "pruned": pruned,
+            "dense": warm(LlamaCppEngine(directory / path.name)),
+        }  # llama.cpp maps the deleted file

@@ -129,7 +129,9 @@ def test_every_method_can_be_made(pruner, tmp_path):
 
 
 def test_rows_are_paired_with_the_control(pruner, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(equal_budget, "load_embedded", lambda: pruner)
+    for part in (pruner.model, pruner.tokenizer):
+        part.save_pretrained(tmp_path / "embedded")
+    monkeypatch.setattr(equal_budget, "embedded_model", lambda: {"name": str(tmp_path / "embedded")})
     monkeypatch.setattr(equal_budget, "PAPER", SMALL)
     monkeypatch.setattr(equal_budget, "SCHEDULE", SHORT)
     monkeypatch.setattr(equal_budget, "WINDOWS", 3)

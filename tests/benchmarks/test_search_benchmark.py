@@ -14,15 +14,15 @@ from support.tiny import tiny_model
 
 from selfpruner_hub.evaluation import chat as conversations
 from selfpruner_hub.evaluation.questions import load_questions
-from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.settings import PruneSettings
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run the script on a tiny model."""
-    pruner = AutoPruner(tiny_model("llama", max_position_embeddings=1024), chat_tokenizer(), "tests/llama")
-    monkeypatch.setattr(benchmark, "load_embedded", lambda: pruner)
+    for part in (tiny_model("llama", max_position_embeddings=1024), chat_tokenizer()):
+        part.save_pretrained(tmp_path / "embedded")
+    monkeypatch.setattr(benchmark, "embedded_model", lambda: {"name": str(tmp_path / "embedded")})
     monkeypatch.setattr(benchmark, "PruneSettings", partial(PruneSettings, seeds=("uniform",)))  # there is much to find
     monkeypatch.setattr(Unseen, "COUNTS", {512: 3})
     monkeypatch.setattr("protocol.load_questions", lambda half: load_questions(half)[:2])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import save_tiny, tiny_model, tiny_tokenizer
+from support.tiny import save_tiny, tiny_model
+from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters import OnnxCausalLM
 from selfpruner_hub import AutoPruner, PrunedModel
@@ -24,7 +25,8 @@ RECORD = "selfpruner_export.json"
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
     """A tiny pruned model, saved."""
-    pruner = AutoPruner(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), "tests/llama")
+    model = tiny_model("llama", num_hidden_layers=2, vocab_size=VOCABULARY)
+    pruner = AutoPruner(model, trained_tokenizer(), "tests/llama")
     settings = {"data": "self", "window": 32, "calibration_tokens": 1024, "fitness_tokens": 128, "progress": False}
     directory = tmp_path_factory.mktemp("models") / "small"
     pruner.prune(0.3, evaluations=0, seeds=("uniform",), **settings).save_pretrained(directory)
@@ -63,21 +65,22 @@ def test_onnx(run, pruned, tmp_path):
 
 
 def test_a_dense_model_as_json(run, tmp_path):
-    dense = save_tiny("qwen2", tmp_path / "dense")
-    status, out, err = run("export", dense, "--to", "padded", "--output", tmp_path / "out", "--json", "--quiet")
+    dense = save_tiny("qwen2", tmp_path / "dense", vocab_size=VOCABULARY)
+    trained_tokenizer().save_pretrained(dense)
+    status, out, err = run("export", dense, "--to", "gguf", "--output", tmp_path / "out", "--json", "--quiet")
     assert (status, err) == (0, "")
     told = json.loads(out)
     assert told.pop("output") == str(tmp_path / "out")
     assert told == json.loads((tmp_path / "out" / RECORD).read_text())
-    assert told["format"] == "padded"
+    assert told["format"] == "gguf"
     assert "selfpruner.json" not in files(tmp_path / "out")
 
 
 def test_from_python(pruned, tmp_path):
     model = PrunedModel.from_pretrained(pruned)
-    assert model.export("padded", tmp_path / "out", dtype="float16") == tmp_path / "out"
-    record = read_export(tmp_path / "out", "padded")
-    assert record.options["dtype"] == "float16"
+    assert model.export("gguf", tmp_path / "out", dtype="f16") == tmp_path / "out"
+    record = read_export(tmp_path / "out", "gguf")
+    assert record.options["dtype"] == "f16"
     assert record.source["name"] == "tests/llama at β = 0.3"
     assert read_record(tmp_path / "out") == model.report
     assert next(model.model.parameters()).dtype == torch.float32
@@ -86,11 +89,16 @@ def test_from_python(pruned, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--to", "onyx"], "Unknown format 'onyx'. Choose onnx, tensorrt, openvino, gguf, padded."),
+        (["--to", "onyx"], "Unknown format 'onyx'. Choose onnx, tensorrt, openvino, gguf."),
         (["--to", "onnx", "--dtype", "q8_0"], "Unknown dtype 'q8_0'. Choose float32, float16, int8."),
-        (["--to", "onnx", "--width", "dense"], "An export to onnx has no option 'width'. It takes dtype,"),
+        (
+            ["--to", "onnx", "--width", "dense"],
+            "no option 'width'. There are no zero-padded exports",
+        ),
+        (["--to", "padded", "--width", "dense"], "Unknown format 'padded'. There are no zero-padded exports any more."),
+        (["--to", "onnx", "--context", "8"], "An export to onnx has no option 'context'. It takes dtype,"),
         (["--to", "gguf", "--compute-capability", "8.6"], "An export to gguf has no option 'compute_capability'."),
-        (["--to", "padded", "--output", "file"], "Cannot write 'file': Not a directory."),
+        (["--to", "gguf", "--output", "file"], "Cannot write 'file': Not a directory."),
     ],
 )
 def test_mistakes(words, said, run, pruned, tmp_path, monkeypatch):
@@ -109,7 +117,7 @@ def test_a_source_that_cannot_be_exported(source, run, pruned, tmp_path):
     name = {"nowhere": tmp_path / "nowhere", "empty": tmp_path / "empty", "its own output": pruned}[source]
     output = pruned if source == "its own output" else tmp_path / "out"
     before = files(pruned)
-    status, _, err = run("export", name, "--to", "padded", "--output", output, "--quiet")
+    status, _, err = run("export", name, "--to", "gguf", "--output", output, "--quiet")
     said = {"nowhere": "Cannot find", "empty": "holds no model", "its own output": "would replace the model"}[source]
     assert status == 2
     assert said in err
@@ -120,10 +128,10 @@ def test_a_source_that_cannot_be_exported(source, run, pruned, tmp_path):
 
 def test_a_tolerance_that_is_not_met(run, pruned, tmp_path):
     """A failure of the export, not a mistake: status 1, and nothing is left."""
-    words = ["--to", "padded", "--dtype", "bfloat16", "--tolerance", "1e-6", "--quiet"]
+    words = ["--to", "gguf", "--dtype", "f16", "--tolerance", "1e-9", "--quiet"]
     status, out, err = run("export", pruned, "--output", tmp_path / "out", *words)
     assert (status, out) == (1, "")
-    assert "The padded export differs from the PyTorch model by" in err
+    assert "The gguf export differs from the PyTorch model by" in err
     assert not files(tmp_path)
 
 
@@ -134,13 +142,13 @@ def optimum_cli(*words: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_optimum_cli(pruned, tmp_path):
-    done = optimum_cli(pruned, "--to", "padded", "--dtype", "float16", "--quiet", tmp_path / "out")
+    done = optimum_cli(pruned, "--to", "gguf", "--dtype", "f16", "--quiet", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path / 'out'}: logits within")
-    assert read_export(tmp_path / "out", "padded").options["dtype"] == "float16"
+    assert read_export(tmp_path / "out", "gguf").options["dtype"] == "f16"
     wrong = optimum_cli(pruned, "--to", "onyx", tmp_path / "other")
     assert wrong.returncode == 2
-    assert wrong.stderr.endswith("selfpruner: Unknown format 'onyx'. Choose onnx, tensorrt, openvino, gguf, padded.\n")
+    assert wrong.stderr.endswith("selfpruner: Unknown format 'onyx'. Choose onnx, tensorrt, openvino, gguf.\n")
     assert files(tmp_path) == {"out"}
 
 

@@ -15,20 +15,21 @@ from selfpruner_hub.cli import demo
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruned_model import PrunedModel
-from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE
 
 
 @pytest.fixture
-def said(monkeypatch):
+def said(monkeypatch, tmp_path):
     """Run it, and give back what was said."""
     model, tokenizer = tiny_model("llama", vocab_size=VOCABULARY, max_position_embeddings=1024), trained_tokenizer()
     tokenizer.chat_template = TEMPLATE
     model.generation_config.eos_token_id = list(range(2, VOCABULARY, 10))  # random weights end their turns too
-    tiny = AutoPruner(model, tokenizer, demo.DEMO_MODEL)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "embedded")
     few = {"window": 32, "calibration_tokens": 512, "fisher_tokens": 128, "fitness_tokens": 128}
-    monkeypatch.setattr(demo, "load_embedded", lambda: tiny)
+    tiny = {"name": str(tmp_path / "embedded"), "base_model": demo.EMBEDDED_MODEL}
+    monkeypatch.setattr(demo, "embedded_model", lambda: tiny)
     monkeypatch.setattr(demo, "DEMO_SETTINGS", {**demo.DEMO_SETTINGS, **few})
     monkeypatch.setattr(demo, "SHORT_SEARCH", {"evaluations": 0})
     monkeypatch.setattr(demo, "DEMO_CONVERSATIONS", 4)

@@ -307,9 +307,9 @@ def test_foreign_input(pair, tmp_path, capsys):
         err = capsys.readouterr().err
         assert says in err
         assert err.count("\n") == 1
-    export(pair[0], "padded", tmp_path / "padded")
-    with pytest.raises(SavedModelError, match="export to padded, not to gguf"):
-        FORMATS["gguf"].load(str(tmp_path / "padded"), SETTING)
+    export(pair[0], "gguf", tmp_path / "gguf")
+    with pytest.raises(SavedModelError, match="export to gguf, not to openvino"):
+        FORMATS["openvino"].read(tmp_path / "gguf")
 
 
 @pytest.mark.usefixtures("forked_workers")

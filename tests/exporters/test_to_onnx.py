@@ -203,11 +203,11 @@ def test_unknown_options(tmp_path):
     for options, said in (
         ({"dtype": "int3"}, "Unknown dtype 'int3'.*float32, float16, int8"),
         ({"fusions": "tpu"}, "Unknown fusions 'tpu'.*cuda, cpu, none"),
-        ({"width": 3}, "no option 'width'.*It takes dtype, fusions"),
+        ({"depth": 3}, "no option 'depth'.*It takes dtype, fusions"),
     ):
         with pytest.raises(UserError, match=said):
             export_model(shallow("llama"), None, "onnx", tmp_path / "out", **options)
-    with pytest.raises(UserError, match="Unknown format 'onyx'.*onnx, tensorrt, openvino, gguf, padded"):
+    with pytest.raises(UserError, match="Unknown format 'onyx'.*onnx, tensorrt, openvino, gguf"):
         export_model(shallow("llama"), None, "onyx", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from safetensors.torch import load_file, save_file
 from support.exports import OPTIONS
 from support.tiny import tiny_model, tiny_pruned
 from support.trained import VOCABULARY, trained_tokenizer
@@ -28,8 +27,6 @@ PROMPT, NEW = "In 1984 they counted", 6
 WIDE = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 2}
 """Rows of 256, one block of a K-quant."""
 EXPORTS = {
-    "padded": {},
-    "padded bfloat16": {"dtype": "bfloat16"},
     **{f"gguf {dtype}": {"dtype": dtype} for dtype in GGUF_DTYPES},
     "onnx": {},
     "onnx int8": {"dtype": "int8"},
@@ -38,7 +35,7 @@ EXPORTS = {
 }
 """Options by format and a word for them."""
 CASES = [pytest.param(name, marks=pytest.mark.heavy if name[:2] in ("on", "op") else ()) for name in EXPORTS]
-EXACT = ("padded", "gguf f32", "onnx", "openvino")
+EXACT = ("gguf f32", "onnx", "openvino")
 LIBRARY = {"onnx": "onnxruntime", "openvino": "openvino", "gguf": "xllamacpp"}
 
 
@@ -144,17 +141,17 @@ def negate(weights):
     weights[third : 2 * third] = -weights[third : 2 * third]
 
 
+def weights_of(path, name):
+    """The values of a tensor of a GGUF file, in place."""
+    return next(tensor for tensor in GGUFReader(path, "r+").tensors if tensor.name == name).data
+
+
 def change_weight(directory, name):
     """Change weights of an export; return the name of the file that must be noticed."""
-    if name.startswith("padded"):
-        state = load_file(directory / "model.safetensors")
-        state["model.layers.1.mlp.down_proj.weight"][0] += 1
-        save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-        return "the padded model"
     if name.startswith("gguf"):
         path = directory / f"model-{name.split()[1]}.gguf"
-        norm = next(tensor for tensor in GGUFReader(path, "r+").tensors if tensor.name == "output_norm.weight")
-        norm.data[:] = -3 * norm.data  # float32 in every dtype
+        norm = weights_of(path, "output_norm.weight")
+        norm[:] = -3 * norm  # float32 in every dtype
         return path.name
     if name == "openvino":
         data = [layer.find("data") for layer in ElementTree.parse(directory / "openvino_model.xml").iter("layer")]
@@ -183,32 +180,31 @@ def test_a_changed_weight_is_noticed(name, exported, verified, source, tmp_path)
 
 def test_side_by_side(exported, run, verified, home, tmp_path):
     """The first token that differs, the largest difference, and one line on stderr with status 1."""
-    words = [exported("padded"), "--prompt", PROMPT, "--new-tokens", NEW]
+    words = [exported("gguf f32"), "--prompt", PROMPT, "--new-tokens", NEW]
     status, out, _ = run(*words)
-    tokens = verified(exported("padded"))[1]["tokens"]
+    tokens = verified(exported("gguf f32"))[1]["tokens"]
     text = trained_tokenizer().decode(tokens)
     assert (status, out.splitlines()[:3]) == (
         0,
-        [f"prompt            {PROMPT!r}", f"PyTorch           {text!r}", f"the padded model  {text!r}"],
+        [f"prompt          {PROMPT!r}", f"PyTorch         {text!r}", f"model-f32.gguf  {text!r}"],
     )
-    assert f"all {NEW} tokens are PyTorch's; a logit differs from PyTorch's float32 by" in out
+    assert f"all {NEW} tokens are PyTorch's; a log-probability differs from PyTorch's float32 by" in out
     at = next(index for index in range(1, NEW) if tokens[index] not in tokens[:index])
-    directory = shutil.copytree(exported("padded"), tmp_path / "changed")
-    state = load_file(directory / "model.safetensors")
-    state["lm_head.weight"][tokens[at]] *= -1
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    directory = shutil.copytree(exported("gguf f32"), tmp_path / "changed")
+    weights_of(directory / "model-f32.gguf", "output.weight")[tokens[at]] *= -1
     status, out, err = run(directory, *words[1:], "--model", home / "tiny")
     assert status == 1
-    assert f"the padded model: token {at + 1} of {NEW} is the first that is not PyTorch's; a logit differs" in out
-    assert err.startswith("selfpruner: the padded model differs from the PyTorch model by ")
+    assert (
+        f"model-f32.gguf: token {at + 1} of {NEW} is the first that is not PyTorch's; a log-probability differs" in out
+    )
+    assert err.startswith("selfpruner: model-f32.gguf differs from the PyTorch model by ")
 
 
-@pytest.mark.parametrize("name", ["padded", "gguf f32"])
-def test_both_stop_at_an_end_token(name, exported, verified, home, tmp_path):
-    tokens = verified(exported(name))[1]["tokens"]
+def test_both_stop_at_an_end_token(exported, verified, home, tmp_path):
+    tokens = verified(exported("gguf f32"))[1]["tokens"]
     ending = shutil.copytree(home / "tiny", tmp_path / "ending")
     GenerationConfig(eos_token_id=[tokens[2], 3]).save_pretrained(ending)
-    told = verified(exported(name), "--model", ending)[1]
+    told = verified(exported("gguf f32"), "--model", ending)[1]
     assert told["tokens"] == told["files"][0]["tokens"] == tokens[: tokens.index(tokens[2]) + 1]
 
 
@@ -232,16 +228,16 @@ def test_llama_cpps_own_end_token(verified, tmp_path):
 def test_the_model_is_found(exported, verified, home, tmp_path, monkeypatch):
     """An export inside the directory of its model, as it is published; one beside it; one here."""
     inside = shutil.copytree(home / "tiny", tmp_path / "a" / "published")
-    shutil.copytree(exported("padded"), inside / "padded")
-    assert verified(inside / "padded")[1]["model"] == str(inside)
-    shutil.copytree(exported("padded"), tmp_path / "elsewhere" / "out")
+    shutil.copytree(exported("gguf f32"), inside / "gguf")
+    assert verified(inside / "gguf")[1]["model"] == str(inside)
+    shutil.copytree(exported("gguf f32"), tmp_path / "elsewhere" / "out")
     monkeypatch.chdir(home)
     assert verified(tmp_path / "elsewhere" / "out")[1]["model"] == "tiny"
 
 
 def test_mistakes(exported, run, home, tmp_path):
-    padded = exported("padded")
-    alone = shutil.copytree(padded, tmp_path / "alone")
+    export = exported("gguf f32")
+    alone = shutil.copytree(export, tmp_path / "alone")
     (tmp_path / "without").mkdir()
     nameless = shutil.copytree(home / "tiny", tmp_path / "nameless")
     for path in (*nameless.glob("tokenizer*"), *nameless.glob("special*")):
@@ -251,14 +247,14 @@ def test_mistakes(exported, run, home, tmp_path):
         ([tmp_path / "nowhere"], "holds no export (no readable selfpruner_export.json)"),
         ([home / "tiny"], "holds no export"),
         ([alone], "The model that was exported (tiny) is not beside the export. Name its directory"),
-        ([padded, "--model", tmp_path / "nowhere"], "Cannot find"),
-        ([padded, "--model", tmp_path / "without"], "holds no model"),
-        ([padded, "--model", tmp_path / "qwen2"], "it has model_type qwen2, not selfpruned_llama."),
-        ([padded, "--model", save(tmp_path / "thin", intermediate_size=480)], "it has parameters "),
-        ([padded, "--model", save(tmp_path / "other", seed=1)], "it has other weights."),
-        ([padded, "--model", nameless], "has no tokenizer, and a prompt needs one."),
-        ([padded, "--new-tokens", 0], "At least one new token is needed; got 0."),
-        ([padded, "--new-tokens", 128], "they are more than the 128 that the export takes."),
+        ([export, "--model", tmp_path / "nowhere"], "Cannot find"),
+        ([export, "--model", tmp_path / "without"], "holds no model"),
+        ([export, "--model", tmp_path / "qwen2"], "it has model_type qwen2, not selfpruned_llama."),
+        ([export, "--model", save(tmp_path / "thin", intermediate_size=480)], "it has parameters "),
+        ([export, "--model", save(tmp_path / "other", seed=1)], "it has other weights."),
+        ([export, "--model", nameless], "has no tokenizer, and a prompt needs one."),
+        ([export, "--new-tokens", 0], "At least one new token is needed; got 0."),
+        ([export, "--new-tokens", 128], "they are more than the 128 that the export takes."),
     ):
         status, out, err = run(*words)
         assert (status, out) == (2, "")
@@ -270,7 +266,7 @@ def test_a_prompt_without_tokens(exported, run, home, tmp_path):
     tokenizer = trained_tokenizer()
     tokenizer.backend_tokenizer.post_processor = None
     tokenizer.save_pretrained(bare)
-    status, _, err = run(exported("padded"), "--model", bare, "--prompt", "")
+    status, _, err = run(exported("gguf f32"), "--model", bare, "--prompt", "")
     assert status == 2
     assert "The prompt has no tokens." in err
 
@@ -290,7 +286,7 @@ def test_damaged_onnx(damage, exported, run, source, tmp_path):
 @pytest.mark.parametrize(("to", "library"), LIBRARY.items())
 def test_a_missing_runtime(to, library, exported, run, home, monkeypatch, tmp_path):
     """Said before the model is loaded, with the command that installs it."""
-    directory = as_format(exported("padded"), to, tmp_path / to)
+    directory = as_format(exported("gguf f32"), to, tmp_path / to)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else find(name))
     status, out, err = run(directory, "--model", tmp_path / "nowhere")
@@ -312,23 +308,23 @@ def test_the_same_weights_under_another_configuration(exported, run, home, tmp_p
     config = json.loads((other / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 500.0
     (other / "config.json").write_text(json.dumps(config))
-    status, _, err = run(exported("padded"), "--model", other)
+    status, _, err = run(exported("gguf f32"), "--model", other)
     assert status == 2
     assert "is not the model that was exported: it has other configuration." in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an NVIDIA GPU is here")
 def test_tensorrt_without_a_gpu(exported, run, tmp_path):
-    directory = as_format(exported("padded"), "tensorrt", tmp_path / "trt", compute_capability="8.6")
+    directory = as_format(exported("gguf f32"), "tensorrt", tmp_path / "trt", compute_capability="8.6")
     status, _, err = run(directory)
     assert status == 2
     assert "PyTorch sees no NVIDIA GPU here; the engine is for compute capability 8.6." in err
 
 
 def test_tensorrt_is_compared(exported, verified, home, tmp_path, monkeypatch):
-    """With PyTorch in the place of an engine: the padded twin, in an engine's context."""
-    directory = as_format(exported("padded"), "tensorrt", tmp_path / "trt", context=32)
-    twin = load_model(str(exported("padded")), device="cpu", dtype=torch.float32)[0]
+    """With PyTorch in the place of an engine, in an engine's context."""
+    directory = as_format(exported("gguf f32"), "tensorrt", tmp_path / "trt", context=32)
+    twin = load_model(str(home / "tiny"), device="cpu", dtype=torch.float32)[0]
     monkeypatch.setattr(causal_lm, "check_fits", lambda record: None)
     monkeypatch.setattr(causal_lm.TensorRtCausalLM, "from_pretrained", lambda directory: twin)
     status, told = verified(directory, "--model", home / "tiny")

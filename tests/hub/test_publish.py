@@ -13,7 +13,7 @@ from support.hub_client import environment
 from support.processes import run_python
 from support.tiny import tiny_model, tiny_tokenizer
 
-from exporters.format import FORMATS
+from exporters.format import FORMATS, ExportFormat
 from selfpruner_hub import AutoPruner
 from selfpruner_hub.hub.space import GGUF, GRAPHS, RUNTIMES
 from selfpruner_hub.storage.layout import EXPORTS, asset
@@ -240,4 +240,4 @@ def test_a_space_shows_no_pull_request(push, saved_model, repo_name):
 
 
 def test_the_folders_of_exports_are_the_formats():
-    assert set(EXPORTS) == {name for name, each in FORMATS.items() if each.write is not None}
+    assert set(EXPORTS) == {name for name, each in FORMATS.items() if isinstance(each, ExportFormat)}

@@ -177,7 +177,7 @@ def test_a_card_that_the_hub_does_not_take(push, hub, saved_model, repo_name):
 
 
 def test_an_unknown_export(push, hub, saved_model, repo_name):
-    one_line(push(saved_model, repo_name, "--with", "tarball"), 2, "Unknown export 'tarball'")
+    one_line(push(saved_model, repo_name, "--with", "tarball"), 2, "Unknown format 'tarball'")
     assert not hub.requests
 
 

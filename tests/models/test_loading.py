@@ -266,7 +266,7 @@ def test_a_local_directory_is_itself(tmp_path):
 def test_a_repository_is_its_snapshot(monkeypatch):
     monkeypatch.setattr(loading, "snapshot_download", lambda name, **kwargs: f"/cache/{name}/{sorted(kwargs.items())}")
     found = resolve_directory("me/model", revision="main", dtype="auto")
-    ignored = ["plots/*", "onnx/*", "tensorrt/*", "openvino/*", "gguf/*", "padded/*"]
+    ignored = ["plots/*", "onnx/*", "tensorrt/*", "openvino/*", "gguf/*"]
     assert found == Path(f"/cache/me/model/[('ignore_patterns', {ignored}), ('revision', 'main')]")
     found = resolve_directory("me/model", "onnx", revision="main")
     assert found == Path("/cache/me/model/[('allow_patterns', 'onnx/*'), ('revision', 'main')]/onnx")

@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 import torch
 from support.checks import logits
-from support.tiny import CONFIGS, tiny_model, tiny_pruned, tiny_tokenizer
+from support.tiny import CONFIGS, tiny_model, tiny_pruned
 from test_rope import KINDS, parameters
-from transformers import AutoConfig
 
 from exporters.to_onnx.hub_layout import read_configuration, save_configurations
-from exporters.to_padded.writer import write
 from selfpruner_hub.models.stock_config import rope_keys, save_model
 
 CASES = {**{name: (name, {}) for name in CONFIGS}, **{kind: parameters(kind) for kind in KINDS}}
@@ -60,17 +58,6 @@ def test_the_hub_layout_has_them_too(case, tmp_path):
     assert read_configuration(tmp_path).rope_parameters == pruned.config.rope_parameters
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_padded_model_has_them_too(case, tmp_path):
-    name, changes = CASES[case]
-    pruned = tiny_pruned(name, **changes)
-    write(pruned, tiny_tokenizer(), tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    keys = rope_keys(pruned.config)
-    assert {key: values[key] for key in keys} == keys
-    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == pruned.config.rope_parameters
-
-
 MLX = {
     **dict.fromkeys(
         ("llama", "qwen2", "qwen3", "phi3", "cohere", "ernie4_5", "glm4", "granite", "hunyuan", "ministral3", "olmo2",
@@ -83,14 +70,14 @@ MLX = {
 
 @pytest.mark.parametrize("name", MLX)
 def test_mlx_lm_computes_the_same(name, tmp_path):
-    """With a base of the rotary embedding that is no default of mlx-lm."""
+    """Stock models, as uniform ones are, with a base of the rotary embedding that is no default of mlx-lm."""
     mlx = pytest.importorskip("mlx.core", reason='needs pip install "mlx[cpu]" mlx-lm')
     load = pytest.importorskip("mlx_lm.utils", reason="needs pip install mlx-lm").load_model
     rope = CONFIGS[name].to_dict()["rope_parameters"]
     for part in rope.values() if "full_attention" in rope else [rope]:
         part["rope_theta"] *= 7
-    model, ids = tiny_pruned(name, rope_parameters=rope), torch.arange(3, 27)[None]
-    write(model, None, tmp_path)
+    model, ids = tiny_model(name, rope_parameters=rope, intermediate_size=40), torch.arange(3, 27)[None]
+    save_model(model, tmp_path)
     mlx.set_default_device(mlx.cpu)
     found = load(tmp_path)[0](mlx.array(ids.numpy()))
     assert np.abs(np.array(found.astype(mlx.float32)) - logits(model, ids).numpy()).max() <= MLX[name]

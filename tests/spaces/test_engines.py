@@ -13,6 +13,7 @@ from support.tiny import tiny_model
 from support.trained import VOCABULARY, trained_tokenizer
 
 from exporters.export import export
+from selfpruner_hub import AutoPruner
 
 pytestmark = pytest.mark.heavy
 PROMPT = "a b c d"
@@ -50,6 +51,15 @@ def with_graphs(published, graphs, monkeypatch):
     return published
 
 
+def greedy_text(published, which):
+    """The text of 12 tokens that PyTorch writes."""
+    pytorch, pieces = published("engines.pytorch").load(which), []
+    ids = published("tokens").encode_prompt(pytorch.tokenizer, PROMPT)["input_ids"][0].tolist()
+    pytorch.write(ids, 12, lambda *piece: pieces.append(piece) or False)
+    assert pieces[-1][1] == 12
+    return "".join(text for text, _ in pieces)
+
+
 @pytest.mark.parametrize(
     ("modules", "runtime"),
     [("published", "llama.cpp, f32, 1 thread"), ("with_graphs", "ONNX Runtime, float32, 1 thread")],
@@ -57,21 +67,35 @@ def with_graphs(published, graphs, monkeypatch):
 def test_both_engines_write_the_same_text(modules, runtime, request, tmp_path, monkeypatch):
     """The parent is converted once, and nothing is left of that."""
     published = request.getfixturevalue(modules)
-    answers, engines, tokens = published("answers"), published("engines"), published("tokens")
+    answers, engines = published("answers"), published("engines")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for which in ("pruned", "dense"):
         seen = [(a.text, a.tokens, a.runtime, a.done) for a in answers.answer(which, PROMPT, 12)]
         assert seen[-1][2:] == (runtime, True)
         assert len(seen) > 6  # a stream
-        pytorch, pieces = published("engines.pytorch").load(which), []
-        ids = tokens.encode_prompt(pytorch.tokenizer, PROMPT)["input_ids"][0].tolist()
-        pytorch.write(ids, 12, lambda *piece: pieces.append(piece) or False)  # noqa: B023
-        assert seen[-1][:2] == ("".join(text for text, _ in pieces), 12)
-        assert pieces[-1][1] == 12
+        assert seen[-1][:2] == (greedy_text(published, which), 12)
     assert engines.why_pytorch() == ""
     assert list(tmp_path.iterdir()) == []
     (verdict,) = list(published("app").compare(PROMPT, 4))[-1][-1:]
     assert "PyTorch" not in verdict
+
+
+def test_a_uniform_model_is_shown_as_others_are(space, tmp_path, monkeypatch):
+    """It is a stock model: the file is that of a dense one, and no remote code is there."""
+    pytest.importorskip("xllamacpp", reason='needs pip install -e ".[gguf]"')
+    dense, tokenizer = tiny_model("llama", vocab_size=VOCABULARY, num_hidden_layers=2), trained_tokenizer()
+    for part in (dense, tokenizer):
+        part.save_pretrained(tmp_path / "dense")
+    AutoPruner(dense, tokenizer, "tests/llama").prune(
+        0.2, uniform=True, data="self", window=32, calibration_tokens=1024, fitness_tokens=256, progress=False
+    ).save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", "gguf", tmp_path / "model" / "gguf", dtype="f32")
+    monkeypatch.setenv("PRUNED_MODEL", str(tmp_path / "model"))
+    monkeypatch.setenv("DENSE_MODEL", str(tmp_path / "dense"))
+    monkeypatch.setenv("PRUNED_GGUF", "gguf/model-f32.gguf")
+    for which in ("pruned", "dense"):
+        *_, last = space("answers").answer(which, PROMPT, 12)
+        assert (last.text, last.runtime) == (greedy_text(space, which), "llama.cpp, f32, 1 thread")
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from selfpruner_hub.storage.export_record import ExportRecord
 OPTIONS: dict[str, dict[str, Any]] = {
     "onnx": {"dtype": "float32", "fusions": "cpu", "layout": "transformers"},
     "gguf": {"dtype": "q8_0", "tokenizer_from": None, "imatrix": None},
-    "padded": {"width": "widest", "dtype": "float32"},
     "openvino": {"dtype": "float32"},
     "tensorrt": {
         "dtype": "float32", "context": 64, "library": "tensorrt_rtx", "compute_capability": "8.6", "sha256": "",

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from exporters.format import Format, Option
+from exporters.format import ExportFormat, Option
 from exporters.opened import File, Graph
 from exporters.parity import expected, logit_difference
 from exporters.runtime import CausalLMRunner
@@ -24,7 +24,7 @@ def compare(passes, directory):
     return logit_difference(passes, opened(directory))
 
 
-FORMAT = Format(
+FORMAT = ExportFormat(
     "toy",
     title="Toy",
     write=write,

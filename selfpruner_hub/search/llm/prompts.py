@@ -98,10 +98,10 @@ def _goal(budget: Budget) -> str:
 
 def _measured(question: Question) -> str:
     """Put the predicted effects of small changes into words, for the solution at which they were measured."""
-    told = []
+    lines = []
     for (part, way), layers in question.promising.items():
         if layers:
             where = "" if part == "rates" else f" of {part}"
             effect = "costs least" if way == "more" else "gains most"
-            told.append(f"removing {way}{where} {effect} in layers {', '.join(map(str, layers))}")
-    return f"\n\nMeasured at solution {question.measured}, best first: {'; '.join(told)}." if told else ""
+            lines.append(f"removing {way}{where} {effect} in layers {', '.join(map(str, layers))}")
+    return f"\n\nMeasured at solution {question.measured}, best first: {'; '.join(lines)}." if lines else ""

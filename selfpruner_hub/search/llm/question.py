@@ -56,12 +56,12 @@ class Question:
         if slopes is None:
             return {}
         moves = paying_moves(slopes, self.budget.costs)
-        found = {
+        layers = {
             (part, way): [layer + 1 for layer in moves[f"{'ffn' if part == 'rates' else part}_{direction}"]][:LISTED]
             for part in self.parts
             for way, direction in (("more", "removed"), ("less", "restored"))
         }
-        return found if any(found.values()) else {}
+        return layers if any(layers.values()) else {}
 
 
 def part_names(budget: Budget) -> tuple[str, ...]:

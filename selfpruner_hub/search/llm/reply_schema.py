@@ -49,8 +49,8 @@ def schema(question: Question, *, narrow: bool = False) -> dict[str, Any]:
     for part, rule in _parts(budget).items():
         properties[part] = _list(rule, layers, layers)
         if narrow and operation == "crossover" and question.history:
-            seen = zip(*(percent(budget, s.rates)[part] for s in question.shown), strict=True)
-            places = [{"type": "integer", "minimum": min(v), "maximum": max(v)} for v in seen]
+            columns = zip(*(percent(budget, s.rates)[part] for s in question.shown), strict=True)
+            places = [{"type": "integer", "minimum": min(v), "maximum": max(v)} for v in columns]
             if "enum" in rule:
                 places = [
                     {"enum": [s for s in rule["enum"] if p["minimum"] <= s <= p["maximum"]] or rule["enum"][:1]}
@@ -142,8 +142,8 @@ def parse(question: Question, reply: str) -> tuple[Rates, tuple[int, ...]]:
     if not isinstance(value, dict):
         raise ProposerError("The reply is not a JSON object.")
     budget, shown = question.budget, question.shown
-    named = value.get("parents")
-    numbers = [n for n in named if type(n) is int and 1 <= n <= len(shown)] if isinstance(named, list) else []
+    references = value.get("parents")
+    numbers = [n for n in references if type(n) is int and 1 <= n <= len(shown)] if isinstance(references, list) else []
     parents = tuple(question.history.index(shown[n - 1]) for n in numbers[:2])
     if question.operation == "mutation" and any(isinstance(value.get(part), dict) for part in question.parts):
         if not parents:
