@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from exporters.format import FORMATS
+from exporters.format import export_format
 from exporters.runtime import Measured, Setting
 from exporters.to_onnx.hub_layout import file_of
 from selfpruner_hub.errors import SavedModelError, UserError
@@ -33,7 +33,7 @@ class GenaiRunner:
             raise UserError(
                 "onnxruntime-genai is not installed.", "Install it with: pip install onnxruntime-genai"
             ) from error
-        if not FORMATS["onnx"].read(Path(name)).has_hub_layout:
+        if not export_format("onnx").read(Path(name)).has_hub_layout:
             raise SavedModelError(f"{name!r} is not for GenAI.", "Export the model with --layout hub.")
         config = onnxruntime_genai.Config(name)
         session = {"intra_op_num_threads": setting.threads}

@@ -34,6 +34,8 @@ from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.storage import cost_table
 
 VARIABLE = "SELFPRUNER_VLLM_PYTHON"
+BACKEND = "TransformersForCausalLM"
+"""What vLLM logs where it runs a model by the code of transformers."""
 FAKE = """
 import itertools, pathlib, time, types
 
@@ -204,12 +206,12 @@ def vllm_python():
 
 
 @contextlib.contextmanager
-def served(python, directory, log):
-    """The address of vLLM's OpenAI server on a model."""
+def served(python, directory, log, *more):
+    """The address of vLLM's OpenAI server on a model, with `more` options."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    words = ["--trust-remote-code", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
+    words = [*more, "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
     words += ["--served-model-name", "pruned", "--host", "127.0.0.1", "--port", port]
     own = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     own["HF_MODULES_CACHE"] = str(log.parent / "modules")
@@ -239,24 +241,56 @@ def answered(vllm_python, real_pruned):
     """
     pruned = PrunedModel.from_pretrained(real_pruned / "model", dtype=torch.float32)
     assert len({widths.num_key_value_heads for widths in pruned.plan.layers}) > 1
+    return real_pruned / "model", greedy_texts(pruned)
+
+
+@pytest.fixture(scope="module")
+def answered_uniform(vllm_python, real_pruner, tmp_path_factory):
+    """As `answered`, of a model whose layers are all alike."""
+    quick = {"window": 128, "calibration_tokens": 2048, "fisher_tokens": 1024, "fitness_tokens": 512}
+    pruned = real_pruner.prune(0.2, uniform=True, data="chat", repair="output", progress=False, **quick)
+    directory = tmp_path_factory.mktemp("uniform")
+    pruned.save_pretrained(directory)
+    return directory, greedy_texts(PrunedModel.from_pretrained(directory, dtype=torch.float32))
+
+
+def greedy_texts(pruned: PrunedModel) -> dict[tuple[int, ...], str]:
+    """What transformers writes after five prompts, by their token ids."""
     texts = {}
     for prompt in ("The capital of France is", "def add(a, b):", "Water boils at", "Once upon a time", "1, 2, 3, 4,"):
         ids = pruned.tokenizer(prompt, return_tensors="pt").input_ids
         written = pruned.model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
         texts[tuple(ids[0].tolist())] = pruned.tokenizer.decode(written, skip_special_tokens=True)
-    return real_pruned / "model", texts
+    assert len(set(texts.values())) == 5
+    return texts
+
+
+def check_texts(address: str, texts: dict[tuple[int, ...], str]) -> None:
+    """Ask vLLM for the same texts."""
+    for ids, text in texts.items():
+        asked = {"model": "pruned", "prompt": list(ids), "max_tokens": 16, "temperature": 0}
+        body = urllib.request.Request(address, json.dumps(asked).encode(), {"Content-Type": "application/json"})
+        assert json.load(urllib.request.urlopen(body))["choices"][0]["text"] == text
 
 
 @pytest.mark.slow
 def test_vllm_serves_the_real_model(vllm_python, answered, tmp_path):
     """With KV heads of their own in each layer: the same greedy text as transformers in float32, five of five."""
     directory, texts = answered
-    assert len(set(texts.values())) == 5
+    with served(vllm_python, directory, tmp_path / "log", "--trust-remote-code") as address:
+        check_texts(address, texts)
+    assert BACKEND in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_vllm_serves_a_uniform_model_by_its_own_code(vllm_python, answered_uniform, tmp_path):
+    """As a stock Llama, without remote code and not by the Transformers backend: the same texts, five of five."""
+    directory, texts = answered_uniform
     with served(vllm_python, directory, tmp_path / "log") as address:
-        for ids, text in texts.items():
-            asked = {"model": "pruned", "prompt": list(ids), "max_tokens": 16, "temperature": 0}
-            body = urllib.request.Request(address, json.dumps(asked).encode(), {"Content-Type": "application/json"})
-            assert json.load(urllib.request.urlopen(body))["choices"][0]["text"] == text
+        check_texts(address, texts)
+    log = (tmp_path / "log").read_text()
+    assert BACKEND not in log
+    assert "LlamaForCausalLM" in log
 
 
 @pytest.mark.slow
