@@ -26,6 +26,8 @@ CONFIG = Path(__file__).parents[2] / "examples" / "fsdp.yaml"
 STEPS = 6
 SETTINGS = ("window=32", "batch_tokens=128", "learning_rate=2e-4", "checks=3", "rank=4")
 FAILED = 9
+SEED = 0
+"""Of the global random state, from which adapters begin; it is that of a fresh process otherwise."""
 
 
 def with_fsdp() -> dict[str, str]:
@@ -50,6 +52,7 @@ def run(words: list[str], log: Path, env: dict[str, str], fails_at: int | None) 
     """One process of a launcher."""
     become(env, log.with_suffix(".out"), log.with_suffix(".err"))
     torch.set_num_threads(1)
+    torch.manual_seed(SEED)
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -106,6 +109,7 @@ def folder(tmp_path_factory):
 def alone(folder, monkeypatch):
     """Recover in this process."""
     monkeypatch.setattr(Checkpoints, "clear", lambda _: None)
+    torch.manual_seed(SEED)
     return lambda name, *more: main([*words_of(folder, name, *more), "--quiet"])
 
 
@@ -122,7 +126,9 @@ def assert_same(folder: Path, name: str, alone: str) -> None:
     for mine, theirs in zip(*(record["deciding"] for record in records), strict=True):
         assert mine == pytest.approx(theirs, abs=2e-5)
     assert "KL from the parent on self" in (folder / f"{name}-0.out").read_text()
-    assert (folder / f"{name}-1.out").read_text() == (folder / f"{name}-1.err").read_text() == ""
+    assert (folder / f"{name}-1.out").read_text() == ""
+    assert "recovering" in (folder / f"{name}-0.err").read_text()
+    assert "recovering" not in (folder / f"{name}-1.err").read_text()
 
 
 @pytest.mark.heavy
