@@ -92,6 +92,7 @@ def recover(
     writer = Writer(pair.parent, pair.tokenizer, task.window, task.run)
     deciding, writing = from_first(writer.deciding)
     with undisturbed(pair.pruned.device):
+        torch.manual_seed(run.seed)  # adapters begin at random
         student = trainable(pair.pruned, settings, task.adapters)
         known = from_first(lambda: kept(task.run.checkpoints))
         schedule = known or task.scheduled(student, deciding, writing, started)

@@ -52,7 +52,6 @@ def run(words: list[str], log: Path, env: dict[str, str], fails_at: int | None) 
     """One process of a launcher."""
     become(env, log.with_suffix(".out"), log.with_suffix(".err"))
     torch.set_num_threads(1)
-    torch.manual_seed(SEED)
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -109,7 +108,6 @@ def folder(tmp_path_factory):
 def alone(folder, monkeypatch):
     """Recover in this process."""
     monkeypatch.setattr(Checkpoints, "clear", lambda _: None)
-    torch.manual_seed(SEED)
     return lambda name, *more: main([*words_of(folder, name, *more), "--quiet"])
 
 

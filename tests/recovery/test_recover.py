@@ -81,6 +81,14 @@ def test_every_architecture(name, method, tmp_path):
     assert {parameter.dtype for parameter in found.model.parameters()} == {torch.float32}
 
 
+def test_the_seed_of_adapters_is_that_of_the_run(pair, tmp_path):
+    models = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        models.append(recovered(pair, tmp_path / str(state), method="lora", rank=4, checks=1).model)
+    assert_same(models[0], weights(models[1]))
+
+
 def kinds(name):
     layers = getattr(CONFIGS[name], "layer_types", None)
     return {"layer_types": layers[:2]} if layers else {}
