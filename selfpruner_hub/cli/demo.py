@@ -1,4 +1,4 @@
-"""The demo: prune, save and reload a model that needs no Hub, and compare it with the dense model."""
+"""The demo: prune, recover, save and reload a model that needs no Hub, and compare it with the dense model."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ from selfpruner_hub.storage.staging import check_replaceable
 DEMO_SETTINGS: dict[str, Any] = {"preset": "draft", "data": "chat", "fitness_tokens": 1024}
 """Settings for two minutes on two cores: the quickest preset, on text that the model writes."""
 SHORT_SEARCH: dict[str, Any] = {"evaluations": 4, "schedule": {"crossover": 2, "mutation": 2}}
+DEMO_RECOVERY: dict[str, Any] = {"data": "chat", "tokens": 8192, "window": 128, "batch_tokens": 1024}
+"""A minute of recovery."""
 DEMO_CONVERSATIONS = 8
 """Number of conversations that the dense model writes with another random seed: neither calibration nor search has read
 them."""
@@ -74,6 +76,8 @@ def run_demo(
         "first it writes the text for that."
     )
     pruned = pruner.prune(beta, proposer="self", progress=progress, **DEMO_SETTINGS, **SHORT_SEARCH)
+    say("Training it towards the dense model for a minute, on text that this one writes …")
+    pruned = pruned.recover(pruner.model, progress=progress, **DEMO_RECOVERY)
     with tempfile.TemporaryDirectory() as temporary:
         directory = output or Path(temporary) / "smollm2-pruned"
         pruned.save_pretrained(directory)

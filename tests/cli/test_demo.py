@@ -33,6 +33,7 @@ def said(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "DEMO_SETTINGS", {**demo.DEMO_SETTINGS, **few})
     monkeypatch.setattr(demo, "SHORT_SEARCH", {"evaluations": 0})
     monkeypatch.setattr(demo, "DEMO_CONVERSATIONS", 4)
+    monkeypatch.setattr(demo, "DEMO_RECOVERY", {"data": "chat", "tokens": 512, "window": 32, "batch_tokens": 128})
 
     def run(*arguments):
         lines = []
@@ -44,7 +45,7 @@ def said(monkeypatch, tmp_path):
 
 def test_what_it_says(said):
     text = said(0.3)
-    order = ["Loading", "Searching", "Saved (", "Measuring", "agreement", "dense ", "pruned ", "other conversations"]
+    order = ["Loading", "Searching", "Training it", "Saved (", "Measuring", "agreement", "dense ", "pruned ", "other conversations"]
     first, *others = demo.DEMO_QUESTIONS
     order += ["llama.cpp, a request of 128 + 32 tokens", first, "dense:", "pruned:", *others]
     order += ["The best plan", "What to try next:"]

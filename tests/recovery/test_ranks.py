@@ -26,7 +26,6 @@ CONFIG = Path(__file__).parents[2] / "examples" / "fsdp.yaml"
 STEPS = 6
 SETTINGS = ("window=32", "batch_tokens=128", "learning_rate=2e-4", "checks=3", "rank=4")
 FAILED = 9
-SEED = 0
 """Of the global random state, from which adapters begin; it is that of a fresh process otherwise."""
 
 
