@@ -297,6 +297,7 @@ def test_foreign_input(pair, tmp_path, capsys):
     (tmp_path / "no-weights").mkdir()
     (tmp_path / "no-weights" / "config.json").write_text((pair[0] / "config.json").read_text())
     other = save_tiny("llama", tmp_path / "other")
+    capsys.readouterr()
     for name, says in (
         (empty, "holds no model"),
         (tmp_path / "no-weights", "no-weights"),
