@@ -34,7 +34,7 @@ class RecoverySettings:
     batch_tokens: int = 2_048
     """Tokens of a step, rounded to whole windows."""
     window: int = 256
-    """Tokens of a window. Windows of 512 take a quarter more time on a CPU, and bring no more."""
+    """Tokens of a window. Longer ones cost more time, and brought no more."""
     written_share: float = 0.6
     """Share of the windows that the parent writes, where text that it writes and text that is read are combined."""
     question_share: float = 0.5
