@@ -16,9 +16,11 @@ from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.costs import Costs
+from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import RUNTIME, Meter, Target, check_beta, needs_target, target_of
 from selfpruner_hub.plans.uniform import UniformBudget
 from selfpruner_hub.progress import Progress
+from selfpruner_hub.pruning.experts import EXPERT_ORDERS, REROUTE
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Metric, Record
 
@@ -106,6 +108,12 @@ def aim_of(
         return ShareOfWeights(check_beta(beta), dense)
     if beta is not None:
         raise UserError("beta and a target are both given.", "Give one of them.")
+    if shape_of(dense.config).expert_weights and set(target) != {"memory"}:
+        raise UserError(
+            f"A mixture of experts has no target {', '.join(map(str, target))}: a token is routed to as many experts as "
+            "before, and attention stays whole, so only the bytes of the weights change.",
+            "Give memory=…, or beta.",
+        )
     where = RUNTIME if runtime is None else runtime
     meter = meter_of(where) if isinstance(where, str) else where
     check_protocol(meter, "runtime", ("name", "costs", "measure"))
@@ -160,6 +168,36 @@ def reached(record: Record, target: Target, costs: Costs, measured: tuple[float,
     )
     metrics = {**record.metrics, f"{target.quantity} in {target.runtime}": metric}
     return replace(record, method={**record.method, "target": figures}, metrics=metrics)
+
+
+def completed(settings: PruneSettings, shape: ModelShape) -> PruneSettings:
+    """Fill in the settings that depend on the model, or on others.
+
+    Args:
+        settings: Settings of a preset, with the changes of the user.
+        shape: Geometry of the model.
+
+    Returns:
+        The settings of the run. Those of a mixture of experts are what its experts have: an order of their own in place
+        of one of channels, a repair of their output projections alone, and no effects of small steps.
+
+    Raises:
+        UserError: `uniform` is combined with a search.
+    """
+    settings = replace(settings, multiple_of=settings.multiple_of or shape.default_multiple)
+    if shape.expert_weights:
+        own = settings.importance in EXPERT_ORDERS
+        settings = replace(
+            settings,
+            importance=settings.importance if own else REROUTE,
+            repair={"full": "sequential", "output": "none"}.get(settings.repair, settings.repair),
+            seeds=tuple(seed for seed in settings.seeds if seed != "refined") or ("sensitivity",),
+        )
+    if not settings.uniform:
+        return settings
+    if settings.schedule.length:
+        raise UserError("uniform leaves one plan, and nothing to search.", "Leave out one of them.")
+    return replace(settings, seeds=("uniform",))
 
 
 def _kind(settings: PruneSettings) -> type[Budget]:

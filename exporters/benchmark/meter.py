@@ -144,7 +144,7 @@ class RuntimeMeter:
         """Measure models with random weights: the dense one, and some of few layers with widths of their own."""
         groups = max(w.num_key_value_heads for w in shape.dense.layers)
         channels = max(w.intermediate_size for w in shape.dense.layers)
-        weights = channels * shape.channel_weights + groups * shape.group_weights
+        weights = channels * shape.unit_weights + groups * shape.group_weights
         few = min(shape.num_layers, max(2, LAYER_WEIGHTS // weights))
         fewer = [] if shape.whole_attention else sorted({1, (groups + 1) // 2} - {groups})
         narrower = {round(share * channels) for share in FFN_SHARES} - {0, channels}

@@ -119,7 +119,7 @@ def _rates(best: ScoreLine, shape: ModelShape, settings: dict[str, Any]) -> Figu
     sizes = np.array([shape.layer_weights(w) for w in shape.dense.layers])
     pairs = list(zip(shape.dense.layers, plan.layers, strict=True))
     attention = np.array([(d.num_key_value_heads - k.num_key_value_heads) * shape.group_weights for d, k in pairs])
-    ffn = np.array([(d.intermediate_size - k.intermediate_size) * shape.channel_weights for d, k in pairs])
+    ffn = np.array([(d.intermediate_size - k.intermediate_size) * shape.unit_weights for d, k in pairs])
     figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot()
     axes.bar(layers, 100 * ffn / sizes, label="FFN")
