@@ -101,23 +101,25 @@ def aim_of(
         The aim.
 
     Raises:
-        UserError: Both or neither are given, a runtime is given with β, or a value is out of its range.
+        UserError: Both or neither are given, a runtime is given with β, a value is out of its range, or the target is
+            one that fewer experts do not change.
     """
     if target is None:
         needs_target(runtime, request)
         return ShareOfWeights(check_beta(beta), dense)
     if beta is not None:
         raise UserError("beta and a target are both given.", "Give one of them.")
-    if shape_of(dense.config).expert_weights and set(target) != {"memory"}:
-        raise UserError(
-            f"A mixture of experts has no target {', '.join(map(str, target))}: a token is routed to as many experts as "
-            "before, and attention stays whole, so only the bytes of the weights change.",
-            "Give memory=…, or beta.",
-        )
     where = RUNTIME if runtime is None else runtime
     meter = meter_of(where) if isinstance(where, str) else where
     check_protocol(meter, "runtime", ("name", "costs", "measure"))
-    return TargetInRuntime(target_of(target, meter.name, request), meter, dense, tokenizer)
+    aimed = target_of(target, meter.name, request)
+    if shape_of(dense.config).expert_weights and aimed.quantity != "memory":
+        raise UserError(
+            f"A mixture of experts has no target {aimed.quantity}: a token is routed to as many experts as before, and "
+            "attention stays whole, so only the bytes of the weights change.",
+            "Give memory=…, or beta.",
+        )
+    return TargetInRuntime(aimed, meter, dense, tokenizer)
 
 
 def meter_of(runtime: str, python: str | Path | None = None) -> Meter:
@@ -182,11 +184,13 @@ def completed(settings: PruneSettings, shape: ModelShape) -> PruneSettings:
         of one of channels, a repair of their output projections alone, and no effects of small steps.
 
     Raises:
-        UserError: `uniform` is combined with a search.
+        UserError: `uniform` is combined with a search, or a model without experts has an importance of experts.
     """
     settings = replace(settings, multiple_of=settings.multiple_of or shape.default_multiple)
+    own = settings.importance in EXPERT_ORDERS
+    if own and not shape.expert_weights:
+        raise UserError(f"importance={settings.importance!r} orders experts, and this model has none.", "Leave it out.")
     if shape.expert_weights:
-        own = settings.importance in EXPERT_ORDERS
         settings = replace(
             settings,
             importance=settings.importance if own else REROUTE,

@@ -86,7 +86,9 @@ def test_a_streamed_mixture_is_the_one_in_memory(name, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "whole")
     made = []
     for folder in (None, tmp_path / "offload"):
-        source = AutoPruner.from_pretrained(tmp_path / "whole", device="cpu", offload_folder=folder, dtype=torch.float32)
+        source = AutoPruner.from_pretrained(
+            tmp_path / "whole", device="cpu", offload_folder=folder, dtype=torch.float32
+        )
         found = source.prune(0.4, progress=False, **QUICK)
         made.append((found.plan, logits(found.model, IDS)))
     assert made[0][0] == made[1][0]
@@ -94,18 +96,18 @@ def test_a_streamed_mixture_is_the_one_in_memory(name, tmp_path):
 
 
 def test_a_run_resumes(tmp_path):
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     def until(what: str):
         def progress(stage: str, done: int, total: int) -> None:
             if stage == what and done == 2:
-                raise Stopped
+                raise StoppedError
 
         return progress
 
     for stage in ("sensitivities", "ordering", "repairing"):
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             pruner("qwen2_moe").prune(0.4, run_dir=tmp_path, progress=until(stage), **QUICK)
     found = pruner("qwen2_moe").prune(0.4, run_dir=tmp_path, progress=False, **QUICK)
     assert found.plan == pruned("qwen2_moe").plan

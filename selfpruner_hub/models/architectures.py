@@ -12,8 +12,7 @@ from selfpruner_hub.errors import UnsupportedArchitectureError
 from selfpruner_hub.models.mixtures.table import EXPERTS, Experts
 from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES, WIDTHS
 from selfpruner_hub.models.unsupported import reason
-from selfpruner_hub.plans.plan import EXPERTS as EXPERT_UNITS
-from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
+from selfpruner_hub.plans.plan import BY_EXPERT, LayerWidths, ModelShape, Plan
 
 Block = Literal["query", "key_value", "channel"]
 """Kind of a block of output rows: query heads of the KV groups, their key (or value) heads, or FFN channels."""
@@ -188,7 +187,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     counts = [getattr(c, experts.count) if experts.placed(config, index) else 0 for index, c in enumerate(layers)]
     return ModelShape(
         **known,
-        dense=Plan.of(counts, groups, EXPERT_UNITS),
+        dense=Plan.of(counts, groups, BY_EXPERT),
         expert_weights=experts.weights(config),
         fewest_units=first.num_experts_per_tok,
     )

@@ -9,7 +9,7 @@ from typing import Any
 MULTIPLES = (128, 64, 32, 16, 8)
 """Numbers that hardware likes FFN widths to be multiples of. Most kernels of tensor cores need rows of 16 bytes, 8
 numbers of 16 bits; their tiles, and the blocks of quantised weights, are larger."""
-CHANNELS, EXPERTS = "intermediate_size", "num_experts"
+BY_CHANNEL, BY_EXPERT = "intermediate_size", "num_experts"
 """Names of the widths of FFNs in files, by what their units are."""
 FEWEST_WIDTHS = 48
 """Fewest widths that are left to choose from: a step of 2 % of the rate."""
@@ -31,12 +31,12 @@ class Plan:
     """The widths that every decoder layer keeps, first layer first."""
 
     layers: tuple[LayerWidths, ...]
-    ffn_unit: str = CHANNELS
-    """Name of the FFN's widths in files: `CHANNELS` or `EXPERTS`."""
+    ffn_unit: str = BY_CHANNEL
+    """Name of the FFN's widths in files: `BY_CHANNEL` or `BY_EXPERT`."""
 
     @classmethod
     def of(
-        cls, intermediate_sizes: Sequence[int], num_key_value_heads: Sequence[int], ffn_unit: str = CHANNELS
+        cls, intermediate_sizes: Sequence[int], num_key_value_heads: Sequence[int], ffn_unit: str = BY_CHANNEL
     ) -> Plan:
         """Build a plan from one list of FFN widths and one of KV groups, both of length `L`, and the FFNs' unit."""
         pairs = zip(intermediate_sizes, num_key_value_heads, strict=True)
@@ -58,8 +58,8 @@ def widths_of(plan: Plan) -> dict[str, list[int]]:
 
 def plan_of(widths: Mapping[str, Sequence[int]]) -> Plan:
     """Build a plan from widths in the format of files; other keys are ignored, and other values are a `ValueError`."""
-    unit = EXPERTS if EXPERTS in widths else CHANNELS
-    plan, least = Plan.of(widths[unit], widths["num_key_value_heads"], unit), 0 if unit == EXPERTS else 1
+    unit = BY_EXPERT if BY_EXPERT in widths else BY_CHANNEL
+    plan, least = Plan.of(widths[unit], widths["num_key_value_heads"], unit), 0 if unit == BY_EXPERT else 1
     if not plan.layers or any(type(n) is not int or n < least for w in plan.layers for n in vars(w).values()):
         raise ValueError(f"every width must be a whole number from {least} on")
     return plan

@@ -20,7 +20,8 @@ from selfpruner_hub.models.layer_stream import Seen, Stream
 from selfpruner_hub.models.mixtures.routing import activations, output_weight, routing_of, shared_output
 from selfpruner_hub.models.mixtures.table import Experts
 from selfpruner_hub.models.placement import on, placed
-from selfpruner_hub.pruning.least_squares import LinearFit, Summed, fit_together
+from selfpruner_hub.pruning.joint_fit import Summed, fit_together
+from selfpruner_hub.pruning.least_squares import LinearFit
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 DIRECT = 4_096
@@ -42,7 +43,7 @@ def compensate_experts(
     With z the inputs of all projections, each times its gate, W their weights side by side, and the target t the output
     that would bring the stream of the pruned model to that of the whole one: W* = (E[t zᵀ] + λ W) (E[z zᵀ] + λ I)⁻¹,
     with λ chosen on held-out windows. With more than `DIRECT` inputs, conjugate gradients that stop on these windows
-    take its place (`least_squares.fit_together`).
+    take its place (`joint_fit.fit_together`).
 
     Memory: two hidden states per token; for few inputs, twice their squared number; for many, the squared inputs of
     each expert, and six times the weights of the output projections, in float32.
@@ -85,7 +86,7 @@ class _Repair:
         self, row: Experts, layer: nn.Module, index: int, moved: Stream, original: Stream, scale: float
     ) -> None:
         self._row, self._layer = row, layer
-        self._experts: Any = layer.get_submodule(row.block).get_submodule("experts")
+        self._experts = cast(Any, layer.get_submodule(row.block).get_submodule("experts"))
         self._shared = shared_output(row, layer)
         self._stream = (index, moved, original, scale)
         self._weights = [output_weight(self._experts, each) for each in range(self._experts.num_experts)]
@@ -102,7 +103,9 @@ class _Repair:
                 yield self._summed(*batch)
 
         if sum(sizes) > DIRECT:
-            for weight, change in zip(self._weights, fit_together(stream, sizes, len(self._weights[0]), root), strict=True):
+            for weight, change in zip(
+                self._weights, fit_together(stream, sizes, len(self._weights[0]), root), strict=True
+            ):
                 weight.copy_(weight.float() + change)
             return
         joint = nn.Linear(sum(sizes), len(self._weights[0]), bias=False, device="meta")
@@ -134,7 +137,9 @@ class _Repair:
         parts = []
         for each in range(self._experts.num_experts):
             tokens = gates[:, each].nonzero()[:, 0]
-            parts.append((each, tokens, gates[tokens, each, None] * activations(self._experts, each, x[tokens]).float()))
+            parts.append(
+                (each, tokens, gates[tokens, each, None] * activations(self._experts, each, x[tokens]).float())
+            )
         for inputs in shared:
             z = inputs.flatten(0, -2).float()
             if self._row.shared_gate:

@@ -7,6 +7,7 @@ layer is computed, not fitted: one pass over a few thousand tokens gives the out
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ ORDER_TOKENS = 8_192
 SKETCH = 96
 """Number of random directions on which outputs are compared; more hidden dimensions than this are projected to them,
 which keeps squared distances (Johnson and Lindenstrauss)."""
-Score = Callable[[Tensor, Tensor], Tensor]
+ExpertScore = Callable[[Tensor, Tensor], Tensor]
 """(gates `[T, E]`, lengths of the experts' outputs `[T, E]`) → importance of each expert, `[E]`."""
 
 
@@ -49,7 +50,7 @@ def reap_sum(gates: Tensor, lengths: Tensor) -> Tensor:
     return (gates * lengths).sum(0)
 
 
-SCORES: dict[str, Score] = {"frequency": frequency, "reap": reap, "reap-sum": reap_sum}
+SCORES: dict[str, ExpertScore] = {"frequency": frequency, "reap": reap, "reap-sum": reap_sum}
 REROUTE = "reroute"
 """The importance that removes, step by step, the expert without which the output of the layer changes least."""
 EXPERT_ORDERS = (REROUTE, *SCORES)
@@ -119,7 +120,7 @@ def _ranked(
         seen = Seen(layer.get_submodule(row.block))
         after = stream.run(index, layer, number, [seen])
         read.append(seen.input.flatten(0, -2))
-        hidden.copy_(after)
+        hidden.copy_(cast(Tensor, after))
     x = torch.cat(read)
     check_finite([x])
     routing = routing_of(row, model.config, layer, x)
@@ -128,7 +129,7 @@ def _ranked(
     if importance != REROUTE:
         everyone = torch.ones(lengths.shape[1], dtype=torch.bool, device=x.device)
         given = SCORES[importance](routing.gates(everyone), lengths).argsort(stable=True).tolist()
-    removed, errors = eliminate(routing, routing.scale * outputs, given)
+    removed, errors = eliminate(routing, outputs.mul_(routing.scale), given)
     return _in_order(removed, errors, lengths.shape[1])
 
 
@@ -207,11 +208,14 @@ class _Step:
         """`[T, r]`."""
 
     def changes(self, whole: Tensor, spare: Tensor) -> Tensor:
-        """Change of the squared error, summed over tokens, if each expert goes, `[E]`; infinite for those that went.
+        """Compute what each removal would change.
 
         Args:
             whole: Output with all experts, `[T, r]`.
             spare: The expert that a token is routed to next, `[T]`.
+
+        Returns:
+            Change of the squared error, summed over tokens, if each expert goes, `[E]`; infinite for those that went.
         """
         routing = self._routing
         now = (self.output - whole).square().sum(-1)

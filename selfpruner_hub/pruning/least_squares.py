@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +16,6 @@ from selfpruner_hub.models.devices import ieee_products, summed
 _T = TypeVar("_T")
 ITERATIONS = 3
 """Maximum number of steps of conjugate gradients for gate_proj and up_proj."""
-TOGETHER = 12
-"""Maximum number of steps for projections whose outputs are summed."""
 GATE_STRIDE = 4
 """One token in this many is read for E[f_k f_kᵀ], which only preconditions: a sample is enough."""
 PRECONDITIONER_DAMPING = 0.1
@@ -174,10 +171,10 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
             pair.add(reduce(Tensor.add_, changes) @ down.t() @ down, factors, h)
         return pair.sums
 
-    return _descended((fitted, held), products, lambda gradient: _solved(gradient, left, right), ITERATIONS)
+    return descended((fitted, held), products, lambda gradient: _solved(gradient, left, right), ITERATIONS)
 
 
-def _descended(
+def descended(
     gradients: tuple[Tensor, Tensor],
     products: Callable[[Tensor], tuple[Tensor, Tensor]],
     solved: Callable[[Tensor], Tensor],
@@ -216,77 +213,6 @@ def _descended(
         before, norm = norm, (fitted * preconditioned).sum()
         direction = preconditioned + norm / before * direction
     return best
-
-
-class Summed(NamedTuple):
-    """A sum of the outputs of several projections, on some windows: each reads some of the tokens."""
-
-    parts: Sequence[tuple[int, Tensor, Tensor]]
-    """Index of a projection, the tokens that it reads, `[n]`, of `N · W`, and its inputs, `[n, in]`."""
-    rest: Tensor
-    """Residual: target minus output, `[N, W, H]`."""
-
-
-@ieee_products()
-def fit_together(
-    stream: Callable[[], Iterable[Summed]], sizes: Sequence[int], outputs: int, root: Tensor | None = None
-) -> list[Tensor]:
-    """Find the changes of several projections that together best move the sum of their outputs to its target.
-
-    min E‖rest - Σ_b V_b x_b‖², where the matrix of all inputs is too large to build: conjugate gradients read the
-    stream, preconditioned by the factor of each projection's own E[x_b x_bᵀ]. Early stopping acts as a ridge.
-
-    Args:
-        stream: Function that iterates over all windows, once per call.
-        sizes: Number of inputs of each projection.
-        outputs: H.
-        root: R of the output; see `_descended`.
-
-    Returns:
-        V_b of each projection, `[H, in]`, float32; 0 if no step lowers the held-out error, or no window is held out.
-    """
-    places = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes).tolist(), strict=True)]
-    grams: list[Tensor] = []
-    for batch in stream():
-        if not grams:
-            grams = [batch.rest.new_zeros(size, size, dtype=torch.float32) for size in sizes]
-        for block, _, x in batch.parts:
-            add_gram(grams[block], x)
-    device = grams[0].device
-    for each in grams:  # in place: they are the largest matrices of the repair
-        each.copy_(damped_factor(each, PRECONDITIONER_DAMPING))
-
-    def products(direction: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Σ (V x) xᵀ of a direction V, or Σ rest xᵀ without one, on fitted and on held-out windows."""
-        totals = tuple(torch.zeros(outputs, places[-1].stop, device=device) for _ in range(2))
-        windows = 0
-        for parts, rest in stream():
-            y = rest.flatten(0, -2).float()
-            if direction is not None:
-                y = torch.zeros_like(y)
-                for block, tokens, x in parts:
-                    y.index_add_(0, tokens, x.float() @ direction[:, places[block]].t())
-            is_held = torch.zeros(len(rest), dtype=torch.bool, device=device)
-            for rows, held in split_held_out(windows, len(rest)):
-                is_held[rows] = held
-            windows += len(rest)
-            by_token = is_held.repeat_interleave(rest.shape[1])
-            for block, tokens, x in parts:
-                for total, wanted in zip(totals, (~by_token, by_token), strict=True):
-                    some = wanted[tokens]
-                    add_product(total[:, places[block]], y[tokens[some]], x[some])
-        return totals[0], totals[1]
-
-    def solved(gradient: Tensor) -> Tensor:
-        parts = zip(grams, places, strict=True)
-        return torch.cat([torch.cholesky_solve(gradient[:, place].t(), factor).t() for factor, place in parts], 1)
-
-    gradients = products(None)
-    if not gradients[1].any():
-        change = torch.zeros_like(gradients[0])
-    else:
-        change = _descended(gradients, products, solved, TOGETHER, root)
-    return [change[:, place] for place in places]
 
 
 class _Pair:

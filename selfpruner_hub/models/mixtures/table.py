@@ -117,7 +117,11 @@ EXPERTS = {
         Experts("qwen3_moe", placed=_by_step, divided_by="by norm_topk_prob"),
         Experts("granitemoe", "block_sparse_moe", "router", width="intermediate_size"),
         Experts(
-            "granitemoeshared", "block_sparse_moe", "router", width="intermediate_size", shared="shared_mlp.output_linear"
+            "granitemoeshared",
+            "block_sparse_moe",
+            "router",
+            width="intermediate_size",
+            shared="shared_mlp.output_linear",
         ),
         Experts(
             "gpt_oss",
