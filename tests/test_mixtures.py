@@ -162,6 +162,9 @@ def test_what_cannot_be_cut_is_refused_in_one_line():
         architecture_of(grouped)
     with pytest.raises(UnsupportedArchitectureError, match="mixtures of experts"):
         architecture_of(PhimoeConfig())
+    none = type(MIXTURES["qwen2_moe"]).from_dict({**MIXTURES["qwen2_moe"].to_dict(), "mlp_only_layers": [0, 1, 2]})
+    with pytest.raises(UnsupportedArchitectureError, match="No layer of this model has routed experts"):
+        shape_of(none)
 
 
 @pytest.mark.heavy

@@ -170,7 +170,17 @@ def logit_scale(config: PreTrainedConfig) -> float:
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
-    """Read the prunable geometry from a configuration; its layers may already differ in width."""
+    """Read the prunable geometry from a configuration; its layers may already differ in width.
+
+    Args:
+        config: Configuration of a dense or pruned model.
+
+    Returns:
+        The geometry.
+
+    Raises:
+        UnsupportedArchitectureError: The architecture is not supported, or no layer of a mixture has routed experts.
+    """
     architecture, layers = architecture_of(config), list(config.per_layer_config)
     first = layers[0]
     head_dim = getattr(first, "head_dim", None) or first.hidden_size // first.num_attention_heads
@@ -185,6 +195,8 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         dense = Plan.of([c.intermediate_size for c in layers], groups)
         return ModelShape(**known, dense=dense, ffn_matrices=1 + sum(len(p.blocks) for p in architecture.ffn_inputs))
     counts = [getattr(c, experts.count) if experts.placed(config, index) else 0 for index, c in enumerate(layers)]
+    if not any(counts):
+        raise UnsupportedArchitectureError("No layer of this model has routed experts.", "Choose a mixture that has.")
     return ModelShape(
         **known,
         dense=Plan.of(counts, groups, BY_EXPERT),

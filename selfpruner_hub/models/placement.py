@@ -167,7 +167,8 @@ def _put(
     except AttributeError:
         return  # weights without a module are ignored, as in from_pretrained
     own: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-    if (expected := own.get(leaf)) is None:
+    expected = None if leaf in module._non_persistent_buffers_set else own.get(leaf)
+    if expected is None:
         return
     try:
         fits = (expected if place is None else place.of(expected)).shape == tensor.shape

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.fisher import Fisher, roots_of
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, residual_scale
+from selfpruner_hub.models.devices import ieee_products
 from selfpruner_hub.models.layer_stream import Seen, Stream
 from selfpruner_hub.models.mixtures.routing import activations, output_weight, routing_of, shared_output
 from selfpruner_hub.models.mixtures.table import Experts
@@ -69,7 +70,8 @@ def compensate_experts(
         done = checkpoints.load(f"repair-{index}")
         if done:
             layer.load_state_dict(done)
-        original.advance(index, full)
+        with placed(full, whole.device):
+            original.advance(index, full)
         with placed(layer, whole.device, changed=True):
             if not done and row.placed(config, index):
                 _Repair(row, layer, index, moved, original, scale).fit(ridges, root, run)
@@ -93,6 +95,7 @@ class _Repair:
         if self._shared is not None:
             self._weights.append(self._shared.weight)
 
+    @ieee_products()
     def fit(self, ridges: Sequence[float], root: Tensor | None, run: Run) -> None:
         """Fit all projections together, and write their weights."""
         batches = [tuple(run.store(each) for each in batch) for batch in self._seen()]
