@@ -149,6 +149,15 @@ def test_gates_and_outputs_are_those_of_the_block(name):
     torch.testing.assert_close((gates[..., None] * outputs).sum(1), experts(x, indices, weights), atol=1e-5, rtol=1e-4)
 
 
+def test_the_loss_that_balances_experts_is_off_where_their_numbers_differ():
+    whole = tiny_mixture("mixtral")
+    whole.config.output_router_logits = True
+    cut = cut_by(whole, COUNTS).cut.train()
+    cut(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in cut.parameters())
+    assert cut_by(whole, (5, 5, 5), stock=True).cut.config.output_router_logits
+
+
 def test_more_than_top_k_stay():
     config = case("qwen3_moe").cut.config
     few = {index: {"num_local_experts": 2} for index in range(3)}

@@ -216,6 +216,8 @@ def pruned_config(dense: PreTrainedModel, plan: Plan, *, stock: bool = False) ->
     values = dense.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
         values.pop(key, None)
+    if values.get("output_router_logits") and not stock:
+        values["output_router_logits"] = False  # the loss that balances experts takes one number of them for all layers
     per_layer = dict(enumerate(own_widths(dense.config, plan)))
     build = stock_class if stock else model_class
     config_class: type[PreTrainedConfig] = build(dense.config).config_class  # type: ignore[assignment]
