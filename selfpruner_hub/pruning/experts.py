@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.calibration.fisher import Fisher, roots_of
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
-from selfpruner_hub.models.devices import ieee_products
+from selfpruner_hub.models.devices import ieee_products, summed
 from selfpruner_hub.models.layer_stream import Seen, Stream, check_finite
 from selfpruner_hub.models.mixtures.routing import Routing, expert_output, routing_of
 from selfpruner_hub.models.mixtures.table import Experts
@@ -92,7 +92,7 @@ def rank_experts(
     curves: list[LossCurves] = []
     stream = Stream(model, windows[: max(1, ORDER_TOKENS // windows.shape[1])], store)
     for index, (_, root) in enumerate(roots_of(fisher, len(layers), model.device)):
-        done = run.checkpoints.load(f"experts-{index}", model.device)
+        done = run.checkpoints.load(f"experts-{index}")
         with placed(layers[index], model.device):
             if done is None:
                 done = dict(zip(("order", "errors"), _ranked(model, index, stream, importance, root, run), strict=True))
@@ -100,8 +100,8 @@ def rank_experts(
             else:
                 stream.advance(index, layers[index])
         groups = shape.dense.layers[index].num_key_value_heads
-        orders.append(LayerOrder(torch.arange(groups, device=model.device), done["order"]))
-        curves.append(LossCurves(np.zeros(groups + 1), (done["errors"] / 2).cpu().double().numpy()))
+        orders.append(LayerOrder(torch.arange(groups), done["order"]))
+        curves.append(LossCurves(np.zeros(groups + 1), (done["errors"] / 2).double().numpy()))
         run.progress("ordering", index + 1, len(layers))
     return orders, curves
 
@@ -188,7 +188,7 @@ def eliminate(routing: Routing, outputs: Tensor, given: Sequence[int] | None = N
         chosen, spare = indices[:, :top_k], indices[:, top_k:]
         step = _Step(routing, outputs, alive, chosen)
         whole = step.output if whole is None else whole
-        errors.append(float((step.output - whole).square().sum(-1).double().mean()))
+        errors.append(summed((step.output - whole).square()) / len(outputs))
         if left <= top_k:
             return removed, errors
         removed.append(int(step.changes(whole, spare[:, 0]).argmin()) if given is None else given[len(removed)])
@@ -228,11 +228,10 @@ class _Step:
             divisor = divisor + next_weight[:, None]
         without = (self._raw[:, None] - self._parts + following[:, None]) / divisor[..., None]
         then = (without - whole[:, None]).square().sum(-1)
-        change = torch.zeros(len(self._alive), dtype=torch.float64, device=now.device)
-        change.index_add_(0, self._chosen.flatten(), (then - now[:, None]).flatten().double())
+        change = torch.zeros_like(routing.weights)
         if routing.divided_by == "alive":  # the outputs of other tokens grow, because the sum shrinks
             grown = 1 / (self._divisor[:, None] - routing.weights * self._alive)
             cross, square = (self._raw * whole).sum(-1, keepdim=True), self._raw.square().sum(-1, keepdim=True)
-            others = grown.square() * square - 2 * grown * cross + whole.square().sum(-1, keepdim=True) - now[:, None]
-            change += others.scatter(1, self._chosen, 0.0).double().sum(0)
-        return change.masked_fill(~self._alive, torch.inf)
+            change = grown.square() * square - 2 * grown * cross + whole.square().sum(-1, keepdim=True) - now[:, None]
+        change = change.scatter(1, self._chosen, then - now[:, None])
+        return change.sum(0).masked_fill(~self._alive, torch.inf)
