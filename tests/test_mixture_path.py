@@ -14,13 +14,15 @@ from support.tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from selfpruner_hub.cli.main import main
-from selfpruner_hub.errors import BudgetError, UserError
+from selfpruner_hub.errors import BudgetError, UnsupportedArchitectureError, UserError
+from selfpruner_hub.hub.bundle import is_export_of
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.uniform import UniformBudget
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
+from selfpruner_hub.storage.export_record import read_export
 from selfpruner_hub.storage.model_record import read_record
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -132,6 +134,32 @@ def test_a_target_of_memory_is_reached():
     figures = found.report.method["target"]
     assert figures["measured"] <= 0.8
     assert figures["measured"] == pytest.approx(figures["predicted"], abs=0.02)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("name", "uniform"), [("mixtral", False), ("qwen2_moe", True)])
+def test_onnx_of_a_mixture_equals_pytorch(name, uniform, tmp_path):
+    pytest.importorskip("onnxruntime")
+    found = pruned(name, uniform=uniform)
+    found.save_pretrained(tmp_path / "model")
+    found.export("onnx", tmp_path / "onnx")
+    assert read_export(tmp_path / "onnx", "onnx").max_difference < 1e-5
+    assert is_export_of(tmp_path / "onnx", tmp_path / "model", found.report)
+
+
+def test_a_file_of_llama_cpp_is_refused(tmp_path):
+    with pytest.raises(UnsupportedArchitectureError, match="one number of experts for all layers"):
+        pruned("mixtral").export("gguf", tmp_path / "gguf")
+
+
+def test_a_search_over_experts():
+    found = pruner("qwen2_moe").prune(0.4, proposer="evolution", evaluations=3, progress=False, **QUICK)
+    assert found.report.proposer["evaluations"] >= 3
+    shape = shape_of(MIXTURES["qwen2_moe"])
+    assert shape.beta(found.plan) == pytest.approx(0.4, abs=Budget(shape, 0.4).tolerance)
+    assert found.plan.layers[0] == shape.dense.layers[0]
+    with pytest.raises(UserError, match="not measured for experts"):
+        pruner("qwen2_moe").prune(0.4, proposer="slopes", progress=False, **QUICK)
 
 
 def test_what_has_no_meaning_for_experts_is_refused():
