@@ -11,7 +11,8 @@ from support.mixtures import MIXTURES, tiny_mixture
 
 from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.architectures import architecture_of, shape_of
+from selfpruner_hub.models.layer_stream import Stream
 from selfpruner_hub.models.mixtures.routing import Routing
 from selfpruner_hub.pruning import expert_repair, experts
 from selfpruner_hub.pruning.experts import EXPERT_ORDERS, eliminate, rank_experts
@@ -168,6 +169,23 @@ def test_without_windows_to_hold_out_nothing_is_changed():
     (change,) = fit_together(lambda: [batch], [3], 4)
     assert change.shape == (4, 3)
     assert not change.any()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "ernie4_5_moe"])
+def test_what_the_repair_fits_is_the_output_of_the_block(name):
+    """Inputs of all projections, times gates and weights, summed: shared expert included."""
+    model = tiny_mixture(name)
+    row, layer = architecture_of(model.config).experts, model.model.layers[1]
+    with torch.no_grad():
+        streams = Stream(model, WINDOWS[:8]), Stream(model, WINDOWS[:8])
+        repair = expert_repair._Repair(row, layer, 1, *streams, 1.0)
+        (batch,) = repair._seen()
+        parts, rest = repair._summed(*batch)
+        found = torch.zeros_like(rest).flatten(0, 1)
+        for block, tokens, x in parts:
+            found.index_add_(0, tokens, x @ repair._weights[block].t())
+        wanted = layer.get_submodule(row.block)(batch[0]).flatten(0, 1)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("direct", [True, False])
