@@ -104,7 +104,7 @@ class Peers:
 
         shape = self._pruner.shape
         channels = sum(w.intermediate_size for w in shape.dense.layers)
-        percent = 100 * self._beta * shape.weights(shape.dense) / (channels * shape.channel_weights)
+        percent = 100 * self._beta * shape.weights(shape.dense) / (channels * shape.unit_weights)
         batches = [{"input_ids": each, "attention_mask": each.new_ones(each.shape)} for each in self._few.split(4)]
         made = prune_model(
             copy.deepcopy(self._model), pruning_percentage=percent, dataloader=batches, show_progress=False

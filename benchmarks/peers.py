@@ -122,7 +122,7 @@ class Flap:
 
     def plan(self, beta: float) -> Plan:
         """Plan that removes the units with the lowest scores, until the share β of the weights is removed."""
-        costs = (self._shape.group_weights, self._shape.channel_weights)
+        costs = (self._shape.group_weights, self._shape.unit_weights)
         units = []
         for index, pair in enumerate(self._scores):
             for part, (scores, cost) in enumerate(zip(pair, costs, strict=True)):

@@ -16,9 +16,11 @@ from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.costs import Costs
+from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import RUNTIME, Meter, Target, check_beta, needs_target, target_of
 from selfpruner_hub.plans.uniform import UniformBudget
 from selfpruner_hub.progress import Progress
+from selfpruner_hub.pruning.experts import EXPERT_ORDERS, REROUTE
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Metric, Record
 
@@ -99,7 +101,8 @@ def aim_of(
         The aim.
 
     Raises:
-        UserError: Both or neither are given, a runtime is given with β, or a value is out of its range.
+        UserError: Both or neither are given, a runtime is given with β, a value is out of its range, or the target is
+            one that fewer experts do not change.
     """
     if target is None:
         needs_target(runtime, request)
@@ -109,7 +112,14 @@ def aim_of(
     where = RUNTIME if runtime is None else runtime
     meter = meter_of(where) if isinstance(where, str) else where
     check_protocol(meter, "runtime", ("name", "costs", "measure"))
-    return TargetInRuntime(target_of(target, meter.name, request), meter, dense, tokenizer)
+    aimed = target_of(target, meter.name, request)
+    if shape_of(dense.config).expert_weights and aimed.quantity != "memory":
+        raise UserError(
+            f"A mixture of experts has no target {aimed.quantity}: a token is routed to as many experts as before, and "
+            "attention stays whole, so only the bytes of the weights change.",
+            "Give memory=…, or beta.",
+        )
+    return TargetInRuntime(aimed, meter, dense, tokenizer)
 
 
 def meter_of(runtime: str, python: str | Path | None = None) -> Meter:
@@ -160,6 +170,38 @@ def reached(record: Record, target: Target, costs: Costs, measured: tuple[float,
     )
     metrics = {**record.metrics, f"{target.quantity} in {target.runtime}": metric}
     return replace(record, method={**record.method, "target": figures}, metrics=metrics)
+
+
+def completed(settings: PruneSettings, shape: ModelShape) -> PruneSettings:
+    """Fill in the settings that depend on the model, or on others.
+
+    Args:
+        settings: Settings of a preset, with the changes of the user.
+        shape: Geometry of the model.
+
+    Returns:
+        The settings of the run. Those of a mixture of experts are what its experts have: an order of their own in place
+        of one of channels, a repair of their output projections alone, and no effects of small steps.
+
+    Raises:
+        UserError: `uniform` is combined with a search, or a model without experts has an importance of experts.
+    """
+    settings = replace(settings, multiple_of=settings.multiple_of or shape.default_multiple)
+    own = settings.importance in EXPERT_ORDERS
+    if own and not shape.expert_weights:
+        raise UserError(f"importance={settings.importance!r} orders experts, and this model has none.", "Leave it out.")
+    if shape.expert_weights:
+        settings = replace(
+            settings,
+            importance=settings.importance if own else REROUTE,
+            repair={"full": "sequential", "output": "none"}.get(settings.repair, settings.repair),
+            seeds=tuple(seed for seed in settings.seeds if seed != "refined") or ("sensitivity",),
+        )
+    if not settings.uniform:
+        return settings
+    if settings.schedule.length:
+        raise UserError("uniform leaves one plan, and nothing to search.", "Leave out one of them.")
+    return replace(settings, seeds=("uniform",))
 
 
 def _kind(settings: PruneSettings) -> type[Budget]:

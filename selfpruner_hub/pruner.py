@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.aim import aim_of
+from selfpruner_hub.aim import aim_of, completed
 from selfpruner_hub.calibration.chat_template import template_date
 from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.calibration.texts import PLAIN_DATA, RunTexts, Texts
@@ -257,7 +257,7 @@ class AutoPruner:
             settings, lines = with_effort(
                 preset, resolved, self.model, checkpoints, proposer_given=proposer is not None, minutes=minutes
             )
-            settings = self._completed(settings)
+            settings = completed(settings, self.shape)
             callback = progress if callable(progress) else stack.enter_context(Bars(progress))
             if isinstance(callback, Bars):
                 self._say(callback, lines)
@@ -286,15 +286,6 @@ class AutoPruner:
         except UserError as error:  # what was pruned is not lost
             logger.warning("The model was pruned, and not recovered. %s", error)
             return pruned
-
-    def _completed(self, settings: PruneSettings) -> PruneSettings:
-        """Fill in the settings that depend on the model, or on others."""
-        settings = replace(settings, multiple_of=settings.multiple_of or self.shape.default_multiple)
-        if not settings.uniform:
-            return settings
-        if settings.schedule.length:
-            raise UserError("uniform leaves one plan, and nothing to search.", "Leave out one of them.")
-        return replace(settings, seeds=("uniform",))
 
     def _say(self, bars: Bars, lines: Sequence[str]) -> None:
         """Show the model, its device, and the reasons for the length of the run."""

@@ -34,7 +34,8 @@ def removed(widths: dict[str, list[int]], rates: Iterable[float], shape: dict[st
     """Return the percentage of each layer's prunable weights that was removed, by part where the dense shape is known.
 
     Args:
-        widths: Widths that are kept: `intermediate_size` and `num_key_value_heads`, one value per layer.
+        widths: Widths that are kept: `intermediate_size` (or `num_experts`) and `num_key_value_heads`, one value per
+            layer.
         rates: Share of each layer's prunable weights that was removed, in [0, 1].
         shape: Shape of the dense model, from the journal's header; None where unknown.
 
@@ -44,11 +45,12 @@ def removed(widths: dict[str, list[int]], rates: Iterable[float], shape: dict[st
     if shape is None:
         rows = [(str(i), "layer", 100 * rate) for i, rate in enumerate(rates, 1)]
         return pd.DataFrame(rows, columns=REMOVED)
-    group, channel = shape["group_weights"], shape["channel_weights"]
+    name = "num_experts" if "num_experts" in shape else "intermediate_size"
+    group, unit = shape["group_weights"], shape["expert_weights" if name == "num_experts" else "channel_weights"]
     rows = []
-    for i, (ffn, groups) in enumerate(zip(shape["intermediate_size"], shape["num_key_value_heads"], strict=True)):
-        whole = group * groups + channel * ffn
-        rows.append((str(i + 1), "FFN", 100 * channel * (ffn - widths["intermediate_size"][i]) / whole))
+    for i, (ffn, groups) in enumerate(zip(shape[name], shape["num_key_value_heads"], strict=True)):
+        whole = max(1, group * groups + unit * ffn)  # nothing is prunable in a layer without experts
+        rows.append((str(i + 1), "FFN", 100 * unit * (ffn - widths[name][i]) / whole))
         rows.append((str(i + 1), "attention", 100 * group * (groups - widths["num_key_value_heads"][i]) / whole))
     return pd.DataFrame(rows, columns=REMOVED)
 

@@ -23,7 +23,13 @@ from exporters.format import FORMATS, metered, runtimes
 from exporters.runtime import SPARE_CONTEXT, Measured, Runner, Setting
 from exporters.writer import one_of, require
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.models.architectures import model_class, shape_of
+from selfpruner_hub.models.architectures import (
+    architecture_of,
+    decoder_layers,
+    expert_tensors,
+    model_class,
+    shape_of,
+)
 from selfpruner_hub.models.modeling_selfpruned import WIDTHS
 from selfpruner_hub.models.weights import configuration_hash, count_parameters
 from selfpruner_hub.plans.costs import Costs
@@ -97,6 +103,8 @@ class RuntimeMeter:
             UserError: The model cannot be exported for the runtime.
         """
         shape = shape_of(model.config)
+        if shape.expert_weights:
+            return self._counted(model, shape, target)
         if target.quantity == "kv_cache":
             element = self._row.dtypes()[self._dtype(model, self._device(model))][1]
             return Costs.linear(shape, 2 * shape.head_dim * element, 0.0, unit=target.unit)
@@ -122,16 +130,31 @@ class RuntimeMeter:
             progress: Callback, called with (what, done, total).
 
         Returns:
-            Costs of the dense and the pruned model, in the unit of the target; bytes of a KV cache are counted.
+            Costs of the dense and the pruned model, in the unit of the target; bytes of a KV cache, and those of the
+            weights of a mixture, are counted.
         """
         models = (dense, pruned)
-        if target.quantity == "kv_cache":
+        if target.quantity == "kv_cache" or shape_of(dense.config).expert_weights:
             costs = [self.costs(model, tokenizer, target, progress).dense for model in models]
         else:
             makers = [partial(_same, model) for model in models]
             points = self._points(makers, tokenizer, target, self._device(dense), progress)
             costs = [point.cost(target) for point in points]
         return costs[0], costs[1]
+
+    def _counted(self, model: PreTrainedModel, shape: ModelShape, target: Target) -> Costs:
+        """Count the bytes of a mixture's weights: one cost for all experts, and a constant."""
+        if target.quantity != "memory" or self.name != "torch":
+            raise UserError(
+                f"A mixture of experts has no target {target.quantity} in {self.name}.",
+                "Give memory=… in torch, whose weights are counted, or beta.",
+            )
+        architecture, expert = architecture_of(model.config), 0
+        for layer in decoder_layers(model):
+            tensors = expert_tensors(architecture, layer).values()
+            expert = max(expert, sum(tensor.nbytes // tensor.shape[dimension] for tensor, dimension in tensors))
+        parts = Costs.linear(shape, 0.0, expert, unit=target.unit)
+        return replace(parts, constant=sum(p.nbytes for p in model.parameters()) - parts.prunable)
 
     def _measured(
         self,
@@ -144,7 +167,7 @@ class RuntimeMeter:
         """Measure models with random weights: the dense one, and some of few layers with widths of their own."""
         groups = max(w.num_key_value_heads for w in shape.dense.layers)
         channels = max(w.intermediate_size for w in shape.dense.layers)
-        weights = channels * shape.channel_weights + groups * shape.group_weights
+        weights = channels * shape.unit_weights + groups * shape.group_weights
         few = min(shape.num_layers, max(2, LAYER_WEIGHTS // weights))
         fewer = [] if shape.whole_attention else sorted({1, (groups + 1) // 2} - {groups})
         narrower = {round(share * channels) for share in FFN_SHARES} - {0, channels}

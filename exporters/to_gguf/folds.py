@@ -135,6 +135,11 @@ def fold_of(model: PreTrainedModel, equal: bool) -> Fold:
     """
     config, rotary = model.config, model.get_decoder().rotary_emb
     model_type = architecture_of(config).model_type
+    if architecture_of(config).experts is not None:
+        raise UnsupportedArchitectureError(
+            "llama.cpp has one number of experts for all layers, and files of mixtures are not written here.",
+            "Prune with uniform=True, and convert the saved model with llama.cpp's convert_hf_to_gguf.py.",
+        )
     if model_type not in WRITABLE:
         raise UnsupportedArchitectureError(
             f"llama.cpp has no architecture for pruned {model_type} models.",

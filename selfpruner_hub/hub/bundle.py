@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.card import CHAT_TEMPLATE
 from selfpruner_hub.hub.space import DENSE
-from selfpruner_hub.models.loading import load_config
-from selfpruner_hub.models.weights import configuration_hash, saved_weights, weights_hash
+from selfpruner_hub.models.architectures import architecture_of
+from selfpruner_hub.models.loading import load_config, load_model
+from selfpruner_hub.models.weights import configuration_hash, identity_of, saved_weights, weights_hash
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.export_record import ExportRecord, read_export
 from selfpruner_hub.storage.layout import EXPORTS, MODEL_CODE, PLOTS, TEMPLATES, TOKENIZER, weight_files
@@ -129,12 +130,20 @@ def is_export_of(folder: Path, directory: Path, record: Record) -> bool:
     if not same_model(read_record(folder), record):
         return False
     source = read_export(folder).source
+    return _saved_identity(directory) == (source.get("weights"), source.get("configuration"))
+
+
+def _saved_identity(directory: Path) -> tuple[str, str]:
+    """Hashes of the weights and of the configuration of a saved model."""
+    config = load_config(str(directory))
+    if architecture_of(config).experts is not None:  # files of a mixture may have a tensor per expert
+        identity = identity_of(load_model(str(directory), device="cpu")[0])
+        return identity["weights"], identity["configuration"]
     weights = [directory / name for name in weight_files(directory)]
     try:
-        identity = weights_hash(saved_weights(weights)), configuration_hash(load_config(str(directory)))
+        return weights_hash(saved_weights(weights)), configuration_hash(config)
     except (SafetensorError, OSError) as error:
         raise SavedModelError(f"The weights in {str(directory)!r} are damaged.", "Save the model again.") from error
-    return identity == (source.get("weights"), source.get("configuration"))
 
 
 def same_model(one: Record, other: Record) -> bool:

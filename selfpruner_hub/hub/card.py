@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from selfpruner_hub.evaluation.figures import ANSWERED, CHAT_FIGURES, KEPT
 from selfpruner_hub.models.loading import is_repo_id
+from selfpruner_hub.plans.plan import BY_EXPERT
 from selfpruner_hub.search.llm.endpoint import BEHIND
 from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
@@ -74,6 +75,7 @@ def render_card(
         base_model=record.base_model if on_hub else name,
         base_link=f"https://huggingface.co/{record.base_model}" if on_hub else "",
         record=record,
+        experts=BY_EXPERT in record.widths,
         oldest_transformers=OLDEST_TRANSFORMERS,
         chat=chat,
         answers={key: figures[key] for key in CHAT_FIGURES if key in figures},

@@ -116,14 +116,15 @@ def _rates(best: ScoreLine, shape: ModelShape, settings: dict[str, Any]) -> Figu
     """Plot the share of each layer's weights that the best plan removes, split into attention and FFN."""
     plan = best.plan
     layers = np.arange(1, shape.num_layers + 1)
-    sizes = np.array([shape.layer_weights(w) for w in shape.dense.layers])
+    sizes = np.array([max(1, shape.layer_weights(w)) for w in shape.dense.layers])  # 0 in a layer without experts
     pairs = list(zip(shape.dense.layers, plan.layers, strict=True))
     attention = np.array([(d.num_key_value_heads - k.num_key_value_heads) * shape.group_weights for d, k in pairs])
-    ffn = np.array([(d.intermediate_size - k.intermediate_size) * shape.channel_weights for d, k in pairs])
+    ffn = np.array([(d.intermediate_size - k.intermediate_size) * shape.unit_weights for d, k in pairs])
     figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot()
-    axes.bar(layers, 100 * ffn / sizes, label="FFN")
-    axes.bar(layers, 100 * attention / sizes, bottom=100 * ffn / sizes, label="attention")
+    axes.bar(layers, 100 * ffn / sizes, label="experts" if shape.expert_weights else "FFN")
+    if not shape.expert_weights:
+        axes.bar(layers, 100 * attention / sizes, bottom=100 * ffn / sizes, label="attention")
     if "target" not in settings:
         axes.axhline(100 * settings["beta"], color="black", linestyle="--", linewidth=1, label="β")
     axes.set_xlabel("layer")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from selfpruner_hub.errors import UnsupportedArchitectureError
-from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES
+from selfpruner_hub.models.mixtures.table import EXPERTS, Experts
+from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES, WIDTHS
 from selfpruner_hub.models.unsupported import reason
-from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
+from selfpruner_hub.plans.plan import BY_EXPERT, LayerWidths, ModelShape, Plan
 
 Block = Literal["query", "key_value", "channel"]
 """Kind of a block of output rows: query heads of the KV groups, their key (or value) heads, or FFN channels."""
@@ -44,6 +45,8 @@ class Architecture:
     """Whether the outputs of attention and FFN are normalised before they are added to the residual stream."""
     norm_unit: float = 0.0
     """Constant that a norm adds to its weight before it multiplies by it."""
+    experts: Experts | None = None
+    """Routed experts, which are then the units of the FFNs; `ffn_output` is the block that holds them."""
 
     @property
     def ffn_inputs(self) -> tuple[Projection, ...]:
@@ -97,6 +100,7 @@ ARCHITECTURES = {
         Architecture("smollm3", _SEPARATE),
         Architecture("starcoder2", _QKV + (Projection("mlp.c_fc", ("channel",)),), ffn_output="mlp.c_proj"),
         Architecture("vaultgemma", _SEPARATE, norm_unit=1.0),
+        *(Architecture(t, (), ffn_output=row.block, whole_attention=True, experts=row) for t, row in EXPERTS.items()),
     )
 }
 
@@ -111,7 +115,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
         The table row of its `model_type`.
 
     Raises:
-        UnsupportedArchitectureError: The table has no such `model_type`.
+        UnsupportedArchitectureError: The table has no such `model_type`, or the experts are in several groups.
     """
     model_type = config.model_type.removeprefix("selfpruned_")
     if model_type not in ARCHITECTURES:
@@ -120,7 +124,10 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             f"Models of type {model_type!r} are not supported{because and f': {because}'}.",
             f"Supported: {', '.join(sorted(ARCHITECTURES))} (text decoders only).",
         )
-    return ARCHITECTURES[model_type]
+    row = ARCHITECTURES[model_type]
+    if row.experts is not None:
+        row.experts.check(config)
+    return row
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -163,18 +170,78 @@ def logit_scale(config: PreTrainedConfig) -> float:
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:
-    """Read the prunable geometry from a configuration; its layers may already differ in width."""
+    """Read the prunable geometry from a configuration; its layers may already differ in width.
+
+    Args:
+        config: Configuration of a dense or pruned model.
+
+    Returns:
+        The geometry.
+
+    Raises:
+        UnsupportedArchitectureError: The architecture is not supported, or no layer of a mixture has routed experts.
+    """
     architecture, layers = architecture_of(config), list(config.per_layer_config)
     first = layers[0]
     head_dim = getattr(first, "head_dim", None) or first.hidden_size // first.num_attention_heads
+    known = {
+        "hidden_size": config.hidden_size,
+        "head_dim": head_dim,
+        "queries_per_group": first.num_attention_heads // first.num_key_value_heads,
+        "whole_attention": architecture.whole_attention,
+    }
+    groups = [c.num_key_value_heads for c in layers]
+    if (experts := architecture.experts) is None:
+        dense = Plan.of([c.intermediate_size for c in layers], groups)
+        return ModelShape(**known, dense=dense, ffn_matrices=1 + sum(len(p.blocks) for p in architecture.ffn_inputs))
+    counts = [getattr(c, experts.count) if experts.placed(config, index) else 0 for index, c in enumerate(layers)]
+    if not any(counts):
+        raise UnsupportedArchitectureError("No layer of this model has routed experts.", "Choose a mixture that has.")
     return ModelShape(
-        hidden_size=config.hidden_size,
-        head_dim=head_dim,
-        queries_per_group=first.num_attention_heads // first.num_key_value_heads,
-        dense=Plan(tuple(LayerWidths(c.intermediate_size, c.num_key_value_heads) for c in layers)),
-        ffn_matrices=1 + sum(len(p.blocks) for p in architecture.ffn_inputs),
-        whole_attention=architecture.whole_attention,
+        **known,
+        dense=Plan.of(counts, groups, BY_EXPERT),
+        expert_weights=experts.weights(config),
+        fewest_units=first.num_experts_per_tok,
     )
+
+
+def output_columns(architecture: Architecture, shape: ModelShape, kept: LayerWidths) -> dict[str, int]:
+    """Columns that the output projections of a layer keep, by their paths; none of a mixture lose any."""
+    if architecture.experts is not None:
+        return {}
+    return {
+        architecture.attention_output: block_rows(shape, kept, "query"),
+        architecture.ffn_output: kept.intermediate_size,
+    }
+
+
+def own_widths(config: PreTrainedConfig, plan: Plan) -> list[dict[str, int]]:
+    """The attributes that the configuration of each layer has of its own under a plan.
+
+    Args:
+        config: Configuration of the dense model.
+        plan: Widths of some of its layers, or of all.
+
+    Returns:
+        Values by name, one dictionary per layer. A layer without experts gets the largest number of the others, which
+        it does not read.
+    """
+    architecture, shape = architecture_of(config), shape_of(config)
+    if architecture.experts is not None:
+        most = max(kept.intermediate_size for kept in plan.layers)
+        return [{architecture.experts.count: kept.intermediate_size or most} for kept in plan.layers]
+    widths = (
+        (kept.num_key_value_heads * shape.queries_per_group, kept.num_key_value_heads, kept.intermediate_size)
+        for kept in plan.layers
+    )
+    return [dict(zip(WIDTHS, values, strict=True)) for values in widths]
+
+
+def expert_tensors(architecture: Architecture, layer: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """Tensors of a layer that are indexed by expert, by name, with the dimension of the experts; none without them."""
+    indexed = architecture.experts.indexed if architecture.experts is not None else {}
+    tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    return {name: (tensors[name].data, dimension) for name, dimension in indexed.items() if name in tensors}
 
 
 def unit_rows(shape: ModelShape, block: Block) -> int:

@@ -155,7 +155,10 @@ class Stop(Exception):  # noqa: N818  (not an error)
 
 
 class Seen:
-    """A forward hook that keeps the latest input and output of a module; with `last=True`, it also ends the pass."""
+    """A forward hook that keeps the latest input and output of a module; with `last=True`, it also ends the pass.
+
+    Of several outputs, such as those of a block with its router's scores, it keeps the first.
+    """
 
     input: Tensor
     output: Tensor
@@ -164,9 +167,9 @@ class Seen:
         self.module = module
         self._last = last
 
-    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         """Keep input and output; called by PyTorch as the hook."""
-        self.input, self.output = args[0], output
+        self.input, self.output = args[0], output if isinstance(output, Tensor) else output[0]
         if self._last:
             raise Stop
 

@@ -5,8 +5,8 @@ family of that model, so that `AutoModelForCausalLM.from_pretrained(directory, t
 without `selfpruner_hub`.
 
 A decoder layer is the stock layer of its architecture, built with its own widths; no forward pass is rewritten.
-The widths are in transformers' `per_layer_config` (`num_attention_heads`, `num_key_value_heads`,
-`intermediate_size`), the dense values at the top level of the configuration.
+The widths are in transformers' `per_layer_config` (`num_attention_heads`, `num_key_value_heads`, `intermediate_size`;
+of a mixture of experts, the number of experts), the dense values at the top level of the configuration.
 """
 
 from __future__ import annotations
@@ -34,24 +34,36 @@ FAMILIES = (
     "cohere",
     "cohere2",
     "cwm",
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
     "ernie4_5",
+    "ernie4_5_moe",
     "exaone4",
     "gemma",
     "gemma2",
     "gemma3_text",
     "glm",
     "glm4",
+    "glm4_moe",
+    "gpt_oss",
     "granite",
+    "granitemoe",
+    "granitemoeshared",
     "hunyuan_v1_dense",
     "llama",
     "ministral",
     "ministral3",
     "mistral",
+    "mixtral",
     "olmo2",
     "olmo3",
+    "olmoe",
     "phi3",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_moe",
     "seed_oss",
     "smollm3",
     "starcoder2",
@@ -76,11 +88,13 @@ class LayerConfig:
 
     Args:
         config: Configuration of the whole model.
-        **widths: Attributes that belong to this layer.
+        **widths: Attributes that belong to this layer. Their other names follow: the router of OLMoE reads
+            `num_experts`, and its experts read `num_local_experts`.
     """
 
     def __init__(self, config: PreTrainedConfig, **widths: int) -> None:
-        self.__dict__.update(widths)
+        aliases = {alias: widths[name] for alias, name in type(config).attribute_map.items() if name in widths}
+        self.__dict__.update(widths | aliases)
         self._config = config
 
     def __getattr__(self, name: str) -> Any:
@@ -91,7 +105,18 @@ class LayerConfig:
 
 
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-"""The attributes that `per_layer_config` may override."""
+"""The attributes of a dense model that `per_layer_config` may override."""
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Names of the number of experts of a layer, which is what it may override of a mixture of experts."""
+
+
+def widths_in(config: type[PreTrainedConfig]) -> tuple[str, ...]:
+    """The attributes that `per_layer_config` may override, by the names that they are stored under."""
+    for name in EXPERT_COUNTS:
+        stored = config.attribute_map.get(name, name)
+        if {name, stored} & config.__dataclass_fields__.keys():
+            return (stored,)
+    return WIDTHS
 
 
 def _homogeneous(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -105,9 +130,16 @@ class SelfPrunedConfigMixin:
     """A configuration whose layers differ: stock checks on the dense values, width checks on each layer."""
 
     def validate(self) -> None:
-        """Raise `ValueError` unless every layer has whole groups of query heads and at least one channel."""
+        """Raise `ValueError` unless every layer has whole groups of query heads, and channels or enough experts."""
         super(SelfPrunedConfigMixin, _homogeneous(self)).validate()
+        widths = widths_in(type(self))
         for index, layer in enumerate(self.per_layer_config):
+            if widths != WIDTHS:
+                if (experts := getattr(layer, widths[0])) < layer.num_experts_per_tok:
+                    raise ValueError(
+                        f"Layer {index} cannot have {experts} experts and route a token to {layer.num_experts_per_tok}."
+                    )
+                continue
             heads, groups, channels = (getattr(layer, name) for name in WIDTHS)
             if groups < 1 or channels < 1 or heads % groups:
                 raise ValueError(
@@ -137,12 +169,14 @@ class SelfPrunedMixin:
         skeleton.num_hidden_layers = 0
         super().__init__(skeleton)
         config._attn_implementation_internal = skeleton._attn_implementation_internal
+        config._experts_implementation_internal = skeleton._experts_implementation_internal
         # Rotary modules keep the skeleton: they read head counts, of which the whole model has no single one.
         for module in self.modules():
             if isinstance(module, PreTrainedModel) and module.config is skeleton:
                 module.config = config
+        widths = widths_in(type(config))
         self.base_model.layers = nn.ModuleList(
-            self.layer_class(LayerConfig(config, **{name: getattr(layer, name) for name in WIDTHS}), index)
+            self.layer_class(LayerConfig(config, **{name: getattr(layer, name) for name in widths}), index)
             for index, layer in enumerate(config.per_layer_config)
         )
         self.post_init()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from selfpruner_hub.errors import ModelError
 from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.models.mixtures.files import Place, StockNames
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.models.weights import is_tied
 from selfpruner_hub.storage.offload import TensorStore
@@ -121,13 +123,22 @@ def from_files(
     """
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    names = StockNames(config.model_type)
+    read: dict[str, set[Place | None]] = defaultdict(set)
     for file in files:
         with safe_open(file, "pt") as opened:
             keys = list(opened.keys())
         for key in keys:
+            name, place = names(_renamed(key, renaming))
             with safe_open(file, "pt") as opened:  # reopened each time: read data stay in memory
-                _put(model, _renamed(key, renaming), opened.get_tensor(key), dtype, store)
+                _put(model, name, opened.get_tensor(key), dtype, store, place)
+            read[name].add(place)
     missing = {key for key, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    missing |= {key for key, _ in model.named_buffers() if key in model.state_dict() and key not in read}
+    for name, places in read.items():
+        if some := next(filter(None, places), None):
+            whole = model.get_parameter(name)
+            missing |= {name} if len(places) < len(whole) * some.parts else set()
     model.tie_weights(missing_keys=missing)
     stream_layers(model, device)
     return model, missing
@@ -142,16 +153,39 @@ def _renamed(key: str, renaming: Mapping[str, str]) -> str:
     return key
 
 
-def _put(model: PreTrainedModel, key: str, tensor: Tensor, dtype: torch.dtype | None, store: TensorStore) -> None:
+def _put(
+    model: PreTrainedModel,
+    key: str,
+    tensor: Tensor,
+    dtype: torch.dtype | None,
+    store: TensorStore,
+    place: Place | None = None,
+) -> None:
     owner, _, leaf = key.rpartition(".")
     try:
         module = model.get_submodule(owner)
     except AttributeError:
         return  # weights without a module are ignored, as in from_pretrained
-    if (expected := module._parameters.get(leaf)) is not None:
-        if expected.shape != tensor.shape:
-            raise ModelError(
-                f"The weights of the model do not fit its configuration (first {key}).",
-                "Give a Hub repository, or a directory that `save_pretrained` wrote.",
-            )
-        module._parameters[leaf] = nn.Parameter(store(tensor.to(dtype or tensor.dtype)))
+    own: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+    expected = None if leaf in module._non_persistent_buffers_set else own.get(leaf)
+    if expected is None:
+        return
+    try:
+        fits = (expected if place is None else place.of(expected)).shape == tensor.shape
+    except IndexError:  # an expert too many
+        fits = False
+    if not fits:
+        raise ModelError(
+            f"The weights of the model do not fit its configuration (first {key}).",
+            "Give a Hub repository, or a directory that `save_pretrained` wrote.",
+        )
+    exact = any(part in key for part in getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    to = torch.float32 if exact else dtype or tensor.dtype
+    if own is module._buffers:
+        own[leaf] = tensor.to(expected.dtype)
+    elif place is None:
+        own[leaf] = nn.Parameter(store(tensor.to(to)))
+    else:
+        if expected.is_meta:
+            own[leaf] = nn.Parameter(store(torch.empty(expected.shape, dtype=to)))
+        place.of(own[leaf].data).copy_(tensor)

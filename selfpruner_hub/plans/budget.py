@@ -11,7 +11,7 @@ import numpy as np
 
 from selfpruner_hub.errors import BudgetError
 from selfpruner_hub.plans.costs import Costs
-from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.plan import ModelShape, Plan, removed_rate
 from selfpruner_hub.plans.rounding import clipped, freed, largest_remainder, shift_to_sum
 from selfpruner_hub.plans.target import Target, check_beta
 
@@ -21,7 +21,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Rates:
-    """A proposal: the fractions of its KV groups and of its FFN channels that each layer loses.
+    """A proposal: the fractions of its KV groups and of its FFN units (channels, experts) that each layer loses.
 
     Attributes:
         attention: Fraction of KV groups to remove, one per layer, in [0, 1).
@@ -83,15 +83,16 @@ class Budget:
             )
         if not 0 <= self.p_min < self.p_max < 1:
             raise BudgetError(f"Rate bounds must satisfy 0 <= p_min < p_max < 1; got {self.p_min} and {self.p_max}.")
+        if self.tied and self.shape.expert_weights:
+            raise BudgetError("tied=true cuts attention too, which a mixture of experts keeps.", "Set tied=false.")
         if self.whole_ffn and self.p_min:
             raise BudgetError("p_min has no meaning where FFN channels cost nothing.", "Leave it out.")
         self._check_multiples()
         (least, most), (low, high) = self._reachable(), self._accepted
         if most < low or least > high:
-            least_kept = "all" if self.shape.whole_attention else f"at least {self.kv_multiple}"
             raise BudgetError(
                 f"{self._goal} cannot be reached: with rates in [{self.p_min:g}, {self.p_max:g}] and "
-                f"{least_kept} of its KV heads in each layer, this model can "
+                f"{self.shape.said_least(self.kv_multiple)} in each layer, this model can "
                 f"{'reach' if self.target else 'lose'} between {self._figure(least)} and {self._figure(most)}.",
                 f"Change {'the target' if self.target else 'beta'} or the bounds.",
             )
@@ -149,7 +150,7 @@ class Budget:
         """Accepted difference from the share: 0.001, or half the largest step of the FFNs (of KV groups without)."""
         tables = self.costs.attention if self.whole_ffn else self.costs.ffn
         stride = self.kv_multiple if self.whole_ffn else self.multiple_of
-        step = max(float(-np.diff(table[::-stride]).min()) for table in tables)
+        step = max(float(-np.diff(table[::-stride]).min()) for table in tables if len(table) > 1)
         return max(TOLERANCE, step / self.costs.prunable / 2 + 1e-9)
 
     @property
@@ -185,17 +186,15 @@ class Budget:
         """The rates of `plan`: separate for attention and FFN, or one per layer if they are tied."""
         if self.tied:
             return Rates.tied(self.shape.rates(plan))
-        pairs = tuple(zip(plan.layers, self.shape.dense.layers, strict=True))
-        return Rates(
-            tuple(1 - kept.num_key_value_heads / dense.num_key_value_heads for kept, dense in pairs),
-            tuple(1 - kept.intermediate_size / dense.intermediate_size for kept, dense in pairs),
-        )
+        pairs = [(vars(kept), vars(dense)) for kept, dense in zip(plan.layers, self.shape.dense.layers, strict=True)]
+        names = ("num_key_value_heads", "intermediate_size")
+        return Rates(*(tuple(removed_rate(kept[name], dense[name]) for kept, dense in pairs) for name in names))
 
     def distance(self, rates: Rates, plan: Plan) -> float:
         """Distance between a proposal and its projection: the mean absolute difference over all rates."""
         actual = self.rates(plan)
-        moved = [abs(a - b) for a, b in zip(rates.attention + rates.ffn, actual.attention + actual.ffn, strict=True)]
-        return sum(moved) / len(moved)
+        pairs = zip(rates.attention + rates.ffn, actual.attention + actual.ffn, strict=True)
+        return sum(abs(a - b) for a, b in pairs) / (2 * len(rates.ffn))
 
     def project(self, rates: Rates, parent: Rates | None = None) -> Plan:
         """Move a proposal to the nearest plan on the budget.
@@ -220,15 +219,14 @@ class Budget:
         rates = Rates(clipped(rates.attention), clipped(rates.ffn))
         dense = self.shape.dense.layers
         free = [True] * len(dense) if parent is None else _differing(rates, parent)
-        if self.tied:
-            rates = self._project_tied(rates.ffn, free)
+        rates = self._project_tied(rates.ffn, free) if self.tied else rates
         groups = self._round_groups(rates.attention)
         for_ffn = (self.share * self.costs.prunable - self._saved_by_groups(groups)) / (self._unit or 1.0)
         bounds = self._ffn_bounds(groups)
         proposed = [rate * w.intermediate_size / self.multiple_of for rate, w in zip(rates.ffn, dense, strict=True)]
         shifted = shift_to_sum(proposed, freed(bounds, proposed, free), for_ffn, self._saved)
         units = largest_remainder(shifted, bounds, for_ffn, self._saved, reached=self.target is not None)
-        return Plan.of(
+        return self.shape.plan(
             [w.intermediate_size - u * self.multiple_of for w, u in zip(dense, units, strict=True)],
             [w.num_key_value_heads - g for w, g in zip(dense, groups, strict=True)],
         )
@@ -256,38 +254,41 @@ class Budget:
                 raise BudgetError(f"Every {name} rate must be a finite number.")
 
     def _ffn_bounds(self, groups: Sequence[int]) -> list[tuple[int, int]]:
-        """Bounds on the units of `multiple_of` channels that each layer loses besides its groups; one unit is kept.
+        """Bounds on the units of `multiple_of` channels that each layer loses besides its groups.
 
         p_min bounds the rate of the layer, p_max that of the layer if attention and FFN are tied, else that of the FFN.
         """
         if self.whole_ffn:
             return [(0, 0)] * len(groups)
         bounds = []
-        unit = self.multiple_of * self.shape.channel_weights
-        for w, removed_groups in zip(self.shape.dense.layers, groups, strict=True):
+        unit = self.multiple_of * self.shape.unit_weights
+        for w, least, removed_groups in zip(self.shape.dense.layers, self.shape.least, groups, strict=True):
+            most = (w.intermediate_size - least.intermediate_size) // self.multiple_of
             units, gone = w.intermediate_size // self.multiple_of, removed_groups * self.shape.group_weights
             size = self.shape.layer_weights(w)
             low = math.ceil((self.p_min * size - gone) / unit - 1e-9)
             high = math.floor((self.p_max * size - gone) / unit + 1e-9 if self.tied else self.p_max * units + 1e-9)
-            bounds.append((min(max(low, 0), units - 1), min(high, units - 1)))
+            bounds.append((min(max(low, 0), most), min(high, most)))
         return bounds
 
-    def _group_limit(self, groups: int) -> int:
-        """Maximum number of KV groups that a layer with `groups` of them loses."""
-        if self.shape.whole_attention:
-            return 0
-        units = groups // self.kv_multiple
-        return self.kv_multiple * min(math.floor(self.p_max * units + 1e-9), units - 1)
+    @cached_property
+    def _group_limits(self) -> list[int]:
+        """Maximum number of KV groups that each layer loses."""
+        limits = []
+        for w, least in zip(self.shape.dense.layers, self.shape.least, strict=True):
+            spare = (w.num_key_value_heads - least.num_key_value_heads) // self.kv_multiple
+            most = math.floor(self.p_max * (w.num_key_value_heads // self.kv_multiple) + 1e-9)
+            limits.append(self.kv_multiple * min(most, spare))
+        return limits
 
     def _removed(self, groups: Sequence[int]) -> tuple[float, float]:
         """Minimum and maximum cost that a plan can remove if it removes these groups."""
         gone, bounds = self._saved_by_groups(groups), self._ffn_bounds(groups)
-        low, high = (sum(self._saved(i, bound[end]) for i, bound in enumerate(bounds)) for end in (0, 1))
-        return gone + self._unit * low, gone + self._unit * high
+        low, high = (self._unit * sum(self._saved(i, bound[end]) for i, bound in enumerate(bounds)) for end in (0, 1))
+        return gone + low, gone + high
 
     def _reachable(self) -> tuple[float, float]:
-        limits = [self._group_limit(w.num_key_value_heads) for w in self.shape.dense.layers]
-        (least, _), (_, most) = self._removed([0] * len(limits)), self._removed(limits)
+        (least, _), (_, most) = self._removed([0] * self.shape.num_layers), self._removed(self._group_limits)
         return least / self.costs.prunable, most / self.costs.prunable
 
     def _project_tied(self, rates: Sequence[float], free: Sequence[bool]) -> Rates:
@@ -300,15 +301,14 @@ class Budget:
         attention = [removed / n for removed, n in zip(shifted, weights, strict=True)]
         groups = self._round_groups(attention)
         ffn = [
-            (removed - g * self.shape.group_weights) / (w.intermediate_size * self.shape.channel_weights)
+            (removed - g * self.shape.group_weights) / (w.intermediate_size * self.shape.unit_weights)
             for removed, g, w in zip(shifted, groups, dense, strict=True)
         ]
         return Rates(tuple(attention), tuple(ffn))
 
     def _round_groups(self, rates: Sequence[float]) -> list[int]:
         """Number of groups to remove per layer, corrected if the FFN alone cannot meet β."""
-        dense = self.shape.dense.layers
-        limits = [self._group_limit(w.num_key_value_heads) for w in dense]
+        dense, limits = self.shape.dense.layers, self._group_limits
         heads = [r * w.num_key_value_heads for r, w in zip(rates, dense, strict=True)]
         step = self.kv_multiple
         groups = [min(max(step * math.floor(x / step + 0.5), 0), most) for x, most in zip(heads, limits, strict=True)]

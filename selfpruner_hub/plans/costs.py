@@ -21,7 +21,8 @@ class Costs:
     Attributes:
         attention: One table per layer, `[G + 1]`: entry g is the cost of g KV groups. Entry 0 is 0, and no entry is
             less than the one before.
-        ffn: One table per layer, `[F + 1]`: entry f is the cost of f channels, with the same two properties.
+        ffn: One table per layer, `[F + 1]`: entry f is the cost of f units (channels or routed experts),
+            with the same two properties.
         constant: Cost of everything that pruning leaves as it is: embeddings, output head, norms.
         unit: Unit of all costs: `weights`, `ms` or `bytes`.
     """
@@ -34,18 +35,18 @@ class Costs:
     @classmethod
     def of_parameters(cls, shape: ModelShape) -> Costs:
         """Count the prunable weights of every width."""
-        return cls.linear(shape, shape.group_weights, shape.channel_weights)
+        return cls.linear(shape, shape.group_weights, shape.unit_weights)
 
     @classmethod
     def linear(
         cls, shape: ModelShape, group: float, channel: float, constant: float = 0.0, unit: str = "weights"
     ) -> Costs:
-        """Charge the same for each KV group, and the same for each FFN channel.
+        """Charge the same for each KV group, and the same for each FFN unit.
 
         Args:
             shape: Geometry of the dense model.
             group: Cost of a KV group.
-            channel: Cost of an FFN channel.
+            channel: Cost of an FFN channel, or of a routed expert.
             constant: Cost of everything else.
             unit: Unit of the costs.
 
@@ -83,7 +84,7 @@ class Costs:
         return _mean(self.attention[layer])
 
     def channel(self, layer: int) -> float:
-        """Mean cost of an FFN channel of a layer."""
+        """Mean cost of an FFN unit of a layer."""
         return _mean(self.ffn[layer])
 
     def digest(self) -> str:
@@ -100,4 +101,4 @@ def _by_layer(widths: Sequence[int], cost: float) -> tuple[Table, ...]:
 
 
 def _mean(table: Table) -> float:
-    return float(table[-1]) / (len(table) - 1)
+    return float(table[-1]) / max(1, len(table) - 1)

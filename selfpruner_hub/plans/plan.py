@@ -9,6 +9,8 @@ from typing import Any
 MULTIPLES = (128, 64, 32, 16, 8)
 """Numbers that hardware likes FFN widths to be multiples of. Most kernels of tensor cores need rows of 16 bytes, 8
 numbers of 16 bits; their tiles, and the blocks of quantised weights, are larger."""
+BY_CHANNEL, BY_EXPERT = "intermediate_size", "num_experts"
+"""Names of the widths of FFNs in files, by what their units are."""
 FEWEST_WIDTHS = 48
 """Fewest widths that are left to choose from: a step of 2 % of the rate."""
 
@@ -18,7 +20,8 @@ class LayerWidths:
     """The prunable widths of one decoder layer."""
 
     intermediate_size: int
-    """Number of FFN channels: rows of gate_proj and up_proj, columns of down_proj."""
+    """Number of units of the FFN: channels, which are rows of gate_proj and up_proj and columns of down_proj, or in a
+    mixture of experts, routed experts (0 in a layer without any)."""
     num_key_value_heads: int
     """Number of KV groups: a key/value head and the query heads that share it."""
 
@@ -28,32 +31,46 @@ class Plan:
     """The widths that every decoder layer keeps, first layer first."""
 
     layers: tuple[LayerWidths, ...]
+    ffn_unit: str = BY_CHANNEL
+    """Name of the FFN's widths in files: `BY_CHANNEL` or `BY_EXPERT`."""
 
     @classmethod
-    def of(cls, intermediate_sizes: Sequence[int], num_key_value_heads: Sequence[int]) -> Plan:
-        """Build a plan from one list of FFN widths and one of KV groups, both of length `L`."""
-        return cls(tuple(LayerWidths(f, g) for f, g in zip(intermediate_sizes, num_key_value_heads, strict=True)))
+    def of(
+        cls, intermediate_sizes: Sequence[int], num_key_value_heads: Sequence[int], ffn_unit: str = BY_CHANNEL
+    ) -> Plan:
+        """Build a plan from one list of FFN widths and one of KV groups, both of length `L`, and the FFNs' unit."""
+        pairs = zip(intermediate_sizes, num_key_value_heads, strict=True)
+        return cls(tuple(LayerWidths(f, g) for f, g in pairs), ffn_unit)
+
+
+def removed_rate(kept: float, dense: float) -> float:
+    """Fraction of a part that a layer loses, in [0, 1]; 0 where the layer has none of it."""
+    return 1 - kept / dense if dense else 0.0
 
 
 def widths_of(plan: Plan) -> dict[str, list[int]]:
     """The widths of a plan in the format of files: one list per width, first layer first."""
     return {
-        "intermediate_size": [w.intermediate_size for w in plan.layers],
+        plan.ffn_unit: [w.intermediate_size for w in plan.layers],
         "num_key_value_heads": [w.num_key_value_heads for w in plan.layers],
     }
 
 
 def plan_of(widths: Mapping[str, Sequence[int]]) -> Plan:
     """Build a plan from widths in the format of files; other keys are ignored, and other values are a `ValueError`."""
-    plan = Plan.of(widths["intermediate_size"], widths["num_key_value_heads"])
-    if not plan.layers or any(type(n) is not int or n < 1 for w in plan.layers for n in vars(w).values()):
-        raise ValueError("every width must be a whole number from 1 on")
+    unit = BY_EXPERT if BY_EXPERT in widths else BY_CHANNEL
+    plan, least = Plan.of(widths[unit], widths["num_key_value_heads"], unit), 0 if unit == BY_EXPERT else 1
+    if not plan.layers or any(type(n) is not int or n < least for w in plan.layers for n in vars(w).values()):
+        raise ValueError(f"every width must be a whole number from {least} on")
     return plan
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The prunable geometry of a dense model; counts are weights of q, k, v, o, gate, up and down (no biases)."""
+    """The prunable geometry of a model before it is pruned, called dense.
+
+    Counts are weights of q, k, v, o, gate, up and down (no biases); of a mixture, those of routed experts and routers.
+    """
 
     hidden_size: int
     head_dim: int
@@ -64,12 +81,19 @@ class ModelShape:
     """Number of weight matrices of an FFN: 3 with a gate, else 2."""
     whole_attention: bool = False
     """Whether every layer keeps all of its KV groups."""
+    expert_weights: int = 0
+    """Number of weights of a routed expert, with its row of the router. Where it is above 0, the units of FFNs are
+    experts, and nothing else is prunable: attention, shared experts and layers without routed ones count for 0."""
+    fewest_units: int = 1
+    """Fewest units that an FFN keeps: the experts that a token is routed to, or one channel."""
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> ModelShape:
         """Build a geometry from the format of files, as `record` returns it."""
         names = ("hidden_size", "head_dim", "queries_per_group", "ffn_matrices")
-        return cls(**{name: record[name] for name in names}, dense=plan_of(record))
+        of_experts = {name: record[name] for name in ("expert_weights", "fewest_units") if name in record}
+        known = {**{name: record[name] for name in names}, **of_experts}
+        return cls(**known, dense=plan_of(record), whole_attention=bool(of_experts))
 
     def record(self) -> dict[str, Any]:
         """The geometry in the format of files, with the weights of a KV group and of an FFN channel for its readers."""
@@ -79,9 +103,27 @@ class ModelShape:
             "queries_per_group": self.queries_per_group,
             "ffn_matrices": self.ffn_matrices,
             "group_weights": self.group_weights,
-            "channel_weights": self.channel_weights,
+            **(
+                {"expert_weights": self.expert_weights, "fewest_units": self.fewest_units}
+                if self.expert_weights
+                else {"channel_weights": self.unit_weights}
+            ),
             **widths_of(self.dense),
         }
+
+    def plan(self, ffn_units: Sequence[int], num_key_value_heads: Sequence[int]) -> Plan:
+        """Build a plan of this model from one list of FFN widths and one of KV groups."""
+        return Plan.of(ffn_units, num_key_value_heads, self.dense.ffn_unit)
+
+    @property
+    def least(self) -> tuple[LayerWidths, ...]:
+        """Narrowest widths of each layer."""
+        return tuple(
+            LayerWidths(
+                min(self.fewest_units, w.intermediate_size), w.num_key_value_heads if self.whole_attention else 1
+            )
+            for w in self.dense.layers
+        )
 
     @property
     def num_layers(self) -> int:
@@ -89,21 +131,32 @@ class ModelShape:
         return len(self.dense.layers)
 
     @property
-    def channel_weights(self) -> int:
-        """Number of weights of one FFN channel."""
-        return self.ffn_matrices * self.hidden_size
+    def unit_weights(self) -> int:
+        """Number of weights of one unit of an FFN: of a channel, or of a routed expert."""
+        return self.expert_weights or self.ffn_matrices * self.hidden_size
 
     @property
     def default_multiple(self) -> int:
-        """Largest of `MULTIPLES` that divides every FFN width and leaves `FEWEST_WIDTHS` of them; 1 if none does."""
+        """Largest of `MULTIPLES` that divides every FFN width and leaves `FEWEST_WIDTHS` of them; 1 if none does.
+
+        Experts have no such multiple: a product reads the rows of one of them.
+        """
+        if self.expert_weights:
+            return 1
         dense = {w.intermediate_size for w in self.dense.layers}
         fits = (n for n in MULTIPLES if all(f % n == 0 and f // n >= FEWEST_WIDTHS for f in dense))
         return next(fits, 1)
 
     @property
     def group_weights(self) -> int:
-        """Number of weights of one KV group."""
-        return 2 * self.hidden_size * self.head_dim * (self.queries_per_group + 1)
+        """Number of prunable weights of one KV group; 0 in a mixture of experts."""
+        return 0 if self.expert_weights else 2 * self.hidden_size * self.head_dim * (self.queries_per_group + 1)
+
+    def said_least(self, kv_multiple: int) -> str:
+        """Say what every layer keeps, where no more than `kv_multiple` of its KV heads must stay."""
+        if self.expert_weights:
+            return f"at least {self.fewest_units} of its experts"
+        return f"{'all' if self.whole_attention else f'at least {kv_multiple}'} of its KV heads"
 
     def contains(self, plan: Plan) -> bool:
         """Whether a plan has as many layers, and none is wider than it is here."""
@@ -115,7 +168,7 @@ class ModelShape:
 
     def layer_weights(self, widths: LayerWidths) -> int:
         """Count the prunable weights of a layer with these widths."""
-        return widths.intermediate_size * self.channel_weights + widths.num_key_value_heads * self.group_weights
+        return widths.intermediate_size * self.unit_weights + widths.num_key_value_heads * self.group_weights
 
     def weights(self, plan: Plan) -> int:
         """Count the prunable weights of the whole model under `plan`."""
@@ -124,7 +177,7 @@ class ModelShape:
     def rates(self, plan: Plan) -> tuple[float, ...]:
         """Fraction of its prunable weights that each layer loses under `plan`, in [0, 1)."""
         return tuple(
-            1 - self.layer_weights(kept) / self.layer_weights(dense)
+            removed_rate(self.layer_weights(kept), self.layer_weights(dense))
             for kept, dense in zip(plan.layers, self.dense.layers, strict=True)
         )
 

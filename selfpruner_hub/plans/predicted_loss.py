@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from selfpruner_hub.plans.plan import Plan
 
 STEP = 0.05
-"""Step of an FFN, as a fraction of its dense channels; the step of an attention is one KV group."""
+"""Step of an FFN, as a fraction of its dense units; the step of an attention is one KV group."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class LossCurves:
 
     Attributes:
         attention: Predicted loss with 0, 1, …, G KV groups kept, `[G + 1]`, in nats per token.
-        ffn: Predicted loss with 0, 1, …, F channels kept, `[F + 1]`, in nats per token.
+        ffn: Predicted loss with 0, 1, …, F channels or routed experts kept, `[F + 1]`, in nats per token.
     """
 
     attention: NDArray[np.float64]
@@ -62,5 +62,5 @@ class StepEffects:
 
 
 def step_channels(intermediate_size: int) -> int:
-    """Number of FFN channels in one step."""
+    """Number of FFN channels, or of routed experts, in one step."""
     return max(1, round(STEP * intermediate_size))

@@ -10,7 +10,7 @@ import numpy as np
 
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.moves import moved, paying_moves
-from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.plans.plan import Plan, removed_rate
 from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects
 
 RAMP = 0.5
@@ -64,7 +64,8 @@ def _as_measured(budget: Budget, curves: Sequence[LossCurves], loss: Callable[[P
         predicted = sum(float(getattr(c, part)[k]) for c, k in zip(curves, widths, strict=True))
         if predicted <= 0:  # nothing of this part is cut
             return 1.0
-        alone = Plan(tuple(replace(full, **{width: k}) for full, k in zip(dense, widths, strict=True)))
+        layers = tuple(replace(full, **{width: k}) for full, k in zip(dense, widths, strict=True))
+        alone = replace(plan, layers=layers)
         ratio = loss(alone) / predicted
         return ratio if 0 < ratio < math.inf else 1.0
 
@@ -105,9 +106,11 @@ def knapsack(budget: Budget, curves: Sequence[LossCurves]) -> Rates:
     target = (1 - budget.share) * costs.prunable
     losses = [c.attention for c in curves] + [c.ffn for c in curves]
     tables = (*costs.attention, *costs.ffn)
-    floors = [1 + int((1 - budget.p_max) * (len(loss) - 1) - 1e-9) for loss in losses]
-    if shape.whole_attention:
-        floors[: len(curves)] = [len(c.attention) - 1 for c in curves]
+    least = [w.num_key_value_heads for w in shape.least] + [w.intermediate_size for w in shape.least]
+    floors = [
+        min(max(fewest, 1 + int((1 - budget.p_max) * (len(loss) - 1) - 1e-9)), len(loss) - 1)
+        for loss, fewest in zip(losses, least, strict=True)
+    ]
     if budget.whole_ffn:
         floors[len(curves) :] = [len(c.ffn) - 1 for c in curves]
 
@@ -117,19 +120,19 @@ def knapsack(budget: Budget, curves: Sequence[LossCurves]) -> Rates:
             for loss, table, floor in zip(losses, tables, floors, strict=True)
         ]
 
-    units = [table[-1] / (len(table) - 1) for table in tables]  # what a group or a channel costs, on average
+    units = [table[-1] / max(1, len(table) - 1) for table in tables]  # what a group or a channel costs, on average
     low, high = 0.0, max(float(loss.max() / unit) for loss, unit in zip(losses, units, strict=True) if unit) + 1e-12
     for _ in range(100):
         middle = (low + high) / 2
         cost = sum(float(table[k]) for k, table in zip(widths_at(middle), tables, strict=True))
         low, high = (middle, high) if cost > target else (low, middle)
-    rates = [1 - k / (len(loss) - 1) for k, loss in zip(widths_at(high), losses, strict=True)]
+    rates = [removed_rate(k, len(loss) - 1) for k, loss in zip(widths_at(high), losses, strict=True)]
     layers = shape.num_layers
     if budget.tied:
         sizes = [shape.layer_weights(w) for w in shape.dense.layers]
         removed = [
             rates[i] * w.num_key_value_heads * shape.group_weights
-            + rates[layers + i] * w.intermediate_size * shape.channel_weights
+            + rates[layers + i] * w.intermediate_size * shape.unit_weights
             for i, w in enumerate(shape.dense.layers)
         ]
         return Rates.tied([r / n for r, n in zip(removed, sizes, strict=True)])

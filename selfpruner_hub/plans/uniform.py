@@ -1,4 +1,7 @@
-"""The budget of models that are stock models: one FFN width for all layers, and all of their attention."""
+"""The budget of models that are stock models: one FFN width for all layers, and all of their attention.
+
+In a mixture of experts, every layer that has routed experts keeps the same number of them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class UniformBudget(Budget):
     def __post_init__(self) -> None:
         """Keep all attention; check the values."""
         dense = self.shape.dense.layers
-        if len(set(dense)) > 1:
+        if len({w for w in dense if w.intermediate_size}) > 1:
             raise BudgetError(
                 "A uniform plan needs layers of one width, and this model's differ.", "Leave out uniform."
             )
@@ -47,13 +50,15 @@ class UniformBudget(Budget):
     def _plan(self) -> Plan:
         reached = [plan for plan in self._plans if self.removed_share(plan) >= self.share - 1e-9]
         if self.target is not None and reached:
-            return max(reached, key=lambda plan: plan.layers[0].intermediate_size)
+            return max(reached, key=lambda plan: max(plan.layers))
         return min(self._plans, key=lambda plan: abs(self.removed_share(plan) - self.share))
 
     @cached_property
     def _plans(self) -> Sequence[Plan]:
-        """All plans within the bounds, narrowest first."""
-        ((low, high), *_) = self._ffn_bounds([0] * self.shape.num_layers)
-        (dense, *_), layers = self.shape.dense.layers, self.shape.num_layers
-        widths = [dense.intermediate_size - units * self.multiple_of for units in range(high, low - 1, -1)]
-        return [Plan.of([width] * layers, [dense.num_key_value_heads] * layers) for width in widths]
+        """All plans within the bounds, narrowest first; a layer without experts keeps its 0."""
+        dense = self.shape.dense.layers
+        full = max(w.intermediate_size for w in dense)
+        low, high = max(self._ffn_bounds([0] * len(dense)))
+        groups = [w.num_key_value_heads for w in dense]
+        widths = [full - units * self.multiple_of for units in range(high, low - 1, -1)]
+        return [self.shape.plan([min(width, w.intermediate_size) for w in dense], groups) for width in widths]

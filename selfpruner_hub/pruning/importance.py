@@ -111,7 +111,7 @@ class LayerOrder:
 
     Attributes:
         groups: Indices of KV groups, `[G]`, int64.
-        channels: Indices of FFN channels, `[F]`, int64.
+        channels: Indices of FFN channels, or of routed experts, `[F]`, int64.
     """
 
     groups: Tensor

@@ -163,24 +163,53 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     left = gates
     del squares
     right = damped_factor(read, PRECONDITIONER_DAMPING)
-    best, change, error = start, start.clone(), 0.0
-    curved = start.clone()  # the matrix of the held-out windows times the change
-    preconditioned = _solved(fitted, left, right)
-    direction, norm = preconditioned.clone(), (fitted * preconditioned).sum()
-    for _ in range(ITERATIONS):
-        products, rounded = _Pair(start), direction.to(inputs.dtype)
+
+    def products(direction: Tensor) -> tuple[Tensor, Tensor]:
+        pair, rounded = _Pair(start), direction.to(inputs.dtype)
         for h, factors, _rest in stream():
             changes = ((h @ v.t()).mul_(f) for v, f in zip(rounded, factors.unbind(-2), strict=True))
-            products.add(reduce(Tensor.add_, changes) @ down.t() @ down, factors, h)
-        step = norm / (direction * products.sums[0]).sum()
+            pair.add(reduce(Tensor.add_, changes) @ down.t() @ down, factors, h)
+        return pair.sums
+
+    return descended((fitted, held), products, lambda gradient: _solved(gradient, left, right), ITERATIONS)
+
+
+def descended(
+    gradients: tuple[Tensor, Tensor],
+    products: Callable[[Tensor], tuple[Tensor, Tensor]],
+    solved: Callable[[Tensor], Tensor],
+    iterations: int,
+    root: Tensor | None = None,
+) -> Tensor:
+    """Minimise a squared error by preconditioned conjugate gradients, until that on held-out windows stops falling.
+
+    Args:
+        gradients: Gradients at 0 on fitted and on held-out windows.
+        products: Function that multiplies a direction by the matrices of the fitted and of the held-out windows.
+        solved: Preconditioner.
+        iterations: Maximum number of steps.
+        root: R of the outputs, whose rows the change has: the held-out error is ‖R (rest - V x)‖²; None means R = I.
+
+    Returns:
+        The change, of the shape of a gradient; 0 if no step lowers the held-out error.
+    """
+    fitted, held = gradients
+    best, error = torch.zeros_like(fitted), 0.0
+    change, curved = best.clone(), best.clone()  # `curved` is the matrix of the held-out windows times the change
+    preconditioned = solved(fitted)
+    direction, norm = preconditioned.clone(), (fitted * preconditioned).sum()
+    for _ in range(iterations):
+        of_fitted, of_held = products(direction)
+        step = norm / (direction * of_fitted).sum()
         change = change + step * direction
-        curved += step * products.sums[1]
-        reached = (change * (curved - 2 * held)).sum().item()
+        curved += step * of_held
+        rest = curved - 2 * held
+        reached = (change * rest if root is None else as_seen(change, root) * as_seen(rest, root)).sum().item()
         if not reached < error:
             break
         best, error = change, reached
-        fitted = fitted - step * products.sums[0]
-        preconditioned = _solved(fitted, left, right)
+        fitted = fitted - step * of_fitted
+        preconditioned = solved(fitted)
         before, norm = norm, (fitted * preconditioned).sum()
         direction = preconditioned + norm / before * direction
     return best

@@ -10,7 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfpruner_hub.interrupts import uninterrupted
-from selfpruner_hub.models.architectures import Block, architecture_of, decoder_layers, linear, shape_of, unit_rows
+from selfpruner_hub.models.architectures import (
+    Block,
+    architecture_of,
+    decoder_layers,
+    expert_tensors,
+    linear,
+    shape_of,
+    unit_rows,
+)
 from selfpruner_hub.pruning.importance import LayerOrder, expand
 
 
@@ -35,7 +43,7 @@ def ordered(model: PreTrainedModel, order: Sequence[LayerOrder]) -> Iterator[Non
 
 @torch.no_grad()
 def permute(model: PreTrainedModel, order: Sequence[LayerOrder]) -> None:
-    """Reorder KV groups and FFN channels of every layer in place; the model's function does not change.
+    """Reorder KV groups and FFN channels, or experts, of every layer in place; the model's function does not change.
 
     On any error, such as too little memory for the copy of a weight, the model has its old order.
     """
@@ -54,6 +62,10 @@ def _moves(model: PreTrainedModel, order: Sequence[LayerOrder]) -> Iterator[tupl
     """Yield each tensor to reorder, its dimension, and the new order of its indices."""
     architecture, shape = architecture_of(model.config), shape_of(model.config)
     for layer, by in zip(decoder_layers(model), order, strict=True):
+        for tensor, dimension in expert_tensors(architecture, layer).values():
+            yield tensor, dimension, by.channels.to(tensor.device)
+        if architecture.experts is not None:
+            continue
         parameters = dict(layer.named_parameters())
         for projection in architecture.rows:
             indices, offset = [], 0

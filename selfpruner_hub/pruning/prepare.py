@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from selfpruner_hub.calibration.fisher import Fisher, output_fisher
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.errors import ModelError, UserError
-from selfpruner_hub.models.architectures import decoder_layers, shape_of
+from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
 from selfpruner_hub.models.devices import refuse_float16
 from selfpruner_hub.plans.predicted_loss import LossCurves
+from selfpruner_hub.pruning.experts import REROUTE, rank_experts
 from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.ordering import ordered
 from selfpruner_hub.pruning.slicing import Slicer
@@ -42,7 +43,10 @@ def check_model(model: Any) -> None:
             "Give AutoPruner a model, its tokenizer and a name, or give AutoPruner.from_pretrained the name alone.",
         )
     shape_of(model.config)  # fails where the architecture is not supported
-    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    experts = architecture_of(model.config).experts
+    router = f".{experts.block}.{experts.router}." if experts is not None else None  # may have a dtype of its own
+    named = [(name, str(parameter.dtype)) for name, parameter in model.named_parameters()]
+    dtypes = sorted({dtype.removeprefix("torch.") for name, dtype in named if router is None or router not in name})
     if len(dtypes) > 1:
         raise ModelError(
             f"The model has weights in {' and '.join(dtypes)}; pruning needs one dtype.",
@@ -92,7 +96,7 @@ def fisher_information(model: PreTrainedModel, windows: Tensor, settings: PruneS
     Returns:
         Result of `output_fisher`; None if no setting needs it.
     """
-    if not (settings.predicts_losses or settings.importance == "obs" or settings.repairs_twice):
+    if not (settings.predicts_losses or settings.importance in ("obs", REROUTE) or settings.repairs_twice):
         return None
     return output_fisher(model, windows[: max(1, settings.fisher_tokens // windows.shape[1])], run)
 
@@ -108,7 +112,8 @@ def prepared(
     """Calibrate a model and put its weights into order of importance, in place, while the context lasts.
 
     Args:
-        model: The dense model; it computes the same function, and on exit its weights are restored.
+        model: The dense model; it computes the same function, and on exit its weights are restored. The experts of a
+            mixture have no first repair: which of them run depends on the plan.
         windows: Token ids of the calibration text, `[N, W]`.
         settings: Settings: order, repair.
         fisher: Result of `fisher_information`.
@@ -117,6 +122,11 @@ def prepared(
     Yields:
         The order, the slicer and the loss curves of the model.
     """
+    if architecture_of(model.config).experts is not None:
+        order, found = rank_experts(model, windows, settings.importance, fisher, run)
+        with ordered(model, order):
+            yield Prepared(order, Slicer(model, order, None, run.store), found if fisher else None)
+        return
     statistics = calibrate(model, windows, run)
     order = rank(model, statistics, settings.importance, fisher, run)
     with ordered(model, order):

@@ -21,6 +21,7 @@ from selfpruner_hub.models.architectures import Architecture, architecture_of, d
 from selfpruner_hub.models.layer_stream import Seen, Stream, watching
 from selfpruner_hub.models.patching import replaced
 from selfpruner_hub.models.placement import on, placed
+from selfpruner_hub.pruning.expert_repair import compensate_experts
 from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
@@ -42,6 +43,8 @@ def compensate(
     run: Run = DEFAULT_RUN,
 ) -> None:
     """Refit o_proj, gate_proj, up_proj and down_proj of every pruned layer, in place, first layer first.
+
+    Of a mixture, only the output projections of its experts (`expert_repair.compensate_experts`).
 
     W* = (E[t x̂ᵀ] + λ W) (E[x̂ x̂ᵀ] + λ I)⁻¹ for o_proj and down_proj, with x̂ the projection's input in the pruned model,
     W its weight before, and the target t = (dense stream after the block) - (pruned stream before it). If the
@@ -68,8 +71,11 @@ def compensate(
     Raises:
         ModelError: The statistics are degenerate.
     """
-    store, checkpoints = run.store, run.checkpoints
     architecture, scale = architecture_of(dense.config), residual_scale(dense.config)
+    if architecture.experts is not None:
+        compensate_experts(dense, pruned, windows, ridges, fisher=fisher, run=run)
+        return
+    store, checkpoints = run.store, run.checkpoints
     original, moved = Stream(dense, windows, store), Stream(dense, windows, store)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
     roots = roots_of(fisher, len(pairs), dense.device)

@@ -18,13 +18,16 @@ from selfpruner_hub.models.architectures import (
     architecture_of,
     block_rows,
     decoder_layers,
+    expert_tensors,
     linear,
     model_class,
+    output_columns,
+    own_widths,
     shape_of,
     stock_class,
     unit_rows,
 )
-from selfpruner_hub.models.modeling_selfpruned import WIDTHS, LayerConfig
+from selfpruner_hub.models.modeling_selfpruned import LayerConfig
 from selfpruner_hub.models.placement import stream_layers, streams
 from selfpruner_hub.models.weights import is_tied, rebuild_buffers
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
@@ -71,8 +74,10 @@ class Slicer:
             roots = roots_of(fisher, len(self._dense), model.device)
             self.repairs = [self._repairs(*each) for each in zip(self._dense, order, statistics, roots, strict=True)]
         self._cache: OrderedDict[tuple[int, Part, int], Tensor] = OrderedDict()
-        outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
-        self._free = int(CACHED_REPAIRS * outputs) if not store.on_disk else 0
+        self._free = 0
+        if self.repairs is not None and not store.on_disk:
+            outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
+            self._free = int(CACHED_REPAIRS * outputs)
 
     def _repairs(
         self, layer: nn.Module, order: LayerOrder, moments: LayerStatistics, roots: tuple[Tensor | None, Tensor | None]
@@ -208,21 +213,19 @@ def pruned_config(dense: PreTrainedModel, plan: Plan, *, stock: bool = False) ->
     That of a stock class has the widths of all layers at the top level. Whether embeddings and head are tied is read
     from the weights of the dense model.
     """
-    shape = shape_of(dense.config)
     values = dense.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
         values.pop(key, None)
-    widths = (
-        (kept.num_key_value_heads * shape.queries_per_group, kept.num_key_value_heads, kept.intermediate_size)
-        for kept in plan.layers
-    )
-    per_layer = {index: dict(zip(WIDTHS, values_, strict=True)) for index, values_ in enumerate(widths)}
+    if values.get("output_router_logits") and not stock:
+        values["output_router_logits"] = False  # the loss that balances experts takes one number of them for all layers
+    per_layer = dict(enumerate(own_widths(dense.config, plan)))
     build = stock_class if stock else model_class
     config_class: type[PreTrainedConfig] = build(dense.config).config_class  # type: ignore[assignment]
     extra: dict[str, object] = {**per_layer[0]} if stock else {"per_layer_config": per_layer}
-    extra |= {"head_dim": shape.head_dim, "tie_word_embeddings": is_tied(dense)}
+    extra |= {"head_dim": shape_of(dense.config).head_dim, "tie_word_embeddings": is_tied(dense)}
     config = config_class(**{**values, **extra})
     config._attn_implementation_internal = dense.config._attn_implementation_internal
+    config._experts_implementation_internal = dense.config._experts_implementation_internal
     return config
 
 
@@ -236,11 +239,13 @@ def _cut(
 ) -> nn.Module:
     """A stock decoder layer with these widths; its weights are views of the first rows and columns of `dense`."""
     architecture = architecture_of(model.config)
-    values = widths.num_key_value_heads * shape.queries_per_group, widths.num_key_value_heads, widths.intermediate_size
-    config = LayerConfig(model.config, head_dim=shape.head_dim, **dict(zip(WIDTHS, values, strict=True)))
+    (own,) = own_widths(model.config, Plan((widths,)))
+    config = LayerConfig(model.config, head_dim=shape.head_dim, **own)
     with torch.device("meta"):
         layer = type(dense)(config, index)
     tensors = {name: parameter.detach() for name, parameter in dense.named_parameters()}
+    for name, (tensor, dimension) in expert_tensors(architecture, dense).items():
+        tensors[name] = tensor.narrow(dimension, 0, widths.intermediate_size)
     full = shape.dense.layers[index]
     for projection in architecture.rows:
         spans, offset = [], 0
@@ -252,18 +257,19 @@ def _cut(
                 by_row, rest = tensors[name].view(offset, -1), tensors[name].shape[1:]
                 views = [by_row.narrow(0, *span) for span in spans]
                 tensors[name] = (views[0] if len(views) == 1 else torch.cat(views)).view(-1, *rest)
-    for path, columns in (
-        (architecture.attention_output, block_rows(shape, widths, "query")),
-        (architecture.ffn_output, widths.intermediate_size),
-    ):
+    for path, columns in output_columns(architecture, shape, widths).items():
         name = f"{path}.weight"
-        tensors[name] = outputs.get(name.removesuffix(".weight"), tensors[name].narrow(1, 0, columns))
+        tensors[name] = outputs.get(path, tensors[name].narrow(1, 0, columns))
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        module = layer.get_submodule(owner)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     return layer.eval()
 
 
 def units(widths: LayerWidths, part: Part) -> int:
-    """Number of KV groups, or of channels, in `widths`."""
+    """Number of KV groups, or of FFN units, in `widths`."""
     return widths.num_key_value_heads if part == "attention" else widths.intermediate_size

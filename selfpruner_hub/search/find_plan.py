@@ -67,7 +67,8 @@ def find_plan(
     if settings.schedule.evaluations and texts.unseen is not None:
         check = checked(journal, partial(_fitness, slicer, texts.unseen.windows, settings, scoring))
     with ray_workers(fitness) if run.executor == "ray" else nullcontext() as pool:
-        steps = measure_steps if getattr(proposer, "reads_slopes", False) else None
+        reads = getattr(proposer, "reads_slopes", False) and not budget.shape.expert_weights  # which have no gradient
+        steps = measure_steps if reads else None
         problem = Problem(budget, starts, fitness, steps, pool, check)
         price = float(getattr(proposer, "token_price", 0.0))
         on_score = _shown(run.progress, settings, price)

@@ -170,7 +170,8 @@ class _Shape(TypedDict):
     hidden_size: int
     head_dim: int
     queries_per_group: int
-    intermediate_size: list[int]
+    intermediate_size: NotRequired[list[int]]
+    num_experts: NotRequired[list[int]]
     num_key_value_heads: list[int]
 
 

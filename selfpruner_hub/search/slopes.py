@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from selfpruner_hub.errors import UserError
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.moves import moved, paying_moves
 from selfpruner_hub.search.proposers import EvolutionProposer, Operation, Proposal, Scored
@@ -27,12 +28,19 @@ class SlopesProposer:
 
     Args:
         budget: Parameter budget of the search.
+
+    Raises:
+        UserError: The units are experts, whose small changes have no gradient.
     """
 
     name = "slopes"
     reads_slopes = True
 
     def __init__(self, budget: Budget) -> None:
+        if budget.shape.expert_weights:
+            raise UserError(
+                "slopes reads the effects of small changes, which are not measured for experts.", 'Use "evolution".'
+            )
         self._budget = budget
         self._unmeasured = EvolutionProposer(budget)
 

@@ -42,11 +42,13 @@ class PruneSettings:
     """Every setting of `prune` that is not about where things come from; all of them go into the record."""
 
     importance: str = "obs"
-    """Order in which FFN channels and KV groups are removed: obs, wanda-sp, flap or energy."""
+    """Order in which FFN channels and KV groups are removed: obs, wanda-sp, flap or energy. Of experts: reroute
+    (also where one of the former is given), reap-sum, reap or frequency."""
     repair: str = "full"
     """Least-squares fit of the weights that are left. none; output: o_proj and down_proj, each layer alone (the first
     repair); sequential: both again, layer by layer on the activations of the pruned model (the second repair); full:
-    gate_proj and up_proj in the second repair too."""
+    gate_proj and up_proj in the second repair too. Of a mixture, the last two refit the output projections of experts,
+    and the first two nothing."""
     confidence: bool = True
     """Scale all logits by one factor, so that the pruned model is as confident as its parent on the fitness text."""
     fitness: str = "kl"
@@ -64,7 +66,8 @@ class PruneSettings:
     """KV heads of every layer are a multiple of this number, such as the size of tensor parallelism. It must divide the
     dense number."""
     uniform: bool = False
-    """Give the FFNs of all layers one width, and keep all attention: the result is a stock model."""
+    """Give the FFNs of all layers one width, or one number of experts, and keep all attention: the result is a stock
+    model."""
     window: int = 512
     """Tokens of a window of calibration and fitness text."""
     calibration_tokens: int = 73_728

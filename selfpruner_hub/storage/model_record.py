@@ -45,11 +45,13 @@ class Record:
     beta: float
     """Mean rate that was asked for, in (0, 1); `achieved_beta` where a target was asked for."""
     achieved_beta: float
-    """Share of the prunable weights (q, k, v, o, gate, up, down) that was removed, counted from the widths."""
+    """Share of the prunable weights (q, k, v, o, gate, up, down; of a mixture, routed experts and routers) that was
+    removed, counted from the widths."""
     rates: tuple[float, ...]
     """Share of the prunable weights removed from each layer."""
     widths: dict[str, list[int]]
-    """Widths that are kept: `intermediate_size` and `num_key_value_heads`, one value per layer."""
+    """Widths that are kept: `intermediate_size`, or `num_experts` of a mixture (0 in a layer without routed ones), and
+    `num_key_value_heads`, one value per layer."""
     parameters: dict[str, int]
     """Number of parameters of `dense` and `pruned`, counted from the tensors, shared ones once."""
     method: dict[str, Any]

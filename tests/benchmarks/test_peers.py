@@ -93,7 +93,7 @@ def test_flap_takes_the_least_of_all_layers_until_the_budget_is_met(model):
     groups = torch.full((4,), 9.0)
     known._scores = [(groups, torch.arange(48.0) + (100 if layer else 0)) for layer in range(4)]
     shape = shape_of(model.config)
-    plan = known.plan(9 * shape.channel_weights / shape.weights(shape.dense))
+    plan = known.plan(9 * shape.unit_weights / shape.weights(shape.dense))
     assert [w.intermediate_size for w in plan.layers] == [48 - 9, 48, 48, 48]  # scores 0 to 8 of the first layer
-    plan = known.plan((9 * shape.channel_weights + 2 * shape.group_weights) / shape.weights(shape.dense))
+    plan = known.plan((9 * shape.unit_weights + 2 * shape.group_weights) / shape.weights(shape.dense))
     assert [w.num_key_value_heads for w in plan.layers] == [2, 4, 4, 4]  # then its groups, and one of them stays

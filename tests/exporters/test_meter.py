@@ -151,7 +151,7 @@ def test_every_kind_of_model_is_measured_in_pytorch(name):
     model = tiny_model(name)
     sizes = RuntimeMeter("torch").costs(model, None, target_of({"memory": 0.7}, "torch", (4, 1)), nothing)
     shape = shape_of(model.config)
-    assert sizes.ffn[0][-1] == pytest.approx(4 * 48 * shape.channel_weights, rel=0.2)
+    assert sizes.ffn[0][-1] == pytest.approx(4 * 48 * shape.unit_weights, rel=0.2)
     assert bool(sizes.attention[0].any()) == (not shape.whole_attention and name != "gemma-mqa")
 
 

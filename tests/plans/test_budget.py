@@ -69,7 +69,7 @@ def test_every_projection_is_on_the_budget(proposal):
     budget, rates = proposal
     plan = budget.project(rates)
     assert abs(budget.shape.beta(plan) - budget.share) <= budget.tolerance + 1e-12
-    unit = budget.multiple_of * budget.shape.channel_weights
+    unit = budget.multiple_of * budget.shape.unit_weights
     sizes = map(budget.shape.layer_weights, budget.shape.dense.layers)
     for kept, dense, rate, size in zip(
         plan.layers, budget.shape.dense.layers, budget.shape.rates(plan), sizes, strict=True
@@ -164,7 +164,7 @@ def test_a_group_that_goes_is_settled_in_its_own_layer():
     parent = budget.rates(before)
     after = budget.project(Rates((*parent.attention[:29], 1 / 3), parent.ffn), parent)
     assert after.layers[:29] == before.layers[:29]
-    pieces = SMOLLM2.group_weights / SMOLLM2.channel_weights
+    pieces = SMOLLM2.group_weights / SMOLLM2.unit_weights
     assert after.layers[29].intermediate_size - before.layers[29].intermediate_size == pytest.approx(pieces, abs=1)
 
 

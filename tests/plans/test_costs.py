@@ -59,7 +59,7 @@ def test_every_plan_costs_what_the_target_allows(proposal):
 
 
 def test_parameters_are_the_case_of_linear_cost():
-    scaled = Costs.linear(SHAPE, SHAPE.group_weights, SHAPE.channel_weights, unit="ms")
+    scaled = Costs.linear(SHAPE, SHAPE.group_weights, SHAPE.unit_weights, unit="ms")
     beta = Budget(SHAPE, 0.3)
     aim = target_of({"speedup": 1 / 0.7}, "onnx")
     budget = Budget.for_target(SHAPE, scaled, aim)

@@ -27,7 +27,7 @@ def test_a_cheap_part_makes_room_for_a_dear_one():
 
 
 def test_a_group_is_paid_for_by_as_many_steps_as_it_weighs():
-    steps = SHAPE.group_weights // (step_channels(40) * SHAPE.channel_weights)
+    steps = SHAPE.group_weights // (step_channels(40) * SHAPE.unit_weights)
     wide = ModelShape(16, 4, 2, Plan.of([40] * 9, [3] * 9))
     slopes = StepEffects((math.inf,) * 9, (-9.0, *[math.inf] * 8), (math.inf, *[0.1] * 8), (0.0,) * 9)
     found = paying_moves(slopes, Costs.of_parameters(wide))
@@ -47,7 +47,7 @@ def test_no_removal_costs_more_a_weight_than_what_comes_back_gains(seed):
     values = [tuple(sign * rng.random() for _ in range(3)) for sign in (1, -1, 1, -1)]
     slopes = StepEffects(*values)
     found = paying_moves(slopes, COSTS)
-    sizes = {"attention": SHAPE.group_weights, "ffn": step_channels(40) * SHAPE.channel_weights}
+    sizes = {"attention": SHAPE.group_weights, "ffn": step_channels(40) * SHAPE.unit_weights}
     prices = {
         way: [
             abs(getattr(slopes, name)[i]) / sizes[name.split("_")[0]]

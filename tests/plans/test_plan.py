@@ -70,7 +70,7 @@ def test_weights_of_smollm2_equal_its_matrices():
 
 def test_rates_and_beta_of_a_hand_made_plan():
     shape = ModelShape(hidden_size=10, head_dim=3, queries_per_group=2, dense=Plan.of([12, 12], [2, 2]))
-    assert (shape.channel_weights, shape.group_weights) == (30, 180)  # gate, up, down; q + q + k + v + o + o
+    assert (shape.unit_weights, shape.group_weights) == (30, 180)  # gate, up, down; q + q + k + v + o + o
     plan = Plan.of([6, 12], [1, 2])  # the first layer keeps half of both parts
     assert shape.rates(plan) == pytest.approx((0.5, 0))
     assert shape.beta(plan) == pytest.approx(0.25)
@@ -78,7 +78,7 @@ def test_rates_and_beta_of_a_hand_made_plan():
 
 def test_an_ffn_without_gate_has_two_matrices():
     shape = ModelShape(10, 3, 2, Plan.of([12], [2]), ffn_matrices=2)
-    assert shape.channel_weights == 20
+    assert shape.unit_weights == 20
     assert shape.weights(shape.dense) == 12 * 20 + 2 * 180
 
 

@@ -135,3 +135,10 @@ def test_a_bad_template_is_a_user_error(tmp_path, template):
     (tmp_path / "initial.txt").write_bytes(template)
     with pytest.raises(UserError, match=r"initial\.txt cannot be used"):
         render(Question("initial", [], UNTIED), "m", tmp_path)
+
+
+def test_a_mixture_is_told_of_its_experts():
+    shape = ModelShape(16, 4, 2, Plan.of([0, 64, 64], [3] * 3, "num_experts"), 3, True, 100, 8)
+    budget = Budget(shape, 0.3)
+    assert "and 64 routed experts per layer" in render(Question("initial", [], budget), "m")
+    assert "and 32 feed-forward channels per layer" in render(Question("initial", [], UNTIED), "m")

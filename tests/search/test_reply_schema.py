@@ -92,7 +92,7 @@ def test_the_ffn_that_loses_more_pays_for_a_group_that_comes_back():
     past = [Scored(plan, parent, 1.0, 1.0, "random", 1)]
     reply = '{"parents":[1],"attention":{"more":[],"less":[3]},"ffn":{"more":[1],"less":[],"points":5}}'
     rates, _ = parse(Question("mutation", past, wide), reply)
-    group = wide.shape.group_weights / wide.shape.channel_weights / 96
+    group = wide.shape.group_weights / wide.shape.unit_weights / 96
     assert rates.attention == pytest.approx((0, 0, 0))
     assert rates.ffn == pytest.approx((parent.ffn[0] + group, *parent.ffn[1:]))
     child = wide.project(rates, parent)

@@ -49,6 +49,7 @@ def render(question: Question, model: str, templates: Path | None = None) -> str
     """
     operation, budget = question.operation, question.budget
     shape, dense = budget.shape, budget.shape.dense.layers[0]
+    units = max(w.intermediate_size for w in shape.dense.layers) if shape.expert_weights else dense.intermediate_size
     numbered = [f"{n}. loss {s.fitness:.4f}: {solution(budget, s.rates)}" for n, s in enumerate(question.shown, 1)]
     values = {
         "model": model,
@@ -57,6 +58,7 @@ def render(question: Question, model: str, templates: Path | None = None) -> str
         "heads": dense.num_key_value_heads * shape.queries_per_group,
         "groups": dense.num_key_value_heads,
         "channels": dense.intermediate_size,
+        "units": f"{units} {'routed experts' if shape.expert_weights else 'feed-forward channels'}",
         "beta": f"{100 * budget.share:.5g}" if budget.target else f"{100 * budget.share:g}",
         "goal": _goal(budget),
         "p_max": round(100 * budget.p_max),

@@ -1,0 +1,1 @@
+"""Mixtures of experts: where their experts and routers are, and what these compute."""
