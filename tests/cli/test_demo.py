@@ -45,7 +45,17 @@ def said(monkeypatch, tmp_path):
 
 def test_what_it_says(said):
     text = said(0.3)
-    order = ["Loading", "Searching", "Training it", "Saved (", "Measuring", "agreement", "dense ", "pruned ", "other conversations"]
+    order = [
+        "Loading",
+        "Searching",
+        "Training it",
+        "Saved (",
+        "Measuring",
+        "agreement",
+        "dense ",
+        "pruned ",
+        "other conversations",
+    ]
     first, *others = demo.DEMO_QUESTIONS
     order += ["llama.cpp, a request of 128 + 32 tokens", first, "dense:", "pruned:", *others]
     order += ["The best plan", "What to try next:"]
