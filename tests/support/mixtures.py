@@ -73,11 +73,12 @@ MIXTURES: dict[str, PreTrainedConfig] = {
 """One configuration per type; layers without experts, shared experts, biases, factors, MHA and MLA."""
 
 
-def tiny_mixture(name: str, seed: int = 0) -> PreTrainedModel:
+def tiny_mixture(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     """Build the mixture `name` of `MIXTURES` with random weights whose routers tell tokens apart."""
     torch.manual_seed(seed)
-    config = MIXTURES[name]
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](type(config).from_dict(config.to_dict())).eval()
+    kind = type(MIXTURES[name])
+    config = kind.from_dict({**MIXTURES[name].to_dict(), **changes})
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[kind](config).eval()
     row = architecture_of(config).experts
     for key, parameter in [*model.named_parameters(), *model.named_buffers()]:
         if key.endswith("e_score_correction_bias"):
