@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from typing import NamedTuple
 
 import pytest
 import torch
 from support.checks import check_cache, check_left_padding, check_without_package, logits
-from support.mixtures import MIXTURES, masked, tiny_mixture
-from transformers import AutoModelForCausalLM, PhimoeConfig, PreTrainedModel
+from support.mixtures import MIXTURES, Case, cut_by, masked, tiny_mixture
+from transformers import AutoModelForCausalLM, PhimoeConfig
 
 from selfpruner_hub.errors import UnsupportedArchitectureError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of, stock_class
@@ -20,33 +19,10 @@ from selfpruner_hub.models.mixtures.table import EXPERTS
 from selfpruner_hub.plans.plan import Plan, plan_of, widths_of
 from selfpruner_hub.pruning.importance import LayerOrder
 from selfpruner_hub.pruning.ordering import ordered
-from selfpruner_hub.pruning.slicing import Slicer, slice_model
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 COUNTS = (5, 4, 6)
 each_mixture = pytest.mark.parametrize("name", MIXTURES)
-
-
-class Case(NamedTuple):
-    """A mixture, the experts that each layer keeps, and its cut."""
-
-    whole: PreTrainedModel
-    kept: list[torch.Tensor]
-    cut: PreTrainedModel
-
-
-def cut_by(whole: PreTrainedModel, counts: tuple[int, ...], *, stock: bool = False) -> Case:
-    """Keep so many experts of each layer that has any, at random."""
-    shape, generator = shape_of(whole.config), torch.Generator().manual_seed(1)
-    order = [
-        LayerOrder(torch.arange(w.num_key_value_heads), torch.randperm(w.intermediate_size, generator=generator))
-        for w in shape.dense.layers
-    ]
-    numbers = [min(n, w.intermediate_size) for n, w in zip(counts, shape.dense.layers, strict=True)]
-    plan = shape.plan(numbers, [w.num_key_value_heads for w in shape.dense.layers])
-    with ordered(whole, order):
-        cut = slice_model(Slicer(whole, order, None), plan, stock=stock)
-    return Case(whole, [each.channels[:n] for each, n in zip(order, numbers, strict=True)], cut)
 
 
 @functools.cache

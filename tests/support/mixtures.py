@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from selfpruner_hub.models.architectures import architecture_of, decoder_layers
+from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
+from selfpruner_hub.pruning.importance import LayerOrder
+from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.slicing import Slicer, slice_model
 
 SMALL = {
     "vocab_size": 128,
@@ -88,6 +92,28 @@ def tiny_mixture(name: str, seed: int = 0, **changes: object) -> PreTrainedModel
         elif "norm" not in key and "inv_freq" not in key:
             torch.nn.init.normal_(parameter.data, std=0.1)
     return model
+
+
+class Case(NamedTuple):
+    """A mixture, the experts that each layer keeps, and its cut."""
+
+    whole: PreTrainedModel
+    kept: list[Tensor]
+    cut: PreTrainedModel
+
+
+def cut_by(whole: PreTrainedModel, counts: tuple[int, ...], *, stock: bool = False) -> Case:
+    """Keep so many experts of each layer that has any, at random."""
+    shape, generator = shape_of(whole.config), torch.Generator().manual_seed(1)
+    order = [
+        LayerOrder(torch.arange(w.num_key_value_heads), torch.randperm(w.intermediate_size, generator=generator))
+        for w in shape.dense.layers
+    ]
+    numbers = [min(n, w.intermediate_size) for n, w in zip(counts, shape.dense.layers, strict=True)]
+    plan = shape.plan(numbers, [w.num_key_value_heads for w in shape.dense.layers])
+    with ordered(whole, order):
+        cut = slice_model(Slicer(whole, order, None), plan, stock=stock)
+    return Case(whole, [each.channels[:n] for each, n in zip(order, numbers, strict=True)], cut)
 
 
 @contextmanager
