@@ -12,7 +12,8 @@ from selfpruner_hub.recovery.ranks import from_first, is_first
 from selfpruner_hub.recovery.texts import Text
 
 NOISE = 1.03
-"""Divergence on one text after recovery, as a multiple of that before, up to which it counts as no worse."""
+"""Divergence on a text that is read, as a multiple of that before recovery, up to which it counts as no worse: a few
+windows of it tell no more, and what the parent writes says whether the model is worse in general."""
 
 
 class Deciding:
@@ -49,6 +50,16 @@ def score(before: Sequence[float], after: Sequence[float]) -> float:
     return sum(ratios) / len(ratios) if all(map(math.isfinite, ratios)) else math.inf
 
 
-def is_better(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether a model is nearer to its parent on average, and on none of the texts farther from it."""
-    return score(before, after) < 1 and all(now <= NOISE * then for then, now in zip(before, after, strict=True))
+def is_better(before: Sequence[float], after: Sequence[float], written: int) -> bool:
+    """Whether a model is nearer to its parent on average, and on none of the texts farther from it.
+
+    Args:
+        before: Divergence on each deciding text before recovery; first those that the parent wrote.
+        after: Divergence after it.
+        written: Number of texts that the parent wrote.
+
+    Returns:
+        Whether it is. On a text that was read, up to `NOISE` times the divergence before is no farther.
+    """
+    allowed = [then * (1 if number < written else NOISE) for number, then in enumerate(before)]
+    return score(before, after) < 1 and all(now <= most for most, now in zip(allowed, after, strict=True))

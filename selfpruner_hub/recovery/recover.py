@@ -120,7 +120,7 @@ def recover(
         ],
         "curve": curve(distiller.divergences, task.batch * task.window),
     }
-    return Recovered(model if is_better(before, after) else None, record)
+    return Recovered(model if is_better(before, after, len(deciding)) else None, record)
 
 
 class _Texts(NamedTuple):

@@ -247,12 +247,13 @@ def test_another_vocabulary_is_refused(pair, tmp_path):
 
 def test_the_verdict():
     assert score([0.5, 0.2], [0.4, 0.2]) == pytest.approx(0.9)
-    assert is_better([0.5, 0.2], [0.4, 0.2])
-    assert is_better([0.5, 0.2], [0.4, 0.205])  # within what such a text can tell
-    assert not is_better([0.5, 0.2], [0.1, 0.21])  # better on average, and worse on a text
-    assert not is_better([0.5], [float("nan")])
+    assert is_better([0.5, 0.2], [0.4, 0.2], 1)
+    assert is_better([0.5, 0.2], [0.4, 0.205], 1)  # within what a text that is read can tell
+    assert not is_better([0.5, 0.2], [0.4, 0.205], 2)  # the parent wrote it
+    assert not is_better([0.5, 0.2], [0.1, 0.21], 1)  # better on average, and worse on a text
+    assert not is_better([0.5], [float("nan")], 1)
     assert score([0.5], [float("nan")]) == float("inf")
-    assert not is_better([0.5, 0.5], [0.5, 0.5])
+    assert not is_better([0.5, 0.5], [0.5, 0.5], 1)
 
 
 def test_the_curve_is_short():
