@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 MULTIPLES = (128, 64, 32, 16, 8)
@@ -31,8 +31,8 @@ class Plan:
     """The widths that every decoder layer keeps, first layer first."""
 
     layers: tuple[LayerWidths, ...]
-    ffn_unit: str = BY_CHANNEL
-    """Name of the FFN's widths in files: `BY_CHANNEL` or `BY_EXPERT`."""
+    ffn_unit: str = field(default=BY_CHANNEL, repr=False, hash=False)
+    """Name of the FFN's widths in files: `BY_CHANNEL` or `BY_EXPERT`. Text has another hash in each process."""
 
     @classmethod
     def of(

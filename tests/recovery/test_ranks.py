@@ -26,7 +26,6 @@ CONFIG = Path(__file__).parents[2] / "examples" / "fsdp.yaml"
 STEPS = 6
 SETTINGS = ("window=32", "batch_tokens=128", "learning_rate=2e-4", "checks=3", "rank=4")
 FAILED = 9
-"""Of the global random state, from which adapters begin; it is that of a fresh process otherwise."""
 
 
 def with_fsdp() -> dict[str, str]:
@@ -140,8 +139,9 @@ def test_fsdp_that_fails_and_resumes_is_one_process(folder, alone):
 
 @pytest.mark.heavy
 def test_adapters_in_two_processes_are_those_of_one(folder, alone):
-    assert alone("lora", "--set", "method=lora") == 0
-    assert start(folder, "loras", "--set", "method=lora") == [0, 0]
+    adapters = ("--set", "method=lora", "--set", "learning_rate=1e-3")
+    assert alone("lora", *adapters) == 0
+    assert start(folder, "loras", *adapters) == [0, 0]
     assert_same(folder, "loras", "lora")
 
 
