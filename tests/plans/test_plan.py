@@ -105,3 +105,9 @@ def test_a_shape_is_filed_with_what_a_group_and_a_channel_weigh(matrices):
     assert ModelShape.of_record(record) == shape
     assert record["channel_weights"] == matrices * 576
     assert record["group_weights"] == 2 * 576 * 64 * 4
+
+
+def test_the_hash_of_a_plan_is_of_its_numbers():
+    """A text has another hash in each process, and sets of plans another order then."""
+    plan = Plan.of([8, 4], [2, 1])
+    assert hash(plan) == hash((plan.layers,)) == hash(replace(plan, ffn_unit="num_experts"))
