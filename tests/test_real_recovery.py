@@ -10,7 +10,7 @@ from selfpruner_hub.evaluation.chat import ChatMeasure
 from selfpruner_hub.pruned_model import PrunedModel
 
 pytestmark = pytest.mark.slow
-SHORT = {"data": "chat", "tokens": 4096, "window": 128, "batch_tokens": 512}
+SHORT = {"data": "chat", "tokens": 8192, "window": 128, "batch_tokens": 1024}
 """A minute of recovery."""
 METHODS = ("full", *(["lora"] if os.environ.get("SELFPRUNER_THOROUGH") else []))
 LEFT = 0.99
