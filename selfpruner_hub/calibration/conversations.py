@@ -7,8 +7,10 @@ arXiv 2406.08464). Such text resembles what a chat model reads and writes in use
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,51 +102,87 @@ def write_conversations(
     usable = [(system, frame) for system, frame in frames if frame is not None]
     if not usable:
         raise DataError("The tokenizer's chat template has no user's turn that a model can write.", _OTHER_TEXT)
-    opened = [
-        (system, frame, encoded(tokenizer, opening)) for opening in style.openings for system, frame in usable
-    ]  # fmt: skip
     ends = end_tokens(model, tokenizer)
+    opened = [
+        TurnStart(
+            prompt=[*frame.before, *words],
+            stops=ends | {frame.after[0]},
+            read=lambda ids, words=words: decoded(tokenizer, [*words, *ids[:-1]]),  # type: ignore[misc]
+            system=system,
+        )
+        for words in (encoded(tokenizer, opening) for opening in style.openings)
+        for system, frame in usable
+    ]
     distinct = distinct or Distinct()
-    turns: list[list[dict[str, str]]] = []
+    turns = write_turns(model, style, lambda number: islice(cycle(opened), number), count, seed, distinct, progress)
+    if not turns:
+        raise DataError("The model wrote no user's turn that ends, or none that is new.", _OTHER_TEXT)
+    return answered(model, tokenizer, style, turns, seed, progress)
+
+
+class TurnStart(NamedTuple):
+    """The beginning of a user's turn, which a model goes on with."""
+
+    prompt: list[int]
+    """Token ids that the model continues."""
+    stops: set[int]
+    """Token ids that end the turn."""
+    read: Callable[[list[int]], str]
+    """Function that returns the turn, from the token ids that were written; empty if it says nothing."""
+    system: str | None = None
+    """System prompt of the conversation; None uses the template's default."""
+
+
+def write_turns(
+    model: PreTrainedModel,
+    style: Style,
+    opened: Callable[[int], Iterable[TurnStart]],
+    count: int,
+    seed: int,
+    distinct: Distinct,
+    progress: Progress | None = None,
+) -> list[list[Message]]:
+    """Let a model write user's turns until there are enough that end and are new.
+
+    Args:
+        model: The dense model.
+        style: Length and temperature of the turns.
+        opened: Function that returns as many beginnings as it is asked for, for each attempt anew.
+        count: Number of turns, at least 1.
+        seed: Random seed.
+        distinct: User's turns written before; the new turns are added to it.
+        progress: Callback that receives the number of turns that are written.
+
+    Returns:
+        The messages before each answer: at most `count`, and fewer only if the model keeps repeating itself.
+    """
+    turns: list[list[Message]] = []
     for attempt in range(QUESTION_ATTEMPTS):
         if len(turns) >= count:
             break
-        batch = [opened[i % len(opened)] for i in range(8 + int(1.3 * (count - len(turns))))]
-        stops = ends | {frame.after[0] for _, frame, _ in batch}
+        batch = list(opened(8 + int(1.3 * (count - len(turns)))))
         written = continuations(
             model,
-            [[*frame.before, *opening] for _, frame, opening in batch],
+            [each.prompt for each in batch],
             style.user_tokens,
-            ends=stops,
+            ends=set().union(*(each.stops for each in batch)),
             temperature=style.user_temperature,
             seed=QUESTION_ATTEMPTS * seed + attempt,
             progress=progress,
             what="writing questions",
         )
-        for (system, _, opening), ids in zip(batch, written, strict=True):
-            text = decoded(tokenizer, [*opening, *ids[:-1]])
-            if ids[-1] in stops and text and distinct.add(text):
-                turns.append([*([_message("system", system)] if system else []), _message("user", text)])
-    if not turns:
-        raise DataError("The model wrote no user's turn that ends, or none that is new.", _OTHER_TEXT)
-    return answered(
-        model,
-        tokenizer,
-        turns[:count],
-        tokens=style.answer_tokens,
-        temperature=style.answer_temperature,
-        seed=seed,
-        progress=progress,
-    )
+        for each, ids in zip(batch, written, strict=True):
+            text = each.read(ids)
+            if ids[-1] in each.stops and text and distinct.add(text):
+                turns.append([*([_message("system", each.system)] if each.system else []), _message("user", text)])
+    return turns[:count]
 
 
 def answered(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    style: Style,
     turns: Sequence[Sequence[Message]],
-    *,
-    tokens: int,
-    temperature: float,
     seed: int,
     progress: Progress | None = None,
 ) -> list[Conversation]:
@@ -153,9 +191,8 @@ def answered(
     Args:
         model: The dense model.
         tokenizer: Its tokenizer, with a chat template.
+        style: Length and temperature of the answers.
         turns: Messages before each answer; at least one.
-        tokens: Maximum length of an answer; longer ones are cut.
-        temperature: Sampling temperature; 0 takes the likeliest tokens.
         seed: Random seed.
         progress: Callback that receives the number of answers that are written.
 
@@ -166,9 +203,9 @@ def answered(
     answers = continuations(
         model,
         prompts,
-        tokens,
+        style.answer_tokens,
         ends=end_tokens(model, tokenizer),
-        temperature=temperature,
+        temperature=style.answer_temperature,
         seed=seed,
         progress=progress,
         what="writing answers",

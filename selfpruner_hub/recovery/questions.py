@@ -7,19 +7,16 @@ on with plain ones (few-shot generation, as in Self-Instruct, arXiv 2212.10560).
 from __future__ import annotations
 
 import random
+from functools import partial
+from itertools import cycle, islice
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import Conversation, decoded, encoded
-from selfpruner_hub.calibration.conversations import QUESTION_ATTEMPTS, Distinct, answered, end_tokens
-from selfpruner_hub.calibration.generated_text import continuations
+from selfpruner_hub.calibration.conversations import Distinct, Style, TurnStart, answered, end_tokens, write_turns
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
 
-QUESTION_TOKENS, ANSWER_TOKENS = 24, 32
-"""Maximum length of a question, of which longer ones are dropped, and of an answer, of which longer ones are cut."""
-TEMPERATURE = 0.7
-"""Sampling temperature of the questions; their answers are the likeliest tokens."""
 SHOTS = 3
 """Examples that stand in front of a question."""
 QUESTION_EXAMPLES = (
@@ -37,11 +34,18 @@ QUESTION_EXAMPLES = (
     ("Which metal is extracted from bauxite?", "Aluminium."),
 )
 """Plain questions with short answers. None of them is among those that measure (evaluation/questions.jsonl)."""
-OPENINGS = (
-    *("What is the", "Which", "Who", "Where", "How many", "What do", "", "In which", "What is a"),
-    *("When", "What kind of", "Name the", "What are", "Why do", "Is", "How does"),
+QUESTIONS = Style(
+    systems=(None,),
+    openings=(
+        *("What is the", "Which", "Who", "Where", "How many", "What do", "", "In which", "What is a"),
+        *("When", "What kind of", "Name the", "What are", "Why do", "Is", "How does"),
+    ),
+    user_tokens=24,
+    answer_tokens=32,
+    user_temperature=0.7,
+    answer_temperature=0.0,
 )
-"""First words of the questions; "" lets the model start."""
+"""Short questions, with the likeliest answers."""
 TOPICS = (
     *("animals", "birds", "fish", "insects", "plants", "trees", "farming", "food", "fruit", "cooking", "drinks"),
     *("the human body", "health", "medicine", "clothes", "houses", "furniture", "tools", "kitchens", "schools"),
@@ -83,36 +87,23 @@ def write_questions(
         DataError: The model writes no new question.
     """
     draw = random.Random(seed)
-    pairs = [(topic, opening) for topic in TOPICS for opening in OPENINGS]
+    pairs = [(topic, opening) for topic in TOPICS for opening in QUESTIONS.openings]
     draw.shuffle(pairs)
     stops = end_tokens(model, tokenizer) | _newlines(tokenizer)
+
+    def asked(opening: str, ids: list[int]) -> str:
+        rest = decoded(tokenizer, ids)
+        return f"{opening} {rest}".strip() if rest else ""
+
+    opened = (
+        TurnStart(encoded(tokenizer, _shown(topic, opening, draw)), stops, partial(asked, opening))
+        for topic, opening in cycle(pairs)
+    )
     distinct = distinct or Distinct()
-    questions: list[str] = []
-    tried = 0
-    for attempt in range(QUESTION_ATTEMPTS):
-        if len(questions) >= count:
-            break
-        batch = [pairs[(tried + i) % len(pairs)] for i in range(8 + int(1.3 * (count - len(questions))))]
-        tried += len(batch)
-        written = continuations(
-            model,
-            [encoded(tokenizer, _shown(topic, opening, draw)) for topic, opening in batch],
-            QUESTION_TOKENS,
-            ends=stops,
-            temperature=TEMPERATURE,
-            seed=QUESTION_ATTEMPTS * seed + attempt,
-            progress=progress,
-            what="writing questions",
-        )
-        for (_, opening), ids in zip(batch, written, strict=True):
-            rest = decoded(tokenizer, ids)
-            question = f"{opening} {rest}".strip()
-            if ids[-1] in stops and rest and distinct.add(question):
-                questions.append(question)
-    if not questions:
+    turns = write_turns(model, QUESTIONS, lambda number: islice(opened, number), count, seed, distinct, progress)
+    if not turns:
         raise DataError("The model wrote no question that ends, or none that is new.", "Use question_share=0.")
-    turns = [[{"role": "user", "content": question}] for question in questions[:count]]
-    return answered(model, tokenizer, turns, tokens=ANSWER_TOKENS, temperature=0.0, seed=seed, progress=progress)
+    return answered(model, tokenizer, QUESTIONS, turns, seed, progress)
 
 
 def _shown(topic: str, opening: str, draw: random.Random) -> str:

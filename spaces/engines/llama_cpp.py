@@ -57,7 +57,5 @@ def load(name: str) -> dict[str, Engine]:
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
     ):
         directory = export(shown().parent, "gguf", Path(folder) / "gguf", dtype=pruned.dtype, tokenizer_from=str(path))
-        return {
-            "pruned": pruned,
-            "dense": warm(LlamaCppEngine(directory / path.name)),
-        }  # llama.cpp maps the deleted file
+        dense = warm(LlamaCppEngine(directory / path.name))  # llama.cpp maps the deleted file
+        return {"pruned": pruned, "dense": dense}

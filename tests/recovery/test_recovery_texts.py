@@ -11,7 +11,7 @@ from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.calibration import conversations
 from selfpruner_hub.errors import DataError
-from selfpruner_hub.recovery import questions, texts
+from selfpruner_hub.recovery import texts
 from selfpruner_hub.recovery.settings import resolve_recovery
 from selfpruner_hub.recovery.texts import Share
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -28,8 +28,7 @@ def writer(monkeypatch, tmp_path):
     """A writer of texts in `WINDOW` tokens; the model's turns are by a script."""
     tokenizer = chat_tokenizer()
     script = Writer(tokenizer, ASKED, lambda number: f"Answer {number}.")
-    for module in (conversations, questions):
-        monkeypatch.setattr(module, "continuations", script)
+    monkeypatch.setattr(conversations, "continuations", script)
     made = texts.Writer(MODEL, tokenizer, WINDOW, Run(checkpoints=Checkpoints(tmp_path), seed=3))
     return made, script, tokenizer
 

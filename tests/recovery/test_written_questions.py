@@ -21,8 +21,7 @@ def write(monkeypatch):
 
     def write(rests, count, seed=0, **more):
         writer = Writer(chat_tokenizer(), rests)
-        for module in (conversations, questions):
-            monkeypatch.setattr(module, "continuations", writer)
+        monkeypatch.setattr(conversations, "continuations", writer)
         return questions.write_questions(MODEL, chat_tokenizer(), count, seed, **more), writer
 
     return write
@@ -41,7 +40,7 @@ def test_examples_stand_in_front_and_the_template_around_what_is_answered(write)
     wanted = [f"{opening} {rest.strip()}".strip() for opening, rest in zip(opened, RESTS, strict=False)][:12]
     assert answered["prompts"] == [tokenizer.decode(prompt_ids(tokenizer, [user(text)])) for text in wanted]
     assert len(talks) == 12
-    assert (answered["temperature"], answered["most"]) == (0.0, questions.ANSWER_TOKENS)
+    assert (answered["temperature"], answered["most"]) == (0.0, questions.QUESTIONS.answer_tokens)
 
 
 def test_a_question_ends_with_its_line(write):

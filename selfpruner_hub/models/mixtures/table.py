@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -92,15 +93,16 @@ class Experts:
             )
 
 
-_CORRECTED = {
-    "others": {"gate.e_score_correction_bias": 0},
-    "placed": _after_dense,
-    "shared": "mlp.shared_experts.down_proj",
-    "sigmoid": True,
-    "bias": "gate.e_score_correction_bias",
-    "divided_by": "by norm_topk_prob",
-    "scale": "routed_scaling_factor",
-}
+_corrected = partial(
+    Experts,
+    others={"gate.e_score_correction_bias": 0},
+    placed=_after_dense,
+    shared="mlp.shared_experts.down_proj",
+    sigmoid=True,
+    bias="gate.e_score_correction_bias",
+    divided_by="by norm_topk_prob",
+    scale="routed_scaling_factor",
+)
 
 EXPERTS = {
     row.model_type: row
@@ -136,9 +138,9 @@ EXPERTS = {
             divided_by="alive",
             scale="routed_scaling_factor",
         ),
-        Experts("deepseek_v3", **_CORRECTED),  # type: ignore[arg-type]
-        Experts("glm4_moe", **_CORRECTED),  # type: ignore[arg-type]
-        Experts("dots1", **_CORRECTED),  # type: ignore[arg-type]
+        _corrected("deepseek_v3"),
+        _corrected("glm4_moe"),
+        _corrected("dots1"),
         Experts(
             "ernie4_5_moe",
             others={"gate.moe_statics.e_score_correction_bias": 1},
