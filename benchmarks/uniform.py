@@ -45,19 +45,21 @@ def main(words: Sequence[str] | None = None) -> None:
     rows, pruner, dense, measured, how, _ = begun(work, options.unseen_text)
     if not rows.have(beta=0.0):
         rows.keep({"beta": 0.0, **measured(pruner.model)})
-    for beta in options.betas:
-        for widths, more in WIDTHS.items():
-            key = {"beta": beta, "widths": widths}
-            cut, recovered = (work / f"b{100 * beta:.0f}-{widths}{end}" for end in ("", "-recovered"))
-            prune = ["prune", dense, "--base-model", EMBEDDED_MODEL, "--data", data, "--beta", beta, "--recover", 0]
-            ran([*prune, *more], cut)
-            ran(["recover", cut, "--against", dense, "--data", data, "--tokens", options.tokens], recovered)
-            for output, tokens in ((cut, 0), (recovered, options.tokens)):
-                if not rows.have(**key, asked_tokens=tokens):
-                    reached = round(read_record(output).achieved_beta, 4)
-                    rows.keep({**key, "asked_tokens": tokens, "achieved_beta": reached, **of_saved(output, measured)})
-            for run in RUNS:
-                time_in(run, rows, key, (Path(dense), cut), options.python)
+    kinds = [(beta, widths) for beta in options.betas for widths in WIDTHS]
+    for beta, widths in kinds:
+        key = {"beta": beta, "widths": widths}
+        cut, recovered = (work / f"b{100 * beta:.0f}-{widths}{end}" for end in ("", "-recovered"))
+        prune = ["prune", dense, "--base-model", EMBEDDED_MODEL, "--data", data, "--beta", beta, "--recover", 0]
+        ran([*prune, *WIDTHS[widths]], cut)
+        ran(["recover", cut, "--against", dense, "--data", data, "--tokens", options.tokens], recovered)
+        for output, tokens in ((cut, 0), (recovered, options.tokens)):
+            if not rows.have(**key, asked_tokens=tokens):
+                reached = round(read_record(output).achieved_beta, 4)
+                rows.keep({**key, "asked_tokens": tokens, "achieved_beta": reached, **of_saved(output, measured)})
+    for beta, widths in kinds:  # after all models are made, so that one quiet hour is enough
+        for run in RUNS:
+            models = Path(dense), work / f"b{100 * beta:.0f}-{widths}"
+            time_in(run, rows, {"beta": beta, "widths": widths}, models, options.python)
     results = with_speed(rows)
     print(shown(results, COLUMNS["uniform"]))
     protocol = (
