@@ -27,7 +27,7 @@ from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.seeds import knapsack
 from selfpruner_hub.plans.uniform import UniformBudget
-from selfpruner_hub.pruning.experts import REROUTE, rank_experts
+from selfpruner_hub.pruning.experts import rank_experts
 from selfpruner_hub.pruning.importance import LayerOrder
 from selfpruner_hub.pruning.ordering import ordered
 from selfpruner_hub.pruning.sequential_repair import compensate
@@ -39,8 +39,7 @@ METHODS = {
     "frequency": ("frequency", True),
     "REAP": ("reap", True),
     "REAP-sum": ("reap-sum", True),
-    "ours, uniform": (REROUTE, True),
-    "ours, own counts": (REROUTE, False),
+    "REAP-sum, own counts": ("reap-sum", False),
 }
 """Order of the experts, and whether every layer keeps as many, by the name of the method."""
 CALIBRATION, FISHER, MEASURED = 128, 64, 64

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.errors import SelfPrunerError, UserError, check_protocol
-from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.architectures import architecture_of, shape_of
 from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.costs import Costs
@@ -20,7 +20,7 @@ from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import RUNTIME, Meter, Target, check_beta, needs_target, target_of
 from selfpruner_hub.plans.uniform import UniformBudget
 from selfpruner_hub.progress import Progress
-from selfpruner_hub.pruning.experts import EXPERT_ORDERS, REROUTE
+from selfpruner_hub.pruning.experts import SCORES
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.model_record import Metric, Record
 
@@ -46,7 +46,7 @@ class ShareOfWeights:
 
     def budget(self, settings: PruneSettings, progress: Progress) -> Budget:
         """Make the budget of β."""
-        return _kind(settings)(shape_of(self.dense.config), self.beta, **_bounds(settings))
+        return _kind(settings)(_shape(self.dense, settings), self.beta, **_bounds(settings))
 
     def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, progress: Progress) -> Record:
         """Return the record as it is."""
@@ -65,7 +65,7 @@ class TargetInRuntime:
     def budget(self, settings: PruneSettings, progress: Progress) -> Budget:
         """Make the budget from the cost of each width in the runtime."""
         costs = self.meter.costs(self.dense, self.tokenizer, self.target, progress)
-        return _kind(settings).for_target(shape_of(self.dense.config), costs, self.target, **_bounds(settings))
+        return _kind(settings).for_target(_shape(self.dense, settings), costs, self.target, **_bounds(settings))
 
     def measured(self, record: Record, budget: Budget, pruned: PreTrainedModel, progress: Progress) -> Record:
         """Measure both models in the runtime; a failure is recorded, since the pruned model itself is there."""
@@ -184,16 +184,18 @@ def completed(settings: PruneSettings, shape: ModelShape) -> PruneSettings:
         of one of channels, a repair of their output projections alone, and no effects of small steps.
 
     Raises:
-        UserError: `uniform` is combined with a search, or a model without experts has an importance of experts.
+        UserError: `uniform` is combined with a search, or a model without experts has a setting of experts.
     """
     settings = replace(settings, multiple_of=settings.multiple_of or shape.default_multiple)
-    own = settings.importance in EXPERT_ORDERS
+    own = settings.importance in SCORES
     if own and not shape.expert_weights:
         raise UserError(f"importance={settings.importance!r} orders experts, and this model has none.", "Leave it out.")
+    if settings.fewest_experts and not shape.expert_weights:
+        raise UserError("fewest_experts is given, and this model has no experts.", "Leave it out.")
     if shape.expert_weights:
         settings = replace(
             settings,
-            importance=settings.importance if own else REROUTE,
+            importance=settings.importance if own else "reap-sum",
             repair={"full": "sequential", "output": "none"}.get(settings.repair, settings.repair),
             seeds=tuple(seed for seed in settings.seeds if seed != "refined") or ("sensitivity",),
         )
@@ -202,6 +204,13 @@ def completed(settings: PruneSettings, shape: ModelShape) -> PruneSettings:
     if settings.schedule.length:
         raise UserError("uniform leaves one plan, and nothing to search.", "Leave out one of them.")
     return replace(settings, seeds=("uniform",))
+
+
+def _shape(dense: PreTrainedModel, settings: PruneSettings) -> ModelShape:
+    shape, experts = shape_of(dense.config), architecture_of(dense.config).experts
+    if experts is None or not settings.fewest_experts:
+        return shape
+    return replace(shape, fewest_units=max(experts.fewest, settings.fewest_experts))
 
 
 def _kind(settings: PruneSettings) -> type[Budget]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.checks import logits
 from support.mixtures import MIXTURES, tiny_mixture
-from support.tiny import tiny_tokenizer
+from support.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from selfpruner_hub.cli.main import main
@@ -50,7 +50,7 @@ def test_a_mixture_is_pruned(name):
     assert shape_of(found.model.config).dense == found.plan
     record = json.loads(found.report.to_json())
     assert record["widths"]["num_experts"] == [w.intermediate_size for w in found.plan.layers]
-    assert record["method"]["importance"] == "reroute"
+    assert record["method"]["importance"] == "reap-sum"
     assert record["method"]["repair"] == "sequential"
     assert record["parameters"]["pruned"] == sum(p.numel() for p in found.model.parameters())
     assert logits(found.model, IDS).isfinite().all()
@@ -116,7 +116,36 @@ def test_a_run_resumes(tmp_path):
     torch.testing.assert_close(logits(found.model, IDS), logits(pruned("qwen2_moe").model, IDS), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("importance", ["reap-sum", "reap", "frequency"])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_fewer_experts_than_a_token_is_routed_to_stay_only_if_asked_for(uniform, tmp_path):
+    with pytest.raises(BudgetError, match="at least 3 of its experts"):
+        pruner("qwen3_moe").prune(0.8, progress=False, **QUICK, uniform=uniform)
+    found = pruner("qwen3_moe").prune(0.8, progress=False, **QUICK, fewest_experts=1, uniform=uniform)
+    counts = [w.intermediate_size for w in found.plan.layers]
+    assert 1 <= min(counts) < 3
+    assert [c.num_experts_per_tok for c in found.model.config.per_layer_config] == [min(3, n) for n in counts]
+    found.save_pretrained(tmp_path)
+    again = PrunedModel.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(logits(again.model, IDS), logits(found.model, IDS), atol=1e-6, rtol=1e-5)
+    card = (tmp_path / "README.md").read_text()
+    assert "active: unchanged" not in card
+    assert "routes each token to all of them" in card
+
+
+def test_a_router_of_pairs_keeps_two():
+    found = pruner("dots1").prune(0.7, progress=False, **QUICK, fewest_experts=1)
+    assert min(w.intermediate_size for w in found.plan.layers if w.intermediate_size) == 2
+    assert logits(found.model, IDS).isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "fewest", "said"), [("llama", 1, "has no experts"), ("mixtral", 9, "at least 9 of")])
+def test_a_least_number_of_experts_that_cannot_be_is_refused(name, fewest, said):
+    model = tiny_mixture(name) if name in MIXTURES else tiny_model(name)
+    with pytest.raises(UserError, match=said):
+        AutoPruner(model, tiny_tokenizer(), "a/b").prune(0.4, progress=False, fewest_experts=fewest, **QUICK)
+
+
+@pytest.mark.parametrize("importance", ["reap", "frequency"])
 def test_other_orders(importance):
     found = pruned("qwen3_moe", importance=importance, repair="none")
     assert found.report.method["importance"] == importance

@@ -125,6 +125,19 @@ def test_gates_and_outputs_are_those_of_the_block(name):
     torch.testing.assert_close((gates[..., None] * outputs).sum(1), experts(x, indices, weights), atol=1e-5, rtol=1e-4)
 
 
+@each_mixture
+def test_gates_among_fewer_experts_are_those_of_a_masked_router(name):
+    model, alive = tiny_mixture(name), torch.arange(8) % 2 == 0
+    row, layer = architecture_of(model.config).experts, decoder_layers(model)[-1]
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(2))
+    gates = routing_of(row, model.config, layer, x).gates(alive)
+    experts = [w.intermediate_size for w in shape_of(model.config).dense.layers]
+    with masked(model, [alive.nonzero()[:, 0] if count else torch.zeros(0) for count in experts]):
+        _, weights, indices = layer.get_submodule(row.block).get_submodule(row.router)(x)
+    torch.testing.assert_close(gates.gather(1, indices), weights.float(), atol=1e-6, rtol=1e-5)
+    assert ((gates > 0).sum(-1) == model.config.num_experts_per_tok).all()
+
+
 def test_the_loss_that_balances_experts_is_off_where_their_numbers_differ():
     whole = tiny_mixture("mixtral")
     whole.config.output_router_logits = True
@@ -134,7 +147,26 @@ def test_the_loss_that_balances_experts_is_off_where_their_numbers_differ():
     assert cut_by(whole, (5, 5, 5), stock=True).cut.config.output_router_logits
 
 
-def test_more_than_top_k_stay():
+@each_mixture
+def test_a_layer_with_fewer_experts_than_top_k_routes_to_all_of_them(name, tmp_path):
+    fewest = EXPERTS[name].fewest
+    whole, kept, cut = cut_by(tiny_mixture(name), (2, fewest, 2))
+    with masked(whole, kept):
+        wanted = logits(whole, IDS)
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        cut.set_experts_implementation(implementation)
+        torch.testing.assert_close(logits(cut, IDS), wanted, atol=1e-6, rtol=1e-6)
+    cut.save_pretrained(tmp_path / "own")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "own").eval()
+    torch.testing.assert_close(logits(again, IDS), logits(cut, IDS), atol=1e-6, rtol=1e-5)
+    stock = cut_by(whole, (fewest,) * 3, stock=True).cut
+    assert stock.config.num_experts_per_tok == fewest
+    stock.save_pretrained(tmp_path / "stock")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", trust_remote_code=False).eval()
+    torch.testing.assert_close(logits(again, IDS), logits(stock, IDS), atol=1e-6, rtol=1e-5)
+
+
+def test_a_configuration_that_routes_to_more_experts_than_there_are_is_refused():
     config = case("qwen3_moe").cut.config
     few = {index: {"num_local_experts": 2} for index in range(3)}
     with pytest.raises(ValueError, match="cannot have 2 experts"):

@@ -14,7 +14,7 @@ from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves, StepEffects
 from selfpruner_hub.plans.seeds import seeds
-from selfpruner_hub.pruning.experts import EXPERT_ORDERS
+from selfpruner_hub.pruning.experts import SCORES
 from selfpruner_hub.pruning.importance import ORDERS
 from selfpruner_hub.settings import CHOICES, FORMER, PRESETS, PruneSettings, SearchSchedule, explained, resolve
 
@@ -50,7 +50,7 @@ def test_the_record_is_json_with_every_setting(preset):
 
 
 def test_the_choices_are_those_of_the_modules_that_define_them():
-    assert set(CHOICES["importance"]) == {*ORDERS, *EXPERT_ORDERS}
+    assert set(CHOICES["importance"]) == {*ORDERS, *SCORES}
     assert set(CHOICES["fitness"]) == set(METRICS)
     budget = Budget(ModelShape(8, 4, 1, Plan.of([16], [2])), 0.3)
     curves = [LossCurves(np.linspace(1, 0, 3), np.linspace(1, 0, 17))]

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from selfpruner_hub.errors import UnsupportedArchitectureError
 from selfpruner_hub.models.mixtures.table import EXPERTS, Experts
-from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES, WIDTHS
+from selfpruner_hub.models.modeling_selfpruned import MODEL_CLASSES, WIDTHS, widths_in
 from selfpruner_hub.models.unsupported import reason
 from selfpruner_hub.plans.plan import BY_EXPERT, LayerWidths, ModelShape, Plan
 
@@ -201,7 +201,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
         **known,
         dense=Plan.of(counts, groups, BY_EXPERT),
         expert_weights=experts.weights(config),
-        fewest_units=first.num_experts_per_tok,
+        fewest_units=max(c.num_experts_per_tok for c in layers),
     )
 
 
@@ -224,12 +224,14 @@ def own_widths(config: PreTrainedConfig, plan: Plan) -> list[dict[str, int]]:
 
     Returns:
         Values by name, one dictionary per layer. A layer without experts gets the largest number of the others, which
-        it does not read.
+        it does not read. A layer with fewer experts than a token is routed to routes it to all of them.
     """
     architecture, shape = architecture_of(config), shape_of(config)
     if architecture.experts is not None:
         most = max(kept.intermediate_size for kept in plan.layers)
-        return [{architecture.experts.count: kept.intermediate_size or most} for kept in plan.layers]
+        counts = [kept.intermediate_size or most for kept in plan.layers]
+        names, top_k = widths_in(CONFIG_MAPPING[architecture.model_type]), shape.fewest_units
+        return [dict(zip(names, (n, n) if n < top_k else (n,), strict=False)) for n in counts]
     widths = (
         (kept.num_key_value_heads * shape.queries_per_group, kept.num_key_value_heads, kept.intermediate_size)
         for kept in plan.layers

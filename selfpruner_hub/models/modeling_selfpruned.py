@@ -6,7 +6,7 @@ without `selfpruner_hub`.
 
 A decoder layer is the stock layer of its architecture, built with its own widths; no forward pass is rewritten.
 The widths are in transformers' `per_layer_config` (`num_attention_heads`, `num_key_value_heads`, `intermediate_size`;
-of a mixture of experts, the number of experts), the dense values at the top level of the configuration.
+of a mixture, the number of experts and of those that a token is routed to), the dense values at the top level.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class LayerConfig:
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 """The attributes of a dense model that `per_layer_config` may override."""
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""Names of the number of experts of a layer, which is what it may override of a mixture of experts."""
+"""Names of the number of experts of a layer, which it may override in a mixture of experts, as it may their number for
+a token."""
 
 
 def widths_in(config: type[PreTrainedConfig]) -> tuple[str, ...]:
@@ -115,7 +116,7 @@ def widths_in(config: type[PreTrainedConfig]) -> tuple[str, ...]:
     for name in EXPERT_COUNTS:
         stored = config.attribute_map.get(name, name)
         if {name, stored} & config.__dataclass_fields__.keys():
-            return (stored,)
+            return stored, config.attribute_map.get("num_experts_per_tok", "num_experts_per_tok")
     return WIDTHS
 
 

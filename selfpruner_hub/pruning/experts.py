@@ -6,7 +6,7 @@ layer is computed, not fitted: one pass over a few thousand tokens gives the out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -51,9 +51,8 @@ def reap_sum(gates: Tensor, lengths: Tensor) -> Tensor:
 
 
 SCORES: dict[str, ExpertScore] = {"frequency": frequency, "reap": reap, "reap-sum": reap_sum}
-REROUTE = "reroute"
-"""The importance that removes, step by step, the expert without which the output of the layer changes least."""
-EXPERT_ORDERS = (REROUTE, *SCORES)
+"""Importance of experts by name. An order that removes, step by step, the expert without which the output changes least
+was no better than reap-sum on five trained mixtures (`benchmarks/experts.py` of commit 0a6a36a)."""
 
 
 @torch.inference_mode()
@@ -61,7 +60,7 @@ EXPERT_ORDERS = (REROUTE, *SCORES)
 def rank_experts(
     model: PreTrainedModel,
     windows: Tensor,
-    importance: str = REROUTE,
+    importance: str = "reap-sum",
     fisher: Fisher | None = None,
     run: Run = DEFAULT_RUN,
 ) -> tuple[list[LayerOrder], list[LossCurves]]:
@@ -72,21 +71,20 @@ def rank_experts(
     Args:
         model: The mixture, before it is cut.
         windows: Token ids of the calibration text, `[N, W]`; only the first `ORDER_TOKENS` tokens are read.
-        importance: One of `EXPERT_ORDERS`.
+        importance: One of `SCORES`.
         fisher: Result of `fisher.output_fisher`; None weights all errors of an output equally.
         run: Run context; its checkpoints keep finished layers, and its seed draws the directions.
 
     Returns:
         Per layer, the order, and the predicted loss by the number of experts that are kept: half the expected squared
-        error of the output, in nats per token with the Fisher information. Fewer experts than a token is routed to
-        have the loss of as many.
+        error of the output, in nats per token with the Fisher information.
 
     Raises:
         UserError: The importance is unknown.
         ModelError: The activations are not finite.
     """
-    if importance not in EXPERT_ORDERS:
-        raise UserError(f"Unknown importance {importance!r} of experts.", f"Choose one of: {', '.join(EXPERT_ORDERS)}.")
+    if importance not in SCORES:
+        raise UserError(f"Unknown importance {importance!r} of experts.", f"Choose one of: {', '.join(SCORES)}.")
     layers, shape, store = decoder_layers(model), shape_of(model.config), run.store
     orders: list[LayerOrder] = []
     curves: list[LossCurves] = []
@@ -109,7 +107,7 @@ def rank_experts(
 def _ranked(
     model: PreTrainedModel, index: int, stream: Stream, importance: str, root: Tensor | None, run: Run
 ) -> tuple[Tensor, Tensor]:
-    """The order of a layer's experts, `[E]`, and the error with 0, 1, …, E of them, `[E + 1]`; advances the stream."""
+    """The order of a layer's experts, `[E]`, and the error by the number kept, `[E + 1]`; advances the stream."""
     layer, row = decoder_layers(model)[index], architecture_of(model.config).experts
     assert row is not None  # the caller asks for the experts of mixtures alone
     if not row.placed(model.config, index):
@@ -125,19 +123,9 @@ def _ranked(
     check_finite([x])
     routing = routing_of(row, model.config, layer, x)
     outputs, lengths = _outputs(row, layer, x, _directions(root, x.shape[1], run.seed + index, x.device))
-    given = None
-    if importance != REROUTE:
-        everyone = torch.ones(lengths.shape[1], dtype=torch.bool, device=x.device)
-        given = SCORES[importance](routing.gates(everyone), lengths).argsort(stable=True).tolist()
-    removed, errors = eliminate(routing, outputs.mul_(routing.scale), given)
-    return _in_order(removed, errors, lengths.shape[1])
-
-
-def _in_order(removed: Sequence[int], errors: Sequence[float], experts: int) -> tuple[Tensor, Tensor]:
-    """The order, most important first, and the errors by the number of experts kept."""
-    stay = [index for index in range(experts) if index not in set(removed)]
-    by_kept = [errors[-1]] * len(stay) + list(reversed(errors))
-    return torch.tensor([*stay, *reversed(removed)]), torch.tensor(by_kept, dtype=torch.float64)
+    everyone = torch.ones(lengths.shape[1], dtype=torch.bool, device=x.device)
+    order = SCORES[importance](routing.gates(everyone), lengths).argsort(descending=True, stable=True)
+    return order.cpu(), errors_by_count(routing, outputs, order)
 
 
 def _directions(root: Tensor | None, size: int, seed: int, device: torch.device) -> Tensor | None:
@@ -162,76 +150,26 @@ def _outputs(row: Experts, layer: nn.Module, x: Tensor, directions: Tensor | Non
     return outputs, lengths
 
 
-def eliminate(routing: Routing, outputs: Tensor, given: Sequence[int] | None = None) -> tuple[list[int], list[float]]:
-    """Remove expert after expert, down to the number that a token is routed to.
-
-    After each, the output of every token is that of the experts that are left, routed and divided again.
+def errors_by_count(routing: Routing, outputs: Tensor, order: Tensor) -> Tensor:
+    """Remove expert after expert, and route all tokens anew each time.
 
     Args:
         routing: Routing of the tokens.
         outputs: Outputs of all experts for all tokens, `[T, E, r]`.
-        given: Experts in the order in which they go; None removes the one without which the squared error, summed over
-            tokens, is least.
+        order: Experts, the one that stays longest first, `[E]`.
 
     Returns:
-        Experts in the order in which they went, and the mean squared error of a token's output after 0, 1, … of them
-        have gone.
+        Mean squared error of a token's output by the number of experts that are left, `[E + 1]`.
     """
-    count, top_k = outputs.shape[1], routing.top_k
-    alive = torch.ones(count, dtype=torch.bool, device=outputs.device)
+    alive = torch.ones(len(order), dtype=torch.bool, device=outputs.device)
+    tokens = torch.arange(len(outputs), device=outputs.device)[:, None]
     whole: Tensor | None = None
-    removed: list[int] = []
-    errors: list[float] = []
-    while True:
-        left = count - len(removed)
-        indices = routing.chosen(alive, min(top_k + 1, left))
-        chosen, spare = indices[:, :top_k], indices[:, top_k:]
-        step = _Step(routing, outputs, alive, chosen)
-        whole = step.output if whole is None else whole
-        errors.append(summed((step.output - whole).square()) / len(outputs))
-        if left <= top_k:
-            return removed, errors
-        removed.append(int(step.changes(whole, spare[:, 0]).argmin()) if given is None else given[len(removed)])
-        alive[removed[-1]] = False
-
-
-class _Step:
-    """Outputs of tokens with the experts that are left, and their errors if one of these goes too."""
-
-    def __init__(self, routing: Routing, outputs: Tensor, alive: Tensor, chosen: Tensor) -> None:
-        self._routing, self._outputs, self._alive, self._chosen = routing, outputs, alive, chosen
-        self._tokens = torch.arange(len(outputs), device=outputs.device)
-        self._weights = routing.weights.gather(1, chosen)
-        self._parts = self._weights[..., None] * outputs[self._tokens[:, None], chosen]
-        self._raw, self._divisor = self._parts.sum(1), routing.divisor(self._weights, alive)
-        self.output = self._raw / self._divisor[:, None]
-        """`[T, r]`."""
-
-    def changes(self, whole: Tensor, spare: Tensor) -> Tensor:
-        """Compute what each removal would change.
-
-        Args:
-            whole: Output with all experts, `[T, r]`.
-            spare: The expert that a token is routed to next, `[T]`.
-
-        Returns:
-            Change of the squared error, summed over tokens, if each expert goes, `[E]`; infinite for those that went.
-        """
-        routing = self._routing
-        now = (self.output - whole).square().sum(-1)
-        next_weight = routing.weights[self._tokens, spare]
-        following = next_weight[:, None] * self._outputs[self._tokens, spare]
-        divisor = self._divisor[:, None].expand_as(self._weights)
-        if routing.divided_by != "nothing":
-            divisor = divisor - self._weights
-        if routing.divided_by == "chosen":
-            divisor = divisor + next_weight[:, None]
-        without = (self._raw[:, None] - self._parts + following[:, None]) / divisor[..., None]
-        then = (without - whole[:, None]).square().sum(-1)
-        change = torch.zeros_like(routing.weights)
-        if routing.divided_by == "alive":  # the outputs of other tokens grow, because the sum shrinks
-            grown = 1 / (self._divisor[:, None] - routing.weights * self._alive)
-            cross, square = (self._raw * whole).sum(-1, keepdim=True), self._raw.square().sum(-1, keepdim=True)
-            change = grown.square() * square - 2 * grown * cross + whole.square().sum(-1, keepdim=True) - now[:, None]
-        change = change.scatter(1, self._chosen, then - now[:, None])
-        return change.sum(0).masked_fill(~self._alive, torch.inf)
+    errors = torch.zeros(len(order) + 1, dtype=torch.float64)
+    for count in range(len(order), 0, -1):
+        indices, gates = routing.routed(alive)
+        output = (gates[..., None] * outputs[tokens, indices]).sum(1)
+        whole = output if whole is None else whole
+        errors[count] = summed((output - whole).square()) / len(outputs)
+        alive[order[count - 1]] = False
+    errors[0] = 0.0 if whole is None else summed(whole.square()) / len(outputs)
+    return errors

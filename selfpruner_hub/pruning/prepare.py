@@ -16,7 +16,7 @@ from selfpruner_hub.errors import ModelError, UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
 from selfpruner_hub.models.devices import refuse_float16
 from selfpruner_hub.plans.predicted_loss import LossCurves
-from selfpruner_hub.pruning.experts import REROUTE, rank_experts
+from selfpruner_hub.pruning.experts import rank_experts
 from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.ordering import ordered
 from selfpruner_hub.pruning.slicing import Slicer
@@ -96,7 +96,7 @@ def fisher_information(model: PreTrainedModel, windows: Tensor, settings: PruneS
     Returns:
         Result of `output_fisher`; None if no setting needs it.
     """
-    if not (settings.predicts_losses or settings.importance in ("obs", REROUTE) or settings.repairs_twice):
+    if not (settings.predicts_losses or settings.importance == "obs" or settings.repairs_twice):
         return None
     return output_fisher(model, windows[: max(1, settings.fisher_tokens // windows.shape[1])], run)
 

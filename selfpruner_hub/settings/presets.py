@@ -55,7 +55,7 @@ PRESETS = {
 }
 
 CHOICES = {
-    "importance": ("obs", "wanda-sp", "flap", "energy", "reroute", "reap-sum", "reap", "frequency"),
+    "importance": ("obs", "wanda-sp", "flap", "energy", "reap-sum", "reap", "frequency"),
     "repair": ("none", "output", "sequential", "full"),
     "fitness": ("kl", "perplexity"),
     "seeds": ("uniform", "ramp", "sensitivity", "blend", "refined"),

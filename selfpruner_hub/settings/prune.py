@@ -42,8 +42,8 @@ class PruneSettings:
     """Every setting of `prune` that is not about where things come from; all of them go into the record."""
 
     importance: str = "obs"
-    """Order in which FFN channels and KV groups are removed: obs, wanda-sp, flap or energy. Of experts: reroute
-    (also where one of the former is given), reap-sum, reap or frequency."""
+    """Order in which FFN channels and KV groups are removed: obs, wanda-sp, flap or energy. Of experts: reap-sum
+    (also where one of the former is given), reap or frequency."""
     repair: str = "full"
     """Least-squares fit of the weights that are left. none; output: o_proj and down_proj, each layer alone (the first
     repair); sequential: both again, layer by layer on the activations of the pruned model (the second repair); full:
@@ -62,6 +62,9 @@ class PruneSettings:
     multiple_of: int = 0
     """FFN widths are multiples of this number, which must divide the dense width. 0 chooses the largest of 128, 64, 32,
     16 and 8 that leaves at least 48 widths, else 1: GPUs and quantised weights want such multiples."""
+    fewest_experts: int = 0
+    """Fewest routed experts that a layer of a mixture keeps. 0 is as many as a token is routed to; a layer with fewer
+    routes every token to all of its own."""
     kv_multiple: int = 1
     """KV heads of every layer are a multiple of this number, such as the size of tensor parallelism. It must divide the
     dense number."""

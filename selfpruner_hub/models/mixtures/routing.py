@@ -32,31 +32,26 @@ class Routing:
     scale: float = 1.0
     shares: bool = False
 
-    def chosen(self, alive: Tensor, count: int) -> Tensor:
-        """Indices of the first `count` experts of each token among those that are alive, `[T, count]`, best first."""
-        scores = self.weights
+    def routed(self, alive: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts that each token is routed to among those that are alive, best first, and their gates, `[T, k]` each.
+
+        k is `top_k`, or the number of those that are alive where they are fewer.
+        """
+        scores, total = self.weights, self.weights @ alive.to(self.weights.dtype)
         if self.bias is not None:
             if self.shares:
-                scores = scores / self.total(alive)[:, None]
+                scores = scores / total[:, None]
             scores = scores + self.bias
-        return scores.masked_fill(~alive, -torch.inf).topk(count, dim=-1).indices
-
-    def total(self, alive: Tensor) -> Tensor:
-        """Sum of the weights of the experts that are alive, `[T]`."""
-        return self.weights @ alive.to(self.weights.dtype)
-
-    def divisor(self, chosen: Tensor, alive: Tensor) -> Tensor:
-        """Return what the weights of the chosen experts, `[T, k]`, are divided by, `[T]`."""
-        if self.divided_by == "chosen":
-            return chosen.sum(-1)
-        return self.total(alive) if self.divided_by == "alive" else torch.ones_like(chosen[:, 0])
+        count = min(self.top_k, int(alive.sum()))
+        indices = scores.masked_fill(~alive, -torch.inf).topk(count, dim=-1).indices
+        chosen = self.weights.gather(1, indices)
+        divisor = {"chosen": chosen.sum(-1), "alive": total, "nothing": torch.ones_like(total)}[self.divided_by]
+        return indices, self.scale * chosen / divisor[:, None]
 
     def gates(self, alive: Tensor) -> Tensor:
         """Factors of the experts' outputs, `[T, E]`: 0 for those that a token is not routed to."""
-        indices = self.chosen(alive, self.top_k)
-        chosen = self.weights.gather(1, indices)
-        chosen = self.scale * chosen / self.divisor(chosen, alive)[:, None]
-        return torch.zeros_like(self.weights).scatter_(1, indices, chosen)
+        indices, gates = self.routed(alive)
+        return torch.zeros_like(self.weights).scatter_(1, indices, gates)
 
 
 def routing_of(row: Experts, config: PreTrainedConfig, layer: nn.Module, x: Tensor) -> Routing:

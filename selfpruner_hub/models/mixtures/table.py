@@ -61,6 +61,9 @@ class Experts:
     scale: str = ""
     """Attribute of the configuration by which the weights are multiplied; empty for 1."""
 
+    fewest: int = 1
+    """Fewest experts that the router can choose among; those of DeepSeek-V3 read the best two of each group."""
+
     @property
     def count(self) -> str:
         """Attribute with the number of experts, by the name that it is stored under."""
@@ -99,6 +102,7 @@ _corrected = partial(
     placed=_after_dense,
     shared="mlp.shared_experts.down_proj",
     sigmoid=True,
+    fewest=2,
     bias="gate.e_score_correction_bias",
     divided_by="by norm_topk_prob",
     scale="routed_scaling_factor",
