@@ -96,7 +96,7 @@ def measured(directory: Path, seed: int, steps: int, rows: Rows) -> Iterator[dic
             budget = Budget(shape, share)
             plan = budget.project(knapsack(budget, curves))
         with ordered(model, order):
-            cut = slice_model(Slicer(model, order, None), plan)
+            cut = slice_model(Slicer(model), plan)
         row = {"seed": seed, "steps": steps, "method": method, "share": share, "removed": round(shape.beta(plan), 4)}
         row |= {"experts": [w.intermediate_size for w in plan.layers], "kl": divergence(cut, unseen, reference)}
         compensate(model, cut, windows, fisher=fisher)

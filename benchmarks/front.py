@@ -90,7 +90,7 @@ class Peers:
     @contextmanager
     def _by(self, order: list[LayerOrder]) -> Iterator[nn.ModuleList]:
         with ordered(self._model, order):
-            yield Slicer(self._model, order, None).layers(self._uniform)
+            yield Slicer(self._model).layers(self._uniform)
 
     @contextmanager
     def _flap(self) -> Iterator[nn.ModuleList]:

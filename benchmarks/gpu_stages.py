@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from gpu_bench import Bench, measured, random_model
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.corpus import Corpus
-from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.errors import SelfPrunerError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.plans.budget import Budget
-from selfpruner_hub.pruning.importance import rank
-from selfpruner_hub.pruning.ordering import ordered
-from selfpruner_hub.pruning.prepare import Prepared, fisher_information
+from selfpruner_hub.pruning.prepare import fisher_information, prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
-from selfpruner_hub.pruning.slicing import Slicer, slice_model
+from selfpruner_hub.pruning.slicing import slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
@@ -35,9 +31,7 @@ TOKENS = {"1b": 8192, "8b": 4096}
 WINDOW, TINY_WINDOW, TINY_TOKENS = 512, 32, 256
 STAGES = (
     "Fisher information",
-    "calibration",
-    "order",
-    "first repair",
+    "calibration, order, first repair",
     "seeds and search",
     "slicing",
     "second repair",
@@ -99,21 +93,14 @@ def _prune(model: PreTrainedModel, tokens: int, window: int, stage: Stage) -> No
     budget = Budget(shape_of(model.config), BETA)
     with stage("Fisher information"):
         fisher = fisher_information(model, calibration, settings, RUN)
-    with stage("calibration"):
-        statistics = calibrate(model, calibration)
-    with stage("order"):
-        order = rank(model, statistics, settings.importance, fisher)
-    with ordered(model, order):
-        with stage("first repair"):
-            layer_by_layer: Iterator[Any] = (statistics.pop(0) for _ in range(len(statistics)))  # frees each behind it
-            slicer = Slicer(model, order, layer_by_layer, RUN.store, fisher)
-            curves = slicer.loss_curves()
+    with ExitStack() as stack:
+        with stage("calibration, order, first repair"):
+            ready = stack.enter_context(prepared(model, calibration, settings, fisher, RUN))
         with stage("seeds and search"):
-            ready = Prepared(order, slicer, curves)
             result = find_plan(EvolutionProposer(budget), budget, ready, texts, Journal(None, {}), settings, RUN)
         with stage("slicing"):
-            pruned = slice_model(slicer, result.outcome.best.plan)
-        del slicer, ready
+            pruned = slice_model(ready.slicer, result.outcome.best.plan)
+        del ready
     with stage("second repair"):
         compensate(model, pruned, calibration, fisher=fisher)
     with stage("temperature"):

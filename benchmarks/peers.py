@@ -148,7 +148,7 @@ class Flap:
         Returns:
             The decoder layers.
         """
-        slicer = Slicer(model, self.order, None)
+        slicer = Slicer(model)
         cut = slicer.layers(plan)
         for dense, layer, known, order in zip(decoder_layers(model), cut, self._statistics, self.order, strict=True):
             columns = (expand(order.groups, slicer.unit("query")), order.channels)

@@ -15,6 +15,7 @@ from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.output_repair import first_repairs
 from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
@@ -27,9 +28,10 @@ calibration, fitness_text = (part.windows for part in text.split(tokens, tokens 
 fisher = output_fisher(model, calibration[:16])  # which errors of an output change the loss
 statistics = calibrate(model, calibration)  # second moments of the inputs of o_proj and down_proj
 order = rank(model, statistics, fisher=fisher)  # channels and KV groups, most important first
+repairs = first_repairs(model, order, statistics, fisher)  # closed forms for every width
 budget = Budget(shape_of(model.config), share=0.3)
 with ordered(model, order):
-    slicer = Slicer(model, order, iter(statistics), fisher=fisher)  # the first repair
+    slicer = Slicer(model, repairs)
     score = Fitness(slicer, fitness_text)  # KL divergence from the dense model
     plans = [budget.project(rates) for rates in seeds(budget, slicer.loss_curves(), score.loss).values()]
     pruned = slice_model(slicer, min(plans, key=score))

@@ -107,7 +107,7 @@ def describe(
     plan = outcome.best.plan
     weighed = ", weighed for the second repair," if settings.weighs_excess else ""
     protocol = (
-        f"{settings.fitness}{weighed} on the {searched.tokens} tokens of {searched.name} that the search selected on, "
+        f"{settings.fitness}{weighed} on {result.tokens} tokens of {searched.name} that the search selected on, "
         f"windows of {searched.windows.shape[1]}: a figure of the search, not of quality"
     )
     return Record(

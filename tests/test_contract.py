@@ -16,7 +16,7 @@ from support.checks import check_cache, check_causality, check_left_padding, che
 from support.tiny import CONFIGS, DISTINCT, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from selfpruner_hub.calibration.statistics import LayerStatistics, calibrate
+from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of, linear, shape_of
 from selfpruner_hub.models.patching import with_layers
 from selfpruner_hub.plans.budget import Budget, Rates
@@ -25,6 +25,7 @@ from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.output_repair import LayerRepairs, first_repairs
 from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
@@ -43,7 +44,7 @@ class Case(NamedTuple):
     """A dense model, its cut with the first repair, and what lies between."""
 
     dense: PreTrainedModel
-    statistics: list[LayerStatistics]
+    repairs: list[LayerRepairs]
     order: list[LayerOrder]
     plan: Plan
     repaired: PreTrainedModel
@@ -54,8 +55,9 @@ def cut(name: str) -> Case:
     dense = tiny_model(name)
     statistics = calibrate(dense, WINDOWS)
     order, plan = rank(dense, statistics), uneven_plan(dense)
+    repairs = first_repairs(dense, order, statistics)
     with ordered(dense, order):
-        return Case(dense, statistics, order, plan, slice_model(Slicer(dense, order, statistics), plan))
+        return Case(dense, repairs, order, plan, slice_model(Slicer(dense, repairs), plan))
 
 
 @pytest.fixture(params=CONFIGS)
@@ -106,7 +108,7 @@ def test_sliced_equals_masked(case):
     architecture = architecture_of(dense.config)
     masked = copy.deepcopy(dense)
     with ordered(dense, order):
-        sliced = slice_model(Slicer(dense, order, None), plan)
+        sliced = slice_model(Slicer(dense), plan)
     shape = shape_of(dense.config)
     heads = shape.queries_per_group * shape.head_dim
     for layer, by, kept in zip(masked.model.layers, order, plan.layers, strict=True):
@@ -127,7 +129,7 @@ def test_ordering_is_no_change_and_is_undone(case):
 def test_a_candidate_equals_the_sliced_model_and_copies_no_input_weights(case):
     dense, plan = case.dense, case.plan
     with ordered(dense, case.order):
-        slicer = Slicer(dense, case.order, case.statistics)
+        slicer = Slicer(dense, case.repairs)
         layers = slicer.layers(plan)
         with with_layers(dense, layers):
             candidate = logits(dense, IDS)
@@ -158,7 +160,7 @@ def test_sliced_model_shares_nothing_with_the_dense_one(case):
 def test_repair_lowers_the_damage(case):
     dense, order, plan, repaired = case.dense, case.order, case.plan, case.repaired
     with ordered(dense, order):
-        unrepaired = slice_model(Slicer(dense, order, None), plan)
+        unrepaired = slice_model(Slicer(dense), plan)
     wanted = logits(dense, WINDOWS)
     errors = [(logits(model, WINDOWS) - wanted).square().mean() for model in (repaired, unrepaired)]
     assert errors[0] < errors[1]
@@ -338,8 +340,9 @@ def made(name, device):
     model = tiny_model(name).to(device)
     statistics = calibrate(model, WINDOWS)
     order = rank(model, statistics)
+    repairs = first_repairs(model, order, statistics)
     with ordered(model, order):
-        pruned = slice_model(Slicer(model, order, statistics), uneven_plan(model))
+        pruned = slice_model(Slicer(model, repairs), uneven_plan(model))
     compensate(model, pruned, WINDOWS)
     match_confidence(model, pruned, WINDOWS)
     assert pruned.device.type == device

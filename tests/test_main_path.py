@@ -14,6 +14,7 @@ from selfpruner_hub.calibration.texts import Texts
 from selfpruner_hub.models.architectures import decoder_layers, shape_of
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.output_repair import first_repairs
 from selfpruner_hub.pruning.prepare import prepared
 from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
@@ -55,10 +56,9 @@ def by_hand(plan, texts, settings):
     fisher = None if settings.importance == "energy" else fisher
     statistics = calibrate(model, windows)
     order = rank(model, statistics, settings.importance, fisher)
+    repairs = first_repairs(model, order, statistics) if settings.repair != "none" else None
     with ordered(model, order):
-        pruned = slice_model(
-            Slicer(model, order, statistics if settings.repair != "none" else None, fisher=fisher), plan
-        )
+        pruned = slice_model(Slicer(model, repairs), plan)
     if settings.repair in ("sequential", "full"):
         compensate(model, pruned, windows, inputs=settings.repair == "full", fisher=fisher)
     return pruned, match_confidence(model, pruned, texts.search.windows) if settings.confidence else 1.0
@@ -85,8 +85,7 @@ def test_the_predicted_losses_are_those_of_the_fisher_information(texts):
     model, settings, windows = tiny_model("llama"), resolve(None, **SMALL), texts.calibration.windows
     fisher, statistics = output_fisher(model, windows[:8]), calibrate(model, windows)
     order = rank(model, statistics, fisher=fisher)
-    with ordered(model, order):
-        expected = Slicer(model, order, statistics, fisher=fisher).loss_curves()
+    expected = Slicer(model, first_repairs(model, order, statistics, fisher)).loss_curves()
     with prepared(model, windows, settings, fisher) as ready:
         for one, other in zip(ready.curves, expected, strict=True):
             assert one.attention == pytest.approx(other.attention)

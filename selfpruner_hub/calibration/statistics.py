@@ -16,7 +16,6 @@ from selfpruner_hub.calibration.sums import add_gram
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.layer_stream import Stream, check_finite
 from selfpruner_hub.models.placement import placed
-from selfpruner_hub.storage.offload import TensorStore
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 
@@ -33,10 +32,6 @@ class Moments:
     mean: Tensor
     gram: Tensor
     ridge: float = RIDGE
-
-    def to(self, device: torch.device) -> Moments:
-        """The same moments on a device."""
-        return Moments(self.mean.to(device), self.gram.to(device), self.ridge)
 
     @property
     def energy(self) -> Tensor:
@@ -58,71 +53,48 @@ class LayerStatistics:
     ffn: Moments
     """Moments of the input of down_proj."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All statistics as named tensors."""
-        return {
-            f"{part}.{name}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
-            for part, moments in vars(self).items()
-            for name, value in vars(moments).items()
-        }
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor], store: TensorStore) -> LayerStatistics:
-        """Rebuild from the result of `tensors`; the second moments are put into `store`."""
-        return cls(
-            *(
-                Moments(tensors[f"{part}.mean"], store(tensors[f"{part}.gram"]), tensors[f"{part}.ridge"].item())
-                for part in ("attention", "ffn")
-            )
-        )
-
 
 @torch.inference_mode()
-def calibrate(
-    model: PreTrainedModel,
-    windows: Tensor,
-    run: Run = DEFAULT_RUN,
-) -> list[LayerStatistics]:
+def calibrated(model: PreTrainedModel, windows: Tensor, run: Run = DEFAULT_RUN) -> Iterator[LayerStatistics]:
     """Stream the windows through the dense model, layer by layer, and measure the moments of every layer.
 
     One window in `HELD_OUT` is held out to choose λ of each projection (`ridge.choose_ridge`). The moments themselves
     use all windows.
 
-    Memory: 4 · (D_ffn² + D_attention²) bytes per layer, for any number of tokens, and one hidden state per token.
+    Memory: 4 · (D_ffn² + D_attention²) bytes for any number of tokens, three times that while λ is chosen, and one
+    hidden state per token.
 
     Args:
         model: The dense model.
         windows: Token ids, `[N, W]`.
-        run: Run context; its checkpoints keep finished layers.
+        run: Run context; its checkpoints keep the λ of finished layers.
 
-    Returns:
-        One `LayerStatistics` per layer.
+    Yields:
+        The statistics of each layer, while the layer is on the device of the model.
 
     Raises:
         ModelError: The activations are not finite.
     """
-    architecture = architecture_of(model.config)
-    layers = decoder_layers(model)
-    store, checkpoints = run.store, run.checkpoints
-    statistics: list[LayerStatistics] = []
-    while tensors := checkpoints.load(f"calibration-{len(statistics)}", model.device):
-        statistics.append(LayerStatistics.of(tensors, store))
-    stream = Stream(model, windows, store) if len(statistics) < len(layers) else None
+    architecture, layers, checkpoints = architecture_of(model.config), decoder_layers(model), run.checkpoints
+    stream = Stream(model, windows, run.store)
     for index, layer in enumerate(layers):
-        if stream is None:
-            break
-        if index < len(statistics):
-            stream.advance(index, layer)
-            continue
         with placed(layer, model.device):
-            modules = [linear(layer, path) for path in (architecture.attention_output, architecture.ffn_output)]
-            sums = [_Sums(module) for module in modules]
-            with _hooked(zip(modules, sums, strict=True)):
+            outputs = {"attention": architecture.attention_output, "ffn": architecture.ffn_output}
+            modules = [linear(layer, path) for path in outputs.values()]
+            sums = {part: _Sums(module) for part, module in zip(outputs, modules, strict=True)}
+            with _hooked(zip(modules, sums.values(), strict=True)):
                 stream.advance(index, layer)
-            statistics.append(LayerStatistics(*(each.moments(store) for each in sums)))
-        checkpoints.save(f"calibration-{index}", statistics[-1].tensors())
+            ridges = checkpoints.load(f"ridge-{index}")
+            if ridges is None:
+                ridges = {part: torch.tensor(each.ridge(), dtype=torch.float64) for part, each in sums.items()}
+                checkpoints.save(f"ridge-{index}", ridges)
+            yield LayerStatistics(**{part: each.moments(ridges[part].item()) for part, each in sums.items()})
         run.progress("calibrating", index + 1, len(layers))
-    return statistics
+
+
+def calibrate(model: PreTrainedModel, windows: Tensor, run: Run = DEFAULT_RUN) -> list[LayerStatistics]:
+    """Measure the moments of every layer, and keep them all; see `calibrated`."""
+    return list(calibrated(model, windows, run))
 
 
 class _Sums:
@@ -145,12 +117,16 @@ class _Sums:
             add_gram(self._products[held], x)
         self._windows += len(inputs[0])
 
-    def moments(self, store: TensorStore) -> Moments:
+    def ridge(self) -> float:
+        """λ of least error on the held-out windows; the default without any."""
+        check_finite(self._products)
+        return choose_ridge(self._weight, *self._products) if self._counts[1] else RIDGE
+
+    def moments(self, ridge: float) -> Moments:
+        """Moments over all windows; the sums are used up."""
         fitted, held = self._products
         total = sum(self._counts)
-        check_finite(self._products)
-        ridge = choose_ridge(self._weight, fitted, held) if self._counts[1] else RIDGE
-        return Moments(self._sum / total, store(fitted.add_(held).div_(total)), ridge)
+        return Moments(self._sum / total, fitted.add_(held).div_(total), ridge)
 
 
 @contextmanager

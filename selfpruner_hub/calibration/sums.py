@@ -15,15 +15,19 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add leftᵀ right to a float32 total, in place.
 
     The product of two bfloat16 numbers is exact in float32, so a CPU may multiply bfloat16 tensors in bfloat16 and sum
-    them in float32: nothing is rounded, and it is several times faster. Other tensors are multiplied in float32,
-    because a float32 factor would be rounded.
+    them in float32: nothing is rounded, and it is several times faster. An NVIDIA GPU may do so in TF32, whose 10 bits
+    hold every bfloat16 and float16 number. Other tensors are multiplied in float32, because a float32 factor would be
+    rounded.
 
     Args:
         total: Sum, `[L, R]`, float32.
         left: Left factors, `[N, L]`.
         right: Right factors, `[N, R]`.
     """
-    with ieee_products(cpu="bf16" if left.dtype == right.dtype == torch.bfloat16 else "ieee"):
+    dtypes = {left.dtype, right.dtype}
+    cpu = "bf16" if dtypes == {torch.bfloat16} else "ieee"
+    cuda = "tf32" if dtypes <= {torch.bfloat16, torch.float16} else "ieee"
+    with ieee_products(cpu, cuda):
         total.addmm_(left.float().t(), right.float())
 
 

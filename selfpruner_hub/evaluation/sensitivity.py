@@ -15,7 +15,7 @@ from selfpruner_hub.calibration.sums import add_product
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.devices import summed
 from selfpruner_hub.models.forward import Loss, head_gradient
-from selfpruner_hub.models.layer_stream import Seen, backward_by_layer, watching
+from selfpruner_hub.models.layer_stream import Reached, backward_by_layer, watching
 from selfpruner_hub.models.patching import frozen, with_layers
 from selfpruner_hub.models.placement import placed
 from selfpruner_hub.plans.plan import Plan
@@ -108,10 +108,10 @@ class _Change:
     def add(self, gradient: Tensor) -> None:
         """Run the dense part on the pruned model's inputs, and add g xᵀ; x of a narrower part is its first columns."""
         if self._widths:
-            seen = Seen(self._dense_output, last=True)
-            with watching([seen]):
+            reached = Reached(self._dense_output)
+            with watching([reached]):
                 self._dense_owner(*self._call[0], **self._call[1])
-            x = seen.input[..., : self._sum.shape[1]]
+            x = reached.input[..., : self._sum.shape[1]]
             add_product(self._sum, gradient.flatten(0, -2), x.flatten(0, -2))
 
     def predicted(self, tokens: int, curves: Sequence[LossCurves] | None, remains: float) -> dict[str, float]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,8 @@ from selfpruner_hub.errors import ModelError, UserError
 
 logger = logging.getLogger(__name__)
 
+_NVIDIA = Path("/dev/nvidia0")
+"""Stands where the driver of a GPU is loaded."""
 WITH_FLOAT64 = ("cpu", "cuda")
 """Types of devices that sum in float64; Apple's GPUs (mps) have no float64, and other devices are not known to."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Unable to allocate")
@@ -37,9 +42,10 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     here = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count() if here is not None else 0
     if name is None:
-        return (
-            torch.device("cpu") if here is None else torch.device(here.type, torch.accelerator.current_device_index())
-        )
+        if here is None:
+            _warn_of_unseen_gpu()
+            return torch.device("cpu")
+        return torch.device(here.type, torch.accelerator.current_device_index())
     try:
         asked = torch.device(name)
     except (RuntimeError, TypeError, ValueError):  # no word for a device, no text, a number beyond all
@@ -50,6 +56,18 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
         known = ["cpu", *([] if here is None else [f"{here.type}:{index}" for index in range(count)])]
         raise UserError(f"There is no device {str(name)!r} here.", f"Choose one of: {', '.join(known)}.")
     return asked if asked.index is not None else torch.device(here.type, torch.accelerator.current_device_index())
+
+
+@cache
+def _warn_of_unseen_gpu() -> None:
+    """Say once that there is an NVIDIA GPU which PyTorch does not see."""
+    if _NVIDIA.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        built = f"for CUDA {torch.version.cuda}: the driver may be older" if torch.version.cuda else "for CPUs alone"
+        logger.warning(
+            "There is an NVIDIA GPU here, and PyTorch does not see it, so the CPU is used. This PyTorch is built %s "
+            "(https://pytorch.org/get-started/locally); --device cpu hides this line.",
+            built,
+        )
 
 
 def dtype_of(asked: Any) -> Any:
@@ -150,8 +168,14 @@ def described(model: PreTrainedModel) -> str:
 
 
 def free_memory(device: torch.device) -> float:
-    """Free memory of an accelerator in bytes; infinite where it is not known, as for a CPU."""
-    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else float("inf")
+    """Free memory of an accelerator in bytes; infinite where it is not known, as for a CPU.
+
+    What PyTorch keeps of freed tensors counts as free: the next ones take it.
+    """
+    if device.type != "cuda":
+        return float("inf")
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 def summed(values: Tensor) -> float:
@@ -193,7 +217,7 @@ def fork_rng(device: torch.device) -> Any:
 
 
 @contextmanager
-def ieee_products(cpu: str = "ieee") -> Iterator[None]:
+def ieee_products(cpu: str = "ieee", cuda: str = "ieee") -> Iterator[None]:
     """Keep the factors of float32 products, factorisations and solves from being rounded temporarily.
 
     `torch.set_float32_matmul_precision("high")` and `"medium"`, or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the
@@ -201,6 +225,7 @@ def ieee_products(cpu: str = "ieee") -> Iterator[None]:
 
     Args:
         cpu: Precision of the factors on a CPU, `"ieee"` or `"bf16"`.
+        cuda: Precision of the factors on an NVIDIA GPU, `"ieee"` or `"tf32"`.
 
     Yields:
         Nothing.
@@ -208,7 +233,7 @@ def ieee_products(cpu: str = "ieee") -> Iterator[None]:
     settings: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [each.fp32_precision for each in settings]
     try:
-        for each, precision in zip(settings, (cpu, "ieee"), strict=True):
+        for each, precision in zip(settings, (cpu, cuda), strict=True):
             each.fp32_precision = precision
         yield
     finally:

@@ -21,6 +21,8 @@ HEAD_TOKENS = 128
 Loss = Callable[[Tensor, int], Tensor]
 """(float32 logits `[P, V]`, index of the first of these predictions) → their summed loss, a scalar."""
 
+LESS = 0.75
+"""Factor on the number of windows after a pass that ran out of memory."""
 ON_ACCELERATORS = 16
 """Factor on the number of tokens for the first attempt on an accelerator."""
 
@@ -32,8 +34,8 @@ def windows_at_once(model: PreTrainedModel, width: int, tokens: int) -> int:
     """Choose the number of windows in one forward pass of the decoder.
 
     On an accelerator, the number is found by trial, once per width, with the current layers of the model: on
-    out-of-memory, retry with 10 % fewer windows. The dense model must run first; candidates need no more memory and use
-    the same number.
+    out-of-memory, retry with 10 % fewer windows. Candidates use the same number; `last_hidden_states` lowers it where
+    their own weights leave too little memory.
 
     Args:
         model: A causal language model.
@@ -96,11 +98,20 @@ def last_hidden_states(model: PreTrainedModel, windows: Tensor, counted: Tensor 
     Yields:
         Last hidden states, `[P, H]`, at the positions whose predictions count; the last position of a window has none.
     """
-    size = windows_at_once(model, windows.shape[1], BATCH_TOKENS)
-    for first in range(0, len(windows), size):
+    width, first = windows.shape[1], 0
+    while first < len(windows):
+        size = windows_at_once(model, width, BATCH_TOKENS)
         batch = windows[first : first + size].to(model.device)
-        hidden = model.get_decoder()(batch, use_cache=False).last_hidden_state[:, :-1]
+        try:
+            hidden = model.get_decoder()(batch, use_cache=False).last_hidden_state[:, :-1]
+        except torch.OutOfMemoryError:  # a candidate brings weights of its own, which were not there at the trial
+            if size == 1:
+                raise
+            _known[model][width] = max(1, int(LESS * size))
+            torch.accelerator.empty_cache()
+            continue
         yield hidden.flatten(0, 1) if counted is None else hidden[counted[first : first + size].to(hidden.device)]
+        first += size
 
 
 def head_chunks(model: PreTrainedModel, hidden: Tensor, *, capped: bool = True) -> Iterator[tuple[int, Tensor]]:

@@ -9,11 +9,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from selfpruner_hub.errors import ModelError
 from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.models.patching import replaced
+from selfpruner_hub.models.placement import placed
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 LAYER_BATCH_TOKENS = 4096
@@ -43,14 +45,14 @@ class Stream:
         self._device = model.device
         self._calls = {len(batch): _calls(model, batch) for batch in (batches[0], batches[-1])}
 
-    def run(self, index: int, layer: nn.Module, number: int, watched: Sequence[Seen] = ()) -> Tensor | None:
+    def run(self, index: int, layer: nn.Module, number: int, watched: Sequence[Seen | Reached] = ()) -> Tensor | None:
         """Run a layer on one batch, without changing the stored hidden states.
 
         Args:
             index: Index of the layer in the model.
             layer: The layer, or its pruned copy.
             number: Index of the batch.
-            watched: Hooks on modules inside the layer that keep inputs and outputs; the last one may end the pass.
+            watched: Hooks on modules inside the layer; one of them may end the pass.
 
         Returns:
             Output of the layer; None if a hook ended the pass.
@@ -99,7 +101,7 @@ def backward_by_layer(
     read = []
     for index, layer in enumerate(layers):
         read.append([store(hidden.clone()) for hidden in stream.hidden])
-        with torch.no_grad():
+        with torch.no_grad(), placed(layer, model.device):
             stream.advance(index, layer)
     check_finite(stream.hidden)
     size = len(stream.hidden[0])
@@ -155,7 +157,7 @@ class Stop(Exception):  # noqa: N818  (not an error)
 
 
 class Seen:
-    """A forward hook that keeps the latest input and output of a module; with `last=True`, it also ends the pass.
+    """A forward hook that keeps the latest input and output of a module.
 
     Of several outputs, such as those of a block with its router's scores, it keeps the first.
     """
@@ -163,21 +165,40 @@ class Seen:
     input: Tensor
     output: Tensor
 
-    def __init__(self, module: nn.Module, last: bool = False) -> None:
-        self.module = module
-        self._last = last
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def install(self) -> RemovableHandle:
+        """Install the hook."""
+        return self._module.register_forward_hook(self)
 
     def __call__(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         """Keep input and output; called by PyTorch as the hook."""
         self.input, self.output = args[0], output if isinstance(output, Tensor) else output[0]
-        if self._last:
-            raise Stop
+
+
+class Reached:
+    """A hook that keeps what a module would read, and ends the pass before the module runs."""
+
+    input: Tensor
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def install(self) -> RemovableHandle:
+        """Install the hook."""
+        return self._module.register_forward_pre_hook(self)
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Keep the input; called by PyTorch as the hook."""
+        self.input = args[0]
+        raise Stop
 
 
 @contextmanager
-def watching(seen: Sequence[Seen]) -> Iterator[None]:
+def watching(hooks: Sequence[Seen | Reached]) -> Iterator[None]:
     """Install hooks for the duration of the context; if a hook ends the pass, the context ends without an error."""
-    handles = [each.module.register_forward_hook(each) for each in seen]
+    handles = [each.install() for each in hooks]
     try:
         yield
     except Stop:

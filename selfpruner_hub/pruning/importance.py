@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +125,7 @@ class LayerOrder:
 @torch.inference_mode()
 def rank(
     model: PreTrainedModel,
-    statistics: Sequence[LayerStatistics],
+    statistics: Iterable[LayerStatistics],
     importance: str = "obs",
     fisher: Fisher | None = None,
     run: Run = DEFAULT_RUN,
@@ -134,7 +134,7 @@ def rank(
 
     Args:
         model: The dense model.
-        statistics: Result of `calibrate` for this model.
+        statistics: Statistics of each layer, first layer first (`statistics.calibrated`).
         importance: Key of `ORDERS`.
         fisher: Result of `fisher.output_fisher`; None weights all errors of an output equally.
         run: Run context; its checkpoints keep finished layers.
@@ -145,30 +145,51 @@ def rank(
     Raises:
         UserError: The importance is unknown.
     """
+    roots = roots_of(fisher, len(decoder_layers(model)), model.device)
+    return [
+        rank_layer(model, index, inputs, importance, root, run)
+        for index, (inputs, root) in enumerate(zip(statistics, roots, strict=True))
+    ]
+
+
+@torch.inference_mode()
+def rank_layer(
+    model: PreTrainedModel,
+    index: int,
+    inputs: LayerStatistics,
+    importance: str = "obs",
+    roots: tuple[Tensor | None, Tensor | None] = (None, None),
+    run: Run = DEFAULT_RUN,
+) -> LayerOrder:
+    """Order a layer's KV groups and FFN channels by importance.
+
+    Args:
+        model: The dense model.
+        index: Index of the layer.
+        inputs: Statistics of the layer.
+        importance: Key of `ORDERS`.
+        roots: R of the outputs of its attention and its FFN (`fisher.roots_of`).
+        run: Run context; its checkpoints keep the order.
+
+    Returns:
+        The order.
+
+    Raises:
+        UserError: The importance is unknown.
+    """
     if importance not in ORDERS:
         raise UserError(f"Unknown importance {importance!r}.", f"Choose one of: {', '.join(ORDERS)}.")
-    architecture, shape = architecture_of(model.config), shape_of(model.config)
-    orders: list[LayerOrder] = []
-    roots = roots_of(fisher, shape.num_layers, model.device)
-    for layer, inputs, (attention, ffn) in zip(decoder_layers(model), statistics, roots, strict=True):
-        if done := run.checkpoints.load(f"order-{len(orders)}", model.device):
-            orders.append(LayerOrder(**done))
-            continue
-        groups, channels = (
-            ORDERS[importance](
-                linear(layer, path).weight.to(model.device).float(), moments.to(model.device), unit, root
-            )
-            for path, moments, unit, root in (
-                (
-                    architecture.attention_output,
-                    inputs.attention,
-                    shape.queries_per_group * shape.head_dim,
-                    attention,
-                ),
-                (architecture.ffn_output, inputs.ffn, 1, ffn),
-            )
+    done = run.checkpoints.load(f"order-{index}", model.device)
+    if done is None:
+        architecture, shape, layer = architecture_of(model.config), shape_of(model.config), decoder_layers(model)[index]
+        parts = (
+            (architecture.attention_output, inputs.attention, shape.queries_per_group * shape.head_dim),
+            (architecture.ffn_output, inputs.ffn, 1),
         )
-        run.checkpoints.save(f"order-{len(orders)}", {"groups": groups, "channels": channels})
-        orders.append(LayerOrder(groups, channels))
-        run.progress("ordering", len(orders), len(statistics))
-    return orders
+        groups, channels = (
+            ORDERS[importance](linear(layer, path).weight.to(model.device).float(), moments, unit, root)
+            for (path, moments, unit), root in zip(parts, roots, strict=True)
+        )
+        done = {"groups": groups, "channels": channels}
+        run.checkpoints.save(f"order-{index}", done)
+    return LayerOrder(**done)

@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfpruner_hub.calibration.fisher import Fisher, output_fisher
-from selfpruner_hub.calibration.statistics import calibrate
+from selfpruner_hub.calibration.fisher import Fisher, output_fisher, roots_of
+from selfpruner_hub.calibration.statistics import calibrated
 from selfpruner_hub.errors import ModelError, UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
 from selfpruner_hub.models.devices import refuse_float16
 from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.experts import rank_experts
-from selfpruner_hub.pruning.importance import LayerOrder, rank
+from selfpruner_hub.pruning.importance import LayerOrder, rank_layer
 from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.output_repair import repair_layer
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
@@ -125,17 +126,15 @@ def prepared(
     if architecture_of(model.config).experts is not None:
         order, found = rank_experts(model, windows, settings.importance, fisher, run)
         with ordered(model, order):
-            yield Prepared(order, Slicer(model, order, None, run.store), found if fisher else None)
+            yield Prepared(order, Slicer(model, None, run.store), found if fisher else None)
         return
-    statistics = calibrate(model, windows, run)
-    order = rank(model, statistics, settings.importance, fisher, run)
+    order, repairs = [], []
+    roots = roots_of(fisher, len(decoder_layers(model)), model.device)
+    for index, (statistics, root) in enumerate(zip(calibrated(model, windows, run), roots, strict=True)):
+        order.append(rank_layer(model, index, statistics, settings.importance, root, run))
+        if fisher or settings.repair != "none":
+            repairs.append(repair_layer(model, index, order[-1], statistics, root, run.store))
     with ordered(model, order):
-        slicer = Slicer(model, order, _drained(statistics), run.store, fisher)
+        slicer = Slicer(model, repairs, run.store)
         curves = slicer.loss_curves() if fisher else None
-        yield Prepared(order, slicer if settings.repair != "none" else Slicer(model, order, None, run.store), curves)
-
-
-def _drained(items: list[Any]) -> Iterator[Any]:
-    """Yield the items and remove each from the list, so that a layer's statistics are freed as its repair is built."""
-    while items:
-        yield items.pop(0)
+        yield Prepared(order, slicer if settings.repair != "none" else Slicer(model, None, run.store), curves)

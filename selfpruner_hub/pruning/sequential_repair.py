@@ -8,7 +8,7 @@ accumulation, as in SparseGPT and SliceGPT, with the residual stream as target).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from selfpruner_hub.calibration.fisher import Fisher, roots_of
 from selfpruner_hub.calibration.ridge import as_seen, split_held_out
 from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear, residual_scale
-from selfpruner_hub.models.layer_stream import Seen, Stream, watching
+from selfpruner_hub.models.layer_stream import Reached, Seen, Stream, watching
 from selfpruner_hub.models.patching import replaced
 from selfpruner_hub.models.placement import on, placed
 from selfpruner_hub.pruning.expert_repair import compensate_experts
@@ -54,8 +54,8 @@ def compensate(
     that does not lower the error on the held-out windows, they keep their weights. The error of an output that differs
     from its target by δ is ‖R δ‖², with RᵀR the Fisher information of that output in the dense model.
 
-    Memory: six hidden states, the input of o_proj and two inputs of an FFN per token, and twice the statistics of one
-    projection.
+    Memory: six hidden states, the input of o_proj and three inputs of down_proj per token (these where the store is in
+    memory; else they are computed anew), and twice the statistics of one projection.
 
     Args:
         dense: The dense model.
@@ -79,23 +79,26 @@ def compensate(
     original, moved = Stream(dense, windows, store), Stream(dense, windows, store)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
     roots = roots_of(fisher, len(pairs), dense.device)
+    near: tuple[int | None, int | None] = (None, None)
+    """Index of λ that the layer before took for o_proj and down_proj: that of this layer is near."""
     for index, ((whole, layer), (root, ffn_root)) in enumerate(zip(pairs, roots, strict=True)):
         if done := checkpoints.load(f"repair-{index}"):
+            near = (int(done.pop("near.attention")), int(done.pop("near.ffn")))
             layer.load_state_dict(done)
-            original.advance(index, whole)
-            moved.advance(index, layer)
+            for stream, each in ((original, whole), (moved, layer)):
+                with placed(each, dense.device):
+                    stream.advance(index, each)
             continue
         with placed(whole, dense.device):
             targets = _targets(architecture, index, whole, original, moved, store, scale)
         with placed(layer, dense.device, changed=True):
             attention = _Attention(architecture, index, layer, moved, store)
-            attention.fit(targets, ridges, root)
+            first = attention.fit(targets, ridges, root, near[0])
             ffn = _Ffn(architecture, layer, attention, targets, store, ffn_root)
-            ffn.fit_down(ridges)
-            if inputs and ffn.fit_inputs():
-                ffn.fit_down(ridges)
-            checkpoints.save(f"repair-{index}", layer.state_dict())
-            attention.advance()
+            near = (first, ffn.fit(ridges, near[1], inputs=inputs))
+            kept = {"near.attention": torch.tensor(near[0]), "near.ffn": torch.tensor(near[1])}
+            checkpoints.save(f"repair-{index}", {**layer.state_dict(), **kept})
+            ffn.advance()
         run.progress("repairing", index + 1, len(pairs))
 
 
@@ -142,26 +145,30 @@ class _Attention:
         self._index, self._layer, self._moved, self._store = index, layer, moved, store
         self._read: list[Tensor] = []
 
-    def fit(self, targets: Targets, ridges: Sequence[float], root: Tensor | None) -> None:
-        """Fit o_proj, and keep its inputs."""
+    def fit(self, targets: Targets, ridges: Sequence[float], root: Tensor | None, start: int | None) -> int:
+        """Fit o_proj, and keep its inputs; see `LinearFit.apply` for λ."""
         fit = LinearFit(self.output, ridges, root)
         for number, (target, _) in enumerate(on(self.output.weight.device, targets)):
-            seen = Seen(self.output, last=True)
-            self._moved.run(self._index, self._layer, number, [seen])
-            fit.add(seen.input, target)
-            self._read.append(self._store(seen.input))
-        fit.apply()
+            reached = Reached(self.output)
+            self._moved.run(self._index, self._layer, number, [reached])
+            fit.add(reached.input, target)
+            self._read.append(self._store(reached.input))
+        return fit.apply(start)
 
-    def run(self, number: int, watched: Sequence[Seen] = ()) -> Tensor | None:
+    def run(self, number: int, watched: Sequence[Seen | Reached] = ()) -> Tensor | None:
         """Run the layer on one batch as `Stream.run` does, with the attention as it was read."""
         read = self._read[number].to(self.output.weight.device)
         with replaced(self._owner, "forward", lambda *_, **__: (self.output(read), None)):
             return self._moved.run(self._index, self._layer, number, watched)
 
-    def advance(self) -> None:
-        """Replace the hidden states of all batches by the output of the layer."""
-        for number, hidden in enumerate(self._moved.hidden):
-            hidden.copy_(cast(Tensor, self.run(number)))
+    @property
+    def hidden(self) -> list[Tensor]:
+        """Hidden states of all batches before the layer, `[B, W, H]`."""
+        return self._moved.hidden
+
+
+Read = Callable[[], Iterable[tuple[Tensor, ...]]]
+"""Function that iterates over what the FFN's projections read and computed, batch by batch."""
 
 
 class _Ffn:
@@ -176,62 +183,94 @@ class _Ffn:
         store: TensorStore,
         root: Tensor | None,
     ) -> None:
-        self._store, self._root = store, root
+        self._attention, self._store, self._root = attention, store, root
         owner, _, _ = architecture.ffn_output.rpartition(".")
         self._run = layer.get_submodule(owner)
         self._inputs = [linear(layer, p.path) for p in architecture.ffn_inputs]
         self._down = linear(layer, architecture.ffn_output)
         self._batches: list[tuple[Tensor, Tensor]] = []
         for number, (first, target) in enumerate(on(self._down.weight.device, targets)):
-            outputs = Seen(attention.output), Seen(self._inputs[0], last=True)
-            attention.run(number, outputs)
+            added, reached = Seen(attention.output), Reached(self._inputs[0])
+            attention.run(number, [added, reached])
             if not architecture.output_norms:  # the error that remains after the attention
-                target = _sum(target, first, -outputs[0].output)
-            self._batches.append((store(outputs[1].input), store(target)))
+                target = _sum(target, first, -added.output)
+            self._batches.append((store(reached.input), store(target)))
+        self._read: Read = list
 
     def _each(self) -> Iterator[tuple[Tensor, ...]]:
         """The input and the target of each batch, on the device of the layer."""
         return on(self._down.weight.device, self._batches)
 
-    def fit_down(self, ridges: Sequence[float]) -> None:
-        fit = LinearFit(self._down, ridges, self._root)
-        for h, target in self._each():
-            seen = Seen(self._down, last=True)
-            with watching([seen]):
-                self._run(h)
-            fit.add(seen.input, target)
-        fit.apply()
+    def _kept(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> Read:
+        """What is computed from the input of each batch; anew each time where it would be kept in files."""
+        if self._store.on_disk:
+            return lambda: (compute(h) for h, _ in self._each())
+        found = [compute(h) for h, _ in self._each()]
+        return lambda: found
 
-    def fit_inputs(self) -> bool:
+    def fit(self, ridges: Sequence[float], start: int | None, *, inputs: bool) -> int:
+        """Fit down_proj; with `inputs`, gate_proj and up_proj too, and where they moved, down_proj again."""
+        self._read = self._kept(self._linearised if inputs else self._activated)
+        start = self._fit_down(ridges, start)
+        if inputs and self._fit_inputs():
+            self._read = self._kept(self._activated)
+            start = self._fit_down(ridges, start)
+        return start
+
+    def advance(self) -> None:
+        """Replace the hidden states of all batches by the output of the layer."""
+        for number, (hidden, (x, *_)) in enumerate(zip(self._attention.hidden, self._read(), strict=True)):
+            with replaced(self._run, "forward", lambda *_, x=x, **__: self._down(x)):
+                hidden.copy_(cast(Tensor, self._attention.run(number)))
+
+    def _fit_down(self, ridges: Sequence[float], start: int | None) -> int:
+        fit = LinearFit(self._down, ridges, self._root)
+        for (x, *_), (_, target) in zip(self._read(), self._each(), strict=True):
+            fit.add(x, target)
+        return fit.apply(start)
+
+    def _fit_inputs(self) -> bool:
         """Refit gate_proj and up_proj if that lowers the error on the held-out windows; return whether it does."""
-        expanded = [tuple(map(self._store, self._linearised(*batch))) for batch in self._each()]
+        rests = [
+            (self._store(self._rest(self._down(x), target)),)
+            for (x, _), (_, target) in zip(self._read(), self._each(), strict=True)
+        ]
+        rows = [module.weight for module in self._inputs]
 
         def stream() -> Iterator[Gated]:
-            for (h, _), (factors, rest) in zip(self._each(), on(rows[0].device, expanded), strict=True):
+            for (h, _), (_, factors), (rest,) in zip(
+                self._each(), self._read(), on(rows[0].device, rests), strict=True
+            ):
                 yield Gated(h, factors, rest)
 
-        rows = [module.weight for module in self._inputs]
-        before = [weight.clone() for weight in rows]
         stacked = torch.cat(rows).view(-1, *self._down.weight.t().shape)
         down = as_seen(self._down.weight, self._root)
         moved = (stacked.float() + fit_inputs(stream, stacked, down)).flatten(0, 1)
+        before = [weight.clone() for weight in rows]
         for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
             weight.copy_(new)
         helps = _squared(self._rest(self._run(h), target) for h, target in _held(self._each())) < _squared(
-            rest for (rest,) in _held((rest,) for _, rest in expanded)
+            rest for (rest,) in _held(rests)
         )
         if not helps:  # the step was too long for the nonlinear FFN, or was zero
             for weight, old in zip(rows, before, strict=True):
                 weight.copy_(old)
         return helps
 
+    def _activated(self, h: Tensor) -> tuple[Tensor]:
+        """What down_proj reads, `[B, W, F]`."""
+        reached = Reached(self._down)
+        with watching([reached]):
+            self._run(h)
+        return (reached.input,)
+
     def _rest(self, output: Tensor, target: Tensor) -> Tensor:
         """The residual, target minus output, times R."""
         rest = _sum(target, -output)
         return rest if self._root is None else nn.functional.linear(rest, self._root.to(rest.dtype))
 
-    def _linearised(self, h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors and the residual of `least_squares.Gated`, from one pass.
+    def _linearised(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """What down_proj reads, and the factors of `least_squares.Gated`, from one pass.
 
         down_proj's input is an elementwise function of the outputs of gate_proj and up_proj, so its derivative with
         respect to them is the gradient of its sum.
@@ -242,18 +281,15 @@ class _Ffn:
             given.append(output.detach().requires_grad_())
             return given[-1]
 
-        seen = Seen(self._down, last=True)
         handles = [module.register_forward_hook(leaf) for module in self._inputs]
         try:
             with torch.enable_grad():
-                with watching([seen]):
-                    self._run(h)
-                gradients = torch.autograd.grad(seen.input.sum(), given)
+                (x,) = self._activated(h)
+                gradients = torch.autograd.grad(x.sum(), given)
         finally:
             for handle in handles:
                 handle.remove()
-        factors = torch.cat(gradients, -1).view(*h.shape[:-1], -1, seen.input.shape[-1])
-        return factors, self._rest(self._down(seen.input.detach()), target)
+        return x.detach(), torch.cat(gradients, -1).view(*h.shape[:-1], -1, x.shape[-1])
 
 
 def _held(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:

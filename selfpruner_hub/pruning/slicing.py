@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from selfpruner_hub.calibration.fisher import Fisher, roots_of
-from selfpruner_hub.calibration.statistics import LayerStatistics
 from selfpruner_hub.models.architectures import (
     Block,
     architecture_of,
@@ -32,8 +30,7 @@ from selfpruner_hub.models.placement import stream_layers, streams
 from selfpruner_hub.models.weights import is_tied, rebuild_buffers
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
-from selfpruner_hub.pruning.importance import LayerOrder, expand
-from selfpruner_hub.pruning.output_repair import Repair
+from selfpruner_hub.pruning.output_repair import LayerRepairs
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 Part = Literal["attention", "ffn"]
@@ -48,20 +45,15 @@ class Slicer:
 
     Args:
         model: The dense model, permuted.
-        order: The applied permutations, one per layer.
-        statistics: Calibration statistics in dense order, for the first repair, one layer at a time; None does not
-            repair.
-        store: Store for the repairs; repaired weights are cached only if the store is in memory.
-        fisher: Result of `fisher.output_fisher`, for the errors; None weights all errors of an output equally.
+        repairs: Result of `output_repair.first_repairs`; None does not repair.
+        store: Store for the weights of a cut model; repaired weights are cached only if the store is in memory.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        order: Sequence[LayerOrder],
-        statistics: Iterable[LayerStatistics] | None,
+        repairs: Sequence[LayerRepairs] | None = None,
         store: TensorStore = MEMORY,
-        fisher: Fisher | None = None,
     ) -> None:
         self.model = model
         self.store = store
@@ -69,38 +61,24 @@ class Slicer:
         self._architecture = architecture_of(model.config)
         self._dense = decoder_layers(model)
         self._paths = (self._architecture.attention_output, self._architecture.ffn_output)
-        self.repairs: list[tuple[Repair, Repair]] | None = None
-        if statistics is not None:
-            roots = roots_of(fisher, len(self._dense), model.device)
-            self.repairs = [self._repairs(*each) for each in zip(self._dense, order, statistics, roots, strict=True)]
+        self.repairs = repairs
         self._cache: OrderedDict[tuple[int, Part, int], Tensor] = OrderedDict()
         self._free = 0
         if self.repairs is not None and not store.on_disk:
             outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
             self._free = int(CACHED_REPAIRS * outputs)
 
-    def _repairs(
-        self, layer: nn.Module, order: LayerOrder, moments: LayerStatistics, roots: tuple[Tensor | None, Tensor | None]
-    ) -> tuple[Repair, Repair]:
-        device = self.model.device
-        pairs = ((moments.attention, expand(order.groups, self.unit("query"))), (moments.ffn, order.channels))
-        repairs = []
-        for path, (inputs, columns), root in zip(self._paths, pairs, roots, strict=True):
-            gram = inputs.gram.to(device)[columns][:, columns]
-            repairs.append(Repair(linear(layer, path).weight, gram, inputs.ridge, self.store, root))
-        return repairs[0], repairs[1]
-
     def errors(self) -> list[tuple[Tensor, Tensor]]:
-        """Expected squared output error of each layer after the first repair, by width, loss-weighted by `fisher`.
+        """Expected squared output error of each layer after the first repair, by width, in the terms of the repairs.
 
         Returns:
             Per layer, the errors with 0 to G KV groups kept, `[G + 1]`, and with 0 to F channels kept, `[F + 1]`.
 
         Raises:
-            ValueError: The slicer has no statistics.
+            ValueError: The slicer has no repairs.
         """
         if self.repairs is None:
-            raise ValueError("a slicer without statistics knows no errors")
+            raise ValueError("a slicer without repairs knows no errors")
         return [(attention.errors()[:: self.unit("query")], ffn.errors()) for attention, ffn in self.repairs]
 
     def loss_curves(self) -> list[LossCurves]:
@@ -110,7 +88,7 @@ class Slicer:
             One pair of curves per layer, in nats per token if the slicer has the Fisher information.
 
         Raises:
-            ValueError: The slicer has no statistics.
+            ValueError: The slicer has no repairs.
         """
         return [
             LossCurves((attention / 2).cpu().double().numpy(), (ffn / 2).cpu().double().numpy())

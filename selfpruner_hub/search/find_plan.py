@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 
 from torch import Tensor
@@ -52,19 +53,23 @@ def find_plan(
         Outcome and gains; without a search (`evaluations=0`) or without unseen text, only the gain on the fitness text.
     """
     slicer, curves = ready.slicer, ready.curves
+    schedule, windows = settings.schedule, texts.search.windows
+    if not schedule.length:  # the first share is enough to choose among seeds
+        windows = windows[: max(1, round(schedule.first_share * len(windows)))]
+        schedule = replace(schedule, first_share=1.0)
     scoring = curves if settings.weighs_excess else None
-    fitness = _fitness(slicer, texts.search.windows, settings, scoring)
+    fitness = _fitness(slicer, windows, settings, scoring)
     measure_steps = (
         fitness.measure_steps
         if isinstance(fitness, SecondRepairScore)
         else partial(fitness.measure_steps, curves=curves)
     )
-    measure = partial(fitness.loss, share=settings.schedule.first_share)
-    effects = partial(measure_steps, share=settings.schedule.first_share) if "refined" in settings.seeds else None
+    measure = partial(fitness.loss, share=schedule.first_share)
+    effects = partial(measure_steps, share=schedule.first_share) if "refined" in settings.seeds else None
     rates = _journaled(journal, lambda: seeds(budget, curves if settings.predicts_losses else None, measure, effects))
     starts = {name: rates[name] for name in rates if name in settings.seeds}
     check = None
-    if settings.schedule.evaluations and texts.unseen is not None:
+    if schedule.length and texts.unseen is not None:
         check = checked(journal, partial(_fitness, slicer, texts.unseen.windows, settings, scoring))
     with ray_workers(fitness) if run.executor == "ray" else nullcontext() as pool:
         reads = getattr(proposer, "reads_slopes", False) and not budget.shape.expert_weights  # which have no gradient
@@ -72,11 +77,11 @@ def find_plan(
         problem = Problem(budget, starts, fitness, steps, pool, check)
         price = float(getattr(proposer, "token_price", 0.0))
         on_score = _shown(run.progress, settings, price)
-        outcome = search(proposer, problem, journal, settings.schedule, seed=run.seed, on_score=on_score)
+        outcome = search(proposer, problem, journal, schedule, seed=run.seed, on_score=on_score)
     gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
     if check is not None:
         gains[UNSEEN_TEXT] = check(outcome.best_seed.plan), check(outcome.best.plan)
-    return SearchResult(outcome, gains)
+    return SearchResult(outcome, gains, windows.numel())
 
 
 def _journaled(journal: Journal, compute: Callable[[], dict[str, Rates]]) -> dict[str, Rates]:

@@ -47,3 +47,5 @@ class SearchResult:
     outcome: Outcome
     gains: dict[str, tuple[float, float]]
     """Fitness of the best seed plan and of the best plan, by text: `SEARCH_TEXT` and, where measured, `UNSEEN_TEXT`."""
+    tokens: int
+    """Number of tokens of the fitness text on which plans were scored."""

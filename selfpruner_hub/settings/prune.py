@@ -83,7 +83,8 @@ class PruneSettings:
     keep their proportion to calibration_tokens unless given."""
     fitness_tokens: int = 16_384
     """Tokens of the fitness text, on which the search selects plans. It is disjoint from the calibration text. They
-    keep their proportion to calibration_tokens unless given."""
+    keep their proportion to calibration_tokens unless given. Without a search, plans are scored on the first
+    schedule.first_share of it."""
     seeds: tuple[str, ...] = ("uniform", "ramp", "sensitivity", "refined")
     """Plans that the search starts from: uniform rates, a ramp over depth, a knapsack over predicted losses
     (sensitivity), the same after a step along measured effects (refined), and its mean with uniform rates (blend)."""

@@ -70,6 +70,7 @@ class DiskStore:
         self._arenas: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
         self._arena: mmap.mmap | None = None
         self._used = 0
+        self._mapped = _resident_files() or 0  # by libraries: those of CUDA take hundreds of megabytes
         self._arena = self._opened(mmap.PAGESIZE)  # fails at once where the directory cannot be written
         threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True).start()
 
@@ -99,7 +100,8 @@ class DiskStore:
 
     def trim(self) -> None:
         """Release the pages of the files where more than `RESIDENT` bytes are in memory."""
-        if _resident_files() > RESIDENT:
+        resident = _resident_files()
+        if resident is None or resident - self._mapped > RESIDENT:
             self.release()
 
     def release(self) -> None:
@@ -139,9 +141,9 @@ def _watch(store: weakref.ref[DiskStore]) -> None:
         del alive
 
 
-def _resident_files() -> int:
-    """Return the bytes of mapped files in memory; more than `RESIDENT`, where the system does not say."""
+def _resident_files() -> int | None:
+    """Return the bytes of mapped files in memory; None where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
     except OSError:
-        return RESIDENT + 1
+        return None

@@ -138,15 +138,15 @@ def test_a_stage_that_runs_out_of_memory(bench, monkeypatch):
     def too_much(*_args, **_more):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 822.00 MiB.\nMore of it.")
 
-    monkeypatch.setattr(gpu_stages, "rank", too_much)
+    monkeypatch.setattr(gpu_stages, "prepared", too_much)
     gpu_stages.stages(bench, "stages-8b", "8b")
     rows = bench.rows()
-    assert rows[3]["stage"] == "order"
-    assert rows[3]["out_of_memory"] == "CUDA out of memory. Tried to allocate 822.00 MiB."
-    assert rows[3]["peak_mb"] > 0
-    assert [row["stage"] for row in rows[4:]] == list(gpu_stages.STAGES[3:])
-    assert {row["skipped"] for row in rows[4:]} == {"order ran out of memory"}
-    monkeypatch.setattr(gpu_stages, "rank", lambda *_args, **_more: 1 / 0)
+    assert rows[2]["stage"] == gpu_stages.STAGES[1]
+    assert rows[2]["out_of_memory"] == "CUDA out of memory. Tried to allocate 822.00 MiB."
+    assert rows[2]["peak_mb"] > 0
+    assert [row["stage"] for row in rows[3:]] == list(gpu_stages.STAGES[2:])
+    assert {row["skipped"] for row in rows[3:]} == {f"{gpu_stages.STAGES[1]} ran out of memory"}
+    monkeypatch.setattr(gpu_stages, "prepared", lambda *_args, **_more: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gpu_stages.stages(bench, "stages-8b", "8b")
 

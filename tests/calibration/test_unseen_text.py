@@ -179,4 +179,4 @@ def test_the_gain_is_measured_on_it(model, monkeypatch):
     report = AutoPruner(model, tiny_tokenizer(), "tests/llama").prune(0.3, evaluations=0, **small).report
     assert len(scored) == 1
     assert (set(report.data), set(report.proposer["gains"])) == ({"calibration", "fitness"}, {"search_text"})
-    assert torch.equal(scored[0][0], searched)
+    assert torch.equal(scored[0][0], searched[: round(len(searched) / 4)])  # enough to choose among seeds

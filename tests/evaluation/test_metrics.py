@@ -131,7 +131,7 @@ def test_a_broken_candidate_scores_infinity():
 def test_unknown_metric_is_refused():
     model = tiny_model("llama")
     with pytest.raises(UserError, match="kl, perplexity"):
-        Fitness(Slicer(model, [], None), WINDOWS, "accuracy")
+        Fitness(Slicer(model), WINDOWS, "accuracy")
 
 
 LENGTHS = [24, 5, 17, 2, 9, 24, 12, 3, 20, 7]

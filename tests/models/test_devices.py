@@ -8,6 +8,7 @@ from support.tiny import tiny_model
 from support.virtual_device import virtual_accelerator
 
 from selfpruner_hub.errors import ModelError, UserError
+from selfpruner_hub.models import devices
 from selfpruner_hub.models.devices import (
     check_one_device,
     choose_device,
@@ -33,6 +34,21 @@ def test_a_device_that_is_not_there(name):
         choose_device(name)
     with pytest.raises(UserError, match="Choose one of: cpu.$"):
         choose_device(name)
+
+
+@pytest.mark.parametrize("visible", [None, ""])
+def test_a_gpu_that_pytorch_does_not_see_is_told_once(visible, tmp_path, monkeypatch, caplog):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(devices, "_NVIDIA", tmp_path / "nvidia0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:  # the user hides it
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    devices._warn_of_unseen_gpu.cache_clear()
+    for _ in range(2):
+        assert choose_device() == choose_device("cpu") == torch.device("cpu")
+    told = [record.message for record in caplog.records if "PyTorch does not see it" in record.message]
+    assert len(told) == (1 if visible is None else 0)
+    devices._warn_of_unseen_gpu.cache_clear()
 
 
 def test_device_and_map_exclude_each_other(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from selfpruner_hub.errors import ModelError
-from selfpruner_hub.models.forward import ON_ACCELERATORS, windows_at_once
+from selfpruner_hub.models.forward import ON_ACCELERATORS, last_hidden_states, windows_at_once
 
 
 class Accelerator:
@@ -17,12 +17,14 @@ class Accelerator:
     def __init__(self, room):
         self.room, self.tried = room, []
         self.device = SimpleNamespace(type="elsewhere")
+        self.output = lambda _ids: None
 
     def get_decoder(self):
         def run(ids, use_cache):
             self.tried.append(tuple(ids.shape))
             if len(ids) > self.room:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            return self.output(ids)
 
         return run
 
@@ -60,6 +62,22 @@ def test_room_for_all():
 def test_no_room_at_all():
     with pytest.raises(ModelError, match="Not one window of 128 tokens"):
         windows_at_once(Accelerator(room=0), 128, 2048)
+
+
+def test_a_pass_that_runs_out_of_memory_after_the_trial_is_tried_with_fewer_windows(monkeypatch):
+    """Of a candidate, whose repaired weights were not there at the trial."""
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    model = Accelerator(room=100)
+    model.device = torch.device("meta")  # not a CPU, and tensors can be sent to it
+    model.output = lambda ids: SimpleNamespace(last_hidden_state=torch.empty(*ids.shape, 2, device="meta"))
+    windows = torch.ones(250, 128, dtype=torch.long)
+    assert sum(len(hidden) for hidden in last_hidden_states(model, windows)) == 250 * 127
+    model.room = 40
+    assert sum(len(hidden) for hidden in last_hidden_states(model, windows)) == 250 * 127
+    assert 30 <= windows_at_once(model, 128, 2048) <= 40
+    model.room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        list(last_hidden_states(model, windows))
 
 
 def test_other_errors_are_not_taken_for_it():

@@ -103,7 +103,7 @@ def test_the_curve_predicts_the_error_of_the_cut_layer():
         seen.append(output.flatten(0, -2))
 
     with ordered(model, orders):
-        cut = slice_model(Slicer(model, orders, None), plan)
+        cut = slice_model(Slicer(model), plan)
     for each in (model, cut):
         handle = each.model.layers[last].mlp.register_forward_hook(keep)
         logits(each, WINDOWS)
@@ -184,7 +184,7 @@ def test_the_repair_lowers_the_damage(name, direct, monkeypatch):
     groups = [w.num_key_value_heads for w in shape.dense.layers]
     plan = shape.plan([w.intermediate_size // 2 for w in shape.dense.layers], groups)
     with ordered(model, orders):
-        cut = slice_model(Slicer(model, orders, None), plan)
+        cut = slice_model(Slicer(model), plan)
     wanted, before = logits(model, WINDOWS), logits(cut, WINDOWS)
     weights = {k: v.clone() for k, v in cut.state_dict().items()}
     compensate(model, cut, WINDOWS, fisher=fisher)

@@ -10,7 +10,7 @@ from torch import nn
 
 from selfpruner_hub.calibration.ridge import HELD_OUT
 from selfpruner_hub.pruning import least_squares
-from selfpruner_hub.pruning.least_squares import Gated, LinearFit, first_minimum, fit_inputs
+from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs, nearest_minimum
 
 N, W, H, K, F = 80, 16, 5, 2, 7
 FITTED = [i for i in range(N) if (i + 1) % HELD_OUT]
@@ -154,11 +154,11 @@ def test_its_steps_are_those_of_conjugate_gradients():
             assert abs((slope * step).sum()) < 1e-2 * slope.norm() * step.norm()
 
 
-def test_it_takes_three_steps():
+def test_it_takes_two_steps():
     """Each takes away much of what the one before leaves, on the windows to fit."""
     windows, change, down = gated(noise=0.0)
-    reached = [error(windows, down, steps_of(windows, change, down, steps)) for steps in (1, 2, 3)]
-    assert torch.equal(fit_inputs(lambda: windows, change, down), steps_of(windows, change, down, 3))
+    reached = [error(windows, down, steps_of(windows, change, down, steps)) for steps in (1, 2)]
+    assert torch.equal(fit_inputs(lambda: windows, change, down), steps_of(windows, change, down, 2))
     for before, after in itertools.pairwise([error(windows, down, 0 * change), *reached]):
         assert after < 0.8 * before
 
@@ -184,18 +184,24 @@ def test_nothing_moves_without_a_window_to_hold_out():
     assert not fit_inputs(lambda: few, change, down).any()
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
-    ("errors", "best", "read"),
+    ("errors", "start", "best", "read"),
     [
-        ([5, 3, 4, 2, 3, 4, 0], 2, 6),  # it looks past one bump, and not past a rise of two
-        ([5, 3, 3, 4, 1], 3, 4),
-        ([5, float("nan"), 4], 4, 3),
-        ([1], 1, 1),
+        ([5, 4, 3, 4, 5], 2, 2, 3),  # the start and both neighbours
+        ([5, 4, 3, 2, 3], 1, 3, 5),
+        ([1, 2, 3, 4, 5], 2, 0, 3),  # down, to the end: nothing above is asked for
+        ([5, 4, 3, 2, 1], 4, 4, 2),
+        ([5, 3, NAN, 4], 2, 1, 3),
+        ([NAN, NAN, NAN], 1, 1, 3),
+        ([1], 0, 0, 1),
     ],
 )
-def test_the_first_minimum_is_sought_past_one_bump(errors, best, read):
+def test_the_walk_ends_where_both_neighbours_are_worse(errors, start, best, read):
     asked = []
-    assert first_minimum(errors, lambda error: asked.append(error) or error) == best
+    assert nearest_minimum(errors.__getitem__, len(errors), lambda e: asked.append(e) or e, start)[0] == best
     assert len(asked) == read
 
 

@@ -6,11 +6,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selfpruner_hub.calibration.ridge import RIDGES, choose_ridge
+from selfpruner_hub.calibration.ridge import RIDGE, RIDGES, choose_ridge
+from selfpruner_hub.calibration.statistics import Moments
 from selfpruner_hub.errors import ModelError
 from selfpruner_hub.pruning.output_repair import Repair
 
 D, OUT, TOKENS = 12, 5, 400
+
+
+def made(weight, gram, ridge=RIDGE, root=None):
+    """The repair of a projection whose columns are in order."""
+    module = torch.nn.Linear(*weight.t().shape, bias=False, dtype=weight.dtype)
+    module.weight.data = weight
+    return Repair(module, Moments(gram[0], gram, ridge), torch.arange(len(gram)), root=root)
 
 
 @pytest.fixture
@@ -32,12 +40,12 @@ def ridge_solution(weight, gram, kept, ridge):
 def test_equals_the_formula(problem, kept):
     weight, _, gram = problem
     expected = ridge_solution(weight, gram, kept, 0.01)
-    torch.testing.assert_close(Repair(weight, gram, 0.01).weight(kept), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(made(weight, gram, 0.01).weight(kept), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_no_perturbation_lowers_the_calibration_error(problem):
     weight, x, gram = problem
-    repaired = Repair(weight, gram, 0.0).weight(7)
+    repaired = made(weight, gram, 0.0).weight(7)
 
     def error(candidate):
         return (x @ weight.t() - x[:, :7] @ candidate.t()).double().square().mean()
@@ -53,7 +61,7 @@ def test_no_perturbation_lowers_the_calibration_error(problem):
 @pytest.mark.parametrize("root", [None, torch.randn(OUT, OUT, generator=torch.Generator().manual_seed(3)).triu()])
 def test_error_curve_is_the_measured_error(problem, root):
     weight, x, gram = problem
-    repair = Repair(weight, gram, 0.0, root=root)
+    repair = made(weight, gram, 0.0, root=root)
     curve, seen = repair.errors(), torch.eye(OUT) if root is None else root.t()
     assert len(curve) == D + 1
     for kept in range(1, D + 1):
@@ -64,13 +72,13 @@ def test_error_curve_is_the_measured_error(problem, root):
 
 def test_keeps_the_dtype(problem):
     weight, _, gram = problem
-    assert Repair(weight.bfloat16(), gram).weight(3).dtype == torch.bfloat16
+    assert made(weight.bfloat16(), gram).weight(3).dtype == torch.bfloat16
 
 
 def test_statistics_that_are_not_finite_are_refused(problem):
     weight, _, gram = problem
     with pytest.raises(ModelError, match="not finite"):
-        Repair(weight, gram * torch.nan)
+        made(weight, gram * torch.nan)
 
 
 def test_the_ridge_is_the_one_that_held_out_text_bears_out(problem):
@@ -90,7 +98,7 @@ def test_the_ridge_is_the_one_that_held_out_text_bears_out(problem):
 def test_a_projection_whose_inputs_are_dead_is_cut_without_a_change_or_an_error(problem):
     weight, _, gram = problem
     assert choose_ridge(weight, 0 * gram, 0 * gram) in RIDGES
-    repair = Repair(weight, 0 * gram)
+    repair = made(weight, 0 * gram)
     torch.testing.assert_close(repair.weight(3), weight[:, :3])
     assert repair.errors().max() < 1e-9  # to cut them costs nothing
 
@@ -119,18 +127,18 @@ def test_where_a_weight_lies_does_not_show_in_its_repair():
     generator = torch.Generator().manual_seed(0)
     x, values = torch.randn(96, 48, generator=generator), torch.randn(32 * 48 + 1, generator=generator)
     weight = values[1:].view(32, 48)
-    repair = Repair(weight, x.t() @ x)
+    repair = made(weight, x.t() @ x)
     for kept in range(1, 48):
         with Products() as seen:
             found = repair.weight(kept)
         assert seen.storages
         assert weight.untyped_storage().data_ptr() not in seen.storages
-        assert torch.equal(found, Repair(weight.clone(), x.t() @ x).weight(kept))
+        assert torch.equal(found, made(weight.clone(), x.t() @ x).weight(kept))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_repaired_weight_lies_as_a_linear_layer_reads_it(problem, dtype):
     """The solver returns columns; candidates run with what it returns, and nothing copies it for them."""
     weight, _, gram = problem
-    repair = Repair(weight.to(dtype), gram)
+    repair = made(weight.to(dtype), gram)
     assert all(repair.weight(kept).is_contiguous() for kept in range(1, D + 1))

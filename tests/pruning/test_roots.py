@@ -12,6 +12,7 @@ from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.pruning.importance import rank
 from selfpruner_hub.pruning.least_squares import LinearFit, fit_inputs
 from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.output_repair import first_repairs
 from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
 
@@ -47,10 +48,10 @@ def test_of_the_order(part, known):
 @pytest.mark.parametrize("part", [0, 1], ids=["attention", "ffn"])
 def test_of_the_predicted_errors(part, known):
     model, statistics, root = known
-    order = rank(model, statistics)
-    with ordered(model, order):
-        plain = Slicer(model, order, statistics).errors()
-        moved = Slicer(model, order, statistics, fisher=planted(root, ("attention", "ffn")[part])).errors()
+    order, planted_in = rank(model, statistics), planted(root, ("attention", "ffn")[part])
+    plain, moved = (
+        Slicer(model, first_repairs(model, order, statistics, fisher)).errors() for fisher in (None, planted_in)
+    )
     for one, two in zip(plain, moved, strict=True):
         assert not torch.allclose(one[part][:-1], two[part][:-1], rtol=0.1)
         assert torch.equal(one[1 - part], two[1 - part])
@@ -61,8 +62,8 @@ def cut(known):
     """A pruned copy with the first repair."""
     model, statistics, _ = known
     order = rank(model, statistics)
+    slicer = Slicer(model, first_repairs(model, order, statistics))
     with ordered(model, order):
-        slicer = Slicer(model, order, statistics)
         return slice_model(slicer, Budget(slicer.shape, 0.3).project(Rates((0.5,) * 4, (0.3,) * 4)))
 
 

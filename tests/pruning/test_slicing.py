@@ -14,6 +14,7 @@ from selfpruner_hub.models.weights import is_tied
 from selfpruner_hub.plans.plan import LayerWidths, Plan
 from selfpruner_hub.pruning.importance import LayerOrder, rank
 from selfpruner_hub.pruning.ordering import ordered
+from selfpruner_hub.pruning.output_repair import first_repairs
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
 
 WINDOWS = torch.randint(3, 128, (16, 16), generator=torch.Generator().manual_seed(0))
@@ -26,8 +27,9 @@ def slicer():
     model = tiny_model("llama")
     statistics = calibrate(model, WINDOWS)
     order = rank(model, statistics)
+    repairs = first_repairs(model, order, statistics)
     with ordered(model, order):
-        yield Slicer(model, order, statistics)
+        yield Slicer(model, repairs)
 
 
 def test_every_layer_has_its_own_repairs_and_they_are_found_again(slicer):
@@ -58,8 +60,7 @@ def test_the_statistics_are_in_the_order_of_the_weights():
     model = tiny_model("llama")
     statistics = calibrate(model, WINDOWS)
     turned = LayerOrder(torch.arange(4).flip(0), torch.arange(48).flip(0))
-    with ordered(model, [turned] * 4):
-        slicer = Slicer(model, [turned] * 4, statistics)
+    slicer = Slicer(model, first_repairs(model, [turned] * 4, statistics))
     size = slicer.unit("query")
     groups = torch.arange(4 * size).view(4, size).flip(0).flatten()
     for repairs, known in zip(slicer.repairs, statistics, strict=True):
@@ -80,16 +81,14 @@ def test_layers_that_lose_nothing_but_kv_groups_and_channels_of_zeros_compute_th
         for layer in model.model.layers:
             layer.mlp.down_proj.weight[:, 40:] = 0
             layer.self_attn.o_proj.weight[:, 3 * shape.queries_per_group * shape.head_dim :] = 0
-    same = LayerOrder(torch.arange(4), torch.arange(48))
-    pruned = slice_model(Slicer(model, [same] * 4, None), Plan((LayerWidths(40, 3),) * 4))
+    pruned = slice_model(Slicer(model), Plan((LayerWidths(40, 3),) * 4))
     torch.testing.assert_close(logits(pruned, IDS), logits(model, IDS), atol=1e-5, rtol=1e-5)
 
 
 def test_a_pruned_model_has_its_own_memory_and_the_settings_of_generation():
     model = tiny_model("llama")
     model.generation_config.max_new_tokens = 7
-    same = LayerOrder(torch.arange(4), torch.arange(48))
-    pruned = slice_model(Slicer(model, [same] * 4, None), Plan((LayerWidths(40, 3),) * 4))
+    pruned = slice_model(Slicer(model), Plan((LayerWidths(40, 3),) * 4))
     assert pruned.generation_config.max_new_tokens == 7
     theirs = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     assert theirs.isdisjoint(parameter.untyped_storage().data_ptr() for parameter in pruned.parameters())

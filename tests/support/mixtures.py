@@ -112,7 +112,7 @@ def cut_by(whole: PreTrainedModel, counts: tuple[int, ...], *, stock: bool = Fal
     numbers = [min(n, w.intermediate_size) for n, w in zip(counts, shape.dense.layers, strict=True)]
     plan = shape.plan(numbers, [w.num_key_value_heads for w in shape.dense.layers])
     with ordered(whole, order):
-        cut = slice_model(Slicer(whole, order, None), plan, stock=stock)
+        cut = slice_model(Slicer(whole), plan, stock=stock)
     return Case(whole, [each.channels[:n] for each, n in zip(order, numbers, strict=True)], cut)
 
 

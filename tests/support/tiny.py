@@ -46,7 +46,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
 from selfpruner_hub.plans.budget import Budget, Rates
-from selfpruner_hub.pruning.importance import LayerOrder
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
 
 GQA = {
@@ -149,11 +148,8 @@ def uneven(dense: PreTrainedModel) -> PreTrainedModel:
     """Cut a tiny model so that every layer differs, in attention and FFN, and one is whole; no repair."""
     shape = shape_of(dense.config)
     rates = Rates((0.0, 0.5, 0.25, 0.6)[: shape.num_layers], (0.0, 0.3, 0.5, 0.2)[: shape.num_layers])
-    order = [
-        LayerOrder(torch.arange(w.num_key_value_heads), torch.arange(w.intermediate_size)) for w in shape.dense.layers
-    ]
     plan = Budget(shape, 0.3).project(rates)
-    return slice_model(Slicer(dense, order, None), plan)
+    return slice_model(Slicer(dense), plan)
 
 
 def tiny_tokenizer(start: str = "") -> PreTrainedTokenizerFast:
