@@ -86,10 +86,6 @@ class ProposerError(SelfPrunerError):
     """A proposer could not answer; the search uses a child of the evolution proposer instead."""
 
 
-class WorkerError(SelfPrunerError):
-    """Workers that score candidates cannot be started, or die repeatedly."""
-
-
 def check_protocol(given: object, what: str, parts: Sequence[str]) -> None:
     """Check that an object of a user has what is read of it.
 

@@ -44,7 +44,6 @@ from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.outcome import SearchResult
 from selfpruner_hub.search.proposers import Proposer
-from selfpruner_hub.search.ray_workers import check_executor
 from selfpruner_hub.settings import PruneSettings, check_minutes, check_seed, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
@@ -183,7 +182,6 @@ class AutoPruner:
         recover: float | None = None,
         seed: int = 0,
         run_dir: str | Path | None = None,
-        executor: str | None = None,
         progress: bool | Progress = True,
         **changes: Any,
     ) -> PrunedModel:
@@ -230,8 +228,6 @@ class AutoPruner:
             seed: Random seed.
             run_dir: Directory of the journal and of the checkpoints of each stage; a run with the same directory
                 resumes.
-            executor: Place where candidates are scored: None for this process, `"ray"` for parallel Ray workers
-                (`ray_workers.ray_workers`).
             progress: Whether to show bars on stderr, or a function that is called with (what, done, total).
             **changes: Values of other fields of `settings.PruneSettings`; `schedule` is a `SearchSchedule`, or a
                 mapping that changes some fields of the preset's.
@@ -247,7 +243,6 @@ class AutoPruner:
         aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
         check_minutes(minutes, recover, changes)
-        check_executor(executor)
         resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **changes)
         folder = None if run_dir is None else output_path(run_dir)
         checkpoints = Checkpoints(folder and folder / "stages")
@@ -264,7 +259,7 @@ class AutoPruner:
             budget = aim.budget(settings, callback)
             searches, pair = settings.schedule.length > 0, (self.model, self.tokenizer)
             proposer = choose_proposer(proposer, proposer_model, proposer_options, budget, searches, self.name, pair)
-            run = Run(self._store, checkpoints, callback, seed, executor)
+            run = Run(self._store, checkpoints, callback, seed)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             identity = identity_of(self.model)
             texts = Texts(self.model, self.tokenizer, self._corpora, identity).read(data, settings, run)

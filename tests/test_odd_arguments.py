@@ -49,7 +49,7 @@ def accepted_or_clear(act):
 
 @pytest.mark.parametrize("value", ODD.values(), ids=ODD)
 @pytest.mark.parametrize(
-    "name", ["target", "runtime", "request", "proposer", "data", "minutes", "recover", "seed", "run_dir", "executor"]
+    "name", ["target", "runtime", "request", "proposer", "data", "minutes", "recover", "seed", "run_dir"]
 )
 def test_prune(name, value, pruner, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

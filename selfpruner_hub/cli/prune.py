@@ -102,7 +102,6 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     group.add_argument("--run-dir", type=path, metavar="DIR", help="where the journal lives (default: OUTPUT.run)")
-    group.add_argument("--executor", metavar="ray", help="score candidates on Ray workers (default: in this process)")
 
 
 def _add_method(group: argparse._ArgumentGroup) -> None:
@@ -227,7 +226,6 @@ def _prune(options: argparse.Namespace, order: _Order) -> Record:
             recover=options.recover,
             seed=options.seed,
             run_dir=order.run_dir,
-            executor=options.executor,
             progress=not options.quiet,
             **order.settings,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from selfpruner_hub.errors import UserError
@@ -45,25 +44,8 @@ class Fitness:
         self._windows = windows
         self._known: dict[tuple[Plan, int], float] = {}  # key: plan and number of windows
         self.metric = metric
-        self.size_batches()
+        windows_at_once(slicer.model, windows.shape[1], BATCH_TOKENS)  # by trial, with the dense layers: the largest
         self._teacher = teach(slicer.model, windows) if metric == "kl" else None
-
-    def size_batches(self) -> None:
-        """Find the number of windows in a pass by trial, with the dense layers, which need most memory.
-
-        It is done once in every process that scores.
-        """
-        windows_at_once(self._slicer.model, self._windows.shape[1], BATCH_TOKENS)
-
-    @property
-    def device(self) -> torch.device:
-        """Device on which candidates are scored."""
-        return self._slicer.model.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the dense model's weights."""
-        return sum(p.nbytes for p in self._slicer.model.parameters())
 
     def __call__(self, plan: Plan, share: float = 1.0) -> float:
         """Score `plan` on the first `share` of the windows (at least one), once; NaN becomes infinity."""
@@ -132,20 +114,6 @@ class SecondRepairScore:
 
     def __init__(self, fitness: Fitness, curves: Sequence[LossCurves], remains: float = REMAINS) -> None:
         self._fitness, self._curves, self._remains = fitness, curves, remains
-
-    def size_batches(self) -> None:
-        """Find the number of windows in a pass, as `Fitness.size_batches` does."""
-        self._fitness.size_batches()
-
-    @property
-    def device(self) -> torch.device:
-        """Device on which candidates are scored."""
-        return self._fitness.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the dense model's weights."""
-        return self._fitness.nbytes
 
     def __call__(self, plan: Plan, share: float = 1.0) -> float:
         """Score `plan` on the first `share` of the windows (at least one)."""

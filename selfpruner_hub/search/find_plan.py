@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 
@@ -24,7 +23,6 @@ from selfpruner_hub.search.journal_lines import CheckLine, SeedsLine
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, SearchResult, Standing
 from selfpruner_hub.search.proposers import Proposer
-from selfpruner_hub.search.ray_workers import ray_workers
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import Run
 
@@ -47,7 +45,7 @@ def find_plan(
         texts: Texts of the run: the fitness text, on which plans are selected, and the unseen one.
         journal: Journal of the search; its lines are replayed first, then new ones are appended.
         settings: Settings of the run.
-        run: Progress (`Bars` also show a note), random seed and executor of the run.
+        run: Progress (`Bars` also show a note) and random seed of the run.
 
     Returns:
         Outcome and gains; without a search (`evaluations=0`) or without unseen text, only the gain on the fitness text.
@@ -71,13 +69,11 @@ def find_plan(
     check = None
     if schedule.length and texts.unseen is not None:
         check = checked(journal, partial(_fitness, slicer, texts.unseen.windows, settings, scoring))
-    with ray_workers(fitness) if run.executor == "ray" else nullcontext() as pool:
-        reads = getattr(proposer, "reads_slopes", False) and not budget.shape.expert_weights  # which have no gradient
-        steps = measure_steps if reads else None
-        problem = Problem(budget, starts, fitness, steps, pool, check)
-        price = float(getattr(proposer, "token_price", 0.0))
-        on_score = _shown(run.progress, settings, price)
-        outcome = search(proposer, problem, journal, schedule, seed=run.seed, on_score=on_score)
+    reads = getattr(proposer, "reads_slopes", False) and not budget.shape.expert_weights  # which have no gradient
+    problem = Problem(budget, starts, fitness, measure_steps if reads else None, check)
+    price = float(getattr(proposer, "token_price", 0.0))
+    on_score = _shown(run.progress, settings, price)
+    outcome = search(proposer, problem, journal, schedule, seed=run.seed, on_score=on_score)
     gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
     if check is not None:
         gains[UNSEEN_TEXT] = check(outcome.best_seed.plan), check(outcome.best.plan)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,8 +28,6 @@ from selfpruner_hub.settings import SearchSchedule
 
 Score = Callable[[Plan, float], float]
 """(plan, share of the windows) → fitness, lower is better."""
-Pool = Callable[[Sequence[Plan], float], Iterator[float]]
-"""(plans, share of the windows) → fitness of each plan, in the order of the plans."""
 MeasureSteps = Callable[[Plan, float], StepEffects]
 """(plan, share of the windows) → predicted change of the loss for one step more or less of every layer."""
 
@@ -59,14 +57,8 @@ class Problem:
     measure_steps: MeasureSteps | None = None
     """Function that predicts the effect of small changes of the best plan, for proposers that read it; a call counts as
     `PROBE_COST` scores."""
-    pool: Pool | None = None
-    """Function that scores the plans of a round in parallel; None calls `score` on one after the other."""
     check: Callable[[Plan], float] | None = None
     """Function that scores a plan on unseen text, by which no plan is chosen; None ends no search early."""
-
-    def scores(self, plans: Sequence[Plan], share: float) -> Iterator[float]:
-        """Score plans on the first share of the windows, in their order."""
-        return self.pool(plans, share) if self.pool else (self.score(plan, share) for plan in plans)
 
 
 def search(
@@ -265,12 +257,10 @@ class _Search:
 
     def _scored(self, children: Sequence[tuple[str, Plan]], share: float, number: int) -> list[Scored]:
         """Score (origin, plan) pairs, and journal each score as soon as it is seen."""
-        fresh = [plan for _, plan in children if (plan, share) not in self._scores]
-        values = self.problem.scores(fresh, share) if fresh else iter(())
         scored = []
         for origin, plan in children:
             if (plan, share) not in self._scores:
-                self._score_live(plan, share, origin, number, values)
+                self._score_live(plan, share, origin, number)
             if not (share == 1.0 == self.schedule.first_share and plan in self.first):  # scored once, counted once
                 self.spent += share
             scored.append(
@@ -283,9 +273,9 @@ class _Search:
                 self.on_score(Standing(number, self.spent, best, self.tokens))
         return scored
 
-    def _score_live(self, plan: Plan, share: float, origin: str, number: int, values: Iterator[float]) -> None:
+    def _score_live(self, plan: Plan, share: float, origin: str, number: int) -> None:
         started = time.perf_counter()
-        value = self._scores[plan, share] = next(values)
+        value = self._scores[plan, share] = self.problem.score(plan, share)
         self.journal.append(ScoreLine(number, origin, share, value, plan, _seconds_since(started)))
 
 

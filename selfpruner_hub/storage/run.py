@@ -1,4 +1,4 @@
-"""Context that the stages of a run share: tensor store, checkpoints, progress, random seed and executor."""
+"""Context that the stages of a run share: tensor store, checkpoints, progress and random seed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ class Run:
     """Function that is called with (what, done, total)."""
     seed: int = 0
     """Random seed."""
-    executor: str | None = None
-    """Place where candidates are scored: None for this process, `"ray"` for parallel Ray workers."""
 
 
 DEFAULT_RUN = Run()
