@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfpruner_hub import ranks
 from selfpruner_hub.aim import aim_of, completed
 from selfpruner_hub.calibration.chat_template import template_date
 from selfpruner_hub.calibration.corpus import Corpus
@@ -188,7 +189,7 @@ class AutoPruner:
         """Find the rates of all layers under the mean rate β or a target, and prune the model by them.
 
         The dense model must not run elsewhere meanwhile: until the pruned model is cut, its weights are reordered in
-        place.
+        place. The processes of a launcher (`ranks`) call this together, with the same arguments and models.
 
         Args:
             beta: Mean share of the prunable weights to remove, 0 < β < 1.
@@ -247,32 +248,38 @@ class AutoPruner:
         folder = None if run_dir is None else output_path(run_dir)
         checkpoints = Checkpoints(folder and folder / "stages")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(run_lock(folder))
+            stack.enter_context(ranks.joined(self.model.device))
+            if ranks.count() > 1 and self.shape.expert_weights:
+                raise UserError("A mixture of experts is not divided between processes.", "Start one process.")
+            ranks.from_first(lambda: stack.enter_context(run_lock(folder)))
             stack.enter_context(working_on(self.model))
-            settings, lines = with_effort(
-                preset, resolved, self.model, checkpoints, proposer_given=proposer is not None, minutes=minutes
-            )
+            effort = partial(with_effort, preset, resolved, self.model, checkpoints)
+            settings, lines = ranks.from_first(lambda: effort(proposer_given=proposer is not None, minutes=minutes))
             settings = completed(settings, self.shape)
-            callback = progress if callable(progress) else stack.enter_context(Bars(progress))
+            shown = ranks.is_first() and progress
+            callback = shown if callable(shown) else stack.enter_context(Bars(shown))
             if isinstance(callback, Bars):
                 self._say(callback, lines)
-            budget = aim.budget(settings, callback)
+            budget = ranks.from_first(lambda: aim.budget(settings, callback))
             searches, pair = settings.schedule.length > 0, (self.model, self.tokenizer)
             proposer = choose_proposer(proposer, proposer_model, proposer_options, budget, searches, self.name, pair)
             run = Run(self._store, checkpoints, callback, seed)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             identity = identity_of(self.model)
-            texts = Texts(self.model, self.tokenizer, self._corpora, identity).read(data, settings, run)
+            source = Texts(self.model, self.tokenizer, self._corpora, identity)
+            texts = ranks.from_first(lambda: source.read(data, settings, run))
             check_ids(self.model, max(int(text.windows.max()) for text in texts if text is not None))
             date = template_date(self.tokenizer)
             run_request = RunRequest(self.name, identity, budget, settings, seed, proposer, texts, self.licence, date)
             search_id = fingerprint(run_request)
-            journal = Journal(folder, search_id, library_versions())
+            journal = ranks.from_first(lambda: Journal(folder, search_id, library_versions()))
+            journal.path = journal.path if ranks.is_first() else None  # one process writes it
             run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))
             model, result = self._cut(proposer, budget, texts, journal, settings, run)
             scale = match_confidence(self.model, model, texts.search.windows, callback) if settings.confidence else 1.0
-            record = aim.measured(describe(model, run_request, result, scale), budget, model, callback)
-            left = minutes_left(minutes, recover, started, run.checkpoints)
+            described = describe(model, run_request, result, scale)
+            record = ranks.from_first(lambda: aim.measured(described, budget, model, callback))
+            left = ranks.from_first(lambda: minutes_left(minutes, recover, started, run.checkpoints))
         pruned = PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)
         if left is None:
             return pruned

@@ -122,7 +122,7 @@ class Retraining(Conversion):
 
         The training minimises the KL divergence from the parent over the whole vocabulary. Text that nothing is trained
         on decides which state is kept, and whether any is. Ctrl-C ends the training early with the best state so far.
-        The processes of a launcher (`recovery.ranks`) call this together, with the same arguments and models.
+        The processes of a launcher (`ranks`) call this together, with the same arguments and models.
 
         Args:
             dense: The dense parent, on the device of this model.
@@ -144,7 +144,7 @@ class Retraining(Conversion):
             UserError: An argument is wrong, the text is too short, or `dense` is not the parent.
             OutputError: The directory cannot be written.
         """
-        from selfpruner_hub.recovery import ranks
+        from selfpruner_hub import ranks
         from selfpruner_hub.recovery.recover import Pair, recover  # Trainer takes a second to import
 
         started, settings, budget = time.monotonic(), resolve_recovery(**changes), RecoveryBudget(minutes, tokens)

@@ -20,6 +20,7 @@ ARCHITECTURE = "docs/architecture.md"
 LAYERS = (
     {"errors", "interrupts", "progress"},
     {"plans", "settings"},
+    {"ranks"},
     {"storage"},
     {"models"},
     {"calibration"},

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfpruner_hub import ranks
 from selfpruner_hub.calibration.ridge import damped_factor
 from selfpruner_hub.calibration.sums import add_gram
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
@@ -54,23 +55,29 @@ def output_fisher(
     store, checkpoints = run.store, run.checkpoints
     if finished := _finished(len(layers), model.device, run):
         return finished
-    generator = torch.Generator(model.device).manual_seed(run.seed)
+    own = ranks.share(len(windows))
+    generator = torch.Generator(model.device)
 
     def drawn(logits: Tensor, _first: int) -> Tensor:
         return nn.functional.cross_entropy(logits, draw(logits.detach(), 1.0, generator), reduction="sum")
 
-    def last(_first: int, hidden: Tensor) -> Tensor:
-        """The head runs one window at a time."""
-        return torch.stack([head_gradient(model, each, drawn) for each in hidden])
+    def last(first: int, hidden: Tensor) -> Tensor:
+        """The head runs one window at a time; each has random numbers of its own, whichever process reads it."""
+        gradients = []
+        for number, each in enumerate(hidden, own.start + first):
+            generator.manual_seed((run.seed << 32) + number)
+            gradients.append(head_gradient(model, each, drawn))
+        return torch.stack(gradients)
 
     def outputs(layer: nn.Module) -> list[nn.Module]:
         return [linear(layer, path) for path in paths]
 
     roots: list[tuple[Tensor, Tensor]] = []
     with frozen(model):
-        for index, layer, batches in backward_by_layer(model, windows, last, outputs, store):
+        for index, layer, batches in backward_by_layer(model, windows[own], last, outputs, store):
             with placed(layer, model.device):
                 sums = _products(batches)
+                ranks.total(*sums)
             first, second = (damped_factor(each.div_(windows.numel()), DAMPING).t().contiguous() for each in sums)
             checkpoints.save(f"fisher-{index}", {"attention": first, "ffn": second})
             roots.append((store(first), store(second)))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from selfpruner_hub.calibration.ridge import RIDGE, choose_ridge, split_held_out
+from selfpruner_hub import ranks
+from selfpruner_hub.calibration.ridge import HELD_OUT, RIDGE, choose_ridge, split_held_out
 from selfpruner_hub.calibration.sums import add_gram
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.layer_stream import Stream, check_finite
@@ -54,29 +56,35 @@ class LayerStatistics:
     """Moments of the input of down_proj."""
 
 
+Ridges = Mapping[str, float]
+"""λ of each part of a layer, by its name in `LayerStatistics`."""
+LayerSums = Callable[[Ridges | None], LayerStatistics]
+"""Function that ends the statistics of a layer: it takes λ where that is known, and else chooses it."""
+
+
 @torch.inference_mode()
-def calibrated(model: PreTrainedModel, windows: Tensor, run: Run = DEFAULT_RUN) -> Iterator[LayerStatistics]:
-    """Stream the windows through the dense model, layer by layer, and measure the moments of every layer.
+def calibrated(model: PreTrainedModel, windows: Tensor, run: Run = DEFAULT_RUN) -> Iterator[LayerSums]:
+    """Stream the windows through the dense model, layer by layer, and sum the moments of every layer.
 
     One window in `HELD_OUT` is held out to choose λ of each projection (`ridge.choose_ridge`). The moments themselves
-    use all windows.
+    use all windows. Of several processes, each reads a part of the windows, and the sums of a layer are those of all
+    in the process that owns it.
 
-    Memory: 4 · (D_ffn² + D_attention²) bytes for any number of tokens, three times that while λ is chosen, and one
-    hidden state per token.
+    Memory: 8 · (D_ffn² + D_attention²) bytes for any number of tokens, and one hidden state per token.
 
     Args:
         model: The dense model.
         windows: Token ids, `[N, W]`.
-        run: Run context; its checkpoints keep the λ of finished layers.
+        run: Run context.
 
     Yields:
-        The statistics of each layer, while the layer is on the device of the model.
+        What makes the statistics of each layer, once, while the layer is on the device of the model.
 
     Raises:
         ModelError: The activations are not finite.
     """
-    architecture, layers, checkpoints = architecture_of(model.config), decoder_layers(model), run.checkpoints
-    stream = Stream(model, windows, run.store)
+    architecture, layers = architecture_of(model.config), decoder_layers(model)
+    stream = Stream(model, windows[ranks.share(len(windows), HELD_OUT)], run.store)
     for index, layer in enumerate(layers):
         with placed(layer, model.device):
             outputs = {"attention": architecture.attention_output, "ffn": architecture.ffn_output}
@@ -84,17 +92,20 @@ def calibrated(model: PreTrainedModel, windows: Tensor, run: Run = DEFAULT_RUN) 
             sums = {part: _Sums(module) for part, module in zip(outputs, modules, strict=True)}
             with _hooked(zip(modules, sums.values(), strict=True)):
                 stream.advance(index, layer)
-            ridges = checkpoints.load(f"ridge-{index}")
-            if ridges is None:
-                ridges = {part: torch.tensor(each.ridge(), dtype=torch.float64) for part, each in sums.items()}
-                checkpoints.save(f"ridge-{index}", ridges)
-            yield LayerStatistics(**{part: each.moments(ridges[part].item()) for part, each in sums.items()})
+            for each in sums.values():
+                each.add_up()
+            yield partial(_statistics, sums)
         run.progress("calibrating", index + 1, len(layers))
+
+
+@torch.inference_mode()
+def _statistics(sums: Mapping[str, _Sums], ridges: Ridges | None = None) -> LayerStatistics:
+    return LayerStatistics(**{part: each.moments(ridges[part] if ridges else None) for part, each in sums.items()})
 
 
 def calibrate(model: PreTrainedModel, windows: Tensor, run: Run = DEFAULT_RUN) -> list[LayerStatistics]:
     """Measure the moments of every layer, and keep them all; see `calibrated`."""
-    return list(calibrated(model, windows, run))
+    return [measured(None) for measured in calibrated(model, windows, run)]
 
 
 class _Sums:
@@ -105,27 +116,29 @@ class _Sums:
         size = module.weight.shape[1]
         where: Any = {"dtype": torch.float32, "device": module.weight.device}
         self._windows = 0
-        self._counts = [0, 0]
+        self._counts = torch.zeros(2, dtype=torch.long)
         self._sum = torch.zeros(size, **where)
-        self._products = [torch.zeros(size, size, **where) for _ in self._counts]
+        self._products = [torch.zeros(size, size, **where) for _ in range(2)]
 
     def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         for rows, held in split_held_out(self._windows, len(inputs[0])):
             x = inputs[0][rows].flatten(0, -2)
-            self._counts[held] += len(x)
+            self._counts[int(held)] += len(x)
             self._sum += x.sum(0, dtype=torch.float32)
             add_gram(self._products[held], x)
         self._windows += len(inputs[0])
 
-    def ridge(self) -> float:
-        """λ of least error on the held-out windows; the default without any."""
-        check_finite(self._products)
-        return choose_ridge(self._weight, *self._products) if self._counts[1] else RIDGE
+    def add_up(self) -> None:
+        """Add what the other processes summed."""
+        ranks.total(self._sum, *self._products, self._counts)
 
-    def moments(self, ridge: float) -> Moments:
-        """Moments over all windows; the sums are used up."""
+    def moments(self, ridge: float | None) -> Moments:
+        """Moments over all windows; the sums are used up. Without a λ, the one of least error on held-out windows."""
         fitted, held = self._products
-        total = sum(self._counts)
+        check_finite(self._products)
+        if ridge is None:
+            ridge = choose_ridge(self._weight, fitted, held) if self._counts[1] else RIDGE
+        total = int(self._counts.sum())
         return Moments(self._sum / total, fitted.add_(held).div_(total), ridge)
 
 

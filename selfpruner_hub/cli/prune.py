@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import textwrap
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,8 @@ def run(options: argparse.Namespace) -> Result:
     options.resume_hint = f"What was scored is in {order.run_dir}: the same command again goes on from there."
     quieten(options)
     record = _prune(options, order)
+    if record is None:
+        return Result()
     if options.json:
         return Result(json.dumps({"output": str(options.output), **asdict(record)}))
     return Result("\n".join(_summary(options, order.target, record)))
@@ -195,15 +198,20 @@ def _check_output(options: argparse.Namespace) -> None:
     check_replaceable(options.output, MODEL_RECORD_FILE, options.overwrite)
 
 
-def _prune(options: argparse.Namespace, order: _Order) -> Record:
-    """Load the model, prune it, and save it; return the record of the pruned model."""
+def _prune(options: argparse.Namespace, order: _Order) -> Record | None:
+    """Load the model, prune it, and save it; return the record of the pruned model, in the first process."""
     from selfpruner_hub.aim import meter_of
     from selfpruner_hub.pruner import AutoPruner
+    from selfpruner_hub.ranks import from_first, is_first, joined, leave
     from selfpruner_hub.search.journal import JOURNAL_FILE
     from selfpruner_hub.storage.run_lock import output_lock
 
     meter = None if order.target is None else meter_of(order.target.runtime, options.python)
-    with output_lock(options.output, order.run_dir):
+    with joined(options.device), ExitStack() as stack:
+        first = is_first()
+        options.quiet |= not first
+        quieten(options)
+        from_first(lambda: stack.enter_context(output_lock(options.output, order.run_dir)))
         pruner = AutoPruner.from_pretrained(
             options.model,
             base_model=options.base_model,
@@ -229,10 +237,12 @@ def _prune(options: argparse.Namespace, order: _Order) -> Record:
             progress=not options.quiet,
             **order.settings,
         )
-        pruned.save_pretrained(options.output, overwrite=options.overwrite)
-        if options.run_dir is None:
-            (order.run_dir / JOURNAL_FILE).unlink(missing_ok=True)  # it is in the output now
-    return pruned.report
+        if first:
+            pruned.save_pretrained(options.output, overwrite=options.overwrite)
+            if options.run_dir is None:
+                (order.run_dir / JOURNAL_FILE).unlink(missing_ok=True)  # it is in the output now
+    leave()
+    return pruned.report if first else None
 
 
 def _summary(options: argparse.Namespace, target: Target | None, record: Record) -> list[str]:

@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> Result:
 
     from selfpruner_hub.models.loading import load_model
     from selfpruner_hub.pruned_model import PrunedModel
-    from selfpruner_hub.recovery.ranks import from_first, is_first, joined, leave
+    from selfpruner_hub.ranks import from_first, is_first, joined, leave
 
     with joined(options.device), ExitStack() as stack:
         first = is_first()

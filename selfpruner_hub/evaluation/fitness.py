@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from selfpruner_hub import ranks
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.evaluation.metrics import divergence, label_loss, perplexity, teach, teacher_loss
+from selfpruner_hub.evaluation.metrics import cross_entropy, divergence, label_loss, teach, teacher_loss
 from selfpruner_hub.evaluation.sensitivity import measure_steps
 from selfpruner_hub.models.forward import BATCH_TOKENS, windows_at_once
 from selfpruner_hub.models.patching import with_layers
@@ -34,18 +35,20 @@ class Fitness:
             accuracy better.
 
     Raises:
-        UserError: The metric is unknown.
+        UserError: The metric is unknown, or there are fewer windows than processes.
     """
 
     def __init__(self, slicer: Slicer, windows: Tensor, metric: str = "kl") -> None:
+        ranks.share(len(windows))  # each process reads at least one
         if metric not in METRICS:
             raise UserError(f"Unknown fitness {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
         self._slicer = slicer
-        self._windows = windows
+        self._count = len(windows)
+        self._windows = windows[ranks.rank() :: ranks.count()]  # so that of the first ones, each process has as many
         self._known: dict[tuple[Plan, int], float] = {}  # key: plan and number of windows
         self.metric = metric
         windows_at_once(slicer.model, windows.shape[1], BATCH_TOKENS)  # by trial, with the dense layers: the largest
-        self._teacher = teach(slicer.model, windows) if metric == "kl" else None
+        self._teacher = teach(slicer.model, self._windows) if metric == "kl" else None
 
     def __call__(self, plan: Plan, share: float = 1.0) -> float:
         """Score `plan` on the first `share` of the windows (at least one), once; NaN becomes infinity."""
@@ -54,9 +57,9 @@ class Fitness:
         if key not in self._known:
             with with_layers(self._slicer.model, self._slicer.layers(plan)) as model:
                 if self._teacher is None:
-                    value = perplexity(model, windows)
+                    value = math.exp(ranks.mean(cross_entropy(model, windows), len(windows)))
                 else:
-                    value = divergence(model, windows, self._teacher)
+                    value = ranks.mean(divergence(model, windows, self._teacher), len(windows))
             self._known[key] = value if math.isfinite(value) else math.inf
         return self._known[key]
 
@@ -95,7 +98,9 @@ class Fitness:
         return measure_steps(self._slicer, plan, windows, loss, curves, remains)
 
     def _first(self, share: float) -> Tensor:
-        return self._windows[: max(1, round(share * len(self._windows)))]
+        """The part of the first windows that this process reads; at least one."""
+        first = max(ranks.count(), round(share * self._count))
+        return self._windows[: len(range(ranks.rank(), first, ranks.count()))]
 
 
 class SecondRepairScore:

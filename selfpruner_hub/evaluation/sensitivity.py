@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfpruner_hub import ranks
 from selfpruner_hub.calibration.sums import add_product
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
 from selfpruner_hub.models.devices import summed
@@ -40,7 +41,7 @@ def measure_steps(
     Args:
         slicer: Slicer of the dense model.
         plan: Plan to change.
-        windows: Token ids, `[N, W]`.
+        windows: Token ids, `[N, W]`; of several processes, the part that this one reads.
         loss: Loss that the search minimises, summed over positions.
         curves: Predicted losses of the layers alone, for the second-order term; None leaves it out.
         remains: Weight of the loss beyond the sum of the curves, in [0, 1] (`fitness.SecondRepairScore`).
@@ -49,6 +50,7 @@ def measure_steps(
         The predicted changes of the mean loss per predicted token.
     """
     model, layers, whole = slicer.model, slicer.layers(plan), decoder_layers(slicer.model)
+    tokens = round(ranks.added(windows[:, 1:].numel()))
     effects: dict[str, list[float]] = {name: [float("inf")] * len(layers) for name in StepEffects.__annotations__}
 
     def last(first: int, hidden: Tensor) -> Tensor:
@@ -66,7 +68,8 @@ def measure_steps(
                         for change, gradient in zip(changes, gradients, strict=True):
                             change.add(gradient)
                 for change in changes:
-                    for name, predicted in change.predicted(windows[:, 1:].numel(), curves, remains).items():
+                    change.add_up()
+                    for name, predicted in change.predicted(tokens, curves, remains).items():
                         effects[f"{change.part}_{name}"][index] = predicted
     return StepEffects(**{name: tuple(values) for name, values in effects.items()})
 
@@ -113,6 +116,10 @@ class _Change:
                 self._dense_owner(*self._call[0], **self._call[1])
             x = reached.input[..., : self._sum.shape[1]]
             add_product(self._sum, gradient.flatten(0, -2), x.flatten(0, -2))
+
+    def add_up(self) -> None:
+        """Add what the other processes summed."""
+        ranks.total(self._sum)
 
     def predicted(self, tokens: int, curves: Sequence[LossCurves] | None, remains: float) -> dict[str, float]:
         """Mean change of the loss per token in each direction; infinite if the width cannot change that way."""

@@ -15,7 +15,6 @@ from selfpruner_hub.calibration.statistics import LayerStatistics, Moments
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear, shape_of
 from selfpruner_hub.models.devices import ieee_products
-from selfpruner_hub.storage.run import DEFAULT_RUN, Run
 
 Order = Callable[[Tensor, Moments, int, Tensor | None], Tensor]
 """Function that returns the indices of the units, most important first, `[in / unit]`. Its arguments: the weight
@@ -128,7 +127,6 @@ def rank(
     statistics: Iterable[LayerStatistics],
     importance: str = "obs",
     fisher: Fisher | None = None,
-    run: Run = DEFAULT_RUN,
 ) -> list[LayerOrder]:
     """Order every layer's KV groups and FFN channels by importance.
 
@@ -137,7 +135,6 @@ def rank(
         statistics: Statistics of each layer, first layer first (`statistics.calibrated`).
         importance: Key of `ORDERS`.
         fisher: Result of `fisher.output_fisher`; None weights all errors of an output equally.
-        run: Run context; its checkpoints keep finished layers.
 
     Returns:
         One `LayerOrder` per layer.
@@ -147,7 +144,7 @@ def rank(
     """
     roots = roots_of(fisher, len(decoder_layers(model)), model.device)
     return [
-        rank_layer(model, index, inputs, importance, root, run)
+        rank_layer(model, index, inputs, importance, root)
         for index, (inputs, root) in enumerate(zip(statistics, roots, strict=True))
     ]
 
@@ -159,7 +156,6 @@ def rank_layer(
     inputs: LayerStatistics,
     importance: str = "obs",
     roots: tuple[Tensor | None, Tensor | None] = (None, None),
-    run: Run = DEFAULT_RUN,
 ) -> LayerOrder:
     """Order a layer's KV groups and FFN channels by importance.
 
@@ -169,7 +165,6 @@ def rank_layer(
         inputs: Statistics of the layer.
         importance: Key of `ORDERS`.
         roots: R of the outputs of its attention and its FFN (`fisher.roots_of`).
-        run: Run context; its checkpoints keep the order.
 
     Returns:
         The order.
@@ -179,17 +174,14 @@ def rank_layer(
     """
     if importance not in ORDERS:
         raise UserError(f"Unknown importance {importance!r}.", f"Choose one of: {', '.join(ORDERS)}.")
-    done = run.checkpoints.load(f"order-{index}", model.device)
-    if done is None:
-        architecture, shape, layer = architecture_of(model.config), shape_of(model.config), decoder_layers(model)[index]
-        parts = (
-            (architecture.attention_output, inputs.attention, shape.queries_per_group * shape.head_dim),
-            (architecture.ffn_output, inputs.ffn, 1),
-        )
-        groups, channels = (
+    architecture, shape, layer = architecture_of(model.config), shape_of(model.config), decoder_layers(model)[index]
+    parts = (
+        (architecture.attention_output, inputs.attention, shape.queries_per_group * shape.head_dim),
+        (architecture.ffn_output, inputs.ffn, 1),
+    )
+    return LayerOrder(
+        *(
             ORDERS[importance](linear(layer, path).weight.to(model.device).float(), moments, unit, root)
             for (path, moments, unit), root in zip(parts, roots, strict=True)
         )
-        done = {"groups": groups, "channels": channels}
-        run.checkpoints.save(f"order-{index}", done)
-    return LayerOrder(**done)
+    )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from selfpruner_hub import ranks
 from selfpruner_hub.calibration.ridge import as_seen, damped_factor, ridge_unit, split_held_out
 from selfpruner_hub.calibration.sums import add_gram, add_product
 from selfpruner_hub.models.devices import ieee_products, summed
@@ -60,6 +61,8 @@ class LinearFit:
         Returns:
             Index of the λ that was taken.
         """
+        for sums in (self._fitted, self._held):
+            sums.add_up()
         weight = self._module.weight
         fitted = self._fitted.solver(weight)
         if not self._held.count:
@@ -122,6 +125,11 @@ class _Sums:
         self.count += len(x)
         add_gram(self._gram, x)
         add_product(self._cross, target, x)
+
+    def add_up(self) -> None:
+        """Add what the other processes summed."""
+        ranks.total(self._gram, self._cross)
+        self.count = round(ranks.added(self.count))
 
     def solver(self, before: Tensor) -> Callable[[float], Tensor]:
         """Make the function λ → (E[t xᵀ] + λ W) (E[x xᵀ] + λ I)⁻¹."""
@@ -188,6 +196,7 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
         for gate, factor in zip(gates, factors.flatten(0, 1)[::GATE_STRIDE].unbind(1), strict=True):
             add_gram(gate, factor)
         add_gram(read, h.flatten(0, 1))
+    ranks.total(*gradients.sums, gates, read)
     fitted, held = gradients.sums
     if not held.any():
         return start
@@ -203,6 +212,7 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
         for h, factors, _rest in stream():
             changes = ((h @ v.t()).mul_(f) for v, f in zip(rounded, factors.unbind(-2), strict=True))
             pair.add(reduce(Tensor.add_, changes) @ down.t() @ down, factors, h)
+        ranks.total(*pair.sums)
         return pair.sums
 
     return descended((fitted, held), products, lambda gradient: _solved(gradient, left, right), ITERATIONS)

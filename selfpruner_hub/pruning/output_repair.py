@@ -6,11 +6,13 @@ It is prepared before the weights are put into order (`ordering.ordered`), while
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfpruner_hub import ranks
 from selfpruner_hub.calibration.fisher import Fisher, roots_of
 from selfpruner_hub.calibration.ridge import as_seen, damped_factor
 from selfpruner_hub.calibration.statistics import LayerStatistics, Moments
@@ -29,38 +31,58 @@ class Repair:
     included) is the sum of the squared norms of the removed columns of W L, so the error curve needs no further solve.
 
     Args:
-        module: The projection, with its columns still in dense order; they must be in order for `weight`.
-        moments: Moments of its input, in dense order, on the device that repairs.
-        columns: Order of the columns, `[in]`.
-        store: Store for the factor.
-        root: R of the Fisher information, `[out, out]` (`fisher.output_fisher`): errors are ‖R (W x - W*_K x_K)‖². The
-            repaired weights do not depend on it; None weights all errors equally.
-
-    Raises:
-        ModelError: `damped_factor` fails.
+        index: Index of the layer, whose owner among several processes has the factor.
+        module: The projection; its columns must be in order for `weight`.
+        norms: Squared norms of the columns of R W L, `[in]`.
+        factor: L, `[in, in]`; None in a process that does not own the layer.
     """
 
+    def __init__(self, index: int, module: nn.Linear, norms: Tensor, factor: Tensor | None = None) -> None:
+        self._index, self._module, self.norms, self._factor = index, module, norms, factor
+
+    @classmethod
     @ieee_products()
-    def __init__(
-        self,
+    def of(
+        cls,
+        index: int,
         module: nn.Linear,
         moments: Moments,
         columns: Tensor,
         store: TensorStore = MEMORY,
         root: Tensor | None = None,
-    ) -> None:
-        self._module, self._device = module, moments.gram.device
-        factor = damped_factor(moments.gram[columns][:, columns], moments.ridge)
-        self._factor = store(factor)
-        # W L itself is not kept: that would take half as much memory as the factors.
-        weight = module.weight.detach().to(self._device)[:, columns]
-        self._norms = (as_seen(weight, root) @ factor).square().sum(0)
+    ) -> Repair:
+        """Factor the moments of a projection whose columns are still in dense order.
 
-    @ieee_products()
+        Args:
+            index: Index of the layer.
+            module: The projection.
+            moments: Moments of its input, in dense order, on the device that repairs.
+            columns: Order of the columns, `[in]`.
+            store: Store for the factor.
+            root: R of the Fisher information, `[out, out]` (`fisher.output_fisher`): errors are ‖R (W x - W*_K x_K)‖².
+                The repaired weights do not depend on it; None weights all errors equally.
+
+        Returns:
+            The repair.
+
+        Raises:
+            ModelError: `damped_factor` fails.
+        """
+        factor = damped_factor(moments.gram[columns][:, columns], moments.ridge)
+        # W L itself is not kept: that would take half as much memory as the factors.
+        weight = module.weight.detach().to(factor.device)[:, columns]
+        return cls(index, module, (as_seen(weight, root) @ factor).square().sum(0), store(factor))
+
     def weight(self, width: int) -> Tensor:
         """Least-squares weight of the first `width` columns, `[out, width]`, with dtype and device of the original."""
-        weight = self._module.weight.detach()
-        dense, factor = weight.to(self._device), self._factor.to(self._device)
+        return ranks.from_owner(self._index, partial(self._solved, width), self._module.weight[:, :width])
+
+    @ieee_products()
+    def _solved(self, width: int) -> Tensor:
+        if self._factor is None:
+            raise ValueError("only the owner of a layer has its factor")
+        weight, device = self._module.weight.detach(), self.norms.device
+        dense, factor = weight.to(device), self._factor.to(device)
         # A copy, because the last bits of a product depend on memory alignment, which differs for loaded weights.
         lost = dense[:, width:].to(torch.float32, copy=True) @ factor[width:, :width]
         moved = torch.linalg.solve_triangular(factor[:width, :width], lost, upper=False, left=False)
@@ -69,7 +91,7 @@ class Repair:
 
     def errors(self) -> Tensor:
         """E‖R (W x - W*_K x_K)‖² for a kept prefix of 0, 1, …, `in` columns, `[in + 1]`; it never increases."""
-        return torch.cat([self._norms.flip(0).cumsum(0).flip(0), self._norms.new_zeros(1)])
+        return torch.cat([self.norms.flip(0).cumsum(0).flip(0), self.norms.new_zeros(1)])
 
 
 LayerRepairs = tuple[Repair, Repair]
@@ -86,11 +108,18 @@ def repair_layer(
     store: TensorStore = MEMORY,
 ) -> LayerRepairs:
     """Prepare the first repair of one layer; the arguments are those of `first_repairs`, of this layer alone."""
-    architecture, layer = architecture_of(model.config), decoder_layers(model)[index]
     queries = expand(order.groups, unit_rows(shape_of(model.config), "query"))
-    attention = linear(layer, architecture.attention_output), statistics.attention, queries
-    ffn = linear(layer, architecture.ffn_output), statistics.ffn, order.channels
-    return Repair(*attention, store, roots[0]), Repair(*ffn, store, roots[1])
+    attention, ffn = output_projections(model, index)
+    return (
+        Repair.of(index, attention, statistics.attention, queries, store, roots[0]),
+        Repair.of(index, ffn, statistics.ffn, order.channels, store, roots[1]),
+    )
+
+
+def output_projections(model: PreTrainedModel, index: int) -> tuple[nn.Linear, nn.Linear]:
+    """The output projections of a layer's attention and FFN."""
+    architecture, layer = architecture_of(model.config), decoder_layers(model)[index]
+    return linear(layer, architecture.attention_output), linear(layer, architecture.ffn_output)
 
 
 def first_repairs(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfpruner_hub import ranks
 from selfpruner_hub.calibration.fisher import Fisher, output_fisher, roots_of
-from selfpruner_hub.calibration.statistics import calibrated
+from selfpruner_hub.calibration.statistics import LayerSums, calibrated
 from selfpruner_hub.errors import ModelError, UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
 from selfpruner_hub.models.devices import refuse_float16
@@ -19,7 +21,7 @@ from selfpruner_hub.plans.predicted_loss import LossCurves
 from selfpruner_hub.pruning.experts import rank_experts
 from selfpruner_hub.pruning.importance import LayerOrder, rank_layer
 from selfpruner_hub.pruning.ordering import ordered
-from selfpruner_hub.pruning.output_repair import repair_layer
+from selfpruner_hub.pruning.output_repair import LayerRepairs, Repair, output_projections, repair_layer
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import DEFAULT_RUN, Run
@@ -128,13 +130,72 @@ def prepared(
         with ordered(model, order):
             yield Prepared(order, Slicer(model, None, run.store), found if fisher else None)
         return
-    order, repairs = [], []
-    roots = roots_of(fisher, len(decoder_layers(model)), model.device)
-    for index, (statistics, root) in enumerate(zip(calibrated(model, windows, run), roots, strict=True)):
-        order.append(rank_layer(model, index, statistics, settings.importance, root, run))
-        if fisher or settings.repair != "none":
-            repairs.append(repair_layer(model, index, order[-1], statistics, root, run.store))
+    order, repairs = _worked(model, windows, settings, fisher, run)
     with ordered(model, order):
-        slicer = Slicer(model, repairs, run.store)
+        slicer = Slicer(model, repairs or None, run.store)
         curves = slicer.loss_curves() if fisher else None
         yield Prepared(order, slicer if settings.repair != "none" else Slicer(model, None, run.store), curves)
+
+
+def _worked(
+    model: PreTrainedModel, windows: Tensor, settings: PruneSettings, fisher: Fisher | None, run: Run
+) -> tuple[list[LayerOrder], list[LayerRepairs]]:
+    """Order and factor each layer while its statistics are there.
+
+    Several processes sum the statistics of as many layers together, and then each works on the one that it owns.
+    """
+    order: list[LayerOrder] = []
+    repairs: list[LayerRepairs] = []
+    own: tuple[int, LayerSums, Roots] | None = None
+    layers = len(decoder_layers(model))
+    roots = roots_of(fisher, layers, model.device)
+    for index, (measured, root) in enumerate(zip(calibrated(model, windows, run), roots, strict=True)):
+        if ranks.owns(index):
+            own = index, measured, root
+        if (index + 1) % ranks.count() and index + 1 < layers:
+            continue
+        told, mine = _of_layer(model, *own, settings, fisher is not None, run) if own else (None, None)
+        for each in filter(None, ranks.gathered(told)):
+            place = len(order)
+            run.checkpoints.save(f"layer-{place}", {name: each[name] for name in ("groups", "channels", *_RIDGES)})
+            order.append(LayerOrder(each["groups"].to(model.device), each["channels"].to(model.device)))
+            if _NORMS[0] in each:
+                norms = (each[name].to(model.device) for name in _NORMS)
+                others = (Repair(place, *pair) for pair in zip(output_projections(model, place), norms, strict=True))
+                repairs.append(mine if mine and ranks.owns(place) else cast(LayerRepairs, tuple(others)))
+        own = None
+    return order, repairs
+
+
+_RIDGES, _NORMS = ("attention.ridge", "ffn.ridge"), ("attention.norms", "ffn.norms")
+"""What is told of a layer, beside its order: λ and the norms of `Repair`."""
+Roots = tuple[Tensor | None, Tensor | None]
+
+
+def _of_layer(
+    model: PreTrainedModel,
+    index: int,
+    measured: LayerSums,
+    roots: Roots,
+    settings: PruneSettings,
+    predicts: bool,
+    run: Run,
+) -> tuple[dict[str, Tensor], LayerRepairs | None]:
+    """What all processes are told of a layer, and the repairs that its owner keeps; order and λ may be known."""
+    known = run.checkpoints.load(f"layer-{index}", model.device)
+    ridges = None if known is None else {name.partition(".")[0]: known[name].item() for name in _RIDGES}
+    statistics = measured(ridges)
+    if known is None:
+        order = rank_layer(model, index, statistics, settings.importance, roots)
+    else:
+        order = LayerOrder(known["groups"], known["channels"])
+    told = {"groups": order.groups, "channels": order.channels}
+    told |= {
+        name: torch.tensor(part.ridge, dtype=torch.float64)
+        for name, part in zip(_RIDGES, (statistics.attention, statistics.ffn), strict=True)
+    }
+    repairs = None
+    if predicts or settings.repair != "none":
+        repairs = repair_layer(model, index, order, statistics, roots, run.store)
+        told |= {name: repair.norms for name, repair in zip(_NORMS, repairs, strict=True)}
+    return {name: tensor.cpu() for name, tensor in told.items()}, repairs

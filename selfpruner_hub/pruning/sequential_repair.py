@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from selfpruner_hub import ranks
 from selfpruner_hub.calibration.fisher import Fisher, roots_of
-from selfpruner_hub.calibration.ridge import as_seen, split_held_out
+from selfpruner_hub.calibration.ridge import HELD_OUT, as_seen, split_held_out
 from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear, residual_scale
 from selfpruner_hub.models.layer_stream import Reached, Seen, Stream, watching
 from selfpruner_hub.models.patching import replaced
@@ -76,6 +77,7 @@ def compensate(
         compensate_experts(dense, pruned, windows, ridges, fisher=fisher, run=run)
         return
     store, checkpoints = run.store, run.checkpoints
+    windows = windows[ranks.share(len(windows), HELD_OUT)]
     original, moved = Stream(dense, windows, store), Stream(dense, windows, store)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
     roots = roots_of(fisher, len(pairs), dense.device)
@@ -303,8 +305,8 @@ def _held(batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]
 
 
 def _squared(rests: Iterable[Tensor]) -> float:
-    """Σ ‖rest‖²; NaN if any value is."""
-    return sum(rest.float().square().sum().item() for rest in rests)
+    """Σ ‖rest‖² over the windows of all processes; NaN if any value is."""
+    return ranks.added(sum(rest.float().square().sum().item() for rest in rests))
 
 
 def _sum(*parts: Tensor) -> Tensor:

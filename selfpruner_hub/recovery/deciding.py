@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from selfpruner_hub.evaluation.metrics import mean_losses, teach, teacher_loss
-from selfpruner_hub.recovery.ranks import from_first, is_first
+from selfpruner_hub.ranks import from_first, is_first
 from selfpruner_hub.recovery.texts import Text
 
 NOISE = 1.03

@@ -28,8 +28,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from selfpruner_hub import ranks
 from selfpruner_hub.progress import Progress, noted
-from selfpruner_hub.recovery import ranks
 from selfpruner_hub.recovery.divergence import distilled
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.recovery.texts import Text

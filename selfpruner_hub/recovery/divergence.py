@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.sums import add_product
 from selfpruner_hub.models.architectures import logit_scale
-from selfpruner_hub.recovery.ranks import averaged
+from selfpruner_hub.ranks import averaged
 
 BLOCK_BYTES = 64 << 20
 """Memory of a block of float32 logits; a few such blocks are alive at a time."""

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from selfpruner_hub.errors import OutputError
+from selfpruner_hub import ranks
+from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.models.devices import fork_rng
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -98,3 +99,32 @@ def writable(folder: Path) -> Iterator[None]:
             f"Cannot write a checkpoint of the recovery in {folder}: {error}.",
             "Make room, or choose another run directory; the same command resumes.",
         ) from error
+
+
+def check_processes(device: torch.device, identity: str, batch: int, window: int, adapters: bool) -> None:
+    """Refuse what several processes cannot do together.
+
+    Args:
+        device: Device of the models of this process.
+        identity: What must be the same in all processes, as text.
+        batch: Windows of a step, of all processes.
+        window: Tokens of a window.
+        adapters: Whether adapters are trained in place of all weights.
+
+    Raises:
+        UserError: Adapters are to be trained with FSDP, a step cannot be divided, or the processes do not fit together.
+    """
+    if ranks.sharded() and adapters:
+        raise UserError(
+            "Adapters are not trained with FSDP (method=lora, or too little memory for all weights).",
+            "Launch it without FSDP (accelerate launch --multi_gpu), on more devices, or set method=full.",
+        )
+    if rest := batch % ranks.count():
+        raise UserError(
+            f"A step of {batch} windows cannot be divided over {ranks.count()} processes.",
+            f"Set batch_tokens={(batch - rest + ranks.count()) * window}.",
+        )
+    if device.type != "cpu" and ranks.count() > 1 and device.index != torch.accelerator.current_device_index():
+        raise UserError(f"A process has its models on {device}, not on the device of its own.", "Leave out the device.")
+    if ranks.largest(int(ranks.from_first(lambda: identity) != identity), device):
+        raise UserError("The processes differ in models or settings.", "Load the same models, whole, in each of them.")

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfpruner_hub import ranks
 from selfpruner_hub.calibration.conversations import end_tokens
 from selfpruner_hub.calibration.text_sources import tokenizer_hash
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruning.temperature import MATCHING_TOKENS, match_confidence
-from selfpruner_hub.recovery import ranks
+from selfpruner_hub.ranks import from_first, is_first, spread
 from selfpruner_hub.recovery.deciding import Deciding, is_better, score
 from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, last_checkpoint, step_seconds
-from selfpruner_hub.recovery.process import undisturbed, writable
-from selfpruner_hub.recovery.ranks import from_first, is_first, spread
+from selfpruner_hub.recovery.process import check_processes, undisturbed, writable
 from selfpruner_hub.recovery.schedule import Schedule, Timed, keep, kept, planned, scheduled
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text, Writer, shares
@@ -179,7 +179,7 @@ class _Task:
         )
         batch = max(1, settings.batch_tokens // window)
         adapters = from_first(lambda: uses_adapters(pair.pruned, settings))
-        ranks.check(pair.pruned.device, identity, batch, window, adapters)
+        check_processes(pair.pruned.device, identity, batch, window, adapters)
         return cls(
             pair=pair,
             budget=budget,

@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from selfpruner_hub import ranks
 from selfpruner_hub.errors import MissingExtraError
 from selfpruner_hub.models.devices import free_memory
-from selfpruner_hub.recovery import ranks
 from selfpruner_hub.recovery.settings import RecoverySettings
 
 FULL_BYTES = 16

@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
+import numpy as np
 from torch import Tensor
 
+from selfpruner_hub import ranks
 from selfpruner_hub.calibration.texts import RunTexts
+from selfpruner_hub.errors import ProposerError
 from selfpruner_hub.evaluation.fitness import REMAINS, Fitness, SecondRepairScore
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
@@ -22,7 +25,7 @@ from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.journal_lines import CheckLine, SeedsLine
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, SearchResult, Standing
-from selfpruner_hub.search.proposers import Proposer
+from selfpruner_hub.search.proposers import Operation, Proposal, Proposer, Scored
 from selfpruner_hub.settings import PruneSettings
 from selfpruner_hub.storage.run import Run
 
@@ -73,11 +76,36 @@ def find_plan(
     problem = Problem(budget, starts, fitness, measure_steps if reads else None, check)
     price = float(getattr(proposer, "token_price", 0.0))
     on_score = _shown(run.progress, settings, price)
-    outcome = search(proposer, problem, journal, schedule, seed=run.seed, on_score=on_score)
+    outcome = search(_AskedOnce(proposer), problem, journal, schedule, seed=run.seed, on_score=on_score)
     gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
     if check is not None:
         gains[UNSEEN_TEXT] = check(outcome.best_seed.plan), check(outcome.best.plan)
     return SearchResult(outcome, gains, windows.numel())
+
+
+class _AskedOnce:
+    """A proposer that the first of several processes asks, for all."""
+
+    def __init__(self, proposer: Proposer) -> None:
+        self._proposer = proposer
+        self.name = proposer.name
+        self.tell = proposer.tell
+
+    def ask(
+        self, operation: Operation, history: Sequence[Scored], count: int, rng: np.random.Generator
+    ) -> Sequence[Proposal]:
+        """Ask for rates, as `Proposer.ask` does."""
+
+        def asked() -> Sequence[Proposal] | str:
+            try:
+                return list(self._proposer.ask(operation, history, count, rng))
+            except ProposerError as error:
+                return str(error)
+
+        found = ranks.from_first(asked)
+        if isinstance(found, str):
+            raise ProposerError(found)
+        return found
 
 
 def _journaled(journal: Journal, compute: Callable[[], dict[str, Rates]]) -> dict[str, Rates]:

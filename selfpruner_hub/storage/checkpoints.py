@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from selfpruner_hub import ranks
 from selfpruner_hub.errors import OutputError
 
 _RUN = "run"
@@ -57,7 +58,7 @@ class Checkpoints:
         return {key: tensor.to(device) if tensor.dim() else tensor for key, tensor in contents.items()}
 
     def save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Save tensors under a name.
+        """Save tensors under a name; of several processes, the first one does.
 
         Args:
             name: File name without its suffix.
@@ -66,7 +67,7 @@ class Checkpoints:
         Raises:
             OutputError: The file cannot be written.
         """
-        if self._directory is None:
+        if self._directory is None or not ranks.is_first():
             return
         path = self._path(self._directory, name)
         try:
@@ -82,7 +83,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Delete all checkpoints, once the result of the run is saved."""
-        if self._directory is not None:
+        if self._directory is not None and ranks.is_first():
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _path(self, directory: Path, name: str) -> Path:

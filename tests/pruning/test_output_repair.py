@@ -18,7 +18,7 @@ def made(weight, gram, ridge=RIDGE, root=None):
     """The repair of a projection whose columns are in order."""
     module = torch.nn.Linear(*weight.t().shape, bias=False, dtype=weight.dtype)
     module.weight.data = weight
-    return Repair(module, Moments(gram[0], gram, ridge), torch.arange(len(gram)), root=root)
+    return Repair.of(0, module, Moments(gram[0], gram, ridge), torch.arange(len(gram)), root=root)
 
 
 @pytest.fixture

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import FORKED, become
+from support.processes import become, launched
 from support.tiny import tiny_model, tiny_tokenizer
 from transformers import TrainerControl, TrainerState
 
+from selfpruner_hub import ranks
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.recovery import distiller, divergence, ranks
+from selfpruner_hub.recovery import distiller, divergence
+from selfpruner_hub.recovery.process import check_processes
 from selfpruner_hub.recovery.settings import resolve_recovery
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
@@ -46,7 +47,7 @@ def words_of(folder: Path, name: str, *more: str) -> list[str]:
     return [str(word) for word in (*words, *settings, "--device", "cpu", *more)]
 
 
-def run(words: list[str], log: Path, env: dict[str, str], fails_at: int | None) -> None:
+def run(env: dict[str, str], words: list[str], log: Path, fails_at: int | None) -> None:
     """One process of a launcher."""
     become(env, log.with_suffix(".out"), log.with_suffix(".err"))
     torch.set_num_threads(1)
@@ -67,20 +68,9 @@ def run(words: list[str], log: Path, env: dict[str, str], fails_at: int | None) 
 
 def start(folder: Path, name: str, *more: str, fsdp: bool = False, fails_at: int | None = None) -> list[int]:
     """Recover in two processes, of which the second one may fail at a step; returns their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, **(with_fsdp() if fsdp else {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    processes = []
-    for rank, step in enumerate((None, fails_at)):
-        own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        given = words_of(folder, name, *more), folder / f"{name}-{rank}", own, step
-        processes.append(FORKED.Process(target=run, args=given))
-        processes[-1].start()
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
+    words = words_of(folder, name, *more)
+    given = [(words, folder / f"{name}-{rank}", step) for rank, step in enumerate((None, fails_at))]
+    return launched(run, given, {**os.environ, **(with_fsdp() if fsdp else {})})
 
 
 def history(folder: Path, name: str) -> list[dict[str, float]]:
@@ -131,7 +121,7 @@ def assert_same(folder: Path, name: str, alone: str) -> None:
 def test_fsdp_that_fails_and_resumes_is_one_process(folder, alone):
     assert alone("whole") == 0
     assert start(folder, "sharded", fsdp=True, fails_at=3) == [1, FAILED]
-    assert "selfpruner: Another process of the recovery has ended." in (folder / "sharded-0.err").read_text()
+    assert "selfpruner: Another process has ended." in (folder / "sharded-0.err").read_text()
     assert start(folder, "sharded", fsdp=True) == [0, 0]
     assert list((folder / "sharded-run").rglob("pytorch_model_fsdp_0/.metadata"))
     assert_same(folder, "sharded", "whole")
@@ -173,7 +163,7 @@ def test_what_processes_cannot_do_together(identity, batch, adapters, told, monk
     monkeypatch.setattr(ranks, "from_first", lambda _: "a")
     monkeypatch.setattr(ranks, "largest", lambda value, _: value)
     with pytest.raises(UserError, match=told):
-        ranks.check(torch.device("cpu"), identity, batch, 32, adapters)
+        check_processes(torch.device("cpu"), identity, batch, 32, adapters)
 
 
 def test_fsdp1_is_refused(monkeypatch):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import runpy
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,6 +37,27 @@ def run_python(
         process.start()
         process.join()
         return subprocess.CompletedProcess(command, process.exitcode or 0, *(file.read_text() for file in files))
+
+
+def launched(run: Callable[..., None], given: Sequence[tuple[object, ...]], env: Mapping[str, str]) -> list[int]:
+    """Run a function in one process for each tuple of arguments, after the environment of a launcher's process.
+
+    Returns:
+        The exit codes of the processes.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    count = str(len(given))
+    env = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    processes = []
+    for rank, arguments in enumerate(given):
+        own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(FORKED.Process(target=run, args=(own, *arguments)))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    return [process.exitcode or 0 for process in processes]
 
 
 def become(env: Mapping[str, str], stdout: Path, stderr: Path) -> None:

@@ -1,7 +1,8 @@
-"""The processes of a recovery that `accelerate launch` or `torchrun` started, each with a device of its own.
+"""The processes of a run that `torchrun` or `accelerate launch` started, each with a device and the models of its own.
 
-All of them run the same code. The first one writes the texts, decides and saves; a step is divided between all. In a
-process that was started alone, every function here does nothing.
+All of them run the same code on one machine. The first one writes the texts, asks, decides and saves; the windows of a
+text, or of a step of a training, are divided between all. In a process that was started alone, every function here does
+nothing.
 """
 
 from __future__ import annotations
@@ -46,9 +47,7 @@ def joined(device: str | torch.device | None) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            raise SelfPrunerError(
-                "Another process of the recovery has ended.", "It says why; the same command resumes."
-            ) from error
+            raise SelfPrunerError("Another process has ended.", "It says why; the same command resumes.") from error
         raise
 
 
@@ -77,9 +76,94 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_first() -> bool:
     """Whether this is the process that writes, measures and saves."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
+
+
+def share(length: int, block: int = 1) -> slice:
+    """The part of some windows that this process reads.
+
+    Args:
+        length: Number of windows.
+        block: Number of windows that stay together; every part but the last has whole blocks.
+
+    Returns:
+        Place of the part.
+
+    Raises:
+        UserError: There are fewer blocks than processes.
+    """
+    blocks = -(-length // block)
+    if blocks < count():
+        raise UserError(
+            f"{length} windows of text cannot be divided over {count()} processes.",
+            f"Use more text, or {blocks} process{'es' * (blocks > 1)}.",
+        )
+    first, last = (block * (blocks * number // count()) for number in (rank(), rank() + 1))
+    return slice(first, min(last, length))
+
+
+def total(*tensors: Tensor) -> None:
+    """Add up tensors over the processes, in place.
+
+    Args:
+        *tensors: Tensors of the same shapes and dtypes in all processes.
+    """
+    if count() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def added(value: float) -> float:
+    """Add up a number over the processes; it is the same in all of them."""
+    if count() == 1:
+        return value
+    found = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(found)
+    return found.item()
+
+
+def mean(value: float, weight: int) -> float:
+    """Average means over the processes, weighted by what each is of; it is the same in all of them."""
+    return value if count() == 1 else added(value * weight) / added(weight)
+
+
+def owns(index: int) -> bool:
+    """Whether this process works on a layer alone, for all."""
+    return index % count() == rank()
+
+
+def from_owner(index: int, make: Callable[[], Tensor], like: Tensor) -> Tensor:
+    """Let the process that owns a layer make a tensor, and give it to all.
+
+    Args:
+        index: Index of the layer.
+        make: Function that makes it; only its owner calls it.
+        like: Tensor of the same shape, dtype and device; it may be a view that takes no memory.
+
+    Returns:
+        The tensor.
+    """
+    if count() == 1:
+        return make()
+    made = make().contiguous() if owns(index) else torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    dist.broadcast(made, index % count())
+    return made
+
+
+def gathered(value: T) -> list[T]:
+    """What each process gives, in their order."""
+    if count() == 1:
+        return [value]
+    found: list[Any] = [None] * count()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def sharded() -> bool:
@@ -157,35 +241,6 @@ def spread(tensors: Iterable[Tensor]) -> None:
     if count() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
-
-
-def check(device: torch.device, identity: str, batch: int, window: int, adapters: bool) -> None:
-    """Refuse what several processes cannot do together.
-
-    Args:
-        device: Device of the models of this process.
-        identity: What must be the same in all processes, as text.
-        batch: Windows of a step, of all processes.
-        window: Tokens of a window.
-        adapters: Whether adapters are trained in place of all weights.
-
-    Raises:
-        UserError: Adapters are to be trained with FSDP, a step cannot be divided, or the processes do not fit together.
-    """
-    if sharded() and adapters:
-        raise UserError(
-            "Adapters are not trained with FSDP (method=lora, or too little memory for all weights).",
-            "Launch it without FSDP (accelerate launch --multi_gpu), on more devices, or set method=full.",
-        )
-    if rest := batch % count():
-        raise UserError(
-            f"A step of {batch} windows cannot be divided over {count()} processes.",
-            f"Set batch_tokens={(batch - rest + count()) * window}.",
-        )
-    if device.type != "cpu" and count() > 1 and device.index != torch.accelerator.current_device_index():
-        raise UserError(f"A process has its models on {device}, not on the device of its own.", "Leave out the device.")
-    if largest(int(from_first(lambda: identity) != identity), device):
-        raise UserError("The processes differ in models or settings.", "Load the same models, whole, in each of them.")
 
 
 def _uses_fsdp() -> bool:
