@@ -205,6 +205,23 @@ def test_the_walk_ends_where_both_neighbours_are_worse(errors, start, best, read
     assert len(asked) == read
 
 
+def test_the_layer_after_starts_from_the_ridge_that_was_taken():
+    """And finds the same there, with the neighbours alone."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(2 * HELD_OUT, 5, size, generator=generator) for size in (4, 3))
+    target, ridges = x[..., :3] + noise, (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+    taken, weights = [], []
+    for start in (0, None, 5):
+        module = nn.Linear(4, 3, bias=False).requires_grad_(False)
+        module.weight.zero_()
+        fit = LinearFit(module, ridges)
+        fit.add(x, target)
+        taken.append(fit.apply(start))
+        weights.append(module.weight)
+    assert taken[0] == taken[1] == taken[2] not in (0, 3, 5)  # nor where a walk began
+    assert torch.equal(weights[0], weights[2])
+
+
 def test_with_too_few_windows_to_hold_one_out_the_strongest_ridge_is_taken():
     generator = torch.Generator().manual_seed(0)
     x, target = (torch.randn(2, 5, size, generator=generator) for size in (4, 3))
