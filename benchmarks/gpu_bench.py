@@ -27,10 +27,11 @@ PROTOCOL = (
     "the start and at the peak, weights included. speed: milliseconds of the whole batch, as median and interquartile "
     "range, of prefill (stock `sdpa` attention) and of a decode step over a static cache, each replayed as a CUDA "
     "graph; dense and pruned one after the other, so speedup is the ratio of medians; ideal is the ratio of "
-    "floating-point operations for prefill and of bytes for decode. onnx, tensorrt: as `selfpruner benchmark` does it, "
-    "dense and pruned in turn, on fewer layers"
+    "floating-point operations for prefill and of bytes for decode. writing: tokens a second of greedy text, all rows "
+    "together. copies: GB (10⁹ bytes) a second of one layer, to the device, from where it rests. onnx, "
+    "tensorrt: as `selfpruner benchmark` does it, dense and pruned in turn, on fewer layers"
 )
-SIZES: dict[str, dict[str, Any]] = {
+_SIZES: dict[str, dict[str, Any]] = {
     "1b": {
         "hidden_size": 2048,
         "intermediate_size": 8192,
@@ -52,7 +53,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""Sizes of Llama-3.2-1B and Llama-3.1-8B."""
+SIZES = {**_SIZES, "8b-layer": {**_SIZES["8b"], "num_hidden_layers": 1}}
+"""Sizes of Llama-3.2-1B, of Llama-3.1-8B, and of one layer of the latter."""
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 256,

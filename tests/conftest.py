@@ -29,6 +29,8 @@ EIFFEL = "The Eiffel Tower is a wrought-iron lattice tower on the Champ de Mars 
 
 
 def pytest_configure(config):
+    if "gpu" not in config.getoption("markexpr", ""):  # tests of devices name theirs; the others are of a CPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if config.getoption("dist", "no") != "no":  # this process hands out the tests, and runs none
         config.pluginmanager.register(SilentRun(config))
 

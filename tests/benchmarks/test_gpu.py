@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import gpu
@@ -13,12 +14,13 @@ import gpu_speed
 import gpu_stages
 import pytest
 import torch
-from gpu_bench import TINY, Bench, random_model
+from gpu_bench import SIZES, TINY, Bench, random_model
 from support.tiny import tiny_model, tiny_pruned
 
 from exporters.benchmark.latency import Timing
 from exporters.benchmark.report import Case, Phase
 from selfpruner_hub.errors import ExportError
+from selfpruner_hub.settings import PruneSettings
 
 CPU = torch.device("cpu")
 
@@ -108,17 +110,43 @@ def test_what_pytest_said(bench, tmp_path, monkeypatch):
         "import pytest\n@pytest.mark.gpu\ndef test_good(): pass\n@pytest.mark.gpu\ndef test_bad(): assert 0\n"
         "def test_other(): assert 0\n"
     )
+    (tmp_path / "test_broken.py").write_text("import what_is_not_installed\n")
     here = ("-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path))
+    monkeypatch.setattr(gpu, "FILES", ())
     monkeypatch.setattr(gpu, "TESTS", (*gpu.TESTS, *here))
     gpu.PARTS["tests"].run(bench, "tests")
-    (row,) = bench.rows()
-    assert row["summary"].startswith("1 failed, 1 passed, 1 deselected")
-    (failure,) = row["failures"]
+    passed, row = bench.rows()
+    assert (passed["test"].split("::")[1], passed["outcome"]) == ("test_good", "passed")
+    assert "1 failed, 1 passed, 1 deselected" in row["summary"]
+    assert "1 error" in row["summary"]
+    failure, error = row["failures"]
     assert "test_two.py::test_bad" in failure
+    assert "test_broken.py" in error
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytest" else found(name))
     gpu.PARTS["tests"].run(bench, "tests")
-    assert bench.rows()[1] == {"part": "tests", "not_installed": "pytest is not installed."}
+    assert bench.rows()[2] == {"part": "tests", "not_installed": "pytest is not installed."}
+
+
+def test_the_files_with_tests_of_a_gpu_are_named():
+    """All but this one, which has tests of the benchmark itself."""
+    root = Path(__file__).parents[2]
+    marked = {path for path in (root / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()}
+    assert {root / name for name in gpu.FILES} == marked - {Path(__file__)}
+
+
+def test_what_a_model_writes_and_how_a_layer_is_copied(bench):
+    gpu.PARTS["writing-8b"].run(bench, "writing-8b")
+    gpu.PARTS["copies"].run(bench, "copies")
+    written, *copied = bench.rows()
+    assert written["tokens_per_second"] > 0
+    assert [row["resting"] for row in copied] == ["memory", "files"]
+    assert all(row["gb_per_second"] > 0 for row in copied)
+
+
+def test_one_layer_reads_as_much_as_a_default_run():
+    assert gpu_stages.TOKENS["8b-layer"] == PruneSettings().calibration_tokens
+    assert SIZES["8b-layer"] == {**SIZES["8b"], "num_hidden_layers": 1}
 
 
 def test_seconds_and_memory_of_every_stage(bench):
