@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,6 +137,12 @@ def prepared(
         yield Prepared(order, slicer if settings.repair != "none" else Slicer(model, None, run.store), curves)
 
 
+Roots = tuple[Tensor | None, Tensor | None]
+"""R of the outputs of a layer's attention and FFN (`fisher.roots_of`)."""
+_RIDGES, _NORMS = ("attention.ridge", "ffn.ridge"), ("attention.norms", "ffn.norms")
+"""What is told of a layer, beside its order: λ, and the norms of `Repair`."""
+
+
 def _worked(
     model: PreTrainedModel, windows: Tensor, settings: PruneSettings, fisher: Fisher | None, run: Run
 ) -> tuple[list[LayerOrder], list[LayerRepairs]]:
@@ -160,16 +166,9 @@ def _worked(
             run.checkpoints.save(f"layer-{place}", {name: each[name] for name in ("groups", "channels", *_RIDGES)})
             order.append(LayerOrder(each["groups"].to(model.device), each["channels"].to(model.device)))
             if _NORMS[0] in each:
-                norms = (each[name].to(model.device) for name in _NORMS)
-                others = (Repair(place, *pair) for pair in zip(output_projections(model, place), norms, strict=True))
-                repairs.append(mine if mine and ranks.owns(place) else cast(LayerRepairs, tuple(others)))
+                repairs.append(mine if mine and ranks.owns(place) else _elsewhere(model, place, each))
         own = None
     return order, repairs
-
-
-_RIDGES, _NORMS = ("attention.ridge", "ffn.ridge"), ("attention.norms", "ffn.norms")
-"""What is told of a layer, beside its order: λ and the norms of `Repair`."""
-Roots = tuple[Tensor | None, Tensor | None]
 
 
 def _of_layer(
@@ -199,3 +198,12 @@ def _of_layer(
         repairs = repair_layer(model, index, order, statistics, roots, run.store)
         told |= {name: repair.norms for name, repair in zip(_NORMS, repairs, strict=True)}
     return {name: tensor.cpu() for name, tensor in told.items()}, repairs
+
+
+def _elsewhere(model: PreTrainedModel, index: int, told: dict[str, Tensor]) -> LayerRepairs:
+    """The repairs of a layer that another process owns."""
+    attention, ffn = (
+        Repair(index, module, told[name].to(model.device))
+        for module, name in zip(output_projections(model, index), _NORMS, strict=True)
+    )
+    return attention, ffn
