@@ -124,9 +124,9 @@ def added(value: float) -> float:
     """Add up a number over the processes; it is the same in all of them."""
     if count() == 1:
         return value
-    found = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(found)
-    return found.item()
+    total_value = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total_value)
+    return total_value.item()
 
 
 def mean(value: float, weight: int) -> float:
@@ -152,18 +152,18 @@ def from_owner(index: int, make: Callable[[], Tensor], like: Tensor) -> Tensor:
     """
     if count() == 1:
         return make()
-    made = make().contiguous() if owns(index) else torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    dist.broadcast(made, index % count())
-    return made
+    tensor = make().contiguous() if owns(index) else torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    dist.broadcast(tensor, index % count())
+    return tensor
 
 
 def gathered(value: T) -> list[T]:
     """What each process gives, in their order."""
     if count() == 1:
         return [value]
-    found: list[Any] = [None] * count()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sharded() -> bool:

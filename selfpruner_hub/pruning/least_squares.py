@@ -93,19 +93,19 @@ def nearest_minimum(
     Returns:
         Index and candidate where the walk ends.
     """
-    place, best = start, candidate(start)
-    least = error(best)
-    least = math.inf if math.isnan(least) else least
+    index, best = start, candidate(start)
+    lowest = error(best)
+    lowest = math.inf if math.isnan(lowest) else lowest
     for step in (-1, 1):
-        while 0 <= place + step < count:
-            following = candidate(place + step)
-            reached = error(following)
-            if not reached < least:
+        while 0 <= index + step < count:
+            neighbour = candidate(index + step)
+            value = error(neighbour)
+            if not value < lowest:
                 break
-            place, best, least = place + step, following, reached
-        if place != start:
+            index, best, lowest = index + step, neighbour, value
+        if index != start:
             break
-    return place, best
+    return index, best
 
 
 class _Sums:

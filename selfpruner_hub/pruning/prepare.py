@@ -130,7 +130,7 @@ def prepared(
         with ordered(model, order):
             yield Prepared(order, Slicer(model, None, run.store), found if fisher else None)
         return
-    order, repairs = _worked(model, windows, settings, fisher, run)
+    order, repairs = _rank_and_factor(model, windows, settings, fisher, run)
     with ordered(model, order):
         slicer = Slicer(model, repairs or None, run.store)
         curves = slicer.loss_curves() if fisher else None
@@ -140,10 +140,10 @@ def prepared(
 Roots = tuple[Tensor | None, Tensor | None]
 """R of the outputs of a layer's attention and FFN (`fisher.roots_of`)."""
 _RIDGES, _NORMS = ("attention.ridge", "ffn.ridge"), ("attention.norms", "ffn.norms")
-"""What is told of a layer, beside its order: λ, and the norms of `Repair`."""
+"""Names in the summary of a layer, beside those of its order: λ, and the norms of `Repair`."""
 
 
-def _worked(
+def _rank_and_factor(
     model: PreTrainedModel, windows: Tensor, settings: PruneSettings, fisher: Fisher | None, run: Run
 ) -> tuple[list[LayerOrder], list[LayerRepairs]]:
     """Order and factor each layer while its statistics are there.
@@ -152,58 +152,59 @@ def _worked(
     """
     order: list[LayerOrder] = []
     repairs: list[LayerRepairs] = []
-    own: tuple[int, LayerSums, Roots] | None = None
+    pending: tuple[int, LayerSums, Roots] | None = None
     layers = len(decoder_layers(model))
     roots = roots_of(fisher, layers, model.device)
-    for index, (measured, root) in enumerate(zip(calibrated(model, windows, run), roots, strict=True)):
+    for index, (sums, root) in enumerate(zip(calibrated(model, windows, run), roots, strict=True)):
         if ranks.owns(index):
-            own = index, measured, root
+            pending = index, sums, root
         if (index + 1) % ranks.count() and index + 1 < layers:
             continue
-        told, mine = _of_layer(model, *own, settings, fisher is not None, run) if own else (None, None)
-        for each in filter(None, ranks.gathered(told)):
-            place = len(order)
-            run.checkpoints.save(f"layer-{place}", {name: each[name] for name in ("groups", "channels", *_RIDGES)})
-            order.append(LayerOrder(each["groups"].to(model.device), each["channels"].to(model.device)))
-            if _NORMS[0] in each:
-                repairs.append(mine if mine and ranks.owns(place) else _elsewhere(model, place, each))
-        own = None
+        made = _finish_layer(model, *pending, settings, fisher is not None, run) if pending else None
+        for summary in filter(None, ranks.gathered(made and made[0])):
+            number = len(order)
+            run.checkpoints.save(f"layer-{number}", {name: summary[name] for name in ("groups", "channels", *_RIDGES)})
+            order.append(LayerOrder(summary["groups"].to(model.device), summary["channels"].to(model.device)))
+            if _NORMS[0] in summary:
+                own = made[1] if made and ranks.owns(number) else None
+                repairs.append(own or _remote_repairs(model, number, summary))
+        pending = None
     return order, repairs
 
 
-def _of_layer(
+def _finish_layer(
     model: PreTrainedModel,
     index: int,
-    measured: LayerSums,
+    sums: LayerSums,
     roots: Roots,
     settings: PruneSettings,
     predicts: bool,
     run: Run,
 ) -> tuple[dict[str, Tensor], LayerRepairs | None]:
-    """What all processes are told of a layer, and the repairs that its owner keeps; order and λ may be known."""
-    known = run.checkpoints.load(f"layer-{index}", model.device)
-    ridges = None if known is None else {name.partition(".")[0]: known[name].item() for name in _RIDGES}
-    statistics = measured(ridges)
-    if known is None:
+    """The summary of a layer, for all processes, and the repairs that its owner keeps; a checkpoint has order and λ."""
+    checkpoint = run.checkpoints.load(f"layer-{index}", model.device)
+    ridges = None if checkpoint is None else {name.partition(".")[0]: checkpoint[name].item() for name in _RIDGES}
+    statistics = sums(ridges)
+    if checkpoint is None:
         order = rank_layer(model, index, statistics, settings.importance, roots)
     else:
-        order = LayerOrder(known["groups"], known["channels"])
-    told = {"groups": order.groups, "channels": order.channels}
-    told |= {
+        order = LayerOrder(checkpoint["groups"], checkpoint["channels"])
+    summary = {"groups": order.groups, "channels": order.channels}
+    summary |= {
         name: torch.tensor(part.ridge, dtype=torch.float64)
         for name, part in zip(_RIDGES, (statistics.attention, statistics.ffn), strict=True)
     }
     repairs = None
     if predicts or settings.repair != "none":
         repairs = repair_layer(model, index, order, statistics, roots, run.store)
-        told |= {name: repair.norms for name, repair in zip(_NORMS, repairs, strict=True)}
-    return {name: tensor.cpu() for name, tensor in told.items()}, repairs
+        summary |= {name: repair.norms for name, repair in zip(_NORMS, repairs, strict=True)}
+    return {name: tensor.cpu() for name, tensor in summary.items()}, repairs
 
 
-def _elsewhere(model: PreTrainedModel, index: int, told: dict[str, Tensor]) -> LayerRepairs:
+def _remote_repairs(model: PreTrainedModel, index: int, summary: dict[str, Tensor]) -> LayerRepairs:
     """The repairs of a layer that another process owns."""
     attention, ffn = (
-        Repair(index, module, told[name].to(model.device))
+        Repair(index, module, summary[name].to(model.device))
         for module, name in zip(output_projections(model, index), _NORMS, strict=True)
     )
     return attention, ffn

@@ -81,11 +81,11 @@ def compensate(
     original, moved = Stream(dense, windows, store), Stream(dense, windows, store)
     pairs = list(zip(decoder_layers(dense), decoder_layers(pruned), strict=True))
     roots = roots_of(fisher, len(pairs), dense.device)
-    near: tuple[int | None, int | None] = (None, None)
+    ridge_indices: tuple[int | None, int | None] = (None, None)
     """Index of λ that the layer before took for o_proj and down_proj: that of this layer is near."""
     for index, ((whole, layer), (root, ffn_root)) in enumerate(zip(pairs, roots, strict=True)):
         if done := checkpoints.load(f"repair-{index}"):
-            near = (int(done.pop("near.attention")), int(done.pop("near.ffn")))
+            ridge_indices = (int(done.pop("ridge.attention")), int(done.pop("ridge.ffn")))
             layer.load_state_dict(done)
             for stream, each in ((original, whole), (moved, layer)):
                 with placed(each, dense.device):
@@ -95,11 +95,11 @@ def compensate(
             targets = _targets(architecture, index, whole, original, moved, store, scale)
         with placed(layer, dense.device, changed=True):
             attention = _Attention(architecture, index, layer, moved, store)
-            first = attention.fit(targets, ridges, root, near[0])
+            first = attention.fit(targets, ridges, root, ridge_indices[0])
             ffn = _Ffn(architecture, layer, attention, targets, store, ffn_root)
-            near = (first, ffn.fit(ridges, near[1], inputs=inputs))
-            kept = {"near.attention": torch.tensor(near[0]), "near.ffn": torch.tensor(near[1])}
-            checkpoints.save(f"repair-{index}", {**layer.state_dict(), **kept})
+            ridge_indices = (first, ffn.fit(ridges, ridge_indices[1], inputs=inputs))
+            indices = dict(zip(("ridge.attention", "ridge.ffn"), map(torch.tensor, ridge_indices), strict=True))
+            checkpoints.save(f"repair-{index}", {**layer.state_dict(), **indices})
             ffn.advance()
         run.progress("repairing", index + 1, len(pairs))
 
@@ -169,7 +169,7 @@ class _Attention:
         return self._moved.hidden
 
 
-Read = Callable[[], Iterable[tuple[Tensor, ...]]]
+Activations = Callable[[], Iterable[tuple[Tensor, ...]]]
 """Function that iterates over what the FFN's projections read and computed, batch by batch."""
 
 
@@ -197,37 +197,37 @@ class _Ffn:
             if not architecture.output_norms:  # the error that remains after the attention
                 target = _sum(target, first, -added.output)
             self._batches.append((store(reached.input), store(target)))
-        self._read: Read = list
+        self._activations: Activations = list
 
     def _each(self) -> Iterator[tuple[Tensor, ...]]:
         """The input and the target of each batch, on the device of the layer."""
         return on(self._down.weight.device, self._batches)
 
-    def _kept(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> Read:
+    def _cached(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> Activations:
         """What is computed from the input of each batch; anew each time where it would be kept in files."""
         if self._store.on_disk:
             return lambda: (compute(h) for h, _ in self._each())
-        found = [compute(h) for h, _ in self._each()]
-        return lambda: found
+        batches = [compute(h) for h, _ in self._each()]
+        return lambda: batches
 
     def fit(self, ridges: Sequence[float], start: int | None, *, inputs: bool) -> int:
         """Fit down_proj; with `inputs`, gate_proj and up_proj too, and where they moved, down_proj again."""
-        self._read = self._kept(self._linearised if inputs else self._activated)
+        self._activations = self._cached(self._linearised if inputs else self._activated)
         start = self._fit_down(ridges, start)
         if inputs and self._fit_inputs():
-            self._read = self._kept(self._activated)
+            self._activations = self._cached(self._activated)
             start = self._fit_down(ridges, start)
         return start
 
     def advance(self) -> None:
         """Replace the hidden states of all batches by the output of the layer."""
-        for number, (hidden, (x, *_)) in enumerate(zip(self._attention.hidden, self._read(), strict=True)):
+        for number, (hidden, (x, *_)) in enumerate(zip(self._attention.hidden, self._activations(), strict=True)):
             with replaced(self._run, "forward", lambda *_, x=x, **__: self._down(x)):
                 hidden.copy_(cast(Tensor, self._attention.run(number)))
 
     def _fit_down(self, ridges: Sequence[float], start: int | None) -> int:
         fit = LinearFit(self._down, ridges, self._root)
-        for (x, *_), (_, target) in zip(self._read(), self._each(), strict=True):
+        for (x, *_), (_, target) in zip(self._activations(), self._each(), strict=True):
             fit.add(x, target)
         return fit.apply(start)
 
@@ -235,13 +235,13 @@ class _Ffn:
         """Refit gate_proj and up_proj if that lowers the error on the held-out windows; return whether it does."""
         rests = [
             (self._store(self._rest(self._down(x), target)),)
-            for (x, _), (_, target) in zip(self._read(), self._each(), strict=True)
+            for (x, _), (_, target) in zip(self._activations(), self._each(), strict=True)
         ]
         rows = [module.weight for module in self._inputs]
 
         def stream() -> Iterator[Gated]:
             for (h, _), (_, factors), (rest,) in zip(
-                self._each(), self._read(), on(rows[0].device, rests), strict=True
+                self._each(), self._activations(), on(rows[0].device, rests), strict=True
             ):
                 yield Gated(h, factors, rest)
 
