@@ -138,6 +138,16 @@ def test_what_a_run_finished_is_kept_until_its_model_is_saved(tmp_path):
     assert not (tmp_path / "stages").exists()
 
 
+def test_all_checkpoints_of_a_run_take_less_than_twice_the_model(tmp_path):
+    """They hold the Fisher information, orders, ridges and repaired layers: no second moments."""
+    pruner = AutoPruner(tiny_model("llama"), None, "tiny")
+    pruner.prune(0.3, run_dir=tmp_path, progress=False, **SETTINGS)
+    names = {path.stem.rpartition("-")[0] for path in (tmp_path / "stages").iterdir()}
+    assert names == {"text", "fisher", "layer", "repair"}
+    model = sum(parameter.nbytes for parameter in pruner.model.parameters())
+    assert sum(path.stat().st_size for path in (tmp_path / "stages").iterdir()) < 2 * model
+
+
 def test_and_until_it_is_published(tmp_path, monkeypatch):
     pruned = AutoPruner(tiny_model("llama"), None, "tiny").prune(0.3, run_dir=tmp_path, progress=False, **SETTINGS)
 
