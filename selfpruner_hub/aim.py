@@ -187,15 +187,15 @@ def completed(settings: PruneSettings, shape: ModelShape) -> PruneSettings:
         UserError: `uniform` is combined with a search, or a model without experts has a setting of experts.
     """
     settings = replace(settings, multiple_of=settings.multiple_of or shape.default_multiple)
-    own = settings.importance in SCORES
-    if own and not shape.expert_weights:
+    orders_experts = settings.importance in SCORES
+    if orders_experts and not shape.expert_weights:
         raise UserError(f"importance={settings.importance!r} orders experts, and this model has none.", "Leave it out.")
     if settings.fewest_experts and not shape.expert_weights:
         raise UserError("fewest_experts is given, and this model has no experts.", "Leave it out.")
     if shape.expert_weights:
         settings = replace(
             settings,
-            importance=settings.importance if own else "reap-sum",
+            importance=settings.importance if orders_experts else "reap-sum",
             repair={"full": "sequential", "output": "none"}.get(settings.repair, settings.repair),
             seeds=tuple(seed for seed in settings.seeds if seed != "refined") or ("sensitivity",),
         )

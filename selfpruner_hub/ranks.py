@@ -195,8 +195,8 @@ def from_first(make: Callable[[], T]) -> T:
             made[1] = isinstance(error, UserError), error.message, error.hint
     dist.broadcast_object_list(made)
     if made[1] is not None:
-        is_mistake, *told = made[1]
-        raise failure or (UserError if is_mistake else SelfPrunerError)(*told)
+        is_mistake, *message = made[1]
+        raise failure or (UserError if is_mistake else SelfPrunerError)(*message)
     return made[0]
 
 
@@ -227,9 +227,9 @@ def largest(value: int, device: torch.device) -> int:
     """
     if count() == 1:
         return value
-    found = torch.tensor(value, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    maximum = torch.tensor(value, device=device)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    return int(maximum)
 
 
 def spread(tensors: Iterable[Tensor]) -> None:

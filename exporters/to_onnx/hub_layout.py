@@ -253,8 +253,8 @@ def open_graph(directory: Path, options: Any) -> HubGraph:
     config = read_configuration(directory)
     if config is None:
         raise SavedModelError(f"{str(directory)!r} holds no graphs of a pruned model in the layout hub.")
-    found = (directory / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(directory) if found else None
+    has_generation_config = (directory / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(directory) if has_generation_config else None
     return HubGraph(directory / file_of("float32"), config, options, generation)
 
 

@@ -98,10 +98,10 @@ def _own_transposed_weights(program: Any) -> None:
         if weight.const_value is None or len(weight.shape) != 2:
             continue
         values = np.ascontiguousarray(weight.const_value.numpy().T)
-        own = onnx_ir.Value(name=f"{weight.name}.transposed", const_value=onnx_ir.tensor(values))
-        own.shape, own.dtype = onnx_ir.Shape(values.shape), weight.dtype
-        graph.register_initializer(own)
-        product = onnx_ir.node("MatMul", [node.inputs[0], own], name=node.name)
+        transposed = onnx_ir.Value(name=f"{weight.name}.transposed", const_value=onnx_ir.tensor(values))
+        transposed.shape, transposed.dtype = onnx_ir.Shape(values.shape), weight.dtype
+        graph.register_initializer(transposed)
+        product = onnx_ir.node("MatMul", [node.inputs[0], transposed], name=node.name)
         output, replaced = product.outputs[0], node.outputs[0]
         output.name, output.shape, output.dtype = replaced.name, replaced.shape, replaced.dtype
         onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], [product], [replaced], [output])

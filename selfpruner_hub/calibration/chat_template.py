@@ -145,8 +145,8 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, system: str | None) -> UserTur
         text = rendered(tokenizer, [*messages, {"role": "user", "content": MARK}], prompt=True)
     except DataError:
         return None
-    before, found, after = text.partition(MARK)
-    if not found or not after or (system and system not in before):
+    before, mark, after = text.partition(MARK)
+    if not mark or not after or (system and system not in before):
         return None
     return UserTurn(tuple(encoded(tokenizer, before)), tuple(encoded(tokenizer, after)))
 

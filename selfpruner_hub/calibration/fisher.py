@@ -55,7 +55,7 @@ def output_fisher(
     store, checkpoints = run.store, run.checkpoints
     if finished := _finished(len(layers), model.device, run):
         return finished
-    own = ranks.share(len(windows))
+    share = ranks.share(len(windows))
     generator = torch.Generator(model.device)
 
     def drawn(logits: Tensor, _first: int) -> Tensor:
@@ -64,7 +64,7 @@ def output_fisher(
     def last(first: int, hidden: Tensor) -> Tensor:
         """The head runs one window at a time; each has random numbers of its own, whichever process reads it."""
         gradients = []
-        for number, each in enumerate(hidden, own.start + first):
+        for number, each in enumerate(hidden, share.start + first):
             generator.manual_seed((run.seed << 32) + number)
             gradients.append(head_gradient(model, each, drawn))
         return torch.stack(gradients)
@@ -74,7 +74,7 @@ def output_fisher(
 
     roots: list[tuple[Tensor, Tensor]] = []
     with frozen(model):
-        for index, layer, batches in backward_by_layer(model, windows[own], last, outputs, store):
+        for index, layer, batches in backward_by_layer(model, windows[share], last, outputs, store):
             with placed(layer, model.device):
                 sums = _products(batches)
                 ranks.total(*sums)

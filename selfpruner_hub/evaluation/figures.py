@@ -123,7 +123,7 @@ def question_figures(
         f"half {half!r} of the questions of selfpruner-hub {version('selfpruner-hub')}, through the chat template, "
         f"likeliest tokens, at most {REPLY_TOKENS}; right where an answer is in the reply; {_dtype(model)}"
     )
-    kept = [own for own, theirs in zip(right, dense, strict=True) if theirs] if dense is not None else []
+    kept = [ours for ours, theirs in zip(right, dense, strict=True) if theirs] if dense is not None else []
     figures = {}
     for name, those, which in ((ANSWERED, right, ""), (KEPT, kept, " that the dense model answers rightly")):
         if those:

@@ -177,8 +177,8 @@ def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
 
 def answered(figures: Mapping[str, Metric]) -> str:
     """Return the share of answered questions as a sentence; empty where it was not measured."""
-    if (kept := figures.get(KEPT)) is not None:
-        return f"Of the plain questions that its parent answers, it answers {100 * kept.value:.0f} %."
+    if (share_kept := figures.get(KEPT)) is not None:
+        return f"Of the plain questions that its parent answers, it answers {100 * share_kept.value:.0f} %."
     if (answers := figures.get(ANSWERED)) is not None:
         return f"It answers {100 * answers.value:.0f} % of the plain questions."
     return ""

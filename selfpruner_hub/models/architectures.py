@@ -184,7 +184,7 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     architecture, layers = architecture_of(config), list(config.per_layer_config)
     first = layers[0]
     head_dim = getattr(first, "head_dim", None) or first.hidden_size // first.num_attention_heads
-    known = {
+    attention = {
         "hidden_size": config.hidden_size,
         "head_dim": head_dim,
         "queries_per_group": first.num_attention_heads // first.num_key_value_heads,
@@ -193,12 +193,14 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     groups = [c.num_key_value_heads for c in layers]
     if (experts := architecture.experts) is None:
         dense = Plan.of([c.intermediate_size for c in layers], groups)
-        return ModelShape(**known, dense=dense, ffn_matrices=1 + sum(len(p.blocks) for p in architecture.ffn_inputs))
+        return ModelShape(
+            **attention, dense=dense, ffn_matrices=1 + sum(len(p.blocks) for p in architecture.ffn_inputs)
+        )
     counts = [getattr(c, experts.count) if experts.placed(config, index) else 0 for index, c in enumerate(layers)]
     if not any(counts):
         raise UnsupportedArchitectureError("No layer of this model has routed experts.", "Choose a mixture that has.")
     return ModelShape(
-        **known,
+        **attention,
         dense=Plan.of(counts, groups, BY_EXPERT),
         expert_weights=experts.weights(config),
         fewest_units=max(c.num_experts_per_tok for c in layers),

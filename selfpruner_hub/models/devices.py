@@ -47,15 +47,15 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
             return torch.device("cpu")
         return torch.device(here.type, torch.accelerator.current_device_index())
     try:
-        asked = torch.device(name)
+        device = torch.device(name)
     except (RuntimeError, TypeError, ValueError):  # no word for a device, no text, a number beyond all
-        asked = None
-    if asked is not None and asked.type == "cpu":
+        device = None
+    if device is not None and device.type == "cpu":
         return torch.device("cpu")
-    if asked is None or here is None or asked.type != here.type or (asked.index or 0) >= count:
-        known = ["cpu", *([] if here is None else [f"{here.type}:{index}" for index in range(count)])]
-        raise UserError(f"There is no device {str(name)!r} here.", f"Choose one of: {', '.join(known)}.")
-    return asked if asked.index is not None else torch.device(here.type, torch.accelerator.current_device_index())
+    if device is None or here is None or device.type != here.type or (device.index or 0) >= count:
+        names = ["cpu", *([] if here is None else [f"{here.type}:{index}" for index in range(count)])]
+        raise UserError(f"There is no device {str(name)!r} here.", f"Choose one of: {', '.join(names)}.")
+    return device if device.index is not None else torch.device(here.type, torch.accelerator.current_device_index())
 
 
 @cache
@@ -174,8 +174,8 @@ def free_memory(device: torch.device) -> float:
     """
     if device.type != "cuda":
         return float("inf")
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return float(torch.cuda.mem_get_info(device)[0] + kept)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + cached)
 
 
 def summed(values: Tensor) -> float:

@@ -50,15 +50,15 @@ def windows_at_once(model: PreTrainedModel, width: int, tokens: int) -> int:
     """
     if model.device.type == "cpu":
         return max(1, tokens // width)
-    known = _known.setdefault(model, {})
-    if width not in known:
+    sizes = _known.setdefault(model, {})
+    if width not in sizes:
 
         def tried(windows: int) -> int:
             model.get_decoder()(torch.zeros(windows, width, dtype=torch.long, device=model.device), use_cache=False)
             return windows
 
         try:
-            known[width] = find_executable_batch_size(tried, max(1, ON_ACCELERATORS * tokens // width))()
+            sizes[width] = find_executable_batch_size(tried, max(1, ON_ACCELERATORS * tokens // width))()
         except RuntimeError as error:
             if "No executable batch size" not in str(error):
                 raise
@@ -66,7 +66,7 @@ def windows_at_once(model: PreTrainedModel, width: int, tokens: int) -> int:
                 f"Not one window of {width} tokens fits in the memory of {model.device}.",
                 "Use shorter windows, or offload_folder (--offload): one layer at a time is then on the device.",
             ) from error
-    return known[width]
+    return sizes[width]
 
 
 def check_ids(model: PreTrainedModel, largest: int) -> None:

@@ -52,8 +52,8 @@ def pause(error: BaseException) -> float | None:
         return 0.0 if any(isinstance(e, (httpx2.TransportError, json.JSONDecodeError)) for e in causes(error)) else None
     if status not in TRANSIENT:
         return None
-    asked = next(_waits(error), 0.0)
-    return asked if asked <= LONGEST_PAUSE else None
+    seconds = next(_waits(error), 0.0)
+    return seconds if seconds <= LONGEST_PAUSE else None
 
 
 def may_have_committed(error: BaseException) -> bool:
@@ -85,8 +85,8 @@ def explain_hub(error: BaseException, repo: str) -> SelfPrunerError | None:
     if (status := status_of(error)) is not None:
         return _of_status(status, error, repo)
     for e in causes(error):
-        if told := next((make(*texts) for kind, make, *texts in _BY_KIND if isinstance(e, kind)), None):
-            return told
+        if explained := next((make(*texts) for kind, make, *texts in _BY_KIND if isinstance(e, kind)), None):
+            return explained
     return None
 
 

@@ -133,9 +133,9 @@ def _through(
         leaf = stream.hidden[number] = hidden.detach().requires_grad_()
         outputs = [Seen(module) for module in modules]
         after = cast(Tensor, stream.run(index, layer, number, outputs))
-        wanted = [leaf, *(each.output for each in outputs)]
-        back, *found = torch.autograd.grad(after, wanted, gradients[number].to(after.device))
-        yield found
+        tensors = [leaf, *(each.output for each in outputs)]
+        back, *output_gradients = torch.autograd.grad(after, tensors, gradients[number].to(after.device))
+        yield output_gradients
         gradients[number].copy_(back)  # at the end, because `found` may contain the same tensor
 
 
@@ -210,11 +210,11 @@ def watching(hooks: Sequence[Seen | Reached]) -> Iterator[None]:
 
 def _calls(model: PreTrainedModel, batch: Tensor) -> list[Call]:
     """Functions that call each layer as the model does, for batches of this shape; no layer runs to find this out."""
-    kept: list[dict[str, Any]] = []
+    arguments: list[dict[str, Any]] = []
 
     def keep(*args: Tensor, **kwargs: Any) -> Tensor:
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        kept.append(kwargs)
+        arguments.append(kwargs)
         return cast(Tensor, hidden)
 
     with ExitStack() as stack:
@@ -225,15 +225,15 @@ def _calls(model: PreTrainedModel, batch: Tensor) -> list[Call]:
     def call(kwargs: dict[str, Any]) -> Call:
         return lambda layer, hidden: layer(hidden, **kwargs)
 
-    return [call(kwargs) for kwargs in kept]
+    return [call(kwargs) for kwargs in arguments]
 
 
 def _embedded(model: PreTrainedModel, batch: Tensor) -> Tensor:
     """The input of the first decoder layer."""
-    kept: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def keep(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        kept.append(args[0] if args else kwargs["hidden_states"])
+        inputs.append(args[0] if args else kwargs["hidden_states"])
         raise Stop
 
     handle = decoder_layers(model)[0].register_forward_pre_hook(keep, with_kwargs=True)
@@ -243,4 +243,4 @@ def _embedded(model: PreTrainedModel, batch: Tensor) -> Tensor:
         pass
     finally:
         handle.remove()
-    return kept[0]
+    return inputs[0]

@@ -117,15 +117,15 @@ def _loaded(
         if not store.on_disk:
             weight_files(Path(name) / kwargs.get("subfolder", ""))  # none of them is elsewhere
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
-            model, found = loaded
+            model, loading_info = loaded
         else:
-            model, found = _one_by_one(name, store, chosen, **{**kwargs, "config": config})
+            model, loading_info = _one_by_one(name, store, chosen, **{**kwargs, "config": config})
         tokenizer = load_tokenizer(name, **where)
     except SelfPrunerError:
         raise
     except Exception as error:  # transformers, the Hub client and safetensors share no base class
         raise explain(name, error) from error
-    _check_weights(name, model, found["missing_keys"])
+    _check_weights(name, model, loading_info["missing_keys"])
     if to_prune and not store.on_disk and dtype_to_prune_in(name, kwargs["dtype"], model.dtype) != kwargs["dtype"]:
         rebuild_buffers(model.to(torch.bfloat16))  # its configuration named no dtype
     if not any_architecture:  # the weights decide, since a cut model is built from the configuration
@@ -246,8 +246,8 @@ def explain(name: str, error: Exception) -> SelfPrunerError:
             f"{name!r} (or this revision of it) is not on the Hub.",
             "Check the name; a private repository needs HF_TOKEN.",
         )
-    if (is_full_disk(error) or status_of(error)) and (told := explain_hub(error, name)):
-        return told
+    if (is_full_disk(error) or status_of(error)) and (explained := explain_hub(error, name)):
+        return explained
     if Path(name).is_dir() and "Unrecognized model" in text:
         return ModelError(f"{name!r} holds no model: its config.json is missing, or names no model_type.", _GIVE)
     if "does not recognize this architecture" in text or "Unrecognized model" in text:

@@ -154,8 +154,8 @@ class SelfPrunedConfigMixin:
         classes = {"AutoConfig": type(self), **{auto.__name__: auto._model_mapping[type(self)] for auto in autos}}
         self.auto_map = {name: f"{code.stem}.{cls.__name__}" for name, cls in classes.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
-        own = f'FAMILIES = ("{self.model_type.removeprefix(PREFIX)}",)'
-        text = re.sub(r"^FAMILIES = \([^)]*\)", own, code.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+        families = f'FAMILIES = ("{self.model_type.removeprefix(PREFIX)}",)'
+        text = re.sub(r"^FAMILIES = \([^)]*\)", families, code.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
         (Path(save_directory) / code.name).write_text(text, encoding="utf-8")
 
 

@@ -51,8 +51,8 @@ def grouped_sdpa(
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Replace an attribute of an object temporarily; on exit, its own attribute or that of its class is restored."""
-    own = vars(owner)
-    before, had = own.get(name), name in own
+    attributes = vars(owner)
+    before, had = attributes.get(name), name in attributes
     setattr(owner, name, value)
     try:
         yield

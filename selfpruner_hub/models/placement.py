@@ -36,19 +36,21 @@ def placed(module: nn.Module, device: torch.device, *, changed: bool = False) ->
     resting: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for owner in module.modules():
-            for own in cast(Sequence[dict[str, Any]], (owner._parameters, owner._buffers)):
-                for name, tensor in own.items():
+            for tensors in cast(Sequence[dict[str, Any]], (owner._parameters, owner._buffers)):
+                for name, tensor in tensors.items():
                     if tensor is None or tensor.device == device:
                         continue
                     copy = tensor.detach().to(device)
-                    resting.append((own, name, tensor))
-                    own[name] = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+                    resting.append((tensors, name, tensor))
+                    tensors[name] = (
+                        nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+                    )
         yield
     finally:
-        for own, name, tensor in resting:
+        for tensors, name, tensor in resting:
             if changed:
-                tensor.data.copy_(own[name].data)
-            own[name] = tensor
+                tensor.data.copy_(tensors[name].data)
+            tensors[name] = tensor
 
 
 def on(device: torch.device, batches: Iterable[Iterable[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
@@ -147,8 +149,8 @@ def from_files(
 def _renamed(key: str, renaming: Mapping[str, str]) -> str:
     """The name of a weight after the first pattern that it matches."""
     for pattern, target in renaming.items():
-        renamed, found = re.subn(pattern, target, key)
-        if found:
+        renamed, count = re.subn(pattern, target, key)
+        if count:
             return renamed
     return key
 
@@ -166,8 +168,8 @@ def _put(
         module = model.get_submodule(owner)
     except AttributeError:
         return  # weights without a module are ignored, as in from_pretrained
-    own: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-    expected = None if leaf in module._non_persistent_buffers_set else own.get(leaf)
+    tensors: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+    expected = None if leaf in module._non_persistent_buffers_set else tensors.get(leaf)
     if expected is None:
         return
     try:
@@ -181,11 +183,11 @@ def _put(
         )
     exact = any(part in key for part in getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     to = torch.float32 if exact else dtype or tensor.dtype
-    if own is module._buffers:
-        own[leaf] = tensor.to(expected.dtype)
+    if tensors is module._buffers:
+        tensors[leaf] = tensor.to(expected.dtype)
     elif place is None:
-        own[leaf] = nn.Parameter(store(tensor.to(to)))
+        tensors[leaf] = nn.Parameter(store(tensor.to(to)))
     else:
         if expected.is_meta:
-            own[leaf] = nn.Parameter(store(torch.empty(expected.shape, dtype=to)))
-        place.of(own[leaf].data).copy_(tensor)
+            tensors[leaf] = nn.Parameter(store(torch.empty(expected.shape, dtype=to)))
+        place.of(tensors[leaf].data).copy_(tensor)

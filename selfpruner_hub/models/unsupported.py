@@ -104,9 +104,9 @@ def refuse_quantized(config: PreTrainedConfig, name: str, asked: Any = None) -> 
     Raises:
         UnsupportedArchitectureError: The weights are, or will be, quantised.
     """
-    found = asked or getattr(config, "quantization_config", None)
-    values = found if isinstance(found, dict) else vars(found or object)
-    if found and not values.get("dequantize"):
+    quantization = asked or getattr(config, "quantization_config", None)
+    values = quantization if isinstance(quantization, dict) else vars(quantization or object)
+    if quantization and not values.get("dequantize"):
         method = values.get("quant_method", "unknown method")
         raise UnsupportedArchitectureError(
             f"The weights of {name!r} are quantised ({getattr(method, 'value', method)}), and cannot be cut.",

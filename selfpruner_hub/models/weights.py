@@ -52,8 +52,8 @@ def identity_of(model: PreTrainedModel) -> dict[str, Any]:
 
 def configuration_hash(config: PreTrainedConfig) -> str:
     """Hash what a configuration says of the model: not names, versions, dtype and implementations of attention."""
-    known = {key: value for key, value in config.to_dict().items() if key[0] != "_" and key not in NOT_OF_THE_MODEL}
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    fields = {key: value for key, value in config.to_dict().items() if key[0] != "_" and key not in NOT_OF_THE_MODEL}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_hash(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -102,12 +102,12 @@ def _tensor_hash(tensor: Tensor) -> str:
 
 def sampled(model: PreTrainedModel) -> dict[str, Tensor]:
     """Read a few values of each parameter, by name and shape, to see later whether the weights were changed."""
-    found: dict[str, Tensor] = {}
+    samples: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         with suppress(NotImplementedError):  # weights in files of a device map, and those of torchao
             some = weight.detach().flatten()[:: max(1, weight.numel() // COMPARED) | 1]
-            found[f"{name} {tuple(weight.shape)}"] = some.clone().cpu()
-    return found
+            samples[f"{name} {tuple(weight.shape)}"] = some.clone().cpu()
+    return samples
 
 
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:

@@ -92,8 +92,8 @@ class ModelShape:
         """Build a geometry from the format of files, as `record` returns it."""
         names = ("hidden_size", "head_dim", "queries_per_group", "ffn_matrices")
         of_experts = {name: record[name] for name in ("expert_weights", "fewest_units") if name in record}
-        known = {**{name: record[name] for name in names}, **of_experts}
-        return cls(**known, dense=plan_of(record), whole_attention=bool(of_experts))
+        geometry = {**{name: record[name] for name in names}, **of_experts}
+        return cls(**geometry, dense=plan_of(record), whole_attention=bool(of_experts))
 
     def record(self) -> dict[str, Any]:
         """The geometry in the format of files, with the weights of a KV group and of an FFN channel for its readers."""

@@ -103,8 +103,8 @@ class _Fit:
             windows += len(rest)
             for block, tokens, x in parts:
                 chosen = is_held.flatten()[tokens]
-                for total, wanted in ((fitted, ~chosen), (held, chosen)):
-                    add_product(total[:, self.places[block]], y[tokens[wanted]], x[wanted])
+                for total, mask in ((fitted, ~chosen), (held, chosen)):
+                    add_product(total[:, self.places[block]], y[tokens[mask]], x[mask])
         return fitted, held
 
     def solved(self, gradient: Tensor) -> Tensor:

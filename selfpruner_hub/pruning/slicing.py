@@ -217,8 +217,8 @@ def _cut(
 ) -> nn.Module:
     """A stock decoder layer with these widths; its weights are views of the first rows and columns of `dense`."""
     architecture = architecture_of(model.config)
-    (own,) = own_widths(model.config, Plan((widths,)))
-    config = LayerConfig(model.config, head_dim=shape.head_dim, **own)
+    (attributes,) = own_widths(model.config, Plan((widths,)))
+    config = LayerConfig(model.config, head_dim=shape.head_dim, **attributes)
     with torch.device("meta"):
         layer = type(dense)(config, index)
     tensors = {name: parameter.detach() for name, parameter in dense.named_parameters()}

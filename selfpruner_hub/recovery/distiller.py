@@ -264,13 +264,13 @@ def last_checkpoint(folder: Path) -> str | None:
     Returns:
         Its path; None without one.
     """
-    while folder.is_dir() and (found := get_last_checkpoint(str(folder))):
+    while folder.is_dir() and (checkpoint := get_last_checkpoint(str(folder))):
         try:
-            json.loads((Path(found) / STATE).read_text(encoding="utf-8"))
+            json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            shutil.rmtree(found)
+            shutil.rmtree(checkpoint)
             continue
-        return found
+        return checkpoint
     return None
 
 

@@ -105,15 +105,15 @@ class _Distillation(torch.autograd.Function):
             logits = head.logits(states[rows], ours)
             choices = logits.argmax(-1)
             slope = None if head.cap is None else 1 - (logits / head.cap).square()
-            found = logits.log_softmax(-1)
+            log_shares = logits.log_softmax(-1)
             p, choice = target.max(-1)
             weights = 1 + emphasis[rows] * p.exp() * (choice != choices)
-            wanted = target.exp()
-            divergence = torch.linalg.vecdot(wanted, target - found)
+            target_shares = target.exp()
+            divergence = torch.linalg.vecdot(target_shares, target - log_shares)
             weighted += (weights * divergence).sum()
             plain += divergence.sum()
             total += weights.sum()
-            gradient = found.exp_().sub_(wanted).mul_(head.scale * weights[:, None])
+            gradient = log_shares.exp_().sub_(target_shares).mul_(head.scale * weights[:, None])
             if slope is not None:
                 gradient.mul_(slope)
             gradient = gradient.to(head.dtype)
@@ -159,15 +159,15 @@ def distilled(
     with torch.no_grad():
         theirs = parent.get_decoder()(ids, use_cache=False).last_hidden_state[:, :-1][counted]
     emphasis = inputs["emphasis"][:, None].expand(counted.shape)[counted]
-    found: list[tuple[Tensor, Tensor]] = []
+    log_shares: list[tuple[Tensor, Tensor]] = []
 
     def compare(hidden: Tensor) -> None:
         heads = Head(student, dtype), Head(parent, dtype)
-        found.append(distillation_loss(hidden[:, :-1][counted], heads[0], theirs, heads[1], emphasis))
+        log_shares.append(distillation_loss(hidden[:, :-1][counted], heads[0], theirs, heads[1], emphasis))
 
     with before_head(student, compare):
         model(input_ids=ids, use_cache=False)
-    return found[0]
+    return log_shares[0]
 
 
 @contextmanager

@@ -58,12 +58,12 @@ class Recovered(NamedTuple):
     @property
     def line(self) -> str:
         """Result of the recovery, in one line."""
-        told = ", ".join(
+        divergences = ", ".join(
             f"{text['before']:.3f} -> {text['after']:.3f} on {text['name']}" for text in self.record["deciding"]
         )
         stopped = f" (stopped: {self.record['stopped']})" if self.record["stopped"] else ""
         verdict = "brought the model nearer to its parent" if self.model is not None else "did not improve the model"
-        return f"Recovery on {self.record['tokens']} tokens{stopped} {verdict}: KL {told}."
+        return f"Recovery on {self.record['tokens']} tokens{stopped} {verdict}: KL {divergences}."
 
 
 def recover(

@@ -106,10 +106,10 @@ def kept(checkpoints: Checkpoints) -> Schedule | None:
     Returns:
         The schedule; None if none was kept.
     """
-    if (known := checkpoints.load(SCHEDULE)) is None:
+    if (tensors := checkpoints.load(SCHEDULE)) is None:
         return None
-    seconds = float(known["seconds"])
-    return Schedule(int(known["steps"]), known["counts"].tolist(), seconds if seconds >= 0 else None)
+    seconds = float(tensors["seconds"])
+    return Schedule(int(tensors["steps"]), tensors["counts"].tolist(), seconds if seconds >= 0 else None)
 
 
 def keep(checkpoints: Checkpoints, schedule: Schedule) -> None:

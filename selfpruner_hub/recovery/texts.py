@@ -104,17 +104,17 @@ def shares(data: Any, tokenizer: PreTrainedTokenizerBase | None, settings: Recov
     written = [source for source in sources if isinstance(source, str) and source in GENERATED]
     read = [source for source in sources if source not in written]
     of_written = settings.written_share if read else 1.0
-    found = []
+    pairs = []
     for source in written:
         share = of_written / len(written)
         if source == "chat":
-            found.append(Share("conversations", source, share * (1 - settings.question_share)))
-            found.append(Share("questions", source, share * settings.question_share))
+            pairs.append(Share("conversations", source, share * (1 - settings.question_share)))
+            pairs.append(Share("questions", source, share * settings.question_share))
         else:
-            found.append(Share(name_of(source), source, share))
+            pairs.append(Share(name_of(source), source, share))
     left = 1.0 if not written else 1 - of_written
-    found += [Share(name_of(source), source, left / len(read)) for source in read]
-    return [each for each in found if each.share > 0]
+    pairs += [Share(name_of(source), source, left / len(read)) for source in read]
+    return [each for each in pairs if each.share > 0]
 
 
 class Writer:
@@ -174,9 +174,9 @@ class Writer:
     def _written(self, name: str, count: int, seed: int) -> Text:
         """Windows of one kind that the parent writes, `count` or fewer, from the checkpoint where there is one."""
         key = f"recovery-{name}-{count}-{seed}"
-        if known := self._run.checkpoints.load(key):
-            self._distinct = Distinct(_lines(known["turns"]))  # so that what follows is the same
-            return Text(name, known["windows"], known["counted"].bool())
+        if tensors := self._run.checkpoints.load(key):
+            self._distinct = Distinct(_lines(tensors["turns"]))  # so that what follows is the same
+            return Text(name, tensors["windows"], tensors["counted"].bool())
         if name in CHATS:
             windows, counted = self._conversations(name, count, seed)
         else:

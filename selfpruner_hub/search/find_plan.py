@@ -96,16 +96,16 @@ class _AskedOnce:
     ) -> Sequence[Proposal]:
         """Ask for rates, as `Proposer.ask` does."""
 
-        def asked() -> Sequence[Proposal] | str:
+        def attempt() -> Sequence[Proposal] | str:
             try:
                 return list(self._proposer.ask(operation, history, count, rng))
             except ProposerError as error:
                 return str(error)
 
-        found = ranks.from_first(asked)
-        if isinstance(found, str):
-            raise ProposerError(found)
-        return found
+        proposals = ranks.from_first(attempt)
+        if isinstance(proposals, str):
+            raise ProposerError(proposals)
+        return proposals
 
 
 def _journaled(journal: Journal, compute: Callable[[], dict[str, Rates]]) -> dict[str, Rates]:

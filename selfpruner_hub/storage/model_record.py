@@ -99,12 +99,14 @@ class Record:
         if not {"search_text", "unseen_text"} <= gains.keys():
             return ""
         pairs = (gains["search_text"], gains["unseen_text"])
-        own, unseen = (100 * (1 - after / before) if before else 0.0 for before, after in pairs)
-        if own <= 0:
+        gain, unseen = (100 * (1 - after / before) if before else 0.0 for before, after in pairs)
+        if gain <= 0:
             return "The search found nothing better than its best seed plan."
         if unseen <= 0:
-            return f"The search gained {own:.1f} % on its own text, and nothing on unseen text: the gain does not hold."
-        return f"The search gained {own:.1f} % on its own text, and {unseen:.1f} % on unseen text."
+            return (
+                f"The search gained {gain:.1f} % on its own text, and nothing on unseen text: the gain does not hold."
+            )
+        return f"The search gained {gain:.1f} % on its own text, and {unseen:.1f} % on unseen text."
 
     def marked(self, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
         """Return figures that say so in their protocol where the model was made with a text of that name."""

@@ -131,11 +131,11 @@ def fits(value: Any, expected: Any) -> bool:
 
 def _has_fields(value: Any, expected: Any) -> bool:
     """Return whether an object of JSON, or a dataclass, has the fields of a class with their types."""
-    own = vars(value) if isinstance(value, _instances(expected)) else value
-    if not isinstance(own, dict):
+    fields = vars(value) if isinstance(value, _instances(expected)) else value
+    if not isinstance(fields, dict):
         return False
     hints, needed = _fields_of(expected)
-    return needed <= own.keys() and all(fits(own[name], hint) for name, hint in hints.items() if name in own)
+    return needed <= fields.keys() and all(fits(fields[name], hint) for name, hint in hints.items() if name in fields)
 
 
 def _instances(expected: Any) -> tuple[type, ...]:

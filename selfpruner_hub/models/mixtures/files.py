@@ -33,10 +33,10 @@ class StockNames:
     """
 
     def __init__(self, model_type: str) -> None:
-        known = (get_checkpoint_conversion_mapping(model_type) or []) if model_type in EXPERTS else []
+        conversions = (get_checkpoint_conversion_mapping(model_type) or []) if model_type in EXPERTS else []
         self._renamed: list[tuple[str, str]] = []
         self._joined: list[tuple[re.Pattern[str], str, int, int]] = []
-        for each in known:
+        for each in conversions:
             sources, (target,) = each.source_patterns, each.target_patterns
             if isinstance(each, WeightConverter):  # experts below each other, then gate above up
                 for part, source in enumerate(sources):

@@ -72,8 +72,8 @@ class Experts:
     @property
     def indexed(self) -> dict[str, int]:
         """Paths inside the layer of all tensors that are indexed by expert, with the dimension of the experts."""
-        found = {"experts.gate_up_proj": 0, "experts.down_proj": 0, f"{self.router}.weight": 0, **self.others}
-        return {f"{self.block}.{path}": dimension for path, dimension in found.items()}
+        dimensions = {"experts.gate_up_proj": 0, "experts.down_proj": 0, f"{self.router}.weight": 0, **self.others}
+        return {f"{self.block}.{path}": dimension for path, dimension in dimensions.items()}
 
     def sum_of(self, config: PreTrainedConfig) -> Sum:
         """What the weights of the chosen experts are divided by in a model of this configuration."""
