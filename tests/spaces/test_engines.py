@@ -73,7 +73,9 @@ def test_both_engines_write_the_same_text(modules, runtime, request, tmp_path, m
         seen = [(a.text, a.tokens, a.runtime, a.done) for a in answers.answer(which, PROMPT, 12)]
         assert seen[-1][2:] == (runtime, True)
         assert len(seen) > 6  # a stream
-        assert seen[-1][:2] == (greedy_text(published, which), 12)
+        # llama.cpp holds back the bytes of a character that has not ended; PyTorch's tokenizer shows that they are there.
+        assert seen[-1][0].rstrip("\ufffd") == greedy_text(published, which).rstrip("\ufffd")
+        assert seen[-1][1] == 12
     assert engines.why_pytorch() == ""
     assert list(tmp_path.iterdir()) == []
     (verdict,) = list(published("app").compare(PROMPT, 4))[-1][-1:]
