@@ -73,7 +73,7 @@ def test_both_engines_write_the_same_text(modules, runtime, request, tmp_path, m
         seen = [(a.text, a.tokens, a.runtime, a.done) for a in answers.answer(which, PROMPT, 12)]
         assert seen[-1][2:] == (runtime, True)
         assert len(seen) > 6  # a stream
-        # llama.cpp holds back the bytes of a character that has not ended; PyTorch's tokenizer shows that they are there.
+        # llama.cpp holds back the bytes of a character that has not ended; in PyTorch they are shown as one mark.
         assert seen[-1][0].rstrip("\ufffd") == greedy_text(published, which).rstrip("\ufffd")
         assert seen[-1][1] == 12
     assert engines.why_pytorch() == ""
