@@ -31,8 +31,7 @@ order = rank(model, statistics, fisher=fisher)  # channels and KV groups, most i
 repairs = first_repairs(model, order, statistics, fisher)  # closed forms for every width
 budget = Budget(shape_of(model.config), share=0.3)
 with ordered(model, order):
-    slicer = Slicer(model, repairs)
-    score = Fitness(slicer, fitness_text)  # KL divergence from the dense model
+    score = Fitness(slicer := Slicer(model, repairs), fitness_text)  # KL divergence from the dense model
     plans = [budget.project(rates) for rates in seeds(budget, slicer.loss_curves(), score.loss).values()]
     pruned = slice_model(slicer, min(plans, key=score))
 compensate(model, pruned, calibration, fisher=fisher)  # the second repair

@@ -135,7 +135,8 @@ class _Sums:
     def moments(self, ridge: float | None) -> Moments:
         """Moments over all windows; the sums are used up. Without a λ, the one of least error on held-out windows."""
         fitted, held = self._products
-        check_finite(self._products)
+        self._products = []  # the largest matrices of this pass are freed with the statistics
+        check_finite([fitted, held])
         if ridge is None:
             ridge = choose_ridge(self._weight, fitted, held) if self._counts[1] else RIDGE
         total = int(self._counts.sum())
