@@ -249,6 +249,7 @@ class AutoPruner:
         checkpoints = Checkpoints(folder and folder / "stages")
         with contextlib.ExitStack() as stack:
             stack.enter_context(ranks.joined(self.model.device))
+            ranks.check_device(self.model.device)
             if ranks.count() > 1 and self.shape.expert_weights:
                 raise UserError("A mixture of experts is not divided between processes.", "Start one process.")
             ranks.from_first(lambda: stack.enter_context(run_lock(folder)))

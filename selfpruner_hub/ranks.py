@@ -51,6 +51,22 @@ def joined(device: str | torch.device | None) -> Iterator[None]:
         raise
 
 
+def check_device(device: torch.device) -> None:
+    """Refuse models that are not on the device of their process.
+
+    Args:
+        device: Device of the models of this process.
+
+    Raises:
+        UserError: They are on another one, which belongs to another process.
+    """
+    if device.type != "cpu" and count() > 1 and device.index != torch.accelerator.current_device_index():
+        raise UserError(
+            f"A process has its models on {device}, not on the device of its own.",
+            "Call init_process_group and choose the device before they are loaded, or leave out the device.",
+        )
+
+
 def leave() -> None:
     """Part from the other processes, at the end of this one; after an error, that could wait for them."""
     if dist.is_initialized():

@@ -148,6 +148,15 @@ def test_fewer_blocks_than_processes_are_refused(monkeypatch):
         ranks.share(12, 8)
 
 
+def test_models_on_the_device_of_another_process_are_refused(monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    ranks.check_device(torch.device("cpu"))
+    ranks.check_device(torch.device("cuda", 1))
+    with pytest.raises(UserError, match="models on cuda:0, not on the device of its own"):
+        ranks.check_device(torch.device("cuda", 0))
+
+
 @pytest.mark.heavy
 def test_a_mixture_is_refused(folder):
     tiny_mixture("qwen3_moe").save_pretrained(folder / "mixture")

@@ -84,6 +84,7 @@ def test_a_search_without_evaluations_needs_no_children():
         ({"calibration_tokens": 0}, "calibration_tokens must be a whole number from 1 "),
         ({"fisher_tokens": 0}, "fisher_tokens must be a whole number from 1 "),
         ({"fitness_tokens": 0}, "fitness_tokens must be a whole number from 1 "),
+        ({"fewest_experts": -1}, "fewest_experts must be a whole number from 0 "),
         ({"schedule": {"first_share": 0}}, "schedule.first_share must be a number from 1e-06 to 1"),
         ({"schedule": {"first_share": 1.5}}, "schedule.first_share must be a number from 1e-06 to 1"),
         ({"schedule": {"survivors": -0.5}}, "schedule.survivors must be a number from 0 to 1"),

@@ -58,12 +58,12 @@ class LayerStatistics:
 
 Ridges = Mapping[str, float]
 """λ of each part of a layer, by its name in `LayerStatistics`."""
-LayerSums = Callable[[Ridges | None], LayerStatistics]
+MakeStatistics = Callable[[Ridges | None], LayerStatistics]
 """Function that ends the statistics of a layer: it takes λ where that is known, and else chooses it."""
 
 
 @torch.inference_mode()
-def calibrated(model: PreTrainedModel, windows: Tensor, run: Run = DEFAULT_RUN) -> Iterator[LayerSums]:
+def calibrated(model: PreTrainedModel, windows: Tensor, run: Run = DEFAULT_RUN) -> Iterator[MakeStatistics]:
     """Stream the windows through the dense model, layer by layer, and sum the moments of every layer.
 
     One window in `HELD_OUT` is held out to choose λ of each projection (`ridge.choose_ridge`). The moments themselves

@@ -207,6 +207,13 @@ def shape_of(config: PreTrainedConfig) -> ModelShape:
     )
 
 
+def experts_of(config: PreTrainedConfig) -> Experts:
+    """The row of a mixture's experts; `UnsupportedArchitectureError` for a model without any."""
+    if (experts := architecture_of(config).experts) is None:
+        raise UnsupportedArchitectureError("This model has no experts.", "Choose a mixture of experts.")
+    return experts
+
+
 def output_columns(architecture: Architecture, shape: ModelShape, kept: LayerWidths) -> dict[str, int]:
     """Columns that the output projections of a layer keep, by their paths; none of a mixture lose any."""
     if architecture.experts is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.fisher import Fisher, roots_of
-from selfpruner_hub.models.architectures import architecture_of, decoder_layers, residual_scale
+from selfpruner_hub.models.architectures import decoder_layers, experts_of, residual_scale
 from selfpruner_hub.models.devices import ieee_products
 from selfpruner_hub.models.layer_stream import Seen, Stream
 from selfpruner_hub.models.mixtures.routing import activations, output_weight, routing_of, shared_output
@@ -60,8 +60,7 @@ def compensate_experts(
     Raises:
         ModelError: The statistics are degenerate.
     """
-    row, config = architecture_of(whole.config).experts, whole.config
-    assert row is not None  # of mixtures alone
+    row, config = experts_of(whole.config), whole.config
     scale, checkpoints = residual_scale(config), run.checkpoints
     original, moved = Stream(whole, windows, run.store), Stream(whole, windows, run.store)
     pairs = list(zip(decoder_layers(whole), decoder_layers(pruned), strict=True))

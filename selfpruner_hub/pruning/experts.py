@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.calibration.fisher import Fisher, roots_of
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
+from selfpruner_hub.models.architectures import decoder_layers, experts_of, shape_of
 from selfpruner_hub.models.devices import ieee_products, summed
 from selfpruner_hub.models.layer_stream import Seen, Stream, check_finite
 from selfpruner_hub.models.mixtures.routing import Routing, expert_output, routing_of
@@ -108,8 +108,7 @@ def _ranked(
     model: PreTrainedModel, index: int, stream: Stream, importance: str, root: Tensor | None, run: Run
 ) -> tuple[Tensor, Tensor]:
     """The order of a layer's experts, `[E]`, and the error by the number kept, `[E + 1]`; advances the stream."""
-    layer, row = decoder_layers(model)[index], architecture_of(model.config).experts
-    assert row is not None  # the caller asks for the experts of mixtures alone
+    layer, row = decoder_layers(model)[index], experts_of(model.config)
     if not row.placed(model.config, index):
         stream.advance(index, layer)
         return torch.zeros(0, dtype=torch.long), torch.zeros(1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub import ranks
 from selfpruner_hub.calibration.fisher import Fisher, output_fisher, roots_of
-from selfpruner_hub.calibration.statistics import LayerSums, calibrated
+from selfpruner_hub.calibration.statistics import MakeStatistics, calibrated
 from selfpruner_hub.errors import ModelError, UserError
 from selfpruner_hub.models.architectures import architecture_of, decoder_layers, shape_of
 from selfpruner_hub.models.devices import refuse_float16
@@ -152,12 +152,12 @@ def _rank_and_factor(
     """
     order: list[LayerOrder] = []
     repairs: list[LayerRepairs] = []
-    pending: tuple[int, LayerSums, Roots] | None = None
+    pending: tuple[int, MakeStatistics, Roots] | None = None
     layers = len(decoder_layers(model))
     roots = roots_of(fisher, layers, model.device)
-    for index, (sums, root) in enumerate(zip(calibrated(model, windows, run), roots, strict=True)):
+    for index, (make_statistics, root) in enumerate(zip(calibrated(model, windows, run), roots, strict=True)):
         if ranks.owns(index):
-            pending = index, sums, root
+            pending = index, make_statistics, root
         if (index + 1) % ranks.count() and index + 1 < layers:
             continue
         made = _finish_layer(model, *pending, settings, fisher is not None, run) if pending else None
@@ -175,7 +175,7 @@ def _rank_and_factor(
 def _finish_layer(
     model: PreTrainedModel,
     index: int,
-    sums: LayerSums,
+    make_statistics: MakeStatistics,
     roots: Roots,
     settings: PruneSettings,
     predicts: bool,
@@ -184,7 +184,7 @@ def _finish_layer(
     """The summary of a layer, for all processes, and the repairs that its owner keeps; a checkpoint has order and λ."""
     checkpoint = run.checkpoints.load(f"layer-{index}", model.device)
     ridges = None if checkpoint is None else {name.partition(".")[0]: checkpoint[name].item() for name in _RIDGES}
-    statistics = sums(ridges)
+    statistics = make_statistics(ridges)
     if checkpoint is None:
         order = rank_layer(model, index, statistics, settings.importance, roots)
     else:

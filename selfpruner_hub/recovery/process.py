@@ -124,7 +124,6 @@ def check_processes(device: torch.device, identity: str, batch: int, window: int
             f"A step of {batch} windows cannot be divided over {ranks.count()} processes.",
             f"Set batch_tokens={(batch - rest + ranks.count()) * window}.",
         )
-    if device.type != "cpu" and ranks.count() > 1 and device.index != torch.accelerator.current_device_index():
-        raise UserError(f"A process has its models on {device}, not on the device of its own.", "Leave out the device.")
+    ranks.check_device(device)
     if ranks.largest(int(ranks.from_first(lambda: identity) != identity), device):
         raise UserError("The processes differ in models or settings.", "Load the same models, whole, in each of them.")

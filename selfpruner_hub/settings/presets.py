@@ -80,6 +80,7 @@ FORMER = {
 _PRUNE_RULES = Rules(
     ranges={
         "window": (2, 1 << 20),
+        "fewest_experts": (0, 1 << 20),
         **dict.fromkeys(TEXT_SIZES, (1, 1 << 40)),
         "shares": (1e-6, 1e6),
     },
