@@ -82,6 +82,10 @@ class RunMismatchError(UserError):
     """A run directory holds the journal of another search."""
 
 
+class EndpointError(SelfPrunerError):
+    """A server of a language model refuses a request or does not answer; the same call may work later."""
+
+
 class ProposerError(SelfPrunerError):
     """A proposer could not answer; the search uses a child of the evolution proposer instead."""
 

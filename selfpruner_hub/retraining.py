@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfpruner_hub.calibration.served_model import served_by
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.unsupported import check_is_model
 from selfpruner_hub.models.weights import changed, identity_of, rebuild_buffers, sampled
@@ -113,6 +114,8 @@ class Retraining(Conversion):
         minutes: float | None = None,
         tokens: int | None = None,
         data: Any = None,
+        writer: str | None = None,
+        writer_model: str | None = None,
         seed: int = 0,
         run_dir: str | Path | None = None,
         progress: bool | Progress = True,
@@ -130,6 +133,8 @@ class Retraining(Conversion):
             tokens: Tokens to train on, repeats included, in place of minutes.
             data: Text, as for `AutoPruner.prune`; None takes what the parent writes and `"wikitext2"`. `"chat"` stands
                 for conversations and short questions that the parent writes and answers.
+            writer: URL of a server of the parent that writes the text, as for `AutoPruner.prune`.
+            writer_model: Name of the parent at that server; None takes the only one there.
             seed: Random seed.
             run_dir: Directory of texts and checkpoints; the same call with the same directory resumes. None keeps
                 nothing.
@@ -143,6 +148,7 @@ class Retraining(Conversion):
         Raises:
             UserError: An argument is wrong, the text is too short, or `dense` is not the parent.
             OutputError: The directory cannot be written.
+            EndpointError: The server of `writer` does not answer.
         """
         from selfpruner_hub import ranks
         from selfpruner_hub.recovery.recover import Pair, recover  # Trainer takes a second to import
@@ -161,7 +167,7 @@ class Retraining(Conversion):
             scratch = tempfile.TemporaryDirectory
             stages = (folder or Path(ranks.from_first(lambda: stack.enter_context(scratch())))) / "stages"
             run = Run(MEMORY, Checkpoints(stages / "recovery"), callback, seed)
-            pair = Pair(self.model, dense, self.tokenizer)
+            pair = Pair(self.model, dense, self.tokenizer, served_by(writer, writer_model, dense, self.tokenizer))
             result = recover(pair, budget, data, settings, run, stages / "recovery")
         if result.model is None:
             if ranks.is_first():

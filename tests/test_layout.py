@@ -20,7 +20,7 @@ ARCHITECTURE = "docs/architecture.md"
 LAYERS = (
     {"errors", "interrupts", "progress"},
     {"plans", "settings"},
-    {"ranks"},
+    {"ranks", "endpoint"},
     {"storage"},
     {"models"},
     {"calibration"},
@@ -38,7 +38,7 @@ LAYERS = (
 PURE = LAYERS[0] | LAYERS[1]
 HEAVY_OR_NETWORK = {
     *("torch", "transformers", "optimum", "accelerate", "datasets", "huggingface_hub"),
-    *("requests", "httpx", "aiohttp", "urllib", "http", "socket", "ssl"),
+    *("requests", "httpx", "httpx2", "aiohttp", "urllib", "http", "socket", "ssl"),
 }
 WITHOUT_TORCH = {"search.loop", "search.llm.prompts", "search.journal", "search.journal_lines"}
 MAX_LINES = 330
@@ -47,6 +47,7 @@ MAX_PARAMETERS = 7
 MANY_PARAMETERS = {
     # What users call: each parameter is a keyword of their own, and an option of the command line.
     "selfpruner_hub.pruner.prune",
+    "selfpruner_hub.retraining.recover",
     "exporters.export.export_model",
     # The arguments are those of transformers' PushToHubMixin.
     "selfpruner_hub.pruned_model.push_to_hub",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import (
     Conversation,
@@ -25,7 +25,7 @@ from selfpruner_hub.calibration.chat_template import (
     prompt_ids,
     user_turn,
 )
-from selfpruner_hub.calibration.generated_text import continuations
+from selfpruner_hub.calibration.generated_text import TextModel, continuations
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
 
@@ -72,7 +72,7 @@ SIMILAR = 0.5
 
 
 def write_conversations(
-    model: PreTrainedModel,
+    model: TextModel,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     seed: int,
@@ -134,7 +134,7 @@ class TurnStart(NamedTuple):
 
 
 def write_turns(
-    model: PreTrainedModel,
+    model: TextModel,
     style: Style,
     opened: Callable[[int], Iterable[TurnStart]],
     count: int,
@@ -179,7 +179,7 @@ def write_turns(
 
 
 def answered(
-    model: PreTrainedModel,
+    model: TextModel,
     tokenizer: PreTrainedTokenizerBase,
     style: Style,
     turns: Sequence[Sequence[Message]],
@@ -225,7 +225,7 @@ def _answered(prompt: list[int], answer: list[int], closing: list[int]) -> Conve
     return Conversation((*prompt, *answer, *rest), answered)
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+def end_tokens(model: TextModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
     """Token ids that end a turn, from the model's configurations and its tokenizer."""
     ends: set[int] = set()
     configs = (model.config, getattr(model, "generation_config", None), tokenizer)

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import Conversation, conversation, has_chat_template
 from selfpruner_hub.calibration.conversations import Distinct, packed, write_conversations
-from selfpruner_hub.calibration.generated_text import sample_windows
+from selfpruner_hub.calibration.generated_text import TextModel, sample_windows
 from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, Entry, encode, entries, name_of, start_ids
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
@@ -142,7 +142,7 @@ def load_corpus(
     spare: int = 0,
     least: float = 0.5,
     seed: int = 0,
-    model: PreTrainedModel | None = None,
+    model: TextModel | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
     """Draw windows of `window` tokens without overlap, in the order of the text.
@@ -202,7 +202,7 @@ def _drawn(
 
 
 def _written_conversations(
-    model: PreTrainedModel,
+    model: TextModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     count: int,

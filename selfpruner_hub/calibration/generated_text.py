@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from selfpruner_hub.calibration.served_model import ServedModel
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import free_memory
 from selfpruner_hub.models.forward import check_ids, draw, head_chunks
@@ -28,9 +29,13 @@ CACHE_STEP = 64
 """Number of tokens by which a cache grows at a time."""
 
 
+TextModel = PreTrainedModel | ServedModel
+"""A model that writes text, here or behind a server."""
+
+
 @torch.inference_mode()
 def continuations(
-    model: PreTrainedModel,
+    model: TextModel,
     prompts: Sequence[Sequence[int]],
     most: int,
     *,
@@ -46,7 +51,7 @@ def continuations(
     The cache grows in place, so a step copies no keys and values.
 
     Args:
-        model: A causal language model.
+        model: A causal language model; a served one is asked for all continuations at once.
         prompts: Token ids, at least one per prompt.
         most: Maximum number of new tokens per prompt, at least 1.
         ends: Token ids that end a continuation; the continuation includes them.
@@ -61,15 +66,24 @@ def continuations(
 
     Raises:
         ModelError: The model has no embedding of a token of the prompts.
+        SelfPrunerError: The server of a model fails (`ServedModel.continuations`).
     """
+
+    def report(done: int) -> None:
+        if progress:
+            progress(what, done, len(prompts))
+
+    if isinstance(model, ServedModel):
+        return cast(ServedModel, model).continuations(
+            prompts, most, ends=ends, banned=banned, temperature=temperature, seed=seed, report=report
+        )
     check_ids(model, max((max(prompt) for prompt in prompts), default=0))
     generator = torch.Generator(model.device).manual_seed(seed)
     longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # most memory is needed first
     written: list[list[int]] = [[] for _ in prompts]
     batch = _batch_size(model, max(map(len, prompts), default=0) + most)
     stops, never = (torch.tensor(sorted(ids), dtype=torch.long, device=model.device) for ids in (ends, banned))
-    if progress:
-        progress(what, 0, len(prompts))
+    report(0)
     with attending_by_group(model):
         for done in range(0, len(prompts), batch):
             chosen = longest_first[done : done + batch]
@@ -88,14 +102,13 @@ def continuations(
                 if left is not None:
                     live, new = live[left.cpu()], new[left]
                 rows.step(new, left)
-            if progress:
-                progress(what, done + len(chosen), len(prompts))
+            report(done + len(chosen))
     return written
 
 
 @torch.inference_mode()
 def sample_windows(
-    model: PreTrainedModel,
+    model: TextModel,
     count: int,
     window: int,
     seed: int,

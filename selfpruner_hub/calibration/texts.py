@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.calibration.chat_template import has_chat_template
 from selfpruner_hub.calibration.conversations import end_tokens
 from selfpruner_hub.calibration.corpus import Corpus, load_corpus
+from selfpruner_hub.calibration.served_model import ServedModel
 from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, is_file, sources_of, tokenizer_hash
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.weights import identity_of
@@ -45,6 +46,7 @@ class Texts:
         tokenizer: Its tokenizer; None allows only `"self"`.
         cache: Texts that were read before, by their identity; they are used again, and new ones are added.
         identity: Identity of the model (`models.weights.identity_of`); None finds it out where a text depends on it.
+        served: The model behind a server, to write in place of the model.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class Texts:
         tokenizer: PreTrainedTokenizerBase | None,
         cache: dict[str, tuple[int, Corpus]] | None = None,
         identity: Mapping[str, Any] | None = None,
+        served: ServedModel | None = None,
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._author = model, tokenizer, served or model
         self._cache = {} if cache is None else cache
         self._identity_of_model = identity
 
@@ -137,7 +140,7 @@ class Texts:
             window=window,
             spare=spare,
             seed=run.seed,
-            model=self._model,
+            model=self._author,
             progress=run.progress,
         )
         if written:

@@ -59,6 +59,16 @@ def device_map(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device-map", metavar="MAP", help="auto, balanced, …: let transformers place the weights")
 
 
+def writer(parser: argparse._ActionsContainer) -> None:
+    """Add the options for a server that writes the text."""
+    parser.add_argument(
+        "--writer",
+        metavar="URL",
+        help="an OpenAI-compatible server of the dense model (vLLM, SGLang, llama.cpp) that writes its text",
+    )
+    parser.add_argument("--writer-model", metavar="M", help="name of the model there (default: the only one)")
+
+
 def listed(names: Collection[str]) -> str:
     """Join names for a help text: a, b or c."""
     *first, last = names

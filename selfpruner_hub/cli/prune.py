@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporters.format import metered
-from selfpruner_hub.cli.options import Result, from_pretrained, listed, loading, number, path, quieten, settings_of
+from selfpruner_hub.cli.options import (
+    Result,
+    from_pretrained,
+    listed,
+    loading,
+    number,
+    path,
+    quieten,
+    settings_of,
+    writer,
+)
 from selfpruner_hub.cli.recover import recovery_lines
 from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.settings import (
@@ -81,6 +91,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         help="chat, self, wikitext2, c4, or a .txt or .jsonl file; several with + between them (default: "
         "chat+wikitext2 for a chat model, else wikitext2)",
     )
+    writer(group)
 
 
 def _add_search(group: argparse._ArgumentGroup) -> None:
@@ -108,11 +119,9 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
 def _add_method(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--preset", help=f"{', '.join(PRESETS)} (default: default; with --minutes what fits)")
     group.add_argument(
-        "--minutes",
-        type=number,
-        metavar="N",
+        "--minutes", type=number, metavar="N",
         help="minutes in all: the preset that fits, and recovery until they are over",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--recover", type=number, metavar="N", help="minutes of recovery after the cut, as of the verb recover; 0 "
         "trains nothing (default: none, or what is left of --minutes)",
@@ -228,6 +237,8 @@ def _prune(options: argparse.Namespace, order: _Order) -> Record | None:
             proposer_model=options.proposer_model,
             proposer_options=order.proposer_options,
             data=options.data,
+            writer=options.writer,
+            writer_model=options.writer_model,
             fitness=options.fitness,
             evaluations=options.evaluations,
             minutes=options.minutes,
@@ -286,11 +297,8 @@ def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Parser of the verb.
     """
-    parser.add_argument(
-        "--preset",
-        default="default",
-        help=f"with the values of this preset: {', '.join(PRESETS)} (default: %(default)s)",
-    )
+    names = ", ".join(PRESETS)
+    parser.add_argument("--preset", default="default", help=f"its values: {names} (default: %(default)s)")
 
 
 def list_settings(options: argparse.Namespace) -> Result:

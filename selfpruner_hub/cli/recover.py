@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfpruner_hub.cli.options import Result, number, quieten, settings_of, whole
+from selfpruner_hub.cli.options import Result, number, quieten, settings_of, whole, writer
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.settings import check_seed
 
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", help="chat, self, wikitext2, c4, or a .txt or .jsonl file; several with + between them (default: "
         "chat+wikitext2 for a chat model, else self+wikitext2)",
     )  # fmt: skip
+    writer(parser)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="texts and checkpoints (default: OUTPUT.run)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: the accelerator where there is one)")
@@ -87,6 +88,8 @@ def run(options: argparse.Namespace) -> Result:
             minutes=options.minutes,
             tokens=options.tokens,
             data=options.data,
+            writer=options.writer,
+            writer_model=options.writer_model,
             seed=options.seed,
             run_dir=run_dir,
             progress=not options.quiet,

@@ -10,10 +10,11 @@ import random
 from functools import partial
 from itertools import cycle, islice
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import Conversation, decoded, encoded
 from selfpruner_hub.calibration.conversations import Distinct, Style, TurnStart, answered, end_tokens, write_turns
+from selfpruner_hub.calibration.generated_text import TextModel
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
 
@@ -62,7 +63,7 @@ TOPICS = (
 
 
 def write_questions(
-    model: PreTrainedModel,
+    model: TextModel,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     seed: int,

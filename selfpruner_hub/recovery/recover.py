@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub import ranks
 from selfpruner_hub.calibration.conversations import end_tokens
+from selfpruner_hub.calibration.served_model import ServedModel
 from selfpruner_hub.calibration.text_sources import tokenizer_hash
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.placement import streams
@@ -45,6 +46,8 @@ class Pair(NamedTuple):
     """Its dense parent, on the same device."""
     tokenizer: PreTrainedTokenizerBase | None
     """Tokenizer of both."""
+    served: ServedModel | None = None
+    """The parent behind a server that writes the text; None lets it write here."""
 
 
 class Recovered(NamedTuple):
@@ -89,7 +92,7 @@ def recover(
     started = time.monotonic()
     _check_pair(pair.pruned, pair.parent)
     task = _Task.of(pair, budget, data, settings, run)
-    writer = Writer(pair.parent, pair.tokenizer, task.window, task.run)
+    writer = Writer(pair.served or pair.parent, pair.tokenizer, task.window, task.run)
     deciding, writing = from_first(writer.deciding)
     with undisturbed(pair.pruned.device):
         torch.manual_seed(run.seed)  # adapters begin at random

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import Conversation, has_chat_template
 from selfpruner_hub.calibration.conversations import Distinct, write_conversations
 from selfpruner_hub.calibration.corpus import CONVERSATION_ATTEMPTS, load_corpus, too_little_text
+from selfpruner_hub.calibration.generated_text import TextModel
 from selfpruner_hub.calibration.text_sources import GENERATED, name_of, sources_of
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.recovery.questions import write_questions
@@ -127,9 +128,7 @@ class Writer:
         run: Run context.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, window: int, run: Run
-    ) -> None:
+    def __init__(self, model: TextModel, tokenizer: PreTrainedTokenizerBase | None, window: int, run: Run) -> None:
         self._model, self._tokenizer, self._window, self._run = model, tokenizer, window, run
         self._distinct = Distinct()
 

