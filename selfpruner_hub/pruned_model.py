@@ -190,7 +190,7 @@ class PrunedModel(Retraining):
     def _write(self, directory: Path, max_shard_size: int | str | None = None) -> None:
         check_generation(self.model)
         self._notice_training()
-        size = max_shard_size or (OFFLOADED_SHARD if self._store.on_disk else None)
+        size = max_shard_size or (OFFLOADED_SHARD if self._store.apart else None)
         sharding: Any = {} if size is None else {"max_shard_size": size}
         earlier = (*TOKENIZER, *TEMPLATES, GENERATION) if (directory / "config.json").exists() else ()
         with save_directory(directory, stale=(*WEIGHTS, MODEL_CODE, *earlier)) as staging:

@@ -19,34 +19,31 @@ from selfpruner_hub.aim import aim_of, completed
 from selfpruner_hub.calibration.chat_template import template_date
 from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.calibration.served_model import served_by
-from selfpruner_hub.calibration.texts import PLAIN_DATA, RunTexts, Texts
+from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
+from selfpruner_hub.cut import cut
 from selfpruner_hub.errors import EndpointError, UserError
 from selfpruner_hub.hub.licences import licence_of
+from selfpruner_hub.memory import store_for
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import check_one_device, described
 from selfpruner_hub.models.forward import check_ids
 from selfpruner_hub.models.loading import is_repo_id, load_model
 from selfpruner_hub.models.patching import working_on
-from selfpruner_hub.models.placement import streams
+from selfpruner_hub.models.placement import streamed, streams
 from selfpruner_hub.models.unsupported import check_generation, refuse_quantized
 from selfpruner_hub.models.weights import identity_of
-from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import ModelShape
 from selfpruner_hub.plans.target import Meter
 from selfpruner_hub.progress import Bars, Progress
 from selfpruner_hub.provenance import RunRequest, describe, fingerprint, library_versions
 from selfpruner_hub.pruned_model import PrunedModel
-from selfpruner_hub.pruning.prepare import check_model, fisher_information, prepared
-from selfpruner_hub.pruning.sequential_repair import compensate
-from selfpruner_hub.pruning.slicing import slice_model
+from selfpruner_hub.pruning.prepare import check_model
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.choose_proposer import choose_proposer
 from selfpruner_hub.search.effort import minutes_left, with_effort
-from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.outcome import SearchResult
 from selfpruner_hub.search.proposers import Proposer
-from selfpruner_hub.settings import PruneSettings, check_minutes, check_seed, resolve
+from selfpruner_hub.settings import check_minutes, check_seed, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
 from selfpruner_hub.storage.run import Run
@@ -272,7 +269,10 @@ class AutoPruner:
             budget = ranks.from_first(lambda: aim.budget(settings, callback))
             searches, pair = settings.schedule.length > 0, (self.model, self.tokenizer)
             proposer = choose_proposer(proposer, proposer_model, proposer_options, budget, searches, self.name, pair)
-            run = Run(self._store, checkpoints, callback, seed)
+            store = store_for(self.model, self._store, settings, budget.share)
+            if store is not self._store:
+                stack.enter_context(streamed(self.model))
+            run = Run(store, checkpoints, callback, seed)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             identity = identity_of(self.model)
             served = served_by(writer, writer_model, self.model, self.tokenizer)
@@ -285,12 +285,12 @@ class AutoPruner:
             journal = ranks.from_first(lambda: Journal(folder, search_id, library_versions()))
             journal.path = journal.path if ranks.is_first() else None  # one process writes it
             run = replace(run, checkpoints=run.checkpoints.of(json.dumps(search_id)))
-            model, result = self._cut(proposer, budget, texts, journal, settings, run)
+            model, result = cut(self.model, proposer, budget, texts, journal, settings, run)
             scale = match_confidence(self.model, model, texts.search.windows, callback) if settings.confidence else 1.0
             described = describe(model, run_request, result, scale)
             record = ranks.from_first(lambda: aim.measured(described, budget, model, callback))
             left = ranks.from_first(lambda: minutes_left(minutes, recover, started, run.checkpoints))
-        pruned = PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, self._store)
+        pruned = PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, store)
         if left is None:
             return pruned
         try:
@@ -305,24 +305,3 @@ class AutoPruner:
         layers = ", one layer at a time" if streams(self.model) else ""
         for line in (f"{self.name} on {described(self.model)}{layers}", *lines):
             bars.say(line)
-
-    def _cut(
-        self,
-        proposer: Proposer,
-        budget: Budget,
-        texts: RunTexts,
-        journal: Journal,
-        settings: PruneSettings,
-        run: Run,
-    ) -> tuple[PreTrainedModel, SearchResult]:
-        """Calibrate, find the plan, cut the model by it, and repair what is left."""
-        calibration = texts.calibration.windows
-        fisher = fisher_information(self.model, calibration, settings, run)
-        with prepared(self.model, calibration, settings, fisher, run) as ready:
-            result = find_plan(proposer, budget, ready, texts, journal, settings, run)
-            model = slice_model(ready.slicer, result.outcome.best.plan, stock=settings.uniform)
-            del ready  # its Cholesky factors take more memory than the model
-        if settings.repairs_twice:
-            gate_up = settings.repair == "full"
-            compensate(self.model, model, calibration, inputs=gate_up, fisher=fisher, run=run)
-        return model, result

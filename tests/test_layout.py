@@ -27,10 +27,11 @@ LAYERS = (
     {"pruning", "exporters"},
     {"evaluation"},
     {"search", "recovery"},
-    {"provenance"},
+    {"provenance", "memory"},
     {"hub"},
     {"retraining"},
     {"pruned_model", "aim"},
+    {"cut"},
     {"pruner"},
     {"cli"},
     {PACKAGE},  # selfpruner_hub/__init__.py

@@ -110,9 +110,12 @@ def rounded_factor(matrices: Tensor) -> Tensor:
 
 @ieee_products()
 def _factor(matrices: Tensor) -> Tensor | None:
-    """The Cholesky factors, or None where one does not exist or is not finite, which not every device reports."""
+    """The Cholesky factors, or None where one does not exist or is not finite, which not every device reports.
+
+    What is not finite in a row makes the diagonal of that row so.
+    """
     factors, failed = torch.linalg.cholesky_ex(matrices)
-    return factors if not failed.any() and factors.isfinite().all() else None
+    return factors if not failed.any() and factors.diagonal(dim1=-2, dim2=-1).isfinite().all() else None
 
 
 def as_seen(weight: Tensor, root: Tensor | None) -> Tensor:

@@ -114,7 +114,7 @@ def _loaded(
     if not any_architecture:
         config = _config_to_load(config, kwargs)
     try:
-        if not store.on_disk:
+        if not store.apart:
             weight_files(Path(name) / kwargs.get("subfolder", ""))  # none of them is elsewhere
             loaded: Any = AutoModelForCausalLM.from_pretrained(name, **{**kwargs, "output_loading_info": True})
             model, loading_info = loaded
@@ -126,7 +126,7 @@ def _loaded(
     except Exception as error:  # transformers, the Hub client and safetensors share no base class
         raise explain(name, error) from error
     _check_weights(name, model, loading_info["missing_keys"])
-    if to_prune and not store.on_disk and dtype_to_prune_in(name, kwargs["dtype"], model.dtype) != kwargs["dtype"]:
+    if to_prune and not store.apart and dtype_to_prune_in(name, kwargs["dtype"], model.dtype) != kwargs["dtype"]:
         rebuild_buffers(model.to(torch.bfloat16))  # its configuration named no dtype
     if not any_architecture:  # the weights decide, since a cut model is built from the configuration
         model.config.tie_word_embeddings = is_tied(model)
@@ -137,7 +137,7 @@ def _device(device: str | torch.device | None, given: Any, store: TensorStore) -
     """The device to load on, where no device map is given."""
     if device is not None and given is not None:
         raise UserError("A model is placed by device or by device_map, not by both.", "Leave out one of them.")
-    if given is not None and store.on_disk:
+    if given is not None and store.apart:
         raise UserError(_OFFLOADED, "Give a device instead: each layer is on it while it works.")
     return choose_device(device)
 

@@ -40,7 +40,7 @@ def placed(module: nn.Module, device: torch.device, *, changed: bool = False) ->
                 for name, tensor in tensors.items():
                     if tensor is None or tensor.device == device:
                         continue
-                    copy = tensor.detach().to(device)
+                    copy = to_device(tensor.detach(), device)
                     resting.append((tensors, name, tensor))
                     tensors[name] = (
                         nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
@@ -56,7 +56,12 @@ def placed(module: nn.Module, device: torch.device, *, changed: bool = False) ->
 def on(device: torch.device, batches: Iterable[Iterable[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
     """Yield batches of stored tensors on the device that works on them, one batch at a time."""
     for batch in batches:
-        yield tuple(tensor.to(device) for tensor in batch)
+        yield tuple(to_device(tensor, device) for tensor in batch)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; from page-locked memory, this process does not wait for it."""
+    return tensor.to(device, non_blocking=device.type == "cuda" and tensor.is_pinned())
 
 
 def stream_layers(model: PreTrainedModel, device: torch.device) -> None:
@@ -97,6 +102,24 @@ def _streamed(kind: Any) -> type[nn.Module]:
 def streams(model: PreTrainedModel) -> bool:
     """Whether `stream_layers` was called for a model."""
     return isinstance(decoder_layers(model)[0], _RunsWithInput)
+
+
+@contextmanager
+def streamed(model: PreTrainedModel) -> Iterator[None]:
+    """Let layers whose weights are on the device of the model take others, which rest elsewhere, as they run."""
+    stream_layers(model, model.device)
+    try:
+        yield
+    finally:
+        settle_layers(model)
+
+
+def settle_layers(model: PreTrainedModel) -> None:
+    """Undo `stream_layers`: move all decoder layers to the device of the model, to stay there."""
+    for layer in decoder_layers(model):
+        layer.to(model.device)
+        if isinstance(layer, _RunsWithInput):
+            layer.__class__ = type(layer).__mro__[2]
 
 
 def from_files(

@@ -186,11 +186,13 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     Returns:
         V, `[K, F, H]`, float32; 0 if no step lowers the held-out error, or no window is held out.
     """
-    start = torch.zeros_like(inputs, dtype=torch.float32)
-    gates = start.new_zeros(len(start), start.shape[1], start.shape[1])
-    read = start.new_zeros(start.shape[2], start.shape[2])
+    count, channels, hidden = inputs.shape
+    gates, read = (
+        torch.zeros(*sizes, dtype=torch.float32, device=inputs.device)
+        for sizes in ((count, channels, channels), (hidden, hidden))
+    )
     down = down.to(inputs.dtype)
-    gradients = _Pair(start)
+    gradients = _Pair(inputs)
     for h, factors, rest in stream():
         gradients.add(rest @ down, factors, h)
         for gate, factor in zip(gates, factors.flatten(0, 1)[::GATE_STRIDE].unbind(1), strict=True):
@@ -199,7 +201,7 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     ranks.total(*gradients.sums, gates, read)
     fitted, held = gradients.sums
     if not held.any():
-        return start
+        return torch.zeros_like(fitted)
     squares = down.float().t() @ down.float()
     for gate in gates:  # in place, because they are the largest matrices of the repair
         gate.copy_(damped_factor(gate.mul_(squares), PRECONDITIONER_DAMPING))
@@ -208,10 +210,11 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
     right = damped_factor(read, PRECONDITIONER_DAMPING)
 
     def products(direction: Tensor) -> tuple[Tensor, Tensor]:
-        pair, rounded = _Pair(start), direction.to(inputs.dtype)
+        pair, rounded = _Pair(inputs), direction.to(inputs.dtype)
         for h, factors, _rest in stream():
             changes = ((h @ v.t()).mul_(f) for v, f in zip(rounded, factors.unbind(-2), strict=True))
             pair.add(reduce(Tensor.add_, changes) @ down.t() @ down, factors, h)
+            del h, factors, changes  # before the next ones are computed
         ranks.total(*pair.sums)
         return pair.sums
 
@@ -228,7 +231,8 @@ def descended(
     """Minimise a squared error by preconditioned conjugate gradients, until that on held-out windows stops falling.
 
     Args:
-        gradients: Gradients at 0 on fitted and on held-out windows.
+        gradients: Gradients at 0 on fitted and on held-out windows; they are overwritten, since a few tensors of this
+            size are all that an accelerator may have room for.
         products: Function that multiplies a direction by the matrices of the fitted and of the held-out windows.
         solved: Preconditioner.
         iterations: Maximum number of steps.
@@ -238,39 +242,42 @@ def descended(
         The change, of the shape of a gradient; 0 if no step lowers the held-out error.
     """
     fitted, held = gradients
+    rest = held.mul_(-2)  # the matrix of the held-out windows times the change, minus twice their gradient
     best, error = torch.zeros_like(fitted), 0.0
-    change, curved = best.clone(), best.clone()  # `curved` is the matrix of the held-out windows times the change
-    preconditioned = solved(fitted)
-    direction, norm = preconditioned.clone(), (fitted * preconditioned).sum()
+    direction = solved(fitted)
+    change, norm = best, (fitted * direction).sum()
     for _ in range(iterations):
         of_fitted, of_held = products(direction)
         step = norm / (direction * of_fitted).sum()
-        change = change + step * direction
-        curved += step * of_held
-        rest = curved - 2 * held
+        change = (step * direction).add_(change)
+        rest.add_(of_held.mul_(step))
+        del of_held
         reached = (change * rest if root is None else as_seen(change, root) * as_seen(rest, root)).sum().item()
         if not reached < error:
             break
         best, error = change, reached
-        fitted = fitted - step * of_fitted
+        fitted.sub_(of_fitted.mul_(step))
+        del of_fitted
         preconditioned = solved(fitted)
         before, norm = norm, (fitted * preconditioned).sum()
-        direction = preconditioned + norm / before * direction
+        direction.mul_(norm / before).add_(preconditioned)
+        del preconditioned
     return best
 
 
 class _Pair:
     """Σ (f_k ∘ y) hᵀ over tokens, `[K, F, H]`, separately for fitted and held-out windows."""
 
-    def __init__(self, start: Tensor) -> None:
-        self.sums = (torch.zeros_like(start), torch.zeros_like(start))
+    def __init__(self, inputs: Tensor) -> None:
+        fitted, held = (torch.zeros_like(inputs, dtype=torch.float32) for _ in range(2))
+        self.sums = (fitted, held)
         self._windows = 0
 
     def add(self, y: Tensor, factors: Tensor, h: Tensor) -> None:
         """Add y, `[N, W, F]`, f, `[N, W, K, F]`, and h, `[N, W, H]`."""
         for rows, held in split_held_out(self._windows, len(h)):
-            products = (y[rows].unsqueeze(-2) * factors[rows]).flatten(2).flatten(0, 1)
-            add_product(self.sums[held].flatten(0, 1), products, h[rows].flatten(0, 1))
+            for total, factor in zip(self.sums[held], factors[rows].unbind(-2), strict=True):
+                add_product(total, (y[rows] * factor).flatten(0, 1), h[rows].flatten(0, 1))
         self._windows += len(h)
 
 

@@ -21,7 +21,7 @@ from selfpruner_hub.calibration.ridge import HELD_OUT, as_seen, split_held_out
 from selfpruner_hub.models.architectures import Architecture, architecture_of, decoder_layers, linear, residual_scale
 from selfpruner_hub.models.layer_stream import Reached, Seen, Stream, watching
 from selfpruner_hub.models.patching import replaced
-from selfpruner_hub.models.placement import on, placed
+from selfpruner_hub.models.placement import on, placed, to_device
 from selfpruner_hub.pruning.expert_repair import compensate_experts
 from selfpruner_hub.pruning.least_squares import Gated, LinearFit, fit_inputs
 from selfpruner_hub.storage.offload import TensorStore
@@ -169,8 +169,8 @@ class _Attention:
         return self._moved.hidden
 
 
-Activations = Callable[[], Iterable[tuple[Tensor, ...]]]
-"""Function that iterates over what the FFN's projections read and computed, batch by batch."""
+Activations = Callable[[int], tuple[Tensor, ...]]
+"""Number of a batch → what down_proj reads in it, and where needed the factors of `least_squares.Gated`."""
 
 
 class _Ffn:
@@ -197,18 +197,21 @@ class _Ffn:
             if not architecture.output_norms:  # the error that remains after the attention
                 target = _sum(target, first, -added.output)
             self._batches.append((store(reached.input), store(target)))
-        self._activations: Activations = list
+        self._activations: Activations = lambda _number: ()
 
     def _each(self) -> Iterator[tuple[Tensor, ...]]:
         """The input and the target of each batch, on the device of the layer."""
         return on(self._down.weight.device, self._batches)
 
+    def _input(self, number: int) -> Tensor:
+        """The input of one batch, on the device of the layer."""
+        return to_device(self._batches[number][0], self._down.weight.device)
+
     def _cached(self, compute: Callable[[Tensor], tuple[Tensor, ...]]) -> Activations:
-        """What is computed from the input of each batch; anew each time where it would be kept in files."""
-        if self._store.on_disk:
-            return lambda: (compute(h) for h, _ in self._each())
-        batches = [compute(h) for h, _ in self._each()]
-        return lambda: batches
+        """What is computed from the input of a batch; anew each time where it would be kept elsewhere."""
+        if self._store.apart:
+            return lambda number: compute(self._input(number))
+        return [compute(h) for h, _ in self._each()].__getitem__
 
     def fit(self, ridges: Sequence[float], start: int | None, *, inputs: bool) -> int:
         """Fit down_proj; with `inputs`, gate_proj and up_proj too, and where they moved, down_proj again."""
@@ -221,33 +224,32 @@ class _Ffn:
 
     def advance(self) -> None:
         """Replace the hidden states of all batches by the output of the layer."""
-        for number, (hidden, (x, *_)) in enumerate(zip(self._attention.hidden, self._activations(), strict=True)):
+        for number, hidden in enumerate(self._attention.hidden):
+            x = self._activations(number)[0]
             with replaced(self._run, "forward", lambda *_, x=x, **__: self._down(x)):
                 hidden.copy_(cast(Tensor, self._attention.run(number)))
 
     def _fit_down(self, ridges: Sequence[float], start: int | None) -> int:
         fit = LinearFit(self._down, ridges, self._root)
-        for (x, *_), (_, target) in zip(self._activations(), self._each(), strict=True):
-            fit.add(x, target)
+        for number, (_, target) in enumerate(self._each()):
+            fit.add(self._activations(number)[0], target)
         return fit.apply(start)
 
     def _fit_inputs(self) -> bool:
         """Refit gate_proj and up_proj if that lowers the error on the held-out windows; return whether it does."""
         rests = [
-            (self._store(self._rest(self._down(x), target)),)
-            for (x, _), (_, target) in zip(self._activations(), self._each(), strict=True)
+            (self._store(self._rest(self._down(self._activations(number)[0]), target)),)
+            for number, (_, target) in enumerate(self._each())
         ]
         rows = [module.weight for module in self._inputs]
 
         def stream() -> Iterator[Gated]:
-            for (h, _), (_, factors), (rest,) in zip(
-                self._each(), self._activations(), on(rows[0].device, rests), strict=True
-            ):
-                yield Gated(h, factors, rest)
+            for number, (rest,) in enumerate(on(rows[0].device, rests)):
+                yield Gated(self._input(number), self._activations(number)[1], rest)
 
         stacked = torch.cat(rows).view(-1, *self._down.weight.t().shape)
         down = as_seen(self._down.weight, self._root)
-        moved = (stacked.float() + fit_inputs(stream, stacked, down)).flatten(0, 1)
+        moved = fit_inputs(stream, stacked, down).add_(stacked).flatten(0, 1)
         before = [weight.clone() for weight in rows]
         for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
             weight.copy_(new)

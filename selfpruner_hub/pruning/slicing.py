@@ -26,7 +26,6 @@ from selfpruner_hub.models.architectures import (
     unit_rows,
 )
 from selfpruner_hub.models.modeling_selfpruned import LayerConfig
-from selfpruner_hub.models.placement import stream_layers, streams
 from selfpruner_hub.models.weights import is_tied, rebuild_buffers
 from selfpruner_hub.plans.plan import LayerWidths, ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import LossCurves
@@ -46,7 +45,8 @@ class Slicer:
     Args:
         model: The dense model, permuted.
         repairs: Result of `output_repair.first_repairs`; None does not repair.
-        store: Store for the weights of a cut model; repaired weights are cached only if the store is in memory.
+        store: Store for the weights of a cut model, and for the repaired weights of candidates, which are cached only
+            if it leaves them where they are.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Slicer:
         self.repairs = repairs
         self._cache: OrderedDict[tuple[int, Part, int], Tensor] = OrderedDict()
         self._free = 0
-        if self.repairs is not None and not store.on_disk:
+        if self.repairs is not None and not store.apart:
             outputs = sum(linear(layer, path).weight.numel() for layer in self._dense for path in self._paths)
             self._free = int(CACHED_REPAIRS * outputs)
 
@@ -142,6 +142,8 @@ class Slicer:
             self._cache.move_to_end(key)
             return self._cache[key]
         weight = self.output_weight(index, part, count)
+        if self.store.apart:  # all layers of a candidate are built before the first one runs
+            return self.store(weight)
         self._cache[key] = weight
         self._free -= weight.numel()
         while self._free < 0 and len(self._cache) > 1:
@@ -159,7 +161,7 @@ def slice_model(slicer: Slicer, plan: Plan, *, stock: bool = False) -> PreTraine
         stock: Whether the model is of the dense model's class; all layers must have the same widths.
 
     Returns:
-        A model of the matching `selfpruned_*` class, or of the stock class, in eval mode, on the dense model's device.
+        A model of the matching `selfpruned_*` class, or of the stock class, in eval mode, where the slicer stores.
     """
     dense = slicer.model
     config = pruned_config(dense, plan, stock=stock)
@@ -173,14 +175,12 @@ def slice_model(slicer: Slicer, plan: Plan, *, stock: bool = False) -> PreTraine
     model.tie_weights()
     rebuild_buffers(model)
     model.generation_config = copy.deepcopy(dense.generation_config)
-    if streams(dense):
-        stream_layers(model, dense.device)
     return model.eval()
 
 
 def _own(tensor: Tensor, store: TensorStore) -> Tensor:
-    """A contiguous copy, in memory or in the files of `store`."""
-    if not store.on_disk:
+    """A contiguous copy, in memory or in `store`."""
+    if not store.apart:
         return tensor.detach().clone(memory_format=torch.contiguous_format)
     return store(tensor.detach().contiguous())
 

@@ -1,4 +1,4 @@
-"""Tensors in files instead of memory, to prune a model that is larger than memory."""
+"""Where large tensors rest: where they are, in the memory of the host, or in files."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from selfpruner_hub.errors import OutputError
 class TensorStore(Protocol):
     """Store of large tensors: a call with a tensor returns the stored tensor, which is used in its place."""
 
-    on_disk: bool
-    """Whether the tensors are in files."""
+    apart: bool
+    """Whether tensors are copied to another place, from which they are read each time; else they stay where they are.
+    """
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Store a tensor."""
 
 
 ARENA = 2**28
-"""Size of a file, in bytes; a larger tensor has a larger file."""
+"""Size of a file or of a block of memory, in bytes; a larger tensor has a larger one."""
 RESIDENT = 2**29
 """Limit of the pages of the files that are in memory, in bytes; above it, they are released."""
 PAUSE = 0.005
@@ -38,7 +39,7 @@ ALIGNMENT = 64
 class Memory:
     """Store that leaves tensors in memory."""
 
-    on_disk = False
+    apart = False
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the tensor itself."""
@@ -48,7 +49,65 @@ class Memory:
 MEMORY = Memory()
 
 
-class DiskStore:
+class _Arenas:
+    """Store that copies tensors into large blocks, one behind the other; a block ends with the last of its tensors."""
+
+    apart = True
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arena: Tensor | None = None
+        self._used = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Store a tensor.
+
+        Args:
+            tensor: Tensor of any shape and dtype; its values are copied.
+
+        Returns:
+            A tensor with the same values, in the store.
+
+        Raises:
+            OutputError: The disk is full, or cannot be written.
+        """
+        if not tensor.nbytes:
+            return tensor
+        self.trim()
+        with self._lock:
+            if self._arena is None or self._used + tensor.nbytes > self._arena.nbytes:
+                self._arena, self._used = self._opened(max(ARENA, tensor.nbytes)), 0
+            flat = self._arena[self._used : self._used + tensor.nbytes].view(tensor.dtype)
+            self._used += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        strides = torch.empty_like(tensor, device="meta").stride()  # keep the memory order: last bits depend on it
+        return flat.as_strided(tensor.shape, strides).copy_(tensor.detach())
+
+    def trim(self) -> None:
+        """Release memory that is not needed, before a new tensor."""
+
+    def _opened(self, size: int) -> Tensor:
+        """A new block, `[size]`, uint8."""
+        raise NotImplementedError
+
+
+class HostStore(_Arenas):
+    """Store in the memory of the host, for the work of an accelerator: its own memory holds what is worked on.
+
+    Args:
+        pinned: Whether the memory is page-locked, so that CUDA copies it several times as fast.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        super().__init__()
+        self._pinned = pinned
+
+    def _opened(self, size: int) -> Tensor:
+        # PyTorch takes page-locked memory in powers of two: what is above `size` serves the next tensors.
+        whole = 1 << (size - 1).bit_length() if self._pinned else size
+        return torch.empty(whole, dtype=torch.uint8, pin_memory=self._pinned)
+
+
+class DiskStore(_Arenas):
     """Store that puts tensors into memory-mapped files; the system loads their pages when they are read.
 
     Stored tensors are used, and changed, like any others. Before each new tensor, and periodically from a thread, pages
@@ -62,41 +121,13 @@ class DiskStore:
         OutputError: The directory cannot be written.
     """
 
-    on_disk = True
-
     def __init__(self, directory: str | Path) -> None:
+        super().__init__()
         self._directory = Path(directory)
-        self._lock = threading.Lock()
         self._arenas: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
-        self._arena: mmap.mmap | None = None
-        self._used = 0
         self._mapped = _resident_files() or 0  # by libraries: those of CUDA take hundreds of megabytes
         self._arena = self._opened(mmap.PAGESIZE)  # fails at once where the directory cannot be written
         threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True).start()
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Store a tensor.
-
-        Args:
-            tensor: Tensor of any shape and dtype; its values are copied.
-
-        Returns:
-            A tensor with the same values, in a file.
-
-        Raises:
-            OutputError: The disk is full, or cannot be written.
-        """
-        if not tensor.nbytes:
-            return tensor
-        self.trim()
-        with self._lock:
-            if self._arena is None or self._used + tensor.nbytes > len(self._arena):
-                self._arena, self._used = self._opened(max(ARENA, tensor.nbytes)), 0
-            arena, offset = self._arena, self._used
-            self._used += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        strides = torch.empty_like(tensor, device="meta").stride()  # keep the memory order: last bits depend on it
-        flat = torch.frombuffer(arena, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-        return flat.as_strided(tensor.shape, strides).copy_(tensor.detach())
 
     def trim(self) -> None:
         """Release the pages of the files where more than `RESIDENT` bytes are in memory."""
@@ -109,7 +140,7 @@ class DiskStore:
         for arena in list(self._arenas):
             arena.madvise(mmap.MADV_DONTNEED)
 
-    def _opened(self, size: int) -> mmap.mmap:
+    def _opened(self, size: int) -> Tensor:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._directory) as file:
@@ -120,7 +151,7 @@ class DiskStore:
                 f"Cannot keep tensors in {str(self._directory)!r}: {error.strerror}.", "Choose a disk with more room."
             ) from error
         self._arenas.add(arena)
-        return arena
+        return torch.frombuffer(arena, dtype=torch.uint8)
 
 
 def _allocate(file: int, size: int) -> None:

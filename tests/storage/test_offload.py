@@ -17,7 +17,7 @@ from selfpruner_hub.errors import ModelError, OutputError, UserError
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage import offload as shelves
-from selfpruner_hub.storage.offload import DiskStore
+from selfpruner_hub.storage.offload import DiskStore, HostStore
 
 SETTINGS = {
     "data": "self", "proposer": "evolution", "window": 32, "calibration_tokens": 1024, "fitness_tokens": 128,
@@ -35,6 +35,21 @@ def test_values_survive_their_release(tmp_path):
     for tensor, same in zip(tensors, kept, strict=True):
         assert torch.equal(tensor, same)
     assert not list((tmp_path / "new").iterdir())  # files without names
+
+
+def test_values_survive_on_the_host(monkeypatch):
+    """In blocks that several tensors share, each with the memory order that it had."""
+    monkeypatch.setattr(shelves, "ARENA", 256)
+    shelf = HostStore(pinned=False)
+    tensors = [torch.randn(3, 5), torch.arange(7), torch.randn(4, 4).bfloat16().t(), torch.randn(100), torch.zeros(0)]
+    kept = [shelf(tensor) for tensor in tensors]
+    for tensor, same in zip(tensors, kept, strict=True):
+        assert torch.equal(tensor, same)
+        assert tensor.stride() == same.stride()
+    assert all(same.data_ptr() != tensor.data_ptr() for tensor, same in zip(tensors[:4], kept, strict=False))
+    assert len({same.untyped_storage().data_ptr() for same in kept[:4]}) == 2  # the large one has its own
+    kept[0].zero_()
+    assert torch.equal(kept[1], tensors[1])
 
 
 def test_files_end_with_their_tensors(tmp_path, monkeypatch):
