@@ -66,6 +66,17 @@ COLUMNS: dict[str, Columns] = {
         ("by a sample", lambda row: share(row, "kept_sampled")),
         ("within 8", lambda row: share(row, "kept_within_8")),
     ),
+    "memory": (
+        ("model", words("model")),
+        ("weights", words("weights")),
+        ("all on the device", words("device")),
+        ("host: device, host", lambda row: f"{row['device_host']}, {row['host']}"),
+        ("`--offload`: device, disk", lambda row: f"{row['device_files']}, {row['disk']}"),
+        (
+            "minutes, estimated",
+            lambda row: ", ".join(f"{row[f'minutes_{way}']:.1f}" for way in ("device", "host", "files")),
+        ),
+    ),
     "uniform": (
         ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense"),
         ("widths", words("widths")),

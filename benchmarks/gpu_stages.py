@@ -26,7 +26,7 @@ from selfpruner_hub.search.find_plan import find_plan
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import EvolutionProposer
 from selfpruner_hub.settings import resolve
-from selfpruner_hub.storage.offload import DiskStore
+from selfpruner_hub.storage.offload import DiskStore, HostStore
 from selfpruner_hub.storage.run import DEFAULT_RUN as RUN
 
 BETA, EVALUATIONS = 0.3, 4
@@ -103,7 +103,7 @@ def copies(bench: Bench, part: str, name: str) -> None:
         files = DiskStore(folder)
         places: dict[str, Callable[[Tensor], Tensor]] = {"memory": torch.clone, "files": files}
         if bench.device.type == "cuda":
-            places["pinned memory"] = Tensor.pin_memory
+            places["pinned memory"] = HostStore(pinned=True)
         for place, put in places.items():
             for parameter in layer.parameters():
                 parameter.data = put(parameter.data)

@@ -14,7 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from columns import PERPLEXITIES, RUNTIME_NAMES, UNKNOWN, figure, markdown, measured, of_benchmark, share, shown
+from columns import (
+    COLUMNS,
+    PERPLEXITIES,
+    RUNTIME_NAMES,
+    UNKNOWN,
+    figure,
+    markdown,
+    measured,
+    of_benchmark,
+    share,
+    shown,
+)
 
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.settings import PRESETS, EndpointOptions, described_fields, explained
@@ -23,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 DEFAULTS = ROOT / "benchmarks" / "defaults.json"
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
 SERVING = ROOT / "benchmarks" / "serving.json"
+MEMORY = ROOT / "benchmarks" / "memory.json"
 
 
 def defaults_table() -> str:
@@ -75,6 +87,11 @@ def _parameters(row: Mapping[str, Any]) -> float:
 def serving_table() -> str:
     """Speed and memory in every runtime, and where they were measured."""
     return f"{speeds(json.loads(SERVING.read_text(encoding='utf-8'))['results'])}\n\n{measured(SERVING)}"
+
+
+def memory_table() -> str:
+    """Memory and minutes of models from 1 to 70 billion weights, which are counted, not measured."""
+    return shown(json.loads(MEMORY.read_text(encoding="utf-8"))["results"], COLUMNS["memory"], numbers=True)
 
 
 def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -162,6 +179,7 @@ GENERATED = (
     ("docs/settings.md", "schedule", partial(settings_table, schedule=True)),
     ("docs/proposers.md", "options", partial(described_table, EndpointOptions, "option")),
     ("docs/recovery.md", "recovery", partial(of_benchmark, "recovery")),
+    ("docs/large_models.md", "memory", memory_table),
     ("docs/results.md", "recovery", partial(of_benchmark, "recovery")),
     ("docs/recovery.md", "recovery_settings", partial(described_table, RecoverySettings)),
 )

@@ -135,7 +135,7 @@ class AutoPruner:
                 there is one.
             base_model: Hub repository that a directory is a copy of: records, cards and Spaces name it as the parent,
                 and the licence is read from it where the directory has no card.
-            offload_folder: Directory on a disk with space for four times the model: weights, statistics, hidden states
+            offload_folder: Directory on a disk with space for five times the model: weights, statistics, hidden states
                 and the pruned model are in files there (`storage.offload.DiskStore`), and one layer at a time is in
                 memory. An accelerator holds embeddings, head and the layer that runs. The files are deleted at the end.
             **kwargs: Keywords of transformers' `from_pretrained`: dtype, revision, token, gguf_file, …; a `device_map`

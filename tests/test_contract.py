@@ -16,6 +16,7 @@ from support.checks import check_cache, check_causality, check_left_padding, che
 from support.tiny import CONFIGS, DISTINCT, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from selfpruner_hub import memory
 from selfpruner_hub.calibration.statistics import calibrate
 from selfpruner_hub.models.architectures import ARCHITECTURES, architecture_of, linear, shape_of
 from selfpruner_hub.models.patching import with_layers
@@ -29,6 +30,7 @@ from selfpruner_hub.pruning.output_repair import LayerRepairs, first_repairs
 from selfpruner_hub.pruning.sequential_repair import compensate
 from selfpruner_hub.pruning.slicing import Slicer, slice_model
 from selfpruner_hub.pruning.temperature import match_confidence
+from selfpruner_hub.settings import resolve
 
 IDS = torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(0))
 WINDOWS = torch.randint(3, 128, (64, 32), generator=torch.Generator().manual_seed(1))
@@ -333,6 +335,27 @@ def test_a_gpu_makes_what_a_cpu_makes(name):
         pytest.skip("no GPU")
     on_cpu, on_gpu = (made(name, device) for device in ("cpu", "cuda"))
     torch.testing.assert_close(on_gpu, on_cpu, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_room_makes_the_same(monkeypatch):
+    """What rests in page-locked memory is copied without waiting, and is the same."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    plans, weights = [], []
+    for full in (False, True):
+        pruner = AutoPruner(tiny_model("llama").to("cuda"), tiny_tokenizer(), "tests/llama")
+        if full:
+            working = memory.needs(pruner.model, resolve(None), 0.3).working
+            monkeypatch.setattr(memory, "free_memory", lambda _device, working=working: 1.2 * working)
+        pruned = pruner.prune(
+            0.3, data="self", window=32, calibration_tokens=1024, fitness_tokens=128, evaluations=0, progress=False
+        )
+        plans.append(pruned.plan)
+        weights.append([parameter.cpu() for parameter in pruned.model.parameters()])
+    assert plans[0] == plans[1]
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)
 
 
 def made(name, device):
