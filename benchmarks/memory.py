@@ -68,8 +68,8 @@ def main() -> None:
     print(shown(rows, COLUMNS["memory"]))
     protocol = (
         f"a default run (β {BETA:g}, {resolve('default').calibration_tokens:,} tokens of calibration text, no search, "
-        "no writing of text) in bfloat16, counted from published shapes; nothing was run on a GPU. Minutes are estimates "
-        f"for an H100: {RATES} products a second, and seconds for a byte that is copied: {WAYS}"
+        "no writing of text) in bfloat16, counted from published shapes; nothing was run on a GPU. Minutes are "
+        f"estimates for an H100: {RATES} products a second, and seconds for a byte that is copied: {WAYS}"
     )
     write("memory", protocol, rows, options.output)
 

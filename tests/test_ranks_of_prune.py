@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from support.mixtures import tiny_mixture
 from support.processes import become, launched
 from support.tiny import tiny_model, tiny_tokenizer
+from support.wrappers import tiny_wrapper
 
 from selfpruner_hub import ranks
 from selfpruner_hub.cli import main
@@ -61,8 +62,10 @@ def start(words: list[str], log: Path, count: int, fails_at: str | None = None) 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    for name in ("llama", "gemma3", "phi3", "qwen3", "ministral3"):
+    for name in ("llama", "phi3", "qwen3", "ministral3"):
         tiny_model(name).save_pretrained(folder / name)
+    tiny_wrapper("gemma3").save_pretrained(folder / "gemma3")
+    for name in ("llama", "gemma3", "phi3", "qwen3", "ministral3"):
         tiny_tokenizer().save_pretrained(folder / name)
     (folder / "text.txt").write_text(TEXT)
     return folder
@@ -97,7 +100,7 @@ def assert_same(folder: Path, name: str, alone: str) -> None:
     ],
 )
 def test_several_processes_are_one(model, count, more, folder):
-    """Gemma 3 normalises outputs, the projections of Phi-3 are fused, and one model is streamed from files."""
+    """Gemma 3 normalises outputs, and is in a wrapper; Phi-3 has fused projections; Qwen3 is streamed from files."""
     name = f"{model}-{count}"
     assert main([*words_of(folder, f"{name}-alone", model, *more), "--quiet"]) == 0
     assert start(words_of(folder, name, model, *more), folder / name, count) == [0] * count

@@ -11,15 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checks import logits
 from support.tiny import CONFIGS, uneven
+from support.wrappers import WRAPPERS, tiny_wrapper
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    PixtralVisionConfig,
-    SiglipVisionConfig,
 )
 
 from exporters.benchmark import Passes, benchmark, compare
@@ -27,37 +22,17 @@ from exporters.format import FORMATS
 from selfpruner_hub.models.loading import load_config, load_model
 from selfpruner_hub.storage.offload import DiskStore
 
-SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-def gemma3():
-    vision = SiglipVisionConfig(**SIZES, patch_size=14)
-    return Gemma3ForConditionalGeneration(
-        Gemma3Config(text_config=CONFIGS["gemma3"], vision_config=vision, mm_tokens_per_image=4)
-    )
-
-
-def mistral3(text):
-    vision = PixtralVisionConfig(**SIZES, patch_size=14)
-    config = Mistral3Config(vision_config=vision, text_config=CONFIGS[text], tie_word_embeddings=False)
-    return Mistral3ForConditionalGeneration(config)
-
-
-MAKE = {"gemma3": gemma3, "mistral3": lambda: mistral3("mistral"), "ministral3": lambda: mistral3("ministral3")}
 
 
 def old_prefix(new):
     return "language_model.model." if new[1] else ""
 
 
-@pytest.fixture(scope="module", params=MAKE)
+@pytest.fixture(scope="module", params=WRAPPERS)
 def wrapper(request, tmp_path_factory):
     """(name, wrapper with random weights, its directory)."""
-    torch.manual_seed(0)
-    model = MAKE[request.param]().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    model = tiny_wrapper(request.param)
     directory = tmp_path_factory.mktemp("wrappers") / request.param
     model.save_pretrained(directory)
     return request.param, model, directory
