@@ -2,96 +2,33 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from contextlib import contextmanager
 
 import pytest
 import torch
 from accelerate.utils import send_to_device
+from support.accelerated import SHORT, TEXT, accelerator, assert_equal, dense, on_cpu, resting, shallow
 from support.tiny import CONFIGS, tiny_model, tiny_pruned, tiny_tokenizer
-from support.virtual_device import BYTES, MixedDevicesError, virtual_accelerator
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    Phi3Config,
-    PreTrainedModel,
-    Qwen2Config,
-    Trainer,
-)
+from support.virtual_device import MixedDevicesError, virtual_accelerator
+from transformers import Trainer
 
-from selfpruner_hub import memory
 from selfpruner_hub.calibration.generated_text import continuations
 from selfpruner_hub.cli import main
-from selfpruner_hub.errors import ModelError
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
-from selfpruner_hub.models.architectures import architecture_of, decoder_layers, linear
-from selfpruner_hub.models.layer_stream import LAYER_BATCH_TOKENS
-from selfpruner_hub.models.placement import stream_layers, streams
+from selfpruner_hub.models.architectures import decoder_layers
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.recovery.recover import Pair, recover
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
-from selfpruner_hub.settings import resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
-from selfpruner_hub.storage.offload import MEMORY
 from selfpruner_hub.storage.run import Run
 
-LAYERS = 2
+__all__ = ["accelerator", "dense"]  # fixtures
 WHEN = ("before", "after")
-TEXT = ["The quick brown fox jumps over the lazy dog. " * 12]
-SHORT = {
-    "window": 16, "calibration_tokens": 128, "fisher_tokens": 64, "fitness_tokens": 64, "evaluations": 3,
-    "schedule": {"crossover": 1, "mutation": 1}, "seeds": ("uniform", "sensitivity", "refined"),
-}  # fmt: skip
 IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def accelerator(monkeypatch):
-    """A machine with an accelerator, while the test lasts."""
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the virtual device is there for one thread alone
-    monkeypatch.setattr("selfpruner_hub.models.forward.ON_ACCELERATORS", 1)  # batches as on a CPU
-    monkeypatch.setattr("accelerate.utils.memory.clear_device_cache", lambda **_: None)  # it takes seconds
-    save = PreTrainedModel.save_pretrained
-
-    def saved(model, *args, **kwargs):  # virtual tensors have no storage, which safetensors reads
-        device = model.device
-        save(model.to("cpu"), *args, **kwargs)
-        stream_layers(model, device) if streams(model) else model.to(device)
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", saved)
-    with virtual_accelerator():
-        yield
-
-
-def shallow(name):
-    layers = {"layer_types": CONFIGS[name].layer_types[:LAYERS]} if hasattr(CONFIGS[name], "layer_types") else {}
-    return tiny_model(name, num_hidden_layers=LAYERS, **layers)
-
-
-@pytest.fixture
-def dense(request, tmp_path):
-    """A tiny dense model of two layers, saved."""
-    shallow(request.param).save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    return str(tmp_path / "dense")
-
-
-def on_cpu(directory, **settings):
-    return AutoPruner.from_pretrained(directory, device="cpu").prune(0.3, data=TEXT, progress=False, **settings)
-
-
-def assert_equal(one, other):
-    assert one.plan == other.plan
-    fitness = [each.report.metrics["search_fitness"].value for each in (one, other)]
-    assert fitness[0] == pytest.approx(fitness[1], rel=1e-4)
-    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
-        torch.testing.assert_close(a.cpu(), b.cpu(), atol=2e-3, rtol=2e-2)
 
 
 @pytest.mark.parametrize("dense", CONFIGS, indirect=True)
@@ -117,10 +54,6 @@ def test_pruned_resumed_reloaded_and_measured(dense, accelerator, tmp_path):
     assert perplexity(loaded.model, IDS) == pytest.approx(perplexity(again.model, IDS), rel=1e-4)
 
 
-def resting(model):
-    return {parameter.device.type for parameter in decoder_layers(model).parameters()}
-
-
 @pytest.mark.parametrize("dense", ["llama", "gemma3", "phi3"], indirect=True)  # apart, normalised outputs, fused
 def test_streamed_layer_by_layer(dense, accelerator, tmp_path):
     """Weights are in files, and a layer is on the device while it works; the result is that of a CPU."""
@@ -139,131 +72,6 @@ def test_streamed_layer_by_layer(dense, accelerator, tmp_path):
     assert perplexity(PrunedModel.from_pretrained(tmp_path / "pruned").model, IDS) == pytest.approx(before, rel=1e-4)
     assert perplexity(made.to("gpu").model, IDS) == pytest.approx(before, rel=1e-4)
     assert resting(made.model) == {"gpu"}
-
-
-def with_free(monkeypatch, *free):
-    """Let the device have so many bytes free, one number for each time that it is asked."""
-    numbers = iter(free)
-    monkeypatch.setattr(memory, "free_memory", lambda _device: next(numbers))
-
-
-@pytest.mark.parametrize("dense", ["llama", "gemma3", "phi3"], indirect=True)
-def test_what_does_not_fit_rests_on_the_host(dense, accelerator, monkeypatch):
-    """Weights stay on the device, all else is on the host; the pruned model moves to the device if it fits there."""
-    settings = {**SHORT, "proposer": "evolution"}
-    expected = on_cpu(dense, **settings)
-    pruner = AutoPruner.from_pretrained(dense)
-    working = memory.needs(pruner.model, resolve(None, **SHORT), 0.3).working
-    for left in (0, 2 * working):
-        with_free(monkeypatch, 1.2 * working, left)
-        made = pruner.prune(0.3, data=TEXT, progress=False, **settings)
-        assert resting(pruner.model) == {"gpu"}
-        assert not streams(pruner.model)
-        assert resting(made.model) == ({"gpu"} if left else {"cpu"})
-        assert streams(made.model) == (not left)
-        assert_equal(expected, made)
-
-
-@pytest.mark.parametrize("dense", ["llama"], indirect=True)
-def test_what_fits_nowhere_is_refused_before_anything_is_read(dense, accelerator, monkeypatch):
-    pruner = AutoPruner.from_pretrained(dense)
-    working = memory.needs(pruner.model, resolve(None, **SHORT), 0.3).working
-    with_free(monkeypatch, 0.5 * working)
-    with pytest.raises(ModelError, match=r"GiB beside the model.*--offload"):
-        pruner.prune(0.3, data=TEXT, progress=False, **SHORT)
-    with_free(monkeypatch, 1e12)
-    assert memory.store_for(pruner.model, MEMORY, resolve(None), 0.3) is MEMORY
-
-
-SMALLER = 64
-
-
-def scaled(config, hidden, ffn, heads, groups, head_dim, **others):
-    """A configuration of a model's proportions: its widths are `SMALLER` times smaller."""
-    return config(
-        hidden_size=hidden // SMALLER, intermediate_size=ffn // SMALLER, num_attention_heads=heads // 4,
-        num_key_value_heads=groups // 4, head_dim=head_dim // 16, num_hidden_layers=4, vocab_size=128,
-        max_position_embeddings=64, pad_token_id=0, dtype="bfloat16", **others,
-    )  # fmt: skip
-
-
-SCALED = {
-    "Llama-3.1-8B": scaled(LlamaConfig, 4096, 14336, 32, 8, 128),
-    "Qwen2.5-7B": scaled(Qwen2Config, 3584, 18944, 28, 4, 128),
-    "Gemma-2-9B": scaled(Gemma2Config, 3584, 14336, 16, 8, 256),
-    "Phi-4": scaled(Phi3Config, 5120, 17920, 40, 8, 128),  # of 10 groups
-}
-
-
-DEPTHS = {"Llama-3.1-8B": 32, "Qwen2.5-7B": 28, "Gemma-2-9B": 42, "Phi-4": 40}
-
-
-def bytes_of(model):
-    """Bytes of a model outside of its layers, of the weights of a layer, and of what one layer needs."""
-    outside = sum(parameter.nbytes for key, parameter in model.named_parameters() if ".layers." not in key)
-    layer, row = decoder_layers(model)[0], architecture_of(model.config)
-    statistics = [4 * linear(layer, path).in_features ** 2 for path in (row.attention_output, row.ffn_output)]
-    weights = sum(parameter.nbytes for parameter in layer.parameters())
-    return outside, weights, weights + sum(statistics)
-
-
-@pytest.fixture
-def scaled_model(request, accelerator, tmp_path, monkeypatch):
-    """A model of the proportions of a real one, saved, and batches that are smaller by as much."""
-    smaller = LAYER_BATCH_TOKENS // SMALLER
-    monkeypatch.setattr("selfpruner_hub.models.layer_stream.LAYER_BATCH_TOKENS", smaller)
-    for module in ("models.forward", "evaluation.fitness"):
-        monkeypatch.setattr(f"selfpruner_hub.{module}.BATCH_TOKENS", smaller)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SCALED[request.param])
-    model.save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    return model
-
-
-@contextmanager
-def counted():
-    """Count the bytes on the device; gives a list that gets their peak."""
-    gc.collect()
-    before, peak = BYTES.now, []
-    BYTES.restart()
-    yield peak
-    peak.append(BYTES.peak - before)
-
-
-@pytest.mark.parametrize(
-    "scaled_model",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "Phi-4"), id=name) for name in SCALED],
-    indirect=True,
-)
-def test_the_memory_of_a_streamed_run(scaled_model, request, tmp_path):
-    """The device holds embeddings, head, and at most ten times what one layer needs, at the peak of all stages.
-
-    The widest matrices are those of the second repair's step of gate_proj and up_proj. The depth adds nothing: at the
-    depth of the real models, the peak is below 1.3 times the weights and five times what one layer needs.
-    """
-    outside, weights, needed = bytes_of(scaled_model)
-    settings = {**SHORT, "proposer": "evolution"}
-    with counted() as peak:
-        pruner = AutoPruner.from_pretrained(str(tmp_path / "dense"), offload_folder=tmp_path / "scratch")
-        made = pruner.prune(0.3, data=TEXT, progress=False, **settings)
-        made.save_pretrained(tmp_path / "pruned")
-    assert peak[0] <= outside + 10 * needed
-    assert peak[0] <= 1.3 * (outside + DEPTHS[request.node.callspec.id] * weights) + 5 * needed
-    assert made.model.device.type == "gpu"
-
-
-@pytest.mark.parametrize("scaled_model", ["Llama-3.1-8B"], indirect=True)
-def test_the_memory_of_a_run_that_rests_on_the_host(scaled_model, tmp_path, monkeypatch):
-    """The device holds the weights, and what `memory.needs` counts for the layer that is worked on."""
-    outside, weights, _ = bytes_of(scaled_model)
-    settings = {**SHORT, "proposer": "evolution"}
-    with counted() as peak:
-        pruner = AutoPruner.from_pretrained(str(tmp_path / "dense"))
-        working = memory.needs(pruner.model, resolve(None, **SHORT), 0.3).working
-        with_free(monkeypatch, 1.2 * working, 0)
-        pruner.prune(0.3, data=TEXT, progress=False, **settings)
-    assert peak[0] <= outside + len(decoder_layers(scaled_model)) * weights + working
 
 
 @pytest.mark.parametrize(
