@@ -51,6 +51,7 @@ from selfpruner_hub.storage.run_lock import run_lock
 from selfpruner_hub.storage.staging import output_path
 
 logger = logging.getLogger(__name__)
+_ON_HOST = "Not all of this fits on %s: statistics, activations and the pruned model rest in the memory of the host."
 
 
 class AutoPruner:
@@ -272,6 +273,7 @@ class AutoPruner:
             store = store_for(self.model, self._store, settings, budget.share)
             if store is not self._store:
                 stack.enter_context(streamed(self.model))
+                logger.warning(_ON_HOST, self.model.device)
             run = Run(store, checkpoints, callback, seed)
             data = PLAIN_DATA if data is None and preset == "paper" else data
             identity = identity_of(self.model)
