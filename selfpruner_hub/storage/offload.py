@@ -56,7 +56,7 @@ class _Arenas:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._arena: Tensor | None = None
+        self._arena: mmap.mmap | memoryview | None = None
         self._used = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -75,18 +75,20 @@ class _Arenas:
             return tensor
         self.trim()
         with self._lock:
-            if self._arena is None or self._used + tensor.nbytes > self._arena.nbytes:
+            if self._arena is None or self._used + tensor.nbytes > len(self._arena):
                 self._arena, self._used = self._opened(max(ARENA, tensor.nbytes)), 0
-            flat = self._arena[self._used : self._used + tensor.nbytes].view(tensor.dtype)
+            arena, offset = self._arena, self._used
             self._used += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         strides = torch.empty_like(tensor, device="meta").stride()  # keep the memory order: last bits depend on it
+        # Each has a storage of its own: what shares one is copied when it is saved.
+        flat = torch.frombuffer(arena, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
         return flat.as_strided(tensor.shape, strides).copy_(tensor.detach())
 
     def trim(self) -> None:
         """Release memory that is not needed, before a new tensor."""
 
-    def _opened(self, size: int) -> Tensor:
-        """A new block, `[size]`, uint8."""
+    def _opened(self, size: int) -> mmap.mmap | memoryview:
+        """A new block of at least so many bytes."""
         raise NotImplementedError
 
 
@@ -101,10 +103,13 @@ class HostStore(_Arenas):
         super().__init__()
         self._pinned = pinned
 
-    def _opened(self, size: int) -> Tensor:
+    def _opened(self, size: int) -> memoryview:
+        if not self._pinned:
+            return torch.empty(size, dtype=torch.uint8).numpy().data
+        torch.cuda.synchronize()  # copies from a block that has ended, whose memory the new one may take
         # PyTorch takes page-locked memory in powers of two: what is above `size` serves the next tensors.
-        whole = 1 << (size - 1).bit_length() if self._pinned else size
-        return torch.empty(whole, dtype=torch.uint8, pin_memory=self._pinned)
+        whole = 1 << (size - 1).bit_length()
+        return torch.empty(whole, dtype=torch.uint8, pin_memory=True).numpy().data
 
 
 class DiskStore(_Arenas):
@@ -140,7 +145,7 @@ class DiskStore(_Arenas):
         for arena in list(self._arenas):
             arena.madvise(mmap.MADV_DONTNEED)
 
-    def _opened(self, size: int) -> Tensor:
+    def _opened(self, size: int) -> mmap.mmap:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._directory) as file:
@@ -151,7 +156,7 @@ class DiskStore(_Arenas):
                 f"Cannot keep tensors in {str(self._directory)!r}: {error.strerror}.", "Choose a disk with more room."
             ) from error
         self._arenas.add(arena)
-        return torch.frombuffer(arena, dtype=torch.uint8)
+        return arena
 
 
 def _allocate(file: int, size: int) -> None:
