@@ -218,7 +218,7 @@ class AutoPruner:
                 several of them joined by `+`, or an iterable of texts or conversations, such as a list or a
                 `datasets.Dataset`. None: `"chat+wikitext2"` for a model with a chat template, else `"wikitext2"`, as
                 for the paper's preset.
-            writer: URL of an OpenAI-compatible server of this very model (vLLM, SGLang, llama.cpp), which writes
+            writer: URL of an OpenAI-compatible server of this very model (vLLM, llama.cpp), which writes
                 `"chat"` and `"self"` in its place: much faster where layers are streamed. The key is found as for a
                 proposer.
             writer_model: Name of the model at that server; None takes the only one there.

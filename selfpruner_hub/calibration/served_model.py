@@ -6,7 +6,7 @@ import random
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar
 
 import httpx2
 import torch
@@ -35,13 +35,12 @@ PROBES = (
 PROBE_TOKENS = 32
 """Number of tokens after each of `PROBES`."""
 ALIKE = 0.85
-"""Least share of the tokens that the server writes, greedily, which the model finds likeliest too. vLLM in bfloat16 has
-95 % of SmolLM2's, llama.cpp in Q4_1 96 %, and a copy pruned at 0.3 has 63 %."""
+"""Least share of the tokens that the server writes, greedily, which the model finds likeliest too. Other kernels and
+weights of few bits change a few in a hundred; another model, or a pruned copy, far more."""
 
 
-@final
 class ServedModel:
-    """The dense model behind an OpenAI-compatible server that takes token ids: vLLM, SGLang or llama.cpp.
+    """The dense model behind an OpenAI-compatible server that takes token ids, such as vLLM and llama.cpp.
 
     It stands in place of the model where text is written (`generated_text.continuations`). The prompts are sent as
     token ids, so that the template's own tokens are read. A server that returns no token ids returns text, which is

@@ -64,7 +64,7 @@ def writer(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--writer",
         metavar="URL",
-        help="an OpenAI-compatible server of the dense model (vLLM, SGLang, llama.cpp) that writes its text",
+        help="an OpenAI-compatible server of the dense model (vLLM, llama.cpp) that writes its text",
     )
     parser.add_argument("--writer-model", metavar="M", help="name of the model there (default: the only one)")
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Protocol
 
@@ -49,7 +50,7 @@ class Memory:
 MEMORY = Memory()
 
 
-class _Arenas:
+class _Arenas(ABC):
     """Store that copies tensors into large blocks, one behind the other; a block ends with the last of its tensors."""
 
     apart = True
@@ -73,7 +74,6 @@ class _Arenas:
         """
         if not tensor.nbytes:
             return tensor
-        self.trim()
         with self._lock:
             if self._arena is None or self._used + tensor.nbytes > len(self._arena):
                 self._arena, self._used = self._opened(max(ARENA, tensor.nbytes)), 0
@@ -84,12 +84,9 @@ class _Arenas:
         flat = torch.frombuffer(arena, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
         return flat.as_strided(tensor.shape, strides).copy_(tensor.detach())
 
-    def trim(self) -> None:
-        """Release memory that is not needed, before a new tensor."""
-
+    @abstractmethod
     def _opened(self, size: int) -> mmap.mmap | memoryview:
         """A new block of at least so many bytes."""
-        raise NotImplementedError
 
 
 class HostStore(_Arenas):
@@ -133,6 +130,11 @@ class DiskStore(_Arenas):
         self._mapped = _resident_files() or 0  # by libraries: those of CUDA take hundreds of megabytes
         self._arena = self._opened(mmap.PAGESIZE)  # fails at once where the directory cannot be written
         threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True).start()
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Store a tensor as `_Arenas` does, after pages are released."""
+        self.trim()
+        return super().__call__(tensor)
 
     def trim(self) -> None:
         """Release the pages of the files where more than `RESIDENT` bytes are in memory."""
