@@ -33,7 +33,7 @@ from selfpruner_hub.pruning.prepare import prepared
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.journal_lines import RoundLine
-from selfpruner_hub.search.llm.endpoint import EndpointProposer
+from selfpruner_hub.search.llm.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.outcome import Standing

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from selfpruner_hub.evaluation.figures import ANSWERED, CHAT_FIGURES, KEPT
 from selfpruner_hub.models.loading import is_repo_id
 from selfpruner_hub.plans.plan import BY_EXPERT
-from selfpruner_hub.search.llm.endpoint import BEHIND
+from selfpruner_hub.search.llm.endpoint_proposer import BEHIND
 from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
 from selfpruner_hub.storage.staging import write_atomically

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfpruner_hub.errors import UserError, check_protocol
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.plans.budget import Budget
-from selfpruner_hub.search.llm.endpoint import EndpointProposer
+from selfpruner_hub.search.llm.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, Proposer, RandomProposer
 from selfpruner_hub.search.slopes import SlopesProposer

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from support.hub_server import check_yaml
 
 from selfpruner_hub.hub.card import OLDEST_TRANSFORMERS, render_card, save_metrics
-from selfpruner_hub.search.llm.endpoint import BEHIND
+from selfpruner_hub.search.llm.endpoint_proposer import BEHIND
 from selfpruner_hub.storage.model_record import ALREADY_READ, Metric, Record, read_record
 
 MADE = Path(__file__).parents[2] / "model_cards"

@@ -9,7 +9,7 @@ from selfpruner_hub.errors import ModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.search.choose_proposer import choose_proposer
-from selfpruner_hub.search.llm.endpoint import EndpointProposer
+from selfpruner_hub.search.llm.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.llm.local_model import ModelProposer
 from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer
 from selfpruner_hub.search.slopes import SlopesProposer

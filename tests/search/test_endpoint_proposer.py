@@ -14,14 +14,14 @@ from support.processes import run_python
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 import selfpruner_hub.endpoint
-import selfpruner_hub.search.llm.endpoint as module
+import selfpruner_hub.search.llm.endpoint_proposer as module
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.plans.budget import Budget
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.seeds import seeds
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.search.journal import Journal
-from selfpruner_hub.search.llm.endpoint import EndpointProposer
+from selfpruner_hub.search.llm.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.proposers import Scored
 from selfpruner_hub.settings import EndpointOptions, SearchSchedule
