@@ -49,25 +49,20 @@ class Windows(Dataset[dict[str, Tensor]]):
     Args:
         texts: Texts.
         order: Pairs of the number of a text and the number of a window in it.
-        emphasis: Extra weight of decisive tokens of answers.
     """
 
-    def __init__(self, texts: Sequence[Text], order: Sequence[tuple[int, int]], emphasis: float) -> None:
-        self._texts, self._order, self._emphasis = texts, order, emphasis
+    def __init__(self, texts: Sequence[Text], order: Sequence[tuple[int, int]]) -> None:
+        self._texts, self._order = texts, order
 
     def __len__(self) -> int:
         """Number of windows that are read, with repeats."""
         return len(self._order)
 
     def __getitem__(self, place: int) -> dict[str, Tensor]:
-        """One window: its token ids, `[W]`, the counted predictions, `[W - 1]`, and the emphasis, a scalar."""
+        """One window: its token ids, `[W]`, and the counted predictions, `[W - 1]`."""
         number, window = self._order[place]
         text = self._texts[number]
-        return {
-            "input_ids": text.windows[window],
-            "counted": text.counted[window],
-            "emphasis": torch.tensor(self._emphasis if text.answers else 0.0),
-        }
+        return {"input_ids": text.windows[window], "counted": text.counted[window]}
 
 
 class Distiller(Trainer):
@@ -109,13 +104,13 @@ class Distiller(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Weighted divergence from the parent over the counted predictions of a batch."""
+        """Mean divergence from the parent over the counted predictions of a batch."""
         if not self.args.activation_checkpointing:  # which works in training mode alone
             model.eval()  # dropout would only add noise to what is matched
         student = self.accelerator.unwrap_model(model)
-        loss, divergence = distilled(model, student, self._parent, inputs, self._dtype)
-        self._divergence = ranks.averaged(divergence).item()
-        return (loss, {"divergence": divergence}) if return_outputs else loss
+        loss = distilled(model, student, self._parent, inputs, self._dtype)
+        self._divergence = ranks.averaged(loss.detach()).item()
+        return (loss, {"divergence": loss.detach()}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep the divergence of each step in the history of the training."""
@@ -294,7 +289,7 @@ def step_seconds(
     """
     windows = torch.cat([text.windows for text in texts])[:batch].to(parent.device)
     counted = torch.cat([text.counted for text in texts])[:batch].to(parent.device)
-    inputs = {"input_ids": windows, "counted": counted, "emphasis": torch.zeros(len(windows), device=parent.device)}
+    inputs = {"input_ids": windows, "counted": counted}
     seconds = 0.0
     for _ in range(2):
         started = time.monotonic()
@@ -302,10 +297,10 @@ def step_seconds(
             torch.autocast(parent.device.type, dtype, enabled=dtype != torch.float32),
             torch.set_grad_enabled(not ranks.sharded()),
         ):
-            loss, divergence = distilled(student, cast(PreTrainedModel, student), parent, inputs, dtype)
+            loss = distilled(student, cast(PreTrainedModel, student), parent, inputs, dtype)
         if loss.requires_grad:
             loss.backward()
-        divergence.item()  # waits for an accelerator
+        loss.item()  # waits for an accelerator
         student.zero_grad(set_to_none=True)
         seconds = time.monotonic() - started
     return seconds * (3 if ranks.sharded() else 1) * batch / len(windows)

@@ -55,29 +55,23 @@ class Head:
         return raw if self.cap is None else (raw / self.cap).tanh_().mul_(self.cap)
 
 
-def distillation_loss(
-    hidden: Tensor, head: Head, their_hidden: Tensor, their_head: Head, emphasis: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weighted mean of KL(parent ‖ pruned model) at temperature 1 over the whole vocabulary.
+def distillation_loss(hidden: Tensor, head: Head, their_hidden: Tensor, their_head: Head) -> Tensor:
+    """Mean of KL(parent ‖ pruned model) at temperature 1 over the whole vocabulary.
 
-    A position whose first choice differs from the parent's weighs `1 + emphasis · p`, where p is the probability of the
-    parent's first choice; others weigh 1. The logits and their gradient are computed on blocks of positions, as in
-    Liger kernels (arXiv 2410.10989).
+    The logits and their gradient are computed on blocks of positions, as in Liger kernels (arXiv 2410.10989).
 
     Args:
         hidden: Last hidden states of the pruned model, `[P, H]`; the gradient reaches them.
         head: Head of the pruned model; the gradient reaches its weight, where that is trained.
         their_hidden: Last hidden states of the parent, `[P, H']`.
         their_head: Head of the parent.
-        emphasis: Extra weight of each position, `[P]`, at least 0.
 
     Returns:
-        The weighted mean in nats, and the mean over all positions in nats, which has no gradient. With several
-        processes, they are sums of this process over the average weight of a process: their averages over the processes
-        are the means over the positions of all.
+        The mean in nats. With several processes, it is the sum of this process over the average number of positions of
+        a process: its average over the processes is the mean over the positions of all.
     """
     return _Distillation.apply(  # type: ignore[no-untyped-call]
-        hidden, head.module.weight, head, their_hidden, their_head, emphasis
+        hidden, head.module.weight, head, their_hidden, their_head
     )
 
 
@@ -92,48 +86,39 @@ class _Distillation(torch.autograd.Function):
         head: Head,
         their_hidden: Tensor,
         their_head: Head,
-        emphasis: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         ours, theirs, states = head.weight, their_head.weight, hidden.to(head.dtype)
         to_hidden = torch.empty_like(hidden, dtype=torch.float32)
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         size = max(1, BLOCK_BYTES // (4 * len(weight)))
-        weighted, plain, total = (hidden.new_zeros((), dtype=torch.float32) for _ in range(3))
+        total = hidden.new_zeros((), dtype=torch.float32)
         for first in range(0, len(hidden), size):
             rows = slice(first, first + size)
             target = their_head.logits(their_hidden[rows], theirs).log_softmax(-1)
             logits = head.logits(states[rows], ours)
-            choices = logits.argmax(-1)
             slope = None if head.cap is None else 1 - (logits / head.cap).square()
             log_shares = logits.log_softmax(-1)
-            p, choice = target.max(-1)
-            weights = 1 + emphasis[rows] * p.exp() * (choice != choices)
             target_shares = target.exp()
-            divergence = torch.linalg.vecdot(target_shares, target - log_shares)
-            weighted += (weights * divergence).sum()
-            plain += divergence.sum()
-            total += weights.sum()
-            gradient = log_shares.exp_().sub_(target_shares).mul_(head.scale * weights[:, None])
+            total += torch.linalg.vecdot(target_shares, target - log_shares).sum()
+            gradient = log_shares.exp_().sub_(target_shares).mul_(head.scale)
             if slope is not None:
                 gradient.mul_(slope)
             gradient = gradient.to(head.dtype)
             to_hidden[rows] = (gradient @ ours).float()
             if to_weight is not None:
                 add_product(to_weight, gradient, states[rows])
-        total, positions = averaged(torch.stack([total, total.new_tensor(len(hidden))]))
-        to_hidden /= total
+        positions = averaged(total.new_tensor(len(hidden)))
+        to_hidden /= positions
         if to_weight is not None:
-            to_weight /= total
+            to_weight /= positions
         ctx.gradients = to_hidden.to(hidden.dtype), None if to_weight is None else to_weight.to(weight.dtype)
-        mean = plain / positions
-        ctx.mark_non_differentiable(mean)
-        return weighted / total, mean
+        return total / positions
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         to_hidden, to_weight = ctx.gradients
         del ctx.gradients
-        return to_hidden.mul_(scale), None if to_weight is None else to_weight.mul_(scale), *(None,) * 4
+        return to_hidden.mul_(scale), None if to_weight is None else to_weight.mul_(scale), *(None,) * 3
 
 
 def distilled(
@@ -142,7 +127,7 @@ def distilled(
     parent: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Run both models on a batch, and compare them.
 
     Args:
@@ -158,16 +143,15 @@ def distilled(
     ids, counted = inputs["input_ids"], inputs["counted"].bool()
     with torch.no_grad():
         theirs = parent.get_decoder()(ids, use_cache=False).last_hidden_state[:, :-1][counted]
-    emphasis = inputs["emphasis"][:, None].expand(counted.shape)[counted]
-    log_shares: list[tuple[Tensor, Tensor]] = []
+    losses: list[Tensor] = []
 
     def compare(hidden: Tensor) -> None:
         heads = Head(student, dtype), Head(parent, dtype)
-        log_shares.append(distillation_loss(hidden[:, :-1][counted], heads[0], theirs, heads[1], emphasis))
+        losses.append(distillation_loss(hidden[:, :-1][counted], heads[0], theirs, heads[1]))
 
     with before_head(student, compare):
         model(input_ids=ids, use_cache=False)
-    return log_shares[0]
+    return losses[0]
 
 
 @contextmanager

@@ -256,8 +256,8 @@ class _Task:
             check,
             self.dtype,
             args=made,
-            train_dataset=Windows(texts.training, texts.order, self.settings.emphasis),
-            eval_dataset=Windows(texts.deciding, [], 0.0),  # Trainer asks for one; `check` measures
+            train_dataset=Windows(texts.training, texts.order),
+            eval_dataset=Windows(texts.deciding, []),  # Trainer asks for one; `check` measures
         )
 
     def record(self, distiller: Distiller, stopped: str) -> dict[str, Any]:

@@ -39,9 +39,6 @@ class RecoverySettings:
     """Share of the windows that the parent writes, where text that it writes and text that is read are combined."""
     question_share: float = 0.5
     """Share of short questions among the windows that a chat model writes; the others are longer conversations."""
-    emphasis: float = 4.0
-    """Weight of a decisive token of an answer: 1 + emphasis · p, where the parent's first choice, of probability p, is
-    not the first choice of the pruned model. Other tokens have weight 1."""
     passes: int = 2
     """Times that written text is read."""
     checks: int = 0
@@ -97,7 +94,6 @@ _RECOVERY_RULES = Rules(
         "window": (8, 1 << 20),
         "written_share": (0, 1),
         "question_share": (0, 1),
-        "emphasis": (0, 1e3),
         "passes": (1, 1 << 20),
         "checks": (0, 1 << 20),
     },

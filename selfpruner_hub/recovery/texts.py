@@ -48,11 +48,6 @@ class Text(NamedTuple):
     counted: Tensor
     """Mask of the predictions that count, `[N, W - 1]`, bool: the assistant's tokens of conversations, else all."""
 
-    @property
-    def answers(self) -> bool:
-        """Whether what counts is answers, whose decisive tokens weigh more."""
-        return self.name in CHATS
-
     def part(self, places: slice) -> Text:
         """The windows at some places."""
         return Text(self.name, self.windows[places], self.counted[places])
