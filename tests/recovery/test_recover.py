@@ -134,8 +134,7 @@ def test_a_loss_that_is_no_number_ends_it(place, pair, tmp_path, monkeypatch):
 
     def broken(*given):
         calls.append(0)
-        loss, mean = real(*given)
-        return (loss * torch.nan, mean * torch.nan) if len(calls) == place else (loss, mean)
+        return real(*given) * (torch.nan if len(calls) == place else 1)
 
     monkeypatch.setattr(divergence, "distillation_loss", broken)
     found = recovered(pair, tmp_path)
