@@ -109,8 +109,9 @@ class Distiller(Trainer):
             model.eval()  # dropout would only add noise to what is matched
         student = self.accelerator.unwrap_model(model)
         loss = distilled(model, student, self._parent, inputs, self._dtype)
-        self._divergence = ranks.averaged(loss.detach()).item()
-        return (loss, {"divergence": loss.detach()}) if return_outputs else loss
+        divergence = loss.detach()
+        self._divergence = ranks.averaged(divergence).item()
+        return (loss, {"divergence": divergence}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep the divergence of each step in the history of the training."""

@@ -12,8 +12,6 @@ from selfpruner_hub.recovery.divergence import distilled
 
 IDS = torch.randint(3, 128, (3, 16), generator=torch.Generator().manual_seed(0))
 COUNTED = torch.rand(3, 15, generator=torch.Generator().manual_seed(1)) > 0.3
-
-
 BATCH = {"input_ids": IDS, "counted": COUNTED}
 
 
