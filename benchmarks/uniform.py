@@ -45,6 +45,12 @@ def main(words: Sequence[str] | None = None) -> None:
     rows, pruner, dense, measured, how, _ = begun(work, options.unseen_text)
     if not rows.have(beta=0.0):
         rows.keep({"beta": 0.0, **measured(pruner.model)})
+    protocol = (
+        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune --recover 0`, with and without `--uniform`, then "
+        f"`selfpruner recover --tokens`, on {DATA}{Path(options.search_text).name}; {how}; speed-ups of prefill and "
+        f"decode of the cut model (recovery changes no width) over the dense one, medians of {SIZES['runs']} passes in "
+        f"turn, prompts of {' and '.join(map(str, SIZES['prompts']))} tokens and {SIZES['new_tokens']} after them"
+    )
     kinds = [(beta, widths) for beta in options.betas for widths in WIDTHS]
     for beta, widths in kinds:
         key = {"beta": beta, "widths": widths}
@@ -56,19 +62,13 @@ def main(words: Sequence[str] | None = None) -> None:
             if not rows.have(**key, asked_tokens=tokens):
                 reached = round(read_record(output).achieved_beta, 4)
                 rows.keep({**key, "asked_tokens": tokens, "achieved_beta": reached, **of_saved(output, measured)})
+        write("uniform", protocol, with_speed(rows), options.output)
     for beta, widths in kinds:  # after all models are made, so that one quiet hour is enough
         for run in RUNS:
             models = Path(dense), work / f"b{100 * beta:.0f}-{widths}"
             time_in(run, rows, {"beta": beta, "widths": widths}, models, options.python)
-    results = with_speed(rows)
-    print(shown(results, COLUMNS["uniform"]))
-    protocol = (
-        f"SmolLM2-135M-Instruct in bfloat16: `selfpruner prune --recover 0`, with and without `--uniform`, then "
-        f"`selfpruner recover --tokens`, on {DATA}{Path(options.search_text).name}; {how}; speed-ups of prefill and "
-        f"decode of the cut model (recovery changes no width) over the dense one, medians of {SIZES['runs']} passes in "
-        f"turn, prompts of {' and '.join(map(str, SIZES['prompts']))} tokens and {SIZES['new_tokens']} after them"
-    )
-    write("uniform", protocol, results, options.output)
+        write("uniform", protocol, with_speed(rows), options.output)
+    print(shown(with_speed(rows), COLUMNS["uniform"]))
 
 
 def time_in(
@@ -98,7 +98,7 @@ def with_speed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             name = f"{row['runtime']}:{row['dtype']}:{row['prompt']}"
             times = {phase: row[f"{phase}_speedup"] for phase in ("prefill", "decode")}
             speeds.setdefault(tuple(row[name] for name in of_model), {})[name] = times
-    quality = [row for row in rows if "runtime" not in row]
+    quality = sorted((row for row in rows if "runtime" not in row), key=lambda row: row["beta"])
     return [{**row, "speed": speeds.get(tuple(row.get(name) for name in of_model), {})} for row in quality]
 
 
