@@ -28,7 +28,7 @@ from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.calibration.generated_text import continuations
 from selfpruner_hub.evaluation.chat import SEED, ChatMeasure
 from selfpruner_hub.evaluation.metrics import divergence, perplexity, teach
-from selfpruner_hub.evaluation.questions import REPLY_TOKENS, load_questions, rightly_answered
+from selfpruner_hub.evaluation.questions import REPLY_TOKENS, PlainQuestion, load_questions, rightly_answered
 
 
 def arguments(documentation: str | None) -> argparse.ArgumentParser:
@@ -145,8 +145,15 @@ class Chat:
 
     def sampled(self, model: PreTrainedModel) -> dict[str, float]:
         """Share of the questions that the dense model answers which one sample answers, and one of `SAMPLES`."""
-        questions = [question for question, right in zip(self._questions, self._right, strict=True) if right]
-        prompts = [prompt_ids(self._tokenizer, [{"role": "user", "content": q.question}]) for q in questions]
+        right = self.samples(model)
+        return {
+            "kept_sampled": round(mean(map(mean, right)), 4),
+            f"kept_within_{self.SAMPLES}": round(mean(map(any, right)), 4),
+        }
+
+    def samples(self, model: PreTrainedModel) -> list[list[bool]]:
+        """Whether each of `SAMPLES` sampled replies is right, for each question that the dense model answers."""
+        prompts = [prompt_ids(self._tokenizer, [{"role": "user", "content": q.question}]) for q in self.answerable]
         replies = continuations(
             model,
             [prompt for prompt in prompts for _ in range(self.SAMPLES)],
@@ -156,14 +163,15 @@ class Chat:
             seed=self.SAMPLE_SEED,
         )
         of_each = [replies[first : first + self.SAMPLES] for first in range(0, len(replies), self.SAMPLES)]
-        right = [
+        return [
             [question.is_right(decoded(self._tokenizer, reply)) for reply in own]
-            for question, own in zip(questions, of_each, strict=True)
+            for question, own in zip(self.answerable, of_each, strict=True)
         ]
-        return {
-            "kept_sampled": round(mean(mean(own) for own in right), 4),
-            f"kept_within_{self.SAMPLES}": round(mean(map(any, right)), 4),
-        }
+
+    @property
+    def answerable(self) -> list[PlainQuestion]:
+        """The questions that the dense model answers."""
+        return [question for question, right in zip(self._questions, self._right, strict=True) if right]
 
     def _source(self, work: Path) -> str:
         """Write the text of Python code, and return its path."""
