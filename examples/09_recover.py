@@ -14,7 +14,7 @@ pruned = pruner.prune(beta=0.3)
 
 recovered = pruned.recover(pruner.model, tokens=tokens)
 if recovered is pruned:
-    print("The deciding text says that recovery did not help.")
+    print("Recovery did not help: the model is the cut one.")
 recovered.save_pretrained("recovered-b30")
 for text in (recovered.report.recovery or {}).get("deciding", []):
     print(f"KL from the parent on {text['name']}: {text['before']:.3f} before, {text['after']:.3f} after")

@@ -11,6 +11,7 @@ import torch
 from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.cli import main
+from selfpruner_hub.cli.recover import recovery_lines
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.pruned_model import PrunedModel
@@ -61,6 +62,23 @@ def test_a_recovered_model_is_saved_with_what_was_done(saved_model, text, tmp_pa
     assert tmp_path / "better" / "plots" / "recovery.png" in plot_search(
         tmp_path / "better", tmp_path / "better" / "plots", ("png",)
     )
+
+
+def test_card_and_command_line_tell_the_answers(saved_model, text, tmp_path):
+    pruned = PrunedModel.from_pretrained(saved_model)
+    better = pruned.recover(tiny_model("llama", **PARENT), tokens=2048, data=f"self+{text}", progress=False, **SETTINGS)
+    assert better.report.recovery["answers"] is None  # a base model is asked nothing
+    better.save_pretrained(tmp_path / "base")
+    assert "plain questions that the parent answers" not in (tmp_path / "base" / "README.md").read_text()
+    recovery = {**better.report.recovery, "answers": {"asked": 106, "before": 38, "after": 41}}
+    better.report = replace(better.report, recovery=recovery)
+    better.save_pretrained(tmp_path / "chat")
+    card = (tmp_path / "chat" / "README.md").read_text()
+    assert (
+        "\nOf 106 plain questions that the parent answers, the model answered 38 before and 41 after.\n\nThese" in card
+    )
+    lines = recovery_lines("chat", read_record(tmp_path / "chat"))
+    assert lines[-1] == "plain questions of 106 that the parent answers: 38 -> 41"
 
 
 def test_a_model_that_is_not_its_parent_is_refused(saved_model, text):

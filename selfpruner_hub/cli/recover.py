@@ -126,4 +126,9 @@ def recovery_lines(name: str, record: Record) -> list[str]:
             f"KL from the parent on {text['name']}: {text['before']:.4f} -> {text['after']:.4f}"
             for text in recovery["deciding"]
         ),
+        *(
+            f"plain questions of {answers['asked']} that the parent answers: {answers['before']} -> {answers['after']}"
+            for answers in [recovery.get("answers")]
+            if answers
+        ),
     ]

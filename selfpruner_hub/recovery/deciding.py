@@ -1,19 +1,24 @@
-"""The deciding text: what nothing is trained on, and which state of a model is kept by it."""
+"""What decides whether a recovery is kept: divergence on text that nothing is trained on, and answers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from selfpruner_hub.calibration.chat_template import has_chat_template
 from selfpruner_hub.evaluation.metrics import mean_losses, teach, teacher_loss
+from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
+from selfpruner_hub.progress import Progress
 from selfpruner_hub.ranks import from_first, is_first
 from selfpruner_hub.recovery.texts import Text
 
 NOISE = 1.03
 """Divergence on a text that is read, as a multiple of that before recovery, up to which it counts as no worse: a few
 windows of it tell no more, and what the parent writes says whether the model is worse in general."""
+ERRORS = 2
+"""Standard errors of the number of answers by which a model may have fewer of them."""
 
 
 class Deciding:
@@ -42,6 +47,47 @@ class Deciding:
                 for text, loss in zip(self._texts, self._losses, strict=True)
             ]
         )
+
+
+class PlainQuestions:
+    """Asks the plain questions that the parent answers. Of several processes, the first one does, for all.
+
+    Args:
+        parent: The dense parent.
+        tokenizer: Its tokenizer; without a chat template, nothing is asked.
+        progress: Callback that receives the number of replies that are done.
+    """
+
+    def __init__(
+        self, parent: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Progress | None
+    ) -> None:
+        self._tokenizer, self._progress = tokenizer, progress
+        self._questions = load_questions("develop") if has_chat_template(tokenizer) else []
+        self._questions = [each for each, right in zip(self._questions, self(parent), strict=True) if right]
+
+    def __call__(self, model: PreTrainedModel) -> list[bool]:
+        """One flag per question: whether a model answers it rightly."""
+        if self._tokenizer is None or not self._questions:
+            return []
+        asked = self._tokenizer, self._questions, self._progress
+        return from_first(lambda: rightly_answered(model, *asked))
+
+
+def answers_fewer(before: Sequence[bool], after: Sequence[bool]) -> bool:
+    """Whether a model answers fewer questions, by more than the error of the difference (McNemar's test).
+
+    A divergence is a mean over all tokens. It can fall while facts, which hang on one or two tokens each, are lost.
+
+    Args:
+        before: One flag per question before recovery.
+        after: One flag per question after it.
+
+    Returns:
+        Whether it does.
+    """
+    changed = [was - now for was, now in zip(before, after, strict=True)]
+    lost, won = changed.count(1), changed.count(-1)
+    return lost - won > ERRORS * math.sqrt(lost + won)
 
 
 def score(before: Sequence[float], after: Sequence[float]) -> float:

@@ -24,7 +24,7 @@ from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruning.temperature import MATCHING_TOKENS, match_confidence
 from selfpruner_hub.ranks import from_first, is_first, spread
-from selfpruner_hub.recovery.deciding import Deciding, is_better, score
+from selfpruner_hub.recovery.deciding import Deciding, PlainQuestions, answers_fewer, is_better, score
 from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, last_checkpoint, step_seconds
 from selfpruner_hub.recovery.process import check_processes, undisturbed, writable
 from selfpruner_hub.recovery.schedule import Schedule, Timed, keep, kept, planned, scheduled
@@ -54,7 +54,7 @@ class Recovered(NamedTuple):
     """Result of a recovery."""
 
     model: PreTrainedModel | None
-    """The recovered model; None where the deciding text says that it is not better."""
+    """The recovered model; None where the deciding text or the answers say that it is not better."""
     record: dict[str, Any]
     """Entry of the model's record."""
 
@@ -64,6 +64,8 @@ class Recovered(NamedTuple):
         divergences = ", ".join(
             f"{text['before']:.3f} -> {text['after']:.3f} on {text['name']}" for text in self.record["deciding"]
         )
+        if answers := self.record["answers"]:
+            divergences += f"; answers {answers['before']} -> {answers['after']} of {answers['asked']}"
         stopped = f" (stopped: {self.record['stopped']})" if self.record["stopped"] else ""
         verdict = "brought the model nearer to its parent" if self.model is not None else "did not improve the model"
         return f"Recovery on {self.record['tokens']} tokens{stopped} {verdict}: KL {divergences}."
@@ -94,6 +96,10 @@ def recover(
     task = _Task.of(pair, budget, data, settings, run)
     writer = Writer(pair.served or pair.parent, pair.tokenizer, task.window, task.run)
     deciding, writing = from_first(writer.deciding)
+    questions = PlainQuestions(pair.parent, pair.tokenizer, run.progress)
+    asking = time.monotonic()
+    answered = questions(pair.pruned)
+    started -= time.monotonic() - asking  # the recovered model will be asked too
     with undisturbed(pair.pruned.device):
         torch.manual_seed(run.seed)  # adapters begin at random
         student = trainable(pair.pruned, settings, task.adapters)
@@ -113,7 +119,8 @@ def recover(
     if is_first():
         match_confidence(pair.parent, model, texts.first(max(1, MATCHING_TOKENS // task.window)), run.progress)
     spread(model.parameters())
-    after = measure(model)
+    after, still_answered = measure(model), questions(model)
+    answers = {"asked": len(answered), "before": sum(answered), "after": sum(still_answered)}
     record = {
         **task.record(distiller, pace.stopped),
         "texts": [text.record(count) for text, count in zip(texts.training, schedule.counts, strict=True)],
@@ -121,9 +128,11 @@ def recover(
             {"name": text.name, "tokens": int(text.counted.sum()), "before": round(was, 5), "after": round(now, 5)}
             for text, was, now in zip(texts.deciding, before, after, strict=True)
         ],
+        "answers": answers if answered else None,
         "curve": curve(distiller.divergences, task.batch * task.window),
     }
-    return Recovered(model if is_better(before, after, len(deciding)) else None, record)
+    better = is_better(before, after, len(deciding)) and not answers_fewer(answered, still_answered)
+    return Recovered(model if better else None, record)
 
 
 class _Texts(NamedTuple):

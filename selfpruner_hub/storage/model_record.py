@@ -210,6 +210,12 @@ class _Deciding(TypedDict):
     after: float
 
 
+class _Answers(TypedDict):
+    asked: Count
+    before: Count
+    after: Count
+
+
 class _Recovery(TypedDict):
     """Fields of a recovery that are read from a record."""
 
@@ -218,6 +224,7 @@ class _Recovery(TypedDict):
     minutes: Amount
     texts: list[_TrainingText]
     deciding: list[_Deciding]
+    answers: NotRequired[_Answers | None]
     curve: list[tuple[Count, float]]
 
 

@@ -15,7 +15,7 @@ from support.chatting import chat_tokenizer
 from support.tiny import CONFIGS, DISTINCT, shallow, tiny_model, tiny_pruned, tiny_tokenizer
 
 from selfpruner_hub.errors import DataError, OutputError, UserError
-from selfpruner_hub.recovery import distiller, divergence, texts
+from selfpruner_hub.recovery import deciding, distiller, divergence, texts
 from selfpruner_hub.recovery.deciding import is_better, score
 from selfpruner_hub.recovery.recover import Pair, curve, recover
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
@@ -225,6 +225,27 @@ def test_a_chat_model_reads_conversations_and_questions(pair, tmp_path, monkeypa
     monkeypatch.setattr(texts, "DECIDING_WINDOWS", 2)
     found = recovered(pair._replace(tokenizer=chat_tokenizer()), tmp_path, steps=8, data="chat", window=96)
     assert [text["name"] for text in found.record["deciding"]][:2] == ["conversations", "questions"]
+    assert found.record["answers"] is None  # a random parent answers nothing
+
+
+@pytest.mark.parametrize(("left", "taken"), [(20, True), (17, True), (15, False)])
+def test_a_nearer_model_that_answers_fewer_questions_is_not_taken(left, taken, pair, tmp_path, monkeypatch):
+    """The parent answers 20, the cut model too, and the recovered one `left` of them."""
+    counts = iter([20, 20, left])
+
+    def answered(_model, _tokenizer, questions, _progress):
+        right = next(counts)
+        return [number < right for number in range(len(questions))]
+
+    monkeypatch.setattr(deciding, "rightly_answered", answered)
+    monkeypatch.setattr(texts, "DECIDING_WINDOWS", 2)
+    before = weights(pair.pruned)
+    found = recovered(pair._replace(tokenizer=chat_tokenizer()), tmp_path, steps=8, window=96)
+    assert all(text["after"] < text["before"] for text in found.record["deciding"])
+    assert found.record["answers"] == {"asked": 20, "before": 20, "after": left}
+    assert f"; answers 20 -> {left} of 20" in found.line
+    assert (found.model is not None) is taken
+    assert_same(pair.pruned, before)
 
 
 @pytest.mark.parametrize(
