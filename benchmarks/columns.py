@@ -43,7 +43,13 @@ def words(key: str) -> Callable[[Row], str]:
     return lambda row: str(row.get(key, UNKNOWN)).replace("|", "")
 
 
+def trained(row: Row) -> str:
+    """Tokens that a model was trained on; a recovery that was asked for and brought nothing was refused."""
+    return f"{row['tokens']:,}" if row.get("tokens") else "refused" if row.get("asked_tokens") else UNKNOWN
+
+
 BETA = ("β", lambda row: f"{row['beta']:g}")
+DENSE_OR_BETA = ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense")
 PERPLEXITIES: Columns = (
     ("perplexity, 512", lambda row: figure(row, "perplexity_512", "{:.1f}")),
     ("perplexity, 2048", lambda row: figure(row, "perplexity_2048", "{:.1f}")),
@@ -55,14 +61,17 @@ CHAT: Columns = (
     ("questions kept", lambda row: share(row, "kept")),
     ("KL, code", lambda row: figure(row, "kl_code", "{:.2f}")),
 )
+RECOVERED: Columns = (
+    ("tokens trained on", trained),
+    ("perplexity, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
+    *CHAT,
+)
 COLUMNS: dict[str, Columns] = {
     "recovery": (
-        ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense"),
+        DENSE_OR_BETA,
         ("minutes asked", lambda row: figure(row, "asked", "{:g}")),
         ("minutes", lambda row: figure(row, "minutes", "{:.0f}")),
-        ("tokens trained on", lambda row: f"{row['tokens']:,}" if row.get("tokens") else UNKNOWN),
-        ("perplexity, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
-        *CHAT,
+        *RECOVERED,
         ("by a sample", lambda row: share(row, "kept_sampled")),
         ("within 8", lambda row: share(row, "kept_within_8")),
     ),
@@ -78,12 +87,10 @@ COLUMNS: dict[str, Columns] = {
         ),
     ),
     "uniform": (
-        ("β", lambda row: f"{row['beta']:g}" if row["beta"] else "dense"),
+        DENSE_OR_BETA,
         ("widths", words("widths")),
         ("β reached", lambda row: figure(row, "achieved_beta", "{:.3f}")),
-        ("tokens trained on", lambda row: f"{row['tokens']:,}" if row.get("tokens") else UNKNOWN),
-        *PERPLEXITIES,
-        *CHAT,
+        *RECOVERED,
         ("llama.cpp", lambda row: speedups(row, "gguf:f16:512")),
         ("ONNX Runtime", lambda row: speedups(row, "onnx:float32:512")),
         ("vLLM, float32", lambda row: speedups(row, "vllm:float32:512")),

@@ -16,7 +16,9 @@ from typing import Any
 
 from columns import (
     COLUMNS,
+    DENSE_OR_BETA,
     PERPLEXITIES,
+    RECOVERED,
     RUNTIME_NAMES,
     UNKNOWN,
     figure,
@@ -35,6 +37,7 @@ DEFAULTS = ROOT / "benchmarks" / "defaults.json"
 CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.json"
 SERVING = ROOT / "benchmarks" / "serving.json"
 MEMORY = ROOT / "benchmarks" / "memory.json"
+UNIFORM = ROOT / "benchmarks" / "uniform.json"
 
 
 def defaults_table() -> str:
@@ -92,6 +95,13 @@ def serving_table() -> str:
 def memory_table() -> str:
     """Memory and minutes of models from 1 to 70 billion weights, which are counted, not measured."""
     return shown(json.loads(MEMORY.read_text(encoding="utf-8"))["results"], COLUMNS["memory"], numbers=True)
+
+
+def recovery_table() -> str:
+    """The default cut before and after recovery."""
+    rows = json.loads(UNIFORM.read_text(encoding="utf-8"))["results"]
+    own = [row for row in rows if row.get("widths") != "uniform"]
+    return f"{shown(own, (DENSE_OR_BETA, *RECOVERED))}\n\n{measured(UNIFORM)}"
 
 
 def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -178,9 +188,9 @@ GENERATED = (
     ("docs/settings.md", "settings", settings_table),
     ("docs/settings.md", "schedule", partial(settings_table, schedule=True)),
     ("docs/proposers.md", "options", partial(described_table, EndpointOptions, "option")),
-    ("docs/recovery.md", "recovery", partial(of_benchmark, "recovery")),
+    ("docs/recovery.md", "recovery", recovery_table),
     ("docs/large_models.md", "memory", memory_table),
-    ("docs/results.md", "recovery", partial(of_benchmark, "recovery")),
+    ("docs/results.md", "uniform", partial(of_benchmark, "uniform")),
     ("docs/recovery.md", "recovery_settings", partial(described_table, RecoverySettings)),
 )
 """Pages, the name of the markers in them, and what makes the text between these."""
