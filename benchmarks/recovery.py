@@ -41,16 +41,25 @@ def main(words: Sequence[str] | None = None) -> None:
     def figures(model: PreTrainedModel) -> dict[str, float]:
         return {**measured(model), **chat.sampled(model)}
 
+    def keep(row: dict[str, Any]) -> None:
+        rows.keep(row)
+        write("recovery", protocol, list(rows), options.output)
+
     data = DATA + options.search_text
+    protocol = (
+        "SmolLM2-135M-Instruct in bfloat16: `selfpruner prune --minutes`, which cuts and then recovers, and "
+        f"`selfpruner recover --tokens` after `prune --recover 0`, on {DATA}{Path(options.search_text).name}; "
+        f"minutes in all, or of the recovery; {how}; {chat.SAMPLED}"
+    )
     prune = ["prune", dense, "--base-model", EMBEDDED_MODEL, "--data", data]
     if not rows.have(beta=0.0):
-        rows.keep({"beta": 0.0, **figures(pruner.model)})
+        keep({"beta": 0.0, **figures(pruner.model)})
     for beta in options.betas:
         for minutes in options.minutes:
             if not rows.have(beta=beta, asked=minutes):
                 output = work / f"b{100 * beta:.0f}-m{minutes:g}"
                 ran([*prune, "--beta", beta, "--minutes", minutes], output)
-                rows.keep({"beta": beta, "asked": minutes, **of_saved(output, figures)})
+                keep({"beta": beta, "asked": minutes, **of_saved(output, figures)})
     for tokens in options.tokens:
         if not rows.have(beta=BETA, asked_tokens=tokens):
             cut, output = (work / f"b{100 * BETA:.0f}-{name}" for name in ("cut", f"t{tokens}"))
@@ -59,13 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 ran(["recover", cut, "--against", dense, "--data", data, "--tokens", tokens], output)
             else:
                 output = cut
-            rows.keep({"beta": BETA, "asked_tokens": tokens, **of_saved(output, figures)})
-    protocol = (
-        "SmolLM2-135M-Instruct in bfloat16: `selfpruner prune --minutes`, which cuts and then recovers, and "
-        f"`selfpruner recover --tokens` after `prune --recover 0`, on {DATA}{Path(options.search_text).name}; "
-        f"minutes in all; {how}; {chat.SAMPLED}"
-    )
-    write("recovery", protocol, list(rows), options.output)
+            keep({"beta": BETA, "asked_tokens": tokens, **of_saved(output, figures)})
 
 
 def ran(words: Sequence[Any], output: Path) -> None:

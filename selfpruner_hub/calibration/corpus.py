@@ -140,6 +140,7 @@ def load_corpus(
     tokens: int,
     window: int,
     spare: int = 0,
+    behind: int = 0,
     least: float = 0.5,
     seed: int = 0,
     model: TextModel | None = None,
@@ -158,6 +159,8 @@ def load_corpus(
             is used whole.
         window: Tokens per window, at least 2.
         spare: Number of further tokens wanted; fewer are returned if the text ends.
+        behind: Tokens at the start of a text that is read of which the spare windows have none; if the text is too
+            short for that, they are its last ones.
         least: Share of the tokens that a text that is read must have, and at least one window.
         seed: Random seed: selects the windows of a long text, or seeds the generation.
         model: The dense model, for `"self"` and `"chat"`.
@@ -181,7 +184,7 @@ def load_corpus(
     elif generated == "chat" and model is not None:
         write = partial(_written_conversations, model, tokenizer, window=window, distinct=Distinct(), progress=progress)
     else:
-        return Corpus.of(name, _drawn(source, tokenizer, window, count, more, seed, least))
+        return Corpus.of(name, _drawn(source, tokenizer, window, (count, more, -(-behind // window)), seed, least))
     windows = [write(count=count, seed=seed)]
     with suppress(DataError):  # by now the model may only repeat itself
         windows += [write(count=more, seed=seed + SPARE_SEED)] if more else []
@@ -189,16 +192,23 @@ def load_corpus(
 
 
 def _drawn(
-    source: Any, tokenizer: PreTrainedTokenizerBase, window: int, count: int, more: int, seed: int, least: float
+    source: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    counts: tuple[int, int, int],
+    seed: int,
+    least: float,
 ) -> Tensor:
-    """Draw `count` windows from the start of a text, and take up to `more` windows that follow it."""
+    """Draw `count` windows from the start of a text, and take up to `more` after these and after the first `behind`."""
+    count, more, behind = counts
     # Read up to four times as many windows as requested, so that the random seed has a choice.
-    windows, length = _windows(entries(source), tokenizer, window, 4 * count + more)
+    windows, length = _windows(entries(source), tokenizer, window, max(4 * count, behind) + more)
     if len(windows) < max(1, least * count):
         raise too_little_text(name_of(source), length, count * window)
     first = min(4 * count, max(count, len(windows) - more), len(windows))
     chosen = torch.randperm(first, generator=torch.Generator().manual_seed(seed))[:count]
-    return torch.cat([windows[chosen.sort().values], windows[first : first + more]])
+    then = max(first, min(behind, len(windows) - more))
+    return torch.cat([windows[chosen.sort().values], windows[then : then + more]])
 
 
 def _written_conversations(

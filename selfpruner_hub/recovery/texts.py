@@ -26,6 +26,9 @@ DECIDING_WINDOWS = 10
 """Windows of each kind of text that decide which state is kept."""
 SPREAD = 8
 """The windows that decide are taken from so many times as many: neighbours are of one article, unlike others."""
+CALIBRATED = 2**19
+"""Tokens at the start of a text that is read, from which the cut may have drawn its calibration text; a model looks
+better on these."""
 TRAINING_SEED, DECIDING_SEED = 2**29, 2**30
 """Offsets of the random seeds of what is trained on, and of what the parent writes to decide by: the cut has others."""
 DECIDING_PART = 8
@@ -181,12 +184,13 @@ class Writer:
         return Text(name, windows, counted)
 
     def _loaded(self, source: Any, count: int, seed: int, spare: int = 0) -> Tensor:
-        """Windows of a source, `count + spare` or fewer; the spare ones are from behind the others."""
+        """Windows of a source, `count + spare` or fewer; no other has seen the spare ones, if the text is so long."""
         return load_corpus(
             source,
             self._tokenizer,
             tokens=count * self._window,
             spare=spare * self._window,
+            behind=CALIBRATED if spare else 0,
             least=0.0,
             window=self._window,
             seed=seed,

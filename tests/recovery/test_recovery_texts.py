@@ -10,6 +10,7 @@ from support.chat import Writer, chat_tokenizer
 from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.calibration import conversations
+from selfpruner_hub.calibration.corpus import load_corpus
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.recovery import texts
 from selfpruner_hub.recovery.settings import resolve_recovery
@@ -78,13 +79,16 @@ def test_text_that_is_read_gives_its_end_to_decide_by(writer):
     assert text.counted.all()
 
 
-def test_what_decides_is_spread_over_what_follows(writer):
-    made, _, _ = writer
-    source = Share("list", ["".join(f"{number:06d}, " for number in range(200 * WINDOW // 8))], 1.0)
-    text, held = made.training(source, 8, passes=1)
-    everything, _ = made.training(source, 190, passes=1)
+@pytest.mark.parametrize(("calibrated", "first"), [(0, 4 * 8), (50, 50), (1000, 200 - 80)])
+def test_what_decides_is_spread_over_text_that_the_cut_has_not_seen(writer, monkeypatch, calibrated, first):
+    made, _, tokenizer = writer
+    monkeypatch.setattr(texts, "CALIBRATED", calibrated * WINDOW)
+    lines = ["".join(f"{number:06d}, " for number in range(200 * WINDOW // 8))]
+    text, held = made.training(Share("list", lines, 1.0), 8, passes=1)
+    everything = load_corpus(lines, tokenizer, tokens=200 * WINDOW, window=WINDOW)
     assert (len(text.windows), len(held.windows)) == (8, texts.DECIDING_WINDOWS)
-    first = 4 * 8  # the seed draws from so many
+    seeded = {tuple(ids) for ids in everything.windows[: 4 * 8].tolist()}  # the seed draws from so many
+    assert {tuple(ids) for ids in text.windows.tolist()} < seeded
     wanted = everything.windows[first : first + texts.SPREAD * texts.DECIDING_WINDOWS : texts.SPREAD]
     assert torch.equal(held.windows, wanted)
 
