@@ -1,7 +1,7 @@
-"""Pictures from JSON: README's, of quality against speed (defaults.json, serving.json), and the curves of searches.
+"""Pictures from JSON: README's, of quality against speed (uniform.json), and the curves of searches.
 
 Run: python benchmarks/picture.py
-README's is of the models that `prune` makes with its defaults.
+README's is of the models that `prune` makes with its defaults, before and after recovery.
 Each file holds its figures as text, and `tests/test_docs.py` compares them with the JSON.
 """
 
@@ -16,17 +16,14 @@ IMAGES = ROOT / "docs" / "images"
 """Directory of the pictures of docs/results.md."""
 PICTURE = IMAGES / "quality_and_speed.png"
 QUALITY = {
-    "perplexity_512": "perplexity on articles b (lower is better)",
+    "perplexity_spread": "perplexity on articles b (lower is better)",
     "kept": "plain questions kept (higher is better)",
 }
-"""Axis labels by key of defaults.json; a key that is missing in the rows is left out."""
-SERIES = {
-    "ONNX Runtime float32, prompt of 512": ("onnx", "float32", "prefill_speedup", 512),
-    "ONNX Runtime float32, a token after 128": ("onnx", "float32", "decode_speedup", 128),
-    "llama.cpp f16, prompt of 512": ("gguf", "f16", "prefill_speedup", 512),
-    "llama.cpp f16, a token after 128": ("gguf", "f16", "decode_speedup", 128),
-}
-"""Runtime, dtype, key of serving.json and prompt length, in tokens, of each series."""
+"""Axis labels by key of uniform.json."""
+RUNTIMES = {"llama.cpp f16": "gguf:f16:512", "ONNX Runtime float32": "onnx:float32:512"}
+"""Keys of the speed-ups in uniform.json by what they are called."""
+STATES = {"recovered": True, "cut": False}
+"""Whether a model was to be recovered, by what the line is called."""
 
 CURVES = {
     "equal_budget": "best perplexity so far on the search text",
@@ -39,23 +36,22 @@ Searches = dict[str, dict[str, list[list[list[float]]]]]
 
 def points() -> dict[str, dict[str, list[list[float]]]]:
     """(β, speed-up, quality) of each model, the dense one first, by quality key and series."""
-    defaults, serving = (_results(name) for name in ("defaults", "serving"))
-    panels: dict[str, dict[str, list[list[float]]]] = {}
-    for quality in QUALITY:
-        by_beta = {row["beta"]: row[quality] for row in defaults if row.get(quality) is not None}
-        by_beta |= {0.0: 1.0} if quality == "kept" and by_beta else {}
-        if len(by_beta) < 2 or 0.0 not in by_beta:
-            continue
-        for series, (runtime, dtype, speed, prompt) in SERIES.items():
-            fast = {
-                row["beta"]: row[speed]
-                for row in serving
-                if (row["runtime"], row["dtype"], row["prompt"]) == (runtime, dtype, prompt)
-            }
-            both = sorted(by_beta.keys() & fast.keys())
-            rows = [[beta, fast[beta], by_beta[beta]] for beta in both]
-            panels.setdefault(quality, {})[series] = [[0.0, 1.0, by_beta[0.0]], *rows]
-    return panels
+    dense, *rows = [row for row in _results("uniform") if row.get("widths") != "uniform"]
+    return {
+        quality: {
+            f"{runtime}, {state}": [
+                [0.0, 1.0, dense[quality]],
+                *(
+                    [row["beta"], row["speed"][key]["prefill"], row[quality]]
+                    for row in rows
+                    if bool(row["asked_tokens"]) == recovered
+                ),
+            ]
+            for runtime, key in RUNTIMES.items()
+            for state, recovered in STATES.items()
+        }
+        for quality in QUALITY
+    }
 
 
 def curves(name: str) -> Searches:
@@ -87,7 +83,7 @@ def draw_points(shown: dict[str, dict[str, list[list[float]]]], path: Path) -> N
         for beta, speed, value in max(series.values(), key=lambda rows: rows[-1][1]):
             called = f"β = {beta:g}" if beta else "dense"
             panel.annotate(called, (speed, value), xytext=(8, 0), textcoords="offset points", va="center")
-        panel.set(xlabel="times faster than the dense model", ylabel=QUALITY[quality])
+        panel.set(xlabel="times faster than the dense model, prompt of 512 tokens", ylabel=QUALITY[quality])
         panel.margins(x=0.2, y=0.08)
         panel.grid(alpha=0.3)
         if quality == "kept":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from columns import (
     RECOVERED,
     RUNTIME_NAMES,
     UNKNOWN,
+    Row,
     figure,
     markdown,
     measured,
@@ -38,6 +39,8 @@ CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.j
 SERVING = ROOT / "benchmarks" / "serving.json"
 MEMORY = ROOT / "benchmarks" / "memory.json"
 UNIFORM = ROOT / "benchmarks" / "uniform.json"
+README_FIGURES = ("perplexity, spread", "KL, chat", "agreement", "questions kept", "KL, code")
+"""Columns of README's table."""
 
 
 def defaults_table() -> str:
@@ -99,9 +102,25 @@ def memory_table() -> str:
 
 def recovery_table() -> str:
     """The default cut before and after recovery."""
-    rows = json.loads(UNIFORM.read_text(encoding="utf-8"))["results"]
-    own = [row for row in rows if row.get("widths") != "uniform"]
-    return f"{shown(own, (DENSE_OR_BETA, *RECOVERED))}\n\n{measured(UNIFORM)}"
+    return f"{shown(_own_widths(), (DENSE_OR_BETA, *RECOVERED))}\n\n{measured(UNIFORM)}"
+
+
+def readme_table() -> str:
+    """The default cut at each β, and behind an arrow the recovered model, where the recovery was not refused."""
+    rows = _own_widths()
+    recovered = {row["beta"]: row for row in rows if row.get("tokens")}
+
+    def both(cell: Callable[[Row], str]) -> Callable[[Row], str]:
+        return lambda row: " → ".join(cell(each) for each in (row, recovered.get(row["beta"])) if each)
+
+    columns = [(name, both(cell)) for name, cell in RECOVERED if name in README_FIGURES]
+    size = ("parameters", lambda row: f"{_parameters(row) / 1e6:.1f} M")
+    table = shown([row for row in rows if not row.get("asked_tokens")], (DENSE_OR_BETA, size, *columns), numbers=True)
+    return f"{table}\n\n{measured(UNIFORM)}"
+
+
+def _own_widths() -> list[dict[str, Any]]:
+    return [row for row in _rows(UNIFORM) if row.get("widths") != "uniform"]
 
 
 def speeds(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -177,7 +196,7 @@ def _leaf(name: str, module: Path, depth: int) -> str:
 
 GENERATED = (
     ("docs/architecture.md", "tree", tree),
-    ("README.md", "defaults", defaults_table),
+    ("README.md", "recovery", readme_table),
     ("docs/results.md", "defaults", defaults_table),
     ("docs/data.md", "shares", partial(of_benchmark, "shares")),
     ("docs/results.md", "front", partial(of_benchmark, "front")),

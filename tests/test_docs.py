@@ -82,15 +82,33 @@ def test_the_curves_of_searches_are_those_of_the_json(name):
         assert (list(spent), list(best)) == (sorted(spent), sorted(best, reverse=True))
 
 
-def test_the_picture_shows_questions_where_they_were_measured(monkeypatch, tmp_path):
-    rows = [{"beta": 0.0, "perplexity_512": 20.0}, {"beta": 0.3, "perplexity_512": 30.0, "kept": 0.8}]
-    read = picture._results
-    monkeypatch.setattr(picture, "_results", lambda name: rows if name == "defaults" else read(name))
+def of_two(tokens):
+    """Rows of a benchmark of a model, cut and recovered (of no tokens: refused), with others of uniform widths."""
+    speed = {key: {"prefill": 1.5, "decode": 1.2} for key in picture.RUNTIMES.values()}
+    cut = {"beta": 0.3, "widths": "own", "asked_tokens": 0, "perplexity_spread": 30.0, "kept": 0.4, "speed": speed}
+    recovered = cut | {"asked_tokens": 8, "tokens": tokens, "perplexity_spread": 25.0 if tokens else 30.0}
+    others = [each | {"widths": "uniform", "perplexity_spread": 99.0} for each in (cut, recovered)]
+    return [{"beta": 0.0, "perplexity_spread": 20.0, "kept": 1}, cut, recovered, *others]
+
+
+def test_the_picture_is_of_own_widths_before_and_after_recovery(monkeypatch, tmp_path):
+    monkeypatch.setattr(picture, "_results", lambda _name: of_two(8))
     shown = picture.points()
-    assert set(shown) == {"perplexity_512", "kept"}
-    assert all(points[0] == [0.0, 1.0, 1.0] and points[1][2] == 0.8 for points in shown["kept"].values())
+    assert shown["perplexity_spread"] == {
+        f"{runtime}, {state}": [[0.0, 1.0, 20.0], [0.3, 1.5, perplexity]]
+        for runtime in picture.RUNTIMES
+        for state, perplexity in (("recovered", 25.0), ("cut", 30.0))
+    }
     picture.draw_points(shown, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("tokens", "cell"), [(8, "30.0 → 25.0"), (0, "30.0")])
+def test_readmes_table_shows_a_recovery_that_was_kept(monkeypatch, tokens, cell):
+    monkeypatch.setattr(tables, "_rows", lambda _file: of_two(tokens))
+    dense, cut = tables.readme_table().splitlines()[2:4]
+    assert dense.startswith("| dense | 134.5 M | 20.0 |")
+    assert cut.split(" | ")[2] == cell
 
 
 @each_page
