@@ -151,7 +151,8 @@ class Retraining(Conversion):
             EndpointError: The server of `writer` does not answer.
         """
         from selfpruner_hub import ranks
-        from selfpruner_hub.recovery.recover import Pair, recover  # Trainer takes a second to import
+        from selfpruner_hub.recovery.recover import recover  # Trainer takes a second to import
+        from selfpruner_hub.recovery.task import Pair
 
         started, settings, budget = time.monotonic(), resolve_recovery(**changes), RecoveryBudget(minutes, tokens)
         check_seed(seed)

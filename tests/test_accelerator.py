@@ -21,8 +21,9 @@ from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.pruning.slicing import Slicer
-from selfpruner_hub.recovery.recover import Pair, recover
+from selfpruner_hub.recovery.recover import recover
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
+from selfpruner_hub.recovery.task import Pair
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 

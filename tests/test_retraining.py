@@ -113,7 +113,7 @@ def test_on_the_command_line(saved_model, text, parent, tmp_path, capsys):
 
 
 def test_cut_and_recovery_in_one_command(parent, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("selfpruner_hub.recovery.recover.planned", lambda *_: Schedule(12, [12 * 16], None))
+    monkeypatch.setattr("selfpruner_hub.recovery.task.planned", lambda *_: Schedule(12, [12 * 16], None))
     monkeypatch.setattr("selfpruner_hub.recovery.settings.REFERENCE_RATE", 2e-3)
     tiny_tokenizer().save_pretrained(parent)
     words = ["prune", parent, "--beta", "0.3", "--output", str(tmp_path / "made"), "--data", "self", "--quiet"]

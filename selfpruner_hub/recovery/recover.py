@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from selfpruner_hub import ranks
-from selfpruner_hub.calibration.conversations import end_tokens
-from selfpruner_hub.calibration.served_model import ServedModel
-from selfpruner_hub.calibration.text_sources import tokenizer_hash
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.placement import streams
-from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruning.temperature import MATCHING_TOKENS, match_confidence
 from selfpruner_hub.ranks import from_first, is_first, spread
 from selfpruner_hub.recovery.deciding import Deciding, PlainQuestions, answers_fewer, is_better, score
-from selfpruner_hub.recovery.distiller import Distiller, Pace, Windows, arguments, last_checkpoint, step_seconds
-from selfpruner_hub.recovery.process import check_processes, undisturbed, writable
-from selfpruner_hub.recovery.schedule import Schedule, Timed, keep, kept, planned, scheduled
+from selfpruner_hub.recovery.distiller import Distiller, Pace, last_checkpoint
+from selfpruner_hub.recovery.process import undisturbed, writable
+from selfpruner_hub.recovery.schedule import kept
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
-from selfpruner_hub.recovery.texts import Share, Text, Writer, shares
-from selfpruner_hub.recovery.trainable import compute_dtype, finished, trainable, uses_adapters, whole
+from selfpruner_hub.recovery.task import Pair, Task
+from selfpruner_hub.recovery.texts import Writer
+from selfpruner_hub.recovery.trainable import finished, trainable, whole
 from selfpruner_hub.storage.run import Run
 
 POINTS = 100
 """Points of the loss curve in the record."""
-
-
-class Pair(NamedTuple):
-    """A pruned model and its parent."""
-
-    pruned: PreTrainedModel
-    """The pruned model; it is left as it is."""
-    parent: PreTrainedModel
-    """Its dense parent, on the same device."""
-    tokenizer: PreTrainedTokenizerBase | None
-    """Tokenizer of both."""
-    served: ServedModel | None = None
-    """The parent behind a server that writes the text; None lets it write here."""
 
 
 class Recovered(NamedTuple):
@@ -93,7 +72,7 @@ def recover(
     """
     started = time.monotonic()
     _check_pair(pair.pruned, pair.parent)
-    task = _Task.of(pair, budget, data, settings, run)
+    task = Task.of(pair, budget, data, settings, run)
     writer = Writer(pair.served or pair.parent, pair.tokenizer, task.window, task.run)
     deciding, writing = from_first(writer.deciding)
     questions = PlainQuestions(pair.parent, pair.tokenizer, run.progress)
@@ -133,152 +112,6 @@ def recover(
     }
     better = is_better(before, after, len(deciding)) and not answers_fewer(answered, still_answered)
     return Recovered(model if better else None, record)
-
-
-class _Texts(NamedTuple):
-    """Texts of a recovery."""
-
-    training: list[Text]
-    """Texts to train on."""
-    deciding: list[Text]
-    """Texts that nothing is trained on, and that decide."""
-    order: list[tuple[int, int]]
-    """Pairs of the number of a training text and the number of a window in it, as they are read."""
-
-    @property
-    def hashes(self) -> str:
-        """Hashes of all texts."""
-        return "".join(text.sha256 for text in (*self.training, *self.deciding))
-
-    def first(self, count: int) -> Tensor:
-        """The windows that are read first, `[count, W]`."""
-        return torch.stack([self.training[number].windows[place] for number, place in self.order[:count]])
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One recovery: its models, budget and settings, and the sizes that follow from them."""
-
-    pair: Pair
-    budget: RecoveryBudget
-    settings: RecoverySettings
-    kinds: list[Share]
-    """Kinds of text with their shares."""
-    window: int
-    """Tokens of a window."""
-    batch: int
-    """Windows of a step, of all processes."""
-    adapters: bool
-    """Whether adapters are trained in place of all weights."""
-    dtype: torch.dtype
-    """Dtype of the products."""
-    identity: str
-    """Everything that the result depends on, except the content of the texts, as JSON."""
-    run: Run
-    """Run context, with the checkpoints of this task alone."""
-
-    @classmethod
-    def of(cls, pair: Pair, budget: RecoveryBudget, data: Any, settings: RecoverySettings, run: Run) -> _Task:
-        """The task of the arguments of `recover`."""
-        window = min(settings.window, getattr(pair.parent.config, "max_position_embeddings", settings.window))
-        kinds = shares(data, pair.tokenizer, settings)
-        identity = json.dumps(
-            [
-                *(identity_of(model) for model in (pair.pruned, pair.parent)),
-                *(tokenizer_hash(pair.tokenizer), sorted(end_tokens(pair.parent, pair.tokenizer))),
-                *(asdict(budget), settings.record(), run.seed, [(kind.name, kind.share) for kind in kinds]),
-            ]
-        )
-        batch = max(1, settings.batch_tokens // window)
-        adapters = from_first(lambda: uses_adapters(pair.pruned, settings))
-        check_processes(pair.pruned.device, identity, batch, window, adapters)
-        return cls(
-            pair=pair,
-            budget=budget,
-            settings=settings,
-            kinds=kinds,
-            window=window,
-            batch=batch,
-            adapters=adapters,
-            dtype=compute_dtype(pair.pruned),
-            identity=identity,
-            run=replace(run, checkpoints=run.checkpoints.of(identity)),
-        )
-
-    @property
-    def part(self) -> int:
-        """Windows of a step that this process reads."""
-        return self.batch // ranks.count()
-
-    def scheduled(
-        self, student: nn.Module, deciding: Sequence[Text], writing: Mapping[str, float], started: float
-    ) -> Schedule:
-        """Choose how much is written and read, and keep it for a resumed recovery."""
-        timed = self.budget.minutes is not None
-        step = step_seconds(student, self.pair.parent, deciding, self.part, self.dtype) if timed else 0.0
-        spent = Timed(writing, step, time.monotonic() - started)
-
-        def plan() -> Schedule:
-            schedule = planned(self.budget, self.kinds, self.batch, self.window, self.settings, spent)
-            keep(self.run.checkpoints, schedule)
-            return schedule
-
-        return from_first(plan)
-
-    def texts(self, writer: Writer, schedule: Schedule, deciding: Sequence[Text]) -> _Texts:
-        """Write and read all texts, and split off what decides beside `deciding`."""
-        amounts = zip(self.kinds, schedule.counts, strict=True)
-        pairs = [writer.training(kind, count, self.settings.passes) for kind, count in amounts]
-        training = [text for text, _ in pairs]
-        held = [text for _, text in pairs if text is not None]
-        return _Texts(training, [*deciding, *held], scheduled(training, schedule.counts, self.run.seed))
-
-    def distiller(
-        self,
-        student: nn.Module,
-        check: Callable[[PreTrainedModel], float],
-        schedule: Schedule,
-        texts: _Texts,
-        folder: Path,
-    ) -> Distiller:
-        """Make the training loop, with its checkpoints in a folder of its own inside of `folder`.
-
-        What is read is read anew, and may have changed: the training goes on where all texts are the same. Checkpoints
-        of divided weights are of another form.
-        """
-        form = "fsdp" if ranks.sharded() else ""
-        name = f"training-{sha256((self.identity + texts.hashes + form).encode()).hexdigest()[:16]}"
-        made = arguments(
-            folder / name,
-            self.pair.pruned.device,
-            schedule.steps,
-            schedule.checks(self.part, sum(len(text.windows) for text in texts.deciding), self.settings),
-            self.part,
-            self.settings,
-            learning_rate=self.settings.rate(self.pair.pruned.num_parameters(), self.adapters),
-            bf16=self.dtype == torch.bfloat16,
-            seed=self.run.seed,
-        )
-        return Distiller(
-            student,
-            self.pair.parent,
-            check,
-            self.dtype,
-            args=made,
-            train_dataset=Windows(texts.training, texts.order),
-            eval_dataset=Windows(texts.deciding, []),  # Trainer asks for one; `check` measures
-        )
-
-    def record(self, distiller: Distiller, stopped: str) -> dict[str, Any]:
-        """Fields of the record about the training."""
-        return {
-            "method": "lora" if self.adapters else "full",
-            "learning_rate": distiller.args.learning_rate,
-            "steps": distiller.state.global_step,
-            "tokens": distiller.state.global_step * self.batch * self.window,
-            "stopped": stopped,
-            "settings": self.settings.record(),
-        }
 
 
 def _train(distiller: Distiller, pace: Pace) -> None:

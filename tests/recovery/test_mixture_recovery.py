@@ -5,8 +5,9 @@ import torch
 from support.mixtures import MIXTURES, cut_by, tiny_mixture
 from support.tiny import tiny_tokenizer
 
-from selfpruner_hub.recovery.recover import Pair, recover
+from selfpruner_hub.recovery.recover import recover
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
+from selfpruner_hub.recovery.task import Pair
 from selfpruner_hub.storage.run import Run
 
 SETTINGS = {"window": 32, "batch_tokens": 128, "learning_rate": 3e-4, "warmup": 2, "checks": 1}

@@ -17,8 +17,9 @@ from support.tiny import CONFIGS, DISTINCT, shallow, tiny_model, tiny_pruned, ti
 from selfpruner_hub.errors import DataError, OutputError, UserError
 from selfpruner_hub.recovery import deciding, distiller, divergence, texts
 from selfpruner_hub.recovery.deciding import is_better, score
-from selfpruner_hub.recovery.recover import Pair, curve, recover
+from selfpruner_hub.recovery.recover import curve, recover
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
+from selfpruner_hub.recovery.task import Pair
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
@@ -165,7 +166,7 @@ def test_it_ends_in_time(pair, tmp_path, monkeypatch):
     def tick(what, done, total):
         now[0] += 10.0 if what == "recovering" else 0.0  # each step takes ten seconds
 
-    monkeypatch.setattr("selfpruner_hub.recovery.recover.step_seconds", lambda *_: 5.0)  # and half of it was expected
+    monkeypatch.setattr("selfpruner_hub.recovery.task.step_seconds", lambda *_: 5.0)  # and half of it was expected
     found = recovered(pair, tmp_path, progress=tick, budget=RecoveryBudget(minutes=2))
     assert found.record["stopped"] == distiller.LATE
     assert found.record["steps"] == 14

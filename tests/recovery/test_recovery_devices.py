@@ -7,10 +7,11 @@ import torch
 from support.tiny import tiny_model, tiny_pruned, tiny_tokenizer
 from torch import nn
 
-from selfpruner_hub.recovery import recover as module
+from selfpruner_hub.recovery import task as module
 from selfpruner_hub.recovery.distiller import arguments
-from selfpruner_hub.recovery.recover import Pair, recover
+from selfpruner_hub.recovery.recover import recover
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
+from selfpruner_hub.recovery.task import Pair
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
