@@ -98,7 +98,8 @@ def with_speed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             name = f"{row['runtime']}:{row['dtype']}:{row['prompt']}"
             times = {phase: row[f"{phase}_speedup"] for phase in ("prefill", "decode")}
             speeds.setdefault(tuple(row[name] for name in of_model), {})[name] = times
-    quality = sorted(({**row} for row in rows if "runtime" not in row), key=lambda row: row["beta"])
+    quality = [{**row} for row in rows if "runtime" not in row]
+    quality.sort(key=lambda row: (row["beta"], row.get("widths", ""), row.get("asked_tokens", 0)))
     for row in quality:
         row.pop("minutes", None)  # hours of other work beside it make them say nothing
     return [{**row, "speed": speeds.get(tuple(row.get(name) for name in of_model), {})} for row in quality]
