@@ -81,6 +81,22 @@ class Endpoint:
             time.sleep(_FIRST_PAUSE * 2**attempt)
 
 
+def check_writer(url: str | None, name: str | None) -> None:
+    """Check a server that is to write the text, before anything is loaded.
+
+    Args:
+        url: Its base URL; None for none.
+        name: Name of the model there.
+
+    Raises:
+        UserError: The URL is malformed, or there is a name and no server.
+    """
+    if url is not None:
+        _parts(url)
+    elif name is not None:
+        raise UserError("writer_model names a model of a server that is not given.", "Give writer (--writer), its URL.")
+
+
 def _parts(url: str) -> SplitResult:
     """Split a URL; refuse one that is malformed, or that holds a user name or a password."""
     with suppress(ValueError):  # brackets of an address or a port that are none

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import encoded
 from selfpruner_hub.calibration.text_sources import start_ids
-from selfpruner_hub.endpoint import Endpoint
+from selfpruner_hub.endpoint import Endpoint, check_writer
 from selfpruner_hub.errors import EndpointError, UserError
 from selfpruner_hub.models.forward import head_chunks
 
@@ -205,6 +205,5 @@ def served_by(
     url: str | None, name: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> ServedModel | None:
     """The model behind the server that is given; None without one, and raises `UserError` for a name alone."""
-    if url is None and name is not None:
-        raise UserError("writer_model names a model of a server that is not given.", "Give writer (--writer), its URL.")
+    check_writer(url, name)
     return None if url is None else ServedModel(model, tokenizer, url, name)

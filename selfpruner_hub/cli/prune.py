@@ -175,6 +175,7 @@ class _Order:
 
 def _checked(options: argparse.Namespace) -> _Order:
     """Check all options, in files and names too; nothing is loaded or written."""
+    from selfpruner_hub.endpoint import check_writer
     from selfpruner_hub.plans.target import check_beta, needs_target, parse_target, target_of
     from selfpruner_hub.storage.run_lock import default_run_dir
 
@@ -192,6 +193,7 @@ def _checked(options: argparse.Namespace) -> _Order:
     check_minutes(options.minutes, options.recover, settings)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
     proposer_options(options.proposer, of_proposer)
+    check_writer(options.writer, options.writer_model)
     _check_output(options)
     run_dir = options.run_dir or default_run_dir(options.output)
     return _Order(settings, of_proposer, goal, target, request, run_dir)

@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> Result:
         UserError: An option is wrong, or a model or the text cannot be loaded.
         OutputError: The output cannot be written.
     """
+    from selfpruner_hub.endpoint import check_writer
     from selfpruner_hub.storage.model_record import read_record
     from selfpruner_hub.storage.run_lock import default_run_dir, output_lock
     from selfpruner_hub.storage.staging import check_writable
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> Result:
     resolve_recovery(**settings)
     RecoveryBudget(options.minutes, options.tokens)
     check_seed(options.seed)
+    check_writer(options.writer, options.writer_model)
     output: Path = options.output or options.directory
     read_record(options.directory)
     check_writable(output)

@@ -256,6 +256,12 @@ sys.exit(status)
         (["prune", "model", "--output", "out", "--beta", "2"], 2, "beta must satisfy 0 < beta < 1; got 2."),
         (["prune", "model", "--output", "out", "--beta", "0.3", "--set", "windows=3"], 2, "Unknown setting windows."),
         (["prune", "model", "--output", "out", "--beta", "0.3", "--seed", "-1"], 2, "seed must be a whole number"),
+        (
+            ["prune", "m", "--output", "o", "--beta", "0.3", "--writer", "ftp://x"],
+            2,
+            "The URL of an endpoint must be http",
+        ),
+        (["recover", "m", "--against", "d", "--tokens", "9", "--writer-model", "x"], 2, "a server that is not given."),
         (["evaluate", "model", "--limit", "0"], 2, "--limit expects a whole number above 0; got 0."),
         (["export", "model", "--to", "onyx", "--output", "out"], 2, "Unknown format 'onyx'. Choose onnx, tensorrt"),
         (["benchmark", "model", "--against", "dense", "--runs", "0"], 2, "--runs expects a whole number; got '0'."),
