@@ -42,13 +42,13 @@ class Pair(NamedTuple):
     """The parent behind a server that writes the text; None lets it write here."""
 
 
-class Texts(NamedTuple):
-    """Texts of a recovery."""
+class RecoveryTexts(NamedTuple):
+    """RecoveryTexts of a recovery."""
 
     training: list[Text]
-    """Texts to train on."""
+    """RecoveryTexts to train on."""
     deciding: list[Text]
-    """Texts that nothing is trained on, and that decide."""
+    """RecoveryTexts that nothing is trained on, and that decide."""
     order: list[tuple[int, int]]
     """Pairs of the number of a training text and the number of a window in it, as they are read."""
 
@@ -132,20 +132,20 @@ class Task:
 
         return from_first(plan)
 
-    def texts(self, writer: Writer, schedule: Schedule, deciding: Sequence[Text]) -> Texts:
+    def texts(self, writer: Writer, schedule: Schedule, deciding: Sequence[Text]) -> RecoveryTexts:
         """Write and read all texts, and split off what decides beside `deciding`."""
         amounts = zip(self.kinds, schedule.counts, strict=True)
         pairs = [writer.training(kind, count, self.settings.passes) for kind, count in amounts]
         training = [text for text, _ in pairs]
         held = [text for _, text in pairs if text is not None]
-        return Texts(training, [*deciding, *held], scheduled(training, schedule.counts, self.run.seed))
+        return RecoveryTexts(training, [*deciding, *held], scheduled(training, schedule.counts, self.run.seed))
 
     def distiller(
         self,
         student: nn.Module,
         check: Callable[[PreTrainedModel], float],
         schedule: Schedule,
-        texts: Texts,
+        texts: RecoveryTexts,
         folder: Path,
     ) -> Distiller:
         """Make the training loop, with its checkpoints in a folder of its own inside of `folder`.
