@@ -11,7 +11,9 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import log2
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from columns import (
@@ -39,6 +41,9 @@ CARD_RECORD = ROOT / "model_cards" / "smollm2-135m-instruct-b30" / "selfpruner.j
 SERVING = ROOT / "benchmarks" / "serving.json"
 MEMORY = ROOT / "benchmarks" / "memory.json"
 UNIFORM = ROOT / "benchmarks" / "uniform.json"
+RECOVERY = ROOT / "benchmarks" / "recovery.json"
+GROWING = {"perplexity_spread": "perplexity", "kl_chat": "KL on conversations", "kl_code": "KL on code"}
+"""Figures whose growth with the tokens is fitted, by their key in recovery.json."""
 README_FIGURES = ("perplexity, spread", "KL, chat", "agreement", "questions kept", "KL, code")
 """Columns of README's table."""
 
@@ -103,6 +108,20 @@ def memory_table() -> str:
 def recovery_table() -> str:
     """The default cut before and after recovery."""
     return f"{shown(_own_widths(), (DENSE_OR_BETA, *RECOVERED))}\n\n{measured(UNIFORM)}"
+
+
+def growth_table() -> str:
+    """One cut after recoveries of more and more tokens, and what a doubling brings."""
+    of_one = [row for row in _rows(RECOVERY) if row.get("asked") is None]
+    rows = sorted(of_one, key=lambda row: (row["beta"], row.get("tokens", 0)))
+    trained = [row for row in rows if row.get("tokens")]
+    doubled = {
+        name: 2 ** linear_regression(*zip(*((log2(row["tokens"]), log2(row[key])) for row in trained), strict=True))[0]
+        for key, name in GROWING.items()
+    }
+    listed = ", ".join(f"{100 * (1 - factor):.1f} % off the {name}" for name, factor in doubled.items())
+    fit = f"A doubling of the tokens takes {listed} (least squares of the logarithms over these rows)."
+    return f"{shown(rows, COLUMNS['recovery'])}\n\n{fit}\n\n{measured(RECOVERY)}"
 
 
 def readme_table() -> str:
@@ -208,6 +227,7 @@ GENERATED = (
     ("docs/settings.md", "schedule", partial(settings_table, schedule=True)),
     ("docs/proposers.md", "options", partial(described_table, EndpointOptions, "option")),
     ("docs/recovery.md", "recovery", recovery_table),
+    ("docs/recovery.md", "growth", growth_table),
     ("docs/large_models.md", "memory", memory_table),
     ("docs/results.md", "uniform", partial(of_benchmark, "uniform")),
     ("docs/recovery.md", "recovery_settings", partial(described_table, RecoverySettings)),

@@ -60,6 +60,19 @@ def test_tables_take_rows_with_more_and_fewer_keys(monkeypatch):
     assert "still answers 91 % at β = 0.2." in tables.defaults_table()
 
 
+def test_growth_with_tokens_is_fitted_over_what_was_trained(monkeypatch):
+    cut = {"beta": 0.3, "asked_tokens": 0, "tokens": 0, "perplexity_spread": 9.0, "kl_chat": 9.0, "kl_code": 9.0}
+    rows = [
+        cut | {"asked_tokens": 2**n, "tokens": 2**n, "perplexity_spread": 0.9**n, "kl_chat": 0.8**n, "kl_code": 0.7**n}
+        for n in (7, 5, 6)
+    ]
+    in_all = cut | {"asked_tokens": None, "asked": 30, "tokens": 64}
+    monkeypatch.setattr(tables, "_rows", lambda _file: [in_all, *rows, cut])
+    text = tables.growth_table()
+    assert "takes 10.0 % off the perplexity, 20.0 % off the KL on conversations, 30.0 % off the KL on code" in text
+    assert [line.split(" | ")[1] for line in text.splitlines()[2:6]] == ["–", "32", "64", "128"]
+
+
 def test_a_page_without_markers_is_refused():
     with pytest.raises(SystemExit, match="<!-- x -->"):
         tables.filled("no markers", "x", "text")

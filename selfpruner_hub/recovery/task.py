@@ -43,12 +43,12 @@ class Pair(NamedTuple):
 
 
 class RecoveryTexts(NamedTuple):
-    """RecoveryTexts of a recovery."""
+    """Texts of a recovery."""
 
     training: list[Text]
-    """RecoveryTexts to train on."""
+    """Texts to train on."""
     deciding: list[Text]
-    """RecoveryTexts that nothing is trained on, and that decide."""
+    """Texts that nothing is trained on, and that decide."""
     order: list[tuple[int, int]]
     """Pairs of the number of a training text and the number of a window in it, as they are read."""
 
