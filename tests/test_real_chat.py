@@ -9,9 +9,9 @@ from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
 from selfpruner_hub.pruned_model import PrunedModel
 
 pytestmark = pytest.mark.slow
-AGREEMENT, KL, KEPT = 0.55, 0.8, 0.12
-"""Bounds, far from the 0.67, 0.59 and 0.40 that this model had."""
-QUESTIONS = load_questions("develop")[:30]
+AGREEMENT, KL, KEPT = 0.55, 0.8, 0.08
+"""Bounds, far from the 0.67, 0.59 and 0.40 that it had on one machine; on another one, other text is written."""
+QUESTIONS = load_questions("develop")[:100]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,6 @@ def test_it_agrees_with_its_parent_where_that_answers(real_pruner, pruned):
 
 def test_it_answers_plain_questions(real_pruner, pruned):
     dense, left = (rightly_answered(m, real_pruner.tokenizer, QUESTIONS) for m in (real_pruner.model, pruned.model))
-    assert sum(dense) > 12
+    assert sum(dense) > 40
     kept = sum(own for own, theirs in zip(left, dense, strict=True) if theirs) / sum(dense)
     assert kept > KEPT
