@@ -9,7 +9,7 @@ from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
 from selfpruner_hub.pruned_model import PrunedModel
 
 pytestmark = pytest.mark.slow
-AGREEMENT, KL, KEPT = 0.55, 0.8, 0.08
+AGREEMENT, KL, KEPT = 0.55, 0.8, 0.12
 """Bounds, far from the 0.67, 0.59 and 0.40 that it had on one machine; on another one, other text is written."""
 QUESTIONS = load_questions("develop")[:100]
 

@@ -10,9 +10,11 @@ from selfpruner_hub.evaluation.chat import ChatMeasure
 from selfpruner_hub.pruned_model import PrunedModel
 
 pytestmark = pytest.mark.slow
-SHORT = {"data": "chat", "tokens": 8192, "window": 128, "batch_tokens": 1024}
-"""A minute of recovery."""
+SHORT = {"data": "chat", "tokens": 16_384, "window": 128, "batch_tokens": 1024}
+"""Two minutes of recovery: after one, what is gained hangs on the text that this machine wrote."""
 METHODS = ("full", *(["lora"] if os.environ.get("SELFPRUNER_THOROUGH") else []))
+LEFT = 0.99
+"""Most that may be left of the divergence before."""
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +23,12 @@ def measure(real_pruner):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_minute_brings_it_nearer_to_its_parent(method, real_pruner, real_pruned, measure, tmp_path):
+def test_two_minutes_bring_it_nearer_to_its_parent(method, real_pruner, real_pruned, measure, tmp_path):
     pruned = PrunedModel.from_pretrained(real_pruned / "model", dtype="auto")
     before = measure(pruned.model)
     better = pruned.recover(real_pruner.model, method=method, **SHORT)
     after = measure(better.model)
-    assert after.kl < before.kl
+    assert after.kl < LEFT * before.kl
     assert better.report.recovery["method"] == method
     better.save_pretrained(tmp_path / "better")
     assert measure(PrunedModel.from_pretrained(tmp_path / "better", dtype="auto").model) == after
