@@ -61,11 +61,8 @@ CHAT: Columns = (
     ("questions kept", lambda row: share(row, "kept")),
     ("KL, code", lambda row: figure(row, "kl_code", "{:.2f}")),
 )
-RECOVERED: Columns = (
-    ("tokens trained on", trained),
-    ("perplexity, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")),
-    *CHAT,
-)
+QUALITY: Columns = (("perplexity, spread", lambda row: figure(row, "perplexity_spread", "{:.1f}")), *CHAT)
+RECOVERED: Columns = (("tokens trained on", trained), *QUALITY)
 COLUMNS: dict[str, Columns] = {
     "recovery": (
         DENSE_OR_BETA,

@@ -20,6 +20,7 @@ from columns import (
     COLUMNS,
     DENSE_OR_BETA,
     PERPLEXITIES,
+    QUALITY,
     RECOVERED,
     RUNTIME_NAMES,
     UNKNOWN,
@@ -44,8 +45,6 @@ UNIFORM = ROOT / "benchmarks" / "uniform.json"
 RECOVERY = ROOT / "benchmarks" / "recovery.json"
 GROWING = {"perplexity_spread": "perplexity", "kl_chat": "KL on conversations", "kl_code": "KL on code"}
 """Figures whose growth with the tokens is fitted, by their key in recovery.json."""
-README_FIGURES = ("perplexity, spread", "KL, chat", "agreement", "questions kept", "KL, code")
-"""Columns of README's table."""
 
 
 def defaults_table() -> str:
@@ -132,7 +131,7 @@ def readme_table() -> str:
     def both(cell: Callable[[Row], str]) -> Callable[[Row], str]:
         return lambda row: " → ".join(cell(each) for each in (row, recovered.get(row["beta"])) if each)
 
-    columns = [(name, both(cell)) for name, cell in RECOVERED if name in README_FIGURES]
+    columns = [(name, both(cell)) for name, cell in QUALITY]
     size = ("parameters", lambda row: f"{_parameters(row) / 1e6:.1f} M")
     table = shown([row for row in rows if not row.get("asked_tokens")], (DENSE_OR_BETA, size, *columns), numbers=True)
     return f"{table}\n\n{measured(UNIFORM)}"
