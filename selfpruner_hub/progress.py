@@ -17,7 +17,9 @@ def silent(what: str, done: float, total: float) -> None:
 
 
 class Bars:
-    """Progress bars, called with (what, done, total[, note]); a new `what` starts a new bar.
+    """Progress bars, called with (what, done, total[, note]).
+
+    A new `what` starts a new bar, and so does a `done` that falls: the same work is done once more.
 
     Args:
         enabled: Whether to show the bars.
@@ -32,11 +34,12 @@ class Bars:
         """Set the bar of `what` to `done` of `total`."""
         if not self._enabled or not total:
             return
-        if what != self._what or self._bar is None:
+        done = round(min(done, total), 2)
+        if what != self._what or self._bar is None or done < self._bar.n:
             self.close()
             self._what = what
             self._bar = tqdm(total=total, desc=what, leave=True, dynamic_ncols=True, bar_format=_FORMAT)
-        self._bar.n = round(min(done, total), 2)
+        self._bar.n, self._bar.total = done, total
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.refresh()
 
