@@ -1,4 +1,4 @@
-"""Quality against minutes: our presets and other training-free methods, on one model and one text, timed in one run.
+"""Quality against minutes: our presets, our recovery, and other training-free methods, on one model and one text.
 
 Run: python benchmarks/front.py WORK SEARCH_TEXT UNSEEN_TEXT TASKS_DIR [NAME …]
 (here: WikiText-2 raw, articles a beside the model's own conversations, articles b and the task items for the figures)
@@ -45,9 +45,9 @@ from selfpruner_hub.storage.run import Run
 BETA = 0.3
 OURS = {
     **{preset: ("--preset", preset) for preset in ("draft", "fast", "default", "best")},
-    "10 minutes": ("--minutes", "10"),
+    **{f"{minutes} minutes": ("--minutes", str(minutes)) for minutes in (3, 10, 30, 60)},
 }
-"""Options of each of our rows."""
+"""Options of each of our rows: a preset only cuts, minutes are those of cut and recovery."""
 OURS_IN_ROWS = "ours, "
 """Begins the name of each of our rows."""
 TOKENS, GRADIENT_WINDOWS = 32_768, 16
@@ -164,8 +164,8 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path, ours: Sequ
     """Make every row, write the JSON and the picture."""
     rows, pruner, dense, measured, how, _ = begun(work, unseen_text)
     protocol = (
-        f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA:g}. Ours: `selfpruner prune` with each preset and with "
-        f"`--minutes 10`, minutes of the whole command. The others: the first {TOKENS} tokens (Taylor, block "
+        f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA:g}. Ours: `selfpruner prune` with each preset, which "
+        f"only cuts, and with `--minutes N`, which also recovers; minutes of the whole command. The others: the first {TOKENS} tokens (Taylor, block "
         f"influence, optipfair: {GRADIENT_WINDOWS} windows) of the calibration text of the default, "
         f"{DATA}{Path(search_text).name}; minutes without the writing of that text. SliceGPT keeps as many components "
         "as leave the same weights, those of its shortcuts included. Rows may be of several runs on this machine; "
