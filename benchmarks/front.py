@@ -164,12 +164,13 @@ def main(work: Path, search_text: str, unseen_text: str, tasks: Path, ours: Sequ
     """Make every row, write the JSON and the picture."""
     rows, pruner, dense, measured, how, _ = begun(work, unseen_text)
     protocol = (
-        f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA:g}. Ours: `selfpruner prune` with each preset, which "
-        f"only cuts, and with `--minutes N`, which also recovers; minutes of the whole command. The others: the first {TOKENS} tokens (Taylor, block "
-        f"influence, optipfair: {GRADIENT_WINDOWS} windows) of the calibration text of the default, "
-        f"{DATA}{Path(search_text).name}; minutes without the writing of that text. SliceGPT keeps as many components "
-        "as leave the same weights, those of its shortcuts included. Rows may be of several runs on this machine; "
-        f"{how}; mean accuracy, with its standard error, on the first {ITEMS} items of each of {', '.join(TASKS)}"
+        f"SmolLM2-135M-Instruct in bfloat16 at β = {BETA:g}. Ours: `selfpruner prune` with each preset, which only "
+        "cuts, and with `--minutes N`, which also recovers; minutes of the whole command. The others: the first "
+        f"{TOKENS} tokens (Taylor, block influence, optipfair: {GRADIENT_WINDOWS} windows) of the calibration text of "
+        f"the default, {DATA}{Path(search_text).name}; minutes without the writing of that text. SliceGPT keeps as "
+        "many components as leave the same weights, those of its shortcuts included. Rows may be of several runs on "
+        f"this machine; {how}; mean accuracy, with its standard error, on the first {ITEMS} items of each of "
+        f"{', '.join(TASKS)}"
     )
 
     def measure(model: PreTrainedModel) -> dict[str, float]:
