@@ -229,7 +229,7 @@ class AutoPruner:
             minutes: Minutes of the whole run: the preset (where none is given) and its amount of text are what fits by
                 a rough estimate (`search.effort`), and recovery takes the rest; `settings.TEXT_SIZES` cannot be given
                 too. None takes the preset, without recovery.
-            recover: Minutes of recovery after the cut (`PrunedModel.recover`), in place of the rest of `minutes`; 0
+            recover: Minutes of recovery after the cut (`PrunedModel.recover`); the cut has the rest of `minutes`. 0
                 trains nothing.
             seed: Random seed.
             run_dir: Directory of the journal and of the checkpoints of each stage; a run with the same directory
@@ -261,7 +261,9 @@ class AutoPruner:
             ranks.from_first(lambda: stack.enter_context(run_lock(folder)))
             stack.enter_context(working_on(self.model))
             effort = partial(with_effort, preset, resolved, self.model, checkpoints)
-            settings, lines = ranks.from_first(lambda: effort(proposer_given=proposer is not None, minutes=minutes))
+            settings, lines = ranks.from_first(
+                lambda: effort(proposer_given=proposer is not None, minutes=minutes, recover=recover)
+            )
             settings = completed(settings, self.shape)
             shown = ranks.is_first() and progress
             callback = shown if callable(shown) else stack.enter_context(Bars(shown))

@@ -123,8 +123,8 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
         help="minutes in all: the preset that fits, and recovery until they are over",
     )  # fmt: skip
     group.add_argument(
-        "--recover", type=number, metavar="N", help="minutes of recovery after the cut, as of the verb recover; 0 "
-        "trains nothing (default: none, or what is left of --minutes)",
+        "--recover", type=number, metavar="N", help="minutes of recovery after the cut, as of the verb recover, of "
+        "--minutes where both are given; 0 trains nothing (default: none, or what is left of --minutes)",
     )  # fmt: skip
     group.add_argument(
         "--uniform", action="store_true", help="one FFN width for all layers, and all attention: a stock model"

@@ -51,6 +51,7 @@ def with_effort(
     *,
     proposer_given: bool,
     minutes: float | None,
+    recover: float | None = None,
 ) -> tuple[PruneSettings, list[str]]:
     """Decide what nobody has asked for: preset and text that fit into the minutes, and whether the run searches.
 
@@ -61,6 +62,7 @@ def with_effort(
         checkpoints: Checkpoints of the run.
         proposer_given: Whether the user has chosen a proposer, and so asked for a search.
         minutes: Minutes of the whole run; None leaves the preset as it is. A search comes on top.
+        recover: Minutes of recovery among them, or None.
 
     Returns:
         The settings, and lines for the user.
@@ -70,7 +72,7 @@ def with_effort(
     """
     settings, lines = resolved(preset), []
     if minutes is not None:
-        settings, line = within_minutes(minutes, model, preset, resolved, checkpoints)
+        settings, line = within_minutes(minutes, recover, model, preset, resolved, checkpoints)
         lines.append(line)
     if settings.schedule.evaluations is None:
         evaluations = SEARCH if proposer_given else 0
@@ -82,6 +84,7 @@ def with_effort(
 
 def within_minutes(
     minutes: float,
+    recover: float | None,
     model: PreTrainedModel,
     preset: str | None,
     resolved: Callable[[str | None], PruneSettings],
@@ -94,6 +97,7 @@ def within_minutes(
 
     Args:
         minutes: Minutes of the whole run, above 0.
+        recover: Minutes of recovery among them, which the cut may not take; None lets it take all.
         model: The dense model; a forward pass of it is timed.
         preset: Name of the preset that the user has chosen, or None.
         resolved: Function that returns a preset's settings with the user's changes.
@@ -103,12 +107,13 @@ def within_minutes(
         The settings, and a line that says what was chosen.
 
     Raises:
-        UserError: `minutes` is too short for the fewest tokens.
+        UserError: The minutes of the cut are too few for the fewest tokens.
     """
+    left = minutes - (recover or 0)
     ladder = list(COSTS) if preset is None else [preset]
-    name = f"minutes-{minutes:g}-{preset}"
+    name = f"minutes-{left:g}-{preset}"
     if (tensors := checkpoints.load(name)) is None:
-        place, tokens = _choice(minutes, model, ladder)
+        place, tokens = _choice(left, model, ladder)
         tensors = {"place": torch.tensor(place), "tokens": torch.tensor(tokens)}
         checkpoints.save(name, tensors)
     chosen = ladder[int(tensors["place"])]
@@ -121,10 +126,8 @@ def within_minutes(
         fisher_tokens=min(settings.fisher_tokens, few),
         fitness_tokens=min(settings.fitness_tokens, 2 * few),
     )
-    return (
-        settings,
-        f"preset {chosen}, {tokens} tokens of calibration text, and recovery in what is left of the minutes",
-    )
+    rest = ", and recovery in what is left of the minutes" if recover is None else ""
+    return settings, f"preset {chosen}, {tokens} tokens of calibration text{rest}"
 
 
 def _choice(minutes: float, model: PreTrainedModel, ladder: Sequence[str]) -> tuple[int, int]:

@@ -182,11 +182,11 @@ def check_minutes(minutes: Any, recover: Any, given: Collection[str]) -> None:
 
     Args:
         minutes: Minutes that a run may take, above 0; None if they are not limited.
-        recover: Minutes of recovery, at least 0; None if they are not given.
+        recover: Minutes of recovery among them, at least 0; None if they are not given.
         given: Names of the settings that the user has changed.
 
     Raises:
-        UserError: It is not such a number, or such a setting is given as well.
+        UserError: It is not such a number, recovery takes all minutes, or such a setting is given as well.
     """
     decided = [name for name in TEXT_SIZES if name in given]
     if minutes is not None and decided:
@@ -195,6 +195,8 @@ def check_minutes(minutes: Any, recover: Any, given: Collection[str]) -> None:
         number = not isinstance(value, bool) and isinstance(value, (int, float))
         if value is not None and not (number and (value > 0 or (value == 0 and least != "above"))):
             raise UserError(f"{name} must be a number {least} 0; got {value!r}.")
+    if minutes is not None and recover is not None and recover >= minutes:
+        raise UserError(f"Of {minutes:g} minutes, {recover:g} for recovery leave none for pruning.", "Give more.")
 
 
 def check_seed(seed: Any) -> None:

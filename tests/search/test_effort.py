@@ -37,19 +37,29 @@ def machine(monkeypatch):
     return set_speed
 
 
-def choose(minutes, checkpoints=None, preset=None, **changes):
-    return within_minutes(minutes, None, preset, partial(resolve, **changes), checkpoints or Checkpoints())
+def choose(minutes, checkpoints=None, preset=None, recover=None, **changes):
+    return within_minutes(minutes, recover, None, preset, partial(resolve, **changes), checkpoints or Checkpoints())
 
 
 def test_the_most_text_that_fits_is_taken_up_to_that_of_the_preset(machine):
     machine(SECOND)
     settings, line = choose(1.001)
     assert settings == DEFAULT
-    assert line.startswith("preset default, 73728 tokens of calibration text, and recovery")
+    assert line == "preset default, 73728 tokens of calibration text, and recovery in what is left of the minutes"
     assert choose(1000)[0] == DEFAULT  # recovery takes the rest
     assert choose(0.99)[0].calibration_tokens == 72_704
     machine(SECOND / 4)  # a machine that is four times as fast
     assert choose(0.251)[0] == DEFAULT
+
+
+def test_the_minutes_of_recovery_are_not_for_the_cut(machine):
+    machine(SECOND)
+    assert choose(1.001, recover=0) == (DEFAULT, "preset default, 73728 tokens of calibration text")
+    assert choose(8.001, recover=7)[0] == DEFAULT
+    assert choose(7.99, recover=7)[0].calibration_tokens == 72_704
+    for recover in (7, 8.5):
+        with pytest.raises(UserError, match=f"Of 7 minutes, {recover:g} for recovery leave none"):
+            check_minutes(7, recover, ())
 
 
 def test_the_other_texts_shrink_with_it(machine):
