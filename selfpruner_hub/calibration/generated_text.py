@@ -191,7 +191,8 @@ class _Rows:
         """Append a token to each row; `left` holds the indices of the rows to keep, None keeps all."""
         if left is not None:
             for layer in cast(list[DynamicLayer], self._cache.layers):  # a device map may spread them
-                layer.batch_select_indices(left.to(cast(Tensor, layer.keys).device))
+                if layer.keys is not None:  # that of a block that was taken out stays empty
+                    layer.batch_select_indices(left.to(layer.keys.device))
             self._mask, self._ended = self._mask[left], self._ended[left]
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(new), 1)], 1)
         self._run(new[:, None], self._mask.sum(1, keepdim=True) - 1)

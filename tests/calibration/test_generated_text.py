@@ -3,9 +3,12 @@
 import pytest
 import torch
 from support.tiny import DISTINCT, tiny_model
+from torch import nn
 
 from selfpruner_hub.calibration import generated_text
 from selfpruner_hub.calibration.generated_text import continuations, draw, sample_windows
+from selfpruner_hub.models.architectures import decoder_layers
+from selfpruner_hub.models.patching import with_layers
 
 WINDOW, NEW = 8, 20
 PROMPTS = [[5], [9, 8, 7, 6, 5, 4], list(range(20, 45)), [30, 31, 32], list(range(50, 70)), [100, 3]]
@@ -86,6 +89,15 @@ def test_room_of_the_cache_changes_nothing(name, monkeypatch):
     assert continuations(model, PROMPTS, NEW, temperature=0) == whole
     ends = {whole[0][1], whole[2][5], whole[3][11]}
     assert continuations(model, PROMPTS, NEW, ends=ends, temperature=0) == [ended(ids, ends) for ids in whole]
+
+
+def test_a_model_without_one_of_its_blocks_writes_too():
+    model = tiny_model("llama")
+    shorter = nn.ModuleList(list(decoder_layers(model))[:-1])
+    with with_layers(model, shorter) as cut:
+        whole = continuations(cut, PROMPTS, NEW, temperature=0)
+        ends = {whole[0][1], whole[2][5]}  # rows leave, and so does their part of the cache
+        assert continuations(cut, PROMPTS, NEW, ends=ends, temperature=0) == [ended(ids, ends) for ids in whole]
 
 
 def test_keys_and_values_are_written_in_place():
