@@ -104,7 +104,6 @@ def pruned(
     figures = {
         **json.loads(timed.read_text()),
         "achieved_beta": round(record.achieved_beta, 4),
-        "logit_scale": record.metrics["search_logit_scale"].value,
         **({"search": record.proposer["gains"]} if record.method["schedule"]["evaluations"] else {}),
     }
     model, _ = load_model(str(output), dtype="auto")
