@@ -226,9 +226,8 @@ class AutoPruner:
             evaluations: Length of the search in full-evaluation equivalents, `schedule.evaluations`; 0 takes the best
                 seed plan. None uses the preset's (430 for `"paper"`), else `settings.SEARCH` where a proposer is given,
                 else 0. A round that has begun is finished.
-            minutes: Minutes of the whole run: the preset (where none is given) and its amount of text are what fits by
-                a rough estimate (`search.effort`), and recovery takes the rest; `settings.TEXT_SIZES` cannot be given
-                too. None takes the preset, without recovery.
+            minutes: Minutes of the whole run: the preset (where none is given) is what fits by a rough estimate
+                (`search.effort`), and recovery takes the rest. None takes the preset, without recovery.
             recover: Minutes of recovery after the cut (`PrunedModel.recover`); the cut has the rest of `minutes`. 0
                 trains nothing.
             seed: Random seed.
@@ -249,7 +248,7 @@ class AutoPruner:
         started = time.monotonic()
         aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
-        check_minutes(minutes, recover, changes)
+        check_minutes(minutes, recover)
         resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **changes)
         folder = None if run_dir is None else output_path(run_dir)
         checkpoints = Checkpoints(folder and folder / "stages")

@@ -190,7 +190,7 @@ def _checked(options: argparse.Namespace) -> _Order:
         needs_target(options.runtime or options.python, request)
     target = None if goal is None else target_of(goal, options.runtime, request)
     check_seed(options.seed)
-    check_minutes(options.minutes, options.recover, settings)
+    check_minutes(options.minutes, options.recover)
     resolve(options.preset, fitness=options.fitness, evaluations=options.evaluations, **settings)
     proposer_options(options.proposer, of_proposer)
     check_writer(options.writer, options.writer_model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,8 +17,9 @@ from selfpruner_hub.storage.checkpoints import Checkpoints
 
 TIMED_WINDOWS, WIDTH = 4, 512
 """Windows of the forward pass that is timed, and their tokens."""
-TOKEN_STEP = 1_024
-"""Calibration tokens are chosen in multiples of this number."""
+CUT_SHARE = 0.8
+"""Largest share of the minutes that the default preset may take: with less for recovery, the quickest preset and a
+longer recovery are better (`docs/results.md`, `front.py`)."""
 
 
 class Cost(NamedTuple):
@@ -28,18 +29,13 @@ class Cost(NamedTuple):
     """Cost of a calibration token: writing it, calibration, both repairs, and its share of the other texts."""
     fixed: float
     """Cost of what does not depend on the text: order, factors, solutions."""
-    fewest: int
-    """Fewest calibration tokens that the preset is taken for; with fewer, the next one is better."""
 
 
-COSTS = {
-    "default": Cost(12.0, 140_000.0, 16_384),
-    "fast": Cost(12.0, 70_000.0, 8_192),
-    "draft": Cost(11.0, 10_000.0, 2_048),
-}
-"""Presets to choose from, the best first. Fitted by hand to runs of 16 k tokens (`benchmarks/stages.json`) and 65 k
-on a processor without AMX, that of `fast` guessed from a run with it. It need not be exact: what the cut takes less,
-recovery takes more."""
+COSTS = {"default": Cost(12.0, 140_000.0), "fast": Cost(12.0, 70_000.0), "draft": Cost(11.0, 10_000.0)}
+"""Presets to choose from, the best first. Fitted by hand to runs of 10 k to 74 k tokens on processors without AMX. It
+need not be exact: what the cut takes less, recovery takes more."""
+BEFORE_RECOVERY = ("default", "draft")
+"""Those to choose from where recovery follows: in the time of a second repair on little text, it brings more."""
 NO_SEARCH = "no search: the best starting point is taken (evaluations=N asks for one)"
 
 
@@ -53,7 +49,7 @@ def with_effort(
     minutes: float | None,
     recover: float | None = None,
 ) -> tuple[PruneSettings, list[str]]:
-    """Decide what nobody has asked for: preset and text that fit into the minutes, and whether the run searches.
+    """Decide what nobody has asked for: a preset that fits into the minutes, and whether the run searches.
 
     Args:
         preset: Name of the preset that the user has chosen, or None.
@@ -61,7 +57,7 @@ def with_effort(
         model: The dense model.
         checkpoints: Checkpoints of the run.
         proposer_given: Whether the user has chosen a proposer, and so asked for a search.
-        minutes: Minutes of the whole run; None leaves the preset as it is. A search comes on top.
+        minutes: Minutes of the whole run; None takes the default preset. A search comes on top.
         recover: Minutes of recovery among them, or None.
 
     Returns:
@@ -70,10 +66,12 @@ def with_effort(
     Raises:
         UserError: The preset is unknown, or the minutes are too few.
     """
-    settings, lines = resolved(preset), []
+    lines = []
     if minutes is not None:
-        settings, line = within_minutes(minutes, recover, model, preset, resolved, checkpoints)
-        lines.append(line)
+        preset = preset or fitting_preset(minutes, recover, model, resolved, checkpoints)
+        rest = "; recovery in what is left of the minutes" if recover is None else ""
+        lines.append(f"preset {preset}{rest}")
+    settings = resolved(preset)
     if settings.schedule.evaluations is None:
         evaluations = SEARCH if proposer_given else 0
         settings = replace(settings, schedule=replace(settings.schedule, evaluations=evaluations))
@@ -82,67 +80,47 @@ def with_effort(
     return settings, lines
 
 
-def within_minutes(
+def fitting_preset(
     minutes: float,
     recover: float | None,
     model: PreTrainedModel,
-    preset: str | None,
     resolved: Callable[[str | None], PruneSettings],
     checkpoints: Checkpoints,
-) -> tuple[PruneSettings, str]:
-    """Choose a preset and the amount of text, up to its own, so that the cut takes no longer than this.
-
-    The cut comes first, and recovery takes what is left. Where too little text fits for the default preset, a faster
-    one is taken; one that the user has chosen stays.
+) -> str:
+    """Choose the best preset that fits into some minutes, by a rough estimate.
 
     Args:
         minutes: Minutes of the whole run, above 0.
-        recover: Minutes of recovery among them, which the cut may not take; None lets it take all.
+        recover: Minutes of recovery among them; None lets recovery take what the cut leaves.
         model: The dense model; a forward pass of it is timed.
-        preset: Name of the preset that the user has chosen, or None.
         resolved: Function that returns a preset's settings with the user's changes.
         checkpoints: Checkpoints of the run, which keep the choice: a second timing might lead to another one.
 
     Returns:
-        The settings, and a line that says what was chosen.
+        Name of the preset.
 
     Raises:
-        UserError: The minutes of the cut are too few for the fewest tokens.
+        UserError: The quickest one takes longer.
     """
-    left = minutes - (recover or 0)
-    ladder = list(COSTS) if preset is None else [preset]
-    name = f"minutes-{left:g}-{preset}"
-    if (tensors := checkpoints.load(name)) is None:
-        place, tokens = _choice(left, model, ladder)
-        tensors = {"place": torch.tensor(place), "tokens": torch.tensor(tokens)}
-        checkpoints.save(name, tensors)
-    chosen = ladder[int(tensors["place"])]
-    settings = resolved(chosen)
-    tokens = min(settings.calibration_tokens, int(tensors["tokens"]))
-    few = max(TOKEN_STEP, tokens // 8)
-    settings = replace(
-        settings,
-        calibration_tokens=tokens,
-        fisher_tokens=min(settings.fisher_tokens, few),
-        fitness_tokens=min(settings.fitness_tokens, 2 * few),
-    )
-    rest = ", and recovery in what is left of the minutes" if recover is None else ""
-    return settings, f"preset {chosen}, {tokens} tokens of calibration text{rest}"
-
-
-def _choice(minutes: float, model: PreTrainedModel, ladder: Sequence[str]) -> tuple[int, int]:
-    """The place of a preset in `ladder`, and the calibration tokens that fit."""
-    per_pass = seconds_per_token(model) / 60
-    for place, preset in enumerate(ladder):
-        cost = COSTS.get(preset, COSTS["default"])
-        tokens = int((minutes / per_pass - cost.fixed) / cost.token) // TOKEN_STEP * TOKEN_STEP
-        if tokens >= cost.fewest:
-            return place, tokens
-    least = (cost.fixed + cost.token * cost.fewest) * per_pass
-    raise UserError(
-        f"Pruning this model on this device takes about {least:.1f} minutes or more; {minutes:g} are too few.",
-        "Give it more minutes, or a faster device.",
-    )
+    kept = f"preset-{minutes:g}-{recover}"
+    if (tensors := checkpoints.load(kept)) is not None:
+        return list(COSTS)[int(tensors["place"])]
+    second = seconds_per_token(model)
+    took = {
+        name: (cost.fixed + cost.token * resolved(name).calibration_tokens) * second / 60
+        for name, cost in COSTS.items()
+    }
+    *better, quickest = COSTS if recover is not None else BEFORE_RECOVERY
+    most = CUT_SHARE * minutes if recover is None else minutes - recover
+    preset = next((name for name in better if took[name] <= most), quickest)
+    if preset == quickest and took[preset] > minutes - (recover or 0):
+        raise UserError(
+            f"Pruning this model on this device takes about {took[preset]:.1f} minutes or more; "
+            f"{minutes - (recover or 0):g} are too few.",
+            "Give it more minutes, or a faster device.",
+        )
+    checkpoints.save(kept, {"place": torch.tensor(list(COSTS).index(preset))})
+    return preset
 
 
 def minutes_left(

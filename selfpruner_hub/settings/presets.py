@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from selfpruner_hub.settings.prune import EndpointOptions, LanguageModelOptions,
 FOLLOWING = ("fisher_tokens", "fitness_tokens")
 """Settings that keep the preset's proportion to `calibration_tokens` unless they are given."""
 TEXT_SIZES = ("calibration_tokens", *FOLLOWING)
-"""Settings that follow from the minutes of a run, where these are given."""
+"""Numbers of tokens of each text."""
 SEARCH = 10
 """Length of the search where a proposer is given and no length, in evaluations on the whole fitness text."""
 PRESETS = {
@@ -177,20 +177,16 @@ def proposer_options(proposer: object, options: Mapping[str, Any] | None) -> Lan
     return with_changes(kind(), options or {}, _OPTION_RULES)
 
 
-def check_minutes(minutes: Any, recover: Any, given: Collection[str]) -> None:
-    """Refuse what is no length of a run or of its recovery, and settings that the length decides.
+def check_minutes(minutes: Any, recover: Any) -> None:
+    """Refuse what is no length of a run or of its recovery.
 
     Args:
         minutes: Minutes that a run may take, above 0; None if they are not limited.
         recover: Minutes of recovery among them, at least 0; None if they are not given.
-        given: Names of the settings that the user has changed.
 
     Raises:
-        UserError: It is not such a number, recovery takes all minutes, or such a setting is given as well.
+        UserError: It is not such a number, or recovery takes all minutes.
     """
-    decided = [name for name in TEXT_SIZES if name in given]
-    if minutes is not None and decided:
-        raise UserError(f"minutes decides {decided[0]}, and both are given.", "Leave out one of them.")
     for name, value, least in (("minutes", minutes, "above"), ("recover", recover, "of at least")):
         number = not isinstance(value, bool) and isinstance(value, (int, float))
         if value is not None and not (number and (value > 0 or (value == 0 and least != "above"))):

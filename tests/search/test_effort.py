@@ -10,19 +10,18 @@ from support.tiny import tiny_model, tiny_tokenizer
 from selfpruner_hub import AutoPruner, pruner
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.search import effort
-from selfpruner_hub.search.effort import COSTS, minutes_left, with_effort, within_minutes
-from selfpruner_hub.settings import PRESETS, SEARCH, TEXT_SIZES, PruneSettings, check_minutes, resolve
+from selfpruner_hub.search.effort import COSTS, CUT_SHARE, fitting_preset, minutes_left, with_effort
+from selfpruner_hub.settings import PRESETS, SEARCH, PruneSettings, check_minutes, resolve
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
-DEFAULT = PRESETS["default"]
-SECOND = 60.0 / (COSTS["default"].fixed + COSTS["default"].token * DEFAULT.calibration_tokens)
+SECOND = 60.0 / (COSTS["default"].fixed + COSTS["default"].token * PRESETS["default"].calibration_tokens)
 """Seconds of a token's forward pass on a machine that takes a minute for the default."""
 
 
-def least(preset):
-    """Minutes that a preset takes on that machine, with the fewest tokens that it is taken for."""
+def minutes_of(preset, tokens=None):
+    """Minutes that a preset takes on that machine."""
     cost = COSTS[preset]
-    return (cost.fixed + cost.token * cost.fewest) * SECOND / 60
+    return (cost.fixed + cost.token * (tokens or PRESETS[preset].calibration_tokens)) * SECOND / 60
 
 
 @pytest.fixture
@@ -37,95 +36,67 @@ def machine(monkeypatch):
     return set_speed
 
 
-def choose(minutes, checkpoints=None, preset=None, recover=None, **changes):
-    return within_minutes(minutes, recover, None, preset, partial(resolve, **changes), checkpoints or Checkpoints())
+def choose(minutes, recover=None, checkpoints=None, **changes):
+    return fitting_preset(minutes, recover, None, partial(resolve, **changes), checkpoints or Checkpoints())
 
 
-def test_the_most_text_that_fits_is_taken_up_to_that_of_the_preset(machine):
+def test_the_default_leaves_a_part_for_recovery(machine):
     machine(SECOND)
-    settings, line = choose(1.001)
-    assert settings == DEFAULT
-    assert line == "preset default, 73728 tokens of calibration text, and recovery in what is left of the minutes"
-    assert choose(1000)[0] == DEFAULT  # recovery takes the rest
-    assert choose(0.99)[0].calibration_tokens == 72_704
+    assert choose(1.01 / CUT_SHARE) == "default"
+    assert choose(1000) == "default"  # recovery takes the rest
+    assert choose(0.99 / CUT_SHARE) == choose(1.01 * minutes_of("draft")) == "draft"
     machine(SECOND / 4)  # a machine that is four times as fast
-    assert choose(0.251)[0] == DEFAULT
+    assert choose(0.26 / CUT_SHARE) == "default"
 
 
-def test_the_minutes_of_recovery_are_not_for_the_cut(machine):
-    machine(SECOND)
-    assert choose(1.001, recover=0) == (DEFAULT, "preset default, 73728 tokens of calibration text")
-    assert choose(8.001, recover=7)[0] == DEFAULT
-    assert choose(7.99, recover=7)[0].calibration_tokens == 72_704
-    for recover in (7, 8.5):
-        with pytest.raises(UserError, match=f"Of 7 minutes, {recover:g} for recovery leave none"):
-            check_minutes(7, recover, ())
-
-
-def test_the_other_texts_shrink_with_it(machine):
-    machine(SECOND)
-    little = choose(1.01 * least("default"))[0]
-    assert (little.calibration_tokens, little.fisher_tokens, little.fitness_tokens) == (16_384, 2_048, 4_096)
-
-
-def test_where_little_text_fits_a_faster_preset_is_taken(machine):
+def test_without_more_recovery_the_best_that_fits_is_taken(machine):
     machine(SECOND)
     for slower, faster in pairwise(COSTS):
-        settings, line = choose(0.999 * least(slower))
-        assert line.startswith(f"preset {faster}, {settings.calibration_tokens} tokens")
-        assert settings.importance == PRESETS[faster].importance
-        assert settings.repair == PRESETS[faster].repair
-    assert choose(0.999 * least("default"), window=128)[0].window == 128  # what the user has changed stays
+        assert choose(1.01 * minutes_of(slower), recover=0) == slower
+        assert choose(0.99 * minutes_of(slower), recover=0) == faster
+    assert choose(8.01, recover=7) == "default"
+    assert choose(7.99, recover=7) == "fast"
 
 
-def test_a_preset_that_was_chosen_stays(machine):
+def test_text_that_the_user_has_set_is_counted(machine):
     machine(SECOND)
-    settings, line = choose(1000, preset="draft")
-    assert "preset draft, 4096 tokens" in line
-    assert settings.importance == PRESETS["draft"].importance
-    for preset in ("best", "default"):
-        with pytest.raises(UserError, match="are too few"):
-            choose(least("draft"), preset=preset)
+    assert minutes_of("default", 32_768) < 0.9 * CUT_SHARE
+    assert choose(0.9, calibration_tokens=32_768) == "default"
 
 
 def test_too_few_minutes_are_refused_with_what_it_takes(machine):
     machine(SECOND)
-    with pytest.raises(UserError, match=f"takes about {least('draft'):.1f} minutes or more; 0.01 are too few"):
+    least = f"takes about {minutes_of('draft'):.1f} minutes or more"
+    with pytest.raises(UserError, match=f"{least}; 0.01 are too few"):
         choose(0.01)
+    with pytest.raises(UserError, match=f"{least}; 0.01 are too few"):
+        choose(7.01, recover=7)
 
 
-@pytest.mark.parametrize("name", TEXT_SIZES)
-def test_minutes_do_not_overrule_what_is_set(name):
-    dense = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
-    with pytest.raises(UserError, match=f"minutes decides {name}, and both are given") as caught:
-        dense.prune(0.3, data="self", minutes=1, progress=False, **{name: 128})
-    assert caught.value.hint
+@pytest.mark.parametrize("recover", [7, 8.5])
+def test_recovery_cannot_take_all_minutes(recover):
+    with pytest.raises(UserError, match=f"Of 7 minutes, {recover:g} for recovery leave none"):
+        check_minutes(7, recover)
 
 
 @pytest.mark.parametrize("value", [-1, True, "ten", float("nan")])
 def test_minutes_are_numbers(value):
     for given, told in ((0, "minutes must be a number above 0"), (value, "minutes must be a number above 0")):
         with pytest.raises(UserError, match=told):
-            check_minutes(given, None, ())
+            check_minutes(given, None)
     with pytest.raises(UserError, match="recover must be a number of at least 0"):
-        check_minutes(None, value, ())
-    check_minutes(1, 0, ())
+        check_minutes(None, value)
+    check_minutes(1, 0)
 
 
 def test_a_resumed_run_keeps_its_choice(machine, tmp_path):
     timed = machine(SECOND)
-    first, _ = choose(0.9, Checkpoints(tmp_path))
+    assert choose(2, checkpoints=Checkpoints(tmp_path)) == "default"
     machine(9 * SECOND)  # the machine is busy now
-    assert choose(0.9, Checkpoints(tmp_path))[0] == first
+    assert choose(2, checkpoints=Checkpoints(tmp_path)) == "default"
     assert len(timed) == 1
-    assert choose(0.95, Checkpoints(tmp_path))[0] != first  # other minutes are another choice
-
-
-def test_a_choice_is_of_its_preset(machine, tmp_path):
-    machine(SECOND)
-    minutes = 0.999 * least("default")
-    for preset in (None, "fast"):  # where none is chosen it is fast too, at another place of its ladder
-        assert "preset fast," in choose(minutes, Checkpoints(tmp_path), preset=preset)[1]
+    assert choose(2.5, checkpoints=Checkpoints(tmp_path)) == "draft"  # other minutes are another choice
+    assert choose(2, 0.5, checkpoints=Checkpoints(tmp_path)) == "draft"
 
 
 def test_recovery_gets_what_is_left(monkeypatch, tmp_path):
@@ -155,9 +126,9 @@ def test_the_forward_pass_of_the_model_is_timed():
     (None, None, True, None, SEARCH, []),
     (None, 0, True, None, 0, []),
     ("paper", None, False, None, 430, []),
-    ("paper", None, True, 1.0, 430, ["preset paper, 32768"]),
-    (None, None, False, 1.1, 0, ["preset default, 73728", "no search"]),
-    (None, 7, False, 0.5, 7, ["preset default, "]),
+    ("paper", None, True, 1.0, 430, ["preset paper; recovery in what is left of the minutes"]),
+    ("default", 7, False, 0.1, 7, ["preset default; "]),
+    (None, None, False, 2.0, 0, ["preset default; ", "no search"]),
 ])  # fmt: skip
 def test_a_run_searches_where_one_asks_for_it(machine, preset, evaluations, proposer, minutes, length, said):
     machine(SECOND)
@@ -198,7 +169,7 @@ def test_prune_takes_minutes_and_recovers_in_them(machine, capsys, monkeypatch):
 
     monkeypatch.setattr(pruner.PrunedModel, "recover", recover)
     made = pruned(monkeypatch, minutes=1, seed=3)
-    assert "preset default, 512 tokens of calibration text, and recovery" in capsys.readouterr().err
+    assert "preset default; recovery in what is left of the minutes" in capsys.readouterr().err
     assert 0.5 < asked[0]["minutes"] < 1
     assert (asked[0]["data"], asked[0]["seed"]) == ("self", 3)
     assert torch.isfinite(made.model(torch.ones(1, 4, dtype=torch.long)).logits).all()
