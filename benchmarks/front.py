@@ -140,10 +140,14 @@ def draw(rows: Sequence[dict[str, Any]]) -> None:
     dense = next(row for row in rows if row["method"] == "dense")
     inorder = sorted((row for row in rows if row is not dense), key=lambda row: row["minutes"])
     own = [row for row in inorder if row["method"].startswith(OURS_IN_ROWS)]
-    presets = ", ".join(row["method"].removeprefix(OURS_IN_ROWS) for row in own)
+    cuts = [row for row in own if OURS[row["method"].removeprefix(OURS_IN_ROWS)][0] == "--preset"]
+    kinds = {"cut": cuts, "cut and recovered": [row for row in own if row not in cuts]}
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        axes.plot([r["minutes"] for r in own], [r[name] for r in own], "o-", color="black", label=f"ours: {presets}")
+        for (kind, made), line in zip(kinds.items(), ("o-", "o--"), strict=True):
+            words = ", ".join(row["method"].removeprefix(OURS_IN_ROWS) for row in made)
+            minutes, figures = ([row[key] for row in made] for key in ("minutes", name))
+            axes.plot(minutes, figures, line, color="black", markerfacecolor="white", label=f"{kind}: {words}")
         for row in inorder:
             if row not in own:
                 axes.plot(max(row["minutes"], 0.05), row[name], "s", label=row["method"])
