@@ -36,6 +36,8 @@ from selfpruner_hub.recovery.texts import Text
 
 CLIP = 1.0
 """Maximum norm of the gradient."""
+TRIALS = 3
+"""Times that the passes of a step are timed."""
 STATE = "trainer_state.json"
 """File that Trainer writes last into a checkpoint."""
 INTERRUPTED, LATE, BROKEN = "interrupted", "out of time", "the loss was no number"
@@ -273,7 +275,9 @@ def last_checkpoint(folder: Path) -> str | None:
 def step_seconds(
     student: nn.Module, parent: PreTrainedModel, texts: Sequence[Text], batch: int, dtype: torch.dtype
 ) -> float:
-    """Time the passes of a step; the second of two, because the first prepares kernels. No weight changes.
+    """Time the passes of a step, the fastest of a few: the first prepares kernels, others may be disturbed.
+
+    No weight changes.
 
     Where FSDP will divide the weights, there may be no room for whole gradients: the backward pass counts as two
     forward passes.
@@ -291,8 +295,8 @@ def step_seconds(
     windows = torch.cat([text.windows for text in texts])[:batch].to(parent.device)
     counted = torch.cat([text.counted for text in texts])[:batch].to(parent.device)
     inputs = {"input_ids": windows, "counted": counted}
-    seconds = 0.0
-    for _ in range(2):
+    seconds = []
+    for _ in range(TRIALS):
         started = time.monotonic()
         with (
             torch.autocast(parent.device.type, dtype, enabled=dtype != torch.float32),
@@ -303,5 +307,5 @@ def step_seconds(
             loss.backward()
         loss.item()  # waits for an accelerator
         student.zero_grad(set_to_none=True)
-        seconds = time.monotonic() - started
-    return seconds * (3 if ranks.sharded() else 1) * batch / len(windows)
+        seconds.append(time.monotonic() - started)
+    return min(seconds) * (3 if ranks.sharded() else 1) * batch / len(windows)
