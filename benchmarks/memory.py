@@ -80,7 +80,8 @@ def row(name: str, config: LlamaConfig | Qwen2Config) -> dict[str, Any]:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.tie_weights()
     settings = resolve("default")
-    resting, working = needs(model, settings, BETA)
+    resting, working, passing = needs(model, settings, BETA)
+    resting += passing
     weights = sum(parameter.nbytes for parameter in model.parameters())
     in_layers = sum(parameter.nbytes for parameter in decoder_layers(model).parameters())
     outside = weights - in_layers
@@ -92,8 +93,8 @@ def row(name: str, config: LlamaConfig | Qwen2Config) -> dict[str, Any]:
         "device": round((weights + resting + working) / GB, 1),
         "device_host": round((weights + working) / GB, 1),
         "host": round(resting / GB, 1),
-        "device_files": round((2 * outside + working) / GB, 1),
-        "disk": round((weights + resting + checkpoints) / GB, 1),
+        "device_files": round((2 * outside + working + passing) / GB, 1),
+        "disk": round((weights + resting - passing + checkpoints) / GB, 1),
         **{f"minutes_{way}": round(minutes(model, resting, way), 1) for way in WAYS},
     }
 
@@ -111,7 +112,8 @@ def minutes(model: PreTrainedModel, resting: int, way: str) -> float:
     }
     weights = sum(parameter.nbytes for parameter in model.parameters())
     streams = 12 * layers * 4 * tokens * shape.hidden_size * model.dtype.itemsize  # each step of a layer reads them
-    copied = 3 * resting + streams + READINGS.get(way, 0) * weights
+    repairs = 4 * layers * (26 * ffn**2 + 24 * ffn * shape.hidden_size) if way == "host" else 0  # the second one's sums
+    copied = 3 * resting + streams + repairs + READINGS.get(way, 0) * weights
     return (sum(count / RATES[dtype] for dtype, count in seconds.items()) + WAYS[way] * copied) / 60
 
 

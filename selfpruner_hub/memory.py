@@ -17,8 +17,9 @@ from selfpruner_hub.storage.offload import HostStore, TensorStore
 
 USABLE = 0.9
 """Share of the free memory that a run may take; the rest is for what operators take inside."""
-WORKING = 6
-"""Memory for the work on one layer, as a multiple of its weights and of the statistics of its output projections."""
+WORKING, PASSING = 2.95, 3
+"""Memory for the work on one layer, in multiples of its weights and of the statistics of its output projections: what
+operators read and write, and what the second repair keeps between its steps."""
 GIB = 2**30
 
 
@@ -29,6 +30,9 @@ class Needs(NamedTuple):
     """Most that rests at any time: factors, Fisher information, repaired weights, the pruned model, activations."""
     working: int
     """What the layer that is worked on takes."""
+    passing: int
+    """What the second repair of a layer keeps between its steps: on the host where other things rest there, else on the
+    device."""
 
 
 def store_for(model: PreTrainedModel, store: TensorStore, settings: PruneSettings, share: float) -> TensorStore:
@@ -49,7 +53,8 @@ def store_for(model: PreTrainedModel, store: TensorStore, settings: PruneSetting
     free = USABLE * free_memory(model.device)
     if store.apart or free == float("inf") or shape_of(model.config).expert_weights:  # a mixture has no large factors
         return store
-    resting, working = needs(model, settings, share)
+    resting, working, passing = needs(model, settings, share)
+    resting += passing
     if resting + working <= free:
         return store
     host = USABLE * psutil.virtual_memory().available / ranks.count()  # all processes are on one machine
@@ -101,4 +106,5 @@ def needs(model: PreTrainedModel, settings: PruneSettings, share: float) -> Need
     activations = settings.calibration_tokens * item * (6 * hidden + attention + 3 * ffn)
     resting = fisher + max(factors + outputs + max(outputs, pruned), pruned + activations)
     largest = max(sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers)
-    return Needs(int(resting), WORKING * (largest + 4 * (attention**2 + ffn**2)))
+    layer = largest + 4 * (attention**2 + ffn**2)
+    return Needs(int(resting), int(WORKING * layer), PASSING * layer)

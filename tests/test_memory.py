@@ -136,7 +136,11 @@ def test_the_memory_of_a_streamed_run(scaled_model, request, tmp_path):
     assert made.model.device.type == "gpu"
 
 
-@pytest.mark.parametrize("scaled_model", ["Llama-3.1-8B"], indirect=True)
+@pytest.mark.parametrize(
+    "scaled_model",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "Llama-3.1-8B"), id=name) for name in SCALED],
+    indirect=True,
+)
 def test_the_memory_of_a_run_that_rests_on_the_host(scaled_model, tmp_path, monkeypatch):
     """The device holds the weights, and what `memory.needs` counts for the layer that is worked on."""
     outside, weights, _ = bytes_of(scaled_model)
@@ -147,3 +151,15 @@ def test_the_memory_of_a_run_that_rests_on_the_host(scaled_model, tmp_path, monk
         with_free(monkeypatch, 1.2 * working, 0)
         pruner.prune(0.3, data=TEXT, progress=False, **settings)
     assert peak[0] <= outside + len(decoder_layers(scaled_model)) * weights + working
+
+
+def test_a_model_of_8_billion_weights_takes_20_gb_of_the_device():
+    """Where its weights rest there and all else on the host; the bound of the work on a layer is held above."""
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert weights + memory.needs(model, resolve("default"), 0.3).working <= 20e9

@@ -58,7 +58,7 @@ def damped_factor(gram: Tensor, ridge: float, unit: Tensor | None = None) -> Ten
     """Compute the lower Cholesky factor of H + λ · mean(diag H) · I.
 
     Args:
-        gram: H, `[D, D]`; not changed.
+        gram: H, `[D, D]`, float32; its diagonal changes while this runs, so that no copy is made.
         ridge: λ, at least 0; raised tenfold, up to `STRONGEST`, while the sum is not positive definite.
         unit: Scalar that replaces mean(diag H), if H is a block of a larger matrix and λ is in units of that matrix.
 
@@ -69,10 +69,11 @@ def damped_factor(gram: Tensor, ridge: float, unit: Tensor | None = None) -> Ten
         ModelError: The sum is not positive definite for any such λ (the activations are degenerate or not finite).
     """
     mean = ridge_unit(gram) if unit is None else unit
+    diagonal = gram.diagonal().clone()
     while True:
-        damped = gram.float().clone()
-        damped.diagonal().add_(ridge * mean)
-        factor = _factor(damped)
+        gram.diagonal().add_(ridge * mean)
+        factor = _factor(gram)
+        gram.diagonal().copy_(diagonal)
         if factor is not None:
             return factor
         if not mean.isfinite():

@@ -18,7 +18,7 @@ from selfpruner_hub.models.patching import replaced
 from selfpruner_hub.models.placement import placed
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
-LAYER_BATCH_TOKENS = 4096
+LAYER_BATCH_TOKENS = 2048
 """Number of tokens in one forward pass of a layer."""
 
 Last = Callable[[int, Tensor], Tensor]

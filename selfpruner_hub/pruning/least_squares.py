@@ -14,6 +14,8 @@ from selfpruner_hub import ranks
 from selfpruner_hub.calibration.ridge import as_seen, damped_factor, ridge_unit, split_held_out
 from selfpruner_hub.calibration.sums import add_gram, add_product
 from selfpruner_hub.models.devices import ieee_products, summed
+from selfpruner_hub.models.placement import to_device
+from selfpruner_hub.storage.offload import MEMORY, TensorStore
 
 _T = TypeVar("_T")
 ITERATIONS = 2
@@ -37,10 +39,17 @@ class LinearFit:
             and then every window is fitted.
         root: R, `[out, out]`, of the Fisher information (`fisher.output_fisher`): λ minimises ‖R (t - W x)‖². For one
             λ, the fit does not depend on R. None weights all errors equally.
+        store: Store for the sums while λ is sought.
     """
 
-    def __init__(self, module: nn.Linear, ridges: Sequence[float], root: Tensor | None = None) -> None:
-        self._module, self._ridges, self._root = module, ridges, root
+    def __init__(
+        self,
+        module: nn.Linear,
+        ridges: Sequence[float],
+        root: Tensor | None = None,
+        store: TensorStore = MEMORY,
+    ) -> None:
+        self._module, self._ridges, self._root, self._store = module, ridges, root, store
         self._fitted, self._held = _Sums(module), _Sums(module)
         self._windows = 0
 
@@ -63,7 +72,7 @@ class LinearFit:
             Index of the λ that was taken.
         """
         for sums in (self._fitted, self._held):
-            sums.add_up()
+            sums.add_up(self._store)
         weight = self._module.weight
         fitted = self._fitted.solver(weight)
         if not self._held.count:
@@ -127,19 +136,20 @@ class _Sums:
         add_gram(self._gram, x)
         add_product(self._cross, target, x)
 
-    def add_up(self) -> None:
-        """Add what the other processes summed."""
+    def add_up(self, store: TensorStore) -> None:
+        """Add what the other processes summed, divide by the number of tokens, and keep E[x xᵀ] in a store."""
         ranks.total(self._gram, self._cross)
         self.count = round(ranks.added(self.count))
+        self._cross.div_(max(1, self.count))
+        self._gram = store(self._gram.div_(max(1, self.count)))
 
     def solver(self, before: Tensor) -> Callable[[float], Tensor]:
         """Make the function λ → (E[t xᵀ] + λ W) (E[x xᵀ] + λ I)⁻¹."""
-        gram, cross = self._gram / self.count, self._cross / self.count
-        unit = ridge_unit(gram)
+        unit = ridge_unit(self._gram).to(before.device)
 
         def solve(ridge: float) -> Tensor:
-            right = cross + ridge * unit * before.float()
-            return torch.cholesky_solve(right.t(), damped_factor(gram, ridge)).t()
+            right = self._cross + ridge * unit * before.float()
+            return torch.cholesky_solve(right.t(), damped_factor(to_device(self._gram, before.device), ridge)).t()
 
         return solve
 
@@ -149,7 +159,7 @@ class _Sums:
 
         def error(weight: Tensor) -> float:
             seen = as_seen(weight, root)
-            return summed((seen @ self._gram - 2 * cross) * seen) / self.count
+            return summed((seen @ to_device(self._gram, weight.device)).sub_(cross, alpha=2).mul_(seen))
 
         return error
 
@@ -170,7 +180,9 @@ class Gated(NamedTuple):
 
 
 @ieee_products()
-def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tensor) -> Tensor:
+def fit_inputs(
+    stream: Callable[[], Iterable[Gated]], sizes: torch.Size, down: Tensor, store: TensorStore = MEMORY
+) -> Tensor:
     """Find the change of gate_proj and up_proj that best moves an FFN's output to its target: a Gauss-Newton step.
 
     min E‖rest - D Σ_k f_k ∘ (V_k h)‖² is linear least squares, exact for up_proj and of first order for gate_proj. Its
@@ -180,38 +192,27 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
 
     Args:
         stream: Function that iterates over all windows, once per call.
-        inputs: Weights of gate_proj and up_proj, `[K, F, H]`.
-        down: D, the weight of down_proj, times R where errors are loss-weighted, `[H, F]`; rounded to the dtype of the
-            products.
+        sizes: K, F and H, the sizes of the weights of gate_proj and up_proj.
+        down: D, the weight of down_proj, times R where errors are loss-weighted, `[H, F]`, in the dtype of products.
+        store: Store for what rests between two steps.
 
     Returns:
         V, `[K, F, H]`, float32; 0 if no step lowers the held-out error, or no window is held out.
     """
-    count, channels, hidden = inputs.shape
-    gates, read = (
-        torch.zeros(*sizes, dtype=torch.float32, device=inputs.device)
-        for sizes in ((count, channels, channels), (hidden, hidden))
-    )
-    down = down.to(inputs.dtype)
-    gradients = _Pair(inputs)
-    for h, factors, rest in stream():
-        gradients.add(rest @ down, factors, h)
-        for gate, factor in zip(gates, factors.flatten(0, 1)[::GATE_STRIDE].unbind(1), strict=True):
-            add_gram(gate, factor)
-        add_gram(read, h.flatten(0, 1))
-    ranks.total(*gradients.sums, gates, read)
-    fitted, held = gradients.sums
-    if not held.any():
-        return torch.zeros_like(fitted)
-    squares = down.float().t() @ down.float()
-    for gate in gates:  # in place, because they are the largest matrices of the repair
-        gate.copy_(damped_factor(gate.mul_(squares), PRECONDITIONER_DAMPING))
-    left = gates
-    del squares
+    device = down.device
+    gradients, gates, read = _gathered(stream, sizes, down, store)
+    if not gradients[1].any():
+        return torch.zeros(sizes, dtype=torch.float32, device=device)
     right = damped_factor(read, PRECONDITIONER_DAMPING)
 
+    def left_factor(gate: Tensor) -> Tensor:
+        gate = to_device(gate, device).mul_(down.float().t() @ down.float())
+        return store(damped_factor(gate, PRECONDITIONER_DAMPING))
+
+    left = [left_factor(gates.pop(0)) for _ in range(len(gates))]
+
     def products(direction: Tensor) -> tuple[Tensor, Tensor]:
-        pair, rounded = _Pair(inputs), direction.to(inputs.dtype)
+        pair, rounded = _Pair(sizes, device), direction.to(down.dtype)
         for h, factors, _rest in stream():
             changes = ((h @ v.t()).mul_(f) for v, f in zip(rounded, factors.unbind(-2), strict=True))
             pair.add(reduce(Tensor.add_, changes) @ down.t() @ down, factors, h)
@@ -219,7 +220,39 @@ def fit_inputs(stream: Callable[[], Iterable[Gated]], inputs: Tensor, down: Tens
         ranks.total(*pair.sums)
         return pair.sums
 
-    return descended((fitted, held), products, lambda gradient: _solved(gradient, left, right), ITERATIONS)
+    def solved(gradient: Tensor) -> Tensor:
+        solution = torch.empty(sizes, dtype=torch.float32, device=device)
+        for each, some, factor in zip(solution, gradient, left, strict=True):
+            halfway = torch.cholesky_solve(to_device(some, device), to_device(factor, device))  # [F, H]
+            each.copy_(torch.cholesky_solve(halfway.t(), right).t())
+        return solution
+
+    return descended(gradients, products, solved, ITERATIONS, store=store)
+
+
+def _gathered(
+    stream: Callable[[], Iterable[Gated]], sizes: torch.Size, down: Tensor, store: TensorStore
+) -> tuple[tuple[Tensor, Tensor], list[Tensor], Tensor]:
+    """The gradients on fitted and on held-out windows, E[f_k f_kᵀ] of each k, both in the store, and E[h hᵀ].
+
+    The stream is read twice, because a device may have no room for all of them.
+    """
+    count, channels, hidden = sizes
+    where: Any = {"dtype": torch.float32, "device": down.device}
+    read = torch.zeros(hidden, hidden, **where)
+    pair = _Pair(sizes, down.device)
+    for h, factors, rest in stream():
+        pair.add(rest @ down, factors, h)
+        add_gram(read, h.flatten(0, 1))
+    ranks.total(*pair.sums, read)
+    fitted, held = (store(each) for each in pair.sums)
+    del pair
+    gates = [torch.zeros(channels, channels, **where) for _ in range(count)]
+    for _h, factors, _rest in stream():
+        for gate, factor in zip(gates, factors.flatten(0, 1)[::GATE_STRIDE].unbind(1), strict=True):
+            add_gram(gate, factor)
+    ranks.total(*gates)
+    return (fitted, held), [store(each) for each in gates], read
 
 
 def descended(
@@ -228,16 +261,18 @@ def descended(
     solved: Callable[[Tensor], Tensor],
     iterations: int,
     root: Tensor | None = None,
+    store: TensorStore = MEMORY,
 ) -> Tensor:
     """Minimise a squared error by preconditioned conjugate gradients, until that on held-out windows stops falling.
 
     Args:
-        gradients: Gradients at 0 on fitted and on held-out windows; they are overwritten, since a few tensors of this
-            size are all that an accelerator may have room for.
+        gradients: Gradients at 0 on fitted and on held-out windows, in the store; they are overwritten, since a few
+            tensors of this size are all that an accelerator may have room for.
         products: Function that multiplies a direction by the matrices of the fitted and of the held-out windows.
         solved: Preconditioner.
         iterations: Maximum number of steps.
         root: R of the outputs, whose rows the change has: the held-out error is ‖R (rest - V x)‖²; None means R = I.
+        store: Store for what the products do not need.
 
     Returns:
         The change, of the shape of a gradient; 0 if no step lowers the held-out error.
@@ -246,31 +281,37 @@ def descended(
     rest = held.mul_(-2)  # the matrix of the held-out windows times the change, minus twice their gradient
     best, error = torch.zeros_like(fitted), 0.0
     direction = solved(fitted)
-    change, norm = best, (fitted * direction).sum()
-    for _ in range(iterations):
+    device = direction.device
+    norm = (to_device(fitted, device) * direction).sum()
+    for iteration in range(iterations):
         of_fitted, of_held = products(direction)
         step = norm / (direction * of_fitted).sum()
-        change = (step * direction).add_(change)
-        rest.add_(of_held.mul_(step))
+        change = (step * direction).add_(to_device(best, device))
+        held = to_device(rest, device).add_(of_held.mul_(step))
         del of_held
-        reached = (change * rest if root is None else as_seen(change, root) * as_seen(rest, root)).sum().item()
+        reached = (change * held if root is None else as_seen(change, root) * as_seen(held, root)).sum().item()
         if not reached < error:
             break
-        best, error = change, reached
-        fitted.sub_(of_fitted.mul_(step))
+        best, error = store(change), reached
+        if iteration == iterations - 1:
+            break
+        rest.copy_(held)
+        del change, held
+        gradient = to_device(fitted, device).sub_(of_fitted.mul_(step))
+        fitted.copy_(gradient)
         del of_fitted
-        preconditioned = solved(fitted)
-        before, norm = norm, (fitted * preconditioned).sum()
+        preconditioned = solved(gradient)
+        before, norm = norm, (gradient * preconditioned).sum()
         direction.mul_(norm / before).add_(preconditioned)
-        del preconditioned
-    return best
+        del gradient, preconditioned
+    return to_device(best, device)
 
 
 class _Pair:
     """Σ (f_k ∘ y) hᵀ over tokens, `[K, F, H]`, separately for fitted and held-out windows."""
 
-    def __init__(self, inputs: Tensor) -> None:
-        fitted, held = (torch.zeros_like(inputs, dtype=torch.float32) for _ in range(2))
+    def __init__(self, sizes: torch.Size, device: torch.device) -> None:
+        fitted, held = (torch.zeros(sizes, dtype=torch.float32, device=device) for _ in range(2))
         self.sums = (fitted, held)
         self._windows = 0
 
@@ -280,8 +321,3 @@ class _Pair:
             for total, factor in zip(self.sums[held], factors[rows].unbind(-2), strict=True):
                 add_product(total, (y[rows] * factor).flatten(0, 1), h[rows].flatten(0, 1))
         self._windows += len(h)
-
-
-def _solved(gradient: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    halfway = torch.cholesky_solve(gradient, left)  # [K, F, H]
-    return torch.cholesky_solve(halfway.mT, right.expand(len(left), -1, -1)).mT

@@ -56,7 +56,8 @@ def compensate(
     from its target by δ is ‖R δ‖², with RᵀR the Fisher information of that output in the dense model.
 
     Memory: six hidden states, the input of o_proj and three inputs of down_proj per token (these where the store is in
-    memory; else they are computed anew), and twice the statistics of one projection.
+    memory; else they are computed anew), and twice the statistics of one projection. Where the store is in the memory
+    of the host, sums and factors rest there too while they are not in use.
 
     Args:
         dense: The dense model.
@@ -101,6 +102,7 @@ def compensate(
             indices = dict(zip(("ridge.attention", "ridge.ffn"), map(torch.tensor, ridge_indices), strict=True))
             checkpoints.save(f"repair-{index}", {**layer.state_dict(), **indices})
             ffn.advance()
+        del targets, attention, ffn  # the next layer takes their room
         run.progress("repairing", index + 1, len(pairs))
 
 
@@ -149,7 +151,7 @@ class _Attention:
 
     def fit(self, targets: Targets, ridges: Sequence[float], root: Tensor | None, start: int | None) -> int:
         """Fit o_proj, and keep its inputs; see `LinearFit.apply` for λ."""
-        fit = LinearFit(self.output, ridges, root)
+        fit = LinearFit(self.output, ridges, root, self._store.briefly)
         for number, (target, _) in enumerate(on(self.output.weight.device, targets)):
             reached = Reached(self.output)
             self._moved.run(self._index, self._layer, number, [reached])
@@ -230,7 +232,7 @@ class _Ffn:
                 hidden.copy_(cast(Tensor, self._attention.run(number)))
 
     def _fit_down(self, ridges: Sequence[float], start: int | None) -> int:
-        fit = LinearFit(self._down, ridges, self._root)
+        fit = LinearFit(self._down, ridges, self._root, self._store.briefly)
         for number, (_, target) in enumerate(self._each()):
             fit.add(self._activations(number)[0], target)
         return fit.apply(start)
@@ -247,12 +249,12 @@ class _Ffn:
             for number, (rest,) in enumerate(on(rows[0].device, rests)):
                 yield Gated(self._input(number), self._activations(number)[1], rest)
 
-        stacked = torch.cat(rows).view(-1, *self._down.weight.t().shape)
-        down = as_seen(self._down.weight, self._root)
-        moved = fit_inputs(stream, stacked, down).add_(stacked).flatten(0, 1)
+        down = as_seen(self._down.weight, self._root).to(self._down.weight.dtype)
+        sizes = torch.Size((sum(map(len, rows)) // len(down.t()), *down.t().shape))
+        change = fit_inputs(stream, sizes, down, self._store.briefly).flatten(0, 1)
         before = [weight.clone() for weight in rows]
-        for weight, new in zip(rows, moved.split([len(weight) for weight in rows]), strict=True):
-            weight.copy_(new)
+        for weight, moved in zip(rows, change.split([len(weight) for weight in rows]), strict=True):
+            weight.copy_(moved.add_(weight))
         helps = _squared(self._rest(self._run(h), target) for h, target in _held(self._each())) < _squared(
             rest for (rest,) in _held(rests)
         )

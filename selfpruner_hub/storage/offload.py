@@ -24,6 +24,10 @@ class TensorStore(Protocol):
     """Whether tensors are copied to another place, from which they are read each time; else they stay where they are.
     """
 
+    @property
+    def briefly(self) -> TensorStore:
+        """Store for what is read again within moments: for that, files are too slow."""
+
     def __call__(self, tensor: Tensor) -> Tensor:
         """Store a tensor."""
 
@@ -42,6 +46,11 @@ class Memory:
 
     apart = False
 
+    @property
+    def briefly(self) -> TensorStore:
+        """This store."""
+        return self
+
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return the tensor itself."""
         return tensor
@@ -54,6 +63,11 @@ class _Arenas(ABC):
     """Store that copies tensors into large blocks, one behind the other; a block ends with the last of its tensors."""
 
     apart = True
+
+    @property
+    def briefly(self) -> TensorStore:
+        """This store."""
+        return self
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -130,6 +144,11 @@ class DiskStore(_Arenas):
         self._mapped = _resident_files() or 0  # by libraries: those of CUDA take hundreds of megabytes
         self._arena = self._opened(mmap.PAGESIZE)  # fails at once where the directory cannot be written
         threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True).start()
+
+    @property
+    def briefly(self) -> TensorStore:
+        """Leave them where they are: each would be written to the disk, and deleted."""
+        return MEMORY
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Store a tensor as `_Arenas` does, after pages are released."""

@@ -77,9 +77,9 @@ def roots():
 def test_of_the_ridges_of_the_second_repair(known, cut, roots, monkeypatch):
     used = {}
 
-    def spy(module, ridges, root=None):
+    def spy(module, ridges, root, store):
         used.setdefault(module, []).append(root)
-        return LinearFit(module, ridges, root)
+        return LinearFit(module, ridges, root, store)
 
     monkeypatch.setattr("selfpruner_hub.pruning.sequential_repair.LinearFit", spy)
     compensate(known[0], cut, WINDOWS, fisher=roots)
@@ -93,10 +93,10 @@ def test_of_the_step_of_gate_and_up(known, cut, roots, monkeypatch):
     """Errors of the FFN's output are weighed by its own R."""
     layers = iter(zip(decoder_layers(cut), roots, strict=True))
 
-    def spy(stream, inputs, down):
+    def spy(stream, sizes, down, store):
         layer, (_, ffn) = next(layers)
         torch.testing.assert_close(down, ffn @ layer.mlp.down_proj.weight)
-        return fit_inputs(stream, inputs, down)
+        return fit_inputs(stream, sizes, down, store)
 
     monkeypatch.setattr("selfpruner_hub.pruning.sequential_repair.fit_inputs", spy)
     compensate(known[0], cut, WINDOWS, fisher=roots)

@@ -173,7 +173,7 @@ def test_gate_and_up_stay_where_their_step_helps_no_window_that_is_held_out(monk
     before = [
         (layer.mlp.gate_proj.weight.clone(), layer.mlp.up_proj.weight.clone()) for layer in decoder_layers(pruned)
     ]
-    monkeypatch.setattr(sequential_repair, "fit_inputs", lambda _stream, inputs, _down: 10 * torch.ones_like(inputs))
+    monkeypatch.setattr(sequential_repair, "fit_inputs", lambda _stream, sizes, *_: torch.full(sizes, 10.0))
     compensate(model, pruned, WINDOWS)
     for layer, (gate, up) in zip(decoder_layers(pruned), before, strict=True):
         assert torch.equal(layer.mlp.gate_proj.weight, gate)
