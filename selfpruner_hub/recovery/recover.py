@@ -92,7 +92,10 @@ def recover(
             return score(before, measure(cast(PreTrainedModel, whole(model, pair.pruned))))
 
         distiller = task.distiller(student, check, schedule, texts, folder)
-        pace = Pace(schedule.seconds, run.progress)
+        seconds = schedule.seconds
+        if known is None and budget.minutes is not None:  # writing may have taken less than was expected
+            seconds = max(seconds or 0.0, 60 * budget.minutes - (time.monotonic() - started))
+        pace = Pace(seconds, run.progress)
         _train(distiller, pace)
         model = finished(student, pair.pruned)
     if is_first():

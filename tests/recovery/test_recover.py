@@ -19,7 +19,7 @@ from selfpruner_hub.recovery import deciding, distiller, divergence, texts
 from selfpruner_hub.recovery.deciding import is_better, score
 from selfpruner_hub.recovery.recover import curve, recover
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
-from selfpruner_hub.recovery.task import Pair
+from selfpruner_hub.recovery.task import Pair, Task
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
@@ -170,6 +170,20 @@ def test_it_ends_in_time(pair, tmp_path, monkeypatch):
     found = recovered(pair, tmp_path, progress=tick, budget=RecoveryBudget(minutes=2))
     assert found.record["stopped"] == distiller.LATE
     assert found.record["steps"] == 14
+
+
+def test_time_that_the_writing_did_not_take_is_for_the_steps(pair, tmp_path, monkeypatch):
+    now, scheduled = [0.0], Task.scheduled
+    monkeypatch.setattr(distiller.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("selfpruner_hub.recovery.task.step_seconds", lambda *_: 8.0)
+    monkeypatch.setattr(Task, "scheduled", lambda *args: scheduled(*args)._replace(seconds=30.0))
+
+    def tick(what, done, total):
+        now[0] += 8.0 if what == "recovering" else 0.0
+
+    found = recovered(pair, tmp_path, progress=tick, budget=RecoveryBudget(minutes=2))
+    assert not found.record["stopped"]
+    assert found.record["steps"] == 13
 
 
 class Stopped(Exception):  # noqa: N818
