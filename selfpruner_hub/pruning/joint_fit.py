@@ -12,7 +12,7 @@ from torch import Tensor
 from selfpruner_hub.calibration.ridge import damped_factor, split_held_out
 from selfpruner_hub.calibration.sums import add_gram, add_product
 from selfpruner_hub.models.devices import ieee_products
-from selfpruner_hub.pruning.least_squares import PRECONDITIONER_DAMPING, descended
+from selfpruner_hub.pruning.conjugate_gradients import PRECONDITIONER_DAMPING, descended
 
 STEPS_TOGETHER = 12
 """Maximum number of steps of conjugate gradients."""
