@@ -36,8 +36,6 @@ from selfpruner_hub.recovery.texts import Text
 
 CLIP = 1.0
 """Maximum norm of the gradient."""
-TRIALS = 3
-"""Times that the passes of a step are timed."""
 STATE = "trainer_state.json"
 """File that Trainer writes last into a checkpoint."""
 INTERRUPTED, LATE, BROKEN = "interrupted", "out of time", "the loss was no number"
@@ -270,42 +268,3 @@ def last_checkpoint(folder: Path) -> str | None:
             continue
         return checkpoint
     return None
-
-
-def step_seconds(
-    student: nn.Module, parent: PreTrainedModel, texts: Sequence[Text], batch: int, dtype: torch.dtype
-) -> float:
-    """Time the passes of a step, the fastest of a few: the first prepares kernels, others may be disturbed.
-
-    No weight changes.
-
-    Where FSDP will divide the weights, there may be no room for whole gradients: the backward pass counts as two
-    forward passes.
-
-    Args:
-        student: The student, before training.
-        parent: Its parent.
-        texts: Texts to read.
-        batch: Windows of a step that this process reads.
-        dtype: Dtype of the products.
-
-    Returns:
-        Seconds of a step.
-    """
-    windows = torch.cat([text.windows for text in texts])[:batch].to(parent.device)
-    counted = torch.cat([text.counted for text in texts])[:batch].to(parent.device)
-    inputs = {"input_ids": windows, "counted": counted}
-    seconds = []
-    for _ in range(TRIALS):
-        started = time.monotonic()
-        with (
-            torch.autocast(parent.device.type, dtype, enabled=dtype != torch.float32),
-            torch.set_grad_enabled(not ranks.sharded()),
-        ):
-            loss = distilled(student, cast(PreTrainedModel, student), parent, inputs, dtype)
-        if loss.requires_grad:
-            loss.backward()
-        loss.item()  # waits for an accelerator
-        student.zero_grad(set_to_none=True)
-        seconds.append(time.monotonic() - started)
-    return min(seconds) * (3 if ranks.sharded() else 1) * batch / len(windows)

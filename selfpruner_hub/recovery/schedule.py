@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
+from selfpruner_hub import ranks
 from selfpruner_hub.errors import UserError
+from selfpruner_hub.recovery.divergence import distilled
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -18,6 +23,8 @@ CHECKS, CHECKING = 5, 0.05
 """Most times that the model is measured on the deciding text, and the largest share of the time for it."""
 FEWEST = 4
 """Fewest steps that a recovery is begun for."""
+TRIALS = 3
+"""Times that the passes of a step are timed."""
 SCHEDULE = "recovery-schedule"
 """Name of the checkpoint of the schedule."""
 
@@ -144,3 +151,42 @@ def scheduled(texts: Sequence[Text], counts: Sequence[int], seed: int) -> list[t
         shift = torch.rand(1, generator=generator).item()
         placed += [((place + shift) / count, number, window) for place, window in enumerate(order[:count])]
     return [(number, window) for _, number, window in sorted(placed)]
+
+
+def step_seconds(
+    student: nn.Module, parent: PreTrainedModel, texts: Sequence[Text], batch: int, dtype: torch.dtype
+) -> float:
+    """Time the passes of a step, the fastest of a few: the first prepares kernels, others may be disturbed.
+
+    No weight changes.
+
+    Where FSDP will divide the weights, there may be no room for whole gradients: the backward pass counts as two
+    forward passes.
+
+    Args:
+        student: The student, before training.
+        parent: Its parent.
+        texts: Texts to read.
+        batch: Windows of a step that this process reads.
+        dtype: Dtype of the products.
+
+    Returns:
+        Seconds of a step.
+    """
+    windows = torch.cat([text.windows for text in texts])[:batch].to(parent.device)
+    counted = torch.cat([text.counted for text in texts])[:batch].to(parent.device)
+    inputs = {"input_ids": windows, "counted": counted}
+    seconds = []
+    for _ in range(TRIALS):
+        started = time.monotonic()
+        with (
+            torch.autocast(parent.device.type, dtype, enabled=dtype != torch.float32),
+            torch.set_grad_enabled(not ranks.sharded()),
+        ):
+            loss = distilled(student, cast(PreTrainedModel, student), parent, inputs, dtype)
+        if loss.requires_grad:
+            loss.backward()
+        loss.item()  # waits for an accelerator
+        student.zero_grad(set_to_none=True)
+        seconds.append(time.monotonic() - started)
+    return min(seconds) * (3 if ranks.sharded() else 1) * batch / len(windows)

@@ -20,9 +20,9 @@ from selfpruner_hub.calibration.served_model import ServedModel
 from selfpruner_hub.calibration.text_sources import tokenizer_hash
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.ranks import from_first
-from selfpruner_hub.recovery.distiller import Distiller, Windows, arguments, step_seconds
+from selfpruner_hub.recovery.distiller import Distiller, Windows, arguments
 from selfpruner_hub.recovery.process import check_processes
-from selfpruner_hub.recovery.schedule import Schedule, Timed, keep, planned, scheduled
+from selfpruner_hub.recovery.schedule import Schedule, Timed, keep, planned, scheduled, step_seconds
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text, Writer, shares
 from selfpruner_hub.recovery.trainable import compute_dtype, uses_adapters
