@@ -81,7 +81,6 @@ def row(name: str, config: LlamaConfig | Qwen2Config) -> dict[str, Any]:
     model.tie_weights()
     settings = resolve("default")
     resting, working, passing = needs(model, settings, BETA)
-    resting += passing
     weights = sum(parameter.nbytes for parameter in model.parameters())
     in_layers = sum(parameter.nbytes for parameter in decoder_layers(model).parameters())
     outside = weights - in_layers
@@ -90,11 +89,11 @@ def row(name: str, config: LlamaConfig | Qwen2Config) -> dict[str, Any]:
         "model": name,
         "parameters": round(model.num_parameters() / 1e9, 2),
         "weights": round(weights / GB, 1),
-        "device": round((weights + resting + working) / GB, 1),
+        "device": round((weights + resting + passing + working) / GB, 1),
         "device_host": round((weights + working) / GB, 1),
-        "host": round(resting / GB, 1),
-        "device_files": round((2 * outside + working + passing) / GB, 1),
-        "disk": round((weights + resting - passing + checkpoints) / GB, 1),
+        "host": round((resting + passing) / GB, 1),
+        "device_files": round((2 * outside + passing + working) / GB, 1),
+        "disk": round((weights + resting + checkpoints) / GB, 1),
         **{f"minutes_{way}": round(minutes(model, resting, way), 1) for way in WAYS},
     }
 

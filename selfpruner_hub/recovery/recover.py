@@ -85,6 +85,8 @@ def recover(
         known = from_first(lambda: kept(task.run.checkpoints))
         schedule = known or task.scheduled(student, deciding, writing, started)
         texts = from_first(lambda: task.texts(writer, schedule, deciding))
+        if known is None:
+            schedule = task.prolonged(schedule, started)
         measure = Deciding(pair.parent, texts.deciding)
         before = measure(pair.pruned)
 
@@ -92,10 +94,7 @@ def recover(
             return score(before, measure(cast(PreTrainedModel, whole(model, pair.pruned))))
 
         distiller = task.distiller(student, check, schedule, texts, folder)
-        seconds = schedule.seconds
-        if known is None and budget.minutes is not None:  # writing may have taken less than was expected
-            seconds = max(seconds or 0.0, 60 * budget.minutes - (time.monotonic() - started))
-        pace = Pace(seconds, run.progress)
+        pace = Pace(schedule.seconds, run.progress)
         _train(distiller, pace)
         model = finished(student, pair.pruned)
     if is_first():

@@ -120,17 +120,28 @@ class Task:
     def scheduled(
         self, student: nn.Module, deciding: Sequence[Text], writing: Mapping[str, float], started: float
     ) -> Schedule:
-        """Choose how much is written and read, and keep it for a resumed recovery."""
+        """Choose how much is written and read."""
         timed = self.budget.minutes is not None
         step = step_seconds(student, self.pair.parent, deciding, self.part, self.dtype) if timed else 0.0
         spent = Timed(writing, step, time.monotonic() - started)
+        return self._kept(lambda: planned(self.budget, self.kinds, self.batch, self.window, self.settings, spent))
 
-        def plan() -> Schedule:
-            schedule = planned(self.budget, self.kinds, self.batch, self.window, self.settings, spent)
+    def prolonged(self, schedule: Schedule, started: float) -> Schedule:
+        """Give the steps the time that is left, since writing may have taken less than was expected."""
+        if self.budget.minutes is None or schedule.seconds is None:
+            return schedule
+        seconds = max(schedule.seconds, 60 * self.budget.minutes - (time.monotonic() - started))
+        return self._kept(lambda: schedule._replace(seconds=seconds))
+
+    def _kept(self, plan: Callable[[], Schedule]) -> Schedule:
+        """The schedule of the first process, kept for a resumed recovery."""
+
+        def make() -> Schedule:
+            schedule = plan()
             keep(self.run.checkpoints, schedule)
             return schedule
 
-        return from_first(plan)
+        return from_first(make)
 
     def texts(self, writer: Writer, schedule: Schedule, deciding: Sequence[Text]) -> RecoveryTexts:
         """Write and read all texts, and split off what decides beside `deciding`."""

@@ -6,6 +6,7 @@ import copy
 import os
 import random
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,13 @@ def test_it_ends_in_time(pair, tmp_path, monkeypatch):
     assert found.record["steps"] == 14
 
 
-def test_time_that_the_writing_did_not_take_is_for_the_steps(pair, tmp_path, monkeypatch):
+class Stopped(Exception):  # noqa: N818
+    """What ends a process, without a signal."""
+
+
+@pytest.mark.parametrize("stops_at", [None, 6])
+def test_time_that_the_writing_did_not_take_is_for_the_steps(stops_at, pair, tmp_path, monkeypatch):
+    """Also for those of a resumed recovery."""
     now, scheduled = [0.0], Task.scheduled
     monkeypatch.setattr(distiller.time, "monotonic", lambda: now[0])
     monkeypatch.setattr("selfpruner_hub.recovery.task.step_seconds", lambda *_: 8.0)
@@ -180,14 +187,15 @@ def test_time_that_the_writing_did_not_take_is_for_the_steps(pair, tmp_path, mon
 
     def tick(what, done, total):
         now[0] += 8.0 if what == "recovering" else 0.0
+        if what == "recovering" and done == stops_at:
+            raise Stopped
 
+    with nullcontext() if stops_at is None else pytest.raises(Stopped):
+        recovered(pair, tmp_path, progress=tick, budget=RecoveryBudget(minutes=2))
+    stops_at = None
     found = recovered(pair, tmp_path, progress=tick, budget=RecoveryBudget(minutes=2))
     assert not found.record["stopped"]
     assert found.record["steps"] == 13
-
-
-class Stopped(Exception):  # noqa: N818
-    """What ends a process, without a signal."""
 
 
 @pytest.mark.parametrize("step", [1, 5, 11])
