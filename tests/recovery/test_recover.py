@@ -19,8 +19,9 @@ from selfpruner_hub.errors import DataError, OutputError, UserError
 from selfpruner_hub.recovery import deciding, distiller, divergence, texts
 from selfpruner_hub.recovery.deciding import is_better, score
 from selfpruner_hub.recovery.recover import curve, recover
+from selfpruner_hub.recovery.schedule import planned
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
-from selfpruner_hub.recovery.task import Pair, Task
+from selfpruner_hub.recovery.task import Pair
 from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
 
@@ -180,10 +181,10 @@ class Stopped(Exception):  # noqa: N818
 @pytest.mark.parametrize("stops_at", [None, 6])
 def test_time_that_the_writing_did_not_take_is_for_the_steps(stops_at, pair, tmp_path, monkeypatch):
     """Also for those of a resumed recovery."""
-    now, scheduled = [0.0], Task.scheduled
+    now = [0.0]
     monkeypatch.setattr(distiller.time, "monotonic", lambda: now[0])
     monkeypatch.setattr("selfpruner_hub.recovery.task.step_seconds", lambda *_: 8.0)
-    monkeypatch.setattr(Task, "scheduled", lambda *args: scheduled(*args)._replace(seconds=30.0))
+    monkeypatch.setattr("selfpruner_hub.recovery.task.planned", lambda *args: planned(*args)._replace(seconds=30.0))
 
     def tick(what, done, total):
         now[0] += 8.0 if what == "recovering" else 0.0
