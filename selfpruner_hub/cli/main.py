@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from selfpruner_hub.cli import benchmark, evaluate, export, prune, publish, recover, verify
+from selfpruner_hub.cli import benchmark, evaluate, export, prune, publish, recover, settings, verify
 from selfpruner_hub.cli.options import Result, Verb, number, path, quieten
 from selfpruner_hub.errors import SelfPrunerError, UserError
 
@@ -97,9 +97,7 @@ VERBS = {
         "distil a pruned model from its parent; never worse than before", recover.add_arguments, recover.run
     ),
     "settings": Verb(
-        "list the settings that prune takes by --set, with their defaults",
-        prune.add_settings_arguments,
-        prune.list_settings,
+        "list the settings that prune takes by --set, with their defaults", settings.add_arguments, settings.run
     ),
     "evaluate": Verb(
         "measure perplexity, answers and tasks of a dense or pruned model", evaluate.add_arguments, evaluate.run

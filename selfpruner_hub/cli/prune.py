@@ -1,11 +1,9 @@
-"""The verbs `selfpruner prune` and `selfpruner settings`, which lists what `prune --set` takes."""
+"""The verb `selfpruner prune`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import textwrap
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +26,8 @@ from selfpruner_hub.errors import OutputError, UserError
 from selfpruner_hub.settings import (
     PRESETS,
     SEARCH,
-    DescribedSetting,
     check_minutes,
     check_seed,
-    explained,
     proposer_options,
     resolve,
 )
@@ -41,7 +37,7 @@ if TYPE_CHECKING:
     from selfpruner_hub.storage.model_record import Record
 
 SETTINGS_WITH_OPTION = ("fitness", "evaluations")
-"""Names of the settings that have their own option."""
+"""Names of settings that have an option of their own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -291,40 +287,3 @@ def _request(text: str) -> tuple[int, int]:
     if not (plus and prompt.isdecimal() and new_tokens.isdecimal()):
         raise UserError(f"--request expects two numbers of tokens, such as 128+32; got {text!r}.")
     return int(prompt), int(new_tokens)
-
-
-def add_settings_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the verb.
-
-    Args:
-        parser: Parser of the verb.
-    """
-    names = ", ".join(PRESETS)
-    parser.add_argument("--preset", default="default", help=f"its values: {names} (default: %(default)s)")
-
-
-def list_settings(options: argparse.Namespace) -> Result:
-    """List the settings that `selfpruner prune --set` takes.
-
-    Args:
-        options: Parsed command line.
-
-    Returns:
-        Each setting with its default, as `--set` takes it, and its meaning; or JSON.
-
-    Raises:
-        UserError: The preset is unknown.
-    """
-    every = explained(options.preset)
-    settings = [setting for setting in every if setting.name.rpartition(".")[2] not in SETTINGS_WITH_OPTION]
-    if options.json:
-        return Result(json.dumps([asdict(setting) for setting in settings]))
-    width = min(100, shutil.get_terminal_size().columns)
-    first = f"Settings of the preset {options.preset}. `selfpruner prune` changes one by --set NAME=VALUE."
-    return Result("\n".join([first, *(_described(setting, width) for setting in settings)]))
-
-
-def _described(setting: DescribedSetting, width: int) -> str:
-    value = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)
-    meaning = textwrap.fill(setting.meaning, width, initial_indent="    ", subsequent_indent="    ")
-    return f"\n{setting.name}={value}\n{meaning}"
