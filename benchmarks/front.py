@@ -44,7 +44,7 @@ from selfpruner_hub.storage.run import Run
 
 BETA = 0.3
 OURS = {
-    **{preset: ("--preset", preset) for preset in ("draft", "fast", "default", "best")},
+    **{preset: ("--preset", preset) for preset in ("draft", "default", "best")},
     **{f"{minutes} minutes": ("--minutes", str(minutes)) for minutes in (3, 10, 30, 60)},
 }
 """Options of each of our rows: a preset only cuts, minutes are those of cut and recovery."""

@@ -23,7 +23,9 @@ from selfpruner_hub.plans.target import REQUEST, Target
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 
-SPEEDUP, RUNTIMES, PRESET = 1.3, ("onnx", "gguf"), "fast"
+SPEEDUP, RUNTIMES = 1.3, ("onnx", "gguf")
+SETTINGS: dict[str, Any] = {"calibration_tokens": 10_240, "shares": 1.0, "seeds": ("sensitivity",)}
+"""Little text, because every β to try is a run."""
 ALIKE, TRIES = 0.02, 4
 """Relative difference of two measured speed-ups, which is within the noise; number of values of β to try."""
 
@@ -36,7 +38,7 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
     rows, pruner = Rows(work / "rows.jsonl"), AutoPruner.from_pretrained(**embedded_model())
     articles, chat = Unseen(unseen_text, pruner.tokenizer).windows[512], Chat(pruner.model, pruner.tokenizer, work)
     teacher = teach(pruner.model, articles)
-    settings: dict[str, Any] = {"preset": PRESET, "data": DATA + search_text}
+    settings: dict[str, Any] = SETTINGS | {"data": DATA + search_text}
 
     def row(runtime: str, plan: str, pruned: PrunedModel, costs: Costs, times: Times) -> dict[str, Any]:
         return {
@@ -71,7 +73,7 @@ def main(work: Path, search_text: str, unseen_text: str, runtimes: Sequence[str]
             measure(runtime, python or None)
         write(
             "targets",
-            f"SmolLM2-135M-Instruct, `prune --target speedup={SPEEDUP:g} --preset {PRESET}` on "
+            f"SmolLM2-135M-Instruct, `prune --target speedup={SPEEDUP:g}` with {SETTINGS} on "
             f"{DATA}{Path(search_text).name}, FFN widths in multiples of {pruner.shape.default_multiple}, for a "
             f"request of {REQUEST[0]} + {REQUEST[1]} tokens on the CPU in float32 (llama.cpp: float16, vLLM: "
             f"bfloat16); beside it the plan of a β that was measured as fast, within {100 * ALIKE:g} %, or the nearest "

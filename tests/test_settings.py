@@ -75,7 +75,7 @@ def test_a_search_without_evaluations_needs_no_children():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"preset": "papers"}, "Unknown preset 'papers'.*default, draft, fast, best, paper"),
+        ({"preset": "papers"}, "Unknown preset 'papers'.*default, draft, best, paper"),
         ({"betta": 1, "alpha": 2}, "Unknown setting alpha, betta.*importance"),
         ({"evaluations": -1}, "evaluations must be a number from 0 "),
         ({"evaluations": float("nan")}, "evaluations must be a number from 0 "),
@@ -163,7 +163,6 @@ def test_a_former_name_leads_to_the_new_one(name):
     [
         ("default", (73_728, 8_192, 16_384)),
         ("draft", (4_096, 1_024, 2_048)),
-        ("fast", (10_240, 2_048, 4_096)),
         ("best", (131_072, 16_384, 16_384)),
         ("paper", (32_768, 8_192, 2_048)),
     ],
@@ -197,5 +196,5 @@ def test_a_meaning_is_the_docstring_in_one_line():
 
 
 def test_a_preset_that_is_unknown_is_not_explained():
-    with pytest.raises(UserError, match="Unknown preset 'papers'.*default, draft, fast, best, paper"):
+    with pytest.raises(UserError, match="Unknown preset 'papers'.*default, draft, best, paper"):
         explained("papers")

@@ -31,11 +31,9 @@ class Cost(NamedTuple):
     """Cost of what does not depend on the text: order, factors, solutions."""
 
 
-COSTS = {"default": Cost(12.0, 140_000.0), "fast": Cost(12.0, 70_000.0), "draft": Cost(11.0, 10_000.0)}
-"""Presets to choose from, the best first. Fitted by hand to runs of 10 k to 74 k tokens on processors without AMX. It
+COSTS = {"default": Cost(12.0, 140_000.0), "draft": Cost(11.0, 10_000.0)}
+"""Presets to choose from, the better first. Fitted by hand to runs of 10 k to 74 k tokens on processors without AMX. It
 need not be exact: what the cut takes less, recovery takes more."""
-BEFORE_RECOVERY = ("default", "draft")
-"""Those to choose from where recovery follows: in the time of a second repair on little text, it brings more."""
 NO_SEARCH = "no search: the best starting point is taken (evaluations=N asks for one)"
 
 
@@ -87,7 +85,7 @@ def fitting_preset(
     resolved: Callable[[str | None], PruneSettings],
     checkpoints: Checkpoints,
 ) -> str:
-    """Choose the best preset that fits into some minutes, by a rough estimate.
+    """Choose the default preset if it fits into some minutes, by a rough estimate, else the draft.
 
     Args:
         minutes: Minutes of the whole run, above 0.
@@ -110,10 +108,9 @@ def fitting_preset(
         name: (cost.fixed + cost.token * resolved(name).calibration_tokens) * second / 60
         for name, cost in COSTS.items()
     }
-    *better, quickest = COSTS if recover is not None else BEFORE_RECOVERY
     most = CUT_SHARE * minutes if recover is None else minutes - recover
-    preset = next((name for name in better if took[name] <= most), quickest)
-    if preset == quickest and took[preset] > minutes - (recover or 0):
+    preset = "default" if took["default"] <= most else "draft"
+    if preset == "draft" and took[preset] > minutes - (recover or 0):
         raise UserError(
             f"Pruning this model on this device takes about {took[preset]:.1f} minutes or more; "
             f"{minutes - (recover or 0):g} are too few.",

@@ -27,13 +27,6 @@ PRESETS = {
         fitness_tokens=2_048,
         seeds=("sensitivity",),
     ),
-    "fast": PruneSettings(
-        calibration_tokens=10_240,
-        shares=1.0,
-        fisher_tokens=2_048,
-        fitness_tokens=4_096,
-        seeds=("sensitivity",),
-    ),
     "best": PruneSettings(calibration_tokens=131_072, fisher_tokens=16_384),
     # arXiv 2502.14413: population 30, 20 iterations of 10 crossover and 10 mutation children, rates in 0.1 to 0.9,
     # one rate a layer, Wanda-sp, no repair, perplexity.

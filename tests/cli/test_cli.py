@@ -443,7 +443,7 @@ def test_beta_out_of_range(beta, assert_mistake, dense, text, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--preset", "papers"], "Unknown preset 'papers'. Choose one of: default, draft, fast, best, paper."),
+        (["--preset", "papers"], "Unknown preset 'papers'. Choose one of: default, draft, best, paper."),
         (["--proposer", "oracle"], "Unknown proposer 'oracle'. Choose self, evolution, slopes, random"),
         (["--fitness", "accuracy"], "Unknown fitness 'accuracy'. Choose from: kl, perplexity."),
         (["--evaluations", "many"], "evaluations must be a number"),
