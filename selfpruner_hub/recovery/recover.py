@@ -18,7 +18,6 @@ from selfpruner_hub.ranks import from_first, is_first, spread
 from selfpruner_hub.recovery.deciding import Deciding, PlainQuestions, answers_fewer, is_better, score
 from selfpruner_hub.recovery.distiller import Distiller, Pace, last_checkpoint
 from selfpruner_hub.recovery.process import undisturbed, writable
-from selfpruner_hub.recovery.schedule import kept
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.task import Pair, Task
 from selfpruner_hub.recovery.texts import Writer
@@ -82,11 +81,8 @@ def recover(
     with undisturbed(pair.pruned.device):
         torch.manual_seed(run.seed)  # adapters begin at random
         student = trainable(pair.pruned, settings, task.adapters)
-        known = from_first(lambda: kept(task.run.checkpoints))
-        schedule = known or task.scheduled(student, deciding, writing, started)
-        texts = from_first(lambda: task.texts(writer, schedule, deciding))
-        if known is None:
-            schedule = task.prolonged(schedule, started)
+        first = task.scheduled(student, deciding, writing, started)
+        texts, schedule = from_first(lambda: task.texts(writer, first, deciding, started))
         measure = Deciding(pair.parent, texts.deciding)
         before = measure(pair.pruned)
 

@@ -25,8 +25,8 @@ FEWEST = 4
 """Fewest steps that a recovery is begun for."""
 TRIALS = 3
 """Times that the passes of a step are timed."""
-SCHEDULE = "recovery-schedule"
-"""Name of the checkpoint of the schedule."""
+PLANNED, PROLONGED = "recovery-planned", "recovery-prolonged"
+"""Names of the checkpoints of the schedule before the texts are written, and after."""
 
 
 class Timed(NamedTuple):
@@ -64,6 +64,21 @@ class Schedule(NamedTuple):
         affordable = int(CHECKING * self.steps * 3 * batch / deciding)
         return settings.checks or max(1, min(CHECKS, affordable))
 
+    def prolonged(self, seconds: float) -> Schedule:
+        """Fill more time with more steps, which read more windows of each kind, or the same ones once more.
+
+        Args:
+            seconds: Time of all steps.
+
+        Returns:
+            The longer schedule; this one where it has no limit, or as much time already.
+        """
+        if self.seconds is None or seconds <= self.seconds:
+            return self
+        steps = int(self.steps * seconds / self.seconds)
+        windows = sum(self.counts)
+        return Schedule(steps, shared(self.counts, windows // self.steps * steps), seconds)
+
 
 def planned(
     budget: RecoveryBudget, kinds: Sequence[Share], batch: int, window: int, settings: RecoverySettings, timed: Timed
@@ -99,36 +114,55 @@ def planned(
         needed = f"minutes={(timed.spent + FEWEST * each) / 60:.1f}"
     if steps < FEWEST:
         raise UserError("That is too little for a recovery.", f"Give it at least {needed} on this machine.")
-    counts = [max(1, round(kind.share * steps * batch)) for kind in kinds]
-    counts[counts.index(max(counts))] += steps * batch - sum(counts)
-    return Schedule(steps, counts, seconds)
+    return Schedule(steps, shared([kind.share for kind in kinds], steps * batch), seconds)
 
 
-def kept(checkpoints: Checkpoints) -> Schedule | None:
-    """Return the schedule that was kept, since a second timing might lead to another one.
+def shared(weights: Sequence[float], windows: int) -> list[int]:
+    """Share windows between kinds of text, at least one for each.
+
+    Args:
+        weights: Weight of each kind.
+        windows: Number of windows.
+
+    Returns:
+        Number of windows of each kind.
+    """
+    counts = [max(1, round(weight / sum(weights) * windows)) for weight in weights]
+    counts[counts.index(max(counts))] += windows - sum(counts)
+    return counts
+
+
+def kept(checkpoints: Checkpoints, name: str) -> Schedule | None:
+    """Return a schedule that was kept, since a second timing might lead to another one.
 
     Args:
         checkpoints: Checkpoints of the recovery.
+        name: Name of the schedule.
 
     Returns:
         The schedule; None if none was kept.
     """
-    if (tensors := checkpoints.load(SCHEDULE)) is None:
+    if (tensors := checkpoints.load(name)) is None:
         return None
     seconds = float(tensors["seconds"])
     return Schedule(int(tensors["steps"]), tensors["counts"].tolist(), seconds if seconds >= 0 else None)
 
 
-def keep(checkpoints: Checkpoints, schedule: Schedule) -> None:
+def keep(checkpoints: Checkpoints, name: str, schedule: Schedule) -> Schedule:
     """Keep a schedule for a resumed recovery.
 
     Args:
         checkpoints: Checkpoints of the recovery.
+        name: Name of the schedule.
         schedule: Schedule to keep.
+
+    Returns:
+        The schedule.
     """
     values = {"steps": schedule.steps, "seconds": -1.0 if schedule.seconds is None else schedule.seconds}
     tensors = {name: torch.tensor(value) for name, value in values.items()}
-    checkpoints.save(SCHEDULE, {**tensors, "counts": torch.tensor(schedule.counts)})
+    checkpoints.save(name, {**tensors, "counts": torch.tensor(schedule.counts)})
+    return schedule
 
 
 def scheduled(texts: Sequence[Text], counts: Sequence[int], seed: int) -> list[tuple[int, int]]:

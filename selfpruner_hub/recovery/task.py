@@ -22,7 +22,17 @@ from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.ranks import from_first
 from selfpruner_hub.recovery.distiller import Distiller, Windows, arguments
 from selfpruner_hub.recovery.process import check_processes
-from selfpruner_hub.recovery.schedule import Schedule, Timed, keep, planned, scheduled, step_seconds
+from selfpruner_hub.recovery.schedule import (
+    PLANNED,
+    PROLONGED,
+    Schedule,
+    Timed,
+    keep,
+    kept,
+    planned,
+    scheduled,
+    step_seconds,
+)
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text, Writer, shares
 from selfpruner_hub.recovery.trainable import compute_dtype, uses_adapters
@@ -120,36 +130,36 @@ class Task:
     def scheduled(
         self, student: nn.Module, deciding: Sequence[Text], writing: Mapping[str, float], started: float
     ) -> Schedule:
-        """Choose how much is written and read."""
+        """Choose how much is written and read, or take what was chosen before."""
+        checkpoints = self.run.checkpoints
+        if (known := from_first(lambda: kept(checkpoints, PLANNED))) is not None:
+            return known
         timed = self.budget.minutes is not None
         step = step_seconds(student, self.pair.parent, deciding, self.part, self.dtype) if timed else 0.0
         spent = Timed(writing, step, time.monotonic() - started)
-        return self._kept(lambda: planned(self.budget, self.kinds, self.batch, self.window, self.settings, spent))
+        sizes = self.kinds, self.batch, self.window, self.settings
+        return from_first(lambda: keep(checkpoints, PLANNED, planned(self.budget, *sizes, spent)))
 
-    def prolonged(self, schedule: Schedule, started: float) -> Schedule:
-        """Give the steps the time that is left, since writing may have taken less than was expected."""
-        if self.budget.minutes is None or schedule.seconds is None:
-            return schedule
-        seconds = max(schedule.seconds, 60 * self.budget.minutes - (time.monotonic() - started))
-        return self._kept(lambda: schedule._replace(seconds=seconds))
-
-    def _kept(self, plan: Callable[[], Schedule]) -> Schedule:
-        """The schedule of the first process, kept for a resumed recovery."""
-
-        def make() -> Schedule:
-            schedule = plan()
-            keep(self.run.checkpoints, schedule)
-            return schedule
-
-        return from_first(make)
-
-    def texts(self, writer: Writer, schedule: Schedule, deciding: Sequence[Text]) -> RecoveryTexts:
-        """Write and read all texts, and split off what decides beside `deciding`."""
+    def texts(
+        self, writer: Writer, schedule: Schedule, deciding: Sequence[Text], started: float
+    ) -> tuple[RecoveryTexts, Schedule]:
+        """Write and read all texts, split off what decides beside `deciding`, and prolong the schedule."""
         amounts = zip(self.kinds, schedule.counts, strict=True)
         pairs = [writer.training(kind, count, self.settings.passes) for kind, count in amounts]
         training = [text for text, _ in pairs]
         held = [text for _, text in pairs if text is not None]
-        return RecoveryTexts(training, [*deciding, *held], scheduled(training, schedule.counts, self.run.seed))
+        schedule = self._prolonged(schedule, started)
+        order = scheduled(training, schedule.counts, self.run.seed)
+        return RecoveryTexts(training, [*deciding, *held], order), schedule
+
+    def _prolonged(self, schedule: Schedule, started: float) -> Schedule:
+        """Fill the time that is left, since writing may have taken less than was expected."""
+        if self.budget.minutes is None:
+            return schedule
+        if (known := kept(self.run.checkpoints, PROLONGED)) is not None:
+            return known
+        left = 60 * self.budget.minutes - (time.monotonic() - started)
+        return keep(self.run.checkpoints, PROLONGED, schedule.prolonged(left))
 
     def distiller(
         self,

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.recovery.schedule import OVERHEAD, Schedule, Timed, keep, kept, planned, scheduled
+from selfpruner_hub.recovery.schedule import (
+    OVERHEAD,
+    PLANNED,
+    PROLONGED,
+    Schedule,
+    Timed,
+    keep,
+    kept,
+    planned,
+    scheduled,
+)
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.recovery.texts import Share, Text
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -45,10 +55,18 @@ def test_too_little_is_refused(budget, told):
 @pytest.mark.parametrize("schedule", [Schedule(48, [48, 144], None), Schedule(3, [12], 12.5)])
 def test_a_schedule_is_kept(schedule, tmp_path):
     checkpoints = Checkpoints(tmp_path, "run")
-    assert kept(checkpoints) is None
-    keep(checkpoints, schedule)
-    assert kept(Checkpoints(tmp_path, "run")) == schedule
-    assert kept(Checkpoints(tmp_path, "other")) is None
+    assert kept(checkpoints, PLANNED) is None
+    assert keep(checkpoints, PLANNED, schedule) == schedule
+    assert kept(Checkpoints(tmp_path, "run"), PLANNED) == schedule
+    assert kept(Checkpoints(tmp_path, "run"), PROLONGED) is None
+    assert kept(Checkpoints(tmp_path, "other"), PLANNED) is None
+
+
+def test_more_time_is_filled_with_more_steps():
+    short = Schedule(10, [10, 1, 29], 50.0)
+    assert short.prolonged(76.0) == Schedule(15, [15, 2, 43], 76.0)
+    assert short.prolonged(49.0) == short
+    assert Schedule(10, [40], None).prolonged(90.0) == Schedule(10, [40], None)
 
 
 def test_texts_are_mixed_evenly_and_repeated_alike():
