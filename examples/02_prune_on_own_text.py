@@ -4,7 +4,7 @@ python examples/02_prune_on_own_text.py HuggingFaceTB/SmolLM2-135M-Instruct conv
 
 Each line of the file is one conversation:
 {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "How can I help?"}]}
-The default settings take 135 k tokens of it here. A shorter file is enough if it has half as many.
+The default settings take 68 k tokens of it here. A shorter file is enough if it has half as many.
 """
 
 import sys

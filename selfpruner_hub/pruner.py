@@ -40,7 +40,7 @@ from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruning.prepare import check_model
 from selfpruner_hub.pruning.temperature import match_confidence
 from selfpruner_hub.search.choose_proposer import choose_proposer
-from selfpruner_hub.search.effort import minutes_left, with_effort
+from selfpruner_hub.search.effort import minutes_left, recoverable, with_effort
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.settings import check_minutes, check_seed, resolve
@@ -229,7 +229,7 @@ class AutoPruner:
             minutes: Minutes of the whole run: the preset (where none is given) is what fits by a rough estimate
                 (`search.effort`), and recovery takes the rest. None takes the preset, without recovery.
             recover: Minutes of recovery after the cut (`PrunedModel.recover`); the cut has the rest of `minutes`. 0
-                trains nothing.
+                trains nothing, as does a model in files (`offload_folder`).
             seed: Random seed.
             run_dir: Directory of the journal and of the checkpoints of each stage; a run with the same directory
                 resumes.
@@ -249,6 +249,7 @@ class AutoPruner:
         aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
         check_minutes(minutes, recover)
+        recover = recoverable(self.model, minutes, recover)
         resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **changes)
         folder = None if run_dir is None else output_path(run_dir)
         checkpoints = Checkpoints(folder and folder / "stages")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,11 @@ from transformers import PreTrainedModel
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.forward import last_hidden_states
+from selfpruner_hub.models.placement import streams
 from selfpruner_hub.settings import SEARCH, PruneSettings
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
+logger = logging.getLogger(__name__)
 TIMED_WINDOWS, WIDTH = 4, 512
 """Windows of the forward pass that is timed, and their tokens."""
 CUT_SHARE = 0.8
@@ -118,6 +121,31 @@ def fitting_preset(
         )
     checkpoints.save(kept, {"place": torch.tensor(list(COSTS).index(preset))})
     return preset
+
+
+def recoverable(model: PreTrainedModel, minutes: float | None, recover: float | None) -> float | None:
+    """Refuse the recovery of a model in files.
+
+    Args:
+        model: The dense model.
+        minutes: Minutes that the user has given the whole run, or None.
+        recover: Minutes that the user has given the recovery, or None.
+
+    Returns:
+        `recover`; 0 for a model in files.
+
+    Raises:
+        UserError: Recovery was asked for, and the model is in files.
+    """
+    if not streams(model):
+        return recover
+    reason = "Recovery needs both models in memory, and this one rests in files."
+    remedy = "Recover the saved model on a machine that holds both."
+    if recover:
+        raise UserError(reason, f"Leave out recover. {remedy}")
+    if minutes is not None and recover is None:
+        logger.warning("%s The minutes are for the cut. %s", reason, remedy)
+    return 0
 
 
 def minutes_left(

@@ -176,6 +176,21 @@ def test_prune_takes_minutes_and_recovers_in_them(machine, capsys, monkeypatch):
     assert len(asked) == 2
 
 
+def test_a_model_in_files_is_not_recovered(machine, tmp_path, caplog, monkeypatch):
+    machine(1e-9)
+    for part in (tiny_model("llama"), tiny_tokenizer()):
+        part.save_pretrained(tmp_path / "dense")
+    dense = AutoPruner.from_pretrained(tmp_path / "dense", offload_folder=tmp_path / "scratch", device="cpu")
+    with pytest.raises(UserError, match="this one rests in files. Leave out recover."):
+        dense.prune(0.3, data="self", recover=7, progress=False)
+    small = {"calibration_tokens": 512, "fitness_tokens": 128, "fisher_tokens": 128, "window": 32}
+    dense.prune(0.3, data="self", recover=0, progress=False, **small)
+    assert not caplog.text
+    made = dense.prune(0.3, data="self", minutes=1, progress=False, **small)
+    assert "The minutes are for the cut." in caplog.text
+    assert made.report.recovery is None
+
+
 def test_a_recovery_that_cannot_begin_loses_nothing(caplog, monkeypatch):
     made = pruned(monkeypatch, recover=1e-6, progress=False)
     assert made.report.recovery is None
