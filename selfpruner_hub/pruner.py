@@ -21,11 +21,11 @@ from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.calibration.served_model import served_by
 from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
 from selfpruner_hub.cut import cut
-from selfpruner_hub.errors import EndpointError, UserError
+from selfpruner_hub.errors import SelfPrunerError, UserError
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.memory import store_for
 from selfpruner_hub.models.architectures import shape_of
-from selfpruner_hub.models.devices import check_one_device, described
+from selfpruner_hub.models.devices import check_one_device, described, out_of_memory
 from selfpruner_hub.models.forward import check_ids
 from selfpruner_hub.models.loading import is_repo_id, load_model
 from selfpruner_hub.models.patching import working_on
@@ -277,11 +277,11 @@ class AutoPruner:
                 stack.enter_context(streamed(self.model))
                 logger.warning(_ON_HOST, self.model.device)
             run = Run(store, checkpoints, callback, seed)
-            data = PLAIN_DATA if data is None and preset == "paper" else data
             identity = identity_of(self.model)
             served = served_by(writer, writer_model, self.model, self.tokenizer)
+            of_cut = PLAIN_DATA if data is None and preset == "paper" else data
             source = Texts(self.model, self.tokenizer, self._corpora, identity, served)
-            texts = ranks.from_first(lambda: source.read(data, settings, run))
+            texts = ranks.from_first(lambda: source.read(of_cut, settings, run))
             check_ids(self.model, max(int(text.windows.max()) for text in texts if text is not None))
             date = template_date(self.tokenizer)
             run_request = RunRequest(self.name, identity, budget, settings, seed, proposer, texts, self.licence, date)
@@ -300,8 +300,10 @@ class AutoPruner:
         try:
             recover_with = partial(pruned.recover, data=data, writer=writer, writer_model=writer_model, seed=seed)
             return recover_with(self.model, minutes=left, run_dir=folder, progress=progress)
-        except (UserError, EndpointError) as error:  # what was pruned is not lost
-            logger.warning("The model was pruned, and not recovered. %s", error)
+        except (SelfPrunerError, RuntimeError, MemoryError) as error:  # what was pruned is not lost
+            if (failure := error if isinstance(error, SelfPrunerError) else out_of_memory(error)) is None:
+                raise
+            logger.warning("The model was pruned, and not recovered. %s", failure)
             return pruned
 
     def _say(self, bars: Bars, lines: Sequence[str]) -> None:

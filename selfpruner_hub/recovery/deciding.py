@@ -34,11 +34,6 @@ class Deciding:
         mine = texts if is_first() else ()
         self._losses = [teacher_loss(teach(parent, text.windows, counted=text.counted)) for text in mine]
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the texts."""
-        return [text.name for text in self._texts]
-
     def __call__(self, model: PreTrainedModel) -> list[float]:
         """KL divergence from the parent on each text, in nats per counted token."""
         return from_first(
@@ -109,3 +104,17 @@ def is_better(before: Sequence[float], after: Sequence[float], written: int) -> 
     """
     allowed = [then * (1 if number < written else NOISE) for number, then in enumerate(before)]
     return score(before, after) < 1 and all(now <= most for most, now in zip(allowed, after, strict=True))
+
+
+def grade(before: Sequence[float], after: Sequence[float], written: int) -> float:
+    """Score of a state in training, with 1 more where it would be refused: one that would be kept comes first.
+
+    Args:
+        before: Divergence on each deciding text before recovery; first those that the parent wrote.
+        after: Divergence after it.
+        written: Number of texts that the parent wrote.
+
+    Returns:
+        The lower, the better.
+    """
+    return score(before, after) + (not is_better(before, after, written))

@@ -103,15 +103,14 @@ class Distiller(Trainer):
         inputs: dict[str, Tensor | Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    ) -> Tensor:
         """Mean divergence from the parent over the counted predictions of a batch."""
         if not self.args.activation_checkpointing:  # which works in training mode alone
             model.eval()  # dropout would only add noise to what is matched
         student = self.accelerator.unwrap_model(model)
         loss = distilled(model, student, self._parent, inputs, self._dtype)
-        divergence = loss.detach()
-        self._divergence = ranks.averaged(divergence).item()
-        return (loss, {"divergence": divergence}) if return_outputs else loss
+        self._divergence = ranks.averaged(loss.detach()).item()
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep the divergence of each step in the history of the training."""

@@ -15,7 +15,7 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.pruning.temperature import MATCHING_TOKENS, match_confidence
 from selfpruner_hub.ranks import from_first, is_first, spread
-from selfpruner_hub.recovery.deciding import Deciding, PlainQuestions, answers_fewer, is_better, score
+from selfpruner_hub.recovery.deciding import Deciding, PlainQuestions, answers_fewer, grade, is_better
 from selfpruner_hub.recovery.distiller import Distiller, Pace, last_checkpoint
 from selfpruner_hub.recovery.process import undisturbed, writable
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
@@ -87,7 +87,7 @@ def recover(
         before = measure(pair.pruned)
 
         def check(model: PreTrainedModel) -> float:
-            return score(before, measure(cast(PreTrainedModel, whole(model, pair.pruned))))
+            return grade(before, measure(cast(PreTrainedModel, whole(model, pair.pruned))), len(deciding))
 
         distiller = task.distiller(student, check, schedule, texts, folder)
         pace = Pace(schedule.seconds, run.progress)
@@ -98,9 +98,10 @@ def recover(
     spread(model.parameters())
     after, still_answered = measure(model), questions(model)
     answers = {"asked": len(answered), "before": sum(answered), "after": sum(still_answered)}
+    read = distiller.state.global_step * task.batch
     record = {
         **task.record(distiller, pace.stopped),
-        "texts": [text.record(count) for text, count in zip(texts.training, schedule.counts, strict=True)],
+        "texts": [text.record(count) for text, count in zip(texts.training, texts.read(read), strict=True)],
         "deciding": [
             {"name": text.name, "tokens": int(text.counted.sum()), "before": round(was, 5), "after": round(now, 5)}
             for text, was, now in zip(texts.deciding, before, after, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
@@ -25,7 +26,7 @@ FEWEST = 4
 """Fewest steps that a recovery is begun for."""
 TRIALS = 3
 """Times that the passes of a step are timed."""
-PLANNED, PROLONGED = "recovery-planned", "recovery-prolonged"
+PLANNED, FINAL = "recovery-planned", "recovery-final"
 """Names of the checkpoints of the schedule before the texts are written, and after."""
 
 
@@ -64,20 +65,19 @@ class Schedule(NamedTuple):
         affordable = int(CHECKING * self.steps * 3 * batch / deciding)
         return settings.checks or max(1, min(CHECKS, affordable))
 
-    def prolonged(self, seconds: float) -> Schedule:
-        """Fill more time with more steps, which read more windows of each kind, or the same ones once more.
+    def within(self, seconds: float) -> Schedule:
+        """Fill another time: with more steps, which read windows of each kind once more, or with fewer.
 
         Args:
             seconds: Time of all steps.
 
         Returns:
-            The longer schedule; this one where it has no limit, or as much time already.
+            The other schedule; this one where it has no limit.
         """
-        if self.seconds is None or seconds <= self.seconds:
+        if self.seconds is None:
             return self
-        steps = int(self.steps * seconds / self.seconds)
-        windows = sum(self.counts)
-        return Schedule(steps, shared(self.counts, windows // self.steps * steps), seconds)
+        steps = max(FEWEST, int(self.steps * seconds / self.seconds))
+        return Schedule(steps, shared(self.counts, sum(self.counts) // self.steps * steps), max(0.0, seconds))
 
 
 def planned(
@@ -107,12 +107,14 @@ def planned(
         needed = f"tokens={FEWEST * batch * window}"
     else:
         left = 60 * budget.minutes - timed.spent
-        writing = sum(kind.share * timed.writing.get(kind.name, 0.0) for kind in kinds) / settings.passes
+        longest = max(timed.writing.values(), default=0.0)
+        writing = sum(kind.share * timed.writing.get(kind.name, longest) for kind in kinds if kind.is_written)
+        writing /= settings.passes
         each = OVERHEAD * timed.step + batch * writing
         steps = int(left / each)
         seconds = left - steps * batch * writing
-        needed = f"minutes={(timed.spent + FEWEST * each) / 60:.1f}"
-    if steps < FEWEST:
+        needed = f"minutes={math.ceil((timed.spent + FEWEST * each) / 6) / 10:.1f}"
+    if steps < FEWEST or steps * batch < len(kinds):
         raise UserError("That is too little for a recovery.", f"Give it at least {needed} on this machine.")
     return Schedule(steps, shared([kind.share for kind in kinds], steps * batch), seconds)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -23,8 +24,8 @@ from selfpruner_hub.ranks import from_first
 from selfpruner_hub.recovery.distiller import Distiller, Windows, arguments
 from selfpruner_hub.recovery.process import check_processes
 from selfpruner_hub.recovery.schedule import (
+    FINAL,
     PLANNED,
-    PROLONGED,
     Schedule,
     Timed,
     keep,
@@ -66,6 +67,11 @@ class RecoveryTexts(NamedTuple):
     def hashes(self) -> str:
         """Hashes of all texts."""
         return "".join(text.sha256 for text in (*self.training, *self.deciding))
+
+    def read(self, count: int) -> list[int]:
+        """Windows of each training text among those that are read first."""
+        numbers = Counter(number for number, _ in self.order[:count])
+        return [numbers[number] for number in range(len(self.training))]
 
     def first(self, count: int) -> Tensor:
         """The windows that are read first, `[count, W]`."""
@@ -143,23 +149,23 @@ class Task:
     def texts(
         self, writer: Writer, schedule: Schedule, deciding: Sequence[Text], started: float
     ) -> tuple[RecoveryTexts, Schedule]:
-        """Write and read all texts, split off what decides beside `deciding`, and prolong the schedule."""
+        """Write and read all texts, split off what decides beside `deciding`, and fit the schedule to the time left."""
         amounts = zip(self.kinds, schedule.counts, strict=True)
         pairs = [writer.training(kind, count, self.settings.passes) for kind, count in amounts]
         training = [text for text, _ in pairs]
         held = [text for _, text in pairs if text is not None]
-        schedule = self._prolonged(schedule, started)
+        schedule = self._final(schedule, started)
         order = scheduled(training, schedule.counts, self.run.seed)
         return RecoveryTexts(training, [*deciding, *held], order), schedule
 
-    def _prolonged(self, schedule: Schedule, started: float) -> Schedule:
-        """Fill the time that is left, since writing may have taken less than was expected."""
+    def _final(self, schedule: Schedule, started: float) -> Schedule:
+        """Fit the steps into the time that is left, since writing may have taken less than was expected, or more."""
         if self.budget.minutes is None:
             return schedule
-        if (known := kept(self.run.checkpoints, PROLONGED)) is not None:
+        if (known := kept(self.run.checkpoints, FINAL)) is not None:
             return known
         left = 60 * self.budget.minutes - (time.monotonic() - started)
-        return keep(self.run.checkpoints, PROLONGED, schedule.prolonged(left))
+        return keep(self.run.checkpoints, FINAL, schedule.within(left))
 
     def distiller(
         self,
@@ -172,9 +178,9 @@ class Task:
         """Make the training loop, with its checkpoints in a folder of its own inside of `folder`.
 
         What is read is read anew, and may have changed: the training goes on where all texts are the same. Checkpoints
-        of divided weights are of another form.
+        of divided weights, and of adapters, are of another form.
         """
-        form = "fsdp" if ranks.sharded() else ""
+        form = "lora" if self.adapters else "fsdp" if ranks.sharded() else ""
         name = f"training-{sha256((self.identity + texts.hashes + form).encode()).hexdigest()[:16]}"
         made = arguments(
             folder / name,

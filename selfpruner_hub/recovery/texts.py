@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -131,18 +132,24 @@ class Writer:
         self._distinct = Distinct()
 
     def deciding(self) -> tuple[list[Text], dict[str, float]]:
-        """Write the deciding texts: what the parent writes, whatever is trained on.
+        """Write the deciding texts, whatever is trained on: conversations and questions, or else plain text.
 
         Returns:
             The texts, and the seconds that writing a window of each took.
         """
-        names = list(CHATS) if has_chat_template(self._tokenizer) else ["self"]
-        texts, seconds = [], {}
-        for name in names:
+        seconds: dict[str, float] = {}
+
+        def timed(name: str) -> Text:
             started = time.monotonic()
-            texts.append(self._written(name, DECIDING_WINDOWS, self._run.seed + DECIDING_SEED))
-            seconds[name] = (time.monotonic() - started) / len(texts[-1].windows)
-        return texts, seconds
+            text = self._written(name, DECIDING_WINDOWS, self._run.seed + DECIDING_SEED)
+            seconds[name] = (time.monotonic() - started) / len(text.windows)
+            return text
+
+        texts = []
+        for name in CHATS if has_chat_template(self._tokenizer) else ():
+            with suppress(DataError):  # a template does not make a model that converses
+                texts.append(timed(name))
+        return texts or [timed("self")], seconds
 
     def training(self, kind: Share, count: int, passes: int) -> tuple[Text, Text | None]:
         """Write or read one text to train on.
@@ -242,5 +249,6 @@ def _packed(conversations: Sequence[Conversation], window: int) -> Iterator[tupl
         ids += each.ids[: window - len(ids)]
         answered += each.answered[: window - len(answered)]
         if len(ids) == window:
-            yield ids, answered
+            if any(answered[1:]):  # a prompt may be longer than the window
+                yield ids, answered
             ids, answered = [], []

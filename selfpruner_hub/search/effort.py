@@ -164,12 +164,14 @@ def minutes_left(
     """
     if recover is not None or minutes is None:
         return recover or None
-    name = "recovery-minutes"
+    name = f"recovery-minutes-{minutes:g}"
     if (tensors := checkpoints.load(name)) is None:
         tensors = {"minutes": torch.tensor(minutes - (time.monotonic() - started) / 60)}
         checkpoints.save(name, tensors)
-    left = float(tensors["minutes"])
-    return left if left > 0 else None
+    if (left := float(tensors["minutes"])) > 0:
+        return left
+    logger.warning("The cut took all of the %g minutes, so nothing was recovered.", minutes)
+    return None
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.evaluation.questions import PlainQuestion, load_questions
 from selfpruner_hub.recovery import deciding
-from selfpruner_hub.recovery.deciding import PlainQuestions, answers_fewer
+from selfpruner_hub.recovery.deciding import PlainQuestions, answers_fewer, grade
 
 PARENT = tiny_model("llama", max_position_embeddings=1024)
 
@@ -21,6 +21,13 @@ def test_fewer_answers_count_beyond_their_error(lost, won, fewer):
     before = [True] * lost + [False] * won + [True, False] * 20
     after = [False] * lost + [True] * won + [True, False] * 20
     assert answers_fewer(before, after) is fewer
+
+
+def test_a_state_that_would_be_refused_comes_behind_one_that_would_be_taken():
+    before = [1.0, 2.0, 4.0]
+    taken, refused, worse = ([0.95, 1.9, 3.8], [0.8, 1.6, 4.2], [2.0, 4.0, 8.0])
+    assert grade(before, taken, 2) == pytest.approx(0.95)
+    assert grade(before, taken, 2) < grade(before, refused, 2) < grade(before, worse, 2)
 
 
 def test_only_what_the_parent_answers_is_asked(monkeypatch):

@@ -158,6 +158,7 @@ def test_ctrl_c_returns_the_best_so_far(pair, tmp_path):
     assert (found.record["stopped"], found.record["steps"]) == (distiller.INTERRUPTED, 7)
     assert found.model is not None
     assert "(stopped: interrupted)" in found.line
+    assert sum(text["tokens_read"] for text in found.record["texts"]) == found.record["tokens"] == 7 * 128
     assert signal.getsignal(signal.SIGINT) is handler
 
 

@@ -10,7 +10,8 @@ from support.chat import Writer, chat_tokenizer
 from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.calibration import conversations
-from selfpruner_hub.calibration.corpus import load_corpus
+from selfpruner_hub.calibration.chat_template import Conversation
+from selfpruner_hub.calibration.corpus import Corpus, load_corpus
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.recovery import texts
 from selfpruner_hub.recovery.settings import resolve_recovery
@@ -110,6 +111,26 @@ def test_deciding_and_training_texts_share_no_conversation(writer):
     ]
     assert all(items)
     assert len(set().union(*items)) == sum(map(len, items))
+
+
+def test_a_window_without_an_answer_is_left_out():
+    asked = [Conversation([*range(40)], [False] * 40), Conversation([*range(20)], [False] * 10 + [True] * 10)]
+    rows = [*texts._packed([asked[0], asked[0], asked[1], asked[1], asked[0]], 32)]
+    assert rows == [([*range(20), *range(12)], [False] * 10 + [True] * 10 + [False] * 10 + [True] * 2)]
+
+
+def test_a_model_that_does_not_converse_is_decided_on_plain_text(writer, monkeypatch):
+    made, _, _ = writer
+
+    def refuse(*_args, **_kwargs):
+        raise DataError("It wrote nothing.")
+
+    monkeypatch.setitem(texts.CHATS, "questions", refuse)
+    assert [text.name for text in made.deciding()[0]] == ["conversations"]
+    monkeypatch.setitem(texts.CHATS, "conversations", refuse)
+    monkeypatch.setattr(texts, "load_corpus", lambda *_args, **_given: Corpus.of("self", torch.ones(3, WINDOW).long()))
+    decided, seconds = texts.Writer(MODEL, chat_tokenizer(), WINDOW, Run(seed=4)).deciding()
+    assert [text.name for text in decided] == [*seconds] == ["self"]
 
 
 def test_texts_are_kept(writer):

@@ -9,9 +9,10 @@ import torch
 
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.recovery.schedule import (
+    FEWEST,
+    FINAL,
     OVERHEAD,
     PLANNED,
-    PROLONGED,
     Schedule,
     Timed,
     keep,
@@ -45,7 +46,7 @@ def test_the_time_pays_for_writing_and_training():
 
 
 @pytest.mark.parametrize(
-    ("budget", "told"), [(RecoveryBudget(minutes=0.6), "minutes=0.9"), (RecoveryBudget(tokens=4_000), "tokens=8192")]
+    ("budget", "told"), [(RecoveryBudget(minutes=0.6), "minutes=1.0"), (RecoveryBudget(tokens=4_000), "tokens=8192")]
 )
 def test_too_little_is_refused(budget, told):
     with pytest.raises(UserError, match=told):
@@ -58,15 +59,31 @@ def test_a_schedule_is_kept(schedule, tmp_path):
     assert kept(checkpoints, PLANNED) is None
     assert keep(checkpoints, PLANNED, schedule) == schedule
     assert kept(Checkpoints(tmp_path, "run"), PLANNED) == schedule
-    assert kept(Checkpoints(tmp_path, "run"), PROLONGED) is None
+    assert kept(Checkpoints(tmp_path, "run"), FINAL) is None
     assert kept(Checkpoints(tmp_path, "other"), PLANNED) is None
 
 
-def test_more_time_is_filled_with_more_steps():
-    short = Schedule(10, [10, 1, 29], 50.0)
-    assert short.prolonged(76.0) == Schedule(15, [15, 2, 43], 76.0)
-    assert short.prolonged(49.0) == short
-    assert Schedule(10, [40], None).prolonged(90.0) == Schedule(10, [40], None)
+def test_another_time_is_filled_with_more_steps_or_fewer():
+    planned = Schedule(10, [10, 1, 29], 50.0)
+    assert planned.within(76.0) == Schedule(15, [15, 2, 43], 76.0)
+    assert planned.within(26.0) == Schedule(5, [5, 1, 14], 26.0)
+    assert planned.within(-3.0) == Schedule(FEWEST, [4, 1, 11], 0.0)
+    assert Schedule(10, [40], None).within(90.0) == Schedule(10, [40], None)
+
+
+def test_text_whose_writing_was_not_timed_takes_the_longest():
+    kinds = [*KINDS, Share("self", "self", 0.5)]
+    timed = Timed({"questions": 2.0, "conversations": 3.0}, step=5.0, spent=30.0)
+    found = planned(RecoveryBudget(minutes=10), kinds, 4, 512, resolve_recovery(passes=1), timed)
+    assert found.steps == int(570 / (OVERHEAD * 5.0 + 4 * (0.25 * 2.0 + 0.5 * 3.0)))
+
+
+def test_each_kind_of_text_is_read():
+    kinds = [Share(f"{number}.txt", f"{number}.txt", 0.2) for number in range(5)]
+    with pytest.raises(UserError, match="too little"):
+        planned(RecoveryBudget(tokens=4 * 512), kinds, 1, 512, resolve_recovery(), Timed({}, 0.0, 0.0))
+    found = planned(RecoveryBudget(tokens=5 * 512), kinds, 1, 512, resolve_recovery(), Timed({}, 0.0, 0.0))
+    assert found.counts == [1] * 5
 
 
 def test_texts_are_mixed_evenly_and_repeated_alike():

@@ -7,7 +7,7 @@ import torch
 from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub import AutoPruner, pruner
-from selfpruner_hub.errors import UserError
+from selfpruner_hub.errors import EndpointError, UserError
 from selfpruner_hub.search import effort
 from selfpruner_hub.search.effort import COSTS, CUT_SHARE, fitting_preset, minutes_left, with_effort
 from selfpruner_hub.settings import PRESETS, SEARCH, PruneSettings, check_minutes, resolve
@@ -95,13 +95,14 @@ def test_a_resumed_run_keeps_its_choice(machine, tmp_path):
     assert choose(2, 0.5, checkpoints=Checkpoints(tmp_path)) == "draft"
 
 
-def test_recovery_gets_what_is_left(monkeypatch, tmp_path):
+def test_recovery_gets_what_is_left(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(effort.time, "monotonic", lambda: 100.0 + 240.0)
     assert minutes_left(None, None, 100.0, Checkpoints()) is None
     assert minutes_left(None, 7.0, 100.0, Checkpoints()) == minutes_left(30.0, 7.0, 100.0, Checkpoints()) == 7.0
     assert minutes_left(30.0, 0, 100.0, Checkpoints()) is None
     assert minutes_left(10.0, None, 100.0, Checkpoints(tmp_path)) == pytest.approx(6.0)
-    assert minutes_left(3.0, None, 100.0, Checkpoints()) is None  # the cut took all of it
+    assert minutes_left(3.0, None, 100.0, Checkpoints(tmp_path)) is None
+    assert "The cut took all of the 3 minutes" in caplog.text
     monkeypatch.setattr(effort.time, "monotonic", lambda: 100.0)
     assert minutes_left(10.0, None, 100.0, Checkpoints(tmp_path)) == pytest.approx(6.0)  # resumed
 
@@ -195,3 +196,27 @@ def test_a_recovery_that_cannot_begin_loses_nothing(caplog, monkeypatch):
     made = pruned(monkeypatch, recover=1e-6, progress=False)
     assert made.report.recovery is None
     assert "The model was pruned, and not recovered. That is too little for a recovery." in caplog.text
+
+
+@pytest.mark.parametrize(("error", "told"), [(MemoryError(), "Out of memory."), (EndpointError("Gone.", ""), "Gone.")])
+def test_a_recovery_that_fails_loses_nothing(error, told, caplog, monkeypatch):
+    raised = [RuntimeError("a defect"), error]
+
+    def fail(*_args, **_given):
+        raise raised.pop()
+
+    monkeypatch.setattr(pruner.PrunedModel, "recover", fail)
+    assert pruned(monkeypatch, recover=1, progress=False).report.recovery is None
+    assert f"and not recovered. {told}" in caplog.text
+    with pytest.raises(RuntimeError, match="a defect"):
+        pruned(monkeypatch, recover=1, progress=False)
+
+
+def test_a_recovery_after_the_papers_cut_reads_its_own_text(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pruner.PrunedModel, "recover", lambda model, _parent, **given: asked.append(given) or model)
+    small = {"calibration_tokens": 512, "fitness_tokens": 128, "fisher_tokens": 128, "window": 32, "evaluations": 0}
+    monkeypatch.setattr(pruner, "PLAIN_DATA", "self")
+    dense = AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama")
+    dense.prune(0.3, preset="paper", recover=1, progress=False, **small)
+    assert asked[0]["data"] is None
