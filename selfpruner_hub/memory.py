@@ -38,6 +38,8 @@ class Needs(NamedTuple):
 def store_for(model: PreTrainedModel, store: TensorStore, settings: PruneSettings, share: float) -> TensorStore:
     """Choose where what a run makes rests: on the accelerator if it fits there, else in the memory of the host.
 
+    Of several processes, all choose by the least free memory of any: they work on the same candidates in step.
+
     Args:
         model: The dense model, on the device that works.
         store: Store that was asked for; one that keeps tensors apart is taken.
@@ -50,14 +52,14 @@ def store_for(model: PreTrainedModel, store: TensorStore, settings: PruneSetting
     Raises:
         ModelError: Neither the device nor the host has room.
     """
-    free = USABLE * free_memory(model.device)
+    free = USABLE * min(ranks.gathered(free_memory(model.device)))
     if store.apart or free == float("inf") or shape_of(model.config).expert_weights:  # a mixture has no large factors
         return store
     resting, working, passing = needs(model, settings, share)
     resting += passing
     if resting + working <= free:
         return store
-    host = USABLE * psutil.virtual_memory().available / ranks.count()  # all processes are on one machine
+    host = USABLE * min(ranks.gathered(psutil.virtual_memory().available)) / ranks.count()  # all are on one machine
     if working > free or resting > host:
         raise ModelError(
             f"This run takes {(resting + working) / GIB:.1f} GiB beside the model, {working / GIB:.1f} of them on "

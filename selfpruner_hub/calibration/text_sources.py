@@ -183,6 +183,8 @@ def _check_object(source: Any) -> None:
         raise DataError(
             "data is a generator that was read before.", "Give a new one, or a list, which can be read again."
         )
+    if isinstance(source, Iterator) and not isinstance(source, Generator):  # nothing tells whether it was read before
+        raise DataError(f"data is a {type(source).__name__}, which can be read once alone.", "Give a list of it.")
 
 
 def _names_source(value: Any) -> bool:
@@ -224,7 +226,8 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
             f"{where}: a message holds something else than text (None, a number, an image or a call of a tool).",
             'Leave such conversations out, or give each "content" as a text, or as parts of {"type": "text"}.',
         )
-    return {**message, "content": _without_surrogates("".join(strings))}
+    kept = {name: value for name, value in message.items() if value is not None and name != "tool_calls"}
+    return {**kept, "content": _without_surrogates("".join(strings))}  # a template may take an empty list for calls
 
 
 def _text_of(part: Any) -> str | None:

@@ -34,8 +34,8 @@ class RunTexts(NamedTuple):
     search: Corpus
     """Fitness text: the search selects plans on it, and the temperature is chosen on it."""
     unseen: Corpus | None
-    """Third text, used only to measure the gain of the search; None if there is no search, or if the text has only one
-    window for the search."""
+    """Third text, by which no plan is chosen: the gain of the search is measured on it, and the search ends where it
+    gains nothing there. None if there is no search, or if the text has only one window for the search."""
 
 
 class Texts:

@@ -45,15 +45,15 @@ class Fitness:
         self._slicer = slicer
         self._count = len(windows)
         self._windows = windows[ranks.rank() :: ranks.count()]  # so that of the first ones, each process has as many
-        self._known: dict[tuple[Plan, int], float] = {}  # key: plan and number of windows
+        self._known: dict[tuple[Plan, int], float] = {}  # key: plan and number of windows of all processes
         self.metric = metric
         windows_at_once(slicer.model, windows.shape[1], BATCH_TOKENS)  # by trial, with the dense layers: the largest
         self._teacher = teach(slicer.model, self._windows) if metric == "kl" else None
 
     def __call__(self, plan: Plan, share: float = 1.0) -> float:
         """Score `plan` on the first `share` of the windows (at least one), once; NaN becomes infinity."""
-        windows = self._first(share)
-        key = plan, len(windows)
+        first, windows = self._first(share)
+        key = plan, first
         if key not in self._known:
             with with_layers(self._slicer.model, self._slicer.layers(plan)) as model:
                 if self._teacher is None:
@@ -93,14 +93,14 @@ class Fitness:
         Returns:
             The predicted changes of the mean loss per predicted token.
         """
-        windows = self._first(share)
+        _, windows = self._first(share)
         loss = label_loss(windows) if self._teacher is None else teacher_loss(self._teacher)
         return measure_steps(self._slicer, plan, windows, loss, curves, remains)
 
-    def _first(self, share: float) -> Tensor:
-        """The part of the first windows that this process reads; at least one."""
+    def _first(self, share: float) -> tuple[int, Tensor]:
+        """Number of the first windows, at least one for each process, and the part that this one reads."""
         first = max(ranks.count(), round(share * self._count))
-        return self._windows[: len(range(ranks.rank(), first, ranks.count()))]
+        return first, self._windows[: len(range(ranks.rank(), first, ranks.count()))]
 
 
 class SecondRepairScore:

@@ -91,7 +91,8 @@ class Repair:
 
     def errors(self) -> Tensor:
         """E‖R (W x - W*_K x_K)‖² for a kept prefix of 0, 1, …, `in` columns, `[in + 1]`; it never increases."""
-        return torch.cat([self.norms.flip(0).cumsum(0).flip(0), self.norms.new_zeros(1)])
+        norms = self.norms.cpu().double()  # a sum along a row is in no fixed order on CUDA, and plans depend on it
+        return torch.cat([norms.flip(0).cumsum(0).flip(0), norms.new_zeros(1)])
 
 
 LayerRepairs = tuple[Repair, Repair]

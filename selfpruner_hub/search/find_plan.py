@@ -56,7 +56,7 @@ def find_plan(
     slicer, curves = ready.slicer, ready.curves
     schedule, windows = settings.schedule, texts.search.windows
     if not schedule.length:  # the first share is enough to choose among seeds
-        windows = windows[: max(1, round(schedule.first_share * len(windows)))]
+        windows = windows[: max(ranks.count(), round(schedule.first_share * len(windows)))]
         schedule = replace(schedule, first_share=1.0)
     scoring = curves if settings.weighs_excess else None
     fitness = _fitness(slicer, windows, settings, scoring)
@@ -70,7 +70,7 @@ def find_plan(
     rates = _journaled(journal, lambda: seeds(budget, curves if settings.predicts_losses else None, measure, effects))
     starts = {name: rates[name] for name in rates if name in settings.seeds}
     check = None
-    if schedule.length and texts.unseen is not None:
+    if schedule.length and texts.unseen is not None and len(texts.unseen.windows) >= ranks.count():
         check = checked(journal, partial(_fitness, slicer, texts.unseen.windows, settings, scoring))
     reads = getattr(proposer, "reads_slopes", False) and not budget.shape.expert_weights  # which have no gradient
     problem = Problem(budget, starts, fitness, measure_steps if reads else None, check)

@@ -141,6 +141,13 @@ def test_the_text_parts_of_a_content_are_joined(lines):
     assert list(entries(lines({"messages": told}))) == list(entries([told])) == [joined]
 
 
+def test_empty_calls_of_tools_and_empty_fields_do_not_reach_the_template(lines):
+    """A template may write no answer where there is a list of calls."""
+    told = [TALK[0], {**assistant("Honey."), "tool_calls": [], "name": None}]
+    plain = [[TALK[0], assistant("Honey.")]]
+    assert list(entries([told])) == list(entries(lines({"messages": told}))) == plain
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -261,7 +268,8 @@ def begun(source):
         ({"text": "a"}, "data is a dict of 'text', not a text"),
         (5, "data is a int, not a text"),
         ([], "data is a list without entries"),
-        (iter([]), "a list_iterator without entries"),
+        (iter([]), "a list_iterator, which can be read once alone"),
+        (map(str, [1]), "a map, which can be read once alone"),
         (begun(of_texts("a", "b")), "a generator that was read before"),
     ],
     ids=lambda value: type(value).__name__,

@@ -10,6 +10,7 @@ import torch
 from support.tiny import DISTINCT, tiny_model
 
 import selfpruner_hub.models.forward as forward
+from selfpruner_hub import ranks
 from selfpruner_hub.calibration.fisher import output_fisher
 from selfpruner_hub.calibration.generated_text import continuations
 from selfpruner_hub.errors import UserError
@@ -87,6 +88,20 @@ def test_a_plan_is_run_once_for_each_share_of_the_windows(monkeypatch):
         assert (fitness.loss(cut, 0.3), fitness(Plan.of([48, 40, 32, 48], [1, 2, 2, 2]))) == (first, whole)
         assert fitness(slicer.shape.dense) != whole
     assert ran == [cut, cut, slicer.shape.dense]
+
+
+def test_a_score_is_of_the_windows_of_all_processes(monkeypatch):
+    """The last of four reads one window of the first four, and one of all six: another process reads more of all."""
+    monkeypatch.setattr(ranks, "count", lambda: 4)
+    monkeypatch.setattr(ranks, "rank", lambda: 3)
+    agreed = []
+    monkeypatch.setattr(ranks, "mean", lambda value, weight: agreed.append(weight) or value)
+    monkeypatch.setattr(ranks, "from_owner", lambda _index, make, _like: make())
+    model = tiny_model("llama")
+    fitness = Fitness(Slicer(model), WINDOWS[:6])
+    dense = fitness._slicer.shape.dense
+    assert fitness(dense, 0.25) == fitness(dense, 0.25) == fitness(dense)
+    assert agreed == [1, 1]
 
 
 @pytest.mark.parametrize("metric", ["kl", "perplexity"])

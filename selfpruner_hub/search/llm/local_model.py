@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from selfpruner_hub.calibration.chat_template import prompt_ids
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.devices import fork_rng
 from selfpruner_hub.models.patching import attending_by_group
@@ -135,9 +136,7 @@ class ModelProposer:
 
     def _encode(self, prompt: str) -> Tensor:
         if self._tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return self._tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            return torch.tensor([prompt_ids(self._tokenizer, [{"role": "user", "content": prompt}])])
         return self._tokenizer(prompt, return_tensors="pt")["input_ids"]
 
 
