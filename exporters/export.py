@@ -19,13 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.format import ExportFormat, export_format
 from exporters.writer import Written
-from selfpruner_hub.errors import ExportError, OutputError, UserError
+from selfpruner_hub.errors import ExportError, OutputError, SavedModelError, UserError
 from selfpruner_hub.models.architectures import is_stock
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.weights import identity_of
-from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord
-from selfpruner_hub.storage.layout import FORMER_OPTIONS, INSTEAD
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
+from selfpruner_hub.storage.layout import EXPORTED, FORMER_OPTIONS, INSTEAD
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import check_replaceable, check_writable, output_path, save_directory
 
@@ -71,7 +71,7 @@ def export(
     name, keywords = str(name), {"dtype": torch.float32, **(loading or {})}
     if output and Path(name).is_dir() and Path(output).exists() and Path(output).samefile(name):
         raise OutputError("The output would replace the model that is exported.", "Choose another output.")
-    _check(to, options, output, overwrite)  # before the slow loading of the model
+    _check(to, options, output, overwrite, tolerance)  # before the slow loading of the model
     progress(EXPORTING, 0, len(STAGES), STAGES[0])
     model, tokenizer = load_model(name, device="cpu", **keywords)
     pruned = not is_stock(model) or (Path(name) / MODEL_RECORD_FILE).is_file()  # a uniform model is a stock one
@@ -119,23 +119,35 @@ def export_model(
             model.
         ExportError: The export differs from the PyTorch model; its files are deleted.
     """
-    form, output = _check(to, options, output, overwrite)
-    with working_on(model), save_directory(output) as staging:
+    form, output = _check(to, options, output, overwrite, tolerance)
+    with working_on(model):
         if model.dtype != torch.float32 or model.device.type != "cpu":
             model, consume = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32), True
         source = {"name": name, **identity_of(model)}
-        _save_companions(model, tokenizer, record, staging)
-        progress(EXPORTING, 1, len(STAGES), STAGES[1])
-        with _consumed(model) if consume else nullcontext():
-            written = _allowing(tolerance, form.write(model, tokenizer, staging, **options))
-            measure = written.compare() if written.compare is not None else None
-        progress(EXPORTING, 2, len(STAGES), STAGES[2])
-        difference = measure() if measure is not None else None
-        _check_difference(to, written, difference)
-        sidecar = _export_record(to, source, written, difference)
-        (staging / EXPORT_RECORD_FILE).write_text(sidecar.to_json(), encoding="utf-8")
+        with save_directory(output, stale=_stale(output, source)) as staging:
+            _save_companions(model, tokenizer, record, staging)
+            progress(EXPORTING, 1, len(STAGES), STAGES[1])
+            with _consumed(model) if consume else nullcontext():
+                written = _allowing(tolerance, form.write(model, tokenizer, staging, **options))
+                measure = written.compare() if written.compare is not None else None
+            progress(EXPORTING, 2, len(STAGES), STAGES[2])
+            difference = measure() if measure is not None else None
+            _check_difference(to, written, difference)
+            sidecar = _export_record(to, source, written, difference)
+            (staging / EXPORT_RECORD_FILE).write_text(sidecar.to_json(), encoding="utf-8")
     progress(EXPORTING, len(STAGES), len(STAGES), "done")
     return output
+
+
+def _stale(output: Path, source: dict[str, Any]) -> tuple[str, ...]:
+    """Files of an earlier export in the output, if it is of another model: nothing tells them from the new ones."""
+    if not (output / EXPORT_RECORD_FILE).is_file():
+        return ()
+    try:
+        earlier = read_export(output).source
+    except SavedModelError:  # damaged, or of another version
+        return EXPORTED
+    return () if all(earlier.get(name) == value for name, value in source.items() if name != "name") else EXPORTED
 
 
 def _save_companions(
@@ -211,13 +223,17 @@ def _aligned(size: int) -> int:
     return -(-size // 64) * 64
 
 
-def _check(to: str, options: dict[str, Any], output: str | Path, overwrite: bool) -> tuple[ExportFormat, Path]:
+def _check(
+    to: str, options: dict[str, Any], output: str | Path, overwrite: bool, tolerance: float | None
+) -> tuple[ExportFormat, Path]:
     """Return the format, and the output; refuse options and outputs that do not work."""
     form = export_format(to)
     names = [option.name for option in form.options]
     if unknown := sorted(set(options) - set(names)):
         remedy = INSTEAD if unknown[0] in FORMER_OPTIONS else f"It takes {', '.join(names)}."
         raise UserError(f"An export to {to} has no option {unknown[0]!r}.", remedy)
+    if tolerance is not None and not tolerance >= 0:  # NaN too
+        raise UserError(f"tolerance must be a number of at least 0; got {tolerance!r}.")
     place = output_path(output)
     check_writable(place)
     check_replaceable(place, EXPORT_RECORD_FILE, overwrite)

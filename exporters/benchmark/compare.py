@@ -28,7 +28,7 @@ from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.loading import explain, load_config, text_config
 from selfpruner_hub.progress import Progress, silent
-from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 
 WARMUP = 2
 """Warm-up passes of each model, which are not counted."""
@@ -126,14 +126,24 @@ class _Model:
     def placed(self, runtime: Format, setting: Setting, folder: Path) -> tuple[str, Setting]:
         """Lay the model out in a folder as the runtime loads it; return its path, and the settings for loading it."""
         if runtime.exported is not None:
-            if (Path(self.name) / EXPORT_RECORD_FILE).is_file():
-                return self.name, setting
             to, options = runtime.export_format or runtime.name, runtime.exported(setting)
+            if (Path(self.name) / EXPORT_RECORD_FILE).is_file():
+                self._check_export(options)
+                return self.name, setting
             return str(export(self.name, to, folder / self.side, loading=self.loading, **options)), setting
         if runtime.elsewhere is not None:
             place = runtime.elsewhere.staged(self.name, self.config, self.loading, folder / self.side)
             return place, replace(setting, staged=place != self.name, models=2)
         return self.name, replace(setting, loading=self.loading)
+
+    def _check_export(self, options: dict[str, Any]) -> None:
+        """Refuse an export in another dtype than the one that is timed, where an export is in one dtype."""
+        wanted, made = options.get("dtype"), read_export(Path(self.name)).options.get("dtype")
+        if None not in (wanted, made) and wanted != made:
+            raise UserError(
+                f"{self.name!r} is an export in {made}, and {wanted} would be timed.",
+                f"Ask for dtype={made} (--dtype {made}), or give an export in {wanted}.",
+            )
 
 
 def benchmark(
@@ -224,7 +234,8 @@ def _fitting(passes: Passes, models: Sequence[_Model]) -> Sequence[int]:
 def _models(dense: str, pruned: str, loading: dict[str, Any]) -> list[_Model]:
     """Read the configurations of both models, which must share a vocabulary."""
     parent = _Model("dense", dense, loading, _config(dense, loading))
-    child = _Model("pruned", pruned, {}, _config(pruned, {}))
+    placed = {name: value for name, value in loading.items() if name == "device_map"}  # as the parent
+    child = _Model("pruned", pruned, placed, _config(pruned, {}))
     if parent.config.vocab_size != child.config.vocab_size:
         raise UserError(f"{dense!r} and {pruned!r} have different vocabularies.", "Give the model's own parent.")
     return [parent, child]

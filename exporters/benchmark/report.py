@@ -136,8 +136,9 @@ class BenchmarkReport:
             metrics[f"perplexity in {self.runtime}, {self.dtype}"] = Metric(
                 value=round(quality.perplexity, 3),
                 dense=round(self.dense.quality.perplexity, 3),
-                protocol=f"{quality.text}, {quality.windows} windows of {quality.window} tokens",
+                protocol=f"{quality.windows} windows of {quality.window} tokens",
                 date=today,
+                dataset=quality.text,
             )
         return metrics
 

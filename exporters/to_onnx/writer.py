@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import importlib.metadata
 import re
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.parity import Step, expected, kl_divergence, logit_difference, own_text
@@ -24,6 +23,7 @@ from exporters.to_onnx.matrix_bits import quantize, rounded
 from exporters.tracing import decode_step, tracing
 from exporters.writer import Written, one_line, one_of, require
 from selfpruner_hub.errors import ExportError, UserError
+from selfpruner_hub.models.weights import converted
 
 ONNX_TOLERANCES = {"float32": 1e-3, "float16": 0.1, "int8": 0.1, "int4": 0.1}
 """Largest allowed distance from PyTorch in float32, by dtype: of a logit; for int8 and int4 the KL divergence in nats
@@ -79,7 +79,7 @@ def write(
         run = partial(hub_layout.graphs_difference, passes, staging, model.config, ONNX_TOLERANCES, default_options())
         return Written(options, libraries, ONNX_TOLERANCES["float32"], lambda: run, remark=f"{HUB_REMARK} {remark}")
     in_bits = dtype in BITS
-    exported = trace(nn.Module.half(copy.deepcopy(model)) if dtype == "float16" else model, fusions)
+    exported = trace(converted(model, torch.float16) if dtype == "float16" else model, fusions)
     if in_bits:
         component = exported.components["model"]
         component.program = quantize(component.program)
@@ -148,7 +148,7 @@ def expected_by_dtype(
 def _write_hub_layout(model: PreTrainedModel, staging: Path) -> None:
     hub_layout.save_hub_graph(trace(model, "cpu", last=True).program, staging, "float32")
     hub_layout.save_quantized(staging)
-    half = nn.Module.half(copy.deepcopy(model))
+    half = converted(model, torch.float16)
     hub_layout.save_hub_graph(trace(half, "cpu", last=True).program, staging, "float16")
     hub_layout.save_configurations(model, staging)
     gc.collect()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import tempfile
 from dataclasses import asdict
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from exporters.parity import DECODE_STEPS, Step, expected, logit_difference
@@ -22,6 +20,7 @@ from exporters.to_tensorrt.profiles import Profile, profiles
 from exporters.writer import Written, one_line, one_of, require
 from selfpruner_hub.errors import ExportError, UserError
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.weights import converted
 
 TENSORRT_DTYPES = {"float32": (torch.float32, 0.05), "float16": (torch.float16, 0.2), "bfloat16": (torch.bfloat16, 1.5)}
 """Dtype of the strongly typed network (float32 may use TF32), and largest allowed distance of a logit to PyTorch's."""
@@ -117,7 +116,7 @@ def save_plain_graph(model: PreTrainedModel, dtype: torch.dtype, path: Path) -> 
     """
     import onnx_ir
 
-    typed = model if dtype == model.dtype else nn.Module.to(copy.deepcopy(model), dtype)
+    typed = model if dtype == model.dtype else converted(model, dtype)
     onnx_ir.save(trace(typed, "none").program, str(path), external_data=f"{path.name}.data")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.format import runtimes
 from selfpruner_hub.cli.options import Result, device_map, listed, path, quieten
-from selfpruner_hub.errors import UserError
+from selfpruner_hub.errors import OutputError, UserError
 
 if TYPE_CHECKING:
     from selfpruner_hub.storage.model_record import Record
@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> Result:
     quieten(options)
     if options.output is not None:
         check_writable(options.output.parent)
+        if options.output.is_dir():
+            raise OutputError(f"{str(options.output)!r} is a directory.", "Name a file for the report.")
     passes = Passes(**numbers, dtype=options.dtype, device=options.device, python=options.python, text=options.text)
     keywords = {"revision": options.revision, "gguf_file": options.gguf_file, "device_map": options.device_map}
     if options.save:  # an error comes before the benchmark, which takes minutes

@@ -154,7 +154,11 @@ def same_model(one: Record, other: Record) -> bool:
 def is_ours(name: str) -> bool:
     """Return whether publishing writes a file of this path in a repository."""
     folder = name.partition("/")[0]
-    return "/" in name and folder in (PLOTS, *EXPORTS) or any(fnmatch(name, pattern) for pattern in PATTERNS)
+    return (
+        "/" in name
+        and folder in (PLOTS, *EXPORTS)
+        or any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in PATTERNS)
+    )
 
 
 def _matching(directory: Path, patterns: Iterable[str]) -> dict[str, Path]:

@@ -112,7 +112,7 @@ def publish(
     model = Repository(api, repo_id, "model", revision)
     model.create(private)
     graphs = Repository(api, f"{model.repo_id}{ONNX_ENDING}", "model", revision)
-    current = True if bundle.graphs else _are_of(directory, bundle.record, graphs)
+    current = True if bundle.graphs and not create_pr else _are_of(directory, bundle.record, graphs)
     linked = graphs.repo_id if current else ""
     message = (commit_message or "Publish the pruned model", commit_description)
     commit = model.commit(lambda tree: _model_changes(bundle, model, tree, linked), message, create_pr)

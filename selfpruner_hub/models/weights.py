@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -121,6 +122,21 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 @torch.inference_mode(mode=False)  # the buffers take part in backward passes
+def converted(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Copy a model in another dtype, with the rotary frequencies of the configuration.
+
+    Args:
+        model: A model; it is not changed.
+        dtype: Dtype of the copy.
+
+    Returns:
+        The copy.
+    """
+    copied = nn.Module.to(copy.deepcopy(model), dtype)
+    rebuild_buffers(copied)
+    return copied
+
+
 def rebuild_buffers(model: PreTrainedModel) -> None:
     """Compute rotary frequencies and scales of embeddings in float32, as loading does: from the configuration.
 

@@ -30,6 +30,9 @@ WEIGHTS = (
 )  # fmt: skip
 """Names of the files of weights that transformers looks for in a directory."""
 
+EXPORTED = ("*.gguf", "*.onnx", "*.onnx*data", "onnx", "genai_config.json", "openvino_model.*", "*.engine")
+"""Patterns of what an export has beside the files of every format, in its directory."""
+
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",

@@ -34,9 +34,10 @@ from selfpruner_hub.cli import main
 from selfpruner_hub.errors import ModelError, SavedModelError, UserError
 from selfpruner_hub.evaluation.metrics import perplexity
 from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
-from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
+from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
 from selfpruner_hub.storage.layout import EXPORTS
 from selfpruner_hub.storage.model_record import read_record
 
@@ -207,11 +208,26 @@ def test_figures_beside_those_of_another_model_are_not_saved(exported, pair, dri
 
 
 def test_an_export_is_taken_as_it_is(pair, drifting, tmp_path):
-    for side in pair:
+    source = {"name": "a", **identity_of(tiny_model("llama"))}
+    for side, dtype in zip(pair, ("f16", "q4_k_m"), strict=True):
         shutil.copytree(side, tmp_path / side.name)
-        (tmp_path / side.name / EXPORT_RECORD_FILE).touch()
+        record = ExportRecord("gguf", {"dtype": dtype}, source, {"torch": "2"}, 0.1, 0.0, "", "")
+        (tmp_path / side.name / EXPORT_RECORD_FILE).write_text(record.to_json())
+    with pytest.raises(UserError, match="is an export in q4_k_m, and f16 would be timed"):
+        benchmark(tmp_path / "pruned", tmp_path / "dense", "gguf", SHORT)
+    with pytest.raises(UserError, match="is an export in f16, and q4_k_m would be timed"):
+        benchmark(tmp_path / "pruned", tmp_path / "dense", "gguf", replace(SHORT, dtype="q4_k_m"))
+    assert not drifting
+    shutil.copy(tmp_path / "dense" / EXPORT_RECORD_FILE, tmp_path / "pruned")
     benchmark(tmp_path / "pruned", tmp_path / "dense", "gguf", SHORT)
     assert drifting == [("gguf", str(tmp_path / "dense")), ("gguf", str(tmp_path / "pruned"))]
+
+
+def test_a_report_does_not_replace_a_directory(pair, drifting, tmp_path, capsys):
+    words = ["benchmark", str(pair[1]), "--against", str(pair[0]), "--output", str(tmp_path), "--quiet"]
+    assert main(words) == 2
+    assert "is a directory. Name a file" in capsys.readouterr().err
+    assert not drifting
 
 
 @pytest.mark.parametrize(

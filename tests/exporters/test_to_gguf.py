@@ -283,3 +283,17 @@ def test_a_truncated_file_is_one_line(tmp_path):
     done = run_python(LOAD, *paths)
     assert done.returncode == 0, done.stderr[-500:]
     assert done.stdout.splitlines() == [f"llama.cpp cannot load {str(p)!r}. Export the model again." for p in paths]
+
+
+def test_files_of_an_earlier_model_do_not_stay_beside_those_of_a_new_one(tmp_path):
+    """A demo would run the older file."""
+    model, tokenizer = tiny_model("llama", vocab_size=VOCABULARY), trained_tokenizer()
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "mine.txt").write_text("stays")
+    for dtype in ("f16", "f32"):
+        export_model(model, tokenizer, "gguf", tmp_path / "gguf", dtype=dtype, tolerance=math.inf)
+    assert {path.name for path in (tmp_path / "gguf").glob("*.gguf")} == {"model-f16.gguf", "model-f32.gguf"}
+    model.lm_head.weight.data[3] *= 2
+    export_model(model, tokenizer, "gguf", tmp_path / "gguf", dtype="f32", tolerance=math.inf)
+    assert {path.name for path in (tmp_path / "gguf").glob("*.gguf")} == {"model-f32.gguf"}
+    assert (tmp_path / "gguf" / "mine.txt").exists()

@@ -19,6 +19,7 @@ from exporters import OnnxCausalLM
 from exporters.export import export_model
 from exporters.parity import expected, logit_difference
 from exporters.to_onnx import writer as to_onnx
+from exporters.to_tensorrt import writer as to_tensorrt
 from exporters.to_tensorrt.profiles import tensorrt_provider
 from selfpruner_hub.errors import ExportError, MissingExtraError, SavedModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
@@ -246,3 +247,31 @@ def test_the_class_is_imported_without_the_libraries():
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr[-500:]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_graphs_have_the_rotary_frequencies_of_the_model(dtype, tmp_path, monkeypatch):
+    """Rounded ones are out of phase at long distances, which no comparison of short texts shows."""
+    traced = []
+
+    def keep(model, *_args, **_options):
+        traced.append(model)
+        raise ExportError("Enough.", "")
+
+    model = shallow("llama")
+    for module in (to_onnx, to_tensorrt):
+        monkeypatch.setattr(module, "trace", keep)
+    with pytest.raises(ExportError, match="Enough"):
+        to_tensorrt.save_plain_graph(model, getattr(torch, dtype), tmp_path / "graph.onnx")
+    if dtype == "float16":
+        with pytest.raises(ExportError, match="Enough"):
+            export_model(model, None, "onnx", tmp_path / "out", dtype=dtype)
+    for each in traced:
+        assert str(each.dtype) == f"torch.{dtype}"
+        assert torch.equal(each.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, math.nan])
+def test_a_tolerance_is_a_distance(tolerance, tmp_path):
+    with pytest.raises(UserError, match="tolerance must be a number of at least 0"):
+        export_model(shallow("llama"), None, "onnx", tmp_path / "out", tolerance=tolerance)

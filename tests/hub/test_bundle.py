@@ -162,6 +162,9 @@ def test_a_secret_in_the_record_stays_at_home(saved_model, monkeypatch, capsys):
         ("onnx.md", False),
         ("adapter_model.safetensors", False),
         ("media/rates.png", False),
+        ("model_fp8/model.safetensors", False),
+        ("models/backup.safetensors", False),
+        ("additional_chat_templates/tools.jinja", True),
     ],
 )
 def test_what_of_a_repository_is_ours(name, ours):
