@@ -55,7 +55,7 @@ def fingerprint(request: RunRequest) -> dict[str, Any]:
     """Collect every setting that changes the course of a search; a run directory belongs to one such set.
 
     Args:
-        request: What the run is asked to do; its unseen text has no influence on the search, and is left out.
+        request: What the run is asked to do.
 
     Returns:
         The settings for the journal's header, JSON-serialisable.
@@ -71,7 +71,7 @@ def fingerprint(request: RunRequest) -> dict[str, Any]:
         **_target(request.budget),
         **request.settings.record(),
         **({"options": options.record(), "prompts": _prompts(options)} if options else {}),
-        "data": [texts.calibration.sha256, texts.search.sha256],
+        "data": [text.sha256 for text in texts if text is not None],
     }
 
 
@@ -214,7 +214,8 @@ def trained(record: Record, model: PreTrainedModel, how: str) -> Record:
     broken = [name for name, weights in model.named_parameters() if not weights.isfinite().all()]
     if broken:
         raise UserError(f"The training diverged: {broken[0]} is not finite.", "Train with a lower learning rate.")
-    return replace(record, metrics={}, method={**record.method, "training": how.strip()})
+    earlier = record.method.get("training")
+    return _after_training(record, f"{earlier}, then {how.strip()}" if earlier else how.strip())
 
 
 def changed_in_place(record: Record) -> Record:
@@ -225,4 +226,11 @@ def changed_in_place(record: Record) -> Record:
     )
     training = record.method.get("training")
     how = f"{training}, then changed again" if training else "how is not recorded"
-    return replace(record, metrics={}, method={**record.method, "training": how})
+    return _after_training(record, how)
+
+
+def _after_training(record: Record, how: str) -> Record:
+    """Leave out the figures of the old weights, but not the names of the texts that they were trained on."""
+    read = [*record.method.get("trained_on", ()), *(text["name"] for text in (record.recovery or {}).get("texts", ()))]
+    method = {**record.method, "training": how, **({"trained_on": sorted({*read})} if read else {})}
+    return replace(record, metrics={}, method=method, recovery=None)

@@ -260,7 +260,9 @@ class AutoPruner:
                 raise UserError("A mixture of experts is not divided between processes.", "Start one process.")
             ranks.from_first(lambda: stack.enter_context(run_lock(folder)))
             stack.enter_context(working_on(self.model))
-            effort = partial(with_effort, preset, resolved, self.model, checkpoints)
+            identity = identity_of(self.model)
+            known = checkpoints.of(json.dumps([identity, str(self.model.device), changes], default=str))
+            effort = partial(with_effort, preset, resolved, self.model, known)
             settings, lines = ranks.from_first(
                 lambda: effort(proposer_given=proposer is not None, minutes=minutes, recover=recover)
             )
@@ -277,7 +279,6 @@ class AutoPruner:
                 stack.enter_context(streamed(self.model))
                 logger.warning(_ON_HOST, self.model.device)
             run = Run(store, checkpoints, callback, seed)
-            identity = identity_of(self.model)
             served = served_by(writer, writer_model, self.model, self.tokenizer)
             of_cut = PLAIN_DATA if data is None and preset == "paper" else data
             source = Texts(self.model, self.tokenizer, self._corpora, identity, served)

@@ -83,6 +83,8 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> Result:
     from selfpruner_hub.cli import demo  # it imports torch, which takes seconds
 
+    if options.json:
+        raise UserError("The demo has no JSON.", "Leave out --json.")
     quieten(options)
     if options.directory:
         demo.open_space(options.directory)

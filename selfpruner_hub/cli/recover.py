@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfpruner_hub.cli.options import Result, number, quieten, settings_of, whole, writer
+from selfpruner_hub.cli.options import Result, number, path, quieten, settings_of, whole, writer
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.settings import check_seed
 
@@ -29,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=number, metavar="N", help="minutes in all")
     length.add_argument("--tokens", type=whole, metavar="N", help="tokens to train on, in place of minutes")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where the recovered model goes (default: DIR)")
+    parser.add_argument("--output", type=path, metavar="DIR", help="where the recovered model goes (default: DIR)")
     parser.add_argument(
         "--data", help="chat, self, wikitext2, c4, or a .txt or .jsonl file; several with + between them (default: "
         "chat+wikitext2 for a chat model, else self+wikitext2)",
     )  # fmt: skip
     writer(parser)
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="texts and checkpoints (default: OUTPUT.run)")
+    parser.add_argument("--run-dir", type=path, metavar="DIR", help="texts and checkpoints (default: OUTPUT.run)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, … (default: the accelerator where there is one)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting; docs/recovery.md has them"
@@ -57,9 +57,9 @@ def run(options: argparse.Namespace) -> Result:
         OutputError: The output cannot be written.
     """
     from selfpruner_hub.endpoint import check_writer
-    from selfpruner_hub.storage.model_record import read_record
+    from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, read_record
     from selfpruner_hub.storage.run_lock import default_run_dir, output_lock
-    from selfpruner_hub.storage.staging import check_writable
+    from selfpruner_hub.storage.staging import check_replaceable, check_writable
 
     settings = settings_of(options.set)
     # All that is wrong is said before torch and the models are loaded, which takes seconds.
@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> Result:
     output: Path = options.output or options.directory
     read_record(options.directory)
     check_writable(output)
+    check_replaceable(output, MODEL_RECORD_FILE, overwrite=False)
     run_dir = options.run_dir or default_run_dir(output)
     options.resume_hint = f"What was trained is in {run_dir}: the same command again goes on from there."
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -32,7 +33,7 @@ from selfpruner_hub.models.placement import from_files
 from selfpruner_hub.models.unsupported import check_layers, refuse_quantized
 from selfpruner_hub.models.weights import is_tied, rebuild_buffers
 from selfpruner_hub.storage.gguf_files import gguf_read_once
-from selfpruner_hub.storage.layout import EXPORTS, PLOTS, weight_files
+from selfpruner_hub.storage.layout import EXPORTS, GENERATION, PLOTS, weight_files
 from selfpruner_hub.storage.offload import MEMORY, TensorStore
 from selfpruner_hub.storage.tokenizer_files import load_tokenizer
 
@@ -226,6 +227,8 @@ def _one_by_one(
     named: Any = config.dtype if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
     files = [directory / file for file in weight_files(directory)]
     model, missing = from_files(config, files, store, device, named, key_mapping or {})
+    if (directory / GENERATION).is_file():  # it says where a chat model ends its turns
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     return model, {"missing_keys": missing}
 
 

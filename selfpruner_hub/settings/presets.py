@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -182,7 +183,7 @@ def check_minutes(minutes: Any, recover: Any) -> None:
     """
     for name, value, least in (("minutes", minutes, "above"), ("recover", recover, "of at least")):
         number = not isinstance(value, bool) and isinstance(value, (int, float))
-        if value is not None and not (number and (value > 0 or (value == 0 and least != "above"))):
+        if value is not None and not (number and (0 < value < math.inf or (value == 0 and least != "above"))):
             raise UserError(f"{name} must be a number {least} 0; got {value!r}.")
     if minutes is not None and recover is not None and recover >= minutes:
         raise UserError(f"Of {minutes:g} minutes, {recover:g} for recovery leave none for pruning.", "Give more.")

@@ -56,12 +56,13 @@ class Record:
     """Number of parameters of `dense` and `pruned`, counted from the tensors, shared ones once."""
     method: dict[str, Any]
     """Every setting of the method; `target`, where one was asked for: its fields, and what was `predicted` and
-    `measured` in its terms; and `training`, where the weights were trained after pruning: how, in a line."""
+    `measured` in its terms; `training`, where the weights were trained after pruning: how, in a line; and `trained_on`,
+    names of the texts of recoveries before the last training."""
     seed: int
     proposer: dict[str, Any]
     """The proposer and its search: name, options of a language model, evaluations, origin of the best plan, counts of
     replies, tokens. `gains`: fitness of the best seed plan and of the best plan, on `search_text`, the fitness text,
-    and on `unseen_text`, which neither calibration, nor repairs, nor search have read."""
+    and on `unseen_text`, which neither calibration nor repairs have read, and by which no plan is chosen."""
     data: dict[str, dict[str, Any]]
     """Texts of the run, `calibration`, `fitness` and, where the gain was measured on it, `unseen`: name, tokens, window
     and hash of each; and `chat_template`, where it writes the date: the `date` that it was given."""
@@ -111,7 +112,7 @@ class Record:
     def marked(self, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
         """Return figures that say so in their protocol where the model was made with a text of that name."""
         texts = [*self.data.values(), *(self.recovery or {}).get("texts", ())]
-        names = [text["name"] for text in texts if "name" in text]
+        names = [*(text["name"] for text in texts if "name" in text), *self.method.get("trained_on", ())]
         read = {part for name in names for part in (name, *name.split(" and "))}
         return {
             key: replace(metric, protocol=f"{metric.protocol}; {ALREADY_READ}") if metric.dataset in read else metric
@@ -173,6 +174,7 @@ class _Method(TypedDict):
     repair: str
     schedule: _Schedule
     training: NotRequired[str]
+    trained_on: NotRequired[list[str]]
     target: NotRequired[_Target]
 
 

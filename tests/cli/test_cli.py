@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from support.tiny import save_tiny, tiny_tokenizer
+from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -285,6 +285,7 @@ EMPTY = {
     "benchmark": ["benchmark", "model", "--against", "dense"],
     "plot": ["plot", "model"],
     "demo": ["demo"],
+    "recover": ["recover", "model", "--against", "dense", "--minutes", "1"],
 }
 
 
@@ -581,3 +582,15 @@ def test_a_read_only_output_directory(assert_mistake, dense, text, tmp_path, mon
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     assert_mistake("Read-only file system", *prune(dense, tmp_path / "out", text))
     assert names(tmp_path) == {"out"}
+
+
+def test_a_recovery_that_would_replace_another_model_is_refused_at_once(pruned, tmp_path, capsys):
+    tiny_model("llama").save_pretrained(tmp_path / "other")
+    words = ["recover", str(pruned), "--against", "missing", "--minutes", "1", "--output", str(tmp_path / "other")]
+    assert main(words) == 2
+    assert "holds another model" in capsys.readouterr().err
+
+
+def test_the_demo_has_no_json(capsys):
+    assert main(["demo", "--json"]) == 2
+    assert "The demo has no JSON." in capsys.readouterr().err

@@ -12,6 +12,8 @@ from huggingface_hub import ModelCard
 from support.hub_server import check_yaml
 
 from selfpruner_hub.hub.card import OLDEST_TRANSFORMERS, render_card, save_metrics
+from selfpruner_hub.models.loading import load_model
+from selfpruner_hub.provenance import changed_in_place, trained
 from selfpruner_hub.search.llm.endpoint_proposer import BEHIND
 from selfpruner_hub.storage.model_record import ALREADY_READ, Metric, Record, read_record
 
@@ -268,3 +270,16 @@ def test_a_figure_on_a_text_that_made_the_model_says_so(saved_model):
     mixed = replace(record, data={"calibration": {"name": "chat and own.txt"}})
     assert ALREADY_READ in mixed.marked({"c": replace(figures["b"], dataset="own.txt")})["c"].protocol
     assert (saved_model / "README.md").read_text().count(ALREADY_READ) == 1
+
+
+def test_texts_of_an_earlier_training_are_not_forgotten(saved_model):
+    record, model = read_record(saved_model), load_model(str(saved_model))[0]
+    recovered = replace(trained(record, model, "distilled"), recovery={"texts": [{"name": "own.txt"}]})
+    again = trained(recovered, model, "LoRA on my-data")
+    assert again.method["training"] == "distilled, then LoRA on my-data"
+    assert again.recovery is None  # its figures are of other weights
+    figure = {"a": Metric(20.5, None, "4 windows", dataset="own.txt")}
+    assert ALREADY_READ not in record.marked(figure)["a"].protocol
+    assert ALREADY_READ in again.marked(figure)["a"].protocol
+    assert ALREADY_READ in changed_in_place(again).marked(figure)["a"].protocol
+    assert Record.from_json(again.to_json(), "a record") == again

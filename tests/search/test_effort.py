@@ -75,7 +75,7 @@ def test_recovery_cannot_take_all_minutes(recover):
         check_minutes(7, recover)
 
 
-@pytest.mark.parametrize("value", [-1, True, "ten", float("nan")])
+@pytest.mark.parametrize("value", [-1, True, "ten", float("nan"), float("inf")])
 def test_minutes_are_numbers(value):
     for given, told in ((0, "minutes must be a number above 0"), (value, "minutes must be a number above 0")):
         with pytest.raises(UserError, match=told):

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from support.tiny import save_tiny, tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from selfpruner_hub.errors import ModelError, OutputError, UserError
 from selfpruner_hub.models.loading import load_model
@@ -159,3 +159,13 @@ def test_a_model_is_pruned_in_less_memory_than_it_takes(tmp_path):
     assert own < 0.7 * size  # what is not in files
     assert resident < 1.6 * size  # about 0.4, and pages of files that a loaded machine has not put away yet
     assert len(list((tmp_path / "pruned").glob("*.safetensors"))) > 1
+
+
+def test_generation_settings_of_a_file_are_kept(tmp_path):
+    model = tiny_model("llama")
+    model.generation_config = GenerationConfig(eos_token_id=[1, 106], top_p=0.9, do_sample=True)
+    model.save_pretrained(tmp_path / "dense")
+    streamed, _ = load_model(str(tmp_path / "dense"), store=DiskStore(tmp_path / "scratch"), device="cpu")
+    whole, _ = load_model(str(tmp_path / "dense"), device="cpu")
+    assert streamed.generation_config.to_dict() == whole.generation_config.to_dict()
+    assert streamed.generation_config.eos_token_id == [1, 106]
