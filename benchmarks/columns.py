@@ -45,7 +45,8 @@ def words(key: str) -> Callable[[Row], str]:
 
 def trained(row: Row) -> str:
     """Tokens that a model was trained on; a recovery that was asked for and brought nothing was refused."""
-    return f"{row['tokens']:,}" if row.get("tokens") else "refused" if row.get("asked_tokens") else UNKNOWN
+    asked = row.get("asked_tokens") or row.get("asked")
+    return f"{row['tokens']:,}" if row.get("tokens") else "refused" if asked else UNKNOWN
 
 
 BETA = ("β", lambda row: f"{row['beta']:g}")

@@ -123,6 +123,12 @@ def growth_table() -> str:
     return f"{shown(rows, COLUMNS['recovery'])}\n\n{fit}\n\n{measured(RECOVERY)}"
 
 
+def minutes_table() -> str:
+    """Models that were cut and recovered in minutes that were asked for, beside the dense one."""
+    rows = [row for row in _rows(RECOVERY) if row.get("asked") or not row["beta"]]
+    return f"{shown(rows, COLUMNS['recovery'])}\n\n{measured(RECOVERY)}"
+
+
 def readme_table() -> str:
     """The default cut at each β, and behind an arrow the recovered model, where the recovery was not refused."""
     rows = _own_widths()
@@ -227,6 +233,7 @@ GENERATED = (
     ("docs/proposers.md", "options", partial(described_table, EndpointOptions, "option")),
     ("docs/recovery.md", "recovery", recovery_table),
     ("docs/recovery.md", "growth", growth_table),
+    ("docs/recovery.md", "minutes", minutes_table),
     ("docs/large_models.md", "memory", memory_table),
     ("docs/results.md", "uniform", partial(of_benchmark, "uniform")),
     ("docs/recovery.md", "recovery_settings", partial(described_table, RecoverySettings)),

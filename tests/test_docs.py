@@ -71,6 +71,11 @@ def test_growth_with_tokens_is_fitted_over_what_was_trained(monkeypatch):
     text = tables.growth_table()
     assert "takes 10.0 % off the perplexity, 20.0 % off the KL on conversations, 30.0 % off the KL on code" in text
     assert [line.split(" | ")[1] for line in text.splitlines()[2:6]] == ["–", "32", "64", "128"]
+    refused = cut | {"beta": 0.2, "asked_tokens": None, "asked": 60, "minutes": 60}
+    monkeypatch.setattr(tables, "_rows", lambda _file: [refused, in_all, *rows, cut])
+    asked = [line.split(" | ")[1:4:2] for line in tables.minutes_table().splitlines()[2:4]]
+    assert [line[0] for line in asked] == ["60", "30"]
+    assert "refused" in tables.minutes_table()
 
 
 def test_a_page_without_markers_is_refused():
