@@ -90,7 +90,7 @@ class Repair:
         return repaired.contiguous().to(weight.device)  # from column-major memory, slow in a linear layer
 
     def errors(self) -> Tensor:
-        """E‖R (W x - W*_K x_K)‖² for a kept prefix of 0, 1, …, `in` columns, `[in + 1]`; it never increases."""
+        """E‖R (W x - W*_K x_K)‖² of kept prefixes of 0, 1, …, `in` columns, `[in + 1]`, float64, never increasing."""
         norms = self.norms.cpu().double()  # a sum along a row is in no fixed order on CUDA, and plans depend on it
         return torch.cat([norms.flip(0).cumsum(0).flip(0), norms.new_zeros(1)])
 

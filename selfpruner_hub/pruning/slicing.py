@@ -90,10 +90,7 @@ class Slicer:
         Raises:
             ValueError: The slicer has no repairs.
         """
-        return [
-            LossCurves((attention / 2).cpu().double().numpy(), (ffn / 2).cpu().double().numpy())
-            for attention, ffn in self.errors()
-        ]
+        return [LossCurves((attention / 2).numpy(), (ffn / 2).numpy()) for attention, ffn in self.errors()]
 
     def unit(self, block: Block) -> int:
         """Number of rows of one KV group (or one channel) in a block of this kind."""

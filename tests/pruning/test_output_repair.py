@@ -62,7 +62,7 @@ def test_no_perturbation_lowers_the_calibration_error(problem):
 def test_error_curve_is_the_measured_error(problem, root):
     weight, x, gram = problem
     repair = made(weight, gram, 0.0, root=root)
-    curve, seen = repair.errors(), torch.eye(OUT) if root is None else root.t()
+    curve, seen = repair.errors().float(), torch.eye(OUT) if root is None else root.t()
     assert len(curve) == D + 1
     for kept in range(1, D + 1):
         measured = ((x @ weight.t() - x[:, :kept] @ repair.weight(kept).t()) @ seen).square().sum(1).mean()
