@@ -56,7 +56,7 @@ DEMO_QUESTIONS = (
 
 
 def run_demo(
-    say: Callable[[str], object], beta: float = 0.3, output: Path | None = None, progress: bool = True
+    say: Callable[[str], object], beta: float = 0.2, output: Path | None = None, progress: bool = True
 ) -> None:
     """Prune the embedded model; print the figures and the answers of the dense and the pruned model.
 

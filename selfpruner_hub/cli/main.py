@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", nargs="?", metavar="DIR", help="a saved model to open in the Space")
-    parser.add_argument("--beta", type=number, default=0.3)
+    parser.add_argument(
+        "--beta", type=number, default=0.2, help="mean fraction of weights to remove (default: %(default)s)"
+    )
     parser.add_argument("--output", type=path, metavar="DIR", help="keep the pruned model here")
 
 
