@@ -66,7 +66,7 @@ class Schedule(NamedTuple):
         return settings.checks or max(1, min(CHECKS, affordable))
 
     def within(self, seconds: float) -> Schedule:
-        """Fill another time: with more steps, which read windows of each kind once more, or with fewer.
+        """Fit the steps to another time: more of them, which read windows of each kind once more, or fewer.
 
         Args:
             seconds: Time of all steps.
@@ -162,7 +162,7 @@ def keep(checkpoints: Checkpoints, name: str, schedule: Schedule) -> Schedule:
         The schedule.
     """
     values = {"steps": schedule.steps, "seconds": -1.0 if schedule.seconds is None else schedule.seconds}
-    tensors = {name: torch.tensor(value) for name, value in values.items()}
+    tensors = {key: torch.tensor(value) for key, value in values.items()}
     checkpoints.save(name, {**tensors, "counts": torch.tensor(schedule.counts)})
     return schedule
 
