@@ -43,17 +43,17 @@ def compensate(
     fisher: Fisher | None = None,
     run: Run = DEFAULT_RUN,
 ) -> None:
-    """Refit o_proj, gate_proj, up_proj and down_proj of every pruned layer, in place, first layer first.
+    """Refit o_proj, then gate_proj and up_proj, then down_proj of every pruned layer, in place, first layer first.
 
     Of a mixture, only the output projections of its experts (`expert_repair.compensate_experts`).
 
     W* = (E[t x̂ᵀ] + λ W) (E[x̂ x̂ᵀ] + λ I)⁻¹ for o_proj and down_proj, with x̂ the projection's input in the pruned model,
     W its weight before, and the target t = (dense stream after the block) - (pruned stream before it). If the
     architecture normalises the output before it is added (Gemma 2 and 3), t is the dense output itself. For each
-    projection, λ minimises the error on held-out windows, which are the same in all layers and are not fitted. Then
-    gate_proj and up_proj move toward the same target (`least_squares.fit_inputs`), and down_proj is fitted again. If
-    that does not lower the error on the held-out windows, they keep their weights. The error of an output that differs
-    from its target by δ is ‖R δ‖², with RᵀR the Fisher information of that output in the dense model.
+    projection, λ minimises the error on held-out windows, which are the same in all layers and are not fitted. Before
+    down_proj is fitted, gate_proj and up_proj move toward the same target (`least_squares.fit_inputs`); where that does
+    not lower the error on the held-out windows, they keep their weights. The error of an output that differs from its
+    target by δ is ‖R δ‖², with RᵀR the Fisher information of that output in the dense model.
 
     Memory: six hidden states, the input of o_proj and three inputs of down_proj per token (these where the store is in
     memory; else they are computed anew), and twice the statistics of one projection. Where the store is in the memory
@@ -216,13 +216,14 @@ class _Ffn:
         return [compute(h) for h, _ in self._each()].__getitem__
 
     def fit(self, ridges: Sequence[float], start: int | None, *, inputs: bool) -> int:
-        """Fit down_proj; with `inputs`, gate_proj and up_proj too, and where they moved, down_proj again."""
+        """With `inputs`, move gate_proj and up_proj; then fit down_proj. See `LinearFit.apply` for λ."""
         self._activations = self._cached(self._linearised if inputs else self._activated)
-        start = self._fit_down(ridges, start)
         if inputs and self._fit_inputs():
             self._activations = self._cached(self._activated)
-            start = self._fit_down(ridges, start)
-        return start
+        fit = LinearFit(self._down, ridges, self._root, self._store.briefly)
+        for number, (_, target) in enumerate(self._each()):
+            fit.add(self._activations(number)[0], target)
+        return fit.apply(start)
 
     def advance(self) -> None:
         """Replace the hidden states of all batches by the output of the layer."""
@@ -230,12 +231,6 @@ class _Ffn:
             x = self._activations(number)[0]
             with replaced(self._run, "forward", lambda *_, x=x, **__: self._down(x)):
                 hidden.copy_(cast(Tensor, self._attention.run(number)))
-
-    def _fit_down(self, ridges: Sequence[float], start: int | None) -> int:
-        fit = LinearFit(self._down, ridges, self._root, self._store.briefly)
-        for number, (_, target) in enumerate(self._each()):
-            fit.add(self._activations(number)[0], target)
-        return fit.apply(start)
 
     def _fit_inputs(self) -> bool:
         """Refit gate_proj and up_proj if that lowers the error on the held-out windows; return whether it does."""

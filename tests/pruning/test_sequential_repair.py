@@ -99,7 +99,10 @@ def test_the_ridge_is_chosen_on_windows_that_are_held_out(architecture):
 
 
 def test_gate_and_up_move_toward_what_the_loss_minds():
-    """Where it minds two of the outputs alone, those come nearer than where all are alike, and the others less so."""
+    """Where it minds two of the outputs alone, those come nearer than where all are alike, and the others less so.
+
+    Behind the first layer, where nothing else differs.
+    """
     model = tiny_model("llama")
     size = model.config.hidden_size
     minded = torch.cat([torch.full((2,), 10.0), torch.full((size - 2,), 0.1)])
@@ -109,13 +112,13 @@ def test_gate_and_up_move_toward_what_the_loss_minds():
         compensate(model, pruned, WINDOWS, fisher=fisher)
         states = []
         for m in (model, pruned):
-            handle = decoder_layers(m)[-1].register_forward_hook(lambda _m, _a, out, to=states: to.append(out))
+            handle = decoder_layers(m)[0].register_forward_hook(lambda _m, _a, out, to=states: to.append(out))
             with torch.no_grad():
                 m.get_decoder()(WINDOWS, use_cache=False)
             handle.remove()
         distances.append((states[0] - states[1]).square().mean((0, 1)))
-    assert distances[1][:2].sum() < 0.97 * distances[0][:2].sum()
-    assert distances[1][2:].sum() > distances[0][2:].sum()
+    assert distances[1][:2].sum() < 0.6 * distances[0][:2].sum()
+    assert distances[1][2:].sum() > 1.2 * distances[0][2:].sum()
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
