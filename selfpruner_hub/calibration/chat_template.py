@@ -1,4 +1,4 @@
-"""Use a tokenizer's chat template: tokens of conversations, which of them are the assistant's, start of a user turn."""
+"""Use a tokenizer's chat template: tokens of conversations and of prompts, start of a user turn."""
 
 from __future__ import annotations
 
@@ -29,19 +29,6 @@ _FROZEN = (
 """Beginning of a template whose `strftime_now` says `DATE`."""
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation, tokenized through the chat template.
-
-    Attributes:
-        ids: Token ids.
-        answered: One flag per token: whether the assistant wrote it. Its end-of-turn token counts too.
-    """
-
-    ids: tuple[int, ...]
-    answered: tuple[bool, ...]
-
-
 def has_chat_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Whether the tokenizer comes with a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
@@ -52,41 +39,13 @@ def template_date(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     return DATE.isoformat() if "strftime_now" in str(getattr(tokenizer, "chat_template", None)) else None
 
 
-def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Conversation:
-    """Tokenize messages through the chat template.
-
-    Args:
-        tokenizer: Fast tokenizer with a chat template.
-        messages: Turns in order; at least one.
-
-    Returns:
-        The conversation. If the template rewrites earlier turns, only the last answer counts as the assistant's. An
-        assistant turn that comes first answers nothing and does not count.
-
-    Raises:
-        DataError: The template rejects these messages, or the tokenizer is a slow one.
-    """
-    if not tokenizer.is_fast:
-        raise DataError(
-            "Conversations need a fast tokenizer, and the model has a slow one.",
-            "Convert it (PreTrainedTokenizerFast), or give plain text.",
-        )
-    text = rendered(tokenizer, messages)
-    spans = []
-    for index, message in enumerate(messages):
-        if index and message.get("role") == "assistant":
-            before = rendered(tokenizer, messages[:index], prompt=True)
-            through = rendered(tokenizer, messages[: index + 1])
-            if text.startswith(before) and text.startswith(through.rstrip()):
-                spans.append((len(before), len(through.rstrip())))
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = tokens["offset_mapping"]
-    answered = tuple(any(a <= start and end <= b and end > start for a, b in spans) for start, end in offsets)
-    return Conversation(tuple(tokens["input_ids"]), answered)
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of the messages; raises the errors of `rendered`."""
+    return encoded(tokenizer, rendered(tokenizer, messages))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of the messages and of the start of the assistant's turn; raises the errors of `conversation`."""
+    """Token ids of the messages and of the start of the assistant's turn; raises the errors of `rendered`."""
     return encoded(tokenizer, rendered(tokenizer, messages, prompt=True))
 
 

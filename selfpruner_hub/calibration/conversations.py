@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import (
-    Conversation,
     Message,
     closing_ids,
     decoded,
@@ -28,6 +27,19 @@ from selfpruner_hub.calibration.chat_template import (
 from selfpruner_hub.calibration.generated_text import TextModel, continuations
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation that a model wrote.
+
+    Attributes:
+        ids: Token ids, as the chat template has them.
+        answered: One flag per token: whether the assistant wrote it. Its end-of-turn token counts too.
+    """
+
+    ids: tuple[int, ...]
+    answered: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -262,13 +274,13 @@ class Distinct:
         return True
 
 
-def packed(conversations: Iterable[Conversation], window: int, most: int | None = None) -> Tensor:
+def packed(conversations: Iterable[Sequence[int]], window: int, most: int | None = None) -> Tensor:
     """Pack conversations into windows, in order; each window begins with a new conversation.
 
     The last conversation of a window is cut at the end of the window.
 
     Args:
-        conversations: Conversations in order.
+        conversations: Token ids of each conversation, in order.
         window: Tokens per window, at least 2.
         most: Maximum number of windows; None uses all conversations.
 
@@ -280,7 +292,7 @@ def packed(conversations: Iterable[Conversation], window: int, most: int | None 
     for each in conversations:
         if len(windows) == most:
             break
-        filling += each.ids[: window - len(filling)]
+        filling += each[: window - len(filling)]
         if len(filling) == window:
             windows.append(filling)
             filling = []

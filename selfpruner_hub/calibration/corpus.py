@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from selfpruner_hub.calibration.chat_template import Conversation, conversation, has_chat_template
+from selfpruner_hub.calibration.chat_template import conversation_ids, has_chat_template
 from selfpruner_hub.calibration.conversations import Distinct, packed, write_conversations
 from selfpruner_hub.calibration.generated_text import TextModel, sample_windows
 from selfpruner_hub.calibration.text_sources import GENERATED, HUB_SOURCES, Entry, encode, entries, name_of, start_ids
@@ -225,12 +225,13 @@ def _written_conversations(
     if not has_chat_template(tokenizer):
         raise DataError('data="chat" needs a tokenizer with a chat template.', 'Use data="self", or plain text.')
     windows = torch.empty(0, window, dtype=torch.int64)
-    written: list[Conversation] = []
+    written: list[Sequence[int]] = []
     for attempt in range(CONVERSATION_ATTEMPTS):
         length = windows.numel() / len(written) if len(windows) else min(CONVERSATION_TOKENS, window)
         some = 1 + round(1.1 * (count - len(windows)) * window / length)
         seeded = CONVERSATION_ATTEMPTS * seed + attempt
-        written += write_conversations(model, tokenizer, some, seeded, distinct=distinct, progress=progress)
+        talks = write_conversations(model, tokenizer, some, seeded, distinct=distinct, progress=progress)
+        written += [talk.ids for talk in talks]
         windows = packed(written, window)
         if len(windows) >= count:
             return windows[:count]
@@ -252,7 +253,7 @@ def _windows(items: Iterable[Entry], tokenizer: PreTrainedTokenizerBase, window:
             yield each
 
     if talks:
-        windows = packed((conversation(tokenizer, messages) for messages in same(list)), window, most)
+        windows = packed((conversation_ids(tokenizer, messages) for messages in same(list)), window, most)
         return windows, windows.numel()
     start = start_ids(tokenizer)
     left = window - len(start)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from selfpruner_hub.calibration.chat_template import Conversation
-from selfpruner_hub.calibration.conversations import CHAT, write_conversations
+from selfpruner_hub.calibration.conversations import CHAT, Conversation, write_conversations
 from selfpruner_hub.evaluation.metrics import Teacher, mean_losses, miss_loss, teach, teacher_loss
 from selfpruner_hub.progress import Progress
 

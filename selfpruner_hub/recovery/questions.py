@@ -12,8 +12,16 @@ from itertools import cycle, islice
 
 from transformers import PreTrainedTokenizerBase
 
-from selfpruner_hub.calibration.chat_template import Conversation, decoded, encoded
-from selfpruner_hub.calibration.conversations import Distinct, Style, TurnStart, answered, end_tokens, write_turns
+from selfpruner_hub.calibration.chat_template import decoded, encoded
+from selfpruner_hub.calibration.conversations import (
+    Conversation,
+    Distinct,
+    Style,
+    TurnStart,
+    answered,
+    end_tokens,
+    write_turns,
+)
 from selfpruner_hub.calibration.generated_text import TextModel
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.progress import Progress

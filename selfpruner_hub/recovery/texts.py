@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from selfpruner_hub.calibration.chat_template import Conversation, has_chat_template
-from selfpruner_hub.calibration.conversations import Distinct, write_conversations
+from selfpruner_hub.calibration.chat_template import has_chat_template
+from selfpruner_hub.calibration.conversations import Conversation, Distinct, write_conversations
 from selfpruner_hub.calibration.corpus import CONVERSATION_ATTEMPTS, load_corpus, too_little_text
 from selfpruner_hub.calibration.generated_text import TextModel
 from selfpruner_hub.calibration.text_sources import GENERATED, name_of, sources_of

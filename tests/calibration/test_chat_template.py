@@ -1,15 +1,13 @@
-"""Chat templates: the same tokens as transformers writes, and which of them are the assistant's."""
+"""Chat templates: the same tokens as transformers writes."""
 
 from datetime import datetime
-from itertools import groupby
 
 import pytest
 from support.chat import END, MARKS, STYLES, TEMPLATES, assistant, chat_tokenizer, system, user
 from support.tiny import tiny_tokenizer
-from transformers import ByT5Tokenizer
 
 from selfpruner_hub.calibration.chat_template import (
-    conversation,
+    conversation_ids,
     decoded,
     has_chat_template,
     prompt_ids,
@@ -23,12 +21,6 @@ ONE = [user("What is the capital of France?"), assistant("Paris.\nIt is on the S
 TWO = [*ONE, user("And of Italy?"), assistant("Rome")]
 each_style = pytest.mark.parametrize("style", STYLES)
 takes_system = pytest.mark.parametrize("style", ["chatml", "llama3"])
-
-
-def answers(tokenizer, written):
-    """Texts of the stretches that the assistant wrote."""
-    marked = groupby(zip(written.ids, written.answered, strict=True), key=lambda pair: pair[1])
-    return [tokenizer.decode([i for i, _ in stretch]) for theirs, stretch in marked if theirs]
 
 
 def test_a_tokenizer_has_a_template_or_not():
@@ -48,7 +40,7 @@ def test_special_tokens_of_the_tiny_tokenizer_are_single_tokens():
 def test_tokens_are_those_of_transformers(style, messages):
     tokenizer = chat_tokenizer(style)
     made = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    assert list(conversation(tokenizer, messages).ids) == made
+    assert conversation_ids(tokenizer, messages) == made
 
 
 @each_style
@@ -57,46 +49,6 @@ def test_prompts_are_those_of_transformers(style, messages):
     tokenizer = chat_tokenizer(style)
     made = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, add_generation_prompt=True)
     assert prompt_ids(tokenizer, messages) == made
-
-
-@each_style
-@pytest.mark.parametrize("messages", [ONE, TWO], ids=len)
-def test_the_assistants_tokens_are_its_texts_and_their_ends(style, messages):
-    tokenizer = chat_tokenizer(style)
-    written = conversation(tokenizer, messages)
-    assert len(written.ids) == len(written.answered)
-    said = [each["content"] + END[style] for each in messages if each["role"] == "assistant"]
-    assert answers(tokenizer, written) == said
-
-
-@takes_system
-def test_a_system_prompt_is_not_the_assistants(style):
-    tokenizer = chat_tokenizer(style)
-    written = conversation(tokenizer, [system("Be brief."), *ONE])
-    assert "Be brief." in tokenizer.decode(written.ids)
-    assert answers(tokenizer, written) == [ONE[1]["content"] + END[style]]
-
-
-@each_style
-def test_a_conversation_without_an_answer_has_none(style):
-    assert not any(conversation(chat_tokenizer(style), ONE[:1]).answered)
-
-
-def test_only_the_last_answer_counts_where_the_template_rewrites_earlier_ones():
-    """As templates of models that think do: a note goes into the last answer alone."""
-    noted = TEMPLATES["chatml"].replace(
-        "+ message['content']",
-        "+ ('(note) ' if loop.last and message['role'] == 'assistant' else '') + message['content']",
-    )
-    assert noted != TEMPLATES["chatml"]
-    tokenizer = chat_tokenizer(template=noted)
-    assert answers(tokenizer, conversation(tokenizer, TWO)) == ["(note) Rome<|im_end|>"]
-
-
-def test_a_conversation_may_begin_with_the_assistant():
-    tokenizer = chat_tokenizer()
-    written = conversation(tokenizer, [assistant("Hello!"), *ONE])
-    assert answers(tokenizer, written) == [ONE[1]["content"] + "<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +66,7 @@ def test_a_conversation_may_begin_with_the_assistant():
 )
 def test_what_a_template_refuses_is_one_line_with_a_remedy(style, messages, said):
     with pytest.raises(DataError, match=said) as caught:
-        conversation(chat_tokenizer(style), messages)
+        conversation_ids(chat_tokenizer(style), messages)
     assert "\n" not in str(caught.value)
     assert '"role"' in caught.value.hint
 
@@ -125,15 +77,7 @@ def test_what_a_template_refuses_is_one_line_with_a_remedy(style, messages, said
 )
 def test_whatever_a_template_raises_is_one_line(template, said):
     with pytest.raises(DataError, match=f"The chat template cannot write these messages: .*{said}"):
-        conversation(chat_tokenizer(template=template), ONE)
-
-
-def test_a_slow_tokenizer_is_refused():
-    tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = TEMPLATES["chatml"]
-    with pytest.raises(DataError, match="need a fast tokenizer") as caught:
-        conversation(tokenizer, ONE)
-    assert "plain text" in caught.value.hint
+        conversation_ids(chat_tokenizer(template=template), ONE)
 
 
 FORMATS = "%d %b %Y|%Y-%m-%d|%A, %B %-d|%-m/%-d/%y"

@@ -9,7 +9,7 @@ from support.chat import END, STYLES, Writer, assistant, chat_tokenizer, system,
 from support.tiny import tiny_model
 
 from selfpruner_hub.calibration import conversations
-from selfpruner_hub.calibration.chat_template import Conversation, conversation, prompt_ids, user_turn
+from selfpruner_hub.calibration.chat_template import conversation_ids, prompt_ids, user_turn
 from selfpruner_hub.calibration.conversations import (
     CHAT,
     QUESTION_ATTEMPTS,
@@ -49,7 +49,9 @@ def test_both_turns_are_written_through_the_template(style, write):
     for number, talk in enumerate(talks):
         prompt = prompts[number % len(prompts)]
         said = [*([system(prompt)] if prompt else []), user(ASKED[number]), assistant(f"Answer {number}.")]
-        assert talk == conversation(tokenizer, said)
+        assert list(talk.ids) == conversation_ids(tokenizer, said)
+        theirs = [i for i, answered in zip(talk.ids, talk.answered, strict=True) if answered]
+        assert tokenizer.decode(theirs) == said[-1]["content"] + END[style]
     assert len(talks) == 8
     (asked,), (answered,) = writer.of("questions"), writer.of("answers")
     before = [tokenizer.decode(user_turn(tokenizer, prompt).before) for prompt in prompts]
@@ -213,7 +215,7 @@ def test_distinct_by_trigrams_of_words():
 
 
 def talk(first, length):
-    return Conversation(tuple(range(first, first + length)), (False,) * length)
+    return range(first, first + length)
 
 
 def test_every_window_begins_with_a_conversation_and_only_the_last_is_cut():

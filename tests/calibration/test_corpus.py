@@ -13,7 +13,7 @@ from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.calibration import conversations, generated_text
 from selfpruner_hub.calibration import corpus as corpora
-from selfpruner_hub.calibration.chat_template import conversation
+from selfpruner_hub.calibration.chat_template import conversation_ids
 from selfpruner_hub.calibration.conversations import packed
 from selfpruner_hub.calibration.corpus import CONVERSATION_ATTEMPTS, Corpus, consecutive_windows, load_corpus
 from selfpruner_hub.calibration.text_sources import sources_of
@@ -257,7 +257,7 @@ def test_a_measurement_needs_a_tokenizer_and_a_text_of_others(text):
 
 CHAT = chat_tokenizer("gemma")
 TALKS = [[user(f"What is {i}?"), assistant(f"A number, {i * i}.")] for i in range(60)]
-WRITTEN = [conversation(CHAT, talk) for talk in TALKS]
+WRITTEN = [conversation_ids(CHAT, talk) for talk in TALKS]
 
 
 def chat_windows(source, tokens=20 * 24, **more):

@@ -9,7 +9,7 @@ from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub import AutoPruner
 from selfpruner_hub.calibration import corpus as corpora
-from selfpruner_hub.calibration.chat_template import Conversation
+from selfpruner_hub.calibration.conversations import Conversation
 from selfpruner_hub.calibration.corpus import Corpus, load_corpus
 from selfpruner_hub.calibration.texts import Texts
 from selfpruner_hub.errors import DataError

@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.chat import assistant, chat_tokenizer, user
+from support.chat import chat_tokenizer
 from support.tiny import tiny_model
 from torch import nn
 
-from selfpruner_hub.calibration.chat_template import Conversation, conversation
-from selfpruner_hub.calibration.conversations import CHAT
+from selfpruner_hub.calibration.conversations import CHAT, Conversation
 from selfpruner_hub.evaluation import chat
 from selfpruner_hub.evaluation.chat import ChatMeasure, padded
 from selfpruner_hub.evaluation.metrics import following
@@ -82,15 +81,13 @@ def test_progress_tells_the_writing(dense, monkeypatch):
 
 def test_padded_conversations_count_the_assistants_tokens():
     talks = [
-        conversation(TOKENIZER, [user("What do bees make?"), assistant("Honey.")]),
-        conversation(TOKENIZER, [user("And cows?"), assistant("Milk, and more of it than bees.")]),
+        Conversation((5, 9, 9, 7, 4), (False, False, False, True, True)),
+        Conversation((5, 9, 6, 8, 4, 10), (False, True, True, True, True, False)),
         Conversation((5, 6), (True, True)),
     ]
     windows, counted = padded(talks)
-    assert windows.shape == (3, max(len(talk.ids) for talk in talks))
-    assert counted.shape == (3, windows.shape[1] - 1)
+    assert windows.shape == (3, 6)
+    assert counted.shape == (3, 5)
     for row, talk in zip(windows, talks, strict=True):
         assert row[: len(talk.ids)].tolist() == list(talk.ids)
-    said = TOKENIZER.decode(following(windows, counted)[:-1])
-    assert said == "Honey.<|im_end|>Milk, and more of it than bees.<|im_end|>"
-    assert following(windows, counted)[-1] == 6  # nothing predicts the first token of all
+    assert following(windows, counted).tolist() == [7, 4, 9, 6, 8, 4, 6]  # nothing predicts the first token of all

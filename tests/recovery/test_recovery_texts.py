@@ -10,7 +10,7 @@ from support.chat import Writer, chat_tokenizer
 from support.tiny import tiny_model, tiny_tokenizer
 
 from selfpruner_hub.calibration import conversations
-from selfpruner_hub.calibration.chat_template import Conversation
+from selfpruner_hub.calibration.conversations import Conversation
 from selfpruner_hub.calibration.corpus import Corpus, load_corpus
 from selfpruner_hub.errors import DataError
 from selfpruner_hub.recovery import texts

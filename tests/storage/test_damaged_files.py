@@ -10,7 +10,7 @@ from support.damaged import told_clearly
 from support.exports import OPTIONS, export_record
 
 from exporters.format import FORMATS
-from selfpruner_hub.calibration.chat_template import conversation
+from selfpruner_hub.calibration.chat_template import conversation_ids
 from selfpruner_hub.calibration.text_sources import entries
 from selfpruner_hub.hub.card import render_card, render_onnx_card
 from selfpruner_hub.hub.plots import plot_search
@@ -104,7 +104,7 @@ def reader_of_conversations(folder):
         (folder / "talks.jsonl").write_text("".join(f"{json.dumps(value)}\n" for value in values))
         for talk in entries(folder / "talks.jsonl"):
             if not isinstance(talk, str):
-                conversation(tokenizer, talk)
+                conversation_ids(tokenizer, talk)
 
     return read
 
