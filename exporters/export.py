@@ -25,7 +25,7 @@ from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
-from selfpruner_hub.storage.layout import EXPORTED, FORMER_OPTIONS, INSTEAD
+from selfpruner_hub.storage.layout import EXPORTED
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 from selfpruner_hub.storage.staging import check_replaceable, check_writable, output_path, save_directory
 
@@ -230,8 +230,7 @@ def _check(
     form = export_format(to)
     names = [option.name for option in form.options]
     if unknown := sorted(set(options) - set(names)):
-        remedy = INSTEAD if unknown[0] in FORMER_OPTIONS else f"It takes {', '.join(names)}."
-        raise UserError(f"An export to {to} has no option {unknown[0]!r}.", remedy)
+        raise UserError(f"An export to {to} has no option {unknown[0]!r}.", f"It takes {', '.join(names)}.")
     if tolerance is not None and not tolerance >= 0:  # NaN too
         raise UserError(f"tolerance must be a number of at least 0; got {tolerance!r}.")
     place = output_path(output)

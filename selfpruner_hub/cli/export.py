@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporters.format import Option, export_format
 from selfpruner_hub.cli.options import Result, listed, path, quieten
-from selfpruner_hub.storage.layout import EXPORTS, FORMER_OPTIONS, known_export
+from selfpruner_hub.storage.layout import EXPORTS, known_export
 
 if TYPE_CHECKING:
     from selfpruner_hub.storage.export_record import ExportRecord
@@ -34,8 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option in _options():
         flag = f"--{option.name.replace('_', '-')}"
         of.add_argument(flag, type=option.type, metavar=option.metavar, help=option.help)
-    for name in FORMER_OPTIONS:
-        of.add_argument(f"--{name}", help=argparse.SUPPRESS)  # the export says what took its place
 
 
 def _options() -> list[Option]:
@@ -82,7 +80,7 @@ def run(options: argparse.Namespace) -> Result:
             loading=_given(loading),
             overwrite=options.overwrite,
             progress=progress,
-            **_given({name: getattr(options, name) for name in (*names, *FORMER_OPTIONS)}),
+            **_given({name: getattr(options, name) for name in names}),
         )
     record = read_export(directory)
     if options.json:

@@ -3,7 +3,6 @@
 from selfpruner_hub.settings.fields import DescribedSetting, described_fields
 from selfpruner_hub.settings.presets import (
     CHOICES,
-    FORMER,
     PRESETS,
     SEARCH,
     TEXT_SIZES,
@@ -17,7 +16,6 @@ from selfpruner_hub.settings.prune import EndpointOptions, LanguageModelOptions,
 
 __all__ = [
     "CHOICES",
-    "FORMER",
     "PRESETS",
     "SEARCH",
     "TEXT_SIZES",

@@ -35,8 +35,6 @@ class Rules(NamedTuple):
     """Smallest and largest number, by field; of a list, those of each of its numbers."""
     choices: Mapping[str, tuple[str, ...]] = {}
     """Known names, by field."""
-    former: Mapping[str, str] = {}
-    """Former names of settings, and what took their place."""
     parts: Mapping[str, Rules] = {}
     """Rules of the fields that are dataclasses of settings themselves."""
     what: str = "setting"
@@ -57,14 +55,13 @@ def with_changes(settings: S, changes: Mapping[str, Any], rules: Rules) -> S:
         The checked settings.
 
     Raises:
-        UserError: A name is unknown or a former one, or a value is out of its range.
+        UserError: A name is unknown, or a value is out of its range.
     """
     names = [f.name for f in fields(settings)]
     if unknown := sorted(set(changes) - set(names)):
-        now = [f"{name} is now {rules.former[name]}." for name in unknown if name in rules.former]
         raise UserError(
             f"Unknown {rules.what} {', '.join(rules.prefix + name for name in unknown)}.",
-            " ".join(now) or f"Known: {', '.join(rules.prefix + name for name in names)}.",
+            f"Known: {', '.join(rules.prefix + name for name in names)}.",
         )
     values = {
         name: with_changes(getattr(settings, name), value, rules.parts[name])

@@ -55,22 +55,6 @@ CHOICES = {
     "seeds": ("uniform", "ramp", "sensitivity", "blend", "refined"),
 }
 """Known names, checked before a model is loaded; a test holds them to the modules that define them."""
-FORMER = {
-    **dict.fromkeys(
-        ("accumulate", "refit_inputs", "sequential_repair", "repair_gate_up"),
-        f"part of repair, one of {', '.join(CHOICES['repair'])}",
-    ),
-    **dict.fromkeys(("own_text", "written_share"), "shares, as one number"),
-    **{
-        name: f'a field of schedule: schedule={{"{name}": …}}, or --set schedule.{name}=…'
-        for name in ("patience", "population", "crossover", "mutation", "first_share", "survivors", "probe_share")
-    },
-    **{
-        name: f'an option of the proposer: proposer_options={{"{name}": …}}, or --proposer-option {name}=…'
-        for name in ("temperature", "templates", "request_limit", "token_limit", "token_price")
-    },
-}
-"""Names of settings before the first release, and what took their place."""
 _PRUNE_RULES = Rules(
     ranges={
         "window": (2, 1 << 20),
@@ -79,7 +63,6 @@ _PRUNE_RULES = Rules(
         "shares": (1e-6, 1e6),
     },
     choices=CHOICES,
-    former=FORMER,
     parts={
         "schedule": Rules(
             ranges={

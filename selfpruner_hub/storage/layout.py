@@ -16,13 +16,6 @@ EXPORTS = {
     "gguf": "exporters.to_gguf",
 }
 """Formats of exports, which are folders of a published model, and the package of each: see `exporters.format`."""
-FORMER_EXPORTS, FORMER_OPTIONS = ("padded",), ("width",)
-"""Former formats of exports, and the options that they alone had."""
-INSTEAD = (
-    "There are no zero-padded exports any more. Prune with uniform=True (--uniform) for a model that loads as a stock "
-    "one; onnx, gguf and vLLM take layers with widths of their own."
-)
-"""What to do in place of a former export."""
 
 WEIGHTS = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
@@ -56,11 +49,10 @@ def known_export(name: object) -> str:
         The name.
 
     Raises:
-        UserError: It is no format, or a former one.
+        UserError: It is no format.
     """
     if not isinstance(name, str) or name not in EXPORTS:
-        remedy = INSTEAD if name in FORMER_EXPORTS else f"Choose {', '.join(EXPORTS)}."
-        raise UserError(f"Unknown format {name!r}.", remedy)
+        raise UserError(f"Unknown format {name!r}.", f"Choose {', '.join(EXPORTS)}.")
     return name
 
 

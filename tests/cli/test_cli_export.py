@@ -91,11 +91,6 @@ def test_from_python(pruned, tmp_path):
     [
         (["--to", "onyx"], "Unknown format 'onyx'. Choose onnx, tensorrt, openvino, gguf."),
         (["--to", "onnx", "--dtype", "q8_0"], "Unknown dtype 'q8_0'. Choose float32, float16, int8."),
-        (
-            ["--to", "onnx", "--width", "dense"],
-            "no option 'width'. There are no zero-padded exports",
-        ),
-        (["--to", "padded", "--width", "dense"], "Unknown format 'padded'. There are no zero-padded exports any more."),
         (["--to", "onnx", "--context", "8"], "An export to onnx has no option 'context'. It takes dtype,"),
         (["--to", "gguf", "--compute-capability", "8.6"], "An export to gguf has no option 'compute_capability'."),
         (["--to", "gguf", "--output", "file"], "Cannot write 'file': Not a directory."),
