@@ -1,67 +1,39 @@
-"""Zero-padding of decoder layers to larger widths, without a change of their outputs."""
+"""Zero-padding of FFNs to larger widths, without a change of their outputs."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from selfpruner_hub.models.architectures import architecture_of, block_rows, shape_of
-from selfpruner_hub.plans.plan import LayerWidths
+from selfpruner_hub.models.architectures import architecture_of
 
 
-def padded_state(
-    layer: nn.Module, config: PreTrainedConfig, widths: LayerWidths, target: LayerWidths
-) -> dict[str, Tensor]:
-    """Pad a decoder layer with zeros: rows of q, k, v, gate and up, columns of o and down.
+def padded_state(layer: nn.Module, config: PreTrainedConfig, width: int, target: int) -> dict[str, Tensor]:
+    """Pad the FFN of a decoder layer with zeros: rows of gate_proj and up_proj, columns of down_proj.
 
-    The values of an added KV group are zero, and so are the activations of an added channel, silu(0) · 0 for example.
-    So the padding adds nothing to the residual stream.
+    The activation of an added channel is zero, silu(0) · 0 for example. So the padding adds nothing to the residual
+    stream.
 
     Args:
         layer: Decoder layer to pad.
         config: Configuration of its model.
-        widths: Widths of the layer.
-        target: Widths after padding, none smaller than in `widths`.
+        width: Width of its FFN.
+        target: Width after padding, at least `width`.
 
     Returns:
-        The padded tensors by name; a tensor that does not grow is not copied.
+        All tensors of the layer by name; a tensor that does not grow is not copied.
     """
-    architecture, shape = architecture_of(config), shape_of(config)
+    architecture = architecture_of(config)
     state = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    for projection in architecture.rows:
-        before = [block_rows(shape, widths, block) for block in projection.blocks]
-        after = [block_rows(shape, target, block) for block in projection.blocks]
+    if width == target:
+        return state
+    for projection in architecture.ffn_inputs:
         for name in (f"{projection.path}.weight", f"{projection.path}.bias"):
             if name in state:
-                by_row, rest = state[name].view(sum(before), -1), state[name].shape[1:]
-                state[name] = pad_rows(by_row, before, after).view(-1, *rest)
-    for path, columns in (
-        (architecture.attention_output, block_rows(shape, target, "query")),
-        (architecture.ffn_output, target.intermediate_size),
-    ):
-        weight = state[f"{path}.weight"]
-        if columns > weight.shape[1]:
-            state[f"{path}.weight"] = nn.functional.pad(weight, (0, columns - weight.shape[1]))
+                blocks = state[name].unflatten(0, (len(projection.blocks), width))
+                added = blocks.new_zeros(len(blocks), target - width, *blocks.shape[2:])
+                state[name] = torch.cat([blocks, added], 1).flatten(0, 1)
+    down = f"{architecture.ffn_output}.weight"
+    state[down] = nn.functional.pad(state[down], (0, target - width))
     return state
-
-
-def pad_rows(tensor: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
-    """Add zero rows at the end of each block of rows.
-
-    Args:
-        tensor: Tensor of shape `[rows, …]`.
-        before: Number of rows of each block.
-        after: Number of rows of each block after padding.
-
-    Returns:
-        The padded tensor; the tensor itself where nothing is added.
-    """
-    if list(before) == list(after):
-        return tensor
-    blocks = []
-    for block, rows in zip(tensor.split(list(before)), after, strict=True):
-        blocks += [block, block.new_zeros(rows - len(block), *block.shape[1:])]
-    return torch.cat(blocks)

@@ -184,7 +184,8 @@ class _Source:
         """Yield the tensors of a decoder layer."""
         config, widths = self.model.config, self.widths[index]
         architecture, shape = architecture_of(config), shape_of(config)
-        state = padded_state(layer, config, shape.dense.layers[index], widths)
+        width = shape.dense.layers[index].intermediate_size
+        state = padded_state(layer, config, width, widths.intermediate_size)
         modules = {**MODULES, "attn_output": architecture.attention_output, "ffn_down": architecture.ffn_output}
         for leaf in ("weight", "bias"):
             names, inputs = iter(INPUT_NAMES), []

@@ -1,15 +1,10 @@
-"""Optimisation profiles: the input sizes that TensorRT builds kernels for, in an engine or behind ONNX Runtime."""
+"""Optimisation profiles: the input sizes that TensorRT builds the kernels of an engine for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig
 
 from selfpruner_hub.errors import UserError
-from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.plans.plan import ModelShape
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -76,45 +71,6 @@ def profiles(batch: int, context: int) -> tuple[Profile, Profile]:
         Profile("prefill", sequences, (1, half, context), (0, 0, context - 1), (1, 1, context), context),
         Profile("decode", sequences, one, (0, half, context - 1), one, context),
     )
-
-
-def tensorrt_provider(
-    directory: Path, cache: Path, *, batch: int = 1, context: int = 2048, device: int = 0
-) -> tuple[str, dict[str, Any]]:
-    """Configure TensorRT as a provider of ONNX Runtime, with a cache of its engines on disk.
-
-    Example:
-        >>> provider = tensorrt_provider(Path("smollm2-b30-onnx"), Path("engines"))
-        >>> model = OnnxCausalLM.from_pretrained("smollm2-b30-onnx", providers=[provider, "CUDAExecutionProvider"])
-
-    Args:
-        directory: Directory of an ONNX export with `fusions="none"`: TensorRT lacks ONNX Runtime's own operators.
-        cache: Directory for engines and timings.
-        batch: Largest number of sequences at a time, at least 1.
-        context: Largest number of tokens of a sequence, at least 2.
-        device: Index of the GPU.
-
-    Returns:
-        The provider and its options, as `OnnxCausalLM.from_pretrained` takes them.
-
-    Raises:
-        UserError: A size is out of range.
-    """
-    shape = shape_of(AutoConfig.from_pretrained(directory))
-    prefill, _ = profiles(batch, context)  # its range includes all shapes of decode
-    names = ("min", "opt", "max")
-    texts: dict[str, list[str]] = {name: [] for name in names}
-    for key, shapes in prefill.input_shapes(shape).items():
-        for name, sizes in zip(names, shapes, strict=True):
-            texts[name].append(f"{key}:{'x'.join(map(str, sizes))}")
-    return "TensorrtExecutionProvider", {
-        "device_id": device,
-        "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": str(cache),
-        "trt_timing_cache_enable": True,
-        "trt_timing_cache_path": str(cache),
-        **{f"trt_profile_{name}_shapes": ",".join(texts[name]) for name in names},
-    }
 
 
 def _shapes(*axes: int | tuple[int, int, int]) -> Shapes:

@@ -20,7 +20,6 @@ from exporters.export import export_model
 from exporters.parity import expected, logit_difference
 from exporters.to_onnx import writer as to_onnx
 from exporters.to_tensorrt import writer as to_tensorrt
-from exporters.to_tensorrt.profiles import tensorrt_provider
 from selfpruner_hub.errors import ExportError, MissingExtraError, SavedModelError, UserError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.storage.export_record import read_export
@@ -178,16 +177,6 @@ def test_a_provider_that_is_not_there(provider, exported):
         pytest.skip(f"this onnxruntime has {provider}")
     with pytest.raises(UserError, match=f"cannot run on {provider} here.*onnx-gpu"):
         OnnxCausalLM.from_pretrained(exported("llama"), providers=[provider, "CPUExecutionProvider"])
-
-
-def test_tensorrt_as_a_provider_of_onnx_runtime(exported, tmp_path):
-    name, options = tensorrt_provider(exported("llama"), tmp_path / "cache", batch=2, context=64)
-    assert name == "TensorrtExecutionProvider"
-    assert options["trt_engine_cache_path"] == str(tmp_path / "cache")
-    longest = dict(item.split(":") for item in options["trt_profile_max_shapes"].split(","))
-    widths = [layer.num_key_value_heads for layer in shape_of(shallow("llama").config).dense.layers]
-    assert longest["input_ids"] == "2x64"
-    assert [longest[f"input.cache.layers.{i}.keys"] for i in range(2)] == [f"2x{w}x63x4" for w in widths]
 
 
 def test_without_onnxruntime(exported, monkeypatch, tmp_path):
