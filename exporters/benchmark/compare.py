@@ -279,27 +279,29 @@ def _case(
         warmup=WARMUP,
         progress=lambda: progress(f"batch {batch}, prompt {prompt}", next(done), total),
     )
-    work = [workload_of(model.config) for model in models]
-    context = prompt + new_tokens // 2
-    flops = [w.prefill_flops(batch, prompt) for w in work]
-    read = [w.decode_bytes(batch, context, *sizes) for w in work]
+    dense, pruned = (workload_of(model.config) for model in models)
+    operations = read = None
+    if dense and pruned:
+        context = prompt + new_tokens // 2
+        operations = dense.prefill_flops(batch, prompt) / pruned.prefill_flops(batch, prompt)
+        read = dense.decode_bytes(batch, context, *sizes) / pruned.decode_bytes(batch, context, *sizes)
     return Case(
         batch=batch,
         prompt=prompt,
         new_tokens=new_tokens,
-        prefill=_phase([[one.prefill for one in model] for model in measured], batch * prompt, flops[0] / flops[1]),
-        decode=_phase([[one.decode for one in model] for model in measured], batch, read[0] / read[1]),
+        prefill=_phase([[one.prefill for one in model] for model in measured], batch * prompt, operations),
+        decode=_phase([[one.decode for one in model] for model in measured], batch, read),
     )
 
 
-def _phase(milliseconds: list[list[float]], tokens: int, ideal: float) -> Phase:
+def _phase(milliseconds: list[list[float]], tokens: int, ideal: float | None) -> Phase:
     dense, pruned = (timing(values) for values in milliseconds)
     return Phase(
         dense=dense,
         pruned=pruned,
         # Ratios of passes that ran one after the other: a temporary slowdown of the machine affects both.
         speedup=timing([before / after for before, after in zip(*milliseconds, strict=True)]),
-        ideal=round(ideal, 4),
+        ideal=ideal and round(ideal, 4),
         dense_tokens_per_second=round(1000 * tokens / dense.median, 1),
         pruned_tokens_per_second=round(1000 * tokens / pruned.median, 1),
     )

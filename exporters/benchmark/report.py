@@ -25,8 +25,9 @@ class Phase:
     pruned: Timing
     speedup: Timing
     """Time of the dense model divided by that of the pruned one, for passes that ran one after the other."""
-    ideal: float
-    """Ratio of the work, dense to pruned: floating-point operations for prefill, bytes read for decode."""
+    ideal: float | None
+    """Ratio of the work, dense to pruned: floating-point operations for prefill, bytes read for decode; None of
+    mixtures of experts."""
     dense_tokens_per_second: float
     pruned_tokens_per_second: float
 
@@ -65,7 +66,8 @@ class Side:
     """Name, workload, memory and quality of one of the two models."""
 
     name: str
-    workload: Workload
+    workload: Workload | None
+    """Sizes of its matrices; None of a mixture of experts."""
     memory: dict[str, float]
     """Memory of its process in MB (10⁶ bytes): `peak_mb` while it ran, `loading_mb` while it was loaded (both with
     libraries), and `gpu_mb`, what PyTorch allocated on a GPU."""
@@ -127,7 +129,8 @@ class BenchmarkReport:
                     value=round(phase.pruned.median, 2),
                     dense=round(phase.dense.median, 2),
                     protocol=f"{what}; {self.dtype}, {self.threads} threads; medians of {phase.dense.runs} passes, "
-                    f"dense and pruned turn by turn; {phase.speedup.median:.2f} × faster, {phase.ideal:.2f} by work",
+                    f"dense and pruned turn by turn; {phase.speedup.median:.2f} × faster"
+                    + (f", {phase.ideal:.2f} by work" if phase.ideal else ""),
                     unit="ms",
                     machine=where,
                     date=today,
@@ -154,10 +157,11 @@ class BenchmarkReport:
         for case in self.cases:
             for name in _PHASES:
                 phase: Phase = getattr(case, name)
+                ideal = f"{phase.ideal:.2f}×" if phase.ideal else ""
                 rate = f"{phase.dense_tokens_per_second:.1f} → {phase.pruned_tokens_per_second:.1f}"
                 lines.append(
                     f"{f'{name}, {case.batch} × {case.prompt}':24} {_cell(phase.dense, ' ms'):>18} "
-                    f"{_cell(phase.pruned, ' ms'):>18} {_cell(phase.speedup, '×'):>14} {phase.ideal:5.2f}× {rate:>16}"
+                    f"{_cell(phase.pruned, ' ms'):>18} {_cell(phase.speedup, '×'):>14} {ideal:>6} {rate:>16}"
                 )
         for key, what in (("peak_mb", "peak memory"), ("gpu_mb", "GPU memory")):
             if key in self.dense.memory:
@@ -181,8 +185,8 @@ _SIDES, _PHASES = ("dense", "pruned"), ("prefill", "decode")
 
 
 def _side(values: dict[str, Any]) -> Side:
-    quality = values.get("quality")
-    read = {"workload": Workload(**values["workload"]), "quality": quality and Quality(**quality)}
+    kinds: dict[str, type[Workload | Quality]] = {"workload": Workload, "quality": Quality}
+    read = {key: kind(**values[key]) for key, kind in kinds.items() if values.get(key) is not None}
     return Side(**{**values, **read})
 
 

@@ -51,9 +51,18 @@ class Workload:
         return weight_bytes * weights + cache_bytes * batch * context * self.cached
 
 
-def workload_of(config: PreTrainedConfig) -> Workload:
-    """Count the matrix and cache sizes of a dense or pruned model."""
+def workload_of(config: PreTrainedConfig) -> Workload | None:
+    """Count the matrix and cache sizes of a dense or pruned model.
+
+    Args:
+        config: Its configuration.
+
+    Returns:
+        The sizes; None of a mixture of experts, whose work depends on where its tokens are routed.
+    """
     shape = shape_of(config)
+    if shape.expert_weights:
+        return None
     groups = sum(widths.num_key_value_heads for widths in shape.dense.layers)
     return Workload(
         layer_weights=shape.weights(shape.dense),

@@ -17,6 +17,7 @@ from typing import ClassVar
 import pytest
 import torch
 from support.checks import check_cache
+from support.mixtures import MIXTURES
 from support.tiny import save_tiny, tiny_model
 from support.trained import TEXT, VOCABULARY, trained_tokenizer
 
@@ -26,6 +27,7 @@ from exporters.benchmark import compare as module
 from exporters.benchmark.latency import timing
 from exporters.benchmark.report import BenchmarkReport
 from exporters.benchmark.worker import started
+from exporters.benchmark.workload import workload_of
 from exporters.export import export
 from exporters.format import FORMATS, OtherPython
 from exporters.runtime import Measured, Setting
@@ -98,6 +100,18 @@ def test_the_work_of_both_sides(report, pair):
     pruned = PrunedModel.from_pretrained(pair[1]).model
     weights = sum(p.numel() for n, p in pruned.named_parameters() if ".layers." in n and p.ndim == 2)
     assert report.pruned.workload.layer_weights == weights
+
+
+def test_a_mixture_has_no_ideal(report):
+    """Its work depends on where tokens are routed, and attention is not among its prunable weights."""
+    assert workload_of(MIXTURES["qwen3_moe"]) is None
+    case = report.cases[0]
+    phases = {name: replace(getattr(case, name), ideal=None) for name in ("prefill", "decode")}
+    sides = {name: replace(getattr(report, name), workload=None) for name in ("dense", "pruned")}
+    mixture = replace(report, cases=(replace(case, **phases),), **sides)
+    assert BenchmarkReport.from_json(mixture.to_json(), "x") == mixture
+    assert not any("by work" in metric.protocol for metric in mixture.metrics().values())
+    assert mixture.table().count("×") < replace(report, cases=(case,)).table().count("×")
 
 
 def test_the_record_is_read_strictly(report):
