@@ -88,7 +88,8 @@ def publish(
             Graphs for ONNX Runtime GenAI and Transformers.js go to the repository `REPO_ID-ONNX`, except with
             `create_pr`.
         repo_id: Hub repository, `name` or `namespace/name`; created if missing.
-        private: Visibility of a new repository; None uses the account's default.
+        private: Visibility of a new repository; None uses the account's default. Graphs and Space are as private as
+            the model is.
         revision: Branch; created if missing. None is the main branch.
         create_pr: Whether to open a pull request instead of a commit.
         space: Kind of the Space to publish as well: True or `"gradio"` for `REPO_ID-demo`; `"static"` for
@@ -102,7 +103,8 @@ def publish(
 
     Raises:
         SavedModelError: The directory holds no complete pruned model, or an export of another one.
-        UserError: A Space is requested together with a pull request, a file holds a secret, or the Hub refuses.
+        UserError: A Space is requested together with a pull request, a file holds a secret, a repository that should be
+            private is public, or the Hub refuses.
         HubError: The Hub is unreachable, or fails.
     """
     directory = Path(directory)
@@ -110,7 +112,12 @@ def publish(
     bundle = _collected(directory, repo_id, space, token)
     api = HfApi(token=token, library_name="selfpruner-hub")
     model = Repository(api, repo_id, "model", revision)
-    model.create(private)
+    private = model.create(private)  # what belongs to a model is no more public than the model
+    if space == STATIC and private:
+        raise UserError(
+            "A static Space cannot read the graphs of a private model: a visitor's browser has no token.",
+            "Publish a Gradio Space (--space), or a public model.",
+        )
     graphs = Repository(api, f"{model.repo_id}{ONNX_ENDING}", "model", revision)
     current = True if bundle.graphs and not create_pr else _are_of(directory, bundle.record, graphs)
     linked = graphs.repo_id if current else ""
@@ -138,7 +145,7 @@ def _collected(directory: Path, repo_id: str, space: bool | str, token: str | bo
     return bundle
 
 
-def _publish_graphs(bundle: Bundle, model: Repository, graphs: Repository, private: bool | None) -> str:
+def _publish_graphs(bundle: Bundle, model: Repository, graphs: Repository, private: bool) -> str:
     """Publish the ONNX graphs in their repository, and return its address."""
     with _after_the_model("its ONNX graphs are"):
         graphs.create(private)
@@ -146,7 +153,7 @@ def _publish_graphs(bundle: Bundle, model: Repository, graphs: Repository, priva
         return graphs.commit(lambda tree: _graph_changes(bundle, graphs, model, tree), message).url
 
 
-def _publish_space(bundle: Bundle, model: Repository, graphs: str, static: bool, private: bool | None) -> str:
+def _publish_space(bundle: Bundle, model: Repository, graphs: str, static: bool, private: bool) -> str:
     """Publish the Space, and return its address; `graphs` is the repository of the graphs, or empty."""
     api, revision = model.api, model.revision
     if static:

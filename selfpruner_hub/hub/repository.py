@@ -67,8 +67,8 @@ class Repository:
         self.content: tuple[str, ...] = ()
         """Paths of the files after the last commit."""
 
-    def create(self, private: bool | None, sdk: str | None = None) -> None:
-        """Create the repository if missing; a Space with its SDK."""
+    def create(self, private: bool | None, sdk: str | None = None) -> bool:
+        """Create the repository if missing; a Space with its SDK. Return whether it is private."""
         self.repo_id = self._patiently(
             lambda: (
                 self.api.create_repo(
@@ -76,6 +76,13 @@ class Repository:
                 ).repo_id
             )
         )
+        info = self._patiently(lambda: self.api.repo_info(self.repo_id, repo_type=self.kind))
+        if private and not info.private:
+            raise UserError(
+                f"{self.repo_id} is there already, and public.",
+                "Make it private in its settings on the Hub, or choose another name.",
+            )
+        return bool(info.private)
 
     def read(self, name: str) -> Path | None:
         """Download a file, and return its local path; None where the repository, its branch or the file is missing."""

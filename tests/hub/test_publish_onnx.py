@@ -275,6 +275,12 @@ def test_graphs_of_another_parent(model, monkeypatch):
     assert not (model / "onnx" / "dense").exists()
 
 
+def test_a_static_space_of_a_private_model_is_refused(model, push, repo_name):
+    done = push(model, repo_name, "--private", "--space", "static")
+    assert done.status == 2
+    assert "A static Space cannot read the graphs of a private model" in done.err
+
+
 def test_a_static_space_needs_graphs(saved_model, model):
     for directory in (saved_model, model):
         with pytest.raises(UserError, match="ONNX graphs of the model and of its dense parent, which are not there"):
