@@ -136,10 +136,40 @@ def test_a_pull_request(push, hub, saved_model, repo_name):
     assert hub.files(repo_name) == before
 
 
-def test_a_private_repository(push, hub, saved_model, repo_name):
-    assert push(saved_model, repo_name, "--private", "--space").status == 0
+@pytest.mark.parametrize("later", [False, True])
+def test_a_private_repository(later, push, hub, saved_model, repo_name):
+    """Also where the Space comes later, without the word: it has the model's files."""
+    assert push(saved_model, repo_name, "--private", *([] if later else ["--space"])).status == 0
+    if later:
+        assert push(saved_model, repo_name, "--space").status == 0
     assert hub.repo(repo_name).private
     assert hub.repo(f"{repo_name}-demo", "space").private
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(push, hub, saved_model, repo_name):
+    assert push(saved_model, repo_name).status == 0
+    before = hub.files(repo_name)
+    (saved_model / "config.json").write_text((saved_model / "config.json").read_text() + "\n")
+    done = push(saved_model, repo_name, "--private")
+    assert done.status == 2
+    assert f"{repo_name} is there already, and public. Make it private" in done.err
+    assert hub.files(repo_name) == before
+
+
+NOT_INSTALLED = """
+import importlib.metadata as metadata, sys
+found = metadata.version
+def version(name):
+    if name == "selfpruner-hub":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
+sys.path.insert(0, "space")
+import exporters.export, selfpruner_hub.evaluation.figures, selfpruner_hub.pruner as it
+assert it.library_versions()["selfpruner-hub"]
+print(it.__file__)
+"""
+"""Code of a Space, which has the package as files alone."""
 
 
 def test_a_space_with_its_files(push, hub, saved_model, repo_name, tmp_path):
@@ -154,8 +184,7 @@ def test_a_space_with_its_files(push, hub, saved_model, repo_name, tmp_path):
     for path, content in files.items():  # the package that it carries is whole
         (tmp_path / "space" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "space" / path).write_bytes(content)
-    code = "import sys; sys.path.insert(0, 'space'); import selfpruner_hub.pruner as it; print(it.__file__)"
-    done = run_python(code, cwd=tmp_path)
+    done = run_python(NOT_INSTALLED, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("space") or str(tmp_path / "space") in done.stdout
 
