@@ -276,6 +276,8 @@ def test_graphs_of_another_parent(model, monkeypatch):
 
 
 def test_a_static_space_of_a_private_model_is_refused(model, push, repo_name):
+    (model / "onnx" / "dense").mkdir()
+    (model / "onnx" / "dense" / "model_quantized.onnx").write_bytes(b"graph of the parent")
     done = push(model, repo_name, "--private", "--space", "static")
     assert done.status == 2
     assert "A static Space cannot read the graphs of a private model" in done.err
