@@ -28,6 +28,9 @@ MOST_TOKENS = 256
 ANSWER_SECONDS = 60
 """Time limit for the answer of one model, in seconds."""
 
+_writing = threading.Lock()
+"""Lock that is held while a model writes: one that is told to stop ends with its next token."""
+
 
 @dataclass
 class Answer:
@@ -89,19 +92,23 @@ def answer(which: str, prompt: str, tokens: int) -> Iterator[Answer]:
     room = engine.longest - len(ids)
     if room < 1:
         raise UnavailableError("The prompt is longer than the model can read. Shorten it.")
-    stop, messages, started = threading.Event(), SimpleQueue[Any](), time.perf_counter()
-
-    def tell(piece: str, count: int) -> bool:
-        seconds = time.perf_counter() - started
-        messages.put((piece, count, seconds))
-        return stop.is_set() or seconds > ANSWER_SECONDS
+    stop, messages = threading.Event(), SimpleQueue[Any]()
 
     def write() -> None:
-        try:
-            engine.write(ids, min(tokens, room, MOST_TOKENS), tell)
-            messages.put(None)
-        except Exception as error:
-            messages.put(error)
+        with _writing:
+            started = time.perf_counter()
+
+            def tell(piece: str, count: int) -> bool:
+                seconds = time.perf_counter() - started
+                messages.put((piece, count, seconds))
+                return stop.is_set() or seconds > ANSWER_SECONDS
+
+            try:
+                if not stop.is_set():
+                    engine.write(ids, min(tokens, room, MOST_TOKENS), tell)
+                messages.put(None)
+            except Exception as error:
+                messages.put(error)
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
@@ -117,6 +124,5 @@ def answer(which: str, prompt: str, tokens: int) -> Iterator[Answer]:
         yield written
     except Empty:
         raise UnavailableError(f"The {which} model wrote nothing for {ANSWER_SECONDS} s. Try again later.") from None
-    finally:  # also when the visitor has left
+    finally:  # also when the visitor has left: Gradio then closes this on its event loop, so it waits for nothing
         stop.set()
-        writer.join()

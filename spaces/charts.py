@@ -9,9 +9,11 @@ import pandas as pd
 import record_tables
 from model_source import record
 
-PART_COLOURS = {"FFN": "#0d9488", "attention": "#f59e0b", "layer": "#0d9488"}
+PART_COLOURS = {"FFN": "#0d9488", "attention": "#f59e0b", "layer": "#0d9488", "experts": "#0d9488"}
 """Colours of the parts, with enough contrast on white and on black."""
 ORIGINS = {"seed": "#0ea5e9", "evolution": "#f97316", "self": "#a855f7", "random": "#84cc16", "fallback": "#eab308"}
+OTHER = "#ec4899"
+"""Colour of a proposer of another name, such as an endpoint's."""
 FITNESS = {"kl": "KL to the dense model", "perplexity": "perplexity"}
 
 
@@ -55,7 +57,7 @@ def plans(value: pd.DataFrame, fitness: str, **settings: Any) -> gr.ScatterPlot:
         x="evaluations",
         y="fitness",
         color="from",
-        color_map=ORIGINS,
+        color_map=dict.fromkeys(value["from"], OTHER) | ORIGINS,
         x_title="full evaluations spent",
         y_title=fitness,
         min_width=300,

@@ -95,12 +95,20 @@ def prune(beta: float, evaluations: int, proposer: str) -> Iterator[PruningState
     """
     if not busy.acquire(blocking=False):
         raise UnavailableError("Someone else is pruning right now. Try again in a few minutes.")
-    run = PruningState()
+    run, stop, started = PruningState(), threading.Event(), time.perf_counter()
+    settings = {"proposer": proposer, "evaluations": min(evaluations, MOST_EVALUATIONS)}
+    worker = threading.Thread(target=_work, args=(run, stop, beta, settings), daemon=True)
+    worker.start()
     try:
-        with tempfile.TemporaryDirectory() as directory:
-            yield from _watch(run, Path(directory), beta, min(evaluations, MOST_EVALUATIONS), proposer)
-    finally:
-        busy.release()
+        while worker.is_alive():
+            yield run
+            worker.join(0.5)
+            run.seconds = time.perf_counter() - started
+            if run.seconds > PRUNING_SECONDS:
+                stop.set()
+        yield run
+    finally:  # also when the visitor has left: Gradio then closes this on its event loop, so it waits for nothing
+        stop.set()
     if isinstance(run.error, UnavailableError):
         raise run.error
     if isinstance(run.error, _StoppedError):
@@ -109,45 +117,35 @@ def prune(beta: float, evaluations: int, proposer: str) -> Iterator[PruningState
         raise UnavailableError(f"Pruning failed ({type(run.error).__name__}).") from run.error
 
 
-def _watch(run: PruningState, directory: Path, beta: float, evaluations: int, proposer: str) -> Iterator[PruningState]:
-    """Prune in a thread, and read its journal until it ends, reaches the time limit, or the visitor leaves."""
-    stop, started, journal = threading.Event(), time.perf_counter(), directory / "search.jsonl"
+def _work(run: PruningState, stop: threading.Event, beta: float, settings: dict[str, Any]) -> None:
+    """Prune until the end, or until `stop` is set, and keep `run` up to date."""
+    with tempfile.TemporaryDirectory() as directory:
+        journal, read = Path(directory) / "search.jsonl", 0.0
 
-    def progress(what: str, done: float, total: float) -> None:
-        if stop.is_set():
-            raise _StoppedError
-        run.stage, run.share = what, min(1.0, done / total) if total else 0.0
+        def look() -> None:
+            run.journal = lines(journal.read_text(encoding="utf-8")) if journal.is_file() else []
 
-    def work() -> None:
+        def progress(what: str, done: float, total: float) -> None:
+            nonlocal read
+            if stop.is_set():
+                raise _StoppedError
+            run.stage, run.share = what, min(1.0, done / total) if total else 0.0
+            if time.monotonic() - read > 0.5:
+                look()
+                read = time.monotonic()
+
         try:
             with load_lock:
+                progress(run.stage, 0, 1)  # another model may have been loaded for long
                 pruner = _pruner()
             run.pruned = pruner.prune(
-                beta,
-                proposer=proposer,
-                evaluations=evaluations,
-                run_dir=directory,
-                progress=progress,
-                **TEXT,
-                **LIVE_SETTINGS,
+                beta, run_dir=Path(directory), progress=progress, **settings, **TEXT, **LIVE_SETTINGS
             )
         except Exception as error:
             run.error = error
-
-    yield run
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    try:
-        while worker.is_alive():
-            worker.join(0.5)
-            run.seconds = time.perf_counter() - started
-            run.journal = lines(journal.read_text(encoding="utf-8")) if journal.is_file() else []
-            if run.seconds > PRUNING_SECONDS:
-                stop.set()
-            yield run
-    finally:
-        stop.set()
-        worker.join()
+        finally:
+            look()
+            busy.release()
 
 
 def best(run: PruningState) -> tuple[dict[str, list[int]], float] | None:

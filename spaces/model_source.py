@@ -52,12 +52,11 @@ def shown() -> Shown:
         raise UnavailableError(
             "Set PRUNED_MODEL to a model made with selfpruner-hub (a Hub repository or a directory)."
         )
-    revision = os.environ.get("PRUNED_REVISION") or written.get("revision")
-    exports = {}
-    for kind in ("gguf", "graphs"):  # those that were written are of the model that was written
-        of_model = written.get(kind) if name == written.get("pruned") else None
-        exports[kind] = os.environ.get(f"PRUNED_{kind.upper()}") or of_model
-    return Shown(name, revision, os.environ.get("DENSE_MODEL"), **exports)
+    of_model = written if name == written.get("pruned") else {}  # what was written is of the model that was written
+    revision, gguf, graphs = (
+        os.environ.get(f"PRUNED_{key.upper()}") or of_model.get(key) for key in ("revision", "gguf", "graphs")
+    )
+    return Shown(name, revision, os.environ.get("DENSE_MODEL"), gguf, graphs)
 
 
 @cache
@@ -72,8 +71,9 @@ def record() -> dict[str, Any]:
 def cannot_be_loaded(name: str, error: Exception) -> str:
     """Return a message for visitors about a model that does not load, without paths of this machine."""
     called = Path(name).name if Path(name).is_dir() else name
-    status = (
-        getattr(getattr(error, "response", None), "status_code", None) if isinstance(error, HfHubHTTPError) else None
-    )
-    reason = {401: "it is private or gated", 403: "it is gated", 404: "it is not on the Hub"}.get(status or 0)
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):  # transformers wraps those of the Hub
+        cause = cause.__cause__
+    closed = "it is private or gated, and the secret HF_TOKEN of this Space opens it"
+    reason = {401: closed, 403: closed, 404: "it is not on the Hub"}.get(cause.response.status_code if cause else 0)
     return f"The model {called} cannot be loaded: {reason or 'it is missing, damaged or out of reach'}."

@@ -50,8 +50,10 @@ def removed(widths: dict[str, list[int]], rates: Iterable[float], shape: dict[st
     rows = []
     for i, (ffn, groups) in enumerate(zip(shape[name], shape["num_key_value_heads"], strict=True)):
         whole = max(1, group * groups + unit * ffn)  # nothing is prunable in a layer without experts
-        rows.append((str(i + 1), "FFN", 100 * unit * (ffn - widths[name][i]) / whole))
-        rows.append((str(i + 1), "attention", 100 * group * (groups - widths["num_key_value_heads"][i]) / whole))
+        part = "experts" if name == "num_experts" else "FFN"
+        rows.append((str(i + 1), part, 100 * unit * (ffn - widths[name][i]) / whole))
+        if group:
+            rows.append((str(i + 1), "attention", 100 * group * (groups - widths["num_key_value_heads"][i]) / whole))
     return pd.DataFrame(rows, columns=REMOVED)
 
 
@@ -92,17 +94,23 @@ def title() -> tuple[str, str]:
     facts = record()
     count = facts["parameters"]
     name = facts["base_model"].rpartition("/")[2]
-    who = "The model itself proposed" if facts["proposer"]["name"] == "self" else "A search found"
-    if not facts["method"]["schedule"]["evaluations"]:
-        who = "Measurements of its layers, without a search, say"
+    lost = "routed experts" if "num_experts" in facts["widths"] else "layers"
     training = facts["method"].get("training")
     sentence = (
-        f"The same prompt, answered by **{name}** and by a copy that lost {100 * facts['achieved_beta']:.0f} % of its "
-        f"layers' weights {f'and was then trained ({training})' if training else 'without retraining'}.",
+        f"The same prompt, answered by **{name}** and by a copy that lost {100 * facts['achieved_beta']:.0f} % of the "
+        f"weights of its {lost} {f'and was then trained ({training})' if training else 'without retraining'}.",
         quality(),
-        f"{who} how much each layer can lose.",
+        _who(str(facts["proposer"]["best_from"])),
     )
     return f"{name}, {100 * (1 - count['pruned'] / count['dense']):.0f} % smaller", " ".join(filter(None, sentence))
+
+
+def _who(origin: str) -> str:
+    """Say who chose how much each layer loses, from the origin of the plan."""
+    if origin == "seed:uniform":
+        return "All layers lose the same share."
+    who = {"seed": "Measurements of its layers say", "self": "The model itself proposed"}
+    return f"{who.get(origin.partition(':')[0], 'A search found')} how much each layer can lose."
 
 
 def quality() -> str:

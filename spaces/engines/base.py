@@ -64,7 +64,7 @@ def threads_text(number: int) -> str:
 def check_size(model: str, weights: float) -> None:
     """Refuse a model, named in words, whose weights in bytes leave too little memory to run it."""
     needed = weights * GROWTH
-    there = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else memory_left()
+    there = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else memory_left()
     if needed > there:
         raise UnavailableError(
             f"{model} is too large for this machine: it needs about {needed / 1e9:.1f} GB of memory, and "
@@ -74,9 +74,10 @@ def check_size(model: str, weights: float) -> None:
 
 def memory_left() -> float:
     """Return the free memory of the machine, or of the container where it has less, in bytes."""
-    left = float(psutil.virtual_memory().available)
+    left, group = float(psutil.virtual_memory().available), Path("/sys/fs/cgroup")
     try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text() for name in ("memory.max", "memory.current"))
-        return min(left, float(limit) - float(used))
-    except (OSError, ValueError):  # no container, or one without a limit
+        limit, used = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(left, limit - used + float(counts["inactive_file"]))  # files that were read make room
+    except (OSError, ValueError, KeyError):  # no container, or one without a limit
         return left

@@ -77,11 +77,12 @@ def load(which: str) -> Engine:
     check_size(f"The {which} model", int(record()["parameters"][which]) * dtype.itemsize)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=which == "pruned", dtype=dtype, **where)
+        model = model.eval().to("cuda" if gpu else "cpu")
     except Exception as error:  # as above
         raise UnavailableError(cannot_be_loaded(name, error)) from error
     where_it_runs = "GPU" if gpu else threads_text(torch.get_num_threads())
     runtime = f"PyTorch, {str(dtype).removeprefix('torch.')}, {where_it_runs}"
-    return warm(Generating(model.eval().to("cuda" if gpu else "cpu"), tokenizer(), runtime), gpu)
+    return warm(Generating(model, tokenizer(), runtime), gpu)
 
 
 def fast_dtype() -> torch.dtype:

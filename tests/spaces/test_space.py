@@ -12,8 +12,10 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from huggingface_hub import SpaceCard
+from huggingface_hub.errors import HfHubHTTPError
 from packaging.requirements import Requirement
 from support.hub_server import check_yaml
 
@@ -68,11 +70,32 @@ def test_a_visitor_who_leaves_stops_the_model(space):
     stream = answers.answer("pruned", "a b c d", 100)
     next(stream)
     next(stream)
-    stream.close()  # joins the thread that writes
-    written = len(counts)
-    assert 0 < written < 100
-    time.sleep(0.1)
-    assert len(counts) == written
+    stream.close()
+    with answers._writing:  # the thread that writes has ended
+        assert 0 < len(counts) < 100
+
+
+def test_answers_do_not_overlap(space, monkeypatch):
+    """Nor with one that was left: it ends before the next one begins, and its time is not the next one's."""
+    answers, engine, going = space("answers"), space("answers").load("pruned"), threading.Event()
+    inside, write = [], type(engine).write
+
+    def watched(self, ids, tokens, receive):
+        inside.append(1)
+        assert len(inside) == 1
+        time.sleep(0.3 * (not going.is_set()))
+        going.set()
+        write(self, ids, tokens, receive)
+        inside.pop()
+
+    monkeypatch.setattr(type(engine), "write", watched)
+    left = answers.answer("pruned", "a b c d", 100)
+    next(left)
+    left.close()
+    started = time.perf_counter()
+    *_, last = answers.answer("pruned", "a b c d", 8)
+    assert last.done
+    assert 0 < last.first < time.perf_counter() - started - 0.1
 
 
 def test_an_answer_that_takes_too_long_ends(space, monkeypatch):
@@ -216,20 +239,62 @@ def test_quality_is_that_of_text_where_no_answers_were_measured(space, saved_mod
     assert space("record_tables").quality() == "Its perplexity on text is **12.53**, its parent's 10.25."
 
 
-def test_who_searched_is_told_as_it_was(space, saved_model, monkeypatch):
-    assert "A search found" in space("record_tables").title()[1]
+@pytest.mark.parametrize(
+    ("origin", "said"),
+    [
+        ("self:mutation", "The model itself proposed how much each layer can lose."),
+        ("evolution:mutation", "A search found how much each"),
+        ("seed:refined", "Measurements of its layers say how much each"),  # also where a search found nothing better
+        ("seed:uniform", "All layers lose the same share."),
+    ],
+)
+def test_who_chose_is_told_as_it_was(origin, said, space, saved_model, monkeypatch):
     path = saved_model / "selfpruner.json"
-    path.write_text(path.read_text().replace('"name": "evolution"', '"name": "self"'))
-    monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    assert "The model itself proposed" in space("record_tables").title()[1]
     record = json.loads(path.read_text())
-    record["method"]["schedule"]["evaluations"] = 0  # the default
+    record["proposer"] |= {"name": "self", "best_from": origin}
     path.write_text(json.dumps(record))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    assert "Measurements of its layers, without a search, say how much each" in space("record_tables").title()[1]
+    monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
+    assert said in space("record_tables").title()[1]
+
+
+def test_a_mixture_loses_experts(space, saved_model, monkeypatch):
+    tables, path = space("record_tables"), saved_model / "selfpruner.json"
+    shape = {"group_weights": 0, "expert_weights": 10, "num_experts": [4, 0], "num_key_value_heads": [2, 2]}
+    rows = tables.removed({"num_experts": [3, 0], "num_key_value_heads": [2, 2]}, (), shape)
+    assert rows.values.tolist() == [["1", "experts", 25.0], ["2", "experts", 0.0]]
+    record = json.loads(path.read_text())
+    record["widths"]["num_experts"] = record["widths"].pop("intermediate_size")
+    path.write_text(json.dumps(record))
+    monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
+    assert "of the weights of its routed experts without" in tables.title()[1]
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(401, "private or gated, and the secret HF_TOKEN"), (403, "private or gated"), (404, "it is not on the Hub")],
+)
+def test_why_a_model_cannot_be_loaded(status, said, space):
+    """Also where transformers wraps what the Hub said."""
+    hub = HfHubHTTPError("no", response=httpx.Response(status, request=httpx.Request("GET", "https://hub")))
+    wrapped = OSError("no")
+    wrapped.__cause__ = hub
+    for error in (hub, wrapped):
+        assert said in space("model_source").cannot_be_loaded("me/model", error)
+
+
+def test_files_that_were_read_leave_their_memory(space, monkeypatch, tmp_path):
+    """A container counts them as used."""
+    base = space("engines.base")
+    for name, text in (
+        ("memory.max", "1000\n"),
+        ("memory.current", "900\n"),
+        ("memory.stat", "anon 200\ninactive_file 600\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(base, "Path", lambda *_: tmp_path)
+    assert base.memory_left() == 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert base.memory_left() > 1000
 
 
 def test_training_after_pruning_is_told(space, saved_model, monkeypatch):
@@ -237,7 +302,7 @@ def test_training_after_pruning_is_told(space, saved_model, monkeypatch):
     record["method"]["training"] = "LoRA, 100 steps"
     (saved_model / "selfpruner.json").write_text(json.dumps(record))
     monkeypatch.setenv("PRUNED_MODEL", str(saved_model))
-    assert "of its layers' weights and was then trained (LoRA, 100 steps). " in space("record_tables").title()[1]
+    assert "of the weights of its layers and was then trained (LoRA, 100 steps). " in space("record_tables").title()[1]
 
 
 # -- live -------------------------------------------------------------------------------------------------------------
@@ -270,7 +335,29 @@ def test_one_at_a_time(live):
     with pytest.raises(live.UnavailableError, match="Someone else is pruning"):
         next(live.prune(0.3, 8, "evolution"))
     first.close()
-    assert not live.busy.locked()
+    assert live.busy.acquire(timeout=60)  # the run ends by itself
+    live.busy.release()
+
+
+def test_a_visitor_who_leaves_keeps_nobody_waiting(live, monkeypatch):
+    """Gradio closes what it watches on its event loop, where a wait stops the page for all."""
+    loading, go = threading.Event(), threading.Event()
+
+    def load():
+        loading.set()
+        assert go.wait(60)
+        return SimpleNamespace(prune=lambda *_, progress, **__: progress("searching", 1, 2))
+
+    monkeypatch.setattr(live, "_pruner", load)
+    first = live.prune(0.3, 8, "evolution")
+    run = next(first)
+    assert loading.wait(60)
+    first.close()
+    assert live.busy.locked()
+    go.set()
+    assert live.busy.acquire(timeout=60)
+    live.busy.release()
+    assert isinstance(run.error, live._StoppedError)
 
 
 def test_pruning_that_takes_too_long(live, monkeypatch):
