@@ -11,14 +11,14 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from selfpruner_hub.errors import SavedModelError
-from selfpruner_hub.hub.card import CHAT_TEMPLATE
+from selfpruner_hub.hub.card import CHAT_TEMPLATE, WEIGHTS_OF_GRAPHS
 from selfpruner_hub.hub.space import DENSE
 from selfpruner_hub.models.architectures import architecture_of
 from selfpruner_hub.models.loading import load_config, load_model
 from selfpruner_hub.models.weights import configuration_hash, identity_of, saved_weights, weights_hash
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.export_record import ExportRecord, read_export
-from selfpruner_hub.storage.layout import EXPORTS, MODEL_CODE, PLOTS, TEMPLATES, TOKENIZER, weight_files
+from selfpruner_hub.storage.layout import EXPORTED, EXPORTS, MODEL_CODE, PLOTS, TEMPLATES, TOKENIZER, weight_files
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 
 CARD = "README.md"
@@ -102,7 +102,7 @@ def check_export(directory: Path, name: str, record: Record) -> ExportRecord:
         The record of the export.
 
     Raises:
-        SavedModelError: The folder holds no export, one of another format, or one of another model.
+        SavedModelError: The folder holds no export, one of another format or of another model, or not a whole one.
     """
     export = read_export(directory / name, name)
     if not is_export_of(directory / name, directory, record):
@@ -110,6 +110,12 @@ def check_export(directory: Path, name: str, record: Record) -> ExportRecord:
             f"{str(directory / name)!r} is an export of another model than {str(directory)!r} holds.",
             f"Delete it, then push with --with {name}.",
         )
+    files = _within(directory / name, directory / name)
+    graphs = [f"{ONNX}/model{suffix}.onnx" for suffix in WEIGHTS_OF_GRAPHS] if export.has_hub_layout else []
+    missing = [file for graph in graphs for file in (graph, f"{graph}_data") if file not in files]
+    if missing or not any(fnmatch(file, pattern) for file in files for pattern in EXPORTED):
+        lacks = missing[0] if missing else "its model"
+        raise SavedModelError(f"{str(directory / name)!r} lacks {lacks}.", f"Push with --with {name} to make it anew.")
     return export
 
 

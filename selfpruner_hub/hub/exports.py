@@ -38,8 +38,11 @@ def make_exports(directory: Path, formats: Sequence[str], *, static: bool = Fals
                     continue
             except SavedModelError:
                 read_export(target, name)  # fails where it is no export of this package, so it is not deleted
-            shutil.rmtree(target)
-        export(directory, name, target, **options)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".") as temporary:
+            made = export(directory, name, Path(temporary) / name, **options)
+            if target.exists():  # an earlier export is there until the new one is
+                shutil.rmtree(target)
+            made.replace(target)
     if static:
         _export_parent(directory / ONNX / DENSE, record, parent or record.base_model)
 

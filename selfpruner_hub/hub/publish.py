@@ -19,6 +19,7 @@ from selfpruner_hub.hub.card import render_card, render_onnx_card
 from selfpruner_hub.hub.privacy import check_private
 from selfpruner_hub.hub.repository import Changes, Repository, Tree, same_content
 from selfpruner_hub.hub.space import DENSE, GGUF, GRAPHS, VENDORED, gguf_of, space_files, static_files
+from selfpruner_hub.models.loading import is_repo_id
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 from selfpruner_hub.storage.layout import EXPORTS, known_export
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record
@@ -119,13 +120,14 @@ def publish(
             "Publish a Gradio Space (--space), or a public model.",
         )
     graphs = Repository(api, f"{model.repo_id}{ONNX_ENDING}", "model", revision)
-    current = True if bundle.graphs and not create_pr else _are_of(directory, bundle.record, graphs)
+    same = _are_of(directory, bundle.record, graphs)
+    current = True if bundle.graphs and not create_pr else same
     linked = graphs.repo_id if current else ""
     message = (commit_message or "Publish the pruned model", commit_description)
     commit = model.commit(lambda tree: _model_changes(bundle, model, tree, linked), message, create_pr)
     published = Published(*commit, stale_graphs=graphs.repo_id if current is False else None)
     if bundle.graphs and not create_pr:
-        published = replace(published, graphs=_publish_graphs(bundle, model, graphs, private))
+        published = replace(published, graphs=_publish_graphs(bundle, model, graphs, private, same is True))
     if space:
         published = replace(published, space=_publish_space(bundle, model, linked, space == STATIC, private))
     return published
@@ -139,18 +141,24 @@ def _collected(directory: Path, repo_id: str, space: bool | str, token: str | bo
             "A static Space runs ONNX graphs of the model and of its dense parent, which are not there.",
             "Push with --space static on the command line, which makes them.",
         )
+    parent = bundle.record.base_model
+    if space and space != STATIC and not is_repo_id(parent):
+        raise UserError(
+            f"A Gradio Space loads the dense parent from the Hub, and {parent!r} names no repository there.",
+            "Prune with base_model (--base-model), the repository that the directory is a copy of.",
+        )
     graphs = {f"{ONNX}/{name}": path for name, path in bundle.graphs.items()}
     files: dict[str, Path | bytes] = {**bundle.files, **graphs, CARD: render_card(bundle.record, repo_id).encode()}
     check_private(files, directory, [token if isinstance(token, str) else None])
     return bundle
 
 
-def _publish_graphs(bundle: Bundle, model: Repository, graphs: Repository, private: bool) -> str:
+def _publish_graphs(bundle: Bundle, model: Repository, graphs: Repository, private: bool, same: bool) -> str:
     """Publish the ONNX graphs in their repository, and return its address."""
     with _after_the_model("its ONNX graphs are"):
         graphs.create(private)
         message = ("Publish the ONNX graphs", None)
-        return graphs.commit(lambda tree: _graph_changes(bundle, graphs, model, tree), message).url
+        return graphs.commit(lambda tree: _graph_changes(bundle, graphs, model, tree, same), message).url
 
 
 def _publish_space(bundle: Bundle, model: Repository, graphs: str, static: bool, private: bool) -> str:
@@ -195,19 +203,24 @@ def _shown_export(model: Repository, graphs: str) -> tuple[str, str] | None:
     return (GRAPHS, graphs) if graphs else None
 
 
-def _graph_changes(bundle: Bundle, repo: Repository, model: Repository, tree: Tree) -> Changes:
-    """Return the changes that make a repository hold the graphs of this model, and no files of an earlier one."""
+def _graph_changes(bundle: Bundle, repo: Repository, model: Repository, tree: Tree, same: bool) -> Changes:
+    """Return the changes that make a repository hold the graphs of this model, and no files of an earlier one.
+
+    Graphs of the parent that only the repository has are kept if the graphs there are of the same model.
+    """
+    parents = _in([DENSE], tree)
     card = render_onnx_card(
         bundle.record,
         repo.repo_id,
         model.repo_id,
         bundle.graphs,
         revision=repo.revision,
-        dense=DENSE if bundle.has_dense_graphs else "",
+        dense=DENSE if bundle.has_dense_graphs or (parents and same) else "",
         chat=bundle.chat,
     )
     files: dict[str, Path | bytes] = {**bundle.graphs, CARD: card.encode()}
-    return files, [name for name in tree if is_ours(name) and name not in files]
+    stale = [name for name in tree if is_ours(name)] + ([] if same else parents)
+    return files, [name for name in stale if name not in files]
 
 
 def _model_changes(bundle: Bundle, repo: Repository, tree: Tree, graphs: str) -> Changes:

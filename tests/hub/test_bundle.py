@@ -28,7 +28,7 @@ def put_export(directory, name, record):
     (folder / MODEL_RECORD_FILE).write_text(record.to_json())
     made = export_record(name, identity_of(load_model(str(directory), device="cpu")[0]))
     (folder / EXPORT_RECORD_FILE).write_text(made.to_json())
-    (folder / "model.bin").write_bytes(b"graph")
+    (folder / "model.gguf").write_bytes(b"graph")
     return folder
 
 
@@ -96,7 +96,7 @@ def test_exports_of_this_model(saved_model):
     (saved_model / MODEL_RECORD_FILE).write_text(measured.to_json())  # what is measured later changes no weight
     bundle = collect(saved_model)
     assert bundle.exports == ("gguf",)
-    assert {f"gguf/{name}" for name in (MODEL_RECORD_FILE, EXPORT_RECORD_FILE, "model.bin")} == {
+    assert {f"gguf/{name}" for name in (MODEL_RECORD_FILE, EXPORT_RECORD_FILE, "model.gguf")} == {
         name for name in bundle.files if "/" in name
     }
 

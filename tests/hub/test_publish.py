@@ -156,6 +156,15 @@ def test_a_public_repository_is_not_taken_for_a_private_one(push, hub, saved_mod
     assert hub.files(repo_name) == before
 
 
+def test_a_space_needs_a_parent_on_the_hub(push, hub, saved_model, repo_name):
+    path = saved_model / "selfpruner.json"
+    path.write_text(path.read_text().replace('"tests/llama"', '"folder"'))
+    done = push(saved_model, repo_name, "--space")
+    assert done.status == 2
+    assert "'folder' names no repository there. Prune with base_model (--base-model)" in done.err
+    assert push(saved_model, repo_name).status == 0
+
+
 NOT_INSTALLED = """
 import importlib.metadata as metadata, sys
 found = metadata.version

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from support.hub_server import check_yaml
 
-from selfpruner_hub.errors import UserError
+from selfpruner_hub.errors import ExportError, SavedModelError, UserError
 from selfpruner_hub.hub.bundle import collect
 from selfpruner_hub.hub.exports import make_exports
 from selfpruner_hub.hub.publish import publish
@@ -155,14 +155,41 @@ def test_another_layout_stays_beside_the_model(model, push, hub, repo_name):
 
 def test_an_export_in_another_layout_is_made_anew(model, monkeypatch):
     made = []
-    monkeypatch.setattr("exporters.export.export", lambda *words, **options: made.append((*words, options)))
+
+    def export(name, to, output, **options):
+        assert (model / "onnx" / EXPORT_RECORD_FILE).exists()  # until the new one is whole
+        made.append((name, to, options))
+        output.mkdir()
+        return output
+
+    monkeypatch.setattr("exporters.export.export", export)
     make_exports(model, ["onnx"])
     assert made == []  # it is there
     path = model / "onnx" / EXPORT_RECORD_FILE
     path.write_text(path.read_text().replace('"layout": "hub"', '"layout": "transformers"'))
     make_exports(model, ["onnx"])
-    assert made == [(model, "onnx", model / "onnx", {"layout": "hub"})]
-    assert not (model / "onnx").exists()
+    assert made == [(model, "onnx", {"layout": "hub"})]
+    assert list((model / "onnx").iterdir()) == []
+
+
+def test_an_export_that_cannot_be_made_anew_is_not_lost(handmade, monkeypatch):
+    def export(*_words, **_options):
+        raise ExportError("No room.", "Make some.")
+
+    path = handmade / "onnx" / EXPORT_RECORD_FILE
+    path.write_text(path.read_text().replace('"layout": "hub"', '"layout": "transformers"'))
+    before = sorted(handmade.rglob("*"))
+    monkeypatch.setattr("exporters.export.export", export)
+    with pytest.raises(ExportError):
+        make_exports(handmade, ["onnx"])
+    assert sorted(handmade.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "onnx/model_q4.onnx_data"])
+def test_graphs_that_are_not_whole(name, handmade):
+    (handmade / "onnx" / name).unlink()
+    with pytest.raises(SavedModelError, match=rf"/onnx' lacks {name}\. Push with --with onnx"):
+        collect(handmade)
 
 
 # -- another model ----------------------------------------------------------------------------------------------------
@@ -265,6 +292,28 @@ def test_a_static_space(model, hub, push, repo_name):
     assert graphs["dense/model_quantized.onnx"] == b"graph of the parent"
     assert 'ignore_patterns=["onnx/model_*", "dense/*"]' in graphs["README.md"].decode()
     assert push(model, repo_name, "--space", "static").out == out.replace("\n", " (it was up to date)\n", 1)
+
+
+def test_graphs_of_a_parent_stay_with_the_model_and_go_with_it(handmade, saved_models, hub, push, repo_name, tmp_path):
+    dense = handmade / "onnx" / "dense"
+    dense.mkdir()
+    (dense / "model_quantized.onnx").write_bytes(b"graph of the parent")
+    push(handmade, repo_name)
+    shutil.rmtree(dense)
+    push(handmade, repo_name, "--commit-message", "again")
+    graphs = hub.files(f"{repo_name}-ONNX")
+    assert "dense/model_quantized.onnx" in graphs
+    assert '"dense/*"' in graphs["README.md"].decode()
+    other = shutil.copytree(saved_models / "second", tmp_path / "other")
+    shutil.copytree(handmade / "onnx", other / "onnx")
+    shutil.copy(other / "selfpruner.json", other / "onnx")
+    source = {"name": "", **identity_of(load_model(str(other), device="cpu")[0])}
+    record = ExportRecord("onnx", {"layout": "hub"}, source, {}, 0.1, 0.0, "", "")
+    (other / "onnx" / EXPORT_RECORD_FILE).write_text(record.to_json())
+    push(other, repo_name)
+    graphs = hub.files(f"{repo_name}-ONNX")
+    assert "dense/model_quantized.onnx" not in graphs
+    assert '"dense/*"' not in graphs["README.md"].decode()
 
 
 def test_graphs_of_another_parent(model, monkeypatch):
