@@ -240,7 +240,7 @@ def _tasks(
         cache=options.cache,
         progress=not options.quiet,
     )
-    return task_figures(scores, limited=options.limit is not None)
+    return task_figures(model, scores, limited=options.limit is not None)
 
 
 def _beside(name: str, metric: Metric, parent: _Parent | None) -> Metric:

@@ -134,10 +134,11 @@ def question_figures(
     return figures
 
 
-def task_figures(scores: Sequence[TaskScore], limited: bool) -> dict[str, Metric]:
+def task_figures(model: PreTrainedModel, scores: Sequence[TaskScore], limited: bool) -> dict[str, Metric]:
     """Turn the scores of tasks into figures.
 
     Args:
+        model: The model that was scored; its dtype is named in the protocol.
         scores: Result of `evaluate_tasks`.
         limited: Whether only the first items of each task were used.
 
@@ -148,7 +149,8 @@ def task_figures(scores: Sequence[TaskScore], limited: bool) -> dict[str, Metric
         f"{figure} ({score.task})": _metric(
             round(value, 4),
             f"zero-shot, {'first ' if limited else ''}{score.items} items, ± {score.errors[figure]:.4f}, "
-            f"{'through the chat template, ' if score.chat else ''}lm-evaluation-harness {score.version}",
+            f"{'through the chat template, ' if score.chat else ''}{_dtype(model)}, "
+            f"lm-evaluation-harness {score.version}",
             score.source,
         )
         for score in scores

@@ -41,6 +41,8 @@ CHAT_TASKS = ("ifeval", "gsm8k")
 """Tasks that use the chat template if the model has one."""
 BATCH_SIZE = 16
 """Number of requests in a forward pass."""
+LIKELIHOODS = "float32"
+"""Dtype of the likelihoods; in bfloat16, that of most models, different ones are rounded to the same value."""
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,14 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE, softmax_dtype=LIKELIHOODS)
     if not progress:
         lm.loglikelihood = functools.partial(lm.loglikelihood, disable_tqdm=True)
         lm.generate_until = functools.partial(lm.generate_until, disable_tqdm=True)
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
         identity = identity_of(model)
-        cache /= f"{identity['weights'][:16]}-{identity['configuration'][:16]}-{identity['dtype']}"
+        cache /= f"{identity['weights'][:16]}-{identity['configuration'][:16]}-{identity['dtype']}-{LIKELIHOODS}"
     scores = []
     for task in tasks:
         task_or_config = task if directory is None else _config(task, _file(directory, task))

@@ -49,8 +49,8 @@ def test_of_questions():
 
 def test_of_tasks():
     score = TaskScore("ifeval", 5, "google/IFEval", "0.4", {"acc": 0.25}, {"acc": 0.1}, chat=True)
-    metric = task_figures([score], limited=True)["acc (ifeval)"]
+    metric = task_figures(tiny_model("llama"), [score], limited=True)["acc (ifeval)"]
     assert (metric.value, metric.dataset) == (0.25, "google/IFEval")
     assert metric.protocol == (
-        "zero-shot, first 5 items, ± 0.1000, through the chat template, lm-evaluation-harness 0.4"
+        "zero-shot, first 5 items, ± 0.1000, through the chat template, float32, lm-evaluation-harness 0.4"
     )

@@ -35,6 +35,19 @@ def directory(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def harness(monkeypatch):
+    """Let a function stand in the place of the harness's evaluation."""
+    from lm_eval import evaluator
+
+    return lambda function: monkeypatch.setattr(evaluator, "simple_evaluate", function)
+
+
+def report_of(task, **results):
+    """What the harness says of a task."""
+    return {"results": {task: results}, "configs": {task: {}}, "n-samples": {task: {"effective": 8}}}
+
+
 def likelihood(model, tokenizer, prompt, ending):
     """Of the ending's tokens after the prompt's, in nats."""
     before, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + ending))
@@ -82,6 +95,17 @@ def test_a_limit_and_a_cache(directory, tmp_path):
     assert evaluate_tasks(model, tiny_tokenizer(), ["colours"], **words) == first
     evaluate_tasks(tiny_model("llama", seed=1), tiny_tokenizer(), ["colours"], **words)
     assert len(list((tmp_path / "cache").iterdir())) == 2 * len(kept)  # another model's are its own
+
+
+@needs_harness
+def test_likelihoods_of_a_bfloat16_model_are_not_rounded_to_it(directory, tmp_path, harness):
+    asked = []
+    harness(lambda lm, use_cache, **_: asked.append((lm, use_cache)) or report_of("colours", **{"acc,none": 0.5}))
+    words = {"directory": directory, "cache": tmp_path / "cache", "progress": False}
+    evaluate_tasks(tiny_model("llama").bfloat16(), tiny_tokenizer(), ["colours"], **words)
+    ((lm, cache),) = asked
+    assert lm.softmax_dtype == torch.float32
+    assert cache.endswith("-bfloat16-float32-colours")  # those of older runs are rounded
 
 
 @needs_harness
