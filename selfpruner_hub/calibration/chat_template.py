@@ -49,13 +49,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     return encoded(tokenizer, rendered(tokenizer, messages, prompt=True))
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: bool = False) -> str:
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: bool = False, thinking: bool = False
+) -> str:
     """Render messages as text, on the day `DATE`.
 
     Args:
         tokenizer: Tokenizer with a chat template.
         messages: Turns in order.
         prompt: Whether to add the start of the assistant's turn.
+        thinking: Whether a model that can think before it answers is asked to; other templates ignore it.
 
     Returns:
         Text with special tokens.
@@ -66,7 +69,11 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], pr
     try:
         template = _FROZEN + tokenizer.get_chat_template() if template_date(tokenizer) else None
         written = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], chat_template=template, add_generation_prompt=prompt, tokenize=False
+            [dict(m) for m in messages],
+            chat_template=template,
+            add_generation_prompt=prompt,
+            tokenize=False,
+            enable_thinking=thinking,
         )
         return str(written)
     except Exception as error:  # a template is a program that comes with the model: it may raise anything
@@ -83,10 +90,12 @@ class UserTurn:
     Attributes:
         before: Token ids before the turn.
         after: Token ids between the turn and the answer.
+        stop: Token id that ends the turn.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
+    stop: int
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase, system: str | None) -> UserTurn | None:
@@ -100,14 +109,17 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, system: str | None) -> UserTur
         Tokens around the turn; None if the template accepts no system prompt, or does not copy a user's turn unchanged.
     """
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": MARK})
     try:
-        text = rendered(tokenizer, [*messages, {"role": "user", "content": MARK}], prompt=True)
+        text, thinking = (rendered(tokenizer, messages, prompt=True, thinking=thinks) for thinks in (False, True))
     except DataError:
         return None
     before, mark, after = text.partition(MARK)
     if not mark or not after or (system and system not in before):
         return None
-    return UserTurn(tuple(encoded(tokenizer, before)), tuple(encoded(tokenizer, after)))
+    # Against thinking, GLM-4.5 writes a word of its own after the turn, which is not what ends it.
+    ending = encoded(tokenizer, thinking.partition(MARK)[2] or after)
+    return UserTurn(tuple(encoded(tokenizer, before)), tuple(encoded(tokenizer, after)), ending[0])
 
 
 def closing_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

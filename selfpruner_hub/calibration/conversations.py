@@ -118,7 +118,7 @@ def write_conversations(
     opened = [
         TurnStart(
             prompt=[*frame.before, *words],
-            stops=ends | {frame.after[0]},
+            stops=ends | {frame.stop},
             read=lambda ids, words=words: decoded(tokenizer, [*words, *ids[:-1]]),  # type: ignore[misc]
             system=system,
         )

@@ -65,6 +65,8 @@ def replies(
 ) -> list[str]:
     """Ask a chat model questions, with its template's default system prompt; it answers with its likeliest tokens.
 
+    A model that can think before it answers is asked not to: its thoughts would take all tokens of a reply.
+
     Args:
         model: A chat model.
         tokenizer: Its tokenizer, with a chat template.

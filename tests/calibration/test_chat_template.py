@@ -129,3 +129,22 @@ def test_and_the_system_prompt_before_it(style):
 )
 def test_no_users_turn_to_write(template, prompt):
     assert user_turn(chat_tokenizer(template=template), prompt) is None
+
+
+THINKING = (
+    "{% set silent = enable_thinking is defined and not enable_thinking %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' + message['content'] }}"
+    "{% if silent and message['role'] == 'user' %}/nothink{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if silent %}<think></think>{% endif %}{% endif %}"
+)
+"""As those of models that think unless they are told not to; GLM-4.5 writes a word into the user's turn, too."""
+
+
+@pytest.mark.parametrize("dated", ["", "{% if strftime_now is defined %}{% endif %}"])
+def test_a_model_that_thinks_is_told_to_answer_at_once(dated):
+    tokenizer = chat_tokenizer(template=dated + THINKING)
+    asked = "<|im_start|>user\nWhy?/nothink<|im_end|>\n<|im_start|>assistant\n<think></think>"
+    assert rendered(tokenizer, [user("Why?")], prompt=True) == asked
+    turn = user_turn(tokenizer, None)
+    assert tokenizer.decode(turn.after).startswith("/nothink")
+    assert tokenizer.decode(turn.stop) == "<|im_end|>"  # a user writes no such word

@@ -78,7 +78,7 @@ def test_turns_end_where_the_template_ends_them(style, write):
     tokenizer = chat_tokenizer(style)
     ends = {2, tokenizer.convert_tokens_to_ids(END[style])}
     assert writer.of("answers")[0]["ends"] == ends
-    assert writer.of("questions")[0]["ends"] == ends | {user_turn(tokenizer, None).after[0]}
+    assert writer.of("questions")[0]["ends"] == ends | {user_turn(tokenizer, None).stop}
 
 
 def test_answers_have_their_temperature_and_questions_that_of_the_model(write):
