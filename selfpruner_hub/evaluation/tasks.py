@@ -90,8 +90,8 @@ def check_tasks(tasks: Sequence[str], directory: Path | None) -> None:
 
     Raises:
         MissingExtraError: lm-eval is not installed.
-        DataError: A task file is missing or has another format.
-        UserError: The harness has no such task.
+        DataError: A task file is missing or has another format, or a task of the harness gives none of `FIGURES`.
+        UserError: The harness has no such task, or only a group or a tag of that name.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError("lm_eval", "eval")
@@ -99,10 +99,16 @@ def check_tasks(tasks: Sequence[str], directory: Path | None) -> None:
         for task in tasks:
             _form(_file(directory, task))
     else:
-        names = set(_manager(defaults=True).all_tasks)
+        index = _manager(defaults=True).task_index
         for task in tasks:
-            if task not in names:
+            if task not in index:
                 raise UserError(f"lm-evaluation-harness knows no task {task!r}.", f"Such as: {', '.join(SEVEN)}.")
+            if (members := _members(index, task)) != [task]:
+                few = ", ".join(members[:4])
+                raise UserError(f"{task!r} stands for several tasks.", f"Name those that you mean, such as: {few}.")
+            metrics = [each["metric"] for each in index[task].cfg.get("metric_list") or ()]
+            if metrics and not any(metric in FIGURES for metric in metrics):
+                raise _no_figure(task)
 
 
 def evaluate_tasks(
@@ -134,7 +140,7 @@ def evaluate_tasks(
     Raises:
         MissingExtraError: lm-eval is not installed.
         UserError: `check_tasks` fails, or a task needs a library that is missing.
-        DataError: The items cannot be loaded.
+        DataError: The items cannot be loaded, or a task gives none of `FIGURES`.
     """
     check_tasks(tasks, directory)
     from lm_eval import evaluator
@@ -187,6 +193,8 @@ def _score(task: str, report: Any, directory: Path | None, chat: bool = False) -
 
     results = report["results"][task]
     keys = [tuple(key.split(",", 1)) for key in results if key.partition(",")[0] in FIGURES]
+    if not keys:
+        raise _no_figure(task)
     named_keys = {figure if by == "none" else f"{figure}, {by}": (figure, by) for figure, by in keys}
     source = report["configs"][task]["dataset_path"] if directory is None else f"{task}.jsonl"
     return TaskScore(
@@ -198,6 +206,22 @@ def _score(task: str, report: Any, directory: Path | None, chat: bool = False) -
         {name: _number(results.get(f"{figure}_stderr,{by}")) for name, (figure, by) in named_keys.items()},
         chat,
     )
+
+
+def _no_figure(task: str) -> DataError:
+    return DataError(f"The task {task!r} gives none of the figures {', '.join(FIGURES)}.", "Leave it out.")
+
+
+def _members(index: dict[str, Any], entry: Any) -> list[str]:
+    """The tasks that an entry of the harness stands for: itself, or those of a group, of a tag or of a list."""
+    if isinstance(entry, list):
+        return list(dict.fromkeys(task for each in entry for task in _members(index, each)))
+    if isinstance(entry, dict):  # of a group, with settings
+        return _members(index, entry.get("task", entry.get("group")))
+    kind = index[entry].kind.name if entry in index else "TASK"
+    if kind == "GROUP":
+        return _members(index, index[entry].cfg["task"])
+    return sorted(index[entry].tags) if kind == "TAG" else [entry]
 
 
 def _number(value: Any) -> float:

@@ -151,6 +151,25 @@ def test_tasks_of_the_hub():
 
 
 @needs_harness
+def test_groups_tags_and_tasks_without_a_known_figure(tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "one.yaml").write_text("task: one\ntag: both\n")
+    (tmp_path / "two.yaml").write_text("task: two\ntag: both\nmetric_list:\n  - metric: bleu\n")
+    (tmp_path / "group.yaml").write_text("group: all\ntask:\n  - group: part\n    task: [one]\n  - both\n")
+    manager = TaskManager(include_defaults=False, include_path=tmp_path)
+    monkeypatch.setattr(module, "_manager", lambda defaults: manager)
+    check_tasks(["one"], None)
+    for group in ("both", "all"):
+        with pytest.raises(UserError, match=rf"'{group}' stands for several tasks\. .*: one, two\."):
+            check_tasks([group], None)
+    with pytest.raises(DataError, match="'two' gives none of the figures"):
+        check_tasks(["two"], None)
+    with pytest.raises(DataError, match="'colours' gives none of the figures"):
+        module._score("colours", report_of("colours", **{"bleu,none": 0.5}), tmp_path)
+
+
+@needs_harness
 def test_figures_of_what_is_written():
     """As the harness gives them: by the filter of the replies, some without an error."""
     results = {
