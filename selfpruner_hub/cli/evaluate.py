@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,13 +69,13 @@ def run(options: argparse.Namespace) -> Result:
         One line per figure, or JSON.
 
     Raises:
-        UserError: An option is wrong, or the model, the text or the items cannot be loaded.
+        UserError: An option is wrong, or the model, the text or the items cannot be loaded. Figures of the model that
+            were measured before are printed, and saved if asked for.
     """
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit expects a whole number above 0; got {options.limit}.")
 
     from selfpruner_hub.evaluation.tasks import check_tasks, named
-    from selfpruner_hub.hub.card import save_metrics
     from selfpruner_hub.models.devices import described
     from selfpruner_hub.models.loading import load_config, load_model
     from selfpruner_hub.models.patching import working_on
@@ -87,21 +88,35 @@ def run(options: argparse.Namespace) -> Result:
         check_tasks(tasks, options.tasks_dir)
     record = read_record(Path(options.model)) if options.save else None
     arguments = loading(options)
-    with Bars(not options.quiet) as progress:
-        parent = None
-        if options.against is not None:
-            load_config(options.model, **arguments)  # its errors come first; only one model is in memory at a time
-            parent = _parent(options, tasks, record, progress)
-        model, tokenizer = load_model(options.model, **arguments)
-        progress.say(f"{options.model} on {described(model)}")
-        with working_on(model):
-            metrics = _metrics(options, tasks, model, tokenizer, progress, parent)
+    metrics: dict[str, Metric] = {}
+    try:
+        with Bars(not options.quiet) as progress:
+            parent = None
+            if options.against is not None:
+                load_config(options.model, **arguments)  # its errors come first; only one model is in memory at a time
+                parent = _parent(options, tasks, record, progress)
+            model, tokenizer = load_model(options.model, **arguments)
+            progress.say(f"{options.model} on {described(model)}")
+            with working_on(model):
+                for measured in _metrics(options, tasks, model, tokenizer, progress, parent):
+                    metrics |= {name: _beside(name, metric, parent) for name, metric in measured.items()}
+    except Exception:
+        if metrics:  # they may have taken hours
+            print(_told(options, metrics))
+        raise
+    return Result(_told(options, metrics))
+
+
+def _told(options: argparse.Namespace, metrics: dict[str, Metric]) -> str:
+    """Save the figures if asked for, and return them as lines or as JSON."""
+    from selfpruner_hub.hub.card import save_metrics
+
     if options.save:
         saved = save_metrics(Path(options.model), metrics)
         metrics = {name: saved.metrics[name] for name in metrics}
     if options.json:
-        return Result(json.dumps({"metrics": {name: asdict(metric) for name, metric in metrics.items()}}))
-    return Result("\n".join(_line(name, metric) for name, metric in metrics.items()))
+        return json.dumps({"metrics": {name: asdict(metric) for name, metric in metrics.items()}})
+    return "\n".join(_line(name, metric) for name, metric in metrics.items())
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,7 @@ def _measured_parent(
     figures: dict[str, Metric] = {}
     chat: ChatMeasure | None = None
     right: list[bool] | None = None
+    corpus = _corpus(options, tasks, model, tokenizer)  # what is wrong with it is told before anything is generated
     if tokenizer is not None and _chats(options, tokenizer):
         try:
             chat = ChatMeasure(model, tokenizer, progress=progress)
@@ -160,10 +176,10 @@ def _measured_parent(
             raise DataError(error.message, "Leave conversations out with --no-chat.") from error
         right = rightly_answered(model, tokenizer, load_questions(HALF), progress)
         figures |= {**question_figures(model, right, HALF), **conversation_figures(model, chat)}
-    corpus = _corpus(options, tasks, model, tokenizer)
     if corpus is not None:
         figures |= text_figures(model, corpus)
-    figures |= _tasks(options, tasks, options.against, model, tokenizer)
+    for scored in _tasks(options, tasks, options.against, model, tokenizer):
+        figures |= scored
     vocabulary = None if tokenizer is None else tokenizer.get_vocab()
     teacher = None if corpus is None else teach(model, corpus.windows, counted=corpus.counted)
     return _Parent(figures, vocabulary, teacher, chat, right)
@@ -176,23 +192,21 @@ def _metrics(
     tokenizer: PreTrainedTokenizerBase | None,
     progress: Progress,
     parent: _Parent | None,
-) -> dict[str, Metric]:
-    """Measure all figures beside the parent's; divergence needs two models with the same vocabulary."""
+) -> Iterator[dict[str, Metric]]:
+    """Yield the figures of one measurement after another; divergence needs two models with the same vocabulary."""
     from selfpruner_hub.evaluation.figures import conversation_figures, question_figures, text_figures
     from selfpruner_hub.evaluation.questions import load_questions, rightly_answered
 
-    metrics: dict[str, Metric] = {}
+    corpus = _corpus(options, tasks, model, tokenizer)
     comparable = parent if parent and tokenizer is not None and parent.vocabulary == tokenizer.get_vocab() else None
     if tokenizer is not None and _chats(options, tokenizer):
         right = rightly_answered(model, tokenizer, load_questions(HALF), progress)
-        metrics |= question_figures(model, right, HALF, parent.right if parent else None)
+        yield question_figures(model, right, HALF, parent.right if parent else None)
         if comparable and comparable.chat:
-            metrics |= conversation_figures(model, comparable.chat)
-    corpus = _corpus(options, tasks, model, tokenizer)
+            yield conversation_figures(model, comparable.chat)
     if corpus is not None:
-        metrics |= text_figures(model, corpus, comparable.teacher if comparable else None)
-    metrics |= _tasks(options, tasks, options.model, model, tokenizer)
-    return {name: _beside(name, metric, parent) for name, metric in metrics.items()}
+        yield text_figures(model, corpus, comparable.teacher if comparable else None)
+    yield from _tasks(options, tasks, options.model, model, tokenizer)
 
 
 def _chats(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -223,24 +237,24 @@ def _tasks(
     name: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> dict[str, Metric]:
+) -> Iterator[dict[str, Metric]]:
+    """Yield the figures of one task after another."""
     from selfpruner_hub.evaluation.figures import task_figures
     from selfpruner_hub.evaluation.tasks import evaluate_tasks
 
-    if not tasks:
-        return {}
-    if tokenizer is None:
-        raise ModelError(f"{name!r} has no tokenizer, and tasks need one.", "Copy the model's tokenizer beside it.")
-    scores = evaluate_tasks(
-        model,
-        tokenizer,
-        tasks,
-        directory=options.tasks_dir,
-        limit=options.limit,
-        cache=options.cache,
-        progress=not options.quiet,
-    )
-    return task_figures(model, scores, limited=options.limit is not None)
+    for task in tasks:
+        if tokenizer is None:
+            raise ModelError(f"{name!r} has no tokenizer, and tasks need one.", "Copy the model's tokenizer beside it.")
+        scores = evaluate_tasks(
+            model,
+            tokenizer,
+            [task],
+            directory=options.tasks_dir,
+            limit=options.limit,
+            cache=options.cache,
+            progress=not options.quiet,
+        )
+        yield task_figures(model, scores, limited=options.limit is not None)
 
 
 def _beside(name: str, metric: Metric, parent: _Parent | None) -> Metric:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 from support.chatting import chat_tokenizer, save_chat
 from support.tiny import save_tiny, tiny_model
 
 from selfpruner_hub.cli import main
-from selfpruner_hub.evaluation import chat, questions
+from selfpruner_hub.errors import UserError
+from selfpruner_hub.evaluation import chat, figures, questions
 from selfpruner_hub.evaluation.figures import AGREEMENT, ANSWERED, CHAT_FIGURES, DIVERGENCE, KEPT
 from selfpruner_hub.evaluation.questions import load_questions
 from selfpruner_hub.pruner import AutoPruner
@@ -89,6 +91,30 @@ def test_a_model_that_ends_no_turn(work, capsys, monkeypatch):
     words = ["--data", str(work / "text.txt"), "--window", "32", "--quiet", "--against", str(work / "dense")]
     assert main(["evaluate", str(work / "pruned"), *words]) == 2
     assert "--no-chat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--against", "dense"], []])
+@pytest.mark.parametrize(("data", "window"), [("missing.txt", "32"), ("text.txt", "5000")])
+def test_a_wrong_text_or_window_is_told_before_anything_is_written(data, window, more, work, monkeypatch):
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(chat, "ChatMeasure", lambda *_, **__: pytest.fail("wrote conversations"))
+    monkeypatch.setattr(questions, "rightly_answered", lambda *_: pytest.fail("asked questions"))
+    assert main(["evaluate", "pruned", *more, "--data", data, "--window", window, "--quiet"]) == 2
+
+
+@pytest.mark.usefixtures("evaluate")
+def test_a_late_failure_loses_no_figure(work, capsys, monkeypatch, tmp_path):
+    def fail(*_):
+        raise UserError("The text is damaged.")
+
+    copy = shutil.copytree(work / "pruned", tmp_path / "copy")
+    monkeypatch.setattr(figures, "text_figures", fail)
+    words = ["--data", str(work / "text.txt"), "--window", "32", "--quiet", "--save"]
+    assert main(["evaluate", str(copy), *words]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{ANSWERED} 0.5 ")
+    assert "The text is damaged." in err
+    assert read_record(copy).metrics[ANSWERED].value == 0.5
 
 
 def _silent(*_, **__):
