@@ -139,7 +139,8 @@ def evaluate_tasks(
 
     Raises:
         MissingExtraError: lm-eval is not installed.
-        UserError: `check_tasks` fails, or a task needs a library that is missing.
+        UserError: `check_tasks` fails, a task needs a library that is missing, or a cache is asked for where weights
+            are offloaded.
         DataError: The items cannot be loaded, or a task gives none of `FIGURES`.
     """
     check_tasks(tasks, directory)
@@ -154,6 +155,11 @@ def evaluate_tasks(
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
         identity = identity_of(model)
+        if identity["weights"] is None:
+            raise UserError(
+                "Answers of a model that is partly offloaded cannot be cached: its weights tell whose they are.",
+                "Leave out --cache, or --device-map.",
+            )
         cache /= f"{identity['weights'][:16]}-{identity['configuration'][:16]}-{identity['dtype']}-{LIKELIHOODS}"
     scores = []
     for task in tasks:

@@ -149,7 +149,7 @@ def _check_weights(name: str, model: PreTrainedModel, missing_keys: Iterable[str
         raise ModelError(f"The weights of {name!r} lack {missing[0]}.", "Download or save them again.")
     for key, parameter in model.named_parameters():
         try:
-            finite = bool(parameter.isfinite().all())
+            finite = parameter.is_meta or bool(parameter.isfinite().all())  # meta: offloaded by a device map
         except NotImplementedError:  # torchao's quantised weights, which are integers
             continue
         if not finite:

@@ -109,6 +109,14 @@ def test_likelihoods_of_a_bfloat16_model_are_not_rounded_to_it(directory, tmp_pa
 
 
 @needs_harness
+def test_no_cache_of_a_model_whose_weights_are_elsewhere(directory, tmp_path):
+    model = tiny_model("llama")
+    model.lm_head.to("meta")
+    with pytest.raises(UserError, match=r"partly offloaded.*Leave out --cache"):
+        evaluate_tasks(model, tiny_tokenizer(), ["colours"], directory=directory, cache=tmp_path, progress=False)
+
+
+@needs_harness
 @pytest.mark.slow
 def test_command_line(directory, tmp_path, capsys):
     dense = save_tiny("llama", tmp_path / "dense")

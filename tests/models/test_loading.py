@@ -139,6 +139,13 @@ def test_weights_that_cannot_tell_whether_they_are_finite(model, monkeypatch):
     assert load_model(str(model))[0].num_parameters() > 0
 
 
+def test_weights_that_a_device_map_leaves_on_disk(intact, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    places["model.rotary_emb"] = "cpu"
+    loaded, _ = load_model(str(intact), device_map=places, offload_folder=tmp_path)
+    assert any(parameter.is_meta for parameter in loaded.parameters())
+
+
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
 def test_truncated_weights(share, model):
     path = model / "model.safetensors"
