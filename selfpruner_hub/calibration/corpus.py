@@ -27,6 +27,8 @@ CONVERSATION_TOKENS = 100
 """Expected length of a conversation in tokens, used until the first conversations are written."""
 CONVERSATION_ATTEMPTS = 4
 """Maximum number of attempts to fill the windows with conversations that the model writes."""
+C4_WINDOWS = 256
+"""Number of windows of c4 in a measurement that names none; its validation split has some hundred million tokens."""
 SPARE_SEED = 2**31
 """Offset of the random seed for spare text that a model writes; the random seed of a run is smaller."""
 
@@ -277,7 +279,7 @@ def consecutive_windows(
         source: Source for `load_corpus`, but not `"self"` or `"chat"`; Hub sources use their test or validation split.
         tokenizer: The model's tokenizer.
         window: Tokens per window, at least 2.
-        count: Number of windows, from the start of the text; None takes all.
+        count: Number of windows, from the start of the text; None takes all, or `C4_WINDOWS` of c4.
 
     Returns:
         Windows in the order of the text.
@@ -294,6 +296,8 @@ def consecutive_windows(
         raise DataError(f"The text {source!r} needs a tokenizer, and the model came without one.")
     if window < 2 or (count is not None and count < 1):
         raise DataError(f"A measurement needs windows of at least 2 tokens, and at least one; got {window}, {count}.")
+    if count is None and source == "c4":
+        count = C4_WINDOWS
     start = start_ids(tokenizer)
     _check_room(window, start)
     windows, length = _windows(entries(source, "test"), tokenizer, window, count or (1 << 40) // window)

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, metavar="W", help="tokens a window: papers take 2048 or 128 (default: 2048, or as "
         "many as the model was made to read)",
     )  # fmt: skip
-    parser.add_argument("--windows", type=int, metavar="N", help="only the first N windows")
+    parser.add_argument(
+        "--windows", type=int, metavar="N", help="only the first N windows (default: all, or 256 of c4)"
+    )
     parser.add_argument("--tasks", metavar="T,…", help="zero-shot tasks: seven (the paper's), or their names")
     parser.add_argument("--tasks-dir", type=Path, metavar="DIR", help="read their items from DIR/TASK.jsonl")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")

@@ -207,6 +207,12 @@ def test_pruning_reads_the_train_split_and_measuring_the_test_split(monkeypatch)
     assert asked == [("Salesforce/wikitext", "train"), ("Salesforce/wikitext", "test"), ("allenai/c4", "validation")]
 
 
+def test_of_c4_some_windows_are_enough(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": numbered(100)}] * 3)
+    assert len(consecutive_windows("c4", TOKENIZER, WINDOW).windows) == 256
+    assert len(consecutive_windows("c4", TOKENIZER, WINDOW, count=300).windows) == 300
+
+
 def test_the_model_samples_its_own_text(monkeypatch):
     monkeypatch.setattr(generated_text, "SAMPLE_BATCH", 64)
     model = tiny_model("llama")
