@@ -223,7 +223,10 @@ def _written_conversations(
     distinct: Distinct,
     progress: Progress | None,
 ) -> Tensor:
-    """Generate conversations until they fill `count` windows; near-duplicates of `distinct` are left out."""
+    """Generate conversations until they fill `count` windows, or at least half of them if the model writes no more.
+
+    Near-duplicates of `distinct` are left out.
+    """
     if not has_chat_template(tokenizer):
         raise DataError('data="chat" needs a tokenizer with a chat template.', 'Use data="self", or plain text.')
     windows = torch.empty(0, window, dtype=torch.int64)
@@ -232,12 +235,19 @@ def _written_conversations(
         length = windows.numel() / len(written) if len(windows) else min(CONVERSATION_TOKENS, window)
         some = 1 + round(1.1 * (count - len(windows)) * window / length)
         seeded = CONVERSATION_ATTEMPTS * seed + attempt
-        talks = write_conversations(model, tokenizer, some, seeded, distinct=distinct, progress=progress)
+        try:
+            talks = write_conversations(model, tokenizer, some, seeded, distinct=distinct, progress=progress)
+        except DataError:
+            if 2 * len(windows) < count:
+                raise
+            break
         written += [talk.ids for talk in talks]
         windows = packed(written, window)
         if len(windows) >= count:
-            return windows[:count]
-    raise too_little_text("chat", windows.numel(), count * window)
+            break
+    if 2 * len(windows) < count:
+        raise too_little_text("chat", windows.numel(), count * window)
+    return windows[:count]
 
 
 def _windows(items: Iterable[Entry], tokenizer: PreTrainedTokenizerBase, window: int, most: int) -> tuple[Tensor, int]:

@@ -370,6 +370,17 @@ def test_a_model_that_repeats_itself_writes_too_little(write):
     assert_one_line_with_remedy(caught.value)
 
 
+@pytest.mark.parametrize("more", [26, 5])
+def test_half_of_the_written_text_is_enough(more, write):
+    """A window holds two conversations; the model writes none after the first `more`."""
+    questions = [f"Is {i} even?" for i in range(more)]
+    if more < 20:
+        with pytest.raises(DataError):
+            write(questions, 20 * 64, 64)
+    else:
+        assert 10 <= len(write(questions, 20 * 64, 64)[0].windows) < 20
+
+
 def test_what_is_a_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "a+b.txt", "text")
