@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.chat_template import has_chat_template
 from selfpruner_hub.errors import DataError, MissingExtraError, UserError
+from selfpruner_hub.models.devices import out_of_memory
 from selfpruner_hub.models.weights import identity_of
 
 SEVEN = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -142,6 +143,7 @@ def evaluate_tasks(
         UserError: `check_tasks` fails, a task needs a library that is missing, or a cache is asked for where weights
             are offloaded.
         DataError: The items cannot be loaded, or a task gives none of `FIGURES`.
+        ModelError: Memory is too small.
     """
     check_tasks(tasks, directory)
     from lm_eval import evaluator
@@ -184,6 +186,8 @@ def evaluate_tasks(
                 'Install it with: pip install "selfpruner-hub[eval]"',
             ) from error
         except Exception as error:  # the errors of the Hub's clients have no common base class
+            if (short := out_of_memory(error)) is not None:
+                raise short from error
             if directory is not None:
                 raise
             raise DataError(

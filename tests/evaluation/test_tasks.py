@@ -11,7 +11,7 @@ from support.checks import logits
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 from selfpruner_hub.cli import main
-from selfpruner_hub.errors import DataError, MissingExtraError, UserError
+from selfpruner_hub.errors import DataError, MissingExtraError, ModelError, UserError
 from selfpruner_hub.evaluation import tasks as module
 from selfpruner_hub.evaluation.tasks import SEVEN, check_tasks, evaluate_tasks, named
 
@@ -175,6 +175,18 @@ def test_groups_tags_and_tasks_without_a_known_figure(tmp_path, monkeypatch):
         check_tasks(["two"], None)
     with pytest.raises(DataError, match="'colours' gives none of the figures"):
         module._score("colours", report_of("colours", **{"bleu,none": 0.5}), tmp_path)
+
+
+@needs_harness
+def test_too_little_memory_is_no_failure_of_the_network(monkeypatch, harness):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    harness(fail)
+    monkeypatch.setattr(module, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(module, "_manager", lambda defaults: None)
+    with pytest.raises(ModelError, match="Out of memory"):
+        evaluate_tasks(tiny_model("llama"), tiny_tokenizer(), ["piqa"], progress=False)
 
 
 @needs_harness
