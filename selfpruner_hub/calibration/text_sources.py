@@ -281,19 +281,15 @@ def _object(line: str) -> Mapping[str, Any] | None:
 
 
 def _hub_texts(source: str, split: str) -> Iterator[str]:
-    """Stream the texts of one of `HUB_SOURCES`; raises `DataError` if it cannot be loaded."""
+    """Stream the texts of one of `HUB_SOURCES`; raises `DataError` if they cannot be loaded, or not to the end."""
     import datasets  # imported here because it takes a second, and local data do not need it
 
     repo, name, splits = HUB_SOURCES[source]
     try:
-        stream = datasets.load_dataset(repo, name, split=splits[split], streaming=True)
-        rows = iter(stream)
-        first = next(rows)
+        for row in datasets.load_dataset(repo, name, split=splits[split], streaming=True):
+            yield row["text"]
     except Exception as error:  # the Hub client raises many types; all of them mean that there is no text
         raise DataError(
             f"Cannot load {repo} from the Hugging Face Hub ({type(error).__name__}).",
             'Check the network (or HF_ENDPOINT), or use data="self" or a path to a text file.',
         ) from error
-    yield first["text"]
-    for row in rows:
-        yield row["text"]

@@ -291,3 +291,13 @@ def test_texts_are_no_names(tmp_path, monkeypatch):
     (tmp_path / "bees").touch()
     for texts in (["bees", "make honey"], ("x" * 5000,), of_texts("bees")):
         assert all(isinstance(each, str) for each in entries(texts))
+
+
+def test_a_hub_that_fails_after_some_rows(monkeypatch):
+    def rows(*_, **__):
+        yield {"text": "One."}
+        raise OSError("Connection reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    with pytest.raises(DataError, match=r"Cannot load allenai/c4 .*\(OSError\)"):
+        list(entries("c4"))
