@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfpruner_hub.calibration.conversations import CHAT, Conversation, write_conversations
+from selfpruner_hub.errors import DataError
 from selfpruner_hub.evaluation.metrics import Teacher, mean_losses, miss_loss, teach, teacher_loss
 from selfpruner_hub.progress import Progress
 
@@ -40,7 +41,7 @@ class ChatMeasure:
         progress: Callback that receives the number of turns that are written.
 
     Raises:
-        DataError: `write_conversations` fails.
+        DataError: `write_conversations` fails, or all answers are empty.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class ChatMeasure:
     ) -> None:
         style = replace(CHAT, answer_temperature=0.0)
         written = write_conversations(dense, tokenizer, count, seed, style=style, progress=progress)
+        if not written:
+            raise DataError("The dense model's answers are empty.", "Leave conversations out with --no-chat.")
         self.conversations = len(written)
         self._windows, self._counted = padded(written)
         self._teacher: Teacher = teach(dense, self._windows, counted=self._counted)

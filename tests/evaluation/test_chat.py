@@ -10,6 +10,7 @@ from support.tiny import tiny_model
 from torch import nn
 
 from selfpruner_hub.calibration.conversations import CHAT, Conversation
+from selfpruner_hub.errors import DataError
 from selfpruner_hub.evaluation import chat
 from selfpruner_hub.evaluation.chat import ChatMeasure, padded
 from selfpruner_hub.evaluation.metrics import following
@@ -77,6 +78,12 @@ def test_progress_tells_the_writing(dense, monkeypatch):
     told = []
     ChatMeasure(dense, TOKENIZER, count=2, progress=lambda *what: told.append(what))
     assert {what for what, *_ in told} == {"writing questions", "writing answers"}
+
+
+def test_answers_that_are_all_empty(dense, monkeypatch):
+    monkeypatch.setattr(chat, "write_conversations", lambda *_, **__: [])
+    with pytest.raises(DataError, match="answers are empty.*--no-chat"):
+        ChatMeasure(dense, TOKENIZER)
 
 
 def test_padded_conversations_count_the_assistants_tokens():
