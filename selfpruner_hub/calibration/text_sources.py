@@ -135,6 +135,7 @@ def entries(source: Any, split: str = "train") -> Iterator[Entry]:
 
     Yields:
         A text (a long `.txt` file in `pieces`), or the messages of a conversation, each with a text as its content.
+        The test split of wikitext2 is one text, its rows joined by two line breaks as for published perplexities.
         Lone surrogates, which no tokenizer reads, are replaced by U+FFFD.
 
     Raises:
@@ -286,8 +287,8 @@ def _hub_texts(source: str, split: str) -> Iterator[str]:
 
     repo, name, splits = HUB_SOURCES[source]
     try:
-        for row in datasets.load_dataset(repo, name, split=splits[split], streaming=True):
-            yield row["text"]
+        rows = (row["text"] for row in datasets.load_dataset(repo, name, split=splits[split], streaming=True))
+        yield from ["\n\n".join(rows)] if (source, split) == ("wikitext2", "test") else rows
     except Exception as error:  # the Hub client raises many types; all of them mean that there is no text
         raise DataError(
             f"Cannot load {repo} from the Hugging Face Hub ({type(error).__name__}).",

@@ -301,3 +301,10 @@ def test_a_hub_that_fails_after_some_rows(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", rows)
     with pytest.raises(DataError, match=r"Cannot load allenai/c4 .*\(OSError\)"):
         list(entries("c4"))
+
+
+def test_articles_for_a_measurement_are_one_text_as_in_published_figures(monkeypatch):
+    rows = ["", " = Bees = \n", " Bees make honey . \n"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": row} for row in rows])
+    assert list(entries("wikitext2", "test")) == ["\n\n".join(rows)]
+    assert list(entries("wikitext2")) == list(entries("c4", "test")) == rows
