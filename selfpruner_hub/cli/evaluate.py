@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> Result:
             with working_on(model):
                 for measured in _metrics(options, tasks, model, tokenizer, progress, parent):
                     metrics |= {name: _beside(name, metric, parent) for name, metric in measured.items()}
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         if metrics:  # they may have taken hours
             print(_told(options, metrics))
         raise
