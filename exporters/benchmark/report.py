@@ -129,7 +129,7 @@ class BenchmarkReport:
                     value=round(phase.pruned.median, 2),
                     dense=round(phase.dense.median, 2),
                     protocol=f"{what}; {self.dtype}, {self.threads} threads; medians of {phase.dense.runs} passes, "
-                    f"dense and pruned turn by turn; {phase.speedup.median:.2f} × faster"
+                    f"dense and pruned turn by turn, median of their ratios {phase.speedup.median:.2f}"
                     + (f", {phase.ideal:.2f} by work" if phase.ideal else ""),
                     unit="ms",
                     machine=where,
