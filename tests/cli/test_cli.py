@@ -206,6 +206,20 @@ def test_only_our_own_file_of_the_default_run_directory_is_removed(run, dense, t
     assert names(tmp_path / "small.run") == {"notes.txt"}
 
 
+def test_where_recovery_fails_the_run_directory_stays_and_is_resumed(run, dense, text, tmp_path, monkeypatch, caplog):
+    def fail(*_arguments, **_named):
+        raise MemoryError
+
+    monkeypatch.setattr(PrunedModel, "recover", fail)
+    words = prune(dense, tmp_path / "small", text, "--recover", "1")
+    assert run(*words)[0] == 0
+    assert "pruned, and not recovered" in caplog.text
+    assert {"search.jsonl", "stages"} < names(tmp_path / "small.run")
+    monkeypatch.setattr(PrunedModel, "recover", lambda pruned, *_arguments, **_named: pruned)
+    assert run(*words)[0] == 0
+    assert names(tmp_path) == {"small", *(f"small/{name}" for name in FILES)}
+
+
 def test_the_output_may_be_the_current_directory(run, dense, text, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
