@@ -21,7 +21,7 @@ from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.calibration.served_model import served_by
 from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
 from selfpruner_hub.cut import cut
-from selfpruner_hub.errors import SelfPrunerError, UserError
+from selfpruner_hub.errors import ModelError, OutputError, SelfPrunerError, UserError
 from selfpruner_hub.hub.licences import licence_of
 from selfpruner_hub.memory import store_for
 from selfpruner_hub.models.architectures import shape_of
@@ -302,7 +302,9 @@ class AutoPruner:
             recover_with = partial(pruned.recover, data=data, writer=writer, writer_model=writer_model, seed=seed)
             return recover_with(self.model, minutes=left, run_dir=folder, progress=progress)
         except (SelfPrunerError, RuntimeError, MemoryError) as error:  # what was pruned is not lost
-            if (failure := error if isinstance(error, SelfPrunerError) else out_of_memory(error)) is None:
+            failure = error if isinstance(error, SelfPrunerError) else out_of_memory(error)
+            of_all = isinstance(error, UserError) and not isinstance(error, (ModelError, OutputError))
+            if failure is None or (ranks.count() > 1 and not of_all):  # other processes wait for one that failed alone
                 raise
             logger.warning("The model was pruned, and not recovered. %s", failure)
             pruned._checkpoints = Checkpoints()  # those of the run stay when it is saved: the same command resumes

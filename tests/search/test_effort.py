@@ -6,8 +6,8 @@ import pytest
 import torch
 from support.tiny import tiny_model, tiny_tokenizer
 
-from selfpruner_hub import AutoPruner, pruner
-from selfpruner_hub.errors import EndpointError, UserError
+from selfpruner_hub import AutoPruner, pruner, ranks
+from selfpruner_hub.errors import EndpointError, OutputError, SelfPrunerError, UserError
 from selfpruner_hub.search import effort
 from selfpruner_hub.search.effort import COSTS, CUT_SHARE, fitting_preset, minutes_left, with_effort
 from selfpruner_hub.settings import PRESETS, SEARCH, PruneSettings, check_minutes, resolve
@@ -209,6 +209,17 @@ def test_a_recovery_that_fails_loses_nothing(error, told, caplog, monkeypatch):
     assert pruned(monkeypatch, recover=1, progress=False).report.recovery is None
     assert f"and not recovered. {told}" in caplog.text
     with pytest.raises(RuntimeError, match="a defect"):
+        pruned(monkeypatch, recover=1, progress=False)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), SelfPrunerError("Another process has ended."), OutputError("Full.")])
+def test_a_process_that_may_have_failed_alone_ends_for_the_others(error, monkeypatch):
+    def fail(*_args, **_given):
+        monkeypatch.setattr(ranks, "count", lambda: 2)
+        raise error
+
+    monkeypatch.setattr(pruner.PrunedModel, "recover", fail)
+    with pytest.raises(type(error)):
         pruned(monkeypatch, recover=1, progress=False)
 
 
