@@ -31,6 +31,7 @@ from selfpruner_hub.models.architectures import (
     shape_of,
 )
 from selfpruner_hub.models.modeling_selfpruned import WIDTHS
+from selfpruner_hub.models.placement import streams
 from selfpruner_hub.models.weights import configuration_hash, count_parameters
 from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape, widths_of
@@ -100,7 +101,7 @@ class RuntimeMeter:
             The costs, in the unit of the target.
 
         Raises:
-            UserError: The model cannot be exported for the runtime.
+            UserError: The model cannot be exported for the runtime, or rests in files and nothing is counted.
         """
         shape = shape_of(model.config)
         if shape.expert_weights:
@@ -108,6 +109,8 @@ class RuntimeMeter:
         if target.quantity == "kv_cache":
             element = self._row.dtypes()[self._dtype(model, self._device(model))][1]
             return Costs.linear(shape, 2 * shape.head_dim * element, 0.0, unit=target.unit)
+        if streams(model):
+            raise UserError("Whole models are measured in memory; this one rests in files.", "Give beta or kv_cache=….")
         key = self._key(model, shape, target)
         table = read_table(key) or keep_table(key, self._measured(model, tokenizer, shape, target, progress))
         return table.costs(shape, target)

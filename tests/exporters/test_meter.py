@@ -16,6 +16,7 @@ from exporters.benchmark.meter import RuntimeMeter
 from exporters.runtime import Measured
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.placement import streamed
 from selfpruner_hub.plans.target import target_of
 from selfpruner_hub.storage import cost_table
 
@@ -144,6 +145,15 @@ def test_a_kv_cache_is_counted():
     before, after = RuntimeMeter("torch").measure(dense, pruned, None, target, nothing)
     assert (before, after) == (costs.dense, costs.of(shape_of(pruned.config).dense))
     assert not cost_table.folder().exists()
+
+
+def test_no_whole_model_is_built_beside_one_in_files(scripted):
+    with streamed(model := tiny_model("llama")):
+        for goal in ({"speedup": 1.2}, {"memory": 0.7}):
+            with pytest.raises(UserError, match="this one rests in files"):
+                scripted.costs(model, None, target_of(goal, "torch", REQUEST), nothing)
+        assert scripted.costs(model, None, target_of({"kv_cache": 0.5}, "torch"), nothing).dense
+    assert not Scripted.loaded
 
 
 @pytest.mark.parametrize("name", ["gemma3", "phi3", "llama-mha-tied", "olmo2", "gemma-mqa"])
