@@ -50,12 +50,12 @@ class CostTable:
     key: dict[str, Any]
     """Shape of the model, runtime, machine, versions and request that the table is for, as JSON values."""
     points: tuple[Point, ...]
-    """The whole dense model first; then models of fewer layers: dense ones, and such with narrower FFNs or attentions,
-    not both."""
+    """First one of as many layers as the dense model, each with its largest widths; then models of fewer layers: with
+    these widths, and with narrower FFNs or attentions, not both."""
     schema_version: int = COST_TABLE_VERSION
 
     def costs(self, shape: ModelShape, target: Target) -> Costs:
-        """Fit a cost of a KV group and one of an FFN channel; the cost of the dense model is the measured one.
+        """Fit a cost of a KV group and one of an FFN channel; the rest of the whole model's cost is a constant.
 
         Single times scatter, so each part has one slope, by least squares over the dense model and those with less of
         this part. The parts are fitted apart: llama.cpp is slower with two KV heads than with three, and such times
@@ -81,8 +81,10 @@ class CostTable:
 
         group = slope("num_key_value_heads", "intermediate_size")
         channel = slope("intermediate_size", "num_key_value_heads")
-        parts = Costs.linear(shape, group, channel, unit=target.unit)
-        return replace(parts, constant=whole.cost(target) - parts.prunable)
+        layers = shape.num_layers
+        even = shape.plan([whole.intermediate_size] * layers, [whole.num_key_value_heads] * layers)
+        constant = whole.cost(target) - Costs.linear(replace(shape, dense=even), group, channel).prunable
+        return Costs.linear(shape, group, channel, constant, unit=target.unit)
 
     def to_json(self) -> str:
         """Serialise, schema version first."""

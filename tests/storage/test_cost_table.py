@@ -38,6 +38,14 @@ def test_linear_costs_are_found_again():
     assert size.ffn[0][50] == pytest.approx(10_000)
 
 
+def test_layers_that_are_narrower_than_the_measured_ones_cost_less():
+    """As in a model that was pruned before."""
+    uneven = replace(SHAPE, dense=Plan.of([100] * 5 + [50] * 5, [4, 2] * 5))
+    costs = CostTable(KEY, tuple(points())).costs(uneven, target_of({"memory": 0.5}, "onnx"))
+    assert costs.constant == pytest.approx(77)
+    assert costs.dense == pytest.approx(77 + 1000 * (3.0 * 30 + 0.2 * 750))
+
+
 def test_every_measured_width_counts():
     """One that is off moves the slope of its part, and by less than what it is off; not that of the other part."""
     true, noisy = points(), points()
