@@ -33,12 +33,13 @@ class Fitness:
         metric: `"perplexity"` (the paper), or `"kl"`, the KL divergence from the dense model's top-k next-token
             distribution, which needs no labels. Týr-the-Pruner (NeurIPS 2025, table 5) found that `"kl"` preserves
             accuracy better.
+        kv_multiple: Number of KV groups in a step of an attention, for `measure_steps`.
 
     Raises:
         UserError: The metric is unknown, or there are fewer windows than processes.
     """
 
-    def __init__(self, slicer: Slicer, windows: Tensor, metric: str = "kl") -> None:
+    def __init__(self, slicer: Slicer, windows: Tensor, metric: str = "kl", kv_multiple: int = 1) -> None:
         ranks.share(len(windows))  # each process reads at least one
         if metric not in METRICS:
             raise UserError(f"Unknown fitness {metric!r}.", f"Choose one of: {', '.join(METRICS)}.")
@@ -47,6 +48,7 @@ class Fitness:
         self._windows = windows[ranks.rank() :: ranks.count()]  # so that of the first ones, each process has as many
         self._known: dict[tuple[Plan, int], float] = {}  # key: plan and number of windows of all processes
         self.metric = metric
+        self._kv_multiple = kv_multiple
         windows_at_once(slicer.model, windows.shape[1], BATCH_TOKENS)  # by trial, with the dense layers: the largest
         self._teacher = teach(slicer.model, self._windows) if metric == "kl" else None
 
@@ -95,7 +97,7 @@ class Fitness:
         """
         _, windows = self._first(share)
         loss = label_loss(windows) if self._teacher is None else teacher_loss(self._teacher)
-        return measure_steps(self._slicer, plan, windows, loss, curves, remains)
+        return measure_steps(self._slicer, plan, windows, loss, curves, remains, self._kv_multiple)
 
     def _first(self, share: float) -> tuple[int, Tensor]:
         """Number of the first windows, at least one for each process, and the part that this one reads."""

@@ -31,6 +31,7 @@ def measure_steps(
     loss: Loss,
     curves: Sequence[LossCurves] | None = None,
     remains: float = 1.0,
+    kv_multiple: int = 1,
 ) -> StepEffects:
     """Predict the effect of each small change of a plan on the loss, with one forward and one backward pass for all.
 
@@ -45,6 +46,7 @@ def measure_steps(
         loss: Loss that the search minimises, summed over positions.
         curves: Predicted losses of the layers alone, for the second-order term; None leaves it out.
         remains: Weight of the loss beyond the sum of the curves, in [0, 1] (`fitness.SecondRepairScore`).
+        kv_multiple: Number of KV groups in a step of an attention.
 
     Returns:
         The predicted changes of the mean loss per predicted token.
@@ -62,7 +64,7 @@ def measure_steps(
     with frozen(model), with_layers(model, layers):
         for index, layer, batches in backward_by_layer(model, windows, last, partial(_outputs, model), slicer.store):
             with placed(layer, model.device), placed(whole[index], model.device):
-                changes = [_Change(slicer, index, part, plan, whole[index], layer) for part in PARTS]
+                changes = [_Change(slicer, index, part, plan, whole[index], layer, kv_multiple) for part in PARTS]
                 with _watched(changes):
                     for gradients in batches:
                         for change, gradient in zip(changes, gradients, strict=True):
@@ -81,12 +83,21 @@ class _Change:
     repaired weights of other widths are needed once, not for each batch.
     """
 
-    def __init__(self, slicer: Slicer, index: int, part: Part, plan: Plan, dense: nn.Module, layer: nn.Module) -> None:
+    def __init__(
+        self,
+        slicer: Slicer,
+        index: int,
+        part: Part,
+        plan: Plan,
+        dense: nn.Module,
+        layer: nn.Module,
+        kv_multiple: int,
+    ) -> None:
         self.part = part
         self._index = index
         self._slicer = slicer
         self._kept, full = units(plan.layers[index], part), units(slicer.shape.dense.layers[index], part)
-        step = 1 if part == "attention" else step_channels(full)
+        step = kv_multiple if part == "attention" else step_channels(full)
         self._widths = {"removed": self._kept - step, "restored": min(self._kept + step, full)}
         self._widths = {n: w for n, w in self._widths.items() if 0 < w <= full and w != self._kept}
         if part == "attention" and slicer.shape.whole_attention:

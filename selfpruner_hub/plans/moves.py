@@ -10,7 +10,7 @@ from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.predicted_loss import STEP, StepEffects, step_channels
 
 
-def paying_moves(effects: StepEffects, costs: Costs) -> dict[str, list[int]]:
+def paying_moves(effects: StepEffects, costs: Costs, kv_multiple: int = 1) -> dict[str, list[int]]:
     """Select steps that together lower the loss: restored parts save more loss than the removed parts cost.
 
     Steps are taken in order of the loss per cost that they save or take, until the two prices meet. Parts that cost
@@ -20,13 +20,14 @@ def paying_moves(effects: StepEffects, costs: Costs) -> dict[str, list[int]]:
     Args:
         effects: Predicted changes of the loss.
         costs: Cost of every width of every part, such as its weights.
+        kv_multiple: Number of KV groups in a step of an attention.
 
     Returns:
         Indices of the layers to change (from 0), by field of `StepEffects`, best first. Each part of a layer is either
         removed or restored, not both.
     """
     sizes = {
-        "attention": [costs.group(layer) for layer in range(len(costs.attention))],
+        "attention": [kv_multiple * costs.group(layer) for layer in range(len(costs.attention))],
         "ffn": [step_channels(len(t) - 1) * costs.channel(layer) for layer, t in enumerate(costs.ffn)],
     }
     ranked: dict[str, list[tuple[float, str, int]]] = {"removed": [], "restored": []}
@@ -68,7 +69,8 @@ def moved(
         moves: Result of `paying_moves`.
         budget: Parameter budget, whose projection makes the sum of the new rates exact.
         share: Share of the moves of each kind to make, in (0, 1], best first.
-        reach: Change of an FFN's rate, in steps of `predicted_loss.STEP`; an attention changes by one KV group.
+        reach: Change of an FFN's rate, in steps of `predicted_loss.STEP`; an attention changes by `kv_multiple`
+            KV groups.
 
     Returns:
         The new rates.
@@ -81,5 +83,5 @@ def moved(
             if part == "ffn":
                 ffn[layer] += sign * reach * STEP
             else:
-                attention[layer] += sign / budget.shape.dense.layers[layer].num_key_value_heads
+                attention[layer] += sign * budget.kv_multiple / budget.shape.dense.layers[layer].num_key_value_heads
     return Rates.tied(ffn) if budget.tied else Rates(tuple(attention), tuple(ffn))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from selfpruner_hub.plans.plan import Plan
 
 STEP = 0.05
-"""Step of an FFN, as a fraction of its dense units; the step of an attention is one KV group."""
+"""Step of an FFN, as a fraction of its dense units; the step of an attention is `kv_multiple` KV groups."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class StepEffects:
     """Predicted changes of the loss around a plan, in nats per token, one per layer; infinite if a step is impossible.
 
     Attributes:
-        attention_removed: Change if the layer loses one more KV group.
-        attention_restored: Change if the layer gets one KV group back; usually negative.
+        attention_removed: Change if the layer loses one more step of KV groups.
+        attention_restored: Change if the layer gets one step of KV groups back; usually negative.
         ffn_removed: Change if the layer loses one more step of FFN channels.
         ffn_restored: Change if the layer gets one step of FFN channels back; usually negative.
     """

@@ -134,7 +134,7 @@ def _fitness(
     slicer: Slicer, windows: Tensor, settings: PruneSettings, curves: Sequence[LossCurves] | None
 ) -> Fitness | SecondRepairScore:
     """Make the fitness that is minimised; with `curves`, the one that allows for the second repair."""
-    fitness = Fitness(slicer, windows, settings.fitness)
+    fitness = Fitness(slicer, windows, settings.fitness, settings.kv_multiple)
     return fitness if curves is None else SecondRepairScore(fitness, curves, REMAINS)
 
 

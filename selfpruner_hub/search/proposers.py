@@ -138,16 +138,16 @@ class EvolutionProposer:
             step = rng.uniform(0.02, 0.15)
             ffn[gains] -= step
             ffn[loses] += step
-        if rng.random() < 0.5:  # remove or restore one KV group of one layer
+        if rng.random() < 0.5:  # one layer loses KV groups, or gets some back
             layer = rng.integers(layers)
-            group = 1 / self._budget.shape.dense.layers[layer].num_key_value_heads
-            attention[layer] += group if rng.random() < 0.5 else -group
+            step = self._budget.kv_multiple / self._budget.shape.dense.layers[layer].num_key_value_heads
+            attention[layer] += step if rng.random() < 0.5 else -step
         attention = ffn if self._budget.tied else attention
         return Proposal(Rates(tuple(attention.clip(0, 1).tolist()), tuple(ffn.clip(0, 1).tolist())), (parent,))
 
 
 def random_rates(budget: Budget, rng: np.random.Generator) -> Rates:
-    """Draw FFN rates uniformly in ±60 % of β; each layer loses one KV group with probability β / 2.
+    """Draw FFN rates uniformly in ±60 % of β; each layer loses `kv_multiple` KV groups with probability β / 2.
 
     Where FFN channels cost nothing, the attention rates are drawn in place of the FFN's.
     """
@@ -156,4 +156,4 @@ def random_rates(budget: Budget, rng: np.random.Generator) -> Rates:
     if budget.tied or budget.whole_ffn:
         return budget.spread(drawn)
     groups = np.array([w.num_key_value_heads for w in budget.shape.dense.layers])
-    return Rates(tuple(((rng.random(layers) < budget.share / 2) / groups).tolist()), drawn)
+    return Rates(tuple(((rng.random(layers) < budget.share / 2) * budget.kv_multiple / groups).tolist()), drawn)

@@ -90,6 +90,17 @@ def test_slopes_predict_what_small_changes_do(architecture):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_step_of_an_attention_is_a_multiple():
+    """In all layers, two of four KV groups are kept: with two in a step, none may go."""
+    model = quiet_model("llama")
+    windows = torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(0))
+    with prepared(model, windows, PruneSettings(), output_fisher(model, windows)) as ready:
+        plan = ready.slicer.shape.plan([48] * 4, [2] * 4)
+        found = Fitness(ready.slicer, windows, "perplexity", kv_multiple=2).measure_steps(plan)
+    assert found.attention_removed == (math.inf,) * 4
+    assert all(map(math.isfinite, found.attention_restored))
+
+
 def test_slopes_survive_the_journal():
     slopes = StepEffects((0.25, math.inf), (-0.5, -0.125), (0.0, 1.0), (math.inf, math.inf))
     assert StepEffects.from_json(slopes.to_json()) == slopes

@@ -36,6 +36,12 @@ def test_a_group_is_paid_for_by_as_many_steps_as_it_weighs():
     assert steps == 4
 
 
+def test_a_step_of_two_groups_weighs_as_much_as_both():
+    wide = ModelShape(16, 4, 2, Plan.of([40] * 9, [4] * 9))
+    slopes = StepEffects((math.inf,) * 9, (-9.0, *[math.inf] * 8), (math.inf, *[0.1] * 8), (0.0,) * 9)
+    assert paying_moves(slopes, Costs.of_parameters(wide), 2)["ffn_removed"] == list(range(1, 9))
+
+
 def test_nothing_pays_where_a_plan_is_settled():
     assert not any(paying_moves(StepEffects(NEVER, NEVER, (0.3,) * 3, (-0.3,) * 3), COSTS).values())
     assert not any(paying_moves(StepEffects(NEVER, NEVER, NEVER, NEVER), COSTS).values())

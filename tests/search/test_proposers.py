@@ -1,11 +1,17 @@
 """The two classical proposers: their rates are finite and in range, and children come from their parents."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan
+from selfpruner_hub.plans.predicted_loss import StepEffects
+from selfpruner_hub.search.llm import reply_schema
+from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer, Scored, random_rates
+from selfpruner_hub.search.slopes import SlopesProposer
 
 SHAPE = ModelShape(hidden_size=16, head_dim=4, queries_per_group=2, dense=Plan.of([32] * 6, [4, 2, 3, 1, 4, 4]))
 ELITE = 5
@@ -105,6 +111,22 @@ def test_mutation_changes_a_few_layers_of_one_parent():
         groups = np.subtract(child.rates.attention, shown[parent].rates.attention)
         assert np.count_nonzero(groups) <= 1
     assert np.mean([1 <= c <= 5 for c in changed]) > 0.8
+
+
+@pytest.mark.parametrize("proposer", [RandomProposer, EvolutionProposer, SlopesProposer])
+def test_attention_changes_by_multiples(proposer):
+    """Of two KV groups here: of one, rounding would make none or two."""
+    shape = replace(SHAPE, dense=Plan.of([32] * 6, [4] * 6))
+    budget = Budget(shape, 0.4, kv_multiple=2)
+    slopes = StepEffects((0.1,) * 6, (-0.2,) * 6, (0.3,) * 6, (-0.1,) * 6)
+    shown = [replace(history(budget, 1)[0], slopes=slopes)]
+    children = ask(proposer(budget), "mutation", shown, 20)
+    reply = '{"parents": [1], "attention": {"more": [1, 2, 3], "less": [4, 5, 6]}, "ffn": {}}'
+    children.append(reply_schema.proposal(Question("mutation", shown, budget), "", reply, 0))
+    rates = {rate for child in children for rate in child.rates.attention}
+    assert len(rates) > 1
+    assert all((2 * rate).is_integer() for rate in rates)
+    assert reply_schema.schema(Question("initial", [], budget))["properties"]["attention"]["items"] == {"enum": [0, 50]}
 
 
 def test_a_tied_mutation_stays_tied():

@@ -18,7 +18,7 @@ CHANGES = {"rates": (1, 4), "ffn": (1, 4), "attention": (0, 2)}
 """Minimum and maximum number of layers that lose more, and of those that lose less, in a mutation, by part, where no
 effects were measured."""
 MOST_POINTS = 15
-"""Maximum change of a rate in a mutation, in percentage points; attention changes by one KV group."""
+"""Maximum change of a rate in a mutation, in percentage points; attention changes by `kv_multiple` KV groups."""
 
 
 def schema(question: Question, *, narrow: bool = False) -> dict[str, Any]:
@@ -72,11 +72,11 @@ def _parts(budget: Budget) -> dict[str, dict[str, Any]]:
 
 
 def _steps(budget: Budget) -> list[int]:
-    """Return the attention rates that whole KV groups allow, in percent."""
+    """Return the attention rates that steps of `kv_multiple` KV groups allow, in percent."""
     groups = budget.shape.dense.layers[0].num_key_value_heads
     if budget.shape.whole_attention:
         return [0]
-    return sorted({round(100 * g / groups) for g in range(groups)})
+    return sorted({round(100 * g / groups) for g in range(0, groups, budget.kv_multiple)})
 
 
 def _changes(question: Question, narrow: bool) -> dict[str, dict[str, Any]]:
@@ -156,8 +156,8 @@ def parse(question: Question, reply: str) -> tuple[Rates, tuple[int, ...]]:
 def _changed(parent: Rates, value: dict[str, Any], budget: Budget) -> Rates:
     """Return the parent's rates with less removed from some layers and more from others, within [0, 1].
 
-    Attention changes by whole KV groups, and an FFN that loses less gets `points` back. The FFNs that lose more make up
-    for the cost of what was given back.
+    Attention changes by `kv_multiple` KV groups, and an FFN that loses less gets `points` back. The FFNs that
+    lose more make up for the cost of what was given back.
     """
     costs, dense = budget.costs, budget.shape.dense.layers
     attention, ffn = [*parent.attention], [*parent.ffn]
@@ -165,7 +165,7 @@ def _changed(parent: Rates, value: dict[str, Any], budget: Budget) -> Rates:
     more, less, _ = ([], [], 0.0) if budget.tied else _change(value, "attention", budget)
     for layer, sign in [(n, 1) for n in more] + [(n, -1) for n in less]:
         before, groups = attention[layer], dense[layer].num_key_value_heads
-        attention[layer] = min(max(before + sign / groups, 0.0), 1.0)
+        attention[layer] = min(max(before + sign * budget.kv_multiple / groups, 0.0), 1.0)
         spare -= (attention[layer] - before) * groups * costs.group(layer)
     sizes = [float(f[-1] + a[-1] if budget.tied else f[-1]) for a, f in zip(costs.attention, costs.ffn, strict=True)]
     more, less, points = _change(value, "rates" if budget.tied else "ffn", budget)
