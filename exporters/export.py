@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import mmap
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from selfpruner_hub.models.architectures import is_stock
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.weights import identity_of
-from selfpruner_hub.provenance import library_versions
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
 from selfpruner_hub.storage.layout import EXPORTED
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
@@ -181,11 +182,12 @@ def _check_difference(to: str, written: Written, difference: float | None) -> No
 
 
 def _export_record(to: str, source: dict[str, Any], written: Written, difference: float | None) -> ExportRecord:
+    libraries = ("selfpruner-hub", "torch", "transformers", *written.libraries)
     return ExportRecord(
         format=to,
         options=written.options,
         source=source,
-        versions=library_versions(*written.libraries),
+        versions={"python": platform.python_version(), **{library: version(library) for library in libraries}},
         tolerance=written.tolerance,
         max_difference=difference,
         unchecked=written.unchecked,

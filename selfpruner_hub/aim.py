@@ -71,11 +71,10 @@ class TargetInRuntime:
         """Measure both models in the runtime; a failure is recorded, since the pruned model itself is there."""
         try:
             costs = self.meter.measure(self.dense, pruned, self.tokenizer, self.target, progress)
-        except (SelfPrunerError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # runtimes have errors of their own
             failure = error if isinstance(error, SelfPrunerError) else out_of_memory(error)
-            if failure is None:
-                raise
-            return reached(record, self.target, budget.costs, str(failure))
+            why = str(failure or f"{type(error).__name__}: {error}").splitlines()[0]
+            return reached(record, self.target, budget.costs, why)
         return reached(record, self.target, budget.costs, costs)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from selfpruner_hub import __version__
 from selfpruner_hub.calibration.texts import RunTexts
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.architectures import shape_of
@@ -149,17 +148,10 @@ def describe(
     )
 
 
-def library_versions(*more: str) -> dict[str, str]:
-    """Versions of Python and of the libraries that the result of a run depends on, by name.
-
-    Args:
-        *more: Names of further libraries.
-
-    Returns:
-        The versions. This package may be there without being installed, as in a Space.
-    """
-    own = {"python": platform.python_version(), "selfpruner-hub": __version__}
-    return {**own, **{library: version(library) for library in ("torch", "transformers", *more)}}
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the result of a run depends on, by name."""
+    libraries = ("selfpruner-hub", "torch", "transformers")
+    return {"python": platform.python_version(), **{library: version(library) for library in libraries}}
 
 
 def check_parent(record: Record, identity: Mapping[str, Any], name: str) -> None:

@@ -44,7 +44,7 @@ from selfpruner_hub.search.effort import minutes_left, recoverable, with_effort
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.settings import check_minutes, check_seed, resolve
-from selfpruner_hub.storage.checkpoints import STAGES, Checkpoints
+from selfpruner_hub.storage.checkpoints import CHECKPOINTS, Checkpoints
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
 from selfpruner_hub.storage.run import Run
 from selfpruner_hub.storage.run_lock import run_lock
@@ -252,7 +252,7 @@ class AutoPruner:
         recover = recoverable(self.model, minutes, recover)
         resolved = partial(resolve, fitness=fitness, evaluations=evaluations, **changes)
         folder = None if run_dir is None else output_path(run_dir)
-        checkpoints = Checkpoints(folder and folder / STAGES)
+        checkpoints = Checkpoints(folder and folder / CHECKPOINTS)
         with contextlib.ExitStack() as stack:
             stack.enter_context(ranks.joined(self.model.device))
             ranks.check_device(self.model.device)

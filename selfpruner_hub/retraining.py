@@ -23,7 +23,7 @@ from selfpruner_hub.progress import Bars, Progress, silent
 from selfpruner_hub.provenance import changed_in_place, check_parent, trained
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
 from selfpruner_hub.settings import check_seed
-from selfpruner_hub.storage.checkpoints import STAGES, Checkpoints
+from selfpruner_hub.storage.checkpoints import CHECKPOINTS, Checkpoints
 from selfpruner_hub.storage.model_record import Record
 from selfpruner_hub.storage.offload import MEMORY
 from selfpruner_hub.storage.run import Run
@@ -166,7 +166,7 @@ class Retraining(Conversion):
             stack.enter_context(working_on(self.model, dense))
             ranks.from_first(lambda: stack.enter_context(run_lock(folder)))
             scratch = tempfile.TemporaryDirectory
-            stages = (folder or Path(ranks.from_first(lambda: stack.enter_context(scratch())))) / STAGES
+            stages = (folder or Path(ranks.from_first(lambda: stack.enter_context(scratch())))) / CHECKPOINTS
             run = Run(MEMORY, Checkpoints(stages / "recovery"), callback, seed)
             pair = Pair(self.model, dense, self.tokenizer, served_by(writer, writer_model, dense, self.tokenizer))
             result = recover(pair, budget, data, settings, run, stages / "recovery")

@@ -88,11 +88,19 @@ def test_a_search_for_a_target_resumes_and_is_no_other(pruned, tmp_path):
         prune(Meter(), {"speedup": 1.25}, run_dir=tmp_path)
 
 
-def test_a_model_whose_speed_cannot_be_measured_is_kept():
-    made = prune(Meter(error=ExportError("The export differs.", "Allow more.")), evaluations=0)
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (ExportError("The export differs.", "Allow more."), "The export differs. Allow more."),
+        (ValueError("No kernel.\nIts registers: …"), "ValueError: No kernel."),
+        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+    ],
+)
+def test_a_model_whose_speed_cannot_be_measured_is_kept(error, why):
+    made = prune(Meter(error=error), evaluations=0)
     known = made.report.method["target"]
     assert known["measured"] is None
-    assert known["why"] == "The export differs. Allow more."
+    assert known["why"] == why
     assert "measured: no" in render_card(made.report, "small")
 
 

@@ -140,7 +140,7 @@ class RuntimeMeter:
         if target.quantity == "kv_cache" or shape_of(dense.config).expert_weights:
             costs = [self.costs(model, tokenizer, target, progress).dense for model in models]
         else:
-            makers = [partial(_same, model) for model in models]
+            makers = [partial(lambda same: same, model) for model in models]
             points = self._points(makers, tokenizer, target, self._device(dense), progress)
             costs = [point.cost(target) for point in points]
         return costs[0], costs[1]
@@ -189,9 +189,10 @@ class RuntimeMeter:
         device: str,
         progress: Progress,
     ) -> list[Point]:
-        """Export models and time them in turn; times are relative to the first model's, in the same turn."""
+        """Export models; where times count, time them in turn, relative to the first model's in the same turn."""
         loads = max(1, self._runs // RUNS_OF_A_LOAD) if self._row.elsewhere is None else 1
-        total, done = len(makers) * (1 + loads * (1 + METER_WARMUP) + self._runs), iter(range(10**9))
+        timed = target.unit == "ms"
+        total, done = len(makers) * (1 + timed * (loads * (1 + METER_WARMUP) + self._runs)), iter(range(10**9))
 
         def step() -> None:
             progress(MEASURING, next(done), total)
@@ -212,11 +213,13 @@ class RuntimeMeter:
                 points.append(
                     Point(shape.num_layers, first.num_key_value_heads, first.intermediate_size, 0.0, 0.0, size)
                 )
-            passes = self._passes(models, config.vocab_size, target, loads, step)
+            passes = self._passes(models, config.vocab_size, target, loads, step) if timed else []
         progress(MEASURING, total, total)
+        if not timed:
+            return points
         return [
-            replace(point, prefill=_beside(timed, passes[0], "prefill"), decode=_beside(timed, passes[0], "decode"))
-            for point, timed in zip(points, passes, strict=True)
+            replace(point, prefill=_beside(own, passes[0], "prefill"), decode=_beside(own, passes[0], "decode"))
+            for point, own in zip(points, passes, strict=True)
         ]
 
     def _passes(
@@ -292,13 +295,10 @@ class RuntimeMeter:
             "threads": machine.usable_threads(),
             "machine": machine.describe_machine(device),
             "version": self._version,
+            "unit": target.unit,
             "prompt": target.prompt,
             "new_tokens": target.new_tokens,
         }
-
-
-def _same(model: PreTrainedModel) -> PreTrainedModel:
-    return model
 
 
 def _beside(passes: Sequence[Measured], reference: Sequence[Measured], phase: str) -> float:

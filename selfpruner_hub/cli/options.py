@@ -114,12 +114,13 @@ def whole(text: str) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def settings_of(pairs: Sequence[str], options: Collection[str] = ()) -> dict[str, Any]:
-    """Read the settings of `--set`.
+def settings_of(pairs: Sequence[str], options: Collection[str] = (), given: str = "--set") -> dict[str, Any]:
+    """Read settings from the command line.
 
     Args:
         pairs: Settings as NAME=VALUE; a value is JSON, or a text. `schedule.NAME` is a field of the schedule.
         options: Names of settings that have an option of their own.
+        given: Option that they were given to, for messages.
 
     Returns:
         Values by name; fields of a setting as a mapping.
@@ -131,7 +132,7 @@ def settings_of(pairs: Sequence[str], options: Collection[str] = ()) -> dict[str
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise UserError(f"--set expects NAME=VALUE; got {pair!r}.")
+            raise UserError(f"{given} expects NAME=VALUE; got {pair!r}.")
         owner, dot, last = name.rpartition(".")
         if last in options:
             raise UserError(f"{name} has an option of its own.", f"Use --{last} {value}.")

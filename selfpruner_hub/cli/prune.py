@@ -178,7 +178,7 @@ def _checked(options: argparse.Namespace) -> _Order:
     settings = settings_of(options.set, ("preset", *SETTINGS_WITH_OPTION)) | (
         {"uniform": True} if options.uniform else {}
     )
-    of_proposer = settings_of(options.proposer_option)
+    of_proposer = settings_of(options.proposer_option, given="--proposer-option")
     request = None if options.request is None else _request(options.request)
     goal = None if options.target is None else parse_target(options.target)
     if goal is None:
@@ -211,7 +211,7 @@ def _prune(options: argparse.Namespace, order: _Order) -> Record | None:
     from selfpruner_hub.pruner import AutoPruner
     from selfpruner_hub.ranks import from_first, is_first, joined, leave
     from selfpruner_hub.search.journal import JOURNAL_FILE
-    from selfpruner_hub.storage.checkpoints import STAGES
+    from selfpruner_hub.storage.checkpoints import CHECKPOINTS
     from selfpruner_hub.storage.run_lock import output_lock
 
     meter = None if order.target is None else meter_of(order.target.runtime, options.python)
@@ -249,7 +249,9 @@ def _prune(options: argparse.Namespace, order: _Order) -> Record | None:
         )
         if first:
             pruned.save_pretrained(options.output, overwrite=options.overwrite)
-            if options.run_dir is None and not (order.run_dir / STAGES).exists():  # they stay where recovery failed
+            if (
+                options.run_dir is None and not (order.run_dir / CHECKPOINTS).exists()
+            ):  # they stay where recovery failed
                 (order.run_dir / JOURNAL_FILE).unlink(missing_ok=True)  # it is in the output now
     leave()
     return pruned.report if first else None

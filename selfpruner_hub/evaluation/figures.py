@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from statistics import mean
 
 import torch
 from transformers import PreTrainedModel
 
-from selfpruner_hub import __version__
 from selfpruner_hub.calibration.corpus import Corpus
 from selfpruner_hub.errors import UserError
 from selfpruner_hub.evaluation.chat import SEED, ChatFigures, ChatMeasure
@@ -94,7 +94,7 @@ def conversation_figures(model: PreTrainedModel, measure: ChatMeasure) -> dict[s
     chat: ChatFigures = measure(model)
     protocol = (
         f"the {measure.tokens} tokens that the dense model answers in {measure.conversations} conversations: user's "
-        f"turns that it samples by selfpruner-hub {__version__} with seed {SEED}, answers of its "
+        f"turns that it samples by selfpruner-hub {version('selfpruner-hub')} with seed {SEED}, answers of its "
         f"likeliest tokens; {_dtype(model)}"
     )
     first_choice = "share of the tokens that are the model's first choice too, given all before them"
@@ -120,7 +120,7 @@ def question_figures(
         Figures by name.
     """
     conditions = (
-        f"half {half!r} of the questions of selfpruner-hub {__version__}, through the chat template, "
+        f"half {half!r} of the questions of selfpruner-hub {version('selfpruner-hub')}, through the chat template, "
         f"likeliest tokens, at most {REPLY_TOKENS}; right where an answer is in the reply; {_dtype(model)}"
     )
     kept = [ours for ours, theirs in zip(right, dense, strict=True) if theirs] if dense is not None else []

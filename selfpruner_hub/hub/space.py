@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ RUNTIMES = {
 DENSE = "dense"
 """Folder, beside a model's graphs, of the graphs of its dense parent, which a static Space compares it with."""
 _CARRIED = ("*.py", "templates/*.txt")
+METADATA = "selfpruner_hub.dist-info/METADATA"
+"""Name of the file in a Space by which `importlib.metadata` knows the version of the package that is carried."""
 
 
 def gguf_of(names: Iterable[str]) -> str | None:
@@ -72,6 +75,7 @@ def space_files(
         files[REQUIREMENTS] = "\n".join([*needed, ""]).encode()
     files[APP_MODEL_FILE] = f"{json.dumps(settings, indent=2)}\n".encode()
     files["README.md"] = _front_page(app / "README.md", record, repo_id).encode()
+    files[METADATA] = f"Metadata-Version: 2.1\nName: selfpruner-hub\nVersion: {version('selfpruner-hub')}\n".encode()
     for name in VENDORED:
         package = _folder(name)
         paths = (path for pattern in _CARRIED for path in package.rglob(pattern))

@@ -88,10 +88,11 @@ class Journal:
 
         Raises:
             OutputError: The journal cannot be written.
+            TypeError, ValueError: A value is none that JSON has, or of another type; nothing is written.
         """
         text = _text(filed(line))
+        again = cast(L, line_of(parse_json(text)))  # before it is written: a line that is none would damage the file
         self._write(text)
-        again = cast(L, line_of(json.loads(text)))
         self.lines.append(again)
         return again
 

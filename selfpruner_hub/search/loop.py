@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from selfpruner_hub.errors import ProposerError, SelfPrunerError
+from selfpruner_hub.errors import ProposerError, SelfPrunerError, UserError
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
@@ -85,6 +85,7 @@ def search(
 
     Raises:
         RunMismatchError: The journal has plans that this search cannot have made.
+        UserError: The proposer gave a proposal that cannot be journaled.
     """
     run = _Search(proposer, problem, journal, schedule, seed, on_score)
     run.score_round(0, [(f"seed:{name}", problem.budget.project(rates)) for name, rates in problem.seeds.items()])
@@ -215,7 +216,12 @@ class _Search:
             proposals = [Proposal(None, error=str(error))]
         replies = tuple(self._projected(proposal, history) for proposal in proposals)
         seconds = _seconds_since(started)
-        return self.journal.append(AskLine(number, attempt, operation, proposer.name, state, replies, seconds))
+        try:
+            return self.journal.append(AskLine(number, attempt, operation, proposer.name, state, replies, seconds))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"The proposer {proposer.name!r} gave a malformed proposal: {error}.", "Give the types of Proposal."
+            ) from error
 
     def _projected(self, proposal: Proposal, history: Sequence[Scored]) -> Reply:
         """Project a proposal to the budget; one whose rates cannot be projected becomes a refusal."""

@@ -133,6 +133,14 @@ class EvolutionProposer:
         parent = self._pick(elite, rng)
         attention, ffn = (np.array(r) for r in (elite[parent].rates.attention, elite[parent].rates.ffn))
         layers = len(ffn)
+        groups = self._budget.kv_multiple / np.array([w.num_key_value_heads for w in self._budget.shape.dense.layers])
+        if self._budget.whole_ffn:  # nothing but KV groups costs anything
+            gaining, losing = np.flatnonzero(attention > groups / 2), np.flatnonzero(attention + 1.5 * groups < 1)
+            if len(gaining) and len(losing):
+                gains, loses = rng.choice(gaining), rng.choice(losing)
+                attention[gains] -= groups[gains]
+                attention[loses] += groups[loses]
+            return Proposal(Rates(tuple(attention.clip(0, 1).tolist()), tuple(ffn.tolist())), (parent,))
         for _ in range(1 + int(rng.integers(3))):
             gains, loses = rng.integers(layers, size=2)
             step = rng.uniform(0.02, 0.15)
@@ -140,8 +148,7 @@ class EvolutionProposer:
             ffn[loses] += step
         if rng.random() < 0.5:  # one layer loses KV groups, or gets some back
             layer = rng.integers(layers)
-            step = self._budget.kv_multiple / self._budget.shape.dense.layers[layer].num_key_value_heads
-            attention[layer] += step if rng.random() < 0.5 else -step
+            attention[layer] += groups[layer] if rng.random() < 0.5 else -groups[layer]
         attention = ffn if self._budget.tied else attention
         return Proposal(Rates(tuple(attention.clip(0, 1).tolist()), tuple(ffn.clip(0, 1).tolist())), (parent,))
 

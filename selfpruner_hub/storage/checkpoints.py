@@ -14,7 +14,7 @@ from torch import Tensor
 from selfpruner_hub import ranks
 from selfpruner_hub.errors import OutputError
 
-STAGES = "stages"
+CHECKPOINTS = "stages"
 """Name of the directory of checkpoints in a run directory."""
 _RUN = "run"
 """Key of the run's identity in the metadata of a file."""

@@ -12,6 +12,7 @@ from support.tiny import tiny_model
 from support.trained import VOCABULARY, trained_tokenizer
 
 from selfpruner_hub.cli import demo
+from selfpruner_hub.hub.card import WEIGHTS_OF_GRAPHS
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.models.weights import identity_of
 from selfpruner_hub.pruned_model import PrunedModel
@@ -101,6 +102,10 @@ def test_a_model_that_was_exported_is_opened_in_its_engine(
     (saved_model / form).mkdir()
     (saved_model / form / EXPORT_RECORD_FILE).write_text(record.to_json())
     (saved_model / form / name).touch()
+    if options.get("layout") == "hub":
+        for graph in (f"onnx/model{suffix}.onnx{data}" for suffix in WEIGHTS_OF_GRAPHS for data in ("", "_data")):
+            (saved_model / form / graph).parent.mkdir(exist_ok=True)
+            (saved_model / form / graph).touch()
     made_from = saved_models / ("second" if other else "first") / MODEL_RECORD_FILE
     (saved_model / form / MODEL_RECORD_FILE).write_text(made_from.read_text())
     variables = {"PRUNED_GGUF": f"gguf/{name}", "PRUNED_GRAPHS": str(saved_model / "onnx")}

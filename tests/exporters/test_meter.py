@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,8 +88,11 @@ def test_costs_are_measured_once(scripted):
     first = scripted.costs(model, None, speedup(), nothing)
     measured = list(Scripted.loaded)
     assert scripted.costs(tiny_model("llama", seed=1), None, speedup(), nothing).digest() == first.digest()
-    scripted.costs(model, None, target_of({"memory": 0.7}, "torch", REQUEST), nothing)
-    assert Scripted.loaded == measured
+    memory = target_of({"memory": 0.7}, "torch", REQUEST)
+    for _ in range(2):
+        assert scripted.costs(model, None, memory, nothing).unit == "bytes"
+    assert Scripted.loaded == measured  # files are not timed, and have a table of their own
+    assert len(list(cost_table.folder().iterdir())) == 2
     for other in ({"num_hidden_layers": 3}, {"tie_word_embeddings": True}, {"mlp_bias": True}):
         scripted.costs(tiny_model("llama", **other), None, speedup(), nothing)
         assert len(Scripted.loaded) > len(measured)
@@ -104,7 +106,9 @@ def test_the_result_is_measured_beside_the_dense_model(scripted):
     plan = shape_of(pruned.config).dense
     assert before / after == pytest.approx(costs.dense / costs.of(plan))
     memory = target_of({"memory": 0.7}, "torch", REQUEST)
+    loaded = len(Scripted.loaded)
     sizes = scripted.measure(dense, pruned, None, memory, nothing)
+    assert len(Scripted.loaded) == loaded
     predicted = scripted.costs(dense, None, memory, nothing)
     assert sizes[0] == pytest.approx(predicted.dense, rel=0.05)  # headers of tiny files
     assert sizes[1] == pytest.approx(predicted.of(plan), rel=0.05)
@@ -167,7 +171,7 @@ def test_every_kind_of_model_is_measured_in_pytorch(name):
 
 @pytest.mark.parametrize(("runtime", "groups"), [pytest.param("onnx", 1, marks=pytest.mark.slow), ("gguf", 2)])
 def test_a_runtime_charges_the_bytes_of_its_files(runtime, groups, monkeypatch):
-    """Real exports, loaded and timed; tiny models are all overhead, so only the bytes are certain.
+    """Real exports, loaded and timed too; tiny models are all overhead, so only the bytes are certain.
 
     A model with one KV head is exported once less.
     """
@@ -178,8 +182,10 @@ def test_a_runtime_charges_the_bytes_of_its_files(runtime, groups, monkeypatch):
     costs = RuntimeMeter(runtime).costs(model, trained_tokenizer(), target, nothing)
     each = {"onnx": 4, "gguf": 2}[runtime]
     assert costs.ffn[0][-1] == pytest.approx(each * 48 * 3 * 32, rel=0.1)
-    (file,) = cost_table.folder().iterdir()
-    points = json.loads(Path(file).read_text())["points"]
+    (of_bytes,) = cost_table.folder().iterdir()
+    RuntimeMeter(runtime).costs(model, trained_tokenizer(), target_of({"latency": 1}, runtime, (8, 2)), nothing)
+    (of_times,) = set(cost_table.folder().iterdir()) - {of_bytes}
+    points = json.loads(of_times.read_text())["points"]
     assert all(point["prefill"] > 0 and point["decode"] > 0 for point in points)
 
 
@@ -208,6 +214,7 @@ def test_pytorch_is_measured_as_the_model_is_run(kind, where, scripted, monkeypa
         return Scripted(directory, setting)
 
     scripted._row = replace(scripted._row, load=load)
+    scripted.costs(model, None, speedup(), nothing)
     sizes = scripted.costs(model, None, target_of({"memory": 0.7}, "torch", REQUEST), nothing)
     assert set(seen) == {where}
     assert sizes.ffn[0][-1] == pytest.approx(2 * 48 * 3 * 32, rel=0.1)  # bytes in bfloat16

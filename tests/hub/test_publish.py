@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from support.processes import run_python
 from support.tiny import tiny_model, tiny_tokenizer
 
 from exporters.format import FORMATS, ExportFormat
-from selfpruner_hub import AutoPruner
+from selfpruner_hub import AutoPruner, __version__
 from selfpruner_hub.hub.space import GGUF, GRAPHS, RUNTIMES
 from selfpruner_hub.storage.layout import EXPORTS, asset
 from selfpruner_hub.storage.model_record import read_record
@@ -165,22 +166,6 @@ def test_a_space_needs_a_parent_on_the_hub(push, hub, saved_model, repo_name):
     assert push(saved_model, repo_name).status == 0
 
 
-NOT_INSTALLED = """
-import importlib.metadata as metadata, sys
-found = metadata.version
-def version(name):
-    if name == "selfpruner-hub":
-        raise metadata.PackageNotFoundError(name)
-    return found(name)
-metadata.version = version
-sys.path.insert(0, "space")
-import exporters.export, selfpruner_hub.evaluation.figures, selfpruner_hub.pruner as it
-assert it.library_versions()["selfpruner-hub"]
-print(it.__file__)
-"""
-"""Code of a Space, which has the package as files alone."""
-
-
 def test_a_space_with_its_files(push, hub, saved_model, repo_name, tmp_path):
     done = push(saved_model, repo_name, "--space", "--revision", "trial")
     assert done.out == f"{hub.url}/{repo_name}\n{hub.url}/spaces/{repo_name}-demo\n"
@@ -193,9 +178,12 @@ def test_a_space_with_its_files(push, hub, saved_model, repo_name, tmp_path):
     for path, content in files.items():  # the package that it carries is whole
         (tmp_path / "space" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "space" / path).write_bytes(content)
-    done = run_python(NOT_INSTALLED, cwd=tmp_path)
+    code = "import sys; sys.path.insert(0, 'space'); import selfpruner_hub.pruner as it; print(it.__file__)"
+    done = run_python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("space") or str(tmp_path / "space") in done.stdout
+    (found,) = distributions(name="selfpruner-hub", path=[str(tmp_path / "space")])  # records of runs have the version
+    assert found.version == __version__
 
 
 def test_a_space_runs_the_gguf_file_of_its_model(push, hub, saved_models, saved_model, repo_name):

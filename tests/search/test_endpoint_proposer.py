@@ -129,6 +129,21 @@ def test_limits_of_requests_and_tokens():
     assert sum(r.rates is not None for r in ask(Server(GOOD), 40, token_limit=500)) < 10
 
 
+def test_a_resumed_search_counts_on(tmp_path):
+    """The first ask takes all tokens; the journal ends after it, as that of a killed search."""
+    server = Server(GOOD)
+    for _ in range(2):
+        AutoPruner(tiny_model("llama"), tiny_tokenizer(), "tests/llama").prune(
+            0.3, data="self", proposer=server.url, proposer_model="m", window=32, calibration_tokens=512,
+            fitness_tokens=128, evaluations=3, seeds=("uniform",), run_dir=tmp_path, progress=False,
+            repair="output", proposer_options={"token_limit": 800},
+        )  # fmt: skip
+        assert len(server.bodies) == 8
+        lines = (tmp_path / "search.jsonl").read_text().splitlines(keepends=True)
+        first = next(number for number, line in enumerate(lines) if '"kind": "ask"' in line)
+        (tmp_path / "search.jsonl").write_text("".join(lines[: first + 1]))
+
+
 def test_keys_go_to_their_own_hosts_only(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     environment = {"HF_TOKEN": "hf_planted", "OPENAI_API_KEY": SECRET}

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 
-from selfpruner_hub.errors import ProposerError
+from selfpruner_hub.errors import ProposerError, UserError
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.plan import ModelShape, Plan, widths_of
 from selfpruner_hub.plans.predicted_loss import StepEffects
@@ -194,6 +194,14 @@ def test_the_same_seed_gives_the_same_search():
     first, again, other = (run(Unreliable(BUDGET), seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize("values", [{"tokens": "7"}, {"parents": (10**30,)}, {"reply": b"no text"}])
+def test_a_malformed_proposal_does_not_damage_the_journal(values, tmp_path):
+    rates = BUDGET.rates(TARGET)
+    with pytest.raises(UserError, match="The proposer 'stubborn' gave a malformed proposal: "):
+        run(Stubborn(Proposal(rates, **values)), tmp_path)
+    assert run(Stubborn(Proposal(rates)), tmp_path).best.plan == TARGET
 
 
 def test_the_order_of_a_journal_and_its_fields(tmp_path):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from selfpruner_hub.plans.budget import Budget, Rates
+from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.plan import ModelShape, Plan
 from selfpruner_hub.plans.predicted_loss import StepEffects
+from selfpruner_hub.plans.target import target_of
 from selfpruner_hub.search.llm import reply_schema
 from selfpruner_hub.search.llm.question import Question
 from selfpruner_hub.search.proposers import EvolutionProposer, RandomProposer, Scored, random_rates
@@ -111,6 +113,17 @@ def test_mutation_changes_a_few_layers_of_one_parent():
         groups = np.subtract(child.rates.attention, shown[parent].rates.attention)
         assert np.count_nonzero(groups) <= 1
     assert np.mean([1 <= c <= 5 for c in changed]) > 0.8
+
+
+def test_where_channels_cost_nothing_groups_move():
+    costs = Costs.linear(SHAPE, 1.0, 0.0, unit="bytes")
+    budget = Budget.for_target(SHAPE, costs, target_of({"kv_cache": 0.6}, "torch"))
+    shown, changed = history(budget, 9), []
+    for child in ask(EvolutionProposer(budget), "mutation", shown):
+        parent = shown[child.parents[0]]
+        assert child.rates.ffn == parent.rates.ffn
+        changed.append(budget.project(child.rates, parent.rates) != parent.plan)
+    assert np.mean(changed) > 0.8
 
 
 @pytest.mark.parametrize("proposer", [RandomProposer, EvolutionProposer, SlopesProposer])

@@ -32,8 +32,8 @@ class EndpointProposer:
         model: Name of the model at the endpoint.
         budget: Parameter budget of the search.
         subject: Name of the model that is being pruned, for the prompt.
-        options: Temperature, prompt templates, limits of the requests of this process (retries included) and of the
-            tokens read and written (as the server counts them), and their price.
+        options: Temperature, prompt templates, limits of the requests (retries included) and of the tokens read and
+            written (as the server counts them), and their price.
         timeout: Time limit of one request, in seconds.
         environment: Variables in which the key is looked up; None uses the process's environment.
 
@@ -103,6 +103,10 @@ class EndpointProposer:
 
     def tell(self, scored: Sequence[Scored]) -> None:
         """Ignore the scores: the history in the prompt holds them."""
+
+    def resume(self, proposals: Sequence[Proposal]) -> None:
+        """Count on from the proposals that the journal of a search has of this proposer; it has no retries."""
+        self._requests, self._tokens = len(proposals), sum(proposal.tokens for proposal in proposals)
 
     def _request(self, arguments: dict[str, Any]) -> tuple[str, int]:
         """Send one request, with its retries, each of which counts."""
