@@ -22,6 +22,6 @@ for use, text in pruned.report.data.items():
 question = [{"role": "user", "content": "What is the capital of France?"}]
 prompt = pruned.tokenizer.apply_chat_template(
     question, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-)
+).to(pruned.device)
 written = pruned.model.generate(**prompt, max_new_tokens=20, do_sample=False)
 print(pruned.tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -110,6 +110,7 @@ def finished(student: nn.Module, like: PreTrainedModel) -> PreTrainedModel:
         model = model.merge_and_unload()
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):  # accelerate wraps the pass in autocast
         vars(model).pop(name, None)
+    model.config.use_cache, model.config.dtype = like.config.use_cache, like.config.dtype  # Trainer sets its own
     before = dict(like.named_parameters())
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(before[name].dtype)

@@ -1,4 +1,4 @@
-"""The presets, and settings from a preset and changes: checked, with errors that name what took a name's place."""
+"""The presets, and settings from a preset and changes: checked, with errors in one line."""
 
 from __future__ import annotations
 

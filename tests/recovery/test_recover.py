@@ -67,6 +67,8 @@ def test_it_is_nearer_to_its_parent_and_nothing_else_changes(pair, tmp_path):
     assert states[1] == random.getstate()
     assert (states[2] == np.random.get_state()[1]).all()
     assert not found.model.training
+    for name in ("use_cache", "dtype"):  # Trainer turns the cache off
+        assert getattr(found.model.config, name) == getattr(pair.pruned.config, name)
     assert {type(each) for each in vars(found.model).values()}.isdisjoint({type(lambda: 0)})  # accelerate's wrappers
     copy.deepcopy(found.model)(torch.tensor([[5, 6]]))
 
