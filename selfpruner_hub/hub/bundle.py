@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.card import CHAT_TEMPLATE, WEIGHTS_OF_GRAPHS
-from selfpruner_hub.hub.space import DENSE
+from selfpruner_hub.hub.space import DENSE, GGUF
 from selfpruner_hub.models.architectures import architecture_of
 from selfpruner_hub.models.loading import load_config, load_model
 from selfpruner_hub.models.weights import configuration_hash, identity_of, saved_weights, weights_hash
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.export_record import ExportRecord, read_export
-from selfpruner_hub.storage.layout import EXPORTED, EXPORTS, MODEL_CODE, PLOTS, TEMPLATES, TOKENIZER, weight_files
+from selfpruner_hub.storage.layout import EXPORTS, MODEL_CODE, PLOTS, TEMPLATES, TOKENIZER, weight_files
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
 
 CARD = "README.md"
@@ -111,11 +111,13 @@ def check_export(directory: Path, name: str, record: Record) -> ExportRecord:
             f"Delete it, then push with --with {name}.",
         )
     files = _within(directory / name, directory / name)
-    graphs = [f"{ONNX}/model{suffix}.onnx" for suffix in WEIGHTS_OF_GRAPHS] if export.has_hub_layout else []
-    missing = [file for graph in graphs for file in (graph, f"{graph}_data") if file not in files]
-    if missing or not any(fnmatch(file, pattern) for file in files for pattern in EXPORTED):
-        lacks = missing[0] if missing else "its model"
-        raise SavedModelError(f"{str(directory / name)!r} lacks {lacks}.", f"Push with --with {name} to make it anew.")
+    needed = ["*.gguf"] if name == GGUF else []
+    if export.has_hub_layout:
+        needed = [f"{ONNX}/model{suffix}.onnx{data}" for suffix in WEIGHTS_OF_GRAPHS for data in ("", "_data")]
+    if missing := [pattern for pattern in needed if not any(fnmatch(file, pattern) for file in files)]:
+        raise SavedModelError(
+            f"{str(directory / name)!r} lacks {missing[0]}.", f"Push with --with {name} to make it anew."
+        )
     return export
 
 

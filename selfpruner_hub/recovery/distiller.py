@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from selfpruner_hub import ranks
+from selfpruner_hub.models.patching import replaced
 from selfpruner_hub.progress import Progress, noted
 from selfpruner_hub.recovery.divergence import distilled
 from selfpruner_hub.recovery.settings import RecoverySettings
@@ -123,7 +125,11 @@ class Distiller(Trainer):
         which are written later, each process would look at another moment, and load a best checkpoint of its own.
         """
         Path(output_dir or cast(str, self.args.output_dir)).mkdir(parents=True, exist_ok=True)
-        super().save_model(output_dir, _internal_call)
+        student: Any = self.accelerator.unwrap_model(self.model)
+        # Trainer loads by the names of modules; the files of a stock mixture have a tensor for each expert.
+        named = {"save_original_format": False} if isinstance(student, PreTrainedModel) else {}
+        with replaced(student, "save_pretrained", partial(student.save_pretrained, **named)):
+            super().save_model(output_dir, _internal_call)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the student on the deciding text."""

@@ -55,7 +55,19 @@ def run(hub_client, work):
         return done.out
 
     def prune(beta="0.3"):
-        run("prune", work / "dense", "--beta", beta, "--data", work / "text.txt", "--output", work / "model", *SMALL)
+        run(
+            "prune",
+            work / "dense",
+            "--base-model",
+            "tests/llama",
+            "--beta",
+            beta,
+            "--data",
+            work / "text.txt",
+            "--output",
+            work / "model",
+            *SMALL,
+        )
 
     run.prune = prune
     return run
