@@ -242,7 +242,7 @@ class PrunedModel(Retraining):
         """
         for name in unknown:
             raise UserError(f"push_to_hub has no use for {name!r}.", "Leave it out.")
-        check_request(space=space, create_pr=create_pr, exports=exports)
+        check_request(space=space, create_pr=create_pr, private=private, exports=exports)
         with tempfile.TemporaryDirectory() as temporary:
             self._write(directory := Path(temporary) / "model", max_shard_size)
             make_exports(directory, exports, static=space == STATIC)

@@ -62,12 +62,13 @@ def push(options: argparse.Namespace) -> Result:
     quieten(options)
     if not options.quiet:
         enable_progress_bars()  # of the Hub, for uploads
-    check_request(space=options.space, create_pr=options.create_pr, exports=options.exports)
+    private = True if options.private else None
+    check_request(space=options.space, create_pr=options.create_pr, private=private, exports=options.exports)
     make_exports(options.directory, options.exports, static=options.space == STATIC, parent=options.against)
     published = publish(
         options.directory,
         options.repo,
-        private=True if options.private else None,
+        private=private,
         revision=options.revision,
         create_pr=options.create_pr,
         space=options.space,

@@ -47,16 +47,20 @@ class Published:
     """Repository that still holds graphs of an earlier model; None where there is none."""
 
 
-def check_request(*, space: bool | str, create_pr: bool, exports: Sequence[str] = ()) -> None:
+def check_request(
+    *, space: bool | str, create_pr: bool, private: bool | None = None, exports: Sequence[str] = ()
+) -> None:
     """Refuse options that cannot be published, before any export is made.
 
     Args:
         space: Kind of the Space to publish as well, one of `SPACES`; True is Gradio's, False none.
         create_pr: Whether to open a pull request instead of a commit.
+        private: Whether the model is private; None where that is not known yet.
         exports: Formats of the exports that are made first.
 
     Raises:
-        UserError: A Space is requested together with a pull request, a format is unknown, or the formats are no list.
+        UserError: A Space is requested together with a pull request, a static one of a private model, a format is
+            unknown, or the formats are no list.
     """
     if isinstance(exports, str | bytes) or not isinstance(exports, Sequence):
         raise UserError(f"exports must be a list of formats; got {exports!r}.", 'For example exports=["gguf"].')
@@ -68,6 +72,11 @@ def check_request(*, space: bool | str, create_pr: bool, exports: Sequence[str] 
         raise UserError("ONNX graphs have a repository of their own, not a pull request.", "Push them after the merge.")
     for name in exports:
         known_export(name)
+    if space == STATIC and private:
+        raise UserError(
+            "A static Space cannot read the graphs of a private model: a visitor's browser has no token.",
+            "Publish a Gradio Space (--space), or a public model.",
+        )
 
 
 def publish(
@@ -109,16 +118,12 @@ def publish(
         HubError: The Hub is unreachable, or fails.
     """
     directory = Path(directory)
-    check_request(space=space, create_pr=create_pr)
+    check_request(space=space, create_pr=create_pr, private=private)
     bundle = _collected(directory, repo_id, space, token)
     api = HfApi(token=token, library_name="selfpruner-hub")
     model = Repository(api, repo_id, "model", revision)
     private = model.create(private)  # what belongs to a model is no more public than the model
-    if space == STATIC and private:
-        raise UserError(
-            "A static Space cannot read the graphs of a private model: a visitor's browser has no token.",
-            "Publish a Gradio Space (--space), or a public model.",
-        )
+    check_request(space=space, create_pr=create_pr, private=private)  # one that is there may be private unasked
     graphs = Repository(api, f"{model.repo_id}{ONNX_ENDING}", "model", revision)
     same = _are_of(directory, bundle.record, graphs)
     current = True if bundle.graphs and not create_pr else same

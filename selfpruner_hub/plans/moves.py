@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from selfpruner_hub.plans.budget import Budget, Rates
-from selfpruner_hub.plans.costs import Costs
 from selfpruner_hub.plans.predicted_loss import STEP, StepEffects, step_channels
 
 
-def paying_moves(effects: StepEffects, costs: Costs, kv_multiple: int = 1) -> dict[str, list[int]]:
+def paying_moves(effects: StepEffects, budget: Budget) -> dict[str, list[int]]:
     """Select steps that together lower the loss: restored parts save more loss than the removed parts cost.
 
     Steps are taken in order of the loss per cost that they save or take, until the two prices meet. Parts that cost
@@ -19,15 +18,15 @@ def paying_moves(effects: StepEffects, costs: Costs, kv_multiple: int = 1) -> di
 
     Args:
         effects: Predicted changes of the loss.
-        costs: Cost of every width of every part, such as its weights.
-        kv_multiple: Number of KV groups in a step of an attention.
+        budget: Budget, whose costs are those of the parts; `kv_multiple` KV groups are a step of an attention.
 
     Returns:
         Indices of the layers to change (from 0), by field of `StepEffects`, best first. Each part of a layer is either
         removed or restored, not both.
     """
+    costs = budget.costs
     sizes = {
-        "attention": [kv_multiple * costs.group(layer) for layer in range(len(costs.attention))],
+        "attention": [budget.kv_multiple * costs.group(layer) for layer in range(len(costs.attention))],
         "ffn": [step_channels(len(t) - 1) * costs.channel(layer) for layer, t in enumerate(costs.ffn)],
     }
     ranked: dict[str, list[tuple[float, str, int]]] = {"removed": [], "restored": []}

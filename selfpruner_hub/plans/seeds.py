@@ -92,7 +92,7 @@ def refined(budget: Budget, plan: Plan, loss: Callable[[Plan], float], effects: 
     Returns:
         Rates of the plan of least loss, among the given one and those after a share of the moves (`SHARES`).
     """
-    moves = paying_moves(effects(plan), budget.costs, budget.kv_multiple)
+    moves = paying_moves(effects(plan), budget)
     tried = [budget.project(moved(budget.rates(plan), moves, budget, share)) for share in SHARES]
     return budget.rates(min((plan, *dict.fromkeys(tried)), key=loss))
 

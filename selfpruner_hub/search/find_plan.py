@@ -23,7 +23,6 @@ from selfpruner_hub.pruning.prepare import Prepared
 from selfpruner_hub.pruning.slicing import Slicer
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.journal_lines import AskLine, CheckLine, SeedsLine
-from selfpruner_hub.search.llm.endpoint_proposer import EndpointProposer
 from selfpruner_hub.search.loop import Problem, search
 from selfpruner_hub.search.outcome import SEARCH_TEXT, UNSEEN_TEXT, SearchResult, Standing
 from selfpruner_hub.search.proposers import Operation, Proposal, Proposer, Scored
@@ -77,9 +76,9 @@ def find_plan(
     problem = Problem(budget, starts, fitness, measure_steps if reads else None, check)
     price = float(getattr(proposer, "token_price", 0.0))
     on_score = _shown(run.progress, settings, price)
-    if isinstance(proposer, EndpointProposer):
+    if resume := getattr(proposer, "resume", None):
         asks = [line for line in journal.lines if isinstance(line, AskLine) and line.proposer == proposer.name]
-        proposer.resume([reply.proposal for line in asks for reply in line.replies])
+        resume([reply.proposal for line in asks for reply in line.replies])
     outcome = search(_AskedOnce(proposer), problem, journal, schedule, seed=run.seed, on_score=on_score)
     gains = {SEARCH_TEXT: (outcome.best_seed.fitness, outcome.best.fitness)}
     if check is not None:

@@ -53,6 +53,7 @@ class Proposer(Protocol):
 
     If it has a true attribute `reads_slopes`, its history holds the predicted effects of small changes of the best
     plan. The progress line shows what the tokens cost by its attribute `token_price`, in dollars for a million.
+    Its method `resume`, if it has one, is called before the search with its proposals that the journal has.
     """
 
     name: str

@@ -62,7 +62,7 @@ class SlopesProposer:
         if measured is None:
             return self._unmeasured.ask(operation, history, count, rng)
         slopes = history[measured].slopes
-        moves = paying_moves(slopes, self._budget.costs, self._budget.kv_multiple) if slopes else {}
+        moves = paying_moves(slopes, self._budget) if slopes else {}
         if not any(moves.values()):
             return []
         return [Proposal(self._drawn(history[measured].rates, moves, rng), (measured,)) for _ in range(count)]

@@ -55,7 +55,7 @@ class Question:
         slopes = next((s.slopes for s in self.shown if s.slopes), None)
         if slopes is None:
             return {}
-        moves = paying_moves(slopes, self.budget.costs, self.budget.kv_multiple)
+        moves = paying_moves(slopes, self.budget)
         layers = {
             (part, way): [layer + 1 for layer in moves[f"{'ffn' if part == 'rates' else part}_{direction}"]][:LISTED]
             for part in self.parts
