@@ -202,8 +202,8 @@ class AutoPruner:
             request: Tokens of the prompt, and tokens generated after it, of the request that the target's time is for;
                 None takes 128 and 32.
             preset: Name of the preset: `"default"`, `"draft"` for a first look (little text, no second repair),
-                `"best"` for twice the text, or `"paper"` for the settings of arXiv 2502.14413. None takes the default,
-                or with `minutes` what fits into them.
+                `"best"` for nearly twice the text, or `"paper"` for the settings of arXiv 2502.14413. None takes the
+                default, or with `minutes` what fits into them.
             proposer: Source of rates: `"self"` (the dense model), `"evolution"`, `"slopes"`, `"random"`, a directory or
                 Hub repository of another transformers model, the URL of an OpenAI-compatible endpoint, or an object
                 that follows the `Proposer` protocol; one that is given searches. None asks the dense model where

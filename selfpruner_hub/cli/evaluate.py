@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument("model", metavar="MODEL_OR_DIR")
     parser.add_argument(
-        "--data", help="perplexity on wikitext2 or c4 (test split), or a .txt or .jsonl file (default without tasks: "
-        "wikitext2)",
+        "--data", help="perplexity on wikitext2 (test split) or c4 (validation split), or a .txt or .jsonl file "
+        "(default without tasks: wikitext2)",
     )  # fmt: skip
     parser.add_argument(
         "--window", type=int, metavar="W", help="tokens a window: papers take 2048 or 128 (default: 2048, or as "

@@ -77,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", nargs="?", metavar="DIR", help="a saved model to open in the Space")
     parser.add_argument(
-        "--beta", type=number, default=0.2, help="mean fraction of weights to remove (default: %(default)s)"
+        "--beta",
+        type=number,
+        default=0.2,
+        help="mean fraction of the prunable weights to remove (default: %(default)s)",
     )
     parser.add_argument("--output", type=path, metavar="DIR", help="keep the pruned model here")
 
@@ -96,7 +99,7 @@ def _demo(options: argparse.Namespace) -> Result:
 
 
 VERBS = {
-    "prune": Verb("search the rates of a model's layers, cut it, save it", prune.add_arguments, prune.run),
+    "prune": Verb("measure what each layer can lose, cut, repair, save", prune.add_arguments, prune.run),
     "recover": Verb(
         "distil a pruned model from its parent; never worse than before", recover.add_arguments, recover.run
     ),

@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_goal_and_output(group: argparse._ArgumentGroup) -> None:
     goal = group.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--beta", type=number, help="mean fraction of weights to remove, 0 < β < 1")
+    goal.add_argument(
+        "--beta", type=number, help="mean fraction of prunable weights (attention, FFN) to remove, 0 < β < 1"
+    )
     goal.add_argument(
         "--target", metavar="NAME=VALUE",
         help="in place of it: speedup=1.5, latency=MS, memory=200MB or kv_cache=0.5 (or bytes a token) in the runtime",

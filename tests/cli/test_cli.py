@@ -243,7 +243,7 @@ sys.exit(status)
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["--help"], 0, "search the rates of a model's layers"),
+        (["--help"], 0, "measure what each layer can lose"),
         (["prune", "--help"], 0, "usage: selfpruner prune"),
         (["demo", "--help"], 0, "usage: selfpruner demo"),
         (["settings"], 0, "calibration_tokens=73728"),
