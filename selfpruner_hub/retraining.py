@@ -6,7 +6,6 @@ import contextlib
 import copy
 import logging
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -154,7 +153,7 @@ class Retraining(Conversion):
         from selfpruner_hub.recovery.recover import recover  # Trainer takes a second to import
         from selfpruner_hub.recovery.task import Pair
 
-        started, settings, budget = time.monotonic(), resolve_recovery(**changes), RecoveryBudget(minutes, tokens)
+        settings, budget = resolve_recovery(**changes), RecoveryBudget(minutes, tokens)
         check_seed(seed)
         folder = None if run_dir is None else output_path(run_dir)
         self._check_dense(dense)
@@ -175,7 +174,7 @@ class Retraining(Conversion):
                 logger.warning("%s The model is left as it was.", result.line)
                 run.checkpoints.clear()
             return self
-        record = {**result.record, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
+        record = {**result.record, "seed": seed}
         how = f"distilled from its parent on {record['tokens']:,} tokens in {record['minutes']} minutes"
         recovered = replace(trained(self.report, result.model, how), recovery=record)
         return self._with(result.model, recovered, Checkpoints(stages))

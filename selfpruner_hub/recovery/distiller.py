@@ -33,6 +33,7 @@ from selfpruner_hub import ranks
 from selfpruner_hub.models.patching import replaced
 from selfpruner_hub.progress import Progress, noted
 from selfpruner_hub.recovery.divergence import distilled
+from selfpruner_hub.recovery.schedule import Clock
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.recovery.texts import Text
 
@@ -88,7 +89,6 @@ class Distiller(Trainer):
     ) -> None:
         super().__init__(model=student, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = False
         self._parent, self._check, self._dtype = parent, check, dtype
         if self.is_fsdp_enabled and dtype != torch.float32:  # accelerate's own policy adds gradients in bfloat16
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(dtype, torch.float32)
@@ -148,10 +148,11 @@ class Pace(TrainerCallback):
     Args:
         seconds: Time of all steps; None sets no limit.
         progress: Callback that receives the steps that are done.
+        clock: Clock of the recovery, which is kept with each checkpoint.
     """
 
-    def __init__(self, seconds: float | None, progress: Progress) -> None:
-        self._seconds, self._progress = seconds, progress
+    def __init__(self, seconds: float | None, progress: Progress, clock: Clock) -> None:
+        self._seconds, self._progress, self._clock = seconds, progress, clock
         self._deadline = math.inf
         self._interrupted = threading.Event()
         self.stopped = ""
@@ -168,6 +169,10 @@ class Pace(TrainerCallback):
         self.stopped = REASONS[ranks.largest(REASONS.index(reason), args.device)]
         if self.stopped:
             control.should_training_stop = control.should_evaluate = control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Keep the time that was taken up to this checkpoint."""
+        self._clock.keep()
 
     def on_log(
         self,
@@ -253,6 +258,11 @@ def arguments(
         **more,
     )
     made._n_gpu = min(1, made.n_gpu)  # a lone process never splits a batch over several devices (DataParallel)
+    if made.device.type == device.type == "cuda" and ranks.count() == 1:  # Trainer took the first one
+        made.__dict__["_setup_devices"] = device
+        torch.cuda.set_device(device)
+    if not made.bf16:  # float32 weights, whatever the launcher was configured for
+        made.mixed_precision = "no"
     return made
 
 

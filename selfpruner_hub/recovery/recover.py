@@ -18,6 +18,7 @@ from selfpruner_hub.ranks import from_first, is_first, spread
 from selfpruner_hub.recovery.deciding import Deciding, PlainQuestions, answers_fewer, grade, is_better
 from selfpruner_hub.recovery.distiller import Distiller, Pace, last_checkpoint
 from selfpruner_hub.recovery.process import undisturbed, writable
+from selfpruner_hub.recovery.schedule import Clock
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.task import Pair, Task
 from selfpruner_hub.recovery.texts import Writer
@@ -69,20 +70,21 @@ def recover(
         UserError: The text is unreadable or too short, the budget too small, or the models do not fit together.
         OutputError: A checkpoint cannot be written.
     """
-    started = time.monotonic()
     _check_pair(pair.pruned, pair.parent)
     task = Task.of(pair, budget, data, settings, run)
+    clock = Clock(task.run.checkpoints)
     writer = Writer(pair.served or pair.parent, pair.tokenizer, task.window, task.run)
     deciding, writing = from_first(writer.deciding)
+    clock.keep()
     questions = PlainQuestions(pair.parent, pair.tokenizer, run.progress)
     asking = time.monotonic()
     answered = questions(pair.pruned)
-    started -= time.monotonic() - asking  # the recovered model will be asked too
+    clock.reserve(time.monotonic() - asking)  # the recovered model will be asked too
     with undisturbed(pair.pruned.device):
         torch.manual_seed(run.seed)  # adapters begin at random
         student = trainable(pair.pruned, settings, task.adapters)
-        first = task.scheduled(student, deciding, writing, started)
-        texts, schedule = from_first(lambda: task.texts(writer, first, deciding, started))
+        first = task.scheduled(student, deciding, writing, clock)
+        texts, schedule = from_first(lambda: task.texts(writer, first, deciding, clock))
         measure = Deciding(pair.parent, texts.deciding)
         before = measure(pair.pruned)
 
@@ -90,7 +92,7 @@ def recover(
             return grade(before, measure(cast(PreTrainedModel, whole(model, pair.pruned))), len(deciding))
 
         distiller = task.distiller(student, check, schedule, texts, folder)
-        pace = Pace(schedule.seconds, run.progress)
+        pace = Pace(schedule.seconds, run.progress, clock)
         _train(distiller, pace)
         model = finished(student, pair.pruned)
     if is_first():
@@ -101,6 +103,7 @@ def recover(
     read = distiller.state.global_step * task.batch
     record = {
         **task.record(distiller, pace.stopped),
+        "minutes": round(clock.elapsed / 60, 1),
         "texts": [text.record(count) for text, count in zip(texts.training, texts.read(read), strict=True)],
         "deciding": [
             {"name": text.name, "tokens": int(text.counted.sum()), "before": round(was, 5), "after": round(now, 5)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from selfpruner_hub.recovery.process import check_processes
 from selfpruner_hub.recovery.schedule import (
     FINAL,
     PLANNED,
+    Clock,
     Schedule,
     Timed,
     keep,
@@ -37,7 +37,11 @@ from selfpruner_hub.recovery.schedule import (
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text, Writer, shares
 from selfpruner_hub.recovery.trainable import compute_dtype, uses_adapters
+from selfpruner_hub.storage.checkpoints import Checkpoints
 from selfpruner_hub.storage.run import Run
+
+METHOD = "recovery-method"
+"""Name of the checkpoint of the choice between adapters and all weights."""
 
 
 class Pair(NamedTuple):
@@ -113,7 +117,8 @@ class Task:
             ]
         )
         batch = max(1, settings.batch_tokens // window)
-        adapters = from_first(lambda: uses_adapters(pair.pruned, settings))
+        checkpoints = run.checkpoints.of(identity)
+        adapters = from_first(lambda: _adapters(pair.pruned, settings, checkpoints))
         check_processes(pair.pruned.device, identity, batch, window, adapters)
         return cls(
             pair=pair,
@@ -125,7 +130,7 @@ class Task:
             adapters=adapters,
             dtype=compute_dtype(pair.pruned),
             identity=identity,
-            run=replace(run, checkpoints=run.checkpoints.of(identity)),
+            run=replace(run, checkpoints=checkpoints),
         )
 
     @property
@@ -134,7 +139,7 @@ class Task:
         return self.batch // ranks.count()
 
     def scheduled(
-        self, student: nn.Module, deciding: Sequence[Text], writing: Mapping[str, float], started: float
+        self, student: nn.Module, deciding: Sequence[Text], writing: Mapping[str, float], clock: Clock
     ) -> Schedule:
         """Choose how much is written and read, or take what was chosen before."""
         checkpoints = self.run.checkpoints
@@ -142,30 +147,30 @@ class Task:
             return known
         timed = self.budget.minutes is not None
         step = step_seconds(student, self.pair.parent, deciding, self.part, self.dtype) if timed else 0.0
-        spent = Timed(writing, step, time.monotonic() - started)
+        spent = Timed(writing, step, clock.spent)
         sizes = self.kinds, self.batch, self.window, self.settings
         return from_first(lambda: keep(checkpoints, PLANNED, planned(self.budget, *sizes, spent)))
 
     def texts(
-        self, writer: Writer, schedule: Schedule, deciding: Sequence[Text], started: float
+        self, writer: Writer, schedule: Schedule, deciding: Sequence[Text], clock: Clock
     ) -> tuple[RecoveryTexts, Schedule]:
         """Write and read all texts, split off what decides beside `deciding`, and fit the schedule to the time left."""
         amounts = zip(self.kinds, schedule.counts, strict=True)
         pairs = [writer.training(kind, count, self.settings.passes) for kind, count in amounts]
         training = [text for text, _ in pairs]
         held = [text for _, text in pairs if text is not None]
-        schedule = self._final(schedule, started)
+        clock.keep()
+        schedule = self._final(schedule, clock)
         order = scheduled(training, schedule.counts, self.run.seed)
         return RecoveryTexts(training, [*deciding, *held], order), schedule
 
-    def _final(self, schedule: Schedule, started: float) -> Schedule:
+    def _final(self, schedule: Schedule, clock: Clock) -> Schedule:
         """Fit the steps into the time that is left, since writing may have taken less than was expected, or more."""
         if self.budget.minutes is None:
             return schedule
         if (known := kept(self.run.checkpoints, FINAL)) is not None:
             return known
-        left = 60 * self.budget.minutes - (time.monotonic() - started)
-        return keep(self.run.checkpoints, FINAL, schedule.within(left))
+        return keep(self.run.checkpoints, FINAL, schedule.within(60 * self.budget.minutes - clock.spent))
 
     def distiller(
         self,
@@ -213,3 +218,12 @@ class Task:
             "stopped": stopped,
             "settings": self.settings.record(),
         }
+
+
+def _adapters(model: PreTrainedModel, settings: RecoverySettings, checkpoints: Checkpoints) -> bool:
+    """Whether adapters are trained: a resumed recovery goes on as it began, whatever memory is free now."""
+    if tensors := checkpoints.load(METHOD):
+        return bool(tensors["adapters"])
+    adapters = uses_adapters(model, settings)
+    checkpoints.save(METHOD, {"adapters": torch.tensor(adapters)})
+    return adapters

@@ -130,6 +130,7 @@ class Writer:
     def __init__(self, model: TextModel, tokenizer: PreTrainedTokenizerBase | None, window: int, run: Run) -> None:
         self._model, self._tokenizer, self._window, self._run = model, tokenizer, window, run
         self._distinct = Distinct()
+        self._seconds: dict[str, float] = {}
 
     def deciding(self) -> tuple[list[Text], dict[str, float]]:
         """Write the deciding texts, whatever is trained on: conversations and questions, or else plain text.
@@ -137,19 +138,12 @@ class Writer:
         Returns:
             The texts, and the seconds that writing a window of each took.
         """
-        seconds: dict[str, float] = {}
-
-        def timed(name: str) -> Text:
-            started = time.monotonic()
-            text = self._written(name, DECIDING_WINDOWS, self._run.seed + DECIDING_SEED)
-            seconds[name] = (time.monotonic() - started) / len(text.windows)
-            return text
-
+        write = partial(self._written, count=DECIDING_WINDOWS, seed=self._run.seed + DECIDING_SEED)
         texts = []
         for name in CHATS if has_chat_template(self._tokenizer) else ():
             with suppress(DataError):  # a template does not make a model that converses
-                texts.append(timed(name))
-        return texts or [timed("self")], seconds
+                texts.append(write(name))
+        return texts or [write("self")], dict(self._seconds)
 
     def training(self, kind: Share, count: int, passes: int) -> tuple[Text, Text | None]:
         """Write or read one text to train on.
@@ -177,17 +171,22 @@ class Writer:
 
     def _written(self, name: str, count: int, seed: int) -> Text:
         """Windows of one kind that the parent writes, `count` or fewer, from the checkpoint where there is one."""
-        key = f"recovery-{name}-{count}-{seed}"
+        key = f"recovery-written-{name}-{count}-{seed}"
         if tensors := self._run.checkpoints.load(key):
             self._distinct = Distinct(_lines(tensors["turns"]))  # so that what follows is the same
+            self._seconds[name] = float(tensors["seconds"])
             return Text(name, tensors["windows"], tensors["counted"].bool())
+        started = time.monotonic()
         if name in CHATS:
             windows, counted = self._conversations(name, count, seed)
         else:
             windows = self._loaded(name, count, seed)
             counted = _all(windows)
         turns = torch.tensor([*SEPARATOR.join(self._distinct.texts).encode()], dtype=torch.uint8)
-        self._run.checkpoints.save(key, {"windows": windows, "counted": counted.to(torch.uint8), "turns": turns})
+        self._seconds[name] = (time.monotonic() - started) / len(windows)
+        seconds = torch.tensor(self._seconds[name])
+        tensors = {"windows": windows, "counted": counted.to(torch.uint8), "turns": turns, "seconds": seconds}
+        self._run.checkpoints.save(key, tensors)
         return Text(name, windows, counted)
 
     def _loaded(self, source: Any, count: int, seed: int, spare: int = 0) -> Tensor:
@@ -224,6 +223,11 @@ class Writer:
             rows = list(_packed(written, self._window))
             if len(rows) >= count:
                 break
+        if not rows and any(len(each.ids) >= self._window for each in written):
+            raise DataError(
+                f"The prompts of {name} fill a window of {self._window} tokens before an answer begins.",
+                "Set a longer window.",
+            )
         if not rows:
             raise too_little_text(name, sum(len(each.ids) for each in written), self._window, "or shorter windows")
         ids, answered = zip(*rows[:count], strict=True)

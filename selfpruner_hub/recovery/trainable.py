@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import math
 from typing import Any, cast
 
 import psutil
@@ -35,14 +37,20 @@ def uses_adapters(model: PreTrainedModel, settings: RecoverySettings) -> bool:
     Returns:
         Whether they are; for `auto`, whether all weights with their optimiser do not fit into memory, or the share of
         one process into its memory where FSDP divides them.
+
+    Raises:
+        MissingExtraError: They are, and PEFT is not installed.
     """
-    if settings.method != "auto":
-        return settings.method == "lora"
-    free = free_memory(model.device)
-    if model.device.type == "cpu":
-        free = float(psutil.virtual_memory().available)
-    share = 1 / ranks.count() if ranks.sharded() else 1
-    return max(FULL_BYTES * share, COPY_BYTES * (1 + share)) * model.num_parameters() > USABLE_MEMORY * free
+    adapters = settings.method == "lora"
+    if settings.method == "auto":
+        free = free_memory(model.device)
+        if math.isinf(free):  # a CPU, whose memory all processes share, or a GPU that shares that of the CPU (MPS)
+            free = psutil.virtual_memory().available / ranks.count()
+        share = 1 / ranks.count() if ranks.sharded() else 1
+        adapters = max(FULL_BYTES * share, COPY_BYTES * (1 + share)) * model.num_parameters() > USABLE_MEMORY * free
+    if adapters and importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("peft", "recover")
+    return adapters
 
 
 def trainable(model: PreTrainedModel, settings: RecoverySettings, adapters: bool) -> nn.Module:
@@ -55,9 +63,6 @@ def trainable(model: PreTrainedModel, settings: RecoverySettings, adapters: bool
 
     Returns:
         A copy with float32 weights, or a PEFT model with adapters on all linear layers of the decoder.
-
-    Raises:
-        MissingExtraError: Adapters are asked for, and PEFT is not installed.
     """
     student = copy.deepcopy(model)
     if not adapters:
@@ -65,10 +70,8 @@ def trainable(model: PreTrainedModel, settings: RecoverySettings, adapters: bool
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         return student
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise MissingExtraError("peft", "recover") from error
+    from peft import LoraConfig, get_peft_model
+
     rank = settings.rank
     wanted: Any = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     return get_peft_model(student, wanted)

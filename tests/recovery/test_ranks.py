@@ -20,6 +20,7 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.recovery import distiller, divergence
 from selfpruner_hub.recovery.process import check_processes
+from selfpruner_hub.recovery.schedule import Clock
 from selfpruner_hub.recovery.settings import resolve_recovery
 from selfpruner_hub.storage.checkpoints import Checkpoints
 
@@ -205,7 +206,7 @@ def test_the_halves_of_a_batch_average_to_the_whole(monkeypatch):
 def test_a_process_stops_where_another_one_is_interrupted(monkeypatch):
     told = []
     monkeypatch.setattr(ranks, "largest", lambda value, _: told.append(value) or distiller.REASONS.index("interrupted"))
-    pace = distiller.Pace(None, lambda *_: None)
+    pace = distiller.Pace(None, lambda *_: None, Clock(Checkpoints()))
     arguments = distiller.arguments(Path("unused"), torch.device("cpu"), 8, 1, 1, resolve_recovery())
     control = TrainerControl()
     pace.on_step_end(arguments, TrainerState(global_step=3, max_steps=8), control)

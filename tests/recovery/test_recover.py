@@ -15,7 +15,7 @@ import torch
 from support.chatting import chat_tokenizer
 from support.tiny import CONFIGS, DISTINCT, shallow, tiny_model, tiny_pruned, tiny_tokenizer
 
-from selfpruner_hub.errors import DataError, OutputError, UserError
+from selfpruner_hub.errors import DataError, MissingExtraError, OutputError, UserError
 from selfpruner_hub.recovery import deciding, distiller, divergence, texts
 from selfpruner_hub.recovery.deciding import is_better, score
 from selfpruner_hub.recovery.recover import curve, recover
@@ -181,8 +181,8 @@ class Stopped(Exception):  # noqa: N818
     """What ends a process, without a signal."""
 
 
-@pytest.mark.parametrize("stops_at", [None, 6])
-def test_time_that_the_writing_did_not_take_is_for_the_steps(stops_at, pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stops_at", "found_in"), [(None, 1.9), (6, 1.9)])
+def test_time_that_the_writing_did_not_take_is_for_the_steps(stops_at, found_in, pair, tmp_path, monkeypatch):
     """Also for those of a resumed recovery."""
     now, busy, short, training = [0.0], [0.0], RecoveryBudget(minutes=1), texts.Writer.training
 
@@ -206,6 +206,7 @@ def test_time_that_the_writing_did_not_take_is_for_the_steps(stops_at, pair, tmp
     found = recovered(pair, tmp_path, progress=tick, budget=RecoveryBudget(minutes=2))
     assert not found.record["stopped"]
     assert found.record["steps"] == 12
+    assert found.record["minutes"] == found_in
 
 
 @pytest.mark.parametrize("step", [1, 5, 11])
@@ -224,7 +225,35 @@ def test_what_was_stopped_resumes_to_the_same_model(step, pair, tmp_path):
     )
     assert steps[0] == {1: 1, 5: 5, 11: 9}[step]
     assert_same(again.model, weights(whole.model))
-    assert again.record == whole.record
+    assert {**again.record, "minutes": 0} == {**whole.record, "minutes": 0}
+
+
+def test_a_resumed_recovery_trains_what_it_trained_before(pair, tmp_path, monkeypatch):
+    """Even where no memory is free by now."""
+
+    def stop(what, done, total):
+        if what == "recovering":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        recovered(pair, tmp_path, progress=stop)
+    monkeypatch.setattr("selfpruner_hub.recovery.trainable.USABLE_MEMORY", 0.0)
+    assert recovered(pair, tmp_path).record["method"] == "full"
+    assert recovered(pair, tmp_path / "anew").record["method"] == "lora"
+
+
+def test_a_launcher_changes_no_dtype(pair, tmp_path, monkeypatch):
+    """A float32 model is trained in float32, whatever `accelerate launch` is configured for."""
+    wanted = recovered(pair, tmp_path / "alone")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert_same(recovered(pair, tmp_path / "launched").model, weights(wanted.model))
+
+
+def test_adapters_without_their_package_are_refused_before_text_is_written(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setattr(texts.Writer, "deciding", lambda _: pytest.fail("wrote text"))
+    with pytest.raises(MissingExtraError, match="peft"):
+        recovered(pair, tmp_path, method="lora")
 
 
 def test_a_half_written_checkpoint_is_not_read(pair, tmp_path):

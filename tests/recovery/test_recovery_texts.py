@@ -119,6 +119,13 @@ def test_a_window_without_an_answer_is_left_out():
     assert rows == [([*range(20), *range(12)], [False] * 10 + [True] * 10 + [False] * 10 + [True] * 2)]
 
 
+def test_prompts_as_long_as_a_window_ask_for_a_longer_one(writer):
+    made, _, tokenizer = writer
+    short = texts.Writer(MODEL, tokenizer, 8, Run(seed=3))
+    with pytest.raises(DataError, match="The prompts of questions fill a window of 8 tokens.*Set a longer window"):
+        short.training(Share("questions", "chat", 1.0), 4, passes=1)
+
+
 def test_a_model_that_does_not_converse_is_decided_on_plain_text(writer, monkeypatch):
     made, _, _ = writer
 
@@ -147,9 +154,10 @@ def test_texts_are_kept(writer):
 def test_what_is_kept_leaves_what_follows_the_same(writer, tmp_path):
     """A run that is resumed after its first text drops the same near-duplicates from the next one."""
     made, script, tokenizer = writer
-    made.deciding()
+    _, timed = made.deciding()
+    assert all(timed.values())
     resumed = texts.Writer(MODEL, tokenizer, WINDOW, Run(checkpoints=Checkpoints(tmp_path), seed=3))
-    resumed.deciding()
+    assert resumed.deciding()[1] == pytest.approx(timed)  # the seconds of the run that wrote it
     assert resumed._distinct.texts == made._distinct.texts
     assert len(made._distinct.texts) > 20
     script._questions = iter([made._distinct.texts[0], "Is this new?", *ASKED[2000:]])
