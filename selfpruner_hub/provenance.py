@@ -45,8 +45,10 @@ class RunRequest:
     """Source of rates."""
     texts: RunTexts
     """Texts of the run."""
+    revision: str
+    """Commit of the dense model on the Hub; empty where it came from elsewhere."""
     licence: dict[str, str]
-    """Licence of the dense model, as `licences.licence_of` returns it."""
+    """Licence of the dense model, as `hub.parent.licence_of` returns it."""
     date: str | None
     """Date that the chat template is given, where it asks for one."""
 
@@ -136,6 +138,7 @@ def describe(
             **({"chat_template": {"date": request.date}} if request.date is not None else {}),
         },
         versions=library_versions(),
+        base_revision=request.revision,
         licence=request.licence,
         metrics={
             "search_fitness": Metric(round(outcome.best.fitness, 6), None, protocol),

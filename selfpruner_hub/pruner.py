@@ -22,7 +22,7 @@ from selfpruner_hub.calibration.served_model import served_by
 from selfpruner_hub.calibration.texts import PLAIN_DATA, Texts
 from selfpruner_hub.cut import cut
 from selfpruner_hub.errors import ModelError, OutputError, SelfPrunerError, UserError
-from selfpruner_hub.hub.licences import licence_of
+from selfpruner_hub.hub.parent import commit_of, licence_of
 from selfpruner_hub.memory import store_for
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.devices import check_one_device, described, out_of_memory
@@ -61,7 +61,7 @@ class AutoPruner:
         model: Dense model of a supported architecture.
         tokenizer: Tokenizer of the model; without one, only `data="self"` and proposers that need no tokenizer work.
         name: Name of the model in records and cards: its Hub id, where it has one.
-        licence: Licence of the model, as `licences.licence_of` returns it.
+        licence: Licence of the model, as `hub.parent.licence_of` returns it.
         store: Store of statistics, hidden states and the pruned model.
 
     Raises:
@@ -96,6 +96,7 @@ class AutoPruner:
         self.model = model
         self.tokenizer = tokenizer
         self.licence = licence or {}
+        self.revision = ""
         self._store = store
         self._corpora: dict[str, tuple[int, Corpus]] = {}
 
@@ -162,7 +163,9 @@ class AutoPruner:
         model, tokenizer = load_model(name, to_prune=True, store=store, device=device, **kwargs)
         called = base_model or (Path(name).resolve().name if Path(name).exists() else name)
         licence = licence_of(name, **kwargs) or (licence_of(base_model) if base_model else {})
-        return cls(model, tokenizer, called, licence, store)
+        pruner = cls(model, tokenizer, called, licence, store)
+        pruner.revision = commit_of(name, **kwargs) if called == name else ""
+        return pruner
 
     def prune(
         self,
@@ -285,7 +288,8 @@ class AutoPruner:
             texts = ranks.from_first(lambda: source.read(of_cut, settings, run))
             check_ids(self.model, max(int(text.windows.max()) for text in texts if text is not None))
             date = template_date(self.tokenizer)
-            run_request = RunRequest(self.name, identity, budget, settings, seed, proposer, texts, self.licence, date)
+            asked = budget, settings, seed, proposer, texts
+            run_request = RunRequest(self.name, identity, *asked, self.revision, self.licence, date)
             search_id = fingerprint(run_request)
             journal = ranks.from_first(lambda: Journal(folder, search_id, library_versions()))
             journal.path = journal.path if ranks.is_first() else None  # one process writes it

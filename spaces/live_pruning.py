@@ -74,7 +74,8 @@ def _pruner() -> Any:
     except ImportError as error:
         raise UnavailableError("Live pruning needs the package selfpruner-hub, which is not installed here.") from error
     try:
-        return AutoPruner.from_pretrained(name(), dtype=fast_dtype())
+        revision = shown().parent_revision if name() == shown().parent else None
+        return AutoPruner.from_pretrained(name(), dtype=fast_dtype(), revision=revision)
     except SelfPrunerError as error:
         raise UnavailableError("The model to prune cannot be loaded here.") from error
 

@@ -41,6 +41,11 @@ class Shown:
         """Directory or Hub repository of the dense model."""
         return self.dense or str(record()["base_model"])
 
+    @property
+    def parent_revision(self) -> str | None:
+        """Commit of the dense model on the Hub from which the pruned one was made; None where it is not known."""
+        return None if self.dense else record().get("base_revision") or None
+
 
 @cache
 def shown() -> Shown:

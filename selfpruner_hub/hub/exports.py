@@ -44,18 +44,19 @@ def make_exports(directory: Path, formats: Sequence[str], *, static: bool = Fals
                 shutil.rmtree(target)
             made.replace(target)
     if static:
-        _export_parent(directory / ONNX / DENSE, record, parent or record.base_model)
+        _export_parent(directory / ONNX / DENSE, record, parent)
 
 
-def _export_parent(target: Path, record: Record, parent: str) -> None:
-    """Make the graphs of a dense parent, without the one in float32, unless they are there."""
+def _export_parent(target: Path, record: Record, copied: str | None) -> None:
+    """Make the graphs of a dense parent, or of a copy of it, without the one in float32, unless they are there."""
     if target.exists():
         return
     from exporters.export import export  # it imports this package
     from exporters.format import export_format
 
+    parent, loading = copied or record.base_model, None if copied else {"revision": record.base_revision or None}
     with tempfile.TemporaryDirectory() as temporary, save_directory(target) as staging:
-        graphs = export(parent, ONNX, Path(temporary) / DENSE, **export_format(ONNX).published)
+        graphs = export(parent, ONNX, Path(temporary) / DENSE, loading=loading, **export_format(ONNX).published)
         check_parent(record, read_export(graphs).source, parent)
         for path in (graphs / EXPORT_RECORD_FILE, *(graphs / ONNX).iterdir()):
             if not path.name.startswith("model.onnx"):

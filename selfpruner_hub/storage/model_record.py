@@ -69,6 +69,8 @@ class Record:
     versions: dict[str, str]
     parent: dict[str, Any] = field(default_factory=dict)
     """Identity of the dense parent, as `models.weights.identity_of` returns it; empty where unknown."""
+    base_revision: str = ""
+    """Commit of the dense parent on the Hub; empty where it came from elsewhere."""
     licence: dict[str, str] = field(default_factory=dict)
     """Licence of the parent from its model card: `license`, `license_name`, `license_link`; empty where unknown."""
     recovery: dict[str, Any] | None = None

@@ -56,6 +56,8 @@ def load(name: str) -> dict[str, Engine]:
         or_say("The dense model cannot be converted to GGUF here."),
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
     ):
-        directory = export(shown().parent, "gguf", Path(folder) / "gguf", dtype=pruned.dtype, tokenizer_from=str(path))
+        loading = {"revision": shown().parent_revision}
+        options = {"dtype": pruned.dtype, "tokenizer_from": str(path), "loading": loading}
+        directory = export(shown().parent, "gguf", Path(folder) / "gguf", **options)
         dense = warm(LlamaCppEngine(directory / path.name))  # llama.cpp maps the deleted file
         return {"pruned": pruned, "dense": dense}

@@ -44,7 +44,8 @@ def load(graphs: str) -> dict[str, Engine]:
         or_say("The dense model cannot be converted to ONNX here."),
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as made,
     ):
-        dense, _ = load_model(shown().parent, device="cpu", dtype=torch.float32)
+        revision = shown().parent_revision
+        dense, _ = load_model(shown().parent, device="cpu", dtype=torch.float32, revision=revision)
         return {"pruned": pruned, "dense": _engine(write_graph(dense, Path(made)))}
 
 

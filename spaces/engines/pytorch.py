@@ -71,13 +71,13 @@ class _Stop(StoppingCriteria):
 def load(which: str) -> Engine:
     """Load the model `pruned` or `dense`, on a GPU where there is one."""
     at = shown()
-    name, where = (at.pruned, {"revision": at.revision}) if which == "pruned" else (at.parent, {})
+    name, revision = (at.pruned, at.revision) if which == "pruned" else (at.parent, at.parent_revision)
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else fast_dtype()
     check_size(f"The {which} model", int(record()["parameters"][which]) * dtype.itemsize)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=which == "pruned", dtype=dtype, **where)
-        model = model.eval().to("cuda" if gpu else "cpu")
+        how = {"revision": revision, "trust_remote_code": which == "pruned", "dtype": dtype}
+        model = AutoModelForCausalLM.from_pretrained(name, **how).eval().to("cuda" if gpu else "cpu")
     except Exception as error:  # as above
         raise UnavailableError(cannot_be_loaded(name, error)) from error
     where_it_runs = "GPU" if gpu else threads_text(torch.get_num_threads())

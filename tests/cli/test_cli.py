@@ -23,7 +23,7 @@ from selfpruner_hub.calibration.corpus import consecutive_windows
 from selfpruner_hub.cli import main
 from selfpruner_hub.evaluation.fitness import Fitness
 from selfpruner_hub.evaluation.metrics import perplexity
-from selfpruner_hub.hub import licences
+from selfpruner_hub.hub import parent
 from selfpruner_hub.settings import PruneSettings, SearchSchedule
 from selfpruner_hub.storage.model_record import Record, read_record
 
@@ -118,7 +118,7 @@ def test_no_file_tells_a_path_of_this_host(pruned, dense):
 def test_a_directory_is_called_by_the_repository_that_it_is_a_copy_of(run, dense, text, tmp_path, monkeypatch):
     small, theirs = tmp_path / "small", tmp_path / "theirs.md"
     theirs.write_text("---\nlicense: mit\n---\n")
-    monkeypatch.setattr(licences, "hf_hub_download", lambda name, file: {"some/parent": theirs}[name])
+    monkeypatch.setattr(parent, "hf_hub_download", lambda name, file: {"some/parent": theirs}[name])
     assert run(*prune(dense, small, text, "--base-model", "some/parent"))[0] == 0
     card = ModelCard.load(small / "README.md").data
     assert (card.base_model, card.license) == ("some/parent", "mit")

@@ -324,6 +324,22 @@ def test_graphs_of_another_parent(model, monkeypatch):
     assert not (model / "onnx" / "dense").exists()
 
 
+def test_graphs_of_the_parent_are_of_the_commit_that_was_pruned(model, monkeypatch):
+    record, loading = json.loads((model / "selfpruner.json").read_text()), []
+    for folder in (model, model / "onnx"):
+        (folder / "selfpruner.json").write_text(json.dumps({**record, "base_revision": 40 * "a"}))
+
+    def export(*_words, **options):
+        loading.append(options["loading"])
+        raise UserError("That is all.")
+
+    monkeypatch.setattr("exporters.export.export", export)
+    for copy in (None, "copy"):
+        with pytest.raises(UserError, match="That is all"):
+            make_exports(model, [], static=True, parent=copy)
+    assert loading == [{"revision": 40 * "a"}, None]
+
+
 def test_a_static_space_of_a_private_model_is_refused(model, push, repo_name):
     (model / "onnx" / "dense").mkdir()
     (model / "onnx" / "dense" / "model_quantized.onnx").write_bytes(b"graph of the parent")

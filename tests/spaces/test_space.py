@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,20 @@ from selfpruner_hub.storage.model_record import read_record
 
 pytestmark = pytest.mark.heavy
 MODULES = [path.stem for path in asset("spaces").glob("*.py")]
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def test_the_parent_is_of_the_commit_that_was_pruned(space, monkeypatch, tmp_path):
+    """Its branch may have gone on since; a copy that is named has no commit."""
+    source = space("model_source")
+    monkeypatch.setattr(source, "record", lambda: {"base_model": "some/parent", "base_revision": 40 * "a"})
+    shown = source.Shown("some/pruned", None, None, None, None)
+    assert (shown.parent, shown.parent_revision) == ("some/parent", 40 * "a")
+    assert replace(shown, dense=str(tmp_path)).parent_revision is None
+    monkeypatch.setattr(source, "record", lambda: {"base_model": "some/parent"})  # of an earlier version
+    assert shown.parent_revision is None
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------

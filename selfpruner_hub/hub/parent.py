@@ -1,4 +1,4 @@
-"""The licence of a dense model, from its card or its GGUF file; pruned models keep it."""
+"""Where a dense model comes from: its licence, from its card or its GGUF file, and its commit on the Hub."""
 
 from __future__ import annotations
 
@@ -8,10 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, hf_hub_download
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 FIELDS = ("license", "license_name", "license_link")
 """Keys in the metadata of model cards: a licence identifier of the Hub and, for the identifier `other`, a name and a
 link."""
+
+_DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only")
+
+
+def commit_of(name: str, **kwargs: Any) -> str:
+    """Look up the commit that a model was loaded from.
+
+    Args:
+        name: Directory or Hub repository of the model.
+        **kwargs: Keywords of `from_pretrained`, of which `revision`, `token`, `cache_dir`, `local_files_only` and
+            `gguf_file` are used.
+
+    Returns:
+        The commit as 40 hexadecimal digits; empty for a directory, or where the Hub is out of reach.
+    """
+    if Path(name).is_dir():
+        return ""
+    try:
+        path = cached_file(name, kwargs.get("gguf_file") or CONFIG_NAME, **_only(kwargs, _DOWNLOAD))
+    except Exception:  # the Hub client raises many types, and the model is there already
+        return ""
+    return extract_commit_hash(path, None) or ""
 
 
 def licence_of(name: str, **kwargs: Any) -> dict[str, str]:
@@ -34,9 +58,8 @@ def licence_of(name: str, **kwargs: Any) -> dict[str, str]:
 
 
 def _of_card(name: str, **kwargs: Any) -> dict[str, str]:
-    keys = ("revision", "token", "cache_dir", "local_files_only")
     local = Path(name).is_dir()
-    path = Path(name) / "README.md" if local else Path(hf_hub_download(name, "README.md", **_only(kwargs, keys)))
+    path = Path(name) / "README.md" if local else Path(hf_hub_download(name, "README.md", **_only(kwargs, _DOWNLOAD)))
     metadata = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
     licence = {field: str(value) for field in FIELDS if (value := getattr(metadata, field))}
     link = licence.get("license_link", "")

