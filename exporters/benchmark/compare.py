@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import math
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from exporters import machine
 from exporters.benchmark.latency import interleaved, timing
-from exporters.benchmark.report import BenchmarkReport, Case, Phase, Quality, Side
+from exporters.benchmark.report import COLUMNS, BenchmarkReport, Case, Phase, Quality, Side
 from exporters.benchmark.worker import Worker, started
 from exporters.benchmark.workload import workload_of
 from exporters.export import export
@@ -25,10 +28,12 @@ from exporters.runtime import SPARE_CONTEXT, Setting
 from exporters.to_onnx.hub_layout import read_configuration
 from exporters.writer import one_of
 from selfpruner_hub.calibration.corpus import Corpus, consecutive_windows
-from selfpruner_hub.errors import UserError
+from selfpruner_hub.errors import SelfPrunerError, UserError
 from selfpruner_hub.models.loading import explain, load_config, text_config
 from selfpruner_hub.progress import Progress, silent
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
+
+logger = logging.getLogger(__name__)
 
 WARMUP = 2
 """Warm-up passes of each model, which are not counted."""
@@ -172,6 +177,7 @@ def benchmark(
 
     Raises:
         UserError: An argument is wrong, a library is missing, or a model cannot be loaded or exported.
+        SelfPrunerError: A runtime failed, or computed a perplexity that is no number; what was timed before is logged.
     """
     row = FORMATS[one_of("runtime", runtime, runtimes())]
     passes = passes.checked(row)
@@ -181,13 +187,17 @@ def benchmark(
     setting = passes.setting(row)
     corpus = _windows(passes.text, models[0]) if passes.text is not None else None
     with _workers(row, models, setting, exports) as workers:
-        cases = [
-            _case(workers, models, row.dtypes()[setting.dtype], passes, (batch, prompt), progress)
-            for batch in passes.batches
-            for prompt in passes.prompts
-        ]
-        memory = [worker.memory() for worker in workers]  # of the timed passes: logits of whole windows take more
-        quality = [None if corpus is None else _quality(worker, corpus) for worker in workers]
+        cases: list[Case] = []
+        try:
+            for size in itertools.product(passes.batches, passes.prompts):
+                cases.append(_case(workers, models, row.dtypes()[setting.dtype], passes, size, progress))
+            memory = [worker.memory() for worker in workers]  # of the timed passes: logits of whole windows take more
+            quality = [None if corpus is None else _quality(worker, corpus) for worker in workers]
+        except (SelfPrunerError, KeyboardInterrupt):
+            if cases:
+                lines = (line for case in cases for line in case.lines())
+                logger.warning("Timed before it ended:\n%s", "\n".join((COLUMNS, *lines)))
+            raise
     dense_side, pruned_side = (
         Side(model.title, workload_of(model.config), peak, score)
         for model, peak, score in zip(models, memory, quality, strict=True)
@@ -219,13 +229,13 @@ def _workers(
 
 def _fitting(passes: Passes, models: Sequence[_Model]) -> Sequence[int]:
     """Return the lengths of the prompts: those given, or the `BENCHMARK_PROMPTS` that fit, or the longest that fits."""
-    context = min(model.config.max_position_embeddings for model in models)
+    context = min(model.config.max_position_embeddings for model in models) - SPARE_CONTEXT
     usual = [prompt for prompt in BENCHMARK_PROMPTS if prompt + passes.new_tokens <= context]
     lengths = passes.prompts or usual or [max(1, context - passes.new_tokens)]
     if max(lengths) + passes.new_tokens > context:
         raise UserError(
-            f"A prompt of {max(lengths)} tokens and {passes.new_tokens} after it are more than the {context} that the "
-            "models were made to read.",
+            f"A prompt of {max(lengths)} tokens and {passes.new_tokens} after it are more than {context}, all that the "
+            f"models were made to read but {SPARE_CONTEXT}.",
             "Ask for fewer.",
         )
     return lengths
@@ -255,7 +265,10 @@ def _windows(text: str, model: _Model) -> Corpus:
 
 
 def _quality(worker: Worker, corpus: Corpus) -> Quality:
-    return Quality(math.exp(worker.cross_entropy(corpus.windows)), corpus.name, *corpus.windows.shape)
+    loss = worker.cross_entropy(corpus.windows)
+    if not loss < math.log(sys.float_info.max):
+        raise SelfPrunerError(f"A model has no finite perplexity on {corpus.name} here.", "Choose another dtype.")
+    return Quality(math.exp(loss), corpus.name, *corpus.windows.shape)
 
 
 def _case(

@@ -14,6 +14,8 @@ from selfpruner_hub.storage.model_record import Metric
 from selfpruner_hub.storage.versioned_json import parse_versioned
 
 REPORT_VERSION = 1
+COLUMNS = f"{'':24} {'dense':>18} {'pruned':>18} {'speed-up':>14} {'ideal':>6} {'tokens/s':>16}"
+"""Head of the lines of cases."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ class Case:
     new_tokens: int
     prefill: Phase
     decode: Phase
+
+    def lines(self) -> list[str]:
+        """Format the figures for a terminal, one line for each phase, under `COLUMNS`."""
+        lines = []
+        for name in _PHASES:
+            phase: Phase = getattr(self, name)
+            ideal = f"{phase.ideal:.2f}×" if phase.ideal else ""
+            rate = f"{phase.dense_tokens_per_second:.1f} → {phase.pruned_tokens_per_second:.1f}"
+            lines.append(
+                f"{f'{name}, {self.batch} × {self.prompt}':24} {_cell(phase.dense, ' ms'):>18} "
+                f"{_cell(phase.pruned, ' ms'):>18} {_cell(phase.speedup, '×'):>14} {ideal:>6} {rate:>16}"
+            )
+        return lines
 
 
 @dataclass(frozen=True)
@@ -152,17 +167,9 @@ class BenchmarkReport:
             f"{self.runtime}, {self.dtype}, {self.threads} threads, {where}: {self.pruned.name} against "
             f"{self.dense.name}; medians ± half the interquartile range of {self.cases[0].prefill.dense.runs} "
             "interleaved passes",
-            f"{'':24} {'dense':>18} {'pruned':>18} {'speed-up':>14} {'ideal':>6} {'tokens/s':>16}",
+            COLUMNS,
+            *(line for case in self.cases for line in case.lines()),
         ]
-        for case in self.cases:
-            for name in _PHASES:
-                phase: Phase = getattr(case, name)
-                ideal = f"{phase.ideal:.2f}×" if phase.ideal else ""
-                rate = f"{phase.dense_tokens_per_second:.1f} → {phase.pruned_tokens_per_second:.1f}"
-                lines.append(
-                    f"{f'{name}, {case.batch} × {case.prompt}':24} {_cell(phase.dense, ' ms'):>18} "
-                    f"{_cell(phase.pruned, ' ms'):>18} {_cell(phase.speedup, '×'):>14} {ideal:>6} {rate:>16}"
-                )
         for key, what in (("peak_mb", "peak memory"), ("gpu_mb", "GPU memory")):
             if key in self.dense.memory:
                 before, after = (f"{side.memory[key]:.0f} MB" for side in (self.dense, self.pruned))

