@@ -39,6 +39,9 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_TEKKEN,), True): "tekken",
 }
 """llama.cpp's name of a pre-tokenizer, by (patterns that split the text, whether whole words are looked up first)."""
+STRIPPING, KEEPING = "Phi-3", {"<unk>", "<s>", "<|endoftext|>"}
+"""Name of a model that has llama.cpp drop white space after added tokens (`rstrip`), all but these, which must be there
+as `</s>` must. No other field tells it so."""
 
 
 def copied_fields(source: Path, vocabulary: int) -> TokenizerFields:
@@ -49,7 +52,7 @@ def copied_fields(source: Path, vocabulary: int) -> TokenizerFields:
         vocabulary: Number of rows of the model's embeddings, which the file's tokenizer must match.
 
     Returns:
-        The `tokenizer.*` fields of the file.
+        The `tokenizer.*` fields of the file, and the model's name where llama.cpp reads text by it.
 
     Raises:
         ModelError: The file is no GGUF file, has no tokenizer, or has one of another size.
@@ -63,7 +66,7 @@ def copied_fields(source: Path, vocabulary: int) -> TokenizerFields:
     fields: TokenizerFields = [
         (name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
         for name, field in reader.fields.items()
-        if name.startswith("tokenizer.")
+        if name.startswith("tokenizer.") or (name == Keys.General.NAME and STRIPPING in str(field.contents()))
     ]
     tokens = next((len(value) for name, value, *_ in fields if name == Keys.Tokenizer.LIST), 0)
     if tokens != vocabulary:
@@ -82,13 +85,13 @@ def converted_fields(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tok
         vocabulary: Number of rows of the model's embeddings; ids that the tokenizer lacks become unused tokens.
 
     Returns:
-        The `tokenizer.*` fields.
+        The `tokenizer.*` fields, and the model's name where llama.cpp reads text by it.
 
     Raises:
         UserError: The tokenizer is none that was compared with llama.cpp's, or is larger than the vocabulary.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "slow"}}
+    state: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "slow"}}
     model = state["model"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _unknown(f"{model['type']} tokenizers")
@@ -115,6 +118,11 @@ def converted_fields(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Tok
             (Keys.Tokenizer.PRE, _pre_tokenizer(state), GGUFValueType.STRING, None),
             (Keys.Tokenizer.MERGES, [" ".join(pair) for pair in merges], GGUFValueType.ARRAY, GGUFValueType.STRING),
         ]
+    stripping = {entry["content"] for entry in state["added_tokens"] if entry["rstrip"]}
+    if stripping:
+        if stripping != {entry["content"] for entry in state["added_tokens"]} - KEEPING or not {*tokens} > KEEPING:
+            raise _unknown("tokenizers that drop white space after some tokens")
+        fields.append((Keys.General.NAME, STRIPPING, GGUFValueType.STRING, None))
     return fields + _special(tokenizer)
 
 
