@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import mmap
 import platform
@@ -23,7 +22,7 @@ from selfpruner_hub.errors import ExportError, OutputError, SavedModelError, Use
 from selfpruner_hub.models.architectures import is_stock
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
-from selfpruner_hub.models.weights import identity_of
+from selfpruner_hub.models.weights import converted, identity_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, ExportRecord, read_export
 from selfpruner_hub.storage.layout import EXPORTED
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Record, read_record
@@ -122,7 +121,7 @@ def export_model(
     form, output = _check(to, options, output, overwrite, tolerance)
     with working_on(model):
         if model.dtype != torch.float32 or model.device.type != "cpu":
-            model, consume = nn.Module.to(copy.deepcopy(model), "cpu", torch.float32), True
+            model, consume = converted(model, torch.float32, "cpu"), True
         source = {"name": name, **identity_of(model)}
         with save_directory(output, stale=_stale(output, source)) as staging:
             _save_companions(model, tokenizer, record, staging)

@@ -120,11 +120,12 @@ class Retraining(Conversion):
         progress: bool | Progress = True,
         **changes: Any,
     ) -> Self:
-        """Distil the model from its dense parent, mostly on text that the parent writes; never worse than before.
+        """Distil the model from its dense parent, mostly on text that the parent writes.
 
         The training minimises the KL divergence from the parent over the whole vocabulary. Text that nothing is trained
-        on decides which state is kept, and whether any is. Ctrl-C ends the training early with the best state so far.
-        The processes of a launcher (`ranks`) call this together, with the same arguments and models.
+        on decides which state is kept, and that text and plain questions whether any is. Ctrl-C ends the training early
+        with the best state so far. The processes of a launcher (`ranks`) call this together, with the same arguments
+        and models.
 
         Args:
             dense: The dense parent, on the device of this model.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +183,15 @@ def answers(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress) -> 
 def what_next(beta: float, output: Path | None) -> str:
     """Return the commands to try after the demo."""
     directory = output or Path("smollm2-pruned")
-    again = f"selfpruner demo --beta {beta} --output {directory}     # again, and keep the model"
+    command = "selfpruner" if shutil.which("selfpruner") else relpath(Path(sys.executable).with_name("selfpruner"))
+    again = f"{command} demo --beta {beta} --output {directory}     # again, and keep the model"
     return "\n".join(
         [
             "What to try next:",
             *([] if output else [f"  {again}"]),
-            f"  selfpruner demo {directory}     # talk to it in a browser (needs the extra `space`)",
-            f"  selfpruner prune {EMBEDDED_MODEL} --beta {beta} --output smollm2     # the defaults: slower, better",
-            f"  selfpruner evaluate smollm2 --against {EMBEDDED_MODEL} --save     # what is left of it, into its card",
+            f"  {command} demo {directory}     # talk to it in a browser (needs the extra `space`)",
+            f"  {command} prune {EMBEDDED_MODEL} --beta {beta} --output smollm2     # the defaults: slower, better",
+            f"  {command} evaluate smollm2 --against {EMBEDDED_MODEL} --save     # what is left of it, into its card",
         ]
     )
 

@@ -101,7 +101,9 @@ def _demo(options: argparse.Namespace) -> Result:
 VERBS = {
     "prune": Verb("measure what each layer can lose, cut, repair, save", prune.add_arguments, prune.run),
     "recover": Verb(
-        "distil a pruned model from its parent; never worse than before", recover.add_arguments, recover.run
+        "distil a pruned model from its parent, and keep it if it is better on held-out text",
+        recover.add_arguments,
+        recover.run,
     ),
     "settings": Verb(
         "list the settings that prune takes by --set, with their defaults", settings.add_arguments, settings.run

@@ -166,7 +166,8 @@ def residual_scale(config: PreTrainedConfig) -> float:
 
 def logit_scale(config: PreTrainedConfig) -> float:
     """The factor on the outputs of the language-model head (Cohere, Granite)."""
-    return float(getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0))
+    divisor = getattr(config, "logits_scaling", None)  # where it is, logit_scale is a copy of it for vLLM
+    return float(1 / divisor if divisor else getattr(config, "logit_scale", 1.0))
 
 
 def shape_of(config: PreTrainedConfig) -> ModelShape:

@@ -152,6 +152,8 @@ class SelfPrunedConfigMixin:
         code = Path(__file__)
         autos = [auto for auto in AUTO_CLASSES if type(self) in auto._model_mapping]
         classes = {"AutoConfig": type(self), **{auto.__name__: auto._model_mapping[type(self)] for auto in autos}}
+        if divisor := getattr(self, "logits_scaling", None):
+            self.logit_scale = 1 / divisor  # Granite's, by the name that vLLM's Transformers backend reads
         self.auto_map = {name: f"{code.stem}.{cls.__name__}" for name, cls in classes.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
         families = f'FAMILIES = ("{self.model_type.removeprefix(PREFIX)}",)'

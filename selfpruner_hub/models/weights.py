@@ -122,17 +122,25 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 @torch.inference_mode(mode=False)  # the buffers take part in backward passes
-def converted(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def converted(model: PreTrainedModel, dtype: torch.dtype, device: torch.device | str | None = None) -> PreTrainedModel:
     """Copy a model in another dtype, with the rotary frequencies of the configuration.
+
+    Each tensor is copied to its place at once: the device of the model needs no room for a second one.
 
     Args:
         model: A model; it is not changed.
         dtype: Dtype of the copy.
+        device: Device of the copy; None takes that of the model.
 
     Returns:
         The copy.
     """
-    copied = nn.Module.to(copy.deepcopy(model), dtype)
+    copies: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        to = dtype if tensor.is_floating_point() else tensor.dtype
+        made = tensor.detach().to(device or tensor.device, to, copy=True)
+        copies[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    copied = copy.deepcopy(model, copies)
     rebuild_buffers(copied)
     return copied
 
