@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,7 +43,7 @@ from selfpruner_hub.search.effort import minutes_left, recoverable, with_effort
 from selfpruner_hub.search.journal import Journal
 from selfpruner_hub.search.proposers import Proposer
 from selfpruner_hub.settings import check_minutes, check_seed, resolve
-from selfpruner_hub.storage.checkpoints import CHECKPOINTS, Checkpoints
+from selfpruner_hub.storage.checkpoints import CHECKPOINTS, Checkpoints, Clock
 from selfpruner_hub.storage.offload import MEMORY, DiskStore, TensorStore
 from selfpruner_hub.storage.run import Run
 from selfpruner_hub.storage.run_lock import run_lock
@@ -96,7 +95,6 @@ class AutoPruner:
         self.model = model
         self.tokenizer = tokenizer
         self.licence = licence or {}
-        self.revision = ""
         self._store = store
         self._corpora: dict[str, tuple[int, Corpus]] = {}
 
@@ -107,6 +105,8 @@ class AutoPruner:
 
     @model.setter
     def model(self, model: PreTrainedModel) -> None:
+        self.revision = ""
+        """Commit of the model on the Hub; empty where it came from elsewhere."""
         check_model(model)
         refuse_quantized(model.config, self.name)
         check_generation(model)
@@ -248,7 +248,6 @@ class AutoPruner:
                 another thread works on the model.
             EndpointError: The server of `writer` does not answer.
         """
-        started = time.monotonic()
         aim = aim_of(beta, target, runtime, request, self.model, self.tokenizer)
         check_seed(seed)
         check_minutes(minutes, recover)
@@ -265,6 +264,7 @@ class AutoPruner:
             stack.enter_context(working_on(self.model))
             identity = identity_of(self.model)
             known = checkpoints.of(json.dumps([identity, str(self.model.device), changes], default=str))
+            clock = Clock(known.of(json.dumps([identity, changes, beta, target, preset, data, seed], default=str)))
             effort = partial(with_effort, preset, resolved, self.model, known)
             settings, lines = ranks.from_first(
                 lambda: effort(proposer_given=proposer is not None, minutes=minutes, recover=recover)
@@ -281,7 +281,7 @@ class AutoPruner:
             if store is not self._store:
                 stack.enter_context(streamed(self.model))
                 logger.warning(_ON_HOST, self.model.device)
-            run = Run(store, checkpoints, callback, seed)
+            run = Run(store, checkpoints.timed_by(clock), callback, seed)
             served = served_by(writer, writer_model, self.model, self.tokenizer)
             of_cut = PLAIN_DATA if data is None and preset == "paper" else data
             source = Texts(self.model, self.tokenizer, self._corpora, identity, served)
@@ -298,7 +298,7 @@ class AutoPruner:
             scale = match_confidence(self.model, model, texts.search.windows, callback) if settings.confidence else 1.0
             described = describe(model, run_request, result, scale)
             record = ranks.from_first(lambda: aim.measured(described, budget, model, callback))
-            left = ranks.from_first(lambda: minutes_left(minutes, recover, started, run.checkpoints))
+            left = ranks.from_first(lambda: minutes_left(minutes, recover, clock, run.checkpoints))
         pruned = PrunedModel(model, self.tokenizer, record, journal.text(), run.checkpoints, store)
         if left is None:
             return pruned

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from support.chat import chat_tokenizer
 from support.tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -153,6 +154,11 @@ def flexible():
     return model
 
 
+def adapted():
+    model = changed()
+    return inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model)
+
+
 def undecided():
     model = changed()
     model.generation_config.temperature = 0.5
@@ -175,8 +181,9 @@ def inferred():
         (flexible, "flex_attention has no backward pass on a CPU"),
         (inferred, "The model was made in torch.inference_mode()"),
         (undecided, "The generation settings of the model cannot be saved: `temperature`"),
+        (adapted, "The model has adapters. Merge them into its weights first"),
     ],
-    ids=["name", "tokenizer", "compiled", "layers", "dtypes", "flex", "inference", "generation"],
+    ids=["name", "tokenizer", "compiled", "layers", "dtypes", "flex", "inference", "generation", "adapters"],
 )
 def test_what_cannot_be_pruned_says_so_before_any_work(model, said):
     with pytest.raises(UserError) as caught:
@@ -308,5 +315,7 @@ def test_a_model_that_is_assigned_is_checked_as_the_first_is():
     pruner = AutoPruner(tiny_model("llama"), None, "tests/llama")
     with pytest.raises(UnsupportedArchitectureError):
         pruner.model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
+    pruner.revision = 40 * "a"
     pruner.model = tiny_model("llama", num_hidden_layers=2)
     assert pruner.shape.num_layers == 2
+    assert pruner.revision == ""  # that of the other model

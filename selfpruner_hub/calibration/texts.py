@@ -115,6 +115,8 @@ class Texts:
         enough, corpus = self._cache.get(key, (-1, None))
         if corpus is None or enough < spare:
             corpus = self._load(source, key, sum(sizes), spare, window, run)
+        elif _is_written(source):  # in another run, and this one may have to resume
+            run.checkpoints.save(_checkpoint_of(key, spare), {"windows": corpus.windows})
         if identity is not None:
             self._cache[key] = max(enough, spare), corpus
         part = min(1.0, corpus.tokens / sum(sizes))
@@ -130,7 +132,7 @@ class Texts:
     def _load(self, source: Any, key: str, tokens: int, spare: int, window: int, run: Run) -> Corpus:
         """Load a source; generated text comes from the checkpoint if there is one."""
         written = _is_written(source)
-        name = f"text-{sha256(f'{key} {spare}'.encode()).hexdigest()[:16]}"
+        name = _checkpoint_of(key, spare)
         if written and (tensors := run.checkpoints.load(name)):
             return Corpus.of(source, tensors["windows"])
         corpus = load_corpus(
@@ -165,3 +167,8 @@ class Texts:
 def _is_written(source: Any) -> bool:
     """Whether the model generates this source."""
     return isinstance(source, str) and source in GENERATED
+
+
+def _checkpoint_of(key: str, spare: int) -> str:
+    """Name of the checkpoint of a text that a model writes."""
+    return f"text-{sha256(f'{key} {spare}'.encode()).hexdigest()[:16]}"

@@ -33,9 +33,9 @@ from selfpruner_hub import ranks
 from selfpruner_hub.models.patching import replaced
 from selfpruner_hub.progress import Progress, noted
 from selfpruner_hub.recovery.divergence import distilled
-from selfpruner_hub.recovery.schedule import Clock
 from selfpruner_hub.recovery.settings import RecoverySettings
 from selfpruner_hub.recovery.texts import Text
+from selfpruner_hub.storage.checkpoints import Clock
 
 CLIP = 1.0
 """Maximum norm of the gradient."""

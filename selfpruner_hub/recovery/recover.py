@@ -18,7 +18,6 @@ from selfpruner_hub.ranks import from_first, is_first, spread
 from selfpruner_hub.recovery.deciding import Deciding, PlainQuestions, answers_fewer, grade, is_better
 from selfpruner_hub.recovery.distiller import Distiller, Pace, last_checkpoint
 from selfpruner_hub.recovery.process import undisturbed, writable
-from selfpruner_hub.recovery.schedule import Clock
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.task import Pair, Task
 from selfpruner_hub.recovery.texts import Writer
@@ -72,19 +71,17 @@ def recover(
     """
     _check_pair(pair.pruned, pair.parent)
     task = Task.of(pair, budget, data, settings, run)
-    clock = Clock(task.run.checkpoints)
     writer = Writer(pair.served or pair.parent, pair.tokenizer, task.window, task.run)
     deciding, writing = from_first(writer.deciding)
-    clock.keep()
     questions = PlainQuestions(pair.parent, pair.tokenizer, run.progress)
     asking = time.monotonic()
     answered = questions(pair.pruned)
-    clock.reserve(time.monotonic() - asking)  # the recovered model will be asked too
+    task.clock.reserve(time.monotonic() - asking)  # the recovered model will be asked too
     with undisturbed(pair.pruned.device):
         torch.manual_seed(run.seed)  # adapters begin at random
         student = trainable(pair.pruned, settings, task.adapters)
-        first = task.scheduled(student, deciding, writing, clock)
-        texts, schedule = from_first(lambda: task.texts(writer, first, deciding, clock))
+        first = task.scheduled(student, deciding, writing)
+        texts, schedule = from_first(lambda: task.texts(writer, first, deciding))
         measure = Deciding(pair.parent, texts.deciding)
         before = measure(pair.pruned)
 
@@ -92,7 +89,7 @@ def recover(
             return grade(before, measure(cast(PreTrainedModel, whole(model, pair.pruned))), len(deciding))
 
         distiller = task.distiller(student, check, schedule, texts, folder)
-        pace = Pace(schedule.seconds, run.progress, clock)
+        pace = Pace(schedule.seconds, run.progress, task.clock)
         _train(distiller, pace)
         model = finished(student, pair.pruned)
     if is_first():
@@ -103,7 +100,7 @@ def recover(
     read = distiller.state.global_step * task.batch
     record = {
         **task.record(distiller, pace.stopped),
-        "minutes": round(clock.elapsed / 60, 1),
+        "minutes": round(task.clock.elapsed / 60, 1),
         "texts": [text.record(count) for text, count in zip(texts.training, texts.read(read), strict=True)],
         "deciding": [
             {"name": text.name, "tokens": int(text.counted.sum()), "before": round(was, 5), "after": round(now, 5)}

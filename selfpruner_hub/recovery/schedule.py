@@ -28,40 +28,6 @@ TRIALS = 3
 """Times that the passes of a step are timed."""
 PLANNED, FINAL = "recovery-planned", "recovery-final"
 """Names of the checkpoints of the schedule before the texts are written, and after."""
-ELAPSED = "recovery-elapsed"
-"""Name of the checkpoint of the time that was taken."""
-
-
-class Clock:
-    """Time that a recovery takes in all, that of killed processes which it resumed from included.
-
-    Args:
-        checkpoints: Checkpoints of the recovery.
-    """
-
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self._checkpoints, self._started = checkpoints, time.monotonic()
-        if tensors := checkpoints.load(ELAPSED):
-            self._started -= float(tensors["seconds"])
-        self._reserved = 0.0
-
-    def reserve(self, seconds: float) -> None:
-        """Keep some time for what comes after the training."""
-        self._reserved = seconds
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._started
-
-    @property
-    def spent(self) -> float:
-        """Seconds that the training cannot have: those since the start, and the reserved ones."""
-        return self.elapsed + self._reserved
-
-    def keep(self) -> None:
-        """Keep the time in a checkpoint, beside the work that it took."""
-        self._checkpoints.save(ELAPSED, {"seconds": torch.tensor(self.elapsed)})
 
 
 class Timed(NamedTuple):

@@ -25,7 +25,6 @@ from selfpruner_hub.recovery.process import check_processes
 from selfpruner_hub.recovery.schedule import (
     FINAL,
     PLANNED,
-    Clock,
     Schedule,
     Timed,
     keep,
@@ -37,7 +36,7 @@ from selfpruner_hub.recovery.schedule import (
 from selfpruner_hub.recovery.settings import RecoveryBudget, RecoverySettings
 from selfpruner_hub.recovery.texts import Share, Text, Writer, shares
 from selfpruner_hub.recovery.trainable import compute_dtype, uses_adapters
-from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.checkpoints import Checkpoints, Clock
 from selfpruner_hub.storage.run import Run
 
 METHOD = "recovery-method"
@@ -103,6 +102,8 @@ class Task:
     """Everything that the result depends on, except the content of the texts, as JSON."""
     run: Run
     """Run context, with the checkpoints of this task alone."""
+    clock: Clock
+    """Time that this task takes."""
 
     @classmethod
     def of(cls, pair: Pair, budget: RecoveryBudget, data: Any, settings: RecoverySettings, run: Run) -> Task:
@@ -120,6 +121,8 @@ class Task:
         checkpoints = run.checkpoints.of(identity)
         adapters = from_first(lambda: _adapters(pair.pruned, settings, checkpoints))
         check_processes(pair.pruned.device, identity, batch, window, adapters)
+        checkpoints.save(METHOD, {"adapters": torch.tensor(adapters)})
+        clock = Clock(checkpoints)
         return cls(
             pair=pair,
             budget=budget,
@@ -130,7 +133,8 @@ class Task:
             adapters=adapters,
             dtype=compute_dtype(pair.pruned),
             identity=identity,
-            run=replace(run, checkpoints=checkpoints),
+            run=replace(run, checkpoints=checkpoints.timed_by(clock)),
+            clock=clock,
         )
 
     @property
@@ -138,39 +142,34 @@ class Task:
         """Windows of a step that this process reads."""
         return self.batch // ranks.count()
 
-    def scheduled(
-        self, student: nn.Module, deciding: Sequence[Text], writing: Mapping[str, float], clock: Clock
-    ) -> Schedule:
+    def scheduled(self, student: nn.Module, deciding: Sequence[Text], writing: Mapping[str, float]) -> Schedule:
         """Choose how much is written and read, or take what was chosen before."""
         checkpoints = self.run.checkpoints
         if (known := from_first(lambda: kept(checkpoints, PLANNED))) is not None:
             return known
         timed = self.budget.minutes is not None
         step = step_seconds(student, self.pair.parent, deciding, self.part, self.dtype) if timed else 0.0
-        spent = Timed(writing, step, clock.spent)
+        spent = Timed(writing, step, self.clock.spent)
         sizes = self.kinds, self.batch, self.window, self.settings
         return from_first(lambda: keep(checkpoints, PLANNED, planned(self.budget, *sizes, spent)))
 
-    def texts(
-        self, writer: Writer, schedule: Schedule, deciding: Sequence[Text], clock: Clock
-    ) -> tuple[RecoveryTexts, Schedule]:
+    def texts(self, writer: Writer, schedule: Schedule, deciding: Sequence[Text]) -> tuple[RecoveryTexts, Schedule]:
         """Write and read all texts, split off what decides beside `deciding`, and fit the schedule to the time left."""
         amounts = zip(self.kinds, schedule.counts, strict=True)
         pairs = [writer.training(kind, count, self.settings.passes) for kind, count in amounts]
         training = [text for text, _ in pairs]
         held = [text for _, text in pairs if text is not None]
-        clock.keep()
-        schedule = self._final(schedule, clock)
+        schedule = self._final(schedule)
         order = scheduled(training, schedule.counts, self.run.seed)
         return RecoveryTexts(training, [*deciding, *held], order), schedule
 
-    def _final(self, schedule: Schedule, clock: Clock) -> Schedule:
+    def _final(self, schedule: Schedule) -> Schedule:
         """Fit the steps into the time that is left, since writing may have taken less than was expected, or more."""
         if self.budget.minutes is None:
             return schedule
         if (known := kept(self.run.checkpoints, FINAL)) is not None:
             return known
-        return keep(self.run.checkpoints, FINAL, schedule.within(60 * self.budget.minutes - clock.spent))
+        return keep(self.run.checkpoints, FINAL, schedule.within(60 * self.budget.minutes - self.clock.spent))
 
     def distiller(
         self,
@@ -222,8 +221,5 @@ class Task:
 
 def _adapters(model: PreTrainedModel, settings: RecoverySettings, checkpoints: Checkpoints) -> bool:
     """Whether adapters are trained: a resumed recovery goes on as it began, whatever memory is free now."""
-    if tensors := checkpoints.load(METHOD):
-        return bool(tensors["adapters"])
-    adapters = uses_adapters(model, settings)
-    checkpoints.save(METHOD, {"adapters": torch.tensor(adapters)})
-    return adapters
+    tensors = checkpoints.load(METHOD)
+    return bool(tensors["adapters"]) if tensors else uses_adapters(model, settings)

@@ -15,7 +15,7 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.models.forward import last_hidden_states
 from selfpruner_hub.models.placement import streams
 from selfpruner_hub.settings import SEARCH, PruneSettings
-from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.checkpoints import Checkpoints, Clock
 
 logger = logging.getLogger(__name__)
 TIMED_WINDOWS, WIDTH = 4, 512
@@ -148,15 +148,13 @@ def recoverable(model: PreTrainedModel, minutes: float | None, recover: float | 
     return 0
 
 
-def minutes_left(
-    minutes: float | None, recover: float | None, started: float, checkpoints: Checkpoints
-) -> float | None:
+def minutes_left(minutes: float | None, recover: float | None, clock: Clock, checkpoints: Checkpoints) -> float | None:
     """Return the minutes for recovery, once the model is cut.
 
     Args:
         minutes: Minutes that the user has given the whole run, or None.
         recover: Minutes that the user has given the recovery, or None.
-        started: Time at which the run began, of `time.monotonic`.
+        clock: Clock of the run.
         checkpoints: Checkpoints of the run, which keep the result: a resumed run has the same.
 
     Returns:
@@ -166,7 +164,7 @@ def minutes_left(
         return recover or None
     name = f"recovery-minutes-{minutes:g}"
     if (tensors := checkpoints.load(name)) is None:
-        tensors = {"minutes": torch.tensor(minutes - (time.monotonic() - started) / 60)}
+        tensors = {"minutes": torch.tensor(minutes - clock.elapsed / 60)}
         checkpoints.save(name, tensors)
     if (left := float(tensors["minutes"])) > 0:
         return left

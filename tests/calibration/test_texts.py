@@ -233,6 +233,17 @@ def test_what_the_model_wrote_is_kept_and_used_again(data, model, tmp_path, writ
     assert all(torch.equal(a.windows, b.windows) for a, b in zip(first, again, strict=True))
 
 
+def test_what_the_model_wrote_for_another_run_is_kept_for_this_one_too(model, tmp_path, writer, sampled):
+    """Or a run that is killed might resume with another text."""
+    known = Texts(model, chat_tokenizer())
+    first = known.read("self", SETTINGS, DEFAULT_RUN)
+    known.read("self", SETTINGS, Run(checkpoints=Checkpoints(tmp_path)))
+    wrote = len(sampled)
+    again = read(model, "self", checkpoints=Checkpoints(tmp_path))
+    assert len(sampled) == wrote
+    assert again[0].sha256 == first.calibration.sha256
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -20,9 +20,8 @@ from selfpruner_hub.errors import UserError
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.recovery import distiller, divergence
 from selfpruner_hub.recovery.process import check_processes
-from selfpruner_hub.recovery.schedule import Clock
 from selfpruner_hub.recovery.settings import resolve_recovery
-from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.checkpoints import Checkpoints, Clock
 
 CONFIG = Path(__file__).parents[2] / "examples" / "fsdp.yaml"
 STEPS = 6

@@ -11,7 +11,7 @@ from selfpruner_hub.errors import EndpointError, OutputError, SelfPrunerError, U
 from selfpruner_hub.search import effort
 from selfpruner_hub.search.effort import COSTS, CUT_SHARE, fitting_preset, minutes_left, with_effort
 from selfpruner_hub.settings import PRESETS, SEARCH, PruneSettings, check_minutes, resolve
-from selfpruner_hub.storage.checkpoints import Checkpoints
+from selfpruner_hub.storage.checkpoints import Checkpoints, Clock
 
 SECOND = 60.0 / (COSTS["default"].fixed + COSTS["default"].token * PRESETS["default"].calibration_tokens)
 """Seconds of a token's forward pass on a machine that takes a minute for the default."""
@@ -96,15 +96,33 @@ def test_a_resumed_run_keeps_its_choice(machine, tmp_path):
 
 
 def test_recovery_gets_what_is_left(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(effort.time, "monotonic", lambda: 100.0 + 240.0)
-    assert minutes_left(None, None, 100.0, Checkpoints()) is None
-    assert minutes_left(None, 7.0, 100.0, Checkpoints()) == minutes_left(30.0, 7.0, 100.0, Checkpoints()) == 7.0
-    assert minutes_left(30.0, 0, 100.0, Checkpoints()) is None
-    assert minutes_left(10.0, None, 100.0, Checkpoints(tmp_path)) == pytest.approx(6.0)
-    assert minutes_left(3.0, None, 100.0, Checkpoints(tmp_path)) is None
+    now = [100.0]
+    monkeypatch.setattr("selfpruner_hub.storage.checkpoints.time.monotonic", lambda: now[0])
+    clock, kept = Clock(Checkpoints()), Checkpoints(tmp_path)
+    now[0] += 240
+    assert minutes_left(None, None, clock, Checkpoints()) is None
+    assert minutes_left(None, 7.0, clock, Checkpoints()) == minutes_left(30.0, 7.0, clock, Checkpoints()) == 7.0
+    assert minutes_left(30.0, 0, clock, Checkpoints()) is None
+    assert minutes_left(10.0, None, clock, kept) == pytest.approx(6.0)
+    assert minutes_left(3.0, None, clock, kept) is None
     assert "The cut took all of the 3 minutes" in caplog.text
-    monkeypatch.setattr(effort.time, "monotonic", lambda: 100.0)
-    assert minutes_left(10.0, None, 100.0, Checkpoints(tmp_path)) == pytest.approx(6.0)  # resumed
+    assert minutes_left(10.0, None, Clock(Checkpoints()), kept) == pytest.approx(6.0)  # resumed
+
+
+def test_a_resumed_run_has_taken_the_time_of_its_stages_too(monkeypatch, tmp_path):
+    """What was lost with a killed process does not count, and neither does the time between the two."""
+    now = [100.0]
+    monkeypatch.setattr("selfpruner_hub.storage.checkpoints.time.monotonic", lambda: now[0])
+    known = Checkpoints(tmp_path).of("run")
+    stages = Checkpoints(tmp_path).timed_by(Clock(known)).of("search")
+    now[0] += 60
+    stages.save("stage", {"a": torch.ones(1)})
+    now[0] += 1000
+    resumed = Clock(known)
+    now[0] += 30
+    assert resumed.elapsed == pytest.approx(90)
+    assert minutes_left(10.0, None, resumed, stages) == pytest.approx(8.5)
+    assert Clock(Checkpoints(tmp_path).of("other")).elapsed == 0
 
 
 def test_the_forward_pass_of_the_model_is_timed():
