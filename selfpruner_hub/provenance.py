@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -155,6 +156,20 @@ def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that the result of a run depends on, by name."""
     libraries = ("selfpruner-hub", "torch", "transformers")
     return {"python": platform.python_version(), **{library: version(library) for library in libraries}}
+
+
+def revision_of(record: Record, name: str) -> dict[str, Any]:
+    """The keyword of `from_pretrained` for the commit that a model was pruned from.
+
+    Args:
+        record: Record of the pruned model.
+        name: Directory or Hub repository of what is taken for its parent.
+
+    Returns:
+        `revision`; nothing where the commit is not known, or the name is not that of the record.
+    """
+    known = record.base_revision and name == record.base_model and not Path(name).is_dir()
+    return {"revision": record.base_revision} if known else {}
 
 
 def check_parent(record: Record, identity: Mapping[str, Any], name: str) -> None:

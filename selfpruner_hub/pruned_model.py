@@ -19,15 +19,16 @@ from selfpruner_hub.evaluation.figures import text_figures, window_of
 from selfpruner_hub.evaluation.metrics import teach
 from selfpruner_hub.hub.card import render_card
 from selfpruner_hub.hub.exports import make_exports
-from selfpruner_hub.hub.publish import STATIC, Published, check_request, publish
+from selfpruner_hub.hub.publish import STATIC, Published, check_request, is_aside, publish
 from selfpruner_hub.models.architectures import shape_of
 from selfpruner_hub.models.forward import check_ids
 from selfpruner_hub.models.loading import load_model, resolve_directory
 from selfpruner_hub.models.patching import working_on
 from selfpruner_hub.models.stock_config import save_model
 from selfpruner_hub.models.unsupported import check_generation
-from selfpruner_hub.models.weights import sampled
+from selfpruner_hub.models.weights import sampled, saved_hash
 from selfpruner_hub.plans.plan import Plan
+from selfpruner_hub.provenance import changed_in_place
 from selfpruner_hub.retraining import Retraining
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.checkpoints import Checkpoints
@@ -198,7 +199,8 @@ class PrunedModel(Retraining):
             save_model(self.model, staging, **sharding)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(staging)
-            (staging / MODEL_RECORD_FILE).write_text(self.report.to_json(), encoding="utf-8")
+            record = replace(self.report, weights=saved_hash(staging))
+            (staging / MODEL_RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
             (staging / JOURNAL_FILE).write_text(self._journal, encoding="utf-8")
             card = render_card(self.report, chat=has_chat_template(self.tokenizer))
             (staging / "README.md").write_text(card, encoding="utf-8")
@@ -242,7 +244,8 @@ class PrunedModel(Retraining):
         """
         for name in unknown:
             raise UserError(f"push_to_hub has no use for {name!r}.", "Leave it out.")
-        check_request(space=space, create_pr=create_pr, private=private, exports=exports)
+        aside = is_aside(create_pr, revision)
+        check_request(space=space, create_pr=aside, private=private, exports=exports)
         with tempfile.TemporaryDirectory() as temporary:
             self._write(directory := Path(temporary) / "model", max_shard_size)
             make_exports(directory, exports, static=space == STATIC)
@@ -313,9 +316,11 @@ class PrunedModel(Retraining):
             raise SavedModelError(
                 f"{str(name)!r} is damaged: {MODEL_RECORD_FILE} and config.json disagree on the widths."
             )
+        if report.weights and report.weights != saved_hash(directory):
+            report = changed_in_place(report)
         journal = directory / JOURNAL_FILE
         try:
             text = journal.read_text(encoding="utf-8") if journal.is_file() else ""
         except (OSError, UnicodeDecodeError) as error:
             raise SavedModelError(f"{str(journal)!r} cannot be read, or is damaged.", REMEDY) from error
-        return cls(model, tokenizer, report, text)
+        return cls(model, tokenizer, replace(report, weights=""), text)

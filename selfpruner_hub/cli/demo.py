@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +182,9 @@ def answers(pruner: AutoPruner, pruned: PreTrainedModel, progress: Progress) -> 
 def what_next(beta: float, output: Path | None) -> str:
     """Return the commands to try after the demo."""
     directory = output or Path("smollm2-pruned")
-    command = "selfpruner" if shutil.which("selfpruner") else relpath(Path(sys.executable).with_name("selfpruner"))
+    script = Path(sys.executable).with_name("selfpruner")
+    here = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
+    command = "selfpruner" if shutil.which("selfpruner") else here
     again = f"{command} demo --beta {beta} --output {directory}     # again, and keep the model"
     return "\n".join(
         [

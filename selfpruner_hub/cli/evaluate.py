@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfpruner_hub.cli.options import Result, from_pretrained, loading, quieten
 from selfpruner_hub.errors import DataError, ModelError, UserError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from selfpruner_hub.progress import Bars, Progress
     from selfpruner_hub.storage.model_record import Metric, Record
 
+logger = logging.getLogger(__name__)
 HALF = "report"
 """Name of the half of the plain questions that no setting was chosen on."""
 
@@ -140,14 +142,15 @@ def _parent(options: argparse.Namespace, tasks: list[str], record: Record | None
     from selfpruner_hub.models.loading import load_model
     from selfpruner_hub.models.patching import working_on
     from selfpruner_hub.models.weights import identity_of
-    from selfpruner_hub.provenance import check_parent
+    from selfpruner_hub.provenance import check_parent, revision_of
 
-    gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
+    files: dict[str, Any] = revision_of(record, options.against) if record is not None else {}
+    files |= {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
     arguments = loading(options)
     placement = {key: arguments[key] for key in ("device", "device_map", "dtype") if key in arguments}
     if record is not None and placement.get("dtype") == "auto":  # that of the run, so that weights are compared
         placement["dtype"] = record.parent.get("dtype", "auto")
-    model, tokenizer = load_model(options.against, **placement, **gguf)
+    model, tokenizer = load_model(options.against, **placement, **files)
     if record is not None:
         check_parent(record, identity_of(model), options.against)
     progress.say(f"{options.against} on {described(model)}")
@@ -201,6 +204,8 @@ def _metrics(
 
     corpus = _corpus(options, tasks, model, tokenizer)
     comparable = parent if parent and tokenizer is not None and parent.vocabulary == tokenizer.get_vocab() else None
+    if parent and not comparable:
+        logger.warning("The two models have other vocabularies, so that divergence and agreement are left out.")
     if tokenizer is not None and _chats(options, tokenizer):
         right = rightly_answered(model, tokenizer, load_questions(HALF), progress)
         yield question_figures(model, right, HALF, parent.right if parent else None)

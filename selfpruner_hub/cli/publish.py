@@ -57,13 +57,14 @@ def push(options: argparse.Namespace) -> Result:
     from huggingface_hub.utils.tqdm import enable_progress_bars
 
     from selfpruner_hub.hub.exports import make_exports
-    from selfpruner_hub.hub.publish import STATIC, check_request, publish
+    from selfpruner_hub.hub.publish import STATIC, check_request, is_aside, publish
 
     quieten(options)
     if not options.quiet:
         enable_progress_bars()  # of the Hub, for uploads
     private = True if options.private else None
-    check_request(space=options.space, create_pr=options.create_pr, private=private, exports=options.exports)
+    aside = is_aside(options.create_pr, options.revision)
+    check_request(space=options.space, create_pr=aside, private=private, exports=options.exports)
     make_exports(options.directory, options.exports, static=options.space == STATIC, parent=options.against)
     published = publish(
         options.directory,

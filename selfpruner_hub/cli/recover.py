@@ -7,7 +7,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfpruner_hub.cli.options import Result, number, path, quieten, settings_of, whole, writer
 from selfpruner_hub.recovery.settings import RecoveryBudget, resolve_recovery
@@ -75,6 +75,7 @@ def run(options: argparse.Namespace) -> Result:
     options.resume_hint = f"What was trained is in {run_dir}: the same command again goes on from there."
 
     from selfpruner_hub.models.loading import load_model
+    from selfpruner_hub.provenance import revision_of
     from selfpruner_hub.pruned_model import PrunedModel
     from selfpruner_hub.ranks import from_first, is_first, joined, leave
 
@@ -84,8 +85,9 @@ def run(options: argparse.Namespace) -> Result:
         quieten(options)
         from_first(lambda: stack.enter_context(output_lock(output, run_dir)))
         pruned = PrunedModel.from_pretrained(options.directory, device=options.device, dtype="auto")
-        gguf = {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
-        parent, _ = load_model(options.against, device=options.device, dtype=pruned.model.dtype, **gguf)
+        files: dict[str, Any] = revision_of(pruned.report, options.against)
+        files |= {"gguf_file": options.against_gguf_file} if options.against_gguf_file else {}
+        parent, _ = load_model(options.against, device=options.device, dtype=pruned.model.dtype, **files)
         recovered = pruned.recover(
             parent,
             minutes=options.minutes,

@@ -15,7 +15,7 @@ from selfpruner_hub.hub.card import CHAT_TEMPLATE, WEIGHTS_OF_GRAPHS
 from selfpruner_hub.hub.space import DENSE, GGUF
 from selfpruner_hub.models.architectures import architecture_of
 from selfpruner_hub.models.loading import load_config, load_model
-from selfpruner_hub.models.weights import configuration_hash, identity_of, saved_weights, weights_hash
+from selfpruner_hub.models.weights import configuration_hash, identity_of, saved_hash
 from selfpruner_hub.search.journal import JOURNAL_FILE
 from selfpruner_hub.storage.export_record import ExportRecord, read_export
 from selfpruner_hub.storage.layout import EXPORTS, MODEL_CODE, PLOTS, TEMPLATES, TOKENIZER, weight_files
@@ -78,6 +78,12 @@ def collect(directory: Path) -> Bundle:
     record = read_record(directory)
     files = _matching(directory, (*PATTERNS, *LICENCES))
     _check_whole(directory, files, NEEDED if record.stock else (*NEEDED, MODEL_CODE))
+    if record.weights and record.weights != saved_hash(directory):
+        raise SavedModelError(
+            f"The weights in {str(directory)!r} were changed after they were saved, and the record has the figures of "
+            "the former ones.",
+            "Say how they were changed: PrunedModel.from_pretrained(DIR), its method retrained, and save_pretrained.",
+        )
     exports, graphs = [], {}
     for name in EXPORTS:
         if not (directory / name).is_dir():
@@ -147,16 +153,12 @@ def _saved_identity(directory: Path) -> tuple[str, str]:
     if architecture_of(config).experts is not None:  # files of a mixture may have a tensor per expert
         identity = identity_of(load_model(str(directory), device="cpu")[0])
         return identity["weights"], identity["configuration"]
-    weights = [directory / name for name in weight_files(directory)]
-    try:
-        return weights_hash(saved_weights(weights)), configuration_hash(config)
-    except (SafetensorError, OSError) as error:
-        raise SavedModelError(f"The weights in {str(directory)!r} are damaged.", "Save the model again.") from error
+    return saved_hash(directory), configuration_hash(config)
 
 
 def same_model(one: Record, other: Record) -> bool:
     """Return whether two records are of the same run: later measurements change none."""
-    return replace(one, metrics={}) == replace(other, metrics={})
+    return replace(one, metrics={}, weights="") == replace(other, metrics={}, weights="")
 
 
 def is_ours(name: str) -> bool:

@@ -13,7 +13,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from selfpruner_hub.evaluation.figures import ANSWERED, CHAT_FIGURES, KEPT
 from selfpruner_hub.models.loading import is_repo_id
+from selfpruner_hub.models.weights import saved_hash
 from selfpruner_hub.plans.plan import BY_EXPERT
+from selfpruner_hub.provenance import changed_in_place
 from selfpruner_hub.search.llm.endpoint_proposer import BEHIND
 from selfpruner_hub.storage.layout import asset
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, Record, read_record
@@ -169,6 +171,8 @@ def save_metrics(directory: Path, metrics: Mapping[str, Metric]) -> Record:
         OutputError: The record or the card cannot be written.
     """
     record = read_record(directory)
+    if record.weights and (weights := saved_hash(directory)) != record.weights:
+        record = replace(changed_in_place(record), weights=weights)
     record = replace(record, metrics={**record.metrics, **record.marked(metrics)})
     write_atomically(directory / MODEL_RECORD_FILE, record.to_json())
     write_atomically(directory / "README.md", render_card(record, chat=(directory / CHAT_TEMPLATE).is_file()))

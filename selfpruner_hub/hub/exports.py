@@ -10,7 +10,7 @@ from pathlib import Path
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.bundle import ONNX, check_export
 from selfpruner_hub.hub.space import DENSE
-from selfpruner_hub.provenance import check_parent
+from selfpruner_hub.provenance import check_parent, revision_of
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE, read_export
 from selfpruner_hub.storage.model_record import Record, read_record
 from selfpruner_hub.storage.staging import save_directory
@@ -54,7 +54,8 @@ def _export_parent(target: Path, record: Record, copied: str | None) -> None:
     from exporters.export import export  # it imports this package
     from exporters.format import export_format
 
-    parent, loading = copied or record.base_model, None if copied else {"revision": record.base_revision or None}
+    parent = copied or record.base_model
+    loading = revision_of(record, parent)
     with tempfile.TemporaryDirectory() as temporary, save_directory(target) as staging:
         graphs = export(parent, ONNX, Path(temporary) / DENSE, loading=loading, **export_format(ONNX).published)
         check_parent(record, read_export(graphs).source, parent)

@@ -17,7 +17,7 @@ from selfpruner_hub.errors import SavedModelError, SelfPrunerError, UserError
 from selfpruner_hub.hub.bundle import CARD, ONNX, Bundle, collect, is_export_of, is_ours
 from selfpruner_hub.hub.card import render_card, render_onnx_card
 from selfpruner_hub.hub.privacy import check_private
-from selfpruner_hub.hub.repository import Changes, Repository, Tree, same_content
+from selfpruner_hub.hub.repository import Changes, Commit, Repository, Tree, same_content
 from selfpruner_hub.hub.space import DENSE, GGUF, GRAPHS, VENDORED, gguf_of, space_files, static_files
 from selfpruner_hub.models.loading import is_repo_id
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
@@ -47,6 +47,11 @@ class Published:
     """Repository that still holds graphs of an earlier model; None where there is none."""
 
 
+def is_aside(create_pr: bool, revision: str | None) -> bool:
+    """Whether a commit goes into a pull request: a new one, or one that is there, by its reference."""
+    return create_pr or (revision or "").startswith("refs/")
+
+
 def check_request(
     *, space: bool | str, create_pr: bool, private: bool | None = None, exports: Sequence[str] = ()
 ) -> None:
@@ -54,7 +59,7 @@ def check_request(
 
     Args:
         space: Kind of the Space to publish as well, one of `SPACES`; True is Gradio's, False none.
-        create_pr: Whether to open a pull request instead of a commit.
+        create_pr: Whether the commit goes into a pull request.
         private: Whether the model is private; None where that is not known yet.
         exports: Formats of the exports that are made first.
 
@@ -96,11 +101,11 @@ def publish(
     Args:
         directory: Directory of a saved model; its exports, in folders such as `directory/gguf`, are published too.
             Graphs for ONNX Runtime GenAI and Transformers.js go to the repository `REPO_ID-ONNX`, except with
-            `create_pr`.
+            a pull request.
         repo_id: Hub repository, `name` or `namespace/name`; created if missing.
         private: Visibility of a new repository; None uses the account's default. Graphs and Space are as private as
             the model is.
-        revision: Branch; created if missing. None is the main branch.
+        revision: Branch, created if missing, or the reference of a pull request. None is the main branch.
         create_pr: Whether to open a pull request instead of a commit.
         space: Kind of the Space to publish as well: True or `"gradio"` for `REPO_ID-demo`; `"static"` for
             `REPO_ID-browser`, which needs graphs of the model and its parent; False publishes none.
@@ -118,23 +123,29 @@ def publish(
         HubError: The Hub is unreachable, or fails.
     """
     directory = Path(directory)
-    check_request(space=space, create_pr=create_pr, private=private)
+    aside = is_aside(create_pr, revision)
+    check_request(space=space, create_pr=aside, private=private)
     bundle = _collected(directory, repo_id, space, token)
     api = HfApi(token=token, library_name="selfpruner-hub")
     model = Repository(api, repo_id, "model", revision)
     private = model.create(private)  # what belongs to a model is no more public than the model
-    check_request(space=space, create_pr=create_pr, private=private)  # one that is there may be private unasked
+    check_request(space=space, create_pr=aside, private=private)  # one that is there may be private unasked
     graphs = Repository(api, f"{model.repo_id}{ONNX_ENDING}", "model", revision)
+    if space == STATIC and graphs.create(private):
+        raise UserError(
+            f"{graphs.repo_id} is private, and a static Space loads its graphs in the visitor's browser.",
+            "Make it public in its settings on the Hub, or publish a Gradio Space (--space).",
+        )
     same = _are_of(directory, bundle.record, graphs)
-    current = True if bundle.graphs and not create_pr else same
+    current = True if bundle.graphs and not aside else same
     linked = graphs.repo_id if current else ""
     message = (commit_message or "Publish the pruned model", commit_description)
     commit = model.commit(lambda tree: _model_changes(bundle, model, tree, linked), message, create_pr)
     published = Published(*commit, stale_graphs=graphs.repo_id if current is False else None)
-    if bundle.graphs and not create_pr:
+    if bundle.graphs and not aside:
         published = replace(published, graphs=_publish_graphs(bundle, model, graphs, private, same is True))
     if space:
-        published = replace(published, space=_publish_space(bundle, model, linked, space == STATIC, private))
+        published = replace(published, space=_publish_space(bundle, model, commit, linked, space == STATIC, private))
     return published
 
 
@@ -166,15 +177,15 @@ def _publish_graphs(bundle: Bundle, model: Repository, graphs: Repository, priva
         return graphs.commit(lambda tree: _graph_changes(bundle, graphs, model, tree, same), message).url
 
 
-def _publish_space(bundle: Bundle, model: Repository, graphs: str, static: bool, private: bool) -> str:
-    """Publish the Space, and return its address; `graphs` is the repository of the graphs, or empty."""
+def _publish_space(bundle: Bundle, model: Repository, commit: Commit, graphs: str, static: bool, private: bool) -> str:
+    """Publish the Space of a commit, and return its address; `graphs` is the repository of the graphs, or empty."""
     api, revision = model.api, model.revision
     if static:
         space = Repository(api, f"{model.repo_id}-browser", "space")
         files = static_files(bundle.record, graphs, api.endpoint, revision)
     else:
         space = Repository(api, f"{model.repo_id}-demo", "space")
-        files = space_files(bundle.record, model.repo_id, revision, _shown_export(model, graphs))
+        files = space_files(bundle.record, model.repo_id, revision, _shown_export(model, graphs), commit.oid)
     with _after_the_model("its Space is"):
         space.create(private, STATIC if static else GRADIO)
         message = ("Publish the demo", None)

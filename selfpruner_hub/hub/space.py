@@ -50,7 +50,11 @@ def gguf_of(names: Iterable[str]) -> str | None:
 
 
 def space_files(
-    record: Record, repo_id: str, revision: str | None = None, export: tuple[str, str] | None = None
+    record: Record,
+    repo_id: str,
+    revision: str | None = None,
+    export: tuple[str, str] | None = None,
+    commit: str = "",
 ) -> dict[str, Path | bytes]:
     """Collect the files of a Space that shows one published model.
 
@@ -60,6 +64,8 @@ def space_files(
         revision: Branch of the model; None is the main branch.
         export: Export that the Space runs: `GGUF` and the file's path in the repository, or `GRAPHS` and the
             repository of the graphs. None runs PyTorch.
+        commit: Commit of the model. Nothing reads it: a Space restarts, and so loads the new model, where a file has
+            changed.
 
     Returns:
         Files by their path in the Space.
@@ -67,7 +73,7 @@ def space_files(
     app = asset("spaces")
     paths = (path for pattern in ("*.py", "engines/*.py", REQUIREMENTS) for path in app.glob(pattern))
     files: dict[str, Path | bytes] = {path.relative_to(app).as_posix(): path for path in paths}
-    settings = {"pruned": repo_id, "revision": revision, "dense": record.base_model}
+    settings = {"pruned": repo_id, "revision": revision, "dense": record.base_model, "commit": commit}
     if export is not None:
         kind, where = export
         settings[kind] = where

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from selfpruner_hub.errors import SavedModelError
+from selfpruner_hub.storage.layout import weight_files
 
 SAMPLES = 4096
 """Number of values of a tensor that are hashed, about; of a smaller tensor, all are."""
@@ -54,6 +57,8 @@ def identity_of(model: PreTrainedModel) -> dict[str, Any]:
 def configuration_hash(config: PreTrainedConfig) -> str:
     """Hash what a configuration says of the model: not names, versions, dtype and implementations of attention."""
     fields = {key: value for key, value in config.to_dict().items() if key[0] != "_" and key not in NOT_OF_THE_MODEL}
+    if "logits_scaling" in fields:
+        fields.pop("logit_scale", None)  # a copy of it, for vLLM
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -87,6 +92,24 @@ def saved_weights(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 yield name, file.get_tensor(name)
+
+
+def saved_hash(directory: Path) -> str:
+    """Hash the weights of a saved model, with the names and dtypes of its files.
+
+    Args:
+        directory: Directory of the model.
+
+    Returns:
+        Hexadecimal digits.
+
+    Raises:
+        SavedModelError: The files are damaged or missing.
+    """
+    try:
+        return weights_hash(saved_weights([directory / name for name in weight_files(directory)]))
+    except (SafetensorError, OSError) as error:
+        raise SavedModelError(f"The weights in {str(directory)!r} are damaged.", "Save the model again.") from error
 
 
 def _tensor_hash(tensor: Tensor) -> str:

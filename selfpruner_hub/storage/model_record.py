@@ -77,6 +77,9 @@ class Record:
     """How the model was distilled from its parent after the cut (`recovery.recover`): tokens, minutes, settings, texts,
     divergence on each deciding text before and after, and the curve of the loss; None where it was not."""
     metrics: dict[str, Metric] = field(default_factory=dict)
+    weights: str = ""
+    """Hash of the saved weights (`models.weights.saved_hash`), by which a later change of the files is noticed; empty
+    of a model in memory, and of earlier versions."""
     schema_version: int = RECORD_VERSION
 
     @property
@@ -142,7 +145,7 @@ class Record:
         """
         inner: dict[str, Any] = {"method": _Method, "proposer": _Search, "data": _Texts, "parameters": _Counts}
         inner["recovery"] = _Recovery | None
-        values = parse_versioned(text, source, RECORD_VERSION, cls, inner)
+        values = parse_versioned(text, source, RECORD_VERSION, cls, inner, ("base_revision", "weights"))
         try:
             metrics = {name: Metric(**metric) for name, metric in values.pop("metrics").items()}
             record = cls(**{**values, "rates": tuple(values["rates"]), "metrics": metrics})

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, NewType, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -57,7 +57,12 @@ def _whole(text: str) -> int:
 
 
 def parse_versioned(
-    text: str, source: str, version: int, kind: type, inner: Mapping[str, Any] | None = None
+    text: str,
+    source: str,
+    version: int,
+    kind: type,
+    inner: Mapping[str, Any] | None = None,
+    may_lack: Collection[str] = (),
 ) -> dict[str, Any]:
     """Read one of this package's JSON files strictly: all keys and no others, of a known version, with their types.
 
@@ -67,6 +72,7 @@ def parse_versioned(
         version: Schema version that the file must have.
         kind: Dataclass of the content; its fields are the keys, `schema_version` among them.
         inner: Types of fields that the dataclass leaves open, by the name of the field.
+        may_lack: Keys that files of earlier versions of this package lack; the dataclass has a default for each.
 
     Returns:
         The values by key.
@@ -86,7 +92,7 @@ def parse_versioned(
             "Install a matching selfpruner-hub.",
         )
     expected = {**get_type_hints(kind), **(inner or {})}
-    if unknown := set(values) ^ {field.name for field in fields(kind)}:
+    if unknown := (set(values) ^ {field.name for field in fields(kind)}) - ({*may_lack} - set(values)):
         raise SavedModelError(f"{source} has unknown or missing keys: {', '.join(sorted(unknown))}.")
     for name, value in values.items():
         if not fits(value, expected[name]):

@@ -14,9 +14,10 @@ from support.hub_server import check_yaml
 from selfpruner_hub.cli import main
 from selfpruner_hub.errors import SavedModelError
 from selfpruner_hub.hub.bundle import collect, is_ours
-from selfpruner_hub.hub.card import render_card
+from selfpruner_hub.hub.card import render_card, save_metrics
 from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.models.weights import identity_of
+from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.storage.export_record import EXPORT_RECORD_FILE
 from selfpruner_hub.storage.model_record import MODEL_RECORD_FILE, Metric, read_record
 
@@ -61,7 +62,9 @@ def test_a_model_without_one_of_its_shards_stays_at_home(saved_model):
     (saved_model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SavedModelError, match=f"not a whole model: {names[1]} is missing"):
         collect(saved_model)
-    shutil.copy(saved_model / names[0], saved_model / names[1])
+    weights = [*load_file(saved_model / names[0]).items()]
+    for name, half in zip(names, (weights[::2], weights[1::2]), strict=True):
+        save_file(dict(half), saved_model / name)
     assert set(names) <= set(collect(saved_model).weights)
 
 
@@ -120,8 +123,32 @@ def test_an_export_of_other_weights_of_the_same_run(change, saved_model):
     else:
         config = json.loads((saved_model / "config.json").read_text())
         (saved_model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.3}))
+    record = replace(read_record(saved_model), weights="")  # as of an earlier version
+    (saved_model / MODEL_RECORD_FILE).write_text(record.to_json())
     with pytest.raises(SavedModelError, match="an export of another model"):
         collect(saved_model)
+
+
+def test_weights_that_were_changed_in_the_directory(saved_model, caplog):
+    """As by a training that saves over the model: figures of the former weights are not those of the new ones."""
+    record = read_record(saved_model)
+    save_metrics(saved_model, {"perplexity": Metric(12.5, 10.0, "a.txt")})
+    weights = load_file(saved_model / "model.safetensors")
+    weights["lm_head.weight"][1, 1] += 1
+    save_file(weights, saved_model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SavedModelError, match="were changed after they were saved.*its method retrained"):
+        collect(saved_model)
+    loaded = PrunedModel.from_pretrained(saved_model)
+    assert loaded.report.treatment == "and was then trained (how is not recorded)"
+    assert not loaded.report.metrics
+    assert "The weights were changed after pruning" in caplog.text
+    made = save_metrics(saved_model, {"agreement": Metric(0.5, None, "b.txt")})
+    assert [*made.metrics] == ["agreement"]
+    assert made.weights != record.weights
+    assert "without retraining" not in (saved_model / "README.md").read_text()
+    assert collect(saved_model).record == made  # the figures are of these weights now
+    loaded.save_pretrained(saved_model.with_name("again"))
+    assert read_record(saved_model.with_name("again")).weights == made.weights
 
 
 def test_an_export_to_another_format(saved_model):

@@ -171,7 +171,9 @@ def test_a_space_with_its_files(push, hub, saved_model, repo_name, tmp_path):
     assert done.out == f"{hub.url}/{repo_name}\n{hub.url}/spaces/{repo_name}-demo\n"
     files = hub.files(f"{repo_name}-demo", "space")
     assert {"app.py", "requirements.txt", "README.md", "model.json", "selfpruner_hub/pruner.py"} <= set(files)
-    assert json.loads(files["model.json"]) == {"pruned": repo_name, "revision": "trial", "dense": "tests/llama"}
+    told = json.loads(files["model.json"])
+    assert told.pop("commit") == hub.repo(repo_name).refs["trial"]
+    assert told == {"pruned": repo_name, "revision": "trial", "dense": "tests/llama"}
     assert hub.repo(f"{repo_name}-demo", "space").sdk == "gradio"
     assert f"- {repo_name}\n- tests/llama\n" in files["README.md"].decode()
 
@@ -184,6 +186,15 @@ def test_a_space_with_its_files(push, hub, saved_model, repo_name, tmp_path):
     assert done.stdout.startswith("space") or str(tmp_path / "space") in done.stdout
     (found,) = distributions(name="selfpruner-hub", path=[str(tmp_path / "space")])  # records of runs have the version
     assert found.version == __version__
+
+
+def test_a_space_restarts_where_its_model_has_changed(push, hub, saved_models, repo_name):
+    """It keeps the model in memory; nothing else of its files changes."""
+    told = []
+    for name in ("first", "first", "second"):
+        push(saved_models / name, repo_name, "--space")
+        told.append(hub.files(f"{repo_name}-demo", "space")["model.json"])
+    assert told[0] == told[1] != told[2]
 
 
 def test_a_space_runs_the_gguf_file_of_its_model(push, hub, saved_models, saved_model, repo_name):

@@ -130,6 +130,14 @@ def test_no_pull_request(model, hub, push, repo_name):
     assert not hub.requests
 
 
+def test_a_commit_to_a_pull_request_that_is_there(model, hub, push, repo_name):
+    """The graphs have no such reference in their repository."""
+    done = push(model, repo_name, "--with", "onnx", "--revision", "refs/pr/1")
+    assert (done.status, done.out) == (2, "")
+    assert "ONNX graphs have a repository of their own, not a pull request." in done.err
+    assert not hub.requests
+
+
 def test_a_pull_request_of_a_model_that_has_graphs(model, hub, push, repo_name):
     push(model, repo_name)
     hub.reset()
@@ -337,7 +345,7 @@ def test_graphs_of_the_parent_are_of_the_commit_that_was_pruned(model, monkeypat
     for copy in (None, "copy"):
         with pytest.raises(UserError, match="That is all"):
             make_exports(model, [], static=True, parent=copy)
-    assert loading == [{"revision": 40 * "a"}, None]
+    assert loading == [{"revision": 40 * "a"}, {}]
 
 
 def test_a_static_space_of_a_private_model_is_refused(model, push, repo_name):
@@ -346,6 +354,17 @@ def test_a_static_space_of_a_private_model_is_refused(model, push, repo_name):
     done = push(model, repo_name, "--private", "--space", "static")
     assert done.status == 2
     assert "A static Space cannot read the graphs of a private model" in done.err
+
+
+def test_a_static_space_of_private_graphs_is_refused(model, hub, push, repo_name):
+    """As where the model was made public on the Hub after both had been private."""
+    (model / "onnx" / "dense").mkdir()
+    (model / "onnx" / "dense" / "model_quantized.onnx").write_bytes(b"graph of the parent")
+    push(model, repo_name)
+    hub.repo(f"{repo_name}-ONNX").private = True
+    done = push(model, repo_name, "--space", "static")
+    assert (done.status, done.out) == (2, "")
+    assert f"{repo_name}-ONNX is private, and a static Space loads its graphs in the visitor's browser." in done.err
 
 
 def test_a_static_space_needs_graphs(saved_model, model):
