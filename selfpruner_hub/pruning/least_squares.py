@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from selfpruner_hub import ranks
-from selfpruner_hub.calibration.ridge import as_seen, damped_factor, ridge_unit, split_held_out
+from selfpruner_hub.calibration.ridge import as_seen, damped_factor, split_held_out
 from selfpruner_hub.calibration.sums import add_gram, add_product
 from selfpruner_hub.models.devices import ieee_products, summed
 from selfpruner_hub.models.placement import to_device
@@ -143,12 +143,16 @@ class _Sums:
         self._gram = store(self._gram.div_(max(1, self.count)))
 
     def solver(self, before: Tensor) -> Callable[[float], Tensor]:
-        """Make the function λ → (E[t xᵀ] + λ W) (E[x xᵀ] + λ I)⁻¹."""
-        unit = ridge_unit(self._gram).to(before.device)
+        """Make the function λ → W + (E[t xᵀ] - W E[x xᵀ]) (E[x xᵀ] + λ I)⁻¹.
+
+        That is (E[t xᵀ] + λ W) (E[x xᵀ] + λ I)⁻¹, also for the larger λ that a factor may need.
+        """
+        weight = before.float()
+        rest = self._cross - weight @ to_device(self._gram, before.device)
 
         def solve(ridge: float) -> Tensor:
-            right = self._cross + ridge * unit * before.float()
-            return torch.cholesky_solve(right.t(), damped_factor(to_device(self._gram, before.device), ridge)).t()
+            factor = damped_factor(to_device(self._gram, before.device), ridge)
+            return weight + torch.cholesky_solve(rest.t(), factor).t()
 
         return solve
 

@@ -292,3 +292,15 @@ def test_the_ridge_suits_the_outputs_that_the_loss_minds():
 
     torch.testing.assert_close(first_row([1e3] + [1e-3] * (H - 1)), truth, atol=1e-2, rtol=1e-2)
     assert first_row(None).abs().max() < 0.1 * truth.abs().max()
+
+
+@torch.no_grad()
+def test_a_factor_that_needs_a_stronger_ridge_leads_to_no_other_weight():
+    """Where nothing is to be gained, the weight stays as it is, and is not drawn to zero."""
+    module = nn.Linear(F, H, bias=False)
+    sums = least_squares._Sums(module)
+    sums.add(normal(N, F), normal(N, H))
+    sums.add_up(lambda tensor: tensor)
+    sums._gram[0, 0] = -0.5  # rounding of sums makes such matrices
+    sums._cross = module.weight @ sums._gram
+    torch.testing.assert_close(sums.solver(module.weight)(1e-3), module.weight, atol=1e-5, rtol=1e-5)
