@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.checks import logits
 from support.mixtures import MIXTURES, tiny_mixture
 from support.tiny import tiny_model, tiny_tokenizer
@@ -18,12 +19,14 @@ from selfpruner_hub.errors import BudgetError, UnsupportedArchitectureError, Use
 from selfpruner_hub.hub.bundle import is_export_of
 from selfpruner_hub.hub.plots import plot_search
 from selfpruner_hub.models.architectures import shape_of
+from selfpruner_hub.models.loading import load_model
 from selfpruner_hub.plans.budget import Budget, Rates
 from selfpruner_hub.plans.uniform import UniformBudget
 from selfpruner_hub.pruned_model import PrunedModel
 from selfpruner_hub.pruner import AutoPruner
 from selfpruner_hub.storage.export_record import read_export
 from selfpruner_hub.storage.model_record import read_record
+from selfpruner_hub.storage.offload import DiskStore
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
 QUICK = {"data": "self", "window": 32, "calibration_tokens": 1024, "fitness_tokens": 256, "fisher_tokens": 256}
@@ -81,6 +84,21 @@ def test_uniform_counts_are_a_stock_mixture(name, tmp_path):
     assert read_record(tmp_path).stock
 
 
+def test_layers_of_the_files_that_the_model_has_not_are_left_out(tmp_path):
+    """GLM-4.5's files have one more layer of experts, which predicts a second token."""
+    tiny_mixture("glm4_moe").save_pretrained(tmp_path / "whole")
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    last = max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
+    more = {
+        name.replace(f".{last}.", f".{last + 1}.", 1): value.clone()
+        for name, value in weights.items()
+        if name.startswith(f"model.layers.{last}.")
+    }
+    save_file({**weights, **more}, tmp_path / "whole" / "model.safetensors", metadata={"format": "pt"})
+    found, _ = load_model(str(tmp_path / "whole"), store=DiskStore(tmp_path / "store"), dtype=torch.float32)
+    torch.testing.assert_close(logits(found, IDS), logits(tiny_mixture("glm4_moe"), IDS), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["qwen2_moe", "mixtral", "granitemoeshared", "ernie4_5_moe"])
 def test_a_streamed_mixture_is_the_one_in_memory(name, tmp_path):
     """Files of a stock mixture hold a tensor per expert; streamed, they are joined as they are read."""
@@ -130,6 +148,15 @@ def test_fewer_experts_than_a_token_is_routed_to_stay_only_if_asked_for(uniform,
     card = (tmp_path / "README.md").read_text()
     assert "active: unchanged" not in card
     assert "routes each token to all of them" in card
+
+
+def test_a_model_with_fewer_experts_than_a_token_was_routed_to_is_cut_again():
+    found = pruner("qwen3_moe").prune(0.8, progress=False, **QUICK, fewest_experts=1)
+    again = AutoPruner(found.model, tiny_tokenizer(), "a/b").prune(0.25, progress=False, **QUICK, fewest_experts=1)
+    counts = [w.intermediate_size for w in again.plan.layers]
+    assert sum(counts) < sum(w.intermediate_size for w in found.plan.layers)
+    assert [c.num_experts_per_tok for c in again.model.config.per_layer_config] == [min(3, n) for n in counts]
+    assert logits(again.model, IDS).isfinite().all()
 
 
 def test_a_router_of_pairs_keeps_two():

@@ -126,6 +126,16 @@ def test_gates_and_outputs_are_those_of_the_block(name):
 
 
 @each_mixture
+def test_near_ties_are_decided_as_by_the_router_in_bfloat16(name):
+    model = tiny_mixture(name).to(torch.bfloat16)
+    row, layer = architecture_of(model.config).experts, decoder_layers(model)[-1]
+    x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    gates = routing_of(row, model.config, layer, x).gates(torch.ones(8, dtype=torch.bool))
+    *_, indices = layer.get_submodule(row.block).get_submodule(row.router)(x)
+    assert (gates.gather(1, indices) > 0).all()
+
+
+@each_mixture
 def test_gates_among_fewer_experts_are_those_of_a_masked_router(name):
     model, alive = tiny_mixture(name), torch.arange(8) % 2 == 0
     row, layer = architecture_of(model.config).experts, decoder_layers(model)[-1]

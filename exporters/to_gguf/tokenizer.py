@@ -66,7 +66,8 @@ def copied_fields(source: Path, vocabulary: int) -> TokenizerFields:
     fields: TokenizerFields = [
         (name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
         for name, field in reader.fields.items()
-        if name.startswith("tokenizer.") or (name == Keys.General.NAME and STRIPPING in str(field.contents()))
+        if name.startswith("tokenizer.")
+        or (name == Keys.General.NAME and any(each in field.contents().lower() for each in ("phi-3", "phi3")))
     ]
     tokens = next((len(value) for name, value, *_ in fields if name == Keys.Tokenizer.LIST), 0)
     if tokens != vocabulary:

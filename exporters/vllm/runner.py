@@ -21,6 +21,8 @@ CACHE_GB = "2"
 """GiB of the KV cache on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
 GPU_SHARE = 0.9
 """Share of a GPU's memory that all models together reserve."""
+SPARE_STEPS = 2
+"""Steps of the engine that may bring no token."""
 _STATUS = Path("/proc/self/status")
 
 
@@ -65,6 +67,7 @@ class Vllm:
         # `prefill` includes the first new token; `decode` is the time of the others.
         sampling = SamplingParams(temperature=0, max_tokens=new_tokens + 1, ignore_eos=True, detokenize=False)
         waiting = {next(self._names) for _ in ids}
+        steps = reads = 0
         start = read = time.perf_counter()
         for name, prompt in zip(sorted(waiting), ids, strict=True):
             self._engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
@@ -72,11 +75,13 @@ class Vllm:
             reading = bool(waiting)
             outputs = self._engine.step()
             waiting -= {output.request_id for output in outputs}
-            if waiting and any(output.finished for output in outputs):
-                size = f"{len(ids)} prompts of {len(ids[0])} tokens"
-                raise ValueError(f"The KV cache is too small for {size}: they would wait for one another.")
+            steps, reads = steps + 1, reads + reading
             if reading:
                 read = time.perf_counter()
+            # A prompt that waits is read after others have ended; one that lost its place in the cache is read again.
+            if (waiting and any(output.finished for output in outputs)) or steps > reads + new_tokens + SPARE_STEPS:
+                size = f"{len(ids)} prompts of {len(ids[0])} tokens and {new_tokens} after each"
+                raise ValueError(f"The KV cache is too small for {size}: they would wait for one another.")
         return {"prefill": 1000 * (read - start), "decode": 1000 * (time.perf_counter() - read) / new_tokens}
 
 

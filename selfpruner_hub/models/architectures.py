@@ -241,7 +241,7 @@ def own_widths(config: PreTrainedConfig, plan: Plan) -> list[dict[str, int]]:
         most = max(kept.intermediate_size for kept in plan.layers)
         counts = [kept.intermediate_size or most for kept in plan.layers]
         names, top_k = widths_in(CONFIG_MAPPING[architecture.model_type]), shape.fewest_units
-        return [dict(zip(names, (n, n) if n < top_k else (n,), strict=False)) for n in counts]
+        return [dict(zip(names, (n, min(n, top_k)), strict=True)) for n in counts]
     widths = (
         (kept.num_key_value_heads * shape.queries_per_group, kept.num_key_value_heads, kept.intermediate_size)
         for kept in plan.layers

@@ -221,12 +221,16 @@ def _one_by_one(
     if kwargs.get("gguf_file") or kwargs.get("quantization_config"):
         raise UserError(_OFFLOADED, "Leave out GGUF files and quantization.")
     where = {key: kwargs[key] for key in _DOWNLOAD if key in kwargs}
+    options = {key: kwargs[key] for key in ("attn_implementation", "experts_implementation") if key in kwargs}
+    for unused in kwargs.keys() - {*where, *options, *_FOR_FILES, "trust_remote_code", "device_map"}:
+        raise UserError(f"{unused} has no effect on a model in files.", "Leave it out, or offload_folder (--offload).")
     directory = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=_WEIGHTS, **where))
+    directory /= kwargs.get("subfolder") or ""
     if not any((directory / file).is_file() for file in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)):
         raise ModelError(f"{name!r} has no safetensors, which offloading needs.", "Load it without, and save it first.")
     named: Any = config.dtype if dtype == "auto" else getattr(torch, str(dtype).removeprefix("torch."))
     files = [directory / file for file in weight_files(directory)]
-    model, missing = from_files(config, files, store, device, named, key_mapping or {})
+    model, missing = from_files(config, files, store, device, named, key_mapping or {}, **options)
     if (directory / GENERATION).is_file():  # it says where a chat model ends its turns
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model, {"missing_keys": missing}

@@ -68,9 +68,9 @@ def working_on(*models: PreTrainedModel) -> Iterator[None]:
     """Prepare models for work, such as pruning, measuring or exporting, and keep other threads from it meanwhile.
 
     Every module is in eval mode, and its own flag is restored at the end; buffers are those of the configuration
-    (`weights.rebuild_buffers`), and outputs have names. Gradients can be taken and autocast is off, whatever the caller
-    has set. A model must not run elsewhere until the context ends: its layers are replaced and its weights are
-    reordered in place.
+    (`weights.rebuild_buffers`), and outputs have names. Gradients can be taken, autocast is off, and tensors without a
+    device are made on the CPU, whatever the caller has set. A model must not run elsewhere until the context ends: its
+    layers are replaced and its weights are reordered in place.
 
     Args:
         *models: Models to work on. The thread that works on a model may enter again.
@@ -82,6 +82,8 @@ def working_on(*models: PreTrainedModel) -> Iterator[None]:
         UserError: Another thread works on one of the models.
     """
     with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         for model in models:
             lock = _locks.setdefault(model, threading.RLock())
             if not lock.acquire(blocking=False):

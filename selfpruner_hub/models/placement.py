@@ -129,6 +129,7 @@ def from_files(
     device: torch.device,
     dtype: torch.dtype | None,
     renaming: Mapping[str, str],
+    **options: Any,
 ) -> tuple[PreTrainedModel, set[str]]:
     """Build a model whose weights are read one by one, each moved to a store; each layer is on the device as it runs.
 
@@ -139,6 +140,7 @@ def from_files(
         device: Device to run on.
         dtype: Dtype of the weights; None keeps that of the files.
         renaming: Pattern of a weight's name in the files → what stands in its place in the model's name.
+        **options: Keywords of `from_config`.
 
     Returns:
         The model, and the names of the weights that no file has.
@@ -147,7 +149,7 @@ def from_files(
         ModelError: A weight has another shape than the configuration says.
     """
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
     names = StockNames(config.model_type)
     read: dict[str, set[Place | None]] = defaultdict(set)
     for file in files:
@@ -156,8 +158,8 @@ def from_files(
         for key in keys:
             name, place = names(_renamed(key, renaming))
             with safe_open(file, "pt") as opened:  # reopened each time: read data stay in memory
-                _put(model, name, opened.get_tensor(key), dtype, store, place)
-            read[name].add(place)
+                if _put(model, name, opened.get_tensor(key), dtype, store, place):
+                    read[name].add(place)
     missing = {key for key, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
     missing |= {key for key, _ in model.named_buffers() if key in model.state_dict() and key not in read}
     for name, places in read.items():
@@ -185,16 +187,17 @@ def _put(
     dtype: torch.dtype | None,
     store: TensorStore,
     place: Place | None = None,
-) -> None:
+) -> bool:
+    """Put a weight where the model has it, or a part of one; return whether it has it."""
     owner, _, leaf = key.rpartition(".")
     try:
         module = model.get_submodule(owner)
     except AttributeError:
-        return  # weights without a module are ignored, as in from_pretrained
+        return False  # weights without a module are ignored, as in from_pretrained
     tensors: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
     expected = None if leaf in module._non_persistent_buffers_set else tensors.get(leaf)
     if expected is None:
-        return
+        return False
     try:
         fits = (expected if place is None else place.of(expected)).shape == tensor.shape
     except IndexError:  # an expert too many
@@ -214,3 +217,4 @@ def _put(
         if expected.is_meta:
             tensors[leaf] = nn.Parameter(store(torch.empty(expected.shape, dtype=to)))
         place.of(tensors[leaf].data).copy_(tensor)
+    return True

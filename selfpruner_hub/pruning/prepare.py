@@ -35,8 +35,8 @@ def check_model(model: Any) -> None:
 
     Raises:
         UserError: It is no transformers model, or it is compiled.
-        ModelError: Its weights are of several dtypes or in float16, or cannot take part in a backward pass, it has
-            other layers than its configuration, or its attention has no backward pass here.
+        ModelError: It has adapters, weights of several dtypes, in float16, or such that cannot take part in a backward
+            pass, it has other layers than its configuration, or its attention has no backward pass here.
     """
     if hasattr(model, "_orig_mod"):
         raise UserError("The model is compiled.", "Prune the model that was given to torch.compile.")
@@ -46,6 +46,8 @@ def check_model(model: Any) -> None:
             "Give AutoPruner a model, its tokenizer and a name, or give AutoPruner.from_pretrained the name alone.",
         )
     shape_of(model.config)  # fails where the architecture is not supported
+    if any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise ModelError("The model has adapters.", "Merge them into its weights first, or delete them.")
     experts = architecture_of(model.config).experts
     router = f".{experts.block}.{experts.router}." if experts is not None else None  # may have a dtype of its own
     named = [(name, str(parameter.dtype)) for name, parameter in model.named_parameters()]

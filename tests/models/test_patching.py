@@ -94,6 +94,12 @@ def test_the_modes_of_the_caller_do_not_matter():
         assert torch.is_autocast_enabled("cpu")
 
 
+def test_the_default_device_of_the_caller_does_not_matter():
+    model = tiny_model("llama")
+    with torch.device("meta"), working_on(model):
+        assert torch.randperm(3, generator=torch.Generator()).device.type == "cpu"
+
+
 def in_a_thread(work):
     """What the work says in another thread: None, or its error."""
     said = []

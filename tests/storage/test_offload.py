@@ -98,6 +98,22 @@ def test_what_cannot_be_offloaded_is_refused(tmp_path):
         load_model(saved, store=DiskStore(tmp_path))
 
 
+def test_a_folder_of_a_model_is_read_from_that_folder(tmp_path):
+    """Beside another model of the same shape, as checkpoints of a training are."""
+    for seed, folder in ((0, tmp_path / "runs"), (1, tmp_path / "runs" / "checkpoint-1")):
+        tiny_model("llama", seed=seed).save_pretrained(folder)
+    found, _ = load_model(str(tmp_path / "runs"), store=DiskStore(tmp_path / "store"), subfolder="checkpoint-1")
+    assert torch.equal(found.state_dict()["lm_head.weight"], tiny_model("llama", seed=1).lm_head.weight)
+
+
+def test_a_keyword_that_would_have_no_effect_is_refused(tmp_path):
+    saved = str(save_tiny("llama", tmp_path / "dense"))
+    found, _ = load_model(saved, store=DiskStore(tmp_path / "store"), attn_implementation="eager")
+    assert found.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match="rope_parameters has no effect on a model in files"):
+        load_model(saved, store=DiskStore(tmp_path / "store"), rope_parameters={"rope_theta": 1e6})
+
+
 def test_missing_weights_are_told(tmp_path):
     model = tiny_model("llama")
     state = {k: v for k, v in model.state_dict().items() if "layers.1.mlp.up_proj" not in k}

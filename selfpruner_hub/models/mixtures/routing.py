@@ -68,8 +68,9 @@ def routing_of(row: Experts, config: PreTrainedConfig, layer: nn.Module, x: Tens
     """
     block: Any = layer.get_submodule(row.block)
     router: Any = block.get_submodule(row.router)
-    bias = getattr(router, "bias", None)
-    logits = nn.functional.linear(x.float(), router.weight.float(), None if bias is None else bias.float())
+    bias, dtype = getattr(router, "bias", None), torch.float32 if row.in_float32 else router.weight.dtype
+    bias = None if bias is None else bias.to(dtype)
+    logits = nn.functional.linear(x.to(dtype), router.weight.to(dtype), bias).float()
     weights = logits.sigmoid() if row.sigmoid else (logits - logits.max(-1, keepdim=True).values).exp()
     choice = None
     if row.bias:

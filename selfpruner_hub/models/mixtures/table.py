@@ -52,6 +52,8 @@ class Experts:
     """Path inside the layer of the output projection of the shared expert; empty where there is none."""
     shared_gate: str = ""
     """Path inside the layer of the gate whose sigmoid multiplies the shared expert; empty where there is none."""
+    in_float32: bool = False
+    """Whether the router multiplies in float32, whatever the dtype of the model; near ties are decided by it."""
     sigmoid: bool = False
     """Whether the weight of an expert is the sigmoid of its logit; else it is the exponential."""
     bias: str = ""
@@ -101,6 +103,7 @@ _corrected = partial(
     others={"gate.e_score_correction_bias": 0},
     placed=_after_dense,
     shared="mlp.shared_experts.down_proj",
+    in_float32=True,
     sigmoid=True,
     fewest=2,
     bias="gate.e_score_correction_bias",
@@ -139,6 +142,7 @@ EXPERTS = {
             "deepseek_v2",
             placed=_after_dense,
             shared="mlp.shared_experts.down_proj",
+            in_float32=True,
             divided_by="alive",
             scale="routed_scaling_factor",
         ),
@@ -150,6 +154,7 @@ EXPERTS = {
             others={"gate.moe_statics.e_score_correction_bias": 1},
             placed=_in_range,
             shared="mlp.shared_experts.down_proj",
+            in_float32=True,
             bias="gate.moe_statics.e_score_correction_bias",
         ),
     )
