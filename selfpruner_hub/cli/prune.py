@@ -214,6 +214,7 @@ def _prune(options: argparse.Namespace, order: _Order) -> Record | None:
     from selfpruner_hub.ranks import from_first, is_first, joined, leave
     from selfpruner_hub.search.journal import JOURNAL_FILE
     from selfpruner_hub.storage.checkpoints import CHECKPOINTS
+    from selfpruner_hub.storage.model_record import read_record
     from selfpruner_hub.storage.run_lock import output_lock
 
     meter = None if order.target is None else meter_of(order.target.runtime, options.python)
@@ -256,7 +257,7 @@ def _prune(options: argparse.Namespace, order: _Order) -> Record | None:
             ):  # they stay where recovery failed
                 (order.run_dir / JOURNAL_FILE).unlink(missing_ok=True)  # it is in the output now
     leave()
-    return pruned.report if first else None
+    return read_record(options.output) if first else None
 
 
 def _summary(options: argparse.Namespace, target: Target | None, record: Record) -> list[str]:

@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> Result:
     leave()
     if not first:
         return Result()
-    record = recovered.report
+    record = read_record(output)
     if options.json:
         return Result(json.dumps({"output": str(output), "improved": recovered is not pruned, **asdict(record)}))
     if recovered is pruned:
